@@ -1,0 +1,83 @@
+"""Batches: which examples an iteration sees, how they are changed, and as which numbers."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from tombola.datasets.dataset import Dataset
+from tombola.recipe import Augmentation, Recipe
+from tombola.streams import generator
+
+_NORMALISED_AT_ONCE = 1 << 28  # numbers (1 GiB as float32); larger data are normalised batch by batch
+
+
+def batches(data: Dataset, recipe: Recipe, seed: int, begin: int, end: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield the (inputs, labels) of the iterations begin..end-1.
+
+    Every epoch goes once through a fresh permutation of the training set; its last batch may be smaller. Which
+    examples an iteration sees depends on (seed, iteration) alone, and how an example is changed on
+    (seed, epoch, example) alone, so it does not matter where a training is taken up again.
+    """
+    count = len(data.train_inputs)
+    per_epoch = recipe.iterations_per_epoch(count)
+    augmented = recipe.augmentation != Augmentation()
+    ready = not augmented and data.train_inputs.numel() <= _NORMALISED_AT_ONCE
+    inputs = _normalised(data) if ready else data.train_inputs
+    order = torch.empty(0)
+    for iteration in range(begin, end):
+        epoch, step = divmod(iteration, per_epoch)
+        if step == 0 or iteration == begin:
+            order = torch.randperm(count, generator=generator(seed, "data order", epoch))
+            changes = Changes(seed, epoch, count, recipe.augmentation) if augmented else None
+        chosen = order[step * recipe.batch_size : (step + 1) * recipe.batch_size].to(inputs.device)
+        batch = inputs[chosen]
+        if changes is not None:
+            batch = changes.apply(batch, chosen)
+        yield batch if ready else normalise(batch, data), data.train_labels[chosen]
+
+
+class Changes:
+    """The random changes of one epoch: for every example whether it is flipped, and where it is cropped.
+
+    Args:
+        seed, epoch: name the stream that they are drawn from.
+        examples: size of the training set.
+        augmentation: which changes there are.
+    """
+
+    def __init__(self, seed: int, epoch: int, examples: int, augmentation: Augmentation) -> None:
+        self.crop = augmentation.crop
+        draw = generator(seed, "augmentation", epoch)
+        self.offsets = torch.randint(2 * self.crop + 1, (examples, 2), generator=draw)
+        self.flips = torch.randint(2, (examples,), generator=draw).bool()
+        if not augmentation.flip:
+            self.flips.zero_()
+
+    def apply(self, images: Tensor, chosen: Tensor) -> Tensor:
+        """Return the images, shape (n, channels, height, width), of the `chosen` examples with their changes."""
+        height, width = images.shape[2:]
+        offsets, flips = self.offsets.to(images.device)[chosen], self.flips.to(images.device)[chosen]
+        rows = offsets[:, :1] + torch.arange(height, device=images.device)
+        columns = torch.arange(width, device=images.device)
+        columns = offsets[:, 1:] + torch.where(flips[:, None], columns.flip(0), columns)
+        padded = torch.nn.functional.pad(images, [self.crop] * 4).permute(0, 2, 3, 1)
+        example = torch.arange(len(images), device=images.device)[:, None, None]
+        return padded[example, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+
+
+@functools.lru_cache(maxsize=1)
+def _normalised(data: Dataset) -> Tensor:
+    return normalise(data.train_inputs, data)
+
+
+def normalise(inputs: Tensor, data: Dataset) -> Tensor:
+    """Return uint8 images as float32, (pixel / 255 - mean) / sd for each channel; other inputs as they are."""
+    if inputs.dtype != torch.uint8:
+        return inputs
+    mean = torch.tensor(data.mean, device=inputs.device).view(-1, 1, 1) * 255
+    sd = torch.tensor(data.sd, device=inputs.device).view(-1, 1, 1) * 255
+    return inputs.to(torch.float32).sub_(mean).div_(sd)

@@ -1,0 +1,173 @@
+"""A data set: tensors in memory."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from tombola.errors import UserError
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """A labelled data set for classification, whole in memory.
+
+    Args:
+        name: what to call it.
+        train_inputs: shape (n, ...). uint8 means images (n, channels, height, width), which `mean` and `sd`
+            normalise when a batch is made; floating point means ready-made inputs, used as they are.
+        train_labels: shape (n,), int64, each in 0..len(classes)-1.
+        test_inputs, test_labels: the same for the test set.
+        classes: the classes' names.
+        mean, sd: one number a channel, on the scale where a pixel lies in 0..1; uint8 inputs only.
+
+    Raises:
+        UserError: where the parts do not fit together.
+
+    >>> import torch
+    >>> data = Dataset("two", torch.zeros(4, 1, 2, 2, dtype=torch.uint8), torch.tensor([0, 1, 0, 1]),
+    ...                torch.zeros(2, 1, 2, 2, dtype=torch.uint8), torch.tensor([0, 1]), ("a", "b"), (0.5,), (0.5,))
+    >>> data.input_shape
+    (1, 2, 2)
+    """
+
+    name: str
+    train_inputs: Tensor
+    train_labels: Tensor
+    test_inputs: Tensor
+    test_labels: Tensor
+    classes: tuple[str, ...]
+    mean: tuple[float, ...] = ()
+    sd: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        for split in ("train", "test"):
+            inputs, labels = getattr(self, f"{split}_inputs"), getattr(self, f"{split}_labels")
+            where = f"data set {self.name!r}, {split} set"
+            if not isinstance(inputs, Tensor) or not isinstance(labels, Tensor):
+                raise UserError(f"{where}: inputs and labels must be tensors")
+            if len(inputs) == 0:
+                raise UserError(f"{where}: it holds no example")
+            if labels.shape != (len(inputs),) or labels.dtype != torch.int64:
+                raise UserError(
+                    f"{where}: expected int64 labels of shape ({len(inputs)},), one an input, "
+                    f"got {labels.dtype} of shape {tuple(labels.shape)}"
+                )
+            if inputs.shape[1:] != self.train_inputs.shape[1:] or inputs.dtype != self.train_inputs.dtype:
+                raise UserError(
+                    f"{where}: its inputs are {inputs.dtype} {tuple(inputs.shape[1:])}, "
+                    f"the train set's {self.train_inputs.dtype} {tuple(self.train_inputs.shape[1:])}"
+                )
+            low, high = int(labels.min()), int(labels.max())
+            if low < 0 or high >= len(self.classes):
+                bad = low if low < 0 else high
+                index = int((labels == bad).nonzero()[0])
+                raise UserError(
+                    f"{where}: label {bad} of example {index} is out of range, "
+                    f"expected 0..{len(self.classes) - 1} for {len(self.classes)} classes"
+                )
+        if self.train_inputs.dtype == torch.uint8:
+            channels = self.train_inputs.shape[1] if self.train_inputs.ndim == 4 else None
+            if channels is None:
+                raise UserError(
+                    f"data set {self.name!r}: uint8 inputs are images and have the shape "
+                    f"(n, channels, height, width), got {tuple(self.train_inputs.shape)}; give other inputs as floats"
+                )
+            if len(self.mean) != channels or len(self.sd) != channels or not all(s > 0 for s in self.sd):
+                raise UserError(f"data set {self.name!r}: expected {channels} means and positive sds, one a channel")
+        elif not self.train_inputs.is_floating_point():
+            raise UserError(f"data set {self.name!r}: inputs are uint8 images or floats, got {self.train_inputs.dtype}")
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """The shape of one example."""
+        return tuple(self.train_inputs.shape[1:])
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of everything in the data set that can decide a training's bits."""
+        tensors = (self.train_inputs, self.train_labels, self.test_inputs, self.test_labels)
+        return fingerprint_of(len(self.classes), self.mean, self.sd, [digest_of(tensor) for tensor in tensors])
+
+    def remember(self, fingerprint: str) -> Dataset:
+        """Return this data set, which from now on knows its fingerprint, found when it was written to disk.
+
+        Copies with other contents (`dataclasses.replace`) do not inherit it.
+        """
+        self.__dict__["fingerprint"] = fingerprint  # where `cached_property` keeps what it has computed
+        return self
+
+
+def subset(dataset: Dataset, train_per_class: int | None = None, test_per_class: int | None = None) -> Dataset:
+    """Return the first examples of each class, in the data set's own order, with its mean and sd unchanged.
+
+    Args:
+        dataset: the whole data set; it is returned itself where nothing is to be left out.
+        train_per_class: how many examples of each class stay in the train set; None keeps all.
+        test_per_class: the same for the test set.
+
+    Raises:
+        UserError: for a number below 1 or above what a class has.
+
+    >>> from tombola.datasets.digits import digits
+    >>> len(subset(digits(), train_per_class=10).train_inputs)
+    100
+    """
+    if train_per_class is None and test_per_class is None:
+        return dataset
+    train = _first(dataset, "train", train_per_class)
+    test = _first(dataset, "test", test_per_class)
+    return replace(
+        dataset,
+        train_inputs=dataset.train_inputs[train],
+        train_labels=dataset.train_labels[train],
+        test_inputs=dataset.test_inputs[test],
+        test_labels=dataset.test_labels[test],
+    )
+
+
+def rank_in_class(labels: Tensor) -> Tensor:
+    """Return for each example how many of its class come before it: shape (n,), int64.
+
+    >>> rank_in_class(torch.tensor([0, 1, 0, 0, 1])).tolist()
+    [0, 0, 1, 2, 1]
+    """
+    by_class = torch.argsort(labels, stable=True)
+    counts = torch.bincount(labels)
+    starts = torch.cumsum(counts, 0) - counts
+    ranks = torch.empty_like(labels)
+    ranks[by_class] = torch.arange(len(labels)) - starts[labels[by_class]]
+    return ranks
+
+
+def digest_of(tensor: Tensor) -> list[str]:
+    """Return what tells a tensor from any other: its type, its shape and the SHA-256 of its bytes."""
+    content = tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy().data
+    return [str(tensor.dtype), str(tuple(tensor.shape)), hashlib.sha256(content).hexdigest()]
+
+
+def fingerprint_of(classes: int, mean: tuple[float, ...], sd: tuple[float, ...], digests: list[list[str]]) -> str:
+    """Return a data set's fingerprint from the digests of its four tensors: train inputs and labels, then test."""
+    return hashlib.sha256(json.dumps([classes, mean, sd, digests]).encode()).hexdigest()
+
+
+def _first(dataset: Dataset, split: str, per_class: int | None) -> Tensor | slice:
+    """Return the indices of the first `per_class` examples of each class."""
+    labels: Tensor = getattr(dataset, f"{split}_labels")
+    if per_class is None:
+        return slice(None)
+    if not isinstance(per_class, int) or isinstance(per_class, bool) or per_class < 1:
+        raise UserError(f"{split}_per_class: expected a whole number from 1, got {per_class!r}")
+    counts = torch.bincount(labels, minlength=len(dataset.classes))
+    if int(counts.min()) < per_class:
+        fewest = int(counts.argmin())
+        raise UserError(
+            f"{split}_per_class = {per_class} asks for more than there are: data set {dataset.name!r} has "
+            f"{int(counts[fewest])} {split} examples of class {dataset.classes[fewest]!r}"
+        )
+    return (rank_in_class(labels) < per_class).nonzero().squeeze(1)

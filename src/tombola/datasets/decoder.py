@@ -1,0 +1,156 @@
+"""Pictures to raw pixels, and the program that does so for a share of them.
+
+Most of decoding a small picture happens inside the interpreter, so threads do not help: the work is shared by
+processes. Each runs this file by itself, which loads Pillow and nothing else, is fed through its standard input, writes
+the pixels to their places in one common file and answers once, when all is done or at the first trouble.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import struct
+import sys
+import warnings
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any, BinaryIO
+
+from PIL import Image, ImageOps
+
+HEADER = struct.Struct("<QQ")
+"""Before each picture on the standard input: its place and how many bytes follow."""
+
+MODES = {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr"}
+"""Pillow's names of the kinds of pixels that have eight bits or fewer a channel."""
+
+
+class TroubleError(Exception):
+    """What is wrong with a picture, as the end of a sentence that begins with its name."""
+
+
+@dataclass(frozen=True)
+class Form:
+    """What pictures become: uint8, channels x height x width.
+
+    Args:
+        channels: 3 for colours (grey pictures become grey colours), 1 for grey.
+        height, width: in pixels.
+        fit: bring other sizes to this one, the shorter side scaled, the longer cut to its middle; else they are
+            refused.
+        counted: the pixels of the pictures in the first so many places are counted.
+    """
+
+    channels: int
+    height: int
+    width: int
+    fit: bool
+    counted: int
+
+    @property
+    def size(self) -> int:
+        """Bytes in a picture."""
+        return self.channels * self.height * self.width
+
+
+def size_of(content: bytes) -> tuple[int, int]:
+    """Return a picture's height and width, read from its beginning.
+
+    Raises:
+        TroubleError: where it is not a picture.
+    """
+    with _opened(content) as image:
+        return image.height, image.width
+
+
+def decode(content: bytes, form: Form) -> tuple[bytes, list[int]]:
+    """Decode one PNG or JPEG picture.
+
+    Args:
+        content: the file.
+        form: what to make of it.
+
+    Returns:
+        Its pixels, channels first, and for each channel how many pixels have each of the values 0..255.
+
+    Raises:
+        TroubleError: where it is not a whole picture or does not have the right form.
+    """
+    with _opened(content) as image:
+        if image.mode not in MODES:
+            raise TroubleError(f"has pixels of the kind {image.mode}, expected eight bits a channel")
+        size = form.width, form.height
+        if image.size != size and not form.fit:
+            raise TroubleError(f"is {image.width} x {image.height} pixels, expected {form.width} x {form.height}")
+        try:
+            image.draft(None, (2 * form.width, 2 * form.height))  # skips detail that fitting would throw away
+            pixels = image.convert("RGB" if form.channels == 3 else "L")
+        except Exception as error:  # noqa: BLE001 - damaged files make Pillow raise nearly anything
+            raise TroubleError(f"is damaged or cut short: {error}") from error
+    if pixels.size != size:
+        pixels = ImageOps.fit(pixels, size, Image.Resampling.BICUBIC)
+    return b"".join(channel.tobytes() for channel in pixels.split()), pixels.histogram()
+
+
+def work(pictures: Iterable[tuple[int, bytes]], pixels: int, form: Form) -> dict[str, Any]:
+    """Decode pictures into their places.
+
+    Args:
+        pictures: the place and the content of each.
+        pixels: descriptor of the file that has a place of `form.size` bytes for every picture.
+        form: what to make of them.
+
+    Returns:
+        "counts": how many pixels have each value, 256 a channel; or, at the first picture that is not as it should
+        be, its "place" and its "trouble"; or the error number "disk" of a file that cannot be written.
+    """
+    counts = [0] * (256 * form.channels)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow's remarks on odd but readable files
+        for place, content in pictures:
+            try:
+                raw, counted = decode(content, form)
+            except TroubleError as trouble:
+                return {"place": place, "trouble": str(trouble)}
+            try:
+                written = os.pwrite(pixels, raw, place * form.size)
+                if written < len(raw):
+                    os.pwrite(pixels, raw[written:], place * form.size + written)
+            except OSError as error:
+                return {"disk": error.errno}
+            if place < form.counted:
+                counts = [sum(pair) for pair in zip(counts, counted, strict=True)]
+    return {"counts": counts}
+
+
+def command(pixels: int, form: Form) -> list[str]:
+    """Return the command line of a process that does `work` on what `send` sends to its standard input."""
+    return [sys.executable, "-P", __file__, str(pixels), json.dumps(asdict(form))]
+
+
+def send(file: BinaryIO, place: int, content: bytes) -> None:
+    """Send one picture to a process."""
+    file.write(HEADER.pack(place, len(content)) + content)
+
+
+def receive(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
+    """Yield what was sent, to the end."""
+    while header := file.read(HEADER.size):
+        place, length = HEADER.unpack(header)
+        yield place, file.read(length)
+
+
+def _opened(content: bytes) -> Image.Image:
+    try:
+        return Image.open(io.BytesIO(content), formats=("JPEG", "PNG"))
+    except Image.UnidentifiedImageError as error:
+        raise TroubleError("is not a PNG or JPEG picture" if content else "is empty") from error
+    except Exception as error:  # noqa: BLE001 - damaged files make Pillow raise nearly anything
+        raise TroubleError(f"is damaged or cut short: {error}") from error
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the end of the standard input ends this process
+    print(json.dumps(work(receive(sys.stdin.buffer), int(sys.argv[1]), Form(**json.loads(sys.argv[2])))))

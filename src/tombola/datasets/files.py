@@ -1,0 +1,104 @@
+"""Where the files of data sets are looked for, and how missing ones are downloaded."""
+
+from __future__ import annotations
+
+import http.client
+import queue
+import threading
+import urllib.error
+import urllib.request
+from collections.abc import Iterable
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from tombola.datasets.progress import Bar
+from tombola.errors import UserError
+
+SECONDS_TO_ANSWER = 6.0
+"""A server that has not answered by then is taken as out of reach."""
+
+
+def cache_folder() -> Path:
+    """Return the user's cache folder of this program; nothing is created."""
+    import pooch  # type: ignore[import-untyped]
+
+    return Path(pooch.os_cache("tombola"))
+
+
+def folders(directory: Path | None, *names: str) -> list[Path]:
+    """Return the folders in which a data set's files are looked for, the first choice first.
+
+    Args:
+        directory: the data directory; None means `data/` in the current folder, then the user's cache folder.
+        names: the subfolders that the data set may have there; the directory itself comes after them.
+
+    >>> [folder.as_posix() for folder in folders(Path("data"), "mnist")]
+    ['data/mnist', 'data']
+    """
+    roots = [Path("data"), cache_folder()] if directory is None else [directory]
+    return [root / name for root in roots for name in (*names, "")]
+
+
+def download_folder(directory: Path | None, name: str) -> Path:
+    """Return the folder into which the files of the data set `name` are downloaded."""
+    return (cache_folder() if directory is None else directory) / name
+
+
+def download(url: str, sha256: str, folder: Path) -> Path:
+    """Download one file into `folder`, whole and with the right checksum or not at all.
+
+    Raises:
+        UserError: where there is no network, the server answers otherwise, the checksum is another or the folder
+            cannot be written: a clause that says which.
+    """
+    import pooch  # type: ignore[import-untyped]
+
+    reason = _out_of_reach(url)
+    if reason:
+        raise UserError(f"{url} is out of reach ({reason})")
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    name = url.rpartition("/")[2]
+    try:
+        with Bar(name, of_bytes=True) as bar:
+            fetch = pooch.HTTPDownloader(progressbar=bar, timeout=SECONDS_TO_ANSWER, chunk_size=1 << 16)
+            return Path(pooch.retrieve(url, f"sha256:{sha256}", fname=name, path=folder, downloader=fetch))
+    except (OSError, ValueError) as error:
+        for path in made:
+            if path.is_dir() and not any(path.iterdir()):
+                path.rmdir()
+        raise UserError(f"{url} could not be downloaded into {folder} ({_brief(error)})") from error
+
+
+def missing(name: str, looked: Iterable[Path], reason: UserError, files: Iterable[str], into: Path) -> UserError:
+    """Return the error of a user whose data set is neither here nor can be had: which files to put where."""
+    places = " or ".join(str(folder) for folder in looked)
+    return UserError(f"data set {name!r} is not whole in {places}, and {reason}: put {', '.join(files)} into {into}")
+
+
+def _out_of_reach(url: str) -> str:
+    """Return why `url` cannot be reached, '' where its server answers; never takes longer than SECONDS_TO_ANSWER.
+
+    The question is asked in a thread of its own, as nothing bounds the time that looking up a name may take.
+    """
+    answers: queue.SimpleQueue[str] = queue.SimpleQueue()
+
+    def ask() -> None:
+        try:
+            with urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=SECONDS_TO_ANSWER):
+                answers.put("")
+        except urllib.error.HTTPError:
+            answers.put("")  # an answer all the same; the download itself tells what is wrong
+        except (OSError, ValueError, http.client.HTTPException) as error:
+            answers.put(_brief(error))
+
+    threading.Thread(target=ask, daemon=True).start()
+    try:
+        return answers.get(timeout=SECONDS_TO_ANSWER)
+    except queue.Empty:
+        return f"{urlsplit(url).hostname} did not answer within {SECONDS_TO_ANSWER:g} seconds"
+
+
+def _brief(error: Exception) -> str:
+    """Return the first line of what an error says."""
+    reason = error.reason if isinstance(error, urllib.error.URLError) else error
+    return (str(reason).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,194 @@
+"""A tree of files to read from: a folder, or a .tar, .tar.gz, .tar.xz or .zip archive that is read like one.
+
+Nothing is ever unpacked to disk, and an archive with links or with names that lead out of it is refused all the same.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import lzma
+import os
+import re
+import stat
+import tarfile
+import zipfile
+import zlib
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from tombola.errors import UserError
+
+DEEPEST = 6
+"""Folders below folders that are looked into; an end for links that lead back up."""
+
+_DAMAGED = (OSError, EOFError, tarfile.TarError, zipfile.BadZipFile, lzma.LZMAError, zlib.error, RuntimeError)
+"""What reading a damaged or locked archive may raise."""
+
+
+@dataclass(frozen=True)
+class Tree:
+    """What a folder or an archive holds.
+
+    Args:
+        path: the folder or the archive.
+        top: the one folder of an archive in which everything lies, with a slash; '' where there is none.
+        names: what lies in it, sorted, with slashes between the parts; the names of folders end with a slash. Hidden
+            files are left out.
+    """
+
+    path: Path
+    top: str
+    names: tuple[str, ...]
+
+    def read(self, files: Collection[str]) -> Iterator[tuple[str, Path | bytes]]:
+        """Yield each of `files` once, as the path in a folder or the bytes in an archive, in the fastest order.
+
+        Raises:
+            UserError: where the archive is damaged.
+        """
+        if self.path.is_dir():
+            yield from ((name, self.path / name) for name in files)
+            return
+        members = {self.top + name: name for name in files}
+        read = _read_zip if _is_zip(self.path) else _read_tar
+        try:
+            for member, content in read(self.path, members):
+                yield members[member], content
+        except _DAMAGED as error:
+            raise _damaged(self.path, error) from error
+
+
+def open_tree(path: Path, entries: Collection[str]) -> Tree:
+    """List what a folder or an archive holds.
+
+    Args:
+        path: the folder or the archive.
+        entries: the files and folders of interest in it; the others are left out.
+
+    Raises:
+        UserError: for a path that is neither, and an archive that is damaged, holds links or leads out of itself.
+    """
+    if path.is_dir():
+        return Tree(path, "", tuple(sorted(name for name, _ in _walk(path, entries))))
+    try:
+        listed = [_checked(path, name) for name in (_list_zip if _is_zip(path) else _list_tar)(path)]
+    except _DAMAGED as error:
+        raise _damaged(path, error) from error
+    names = sorted(name for name in set(listed) if not _hidden(name))
+    if len(set(listed)) < len(listed):
+        twice = next(name for name in sorted(listed) if listed.count(name) > 1)
+        if not twice.endswith("/"):
+            raise UserError(f"{path}: this archive holds {twice!r} twice")
+    tops = {name.partition("/")[0] for name in names}
+    top = f"{tops.pop()}/" if len(tops) == 1 and not tops & set(entries) else ""
+    inside = [name.removeprefix(top) for name in names]
+    return Tree(path, top, tuple(name for name in inside if name.partition("/")[0] in entries))
+
+
+def stamp(path: Path, entries: Collection[str]) -> str:
+    """Return a hash that changes whenever anything in a folder or an archive does.
+
+    It is made of each file's name, size and times. One of these is the time at which the file system last changed
+    anything about the file, so that a file replaced by another of equal size and date is noticed too.
+    """
+    found = _walk(path, entries) if path.is_dir() else [("", path.stat())]
+    lines = sorted(
+        f"{name}\0{status.st_size}\0{status.st_mtime_ns}\0{status.st_ctime_ns}" if status else name
+        for name, status in found
+    )
+    return hashlib.sha256("\n".join(lines).encode(errors="surrogateescape")).hexdigest()
+
+
+def _walk(root: Path, entries: Collection[str]) -> Iterator[tuple[str, os.stat_result | None]]:
+    """Yield the name and status of each file below the entries of a folder; None for the status of a folder."""
+
+    def below(folder: Path, prefix: str, depth: int) -> Iterator[tuple[str, os.stat_result | None]]:
+        with os.scandir(folder) as children:
+            for child in children:
+                if _hidden(child.name) or (depth == 0 and child.name not in entries):
+                    continue
+                name = prefix + child.name
+                if not child.is_dir():
+                    yield name, child.stat()
+                elif depth < DEEPEST:
+                    yield f"{name}/", None
+                    yield from below(Path(child.path), f"{name}/", depth + 1)
+
+    try:
+        yield from below(root, "", 0)
+    except OSError as error:
+        raise UserError(f"{error.filename or root}: cannot be read: {error.strerror}") from error
+
+
+def _list_zip(path: Path) -> Iterator[str]:
+    with zipfile.ZipFile(path) as archive:
+        for info in archive.infolist():
+            kind = stat.S_IFMT(info.external_attr >> 16)
+            if kind not in (0, stat.S_IFREG, stat.S_IFDIR):
+                raise _link(path, info.filename)
+            yield info.filename
+
+
+def _read_zip(path: Path, members: Collection[str]) -> Iterator[tuple[str, bytes]]:
+    with zipfile.ZipFile(path) as archive:
+        for info in sorted(archive.infolist(), key=lambda info: info.header_offset):
+            name = _normal(info.filename)
+            if name in members:
+                yield name, archive.read(info)
+
+
+def _list_tar(path: Path) -> Iterator[str]:
+    with tarfile.open(path) as archive:
+        for info in archive:
+            if not info.isdir() and not info.isreg() or info.issparse():
+                raise _link(path, info.name)
+            yield f"{info.name}/" if info.isdir() else info.name
+        file = archive.fileobj
+        assert file is not None
+        file.seek(archive.offset)
+        if file.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:
+            raise EOFError("it ends before its end marker")
+        while file.read(1 << 20):  # to the very end, where compressed files keep their checksums
+            pass
+
+
+def _read_tar(path: Path, members: Collection[str]) -> Iterator[tuple[str, bytes]]:
+    with tarfile.open(path) as archive:
+        for info in archive:
+            name = _normal(info.name)
+            file = archive.extractfile(info) if info.isreg() and name in members else None
+            if file:
+                yield name, file.read()
+
+
+def _is_zip(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(2) == b"PK"
+
+
+def _normal(name: str) -> str:
+    """Return a member's name without './' and doubled slashes; a folder's still ends with a slash."""
+    return str(PurePosixPath(name)) + "/" * name.endswith("/")
+
+
+def _checked(path: Path, name: str) -> str:
+    """Return a member's name, which must not lead out of the archive."""
+    if name.startswith(("/", "\\")) or re.match("[A-Za-z]:", name) or ".." in re.split(r"[/\\]", name):
+        raise UserError(f"{path}: this archive is refused, the name {name!r} in it leads out of it")
+    return _normal(name)
+
+
+def _hidden(name: str) -> bool:
+    """Tell whether a name, or a folder in it, is one that file managers add and hide."""
+    return any(part.startswith(".") or part in ("__MACOSX", "Thumbs.db") for part in name.split("/"))
+
+
+def _link(path: Path, name: str) -> UserError:
+    return UserError(f"{path}: this archive is refused, {name!r} in it is a link or a special file, not a plain file")
+
+
+def _damaged(path: Path, error: Exception) -> UserError:
+    if isinstance(error, tarfile.ReadError):
+        return UserError(f"{path}: neither a folder nor a whole .tar, .tar.gz, .tar.xz or .zip archive: {error}")
+    return UserError(f"{path}: this archive is damaged or cut short: {error}")

@@ -1,0 +1,92 @@
+"""A job: one training as a worker is handed it, and what the worker hands back; both are bytes and plain data."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+import numpy as np
+import safetensors.torch
+import torch
+
+from tombola.machine import machine
+from tombola.mask import Mask
+from tombola.planning import Training
+from tombola.problem import Problem
+from tombola.recipe import Recipe
+from tombola.training import Checkpoint, History, Trained, Watch, train
+from tombola.weights import Weights
+
+
+@dataclass(frozen=True)
+class Job:
+    """A training's arguments, but for the problem, which each worker loads for itself."""
+
+    key: str
+    initial: bytes
+    shapes: Mapping[str, tuple[int, ...]]
+    bits: Mapping[str, bytes]
+    recipe: Mapping[str, Any]
+    seed: int
+    begin: int
+    end: int
+
+    @classmethod
+    def of(cls, training: Training, recipe: Recipe) -> Job:
+        """Return the job that does a training."""
+        return cls(
+            training.key,
+            safetensors.torch.save({name: t.contiguous() for name, t in training.initial.state.items()}),
+            training.mask.shapes,
+            {name: bits.tobytes() for name, bits in training.mask.bits.items()},
+            recipe.model_dump(),
+            training.seed,
+            training.begin,
+            training.end,
+        )
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a job led to: the final state as safetensors, the history, and the record of how it ran."""
+
+    key: str
+    state: bytes
+    history: Mapping[str, Any]
+    record: Mapping[str, Any]
+
+    @property
+    def trained(self) -> Trained:
+        """The training's result."""
+        return Trained(Weights.of(safetensors.torch.load(self.state)), History.from_json(dict(self.history)))
+
+
+def perform(job: Job, problem: Problem, resume: Checkpoint | None, watch: Watch) -> Outcome:
+    """Do a job."""
+    started = time.perf_counter()
+    mask = Mask(job.shapes, {name: np.frombuffer(bits, np.uint8) for name, bits in job.bits.items()})
+    trained = train(
+        problem.build(),
+        safetensors.torch.load(job.initial),
+        mask,
+        problem.data,
+        Recipe.model_validate(job.recipe),
+        job.seed,
+        begin=job.begin,
+        end=job.end,
+        loss=problem.loss,
+        resume=resume,
+        watch=watch,
+    )
+    seconds = time.perf_counter() - started
+    record = {
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        "seconds": round(seconds, 3),
+        "iterations": job.end - (resume.iteration if resume else job.begin),
+        "threads": torch.get_num_threads(),
+        "machine": machine(),
+    }
+    return Outcome(job.key, safetensors.torch.save(trained.weights.state), trained.history.to_json(), record)

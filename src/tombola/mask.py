@@ -1,0 +1,339 @@
+"""Masks: which connections are alive, one bit each; and the pruning of one round."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from tombola.errors import UserError, did_you_mean
+from tombola.importance import Importance, Seeded
+from tombola.streams import generator
+
+Bits = npt.NDArray[np.uint8]
+
+
+def prunable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the weights that may be pruned: those of every linear and convolution layer, by parameter name.
+
+    A weight that several layers share is named once.
+
+    >>> list(prunable(nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))))
+    ['0.weight', '2.weight']
+    """
+    layers = (nn.Linear, nn.modules.conv._ConvNd)
+    weights = {id(m.weight) for m in model.modules() if isinstance(m, layers)}
+    return {name: parameter for name, parameter in model.named_parameters() if id(parameter) in weights}
+
+
+class Mask(Mapping[str, Tensor]):
+    """Which connections of each layer are alive: an immutable mapping from parameter names to bool tensors.
+
+    Held as one bit a connection. `mask[name]` gives a layer as a bool tensor of its weight's shape, True where alive.
+    Masks of the same layers combine with `&`, `|` and `^` and compare with `==`.
+
+    >>> a = Mask.from_tensors({"w": torch.tensor([[True, False], [True, True]])})
+    >>> b = Mask.from_tensors({"w": torch.tensor([[True, True], [False, True]])})
+    >>> (a & b)["w"]
+    tensor([[ True, False],
+            [False,  True]])
+    >>> (a | b).density, (a ^ b).counts
+    (1.0, {'w': 2})
+    """
+
+    __slots__ = ("_bits", "_hash", "shapes")
+
+    shapes: dict[str, tuple[int, ...]]
+
+    def __init__(self, shapes: Mapping[str, tuple[int, ...]], bits: Mapping[str, Bits]) -> None:
+        """Take the layers' shapes and bits as `numpy.packbits(..., bitorder="little")` gives them (see `bits`).
+
+        Raises:
+            UserError: where a layer's bits do not fit its shape.
+        """
+        self.shapes = dict(shapes)
+        self._bits: dict[str, Bits] = {}
+        self._hash: str | None = None
+        for name, shape in self.shapes.items():
+            packed = np.array(bits[name], dtype=np.uint8)
+            size = math.prod(shape)
+            spare = -size % 8
+            if packed.shape != ((size + 7) // 8,) or (spare and packed[-1] >> (8 - spare)):
+                raise UserError(f"mask of layer {name!r}: its bits do not fit the shape {shape}")
+            packed.flags.writeable = False
+            self._bits[name] = packed
+
+    @classmethod
+    def ones_like(cls, model: nn.Module, exclude: Collection[str] = ()) -> Mask:
+        """Return the mask of the dense network: every prunable weight of `model` alive (see `prunable`).
+
+        Args:
+            model: any module.
+            exclude: layers that are never pruned, by layer or parameter name (`"fc"` or `"fc.weight"`).
+
+        Raises:
+            UserError: where a name in `exclude` is no prunable layer, or nothing prunable is left.
+        """
+        weights = prunable(model)
+        left_out = _excluded(weights, exclude)
+        shapes = {name: tuple(w.shape) for name, w in weights.items() if name not in left_out}
+        if not shapes:
+            raise UserError(f"{type(model).__name__} has no linear or convolution weight to prune")
+        return cls.from_tensors({name: torch.ones(shape, dtype=torch.bool) for name, shape in shapes.items()})
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Mask:
+        """Return the mask whose layers are these bool tensors, True where alive.
+
+        Raises:
+            UserError: where a tensor is not bool.
+        """
+        for name, tensor in tensors.items():
+            if tensor.dtype != torch.bool:
+                raise UserError(f"mask of layer {name!r}: expected a bool tensor, got {tensor.dtype}")
+        return cls(
+            {name: tuple(tensor.shape) for name, tensor in tensors.items()},
+            {name: _pack(tensor) for name, tensor in tensors.items()},
+        )
+
+    def __getitem__(self, name: str) -> Tensor:
+        shape = self.shapes[name]
+        bits = np.unpackbits(self._bits[name], count=math.prod(shape), bitorder="little")
+        return torch.from_numpy(bits.view(np.bool_)).reshape(shape)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.shapes)
+
+    def __len__(self) -> int:
+        return len(self.shapes)
+
+    @property
+    def bits(self) -> dict[str, Bits]:
+        """Each layer's connections in flat order, eight a byte, the first in the lowest bit; spare bits are 0."""
+        return dict(self._bits)
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Each layer's number of connections."""
+        return {name: math.prod(shape) for name, shape in self.shapes.items()}
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Each layer's number of connections that are alive."""
+        return {name: int(np.bitwise_count(bits).sum(dtype=np.int64)) for name, bits in self._bits.items()}
+
+    @property
+    def total(self) -> int:
+        """The number of connections."""
+        return sum(self.sizes.values())
+
+    @property
+    def alive(self) -> int:
+        """The number of connections that are alive."""
+        return sum(self.counts.values())
+
+    @property
+    def density(self) -> float:
+        """Alive / total, in 0..1."""
+        return self.alive / self.total
+
+    @property
+    def collapsed(self) -> tuple[str, ...]:
+        """The layers with no connection alive."""
+        return tuple(name for name, count in self.counts.items() if count == 0)
+
+    @property
+    def hash(self) -> str:
+        """SHA-256 over the layers' names, shapes and bits, as 64 hexadecimal digits."""
+        if self._hash is None:
+            digest = hashlib.sha256(json.dumps(list(self.shapes.items())).encode())
+            for bits in self._bits.values():
+                digest.update(bits.tobytes())
+            self._hash = digest.hexdigest()
+        return self._hash
+
+    def __and__(self, other: Mask) -> Mask:
+        return self._combined(other, np.bitwise_and)
+
+    def __or__(self, other: Mask) -> Mask:
+        return self._combined(other, np.bitwise_or)
+
+    def __xor__(self, other: Mask) -> Mask:
+        return self._combined(other, np.bitwise_xor)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Mask) and self.hash == other.hash
+
+    def __hash__(self) -> int:
+        return int(self.hash[:15], 16)
+
+    def __repr__(self) -> str:
+        return f"<Mask of {len(self)} layers: {self.alive} of {self.total} connections alive>"
+
+    def _combined(self, other: Mask, operation: Callable[[Bits, Bits], Bits]) -> Mask:
+        if not isinstance(other, Mask):
+            return NotImplemented
+        if self.shapes != other.shapes:
+            differing = sorted(name for name, _ in set(self.shapes.items()) ^ set(other.shapes.items()))
+            raise UserError(f"masks of different networks cannot be combined: they differ in {', '.join(differing)}")
+        return Mask(self.shapes, {name: operation(self._bits[name], other._bits[name]) for name in self})
+
+
+def prune(
+    weights: Mapping[str, Tensor],
+    mask: Mask,
+    importance: Importance,
+    fraction: float,
+    *,
+    exclude: Collection[str] = (),
+    seed: int = 0,
+) -> Mask:
+    """Return `mask` without the connections of the lowest importance: step 3b and 3c of the paper's Algorithm 2.
+
+    Each layer's importances are computed, in float64, from the absolute values of its surviving weights; then exactly
+    round(fraction x alive) connections are removed, those with the lowest importance over all layers. Ties go first
+    to the earlier layer, then to the lower flat index.
+
+    Args:
+        weights: parameter name -> weights; must have every layer of the mask, and may have more.
+        mask: the connections that are alive.
+        importance: see `tombola.importance`.
+        fraction: of the connections that are alive, in (0, 1).
+        exclude: layers to leave alone in this round, by layer or parameter name.
+        seed: of the random stream that a `Seeded` importance draws from.
+
+    Raises:
+        UserError: naming the layer, where weights are missing, of another shape, NaN or infinite, or where the
+            importance raises, returns another length or NaN; where `fraction` is out of range.
+
+    >>> mask = Mask.from_tensors({"w": torch.ones(5, dtype=torch.bool)})
+    >>> prune({"w": torch.tensor([0.5, -0.1, 0.3, -0.9, 0.2])}, mask, lambda w: w, 0.4)["w"]
+    tensor([ True, False,  True,  True, False])
+    """
+    if not 0 < fraction < 1:
+        raise UserError(f"fraction must lie between 0 and 1, both excluded, got {fraction}")
+    left_out = _excluded(mask, exclude)
+    names = [name for name in mask if name not in left_out]
+    with _one_thread(), torch.no_grad():
+        scores = {name: _scores(name, weights, mask, importance, seed) for name in names}
+        count = round(fraction * sum(len(s) for s in scores.values()))
+        if count == 0:
+            return mask
+        threshold = _kth_smallest([s.numpy() for s in scores.values()], count)
+        ties_to_remove = count - sum(int(torch.count_nonzero(s < threshold)) for s in scores.values())
+        bits = mask.bits
+        for name in names:
+            layer = scores.pop(name)
+            removed = layer < threshold
+            if ties_to_remove:
+                ties = (layer == threshold).nonzero().flatten()[:ties_to_remove]
+                removed[ties] = True
+                ties_to_remove -= len(ties)
+            alive = mask[name]
+            bits[name] = _pack(alive.masked_scatter(alive, ~removed))
+    return Mask(mask.shapes, bits)
+
+
+def _scores(name: str, weights: Mapping[str, Tensor], mask: Mask, importance: Importance, seed: int) -> Tensor:
+    """Return the importances, float64 of shape (survivors,), of one layer's surviving weights in flat order."""
+    if name not in weights:
+        raise UserError(f"no weights for layer {name!r} of the mask; {did_you_mean(name, weights)}")
+    weight = weights[name].detach().cpu()
+    if tuple(weight.shape) != mask.shapes[name]:
+        raise UserError(f"layer {name!r}: the weights have shape {tuple(weight.shape)}, the mask {mask.shapes[name]}")
+    alive = mask[name]
+    survivors = weight.flatten() if alive.all() else weight[alive]
+    survivors = torch.empty(len(survivors), dtype=torch.float64).copy_(survivors).abs_()
+    length = len(survivors)
+    if length and not survivors.max().isfinite():
+        raise UserError(f"layer {name!r}: its weights are not all finite (NaN or infinite), so they cannot be compared")
+    label = f"importance {getattr(importance, '__name__', type(importance).__name__)!r}, layer {name!r}"
+    try:
+        if isinstance(importance, Seeded):
+            scores = importance.function(survivors, generator(seed, "importance", name))
+        else:
+            scores = importance(survivors)
+    except Exception as error:
+        raise UserError(f"{label}: it raised {type(error).__name__}: {error}") from error
+    if not isinstance(scores, Tensor) or tuple(scores.shape) != (length,):
+        got = f"shape {tuple(scores.shape)}" if isinstance(scores, Tensor) else type(scores).__name__
+        raise UserError(f"{label}: expected a tensor of shape ({length},), one number a survivor, got {got}")
+    scores = scores.detach().to("cpu", torch.float64).contiguous()
+    if scores.isnan().any():
+        raise UserError(f"{label}: it returned NaN")
+    return scores
+
+
+_GATHERED = 1 << 22  # candidates that are few enough to be copied and partitioned: 32 MiB
+_BLOCK = 1 << 18  # numbers looked at in one go: their keys stay in the cache
+
+
+def _kth_smallest(parts: list[npt.NDArray[np.float64]], k: int) -> float:
+    """Return the k-th smallest (from 1) of all the numbers, which must not be NaN.
+
+    Radix selection: a float64 has the order of its bits read as an integer (those of negative numbers turned round),
+    so a histogram of the upper 16 bits says which numbers can be the k-th; of these, the next 16 bits; and so on until
+    the candidates are few. It takes two or three passes and no copy, where sorting would take many and one or two.
+    """
+    prefix = 0
+    for shift in (48, 32, 16, 0):
+        histogram = np.zeros(1 << 16, dtype=np.int64)
+        for keys in _keys(parts):
+            if shift < 48:
+                keys = keys[keys >> (shift + 16) == prefix]
+            digits = (keys >> shift) + (1 << 15) if shift == 48 else (keys >> shift) & 0xFFFF
+            histogram += np.bincount(digits, minlength=1 << 16)
+        up_to = histogram.cumsum()
+        digit = int(np.searchsorted(up_to, k))
+        k -= int(up_to[digit] - histogram[digit])
+        prefix = digit - (1 << 15) if shift == 48 else prefix << 16 | digit
+        if histogram[digit] <= _GATHERED:
+            break
+    candidates = np.concatenate([keys[keys >> shift == prefix] for keys in _keys(parts)]) if shift else None
+    key = np.int64(prefix) if candidates is None else np.partition(candidates, k - 1)[k - 1]
+    return float(_turned(np.array([key])).view(np.float64)[0])
+
+
+def _keys(parts: list[npt.NDArray[np.float64]]) -> Iterator[npt.NDArray[np.int64]]:
+    """Yield the numbers, block by block, as integers of the same order."""
+    for part in parts:
+        for start in range(0, len(part), _BLOCK):
+            yield _turned(part[start : start + _BLOCK].view(np.int64))
+
+
+def _turned(bits: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Turn round the lower 63 bits where the sign is set. Doing it twice gives back what was."""
+    return bits ^ ((bits >> 63) & np.int64(0x7FFF_FFFF_FFFF_FFFF))
+
+
+def _pack(alive: Tensor) -> Bits:
+    return np.packbits(alive.detach().cpu().flatten().numpy(), bitorder="little")
+
+
+def _excluded(names: Collection[str], exclude: Collection[str]) -> set[str]:
+    """Return the parameter names that `exclude` means, each given as such or as its layer's name."""
+    by_layer = {name.removesuffix(".weight"): name for name in names}
+    chosen = set()
+    for name in exclude:
+        if name not in names and name not in by_layer:
+            raise UserError(f"exclude: {name!r} is no prunable layer; {did_you_mean(name, list(by_layer))}")
+        chosen.add(name if name in names else by_layer[name])
+    return chosen
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Let torch use one thread: a sum's order, and so its last bit, would depend on how many there are."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

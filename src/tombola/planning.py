@@ -1,0 +1,219 @@
+"""Planning: which trainings a study needs, and which of them are done.
+
+A study is one chain of tickets for each importance and seed. A chain is the paper's Algorithm 2 with a `train` that
+looks results up; where one is not there yet, that training is what the chain waits for. Trainings are named by their
+arguments, so chains that need the same training wait for the same name, and it is done once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+from tombola.importance import IMPORTANCES
+from tombola.mask import Mask
+from tombola.problem import Problem, resolve_importance
+from tombola.rewinding import check_levels, lottery_ticket_rewinding, prune_round
+from tombola.store import Store, name_of
+from tombola.study import Study
+from tombola.ticket import Ticket
+from tombola.training import Trained, initial_state
+from tombola.weights import Weights
+
+SCHEME = 1
+"""Version of how trainings are named and done: to be raised where `train` comes to give other bits."""
+
+PRUNING = 1
+"""Version of `prune` and the built-in importances: to be raised where they come to give other masks."""
+
+
+THREADS = 1
+"""Threads of a training: a part of its name, since they decide the order of sums."""
+
+
+@dataclass(frozen=True)
+class Training:
+    """One training: its name and its arguments.
+
+    Args:
+        key: SHA-256 of the identity.
+        identity: all that decides the bits of its result, as JSON's types.
+        initial: the weights it starts from.
+        mask: the connections that are alive.
+        seed: of data order and every other random choice.
+        begin, end: its iterations.
+    """
+
+    key: str
+    identity: dict[str, Any]
+    initial: Weights
+    mask: Mask
+    seed: int
+    begin: int
+    end: int
+
+
+class MissingError(Exception):
+    """A training that a chain needs and the store does not have."""
+
+    def __init__(self, training: Training) -> None:
+        super().__init__(training.key)
+        self.training = training
+
+
+@dataclass(frozen=True, order=True)
+class Chain:
+    """The tickets of one seed by one importance."""
+
+    seed: int
+    importance: str
+
+    def __str__(self) -> str:
+        return f"{self.importance}, seed {self.seed}"
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a chain is.
+
+    Args:
+        tickets: those whose trainings are done, from level 0 on.
+        waits_for: the training to be done next; None where the chain is at its end.
+        remaining: trainings it still needs.
+        shared: the first of these that every chain of the seed needs, or that this one waits for.
+    """
+
+    tickets: tuple[Ticket, ...]
+    waits_for: Training | None = None
+    remaining: int = 0
+    shared: int = 0
+
+
+class Planner:
+    """Names a study's trainings and follows its chains through a store.
+
+    Args:
+        study: what to run.
+        problem: the study's task, loaded.
+        store: where results lie.
+
+    Raises:
+        UserError: where importances, layers to exclude or levels are not possible.
+    """
+
+    def __init__(self, study: Study, problem: Problem, store: Store) -> None:
+        self.study = study
+        self.problem = problem
+        self.store = store
+        self.end = study.recipe.total_iterations(len(problem.data.train_inputs))
+        self._initial: dict[int, Weights] = {}
+        self._importances = {name: resolve_importance(name) for name in study.importances}
+        self._derived: dict[str, Mask] = {}
+        self.dense = Mask.ones_like(problem.build(), study.exclude)
+        check_levels(self.dense.total, study.fraction, study.levels)
+        for name in study.importances:  # whether each works, before anything is trained
+            self._pruned(self.initial(study.seeds[0]), self.dense, 0, Chain(study.seeds[0], name))
+
+    @property
+    def chains(self) -> list[Chain]:
+        """The study's chains."""
+        return [Chain(seed, importance) for seed in self.study.seeds for importance in self.study.importances]
+
+    def initial(self, seed: int) -> Weights:
+        """The initial weights of a seed."""
+        if seed not in self._initial:
+            self._initial[seed] = Weights.of(initial_state(self.problem.build, seed))
+        return self._initial[seed]
+
+    def tickets(self, chain: Chain) -> Iterator[Ticket]:
+        """Yield the tickets of a chain, level by level, as far as the store has them.
+
+        Raises:
+            Missing: where the store does not have the training that comes next.
+            DamagedResultError: where the store's result is damaged.
+        """
+        about = {"study": self.study.model_dump(mode="json"), "importance": chain.importance, "seed": chain.seed}
+        found = lottery_ticket_rewinding(
+            partial(self._looked_up, chain.seed),
+            partial(self._pruned, chain=chain),
+            self.initial(chain.seed),
+            self.dense,
+            rewind=self.study.recipe.rewind,
+            end=self.end,
+            levels=self.study.levels,
+        )
+        for ticket in found:
+            yield replace(ticket, provenance=about)
+
+    def keys(self, chain: Chain) -> list[str]:
+        """Return the names of the trainings of a chain that the store has, the rewind point's first."""
+        tickets = self.progress(chain).tickets
+        initial, rewind = self.initial(chain.seed), self.study.recipe.rewind
+        found = [self._training(chain.seed, t.rewind, t.mask, rewind, self.end).key for t in tickets]
+        if rewind and (point := self._training(chain.seed, initial, self.dense, 0, rewind).key) in self.store:
+            found.insert(0, point)
+        return found
+
+    def progress(self, chain: Chain) -> Progress:
+        """Return how far a chain is.
+
+        Raises:
+            DamagedResultError: where a stored result is damaged.
+        """
+        tickets: list[Ticket] = []
+        try:
+            tickets.extend(self.tickets(chain))
+        except MissingError as missing:
+            shared = 2 if missing.training.end < self.end else 1  # level 0 comes after the rewind point
+            to_come = self.study.levels - len(tickets) + shared
+            return Progress(tuple(tickets), missing.training, to_come, shared)
+        return Progress(tuple(tickets))
+
+    def _looked_up(self, seed: int, initial: Weights, mask: Mask, begin: int, end: int) -> Trained:
+        training = self._training(seed, initial, mask, begin, end)
+        trained = self.store.get(training.key)
+        if trained is None:
+            raise MissingError(training)
+        return trained
+
+    def _training(self, seed: int, initial: Weights, mask: Mask, begin: int, end: int) -> Training:
+        identity = {
+            "scheme": SCHEME,
+            **self.problem.identity,
+            "recipe": self.study.recipe.model_dump(mode="json"),
+            "seed": seed,
+            "initial": initial.hash,
+            "mask": mask.hash,
+            "begin": begin,
+            "end": end,
+            "threads": THREADS,
+        }
+        return Training(name_of(identity), identity, initial, mask, seed, begin, end)
+
+    def _pruned(self, weights: Weights, mask: Mask, level: int, chain: Chain) -> Mask:
+        """Prune as `prune_round` does, or recall what that gave.
+
+        By a built-in importance it is remembered in the store. A user's own may have been edited since, so what it
+        gave is remembered no longer than this planner is.
+        """
+        study = self.study
+        name = name_of([PRUNING, weights.hash, mask.hash, chain.importance, study.fraction, chain.seed, level])
+        built_in = chain.importance in IMPORTANCES
+        remembered = self.store.mask(name) if built_in else self._derived.get(name)
+        if remembered is not None:
+            return remembered
+        pruned = prune_round(
+            weights,
+            mask,
+            level,
+            importance=self._importances[chain.importance],
+            fraction=study.fraction,
+            seed=chain.seed,
+        )
+        if built_in:
+            self.store.put_mask(name, pruned)
+        else:
+            self._derived[name] = pruned
+        return pruned

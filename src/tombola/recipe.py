@@ -1,0 +1,91 @@
+"""Recipe: how a network is trained, as plain data."""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Count = Annotated[int, Field(ge=0)]
+Positive = Annotated[int, Field(ge=1)]
+
+
+class Augmentation(BaseModel):
+    """Random changes of training images, decided by (seed, epoch, example) alone.
+
+    >>> Augmentation(flip=True, crop=4).crop
+    4
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    flip: bool = Field(default=False, description="turn half of the images left to right")
+    crop: Count = Field(default=0, description="pad images by this many zero pixels, crop them at random")
+
+
+class Recipe(BaseModel):
+    """How a network is trained: optimizer, schedule, length, and the rewind point.
+
+    The learning rate at iteration t is lr x warm-up x schedule, where the warm-up rises linearly over its iterations
+    ((t + 1) / warmup, at most 1), and the schedule is 1 (constant), gamma^(milestones reached) or
+    (1 + cos(pi t / T)) / 2 (cosine, T the number of iterations).
+
+    >>> Recipe(epochs=2, batch_size=100).total_iterations(examples=250)
+    6
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+    optimizer: Literal["sgd", "momentum", "nesterov", "adam", "adamw"] = Field(
+        default="sgd", description="plain SGD, SGD with (Nesterov's) momentum, Adam, or AdamW"
+    )
+    lr: Annotated[float, Field(gt=0)] = Field(default=0.1, description="learning rate")
+    momentum: Annotated[float, Field(ge=0, lt=1)] = Field(
+        default=0.9, description="momentum, where the optimizer is momentum or nesterov"
+    )
+    weight_decay: Annotated[float, Field(ge=0)] = Field(default=0.0, description="weight decay of every parameter")
+    schedule: Literal["constant", "milestones", "cosine"] = Field(
+        default="constant", description="how the learning rate goes on"
+    )
+    milestones: tuple[Positive, ...] = Field(
+        default=(), description="epochs at which the learning rate is multiplied by gamma"
+    )
+    gamma: Annotated[float, Field(gt=0)] = Field(default=0.1, description="factor at each milestone")
+    warmup: Count = Field(default=0, description="iterations over which the learning rate rises from 0")
+    batch_size: Positive = Field(default=128, description="examples an iteration")
+    epochs: Positive | None = Field(default=None, description="length in epochs (or give iterations)")
+    iterations: Positive | None = Field(default=None, description="length in iterations (or give epochs)")
+    rewind: Count = Field(default=0, description="the iteration to whose weights tickets are rewound")
+    augmentation: Augmentation = Field(default=Augmentation(), description="random changes of training images")
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Recipe:
+        if (self.epochs is None) == (self.iterations is None):
+            raise ValueError("give either epochs or iterations, one of the two")
+        if (self.schedule == "milestones") != bool(self.milestones):
+            raise ValueError("milestones and schedule = 'milestones' go together: give both or neither")
+        if list(self.milestones) != sorted(set(self.milestones)):
+            raise ValueError("milestones must rise")
+        return self
+
+    def iterations_per_epoch(self, examples: int) -> int:
+        """The number of batches that hold every one of `examples` once; the last may be smaller."""
+        return math.ceil(examples / self.batch_size)
+
+    def total_iterations(self, examples: int) -> int:
+        """The number of iterations of a whole training on this many examples."""
+        if self.iterations is not None:
+            return self.iterations
+        assert self.epochs is not None
+        return self.epochs * self.iterations_per_epoch(examples)
+
+    def lr_at(self, iteration: int, examples: int) -> float:
+        """The learning rate at an iteration (from 0) of a training on this many examples."""
+        factor = min(1.0, (iteration + 1) / self.warmup) if self.warmup else 1.0
+        if self.schedule == "milestones":
+            epoch = iteration // self.iterations_per_epoch(examples)
+            factor *= self.gamma ** sum(milestone <= epoch for milestone in self.milestones)
+        elif self.schedule == "cosine":
+            factor *= (1 + math.cos(math.pi * iteration / self.total_iterations(examples))) / 2
+        return self.lr * factor

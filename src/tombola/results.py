@@ -1,0 +1,137 @@
+"""Results: the accuracy of every ticket, and the paper's Table 2."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from tombola.planning import Chain, Planner, Progress
+
+
+@dataclass(frozen=True)
+class Row:
+    """One ticket's result.
+
+    Args:
+        importance, seed, level: which ticket.
+        density: alive / all connections, in 0..1.
+        alive: connections alive.
+        test_accuracy, test_loss: at the end of training; None where it diverged.
+        diverged: whether the training diverged.
+        collapsed: the layers with no connection alive.
+    """
+
+    importance: str
+    seed: int
+    level: int
+    density: float
+    test_accuracy: float | None
+    alive: int
+    test_loss: float | None
+    diverged: bool
+    collapsed: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the row as JSON's types."""
+        return asdict(self) | {"collapsed": list(self.collapsed)}
+
+
+def rows(planner: Planner) -> list[Row]:
+    """Return the results that are there, by importance, seed and level.
+
+    Raises:
+        DamagedResult: where a stored result is damaged.
+    """
+    by_chain = {chain: planner.progress(chain) for chain in planner.chains}
+    order = planner.study.importances
+    return [
+        row
+        for chain, progress in sorted(by_chain.items(), key=lambda item: (order.index(item[0].importance), item[0]))
+        for row in _rows(chain, progress)
+    ]
+
+
+def _rows(chain: Chain, progress: Progress) -> Iterable[Row]:
+    for ticket in progress.tickets:
+        assert ticket.trained is not None
+        history = ticket.trained.history
+        yield Row(
+            chain.importance,
+            chain.seed,
+            ticket.level,
+            ticket.mask.density,
+            history.test_accuracy,
+            ticket.mask.alive,
+            history.test_loss,
+            history.diverged_at is not None,
+            ticket.mask.collapsed,
+        )
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One cell of Table 2: the accuracies of an importance at a level, over the seeds.
+
+    Args:
+        accuracies: of the seeds whose trainings are there and did not diverge.
+        diverged: how many did.
+        collapsed: the layers that collapsed in any of them.
+    """
+
+    accuracies: tuple[float, ...] = ()
+    diverged: int = 0
+    collapsed: tuple[str, ...] = ()
+
+    @property
+    def mean(self) -> float | None:
+        """The mean accuracy, in 0..1."""
+        return statistics.fmean(self.accuracies) if self.accuracies else None
+
+    @property
+    def sd(self) -> float | None:
+        """The standard deviation over seeds (n - 1); None for fewer than two."""
+        return statistics.stdev(self.accuracies) if len(self.accuracies) > 1 else None
+
+
+@dataclass(frozen=True)
+class Table2:
+    """The paper's Table 2: accuracy by level (down) and importance (across).
+
+    Args:
+        importances: the columns.
+        levels: the rows, each with its density.
+        cells: by (level, importance).
+    """
+
+    importances: tuple[str, ...]
+    levels: tuple[tuple[int, float], ...]
+    cells: dict[tuple[int, str], Cell]
+
+    def best(self, level: int) -> set[str]:
+        """The importances with the highest mean at a level; empty where all are alike."""
+        means = {name: self.cells[level, name].mean for name in self.importances}
+        known = {name: mean for name, mean in means.items() if mean is not None}
+        best = {name for name, mean in known.items() if mean == max(known.values())}
+        return best if len(best) < len(known) or len(known) == 1 else set()
+
+
+def table2(results: Sequence[Row], importances: Sequence[str]) -> Table2:
+    """Return the table of these results: mean and standard deviation over seeds.
+
+    >>> row = Row("l1", 0, 1, 0.8, 0.9, 8, 0.1, False, ())
+    >>> table2([row], ["l1"]).cells[1, "l1"].mean
+    0.9
+    """
+    densities = {row.level: row.density for row in results}
+    cells = {}
+    for level in densities:
+        for importance in importances:
+            at = [row for row in results if (row.level, row.importance) == (level, importance)]
+            cells[level, importance] = Cell(
+                tuple(row.test_accuracy for row in at if row.test_accuracy is not None),
+                sum(row.diverged for row in at),
+                tuple(sorted({layer for row in at for layer in row.collapsed})),
+            )
+    return Table2(tuple(importances), tuple(sorted(densities.items())), cells)

@@ -1,0 +1,138 @@
+"""Lottery ticket rewinding with an importance: the paper's Algorithm 2."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from functools import partial
+from typing import Protocol
+
+from torch import nn
+from torch.nn import functional
+
+from tombola.datasets.dataset import Dataset
+from tombola.errors import UserError
+from tombola.importance import Importance
+from tombola.mask import Mask, prune
+from tombola.recipe import Recipe
+from tombola.streams import derive
+from tombola.ticket import Ticket
+from tombola.training import Loss, Trained, check, train
+from tombola.weights import Weights
+
+
+class Train(Protocol):
+    """Trains the connections alive in `mask` from `initial`, iterations begin..end-1."""
+
+    def __call__(self, initial: Weights, mask: Mask, begin: int, end: int) -> Trained: ...
+
+
+class Prune(Protocol):
+    """Removes the connections of the lowest importance by the trained weights of `level`."""
+
+    def __call__(self, weights: Weights, mask: Mask, level: int) -> Mask: ...
+
+
+def lottery_ticket_rewinding(
+    train: Train, prune: Prune, theta_0: Weights, dense: Mask, *, rewind: int, end: int, levels: int
+) -> Iterator[Ticket]:
+    """Yield the ticket of each level: the paper's Algorithm 2.
+
+    A training that diverges ends it, since there is nothing to prune by.
+
+    Args:
+        train: how a training is done; it may as well look one up.
+        prune: how a round prunes.
+        theta_0: the initial weights.
+        dense: the mask of the dense network.
+        rewind: the iteration k whose weights tickets are rewound to.
+        end: the iteration m at which a training ends.
+        levels: the number n of rounds.
+    """
+    theta_k = theta_0 if rewind == 0 else train(theta_0, dense, 0, rewind).weights  # step 2
+    mask = dense
+    for level in range(levels + 1):
+        trained = train(theta_k, mask, rewind, end)  # step 3a; rewinding, 3d, is to start from theta_k
+        yield Ticket(level, mask, theta_k, trained)
+        if level < levels:
+            if trained.history.diverged_at is not None:
+                return
+            mask = prune(trained.weights, mask, level)  # steps 3b and 3c
+
+
+def find_tickets(
+    model: nn.Module,
+    data: Dataset,
+    recipe: Recipe,
+    importance: Importance,
+    *,
+    levels: int,
+    fraction: float = 0.2,
+    seed: int = 0,
+    exclude: Collection[str] = (),
+    loss: Loss = functional.cross_entropy,
+) -> Iterator[Ticket]:
+    """Find the tickets of a network, here and now: yield the ticket of each level as it is found.
+
+    Args:
+        model: any module, with its initial weights; it is not changed.
+        data: what to train and test on.
+        recipe: how to train.
+        importance: what to prune by, see `tombola.importance`.
+        levels: rounds of pruning.
+        fraction: of the connections alive that each round removes, in (0, 1).
+        seed: of data order, augmentation and every other random choice.
+        exclude: layers that are never pruned.
+        loss: of outputs and labels, mean over the batch.
+
+    Raises:
+        UserError: where the arguments do not fit together.
+
+    >>> from tombola import datasets, models
+    >>> from tombola.importance import l1
+    >>> digits = datasets.load("digits", None)
+    >>> for ticket in find_tickets(models.lenet_300_100(inputs=64), digits, Recipe(epochs=1), l1, levels=2):
+    ...     print(ticket.level, round(ticket.mask.density, 3))
+    0 1.0
+    1 0.8
+    2 0.64
+    """
+    check(recipe, data)
+    dense = Mask.ones_like(model, exclude)
+    check_levels(dense.total, fraction, levels)
+
+    def here_and_now(initial: Weights, mask: Mask, begin: int, end: int) -> Trained:
+        return train(model, initial.state, mask, data, recipe, seed, begin=begin, end=end, loss=loss)
+
+    yield from lottery_ticket_rewinding(
+        here_and_now,
+        partial(prune_round, importance=importance, fraction=fraction, seed=seed),
+        Weights.of({name: tensor.detach().clone() for name, tensor in model.state_dict().items()}),
+        dense,
+        rewind=recipe.rewind,
+        end=recipe.total_iterations(len(data.train_inputs)),
+        levels=levels,
+    )
+
+
+def prune_round(
+    weights: Weights, mask: Mask, level: int, *, importance: Importance, fraction: float, seed: int
+) -> Mask:
+    """Prune by the trained weights of `level`; an importance that draws random numbers draws new ones each level."""
+    return prune(weights.state, mask, importance, fraction, seed=derive(seed, "pruning", level))
+
+
+def check_levels(connections: int, fraction: float, levels: int) -> None:
+    """Raise `UserError` where `levels` rounds leave nothing, or come to a round that removes nothing."""
+    if not 0 < fraction < 1:
+        raise UserError(f"fraction must lie between 0 and 1, both excluded, got {fraction}")
+    if levels < 0:
+        raise UserError(f"levels must be 0 or more, got {levels}")
+    alive = connections
+    for level in range(1, levels + 1):
+        removed = round(fraction * alive)
+        if removed == 0 or removed == alive:
+            raise UserError(
+                f"levels: {levels} are too many, after level {level - 1} only {alive} of {connections} connections "
+                f"are alive and a fraction of {fraction} of them is {removed}; at most {level - 1} levels are possible"
+            )
+        alive -= removed

@@ -1,0 +1,289 @@
+"""Store: the results of trainings on disk, each named by the hash of all that decides its bits.
+
+    STORE/store.json                      which version of the layout this is
+    STORE/results/ab/abcd.../result.json          identity and history of a training, and its mask's shapes
+                             weights.safetensors  the weights at its end; of a pruned layer only those alive
+                             SHA256SUMS           of the two, as `sha256sum -c` reads them
+                             record.json          when, where and how long; no part of the result
+    STORE/masks/ab/abcd....safetensors    masks derived before, so that they need not be derived again
+    STORE/checkpoints/abcd....safetensors trainings that were stopped in the middle
+
+A result is written into a folder of another name, made to last, then renamed: it is there whole or not at all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.numpy
+import safetensors.torch
+import torch
+
+from tombola.errors import UserError
+from tombola.files import sync_folder, write_atomically
+from tombola.mask import Mask
+from tombola.training import Checkpoint, History, Trained
+from tombola.weights import State, Weights, state_hash
+
+VERSION = 1
+
+
+class DamagedResultError(Exception):
+    """A stored result whose bytes are not those that were written."""
+
+    def __init__(self, key: str, reason: str) -> None:
+        super().__init__(f"result {key[:12]} is damaged: {reason}")
+        self.key = key
+
+
+def canonical(document: Any) -> bytes:
+    """Return the one JSON text of a document: keys sorted, no spaces, no NaN."""
+    return json.dumps(document, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+
+
+def name_of(document: Any) -> str:
+    """Return SHA-256 of a document's canonical JSON, as 64 hexadecimal digits."""
+    return hashlib.sha256(canonical(document)).hexdigest()
+
+
+class Store:
+    """Results on disk below one folder.
+
+    Args:
+        root: the folder; it is made where it is not there, unless `create` is False.
+
+    Raises:
+        UserError: where the folder is no store, cannot be written to, or was made by a newer version.
+    """
+
+    def __init__(self, root: Path, *, create: bool = True) -> None:
+        self.root = root
+        marker = root / "store.json"
+        try:
+            text = marker.read_text()
+        except FileNotFoundError:
+            text = None
+        except OSError as error:
+            raise UserError(f"store {root}: {marker} cannot be read: {error.strerror or error}") from error
+        if text is None:
+            if root.is_dir() and any(root.iterdir()):
+                raise UserError(f"store {root}: the folder is not empty and no store; name another with --store")
+            if create:
+                try:
+                    root.mkdir(parents=True, exist_ok=True)
+                except OSError as error:
+                    raise UserError(f"store {root}: the folder cannot be made: {error.strerror or error}") from error
+                write_atomically(marker, canonical({"store": VERSION}))
+            return
+        try:
+            version = json.loads(text)["store"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"store {root}: {marker} is damaged, expected {{'store': {VERSION}}}") from error
+        if version != VERSION:
+            raise UserError(
+                f"store {root}: it has version {version} and this tombola reads version {VERSION}; "
+                f"use the tombola that made it, or name another folder with --store"
+            )
+
+    def check_writable(self) -> None:
+        """Raise `UserError` where nothing can be written."""
+        try:
+            handle, name = tempfile.mkstemp(dir=self.root, prefix=".writable.")
+        except OSError as error:
+            raise UserError(f"store {self.root}: it cannot be written to: {error.strerror or error}") from error
+        os.close(handle)
+        Path(name).unlink()
+
+    def folder(self, key: str) -> Path:
+        """The folder of a result."""
+        return self.root / "results" / key[:2] / key
+
+    def __contains__(self, key: str) -> bool:
+        return self.folder(key).is_dir()
+
+    def get(self, key: str) -> Trained | None:
+        """Return a training's result, its weights still on disk; None where it is not there.
+
+        Raises:
+            DamagedResultError: where its bytes are not those that were written.
+        """
+        document = self.document(key)
+        if document is None:
+            return None
+        shapes = {name: tuple(shape) for name, shape in document["mask"]}
+        load = partial(self._load_weights, key, shapes)
+        return Trained(Weights(document["weights"], load), History.from_json(document["history"]))
+
+    def document(self, key: str) -> dict[str, Any] | None:
+        """Return a result's `result.json`, checked; None where it is not there."""
+        try:
+            content = self._checked(key, "result.json")
+        except FileNotFoundError:
+            if key in self:
+                raise DamagedResultError(key, "a file is missing") from None
+            return None
+        document: dict[str, Any] = json.loads(content)
+        return document
+
+    def record(self, key: str) -> dict[str, Any]:
+        """Return what is known of when, where and how long a training ran; empty where that is lost."""
+        try:
+            record: dict[str, Any] = json.loads((self.folder(key) / "record.json").read_text())
+        except (OSError, ValueError):
+            return {}
+        return record
+
+    def put(self, key: str, identity: Mapping[str, Any], mask: Mask, trained: Trained, record: Any) -> None:
+        """Store a training's result, whole or not at all. A result that is there already stays as it is.
+
+        Raises:
+            UserError: where it cannot be written.
+        """
+        if key in self:
+            return
+        result = {
+            "identity": identity,
+            "history": trained.history.to_json(),
+            "mask": [[name, list(shape)] for name, shape in mask.shapes.items()],
+            "alive": mask.counts,
+            "weights": trained.weights.hash,
+        }
+        files = {
+            "result.json": canonical(result),
+            "weights.safetensors": safetensors.torch.save(_packed(trained.weights.state, mask)),
+        }
+        sums = "".join(f"{hashlib.sha256(content).hexdigest()}  {name}\n" for name, content in files.items())
+        files |= {"SHA256SUMS": sums.encode(), "record.json": canonical(record)}
+        folder = self.folder(key)
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            temporary = Path(tempfile.mkdtemp(dir=self.root, prefix=f".{key[:12]}."))
+            try:
+                temporary.chmod(0o755)
+                for name, content in files.items():
+                    with (temporary / name).open("wb") as file:
+                        file.write(content)
+                        file.flush()
+                        os.fsync(file.fileno())
+                sync_folder(temporary)
+                temporary.rename(folder)
+                sync_folder(folder.parent)
+            except BaseException:
+                shutil.rmtree(temporary, ignore_errors=True)
+                if key not in self:
+                    raise
+        except OSError as error:
+            raise UserError(
+                f"store {self.root}: result {key[:12]} cannot be written: {error.strerror or error}; "
+                f"what was stored before is kept, the same command goes on from there"
+            ) from error
+
+    def discard(self, key: str) -> None:
+        """Remove a result."""
+        temporary = Path(tempfile.mkdtemp(dir=self.root, prefix=f".{key[:12]}."))
+        self.folder(key).rename(temporary / key)
+        shutil.rmtree(temporary)
+
+    def mask(self, name: str) -> Mask | None:
+        """Return a mask that `put_mask` stored; None where it is not there or damaged: it can be derived again."""
+        try:
+            with safetensors.safe_open(self._mask_path(name), "np") as file:
+                about = json.loads(file.metadata()["mask"])
+                mask = Mask(
+                    {layer: tuple(shape) for layer, shape in about["layers"]},
+                    {layer: file.get_tensor(layer) for layer, _ in about["layers"]},
+                )
+        except (OSError, safetensors.SafetensorError, ValueError, KeyError):
+            return None
+        return mask if mask.hash == about["hash"] else None
+
+    def put_mask(self, name: str, mask: Mask) -> None:
+        """Store a mask under a name; where the store cannot be written to, it is not stored."""
+        about = {"hash": mask.hash, "layers": [[layer, list(shape)] for layer, shape in mask.shapes.items()]}
+        path = self._mask_path(name)
+        with contextlib.suppress(OSError, UserError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(path, safetensors.numpy.save(mask.bits, {"mask": canonical(about).decode()}))
+
+    def checkpoint(self, key: str) -> Checkpoint | None:
+        """Return where a training was stopped; None where it was not, or the file is not whole."""
+        try:
+            with safetensors.safe_open(self._checkpoint_path(key), "pt") as file:
+                about = json.loads(file.metadata()["checkpoint"])
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
+        except (OSError, safetensors.SafetensorError, ValueError, KeyError):
+            return None
+        if about.pop("hash") != state_hash(tensors):
+            return None
+        state = {name.removeprefix("state."): t for name, t in tensors.items() if name.startswith("state.")}
+        optimizer = {name.removeprefix("optimizer."): t for name, t in tensors.items() if name.startswith("optimizer.")}
+        return Checkpoint(state=state, optimizer=optimizer, **{**about, "losses": tuple(about["losses"])})
+
+    def put_checkpoint(self, key: str, checkpoint: Checkpoint) -> None:
+        """Store where a training is."""
+        tensors = {f"state.{name}": tensor.contiguous() for name, tensor in checkpoint.state.items()}
+        tensors |= {f"optimizer.{name}": tensor.contiguous() for name, tensor in checkpoint.optimizer.items()}
+        about = {
+            "iteration": checkpoint.iteration,
+            "losses": checkpoint.losses,
+            "loss_sum": checkpoint.loss_sum,
+            "hash": state_hash(tensors),
+        }
+        path = self._checkpoint_path(key)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, safetensors.torch.save(tensors, {"checkpoint": json.dumps(about)}))
+
+    def discard_checkpoint(self, key: str) -> None:
+        """Remove a checkpoint, if there is one."""
+        self._checkpoint_path(key).unlink(missing_ok=True)
+
+    def _mask_path(self, name: str) -> Path:
+        return self.root / "masks" / name[:2] / f"{name}.safetensors"
+
+    def _checkpoint_path(self, key: str) -> Path:
+        return self.root / "checkpoints" / f"{key}.safetensors"
+
+    def _checked(self, key: str, name: str) -> bytes:
+        """Return the content of one of a result's files, which must be as it was written."""
+        folder = self.folder(key)
+        content = (folder / name).read_bytes()
+        lines = (folder / "SHA256SUMS").read_text().splitlines()
+        sums = {file: checksum for checksum, _, file in (line.partition("  ") for line in lines)}
+        if hashlib.sha256(content).hexdigest() != sums.get(name):
+            raise DamagedResultError(key, f"{name} does not have its checksum")
+        return content
+
+    def _load_weights(self, key: str, shapes: dict[str, tuple[int, ...]]) -> State:
+        try:
+            return _unpacked(safetensors.torch.load(self._checked(key, "weights.safetensors")), shapes)
+        except FileNotFoundError:
+            raise DamagedResultError(key, "weights.safetensors is missing") from None
+
+
+def _packed(state: State, mask: Mask) -> State:
+    """Return the state with each pruned layer as its bits and the 1-D values of those alive."""
+    packed = {f"state.{name}": tensor.contiguous() for name, tensor in state.items() if name not in mask}
+    packed |= {f"alive.{name}": state[name][mask[name]] for name in mask}
+    packed |= {f"mask.{name}": torch.from_numpy(bits.copy()) for name, bits in mask.bits.items()}
+    return packed
+
+
+def _unpacked(packed: State, shapes: dict[str, tuple[int, ...]]) -> State:
+    """Return the state of which `_packed` made this, given the shapes of the mask's layers."""
+    mask = Mask(shapes, {name: packed[f"mask.{name}"].numpy() for name in shapes})
+    state = {name.removeprefix("state."): t for name, t in packed.items() if name.startswith("state.")}
+    for name, shape in shapes.items():
+        values = packed[f"alive.{name}"]
+        state[name] = torch.zeros(shape, dtype=values.dtype)
+        state[name][mask[name]] = values
+    return state

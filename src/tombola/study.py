@@ -1,0 +1,175 @@
+"""Study: what to run, as plain data. No module here needs torch, so that the command line answers at once."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Iterator, Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, get_origin
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from tombola.errors import UserError, did_you_mean
+from tombola.recipe import Count, Recipe
+
+Arguments = dict[str, bool | int | float | str | tuple[bool | int | float | str, ...]]
+
+
+class Task(BaseModel):
+    """What is learnt by what: data set, model and loss, each a name or `module:function` of the user's own.
+
+    >>> Task(dataset="digits", model="lenet_300_100", model_arguments={"inputs": 64}).loss
+    'cross_entropy'
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    dataset: str = Field(description="a data set's name, or module:function that returns a tombola.Dataset")
+    dataset_arguments: Arguments = Field(default={}, description="arguments for it")
+    model: str = Field(description="a model's name, or module:function that returns a torch module")
+    model_arguments: Arguments = Field(default={}, description="arguments for it")
+    loss: str = Field(default="cross_entropy", description="cross_entropy, or module:function of (outputs, labels)")
+
+
+class Study(BaseModel):
+    """What to run: a task, a recipe, and importances x seeds x levels.
+
+    >>> load_study("digits").levels
+    10
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+    task: Task
+    recipe: Recipe
+    importances: Annotated[tuple[str, ...], Field(min_length=1)] = Field(
+        description="names of importances, or module:function of your own"
+    )
+    seeds: Annotated[tuple[Count, ...], Field(min_length=1)] = Field(description="one chain of tickets each")
+    levels: Count = Field(description="rounds of pruning; level 0 is the dense network")
+    fraction: Annotated[float, Field(gt=0, lt=1)] = Field(
+        default=0.2, description="of the connections alive, removed in each round"
+    )
+    exclude: tuple[str, ...] = Field(default=(), description="layers that are never pruned")
+
+    @field_validator("importances", "seeds", "exclude")
+    @classmethod
+    def _no_repetition(cls, values: tuple[Any, ...]) -> tuple[Any, ...]:
+        if len(set(values)) < len(values):
+            repeated = next(value for value in values if values.count(value) > 1)
+            raise ValueError(f"{repeated!r} is named more than once")
+        return values
+
+
+def presets() -> dict[str, Path]:
+    """Return the studies that come with the package: name -> TOML file."""
+    folder = Path(str(resources.files("tombola") / "presets"))
+    return {path.stem: path for path in sorted(folder.glob("*.toml"))}
+
+
+def load_study(name: str, overrides: Mapping[str, Any] | None = None) -> Study:
+    """Return the study of a preset's name or a TOML file, with some fields overridden.
+
+    Args:
+        name: a preset's name, or the path of a TOML file (with a slash, or ending in `.toml`).
+        overrides: dotted field -> value, such as `{"recipe.epochs": 2}`.
+
+    Raises:
+        UserError: naming the file and the field, what was expected and the nearest names.
+    """
+    if name.endswith(".toml") or "/" in name:
+        path = Path(name)
+    elif name in presets():
+        path = presets()[name]
+    else:
+        raise UserError(f"study {name!r} is neither a preset nor a .toml file; {did_you_mean(name, presets())}")
+    try:
+        document = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: is not valid TOML: {error}") from error
+    source = name
+    for one, other in (("epochs", "iterations"), ("iterations", "epochs")):
+        if f"recipe.{one}" in (overrides or {}) and isinstance(document.get("recipe"), dict):
+            document["recipe"].pop(other, None)
+    for field, value in (overrides or {}).items():
+        _set(document, field.split("."), value)
+    try:
+        return Study.model_validate(_tuples(document))
+    except ValidationError as error:
+        raise UserError(f"study {source}: {_explain(error, document)}") from None
+
+
+def fields(model: type[BaseModel] = Study, prefix: str = "") -> Iterator[tuple[str, Any, str]]:
+    """Yield each leaf field as (dotted name, type, description)."""
+    for name, info in model.model_fields.items():
+        if isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel):
+            yield from fields(info.annotation, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", info.annotation, info.description or ""
+
+
+def is_list(annotation: Any) -> bool:
+    """Say whether a field's type is a list of values (a tuple in Python)."""
+    return get_origin(annotation) is tuple
+
+
+def _set(document: dict[str, Any], path: list[str], value: Any) -> None:
+    for part in path[:-1]:
+        document = document.setdefault(part, {})
+        if not isinstance(document, dict):
+            raise UserError(f"cannot set {'.'.join(path)}: {part} is not a table")
+    document[path[-1]] = value
+
+
+def _tuples(value: Any) -> Any:
+    """Turn TOML's arrays into tuples, the type of a frozen model's sequences."""
+    if isinstance(value, list):
+        return tuple(_tuples(item) for item in value)
+    if isinstance(value, dict):
+        return {key: _tuples(item) for key, item in value.items()}
+    return value
+
+
+def _explain(error: ValidationError, document: Mapping[str, Any]) -> str:
+    """Say in one sentence each what is wrong, and with which field."""
+    sentences = []
+    seen = set()
+    for problem in error.errors():
+        names = [part for part in problem["loc"] if isinstance(part, str) and "[" not in part]
+        location = [part for part in problem["loc"] if isinstance(part, int) or part in _keys(document)]
+        where = ".".join(str(part) for part in location) or ".".join(names)
+        if problem["type"] == "extra_forbidden":
+            siblings = _siblings(problem["loc"][:-1])
+            sentence = f"unknown field {'.'.join(names)!r}; {did_you_mean(str(problem['loc'][-1]), siblings)}"
+        elif problem["type"] == "missing":
+            sentence = f"the field {'.'.join(names)!r} is missing"
+        else:
+            message = re.sub("^Value error, ", "", problem["msg"]).replace("Input should", "it should")
+            value = problem["input"]
+            given = "" if isinstance(value, (dict, BaseModel)) else f", got {_as_toml(value)}"
+            sentence = f"{where}: {message}{given}" if where else f"{message}{given}"
+        if (key := (where, problem["type"] == "extra_forbidden")) not in seen:
+            sentences.append(sentence)
+        seen.add(key)
+    return "; ".join(sentences)
+
+
+def _keys(value: Any) -> set[str]:
+    if not isinstance(value, Mapping):
+        return set()
+    return set(value) | {key for item in value.values() for key in _keys(item)}
+
+
+def _siblings(location: tuple[int | str, ...]) -> list[str]:
+    model: type[BaseModel] = Study
+    for part in location:
+        model = model.model_fields[str(part)].annotation  # type: ignore[assignment]
+    return list(model.model_fields)
+
+
+def _as_toml(value: Any) -> str:
+    return str(list(value)) if isinstance(value, tuple) else repr(value)

@@ -1,0 +1,98 @@
+"""Tickets: a mask, the weights it is rewound to, and where it came from."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+from torch import nn
+
+from tombola.errors import UserError
+from tombola.files import write_atomically
+from tombola.mask import Mask
+from tombola.training import History, Trained
+from tombola.weights import State, Weights, masked
+
+
+@dataclass(frozen=True)
+class Ticket:
+    """A lottery ticket: the connections that are alive at a level and the weights they are rewound to.
+
+    Args:
+        level: 0 is the dense network; level n has density (1 - fraction)^n.
+        mask: the connections that are alive.
+        rewind: the whole dense state at the rewind point.
+        trained: what training the ticket led to; None where that is not known.
+        provenance: where it came from, as JSON's types.
+    """
+
+    level: int
+    mask: Mask
+    rewind: Weights
+    trained: Trained | None
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def rewound(self) -> State:
+        """The state to train the ticket from: the rewind point's, pruned weights 0.0."""
+        return masked(self.rewind.state, self.mask)
+
+    def apply(self, model: nn.Module, *, trained: bool = False) -> None:
+        """Load the ticket's rewound (or trained) state into `model`, pruned weights 0.0.
+
+        Raises:
+            UserError: where the model is another network than the ticket's.
+        """
+        state = self._trained_state() if trained else self.rewound
+        try:
+            model.load_state_dict(state)
+        except RuntimeError as error:
+            raise UserError(f"the ticket does not fit the model: {' '.join(str(error).split())}") from error
+
+    def _trained_state(self) -> State:
+        if self.trained is None:
+            raise UserError(f"the ticket of level {self.level} is known without its trained weights")
+        return self.trained.weights.state
+
+    def save(self, path: Path, *, trained: bool = False) -> None:
+        """Write the ticket as safetensors: `mask.<parameter>` (bool), `rewind.<name>` for every entry of the rewound
+        state, with `trained` also `trained.<name>`; level, history and provenance are in the metadata, as JSON.
+        """
+        tensors = {f"mask.{name}": alive for name, alive in self.mask.items()}
+        tensors |= {f"rewind.{name}": tensor.contiguous() for name, tensor in self.rewound.items()}
+        if trained:
+            tensors |= {f"trained.{name}": tensor.contiguous() for name, tensor in self._trained_state().items()}
+        about = {
+            "level": self.level,
+            "layers": list(self.mask),
+            "history": self.trained.history.to_json() if self.trained else History().to_json(),
+            "provenance": dict(self.provenance),
+        }
+        write_atomically(path, safetensors.torch.save(tensors, {"tombola": json.dumps(about, sort_keys=True)}))
+
+    @classmethod
+    def load(cls, path: Path) -> Ticket:
+        """Return the ticket that `save` wrote; `trained` is None where it was saved without.
+
+        Raises:
+            UserError: where the file is missing or is no ticket.
+        """
+        try:
+            with safetensors.safe_open(path, "pt") as file:
+                about = json.loads((file.metadata() or {})["tombola"])
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
+            mask = Mask.from_tensors({name: tensors[f"mask.{name}"] for name in about["layers"]})
+            history = History.from_json(about["history"])
+        except (OSError, safetensors.SafetensorError, KeyError, ValueError, TypeError) as error:
+            raise UserError(f"{path}: cannot be read as a ticket that tombola saved: {error}") from error
+
+        def part(prefix: str) -> State:
+            return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+
+        trained = Trained(Weights.of(part("trained.")), history) if part("trained.") else None
+        return cls(about["level"], mask, Weights.of(part("rewind.")), trained, about["provenance"])

@@ -1,0 +1,268 @@
+"""Training: a pure function of initial state, mask, data, recipe and seed."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from tombola.batches import batches, normalise
+from tombola.datasets.dataset import Dataset
+from tombola.errors import UserError
+from tombola.mask import Mask
+from tombola.recipe import Augmentation, Recipe
+from tombola.streams import ambient, derive
+from tombola.weights import State, Weights, masked
+
+Loss: TypeAlias = Callable[[Tensor, Tensor], Tensor]
+"""(outputs of the model, labels) -> scalar: the mean over the batch."""
+
+_EVALUATED_AT_ONCE = 500
+_LOOKED_AT_EVERY = 50  # iterations after which a training looks whether it has diverged
+
+
+@dataclass(frozen=True)
+class History:
+    """What a training went through.
+
+    Args:
+        losses: the mean training loss of each epoch (of the part that the training saw).
+        test_accuracy: share of the test set that is classified rightly at the end, in 0..1; None if it diverged.
+        test_loss: mean loss over the test set at the end; None if it diverged.
+        diverged_at: the iteration at which loss or weights were seen to be no longer finite; None otherwise.
+    """
+
+    losses: tuple[float, ...] = ()
+    test_accuracy: float | None = None
+    test_loss: float | None = None
+    diverged_at: int | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the history as JSON's types."""
+        return asdict(self) | {"losses": list(self.losses)}
+
+    @classmethod
+    def from_json(cls, document: dict[str, Any]) -> History:
+        """Return the history of which `to_json` gave the document."""
+        return cls(**{**document, "losses": tuple(document["losses"])})
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a training leads to: the weights at its end, pruned ones exactly 0.0, and its history."""
+
+    weights: Weights
+    history: History
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """All that is needed to go on in the middle of a training; every random number follows from the iteration.
+
+    Args:
+        iteration: the next one to do.
+        state: the network's state.
+        optimizer: the optimizer's tensors, by `<parameter's number>.<name>`.
+        losses: as in `History`, of the epochs that are over.
+        loss_sum: of the batches of the epoch that is not over.
+    """
+
+    iteration: int
+    state: State
+    optimizer: State = field(default_factory=dict)
+    losses: tuple[float, ...] = ()
+    loss_sum: float = 0.0
+
+
+Watch: TypeAlias = Callable[[int, Callable[[], Checkpoint]], None]
+"""Called after every iteration with the next one and a function that takes a checkpoint."""
+
+
+def initial_state(build: Callable[[], nn.Module], seed: int) -> State:
+    """Return the state of the module that `build()` makes, with every random number drawn from `seed`.
+
+    >>> initial_state(lambda: nn.Linear(2, 1), 0)["weight"].equal(initial_state(lambda: nn.Linear(2, 1), 0)["weight"])
+    True
+    """
+    with ambient(seed, "initialisation"):
+        return {name: tensor.detach().clone() for name, tensor in build().state_dict().items()}
+
+
+def train(
+    model: nn.Module,
+    initial: State,
+    mask: Mask,
+    data: Dataset,
+    recipe: Recipe,
+    seed: int,
+    *,
+    begin: int = 0,
+    end: int | None = None,
+    loss: Loss = functional.cross_entropy,
+    resume: Checkpoint | None = None,
+    watch: Watch | None = None,
+) -> Trained:
+    """Train the connections that are alive from the state `initial`, iterations begin..end-1 of the recipe.
+
+    The optimizer starts fresh; learning rate and data order are those of iteration `begin` and on. A pruned weight is
+    exactly 0.0 after every iteration. Equal arguments give equal bits on one kind of machine with one number of
+    threads.
+
+    Args:
+        model: says how outputs are computed; it is copied, and its own weights do not matter.
+        initial: the state to start from.
+        mask: the connections that are alive.
+        data: what to train and test on.
+        recipe: how.
+        seed: of data order, augmentation and random layers such as dropout.
+        begin, end: iterations; by default the whole training.
+        loss: of outputs and labels, mean over the batch.
+        resume: where to go on; a training that is stopped and resumed ends with the same bits.
+        watch: see `Watch`; for progress and checkpoints.
+
+    Raises:
+        UserError: where recipe and data do not fit together, or the state does not fit the model.
+
+    >>> from tombola import datasets, models
+    >>> digits = datasets.load("digits", None)
+    >>> model = models.lenet_300_100(inputs=64)
+    >>> mask = Mask.ones_like(model)
+    >>> trained = train(model, model.state_dict(), mask, digits, Recipe(epochs=2), seed=0)
+    >>> trained.history.test_accuracy > 0.5
+    True
+    """
+    examples = len(data.train_inputs)
+    end = recipe.total_iterations(examples) if end is None else end
+    check(recipe, data)
+    model = copy.deepcopy(model)
+    at = resume or Checkpoint(begin, masked(initial, mask))
+    try:
+        model.load_state_dict(at.state)
+    except RuntimeError as error:
+        raise UserError(f"the state does not fit the model: {' '.join(str(error).split())}") from error
+    if any(isinstance(module, nn.Conv2d) for module in model.modules()):
+        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    parameters = dict(model.named_parameters())
+    alive = [
+        (parameters[name], torch.empty_like(parameters[name], requires_grad=False).copy_(mask[name]))
+        for name in mask
+        if not mask[name].all()
+    ]
+    optimizer = _optimizer(recipe, [p for p in model.parameters() if p.requires_grad])
+    _load_optimizer(optimizer, at.optimizer)
+    per_epoch = recipe.iterations_per_epoch(examples)
+    losses = list(at.losses)
+    loss_sum = torch.tensor(at.loss_sum, dtype=torch.float64)
+    iteration = at.iteration
+    diverged_at = None
+
+    def checkpoint() -> Checkpoint:
+        state = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+        return Checkpoint(iteration, state, _optimizer_tensors(optimizer), tuple(losses), float(loss_sum))
+
+    model.train()
+    with ambient(seed), _flushed_denormals():
+        for inputs, labels in batches(data, recipe, seed, iteration, end):
+            torch.default_generator.manual_seed(derive(seed, "random layers", iteration))
+            for group in optimizer.param_groups:
+                group["lr"] = recipe.lr_at(iteration, examples)
+            optimizer.zero_grad()
+            batch_loss = loss(model(inputs), labels)
+            batch_loss.backward()  # type: ignore[no-untyped-call]
+            for weight, ones in alive:
+                if weight.grad is not None:
+                    # With no gradient ever, a weight that starts at 0 stays at 0 under momentum and weight decay too.
+                    weight.grad.mul_(ones)
+            optimizer.step()
+            loss_sum += batch_loss.detach()
+            iteration += 1
+            epoch_over = iteration % per_epoch == 0 or iteration == end
+            if (epoch_over or iteration % _LOOKED_AT_EVERY == 0) and not math.isfinite(loss_sum):
+                diverged_at = iteration - 1
+                break
+            if epoch_over:
+                epoch_begin = max(begin, (iteration - 1) // per_epoch * per_epoch)
+                losses.append(float(loss_sum) / (iteration - epoch_begin))
+                loss_sum.zero_()
+            if watch is not None:
+                watch(iteration, checkpoint)
+        state = masked(model.state_dict(), mask)
+        if diverged_at is None and not all(t.isfinite().all() for t in state.values()):
+            diverged_at = iteration - 1
+        accuracy, test_loss = evaluate(model, data, loss) if diverged_at is None else (None, None)
+    state = {name: tensor.contiguous() for name, tensor in state.items()}
+    return Trained(Weights.of(state), History(tuple(losses), accuracy, test_loss, diverged_at))
+
+
+def check(recipe: Recipe, data: Dataset) -> None:
+    """Raise `UserError` where a recipe and a data set do not fit together."""
+    examples = len(data.train_inputs)
+    total = recipe.total_iterations(examples)
+    if recipe.batch_size > examples:
+        raise UserError(
+            f"recipe.batch_size: {recipe.batch_size} is more than the {examples} training examples of {data.name!r}"
+        )
+    if recipe.rewind >= total:
+        raise UserError(f"recipe.rewind: iteration {recipe.rewind} is not within the training, which has {total}")
+    if recipe.augmentation != Augmentation() and data.train_inputs.dtype != torch.uint8:
+        raise UserError(f"recipe.augmentation: it is for images (uint8), and {data.name!r} holds other inputs")
+
+
+def evaluate(model: nn.Module, data: Dataset, loss: Loss = functional.cross_entropy) -> tuple[float, float | None]:
+    """Return the share of the test set that the model classifies rightly, and its mean loss (None if not finite)."""
+    outputs = predict(model, data)
+    accuracy = float((outputs.argmax(1) == data.test_labels).double().mean())
+    test_loss = float(loss(outputs, data.test_labels))
+    return accuracy, test_loss if math.isfinite(test_loss) else None
+
+
+def predict(model: nn.Module, data: Dataset) -> Tensor:
+    """Return the model's outputs, shape (test examples, classes), in evaluation mode."""
+    model.eval()
+    with torch.inference_mode():
+        return torch.cat([model(normalise(part, data)) for part in data.test_inputs.split(_EVALUATED_AT_ONCE)])
+
+
+def _optimizer(recipe: Recipe, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    decay = recipe.weight_decay
+    if recipe.optimizer in ("adam", "adamw"):
+        kind = torch.optim.Adam if recipe.optimizer == "adam" else torch.optim.AdamW
+        return kind(parameters, lr=recipe.lr, weight_decay=decay, fused=True)
+    momentum = 0.0 if recipe.optimizer == "sgd" else recipe.momentum
+    nesterov = recipe.optimizer == "nesterov"
+    return torch.optim.SGD(parameters, recipe.lr, momentum, weight_decay=decay, nesterov=nesterov, fused=True)
+
+
+def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> State:
+    return {
+        f"{number}.{name}": value.detach().clone()
+        for number, entries in optimizer.state_dict()["state"].items()
+        for name, value in entries.items()
+        if isinstance(value, Tensor)
+    }
+
+
+def _load_optimizer(optimizer: torch.optim.Optimizer, tensors: State) -> None:
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        number, name = key.split(".", 1)
+        state.setdefault(int(number), {})[name] = tensor
+    optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
+
+
+@contextmanager
+def _flushed_denormals() -> Iterator[None]:
+    """Take numbers below the normal range as 0 inside the block: they are slow, and no training needs them."""
+    before = float(torch.tensor(1e-40) * 1.0) == 0.0
+    torch.set_flush_denormal(True)
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(before)

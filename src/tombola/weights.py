@@ -1,0 +1,61 @@
+"""Weights: the whole state of a network, named by its content."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from tombola.mask import Mask
+
+State: TypeAlias = dict[str, Tensor]
+"""A module's `state_dict()`: parameters and buffers by name."""
+
+
+class Weights:
+    """A network's state and its hash; the state may lie on disk until it is asked for.
+
+    >>> Weights.of({"w": torch.zeros(2)}).state
+    {'w': tensor([0., 0.])}
+    """
+
+    def __init__(self, hash: str, load: Callable[[], State]) -> None:
+        self.hash = hash
+        self._load = load
+
+    @classmethod
+    def of(cls, state: Mapping[str, Tensor]) -> Weights:
+        """Return weights that hold this state in memory."""
+        held = dict(state)
+        return cls(state_hash(held), lambda: held)
+
+    @property
+    def state(self) -> State:
+        """The state; each access may read it from disk."""
+        return self._load()
+
+
+def state_hash(state: Mapping[str, Tensor]) -> str:
+    """Return SHA-256 over the entries' names, types, shapes and bytes, in the order of the names."""
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        tensor = state[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def masked(state: Mapping[str, Tensor], mask: Mask) -> State:
+    """Return a copy of the state in which pruned weights are 0.0.
+
+    >>> mask = Mask.from_tensors({"w": torch.tensor([True, False])})
+    >>> masked({"w": torch.tensor([1.0, 2.0]), "b": torch.tensor([3.0])}, mask)
+    {'w': tensor([1., 0.]), 'b': tensor([3.])}
+    """
+    return {
+        name: torch.where(mask[name].to(tensor.device), tensor, 0.0) if name in mask else tensor.clone()
+        for name, tensor in state.items()
+    }
