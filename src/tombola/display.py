@@ -128,7 +128,9 @@ def show_plan(planner: Planner, workers: int, form: str) -> None:
     """Print what a run would train, what exists, and the time and disk it will take."""
     expected = estimate(planner, workers)
     if form != "table":
-        lines = [[str(chain.importance), chain.seed, done, missing] for chain, done, missing in expected.chains]
+        lines = [
+            [chain.importance, chain.seed, chain.data_seed, done, missing] for chain, done, missing in expected.chains
+        ]
         document = {
             "existing": expected.existing,
             "to_train": expected.to_train,
@@ -138,20 +140,22 @@ def show_plan(planner: Planner, workers: int, form: str) -> None:
             "bytes": expected.bytes,
         }
         if form == "json":
-            keys = ("importance", "seed", "existing", "to_train")
+            keys = ("importance", "seed", "data_seed", "existing", "to_train")
             print(json.dumps(document | {"chains": [dict(zip(keys, line, strict=True)) for line in lines]}, indent=1))
         else:
-            show_table(["importance", "seed", "existing", "to_train"], lines, "csv")
+            show_table(["importance", "seed", "data_seed", "existing", "to_train"], lines, "csv")
         return
     _print_plan(planner, expected, workers)
 
 
 def _print_plan(planner: Planner, expected: Estimate, workers: int) -> None:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for title in ("importance", "seed", "tickets there", "to find"):
+    for title in ("importance", "seed", "data order", "tickets there", "to find"):
         table.add_column(title, justify="left" if title == "importance" else "right")
     for chain, existing, missing in expected.chains:
-        table.add_row(chain.importance, str(chain.seed), str(existing), str(missing))
+        table.add_row(
+            chain.importance, str(chain.seed), str(chain.data_seed or chain.seed), str(existing), str(missing)
+        )
     _print(table)
     print(f"trainings that exist: {expected.existing}, to do: {expected.to_train}")
     if expected.to_train:
@@ -220,7 +224,8 @@ def _line(status: Status, finished: Training, planner: Planner) -> str:
     where = []
     for chain, progress in status.chains.items():
         for ticket in progress.tickets[-1:]:
-            if ticket.mask == finished.mask and chain.seed == finished.seed and finished.end == planner.end:
+            seed = chain.seed if chain.data_seed is None else chain.data_seed
+            if ticket.mask == finished.mask and seed == finished.seed and finished.end == planner.end:
                 assert ticket.trained is not None
                 where.append((chain, ticket.level, ticket.mask.density, ticket.trained.history.test_accuracy))
     left = (
@@ -230,9 +235,10 @@ def _line(status: Status, finished: Training, planner: Planner) -> str:
     if not where:
         return f"{count} seed {finished.seed}: rewind point{left}"
     names = ", ".join(chain.importance for chain, *_ in where)
-    _, level, density, accuracy = where[0]
+    chain, level, density, accuracy = where[0]
+    names += "" if chain.data_seed is None else f" in another data order, {chain.data_seed}"
     result = "diverged" if accuracy is None else f"accuracy {100 * accuracy:.2f} %"
-    return f"{count} seed {finished.seed}, level {level}, density {100 * density:.2f} %: {result} ({names}){left}"
+    return f"{count} seed {chain.seed}, level {level}, density {100 * density:.2f} %: {result} ({names}){left}"
 
 
 def _live(status: Status, planner: Planner) -> Group:
@@ -250,6 +256,8 @@ def _live(status: Status, planner: Planner) -> Group:
     for seed in planner.study.seeds:
         cells = [_chain_cell(Chain(seed, importance), status) for importance in planner.study.importances]
         table.add_row(str(seed), *cells)
+    for chain in planner.repeats:
+        table.add_row(f"{chain.seed}, data order {chain.data_seed}", _chain_cell(chain, status))
     return Group(bar, table)
 
 

@@ -63,15 +63,23 @@ class MissingError(Exception):
         self.training = training
 
 
-@dataclass(frozen=True, order=True)
+@dataclass(frozen=True)
 class Chain:
-    """The tickets of one seed by one importance."""
+    """The tickets of one seed by one importance.
+
+    Args:
+        seed: of the initialisation, and of data order and every other random choice.
+        importance: what is pruned by.
+        data_seed: of all but the initialisation, where it is another one; None where it is the same.
+    """
 
     seed: int
     importance: str
+    data_seed: int | None = None
 
     def __str__(self) -> str:
-        return f"{self.importance}, seed {self.seed}"
+        other = "" if self.data_seed is None else f", data order {self.data_seed}"
+        return f"{self.importance}, seed {self.seed}{other}"
 
 
 @dataclass(frozen=True)
@@ -118,8 +126,14 @@ class Planner:
 
     @property
     def chains(self) -> list[Chain]:
-        """The study's chains."""
+        """The study's chains of importances x seeds, which its results are about."""
         return [Chain(seed, importance) for seed in self.study.seeds for importance in self.study.importances]
+
+    @property
+    def repeats(self) -> list[Chain]:
+        """The chains of the first importance with further data orders: what the noise floor is made of."""
+        first = self.study.importances[0]
+        return [Chain(seed, first, data_seed) for seed in self.study.seeds for data_seed in self.study.data_seeds]
 
     def initial(self, seed: int) -> Weights:
         """The initial weights of a seed."""
@@ -134,9 +148,15 @@ class Planner:
             Missing: where the store does not have the training that comes next.
             DamagedResultError: where the store's result is damaged.
         """
-        about = {"study": self.study.model_dump(mode="json"), "importance": chain.importance, "seed": chain.seed}
+        about: dict[str, Any] = {
+            "study": self.study.model_dump(mode="json"),
+            "importance": chain.importance,
+            "seed": chain.seed,
+        }
+        if chain.data_seed is not None:
+            about["data_seed"] = chain.data_seed
         found = lottery_ticket_rewinding(
-            partial(self._looked_up, chain.seed),
+            partial(self._looked_up, _data_seed(chain)),
             partial(self._pruned, chain=chain),
             self.initial(chain.seed),
             self.dense,
@@ -151,8 +171,8 @@ class Planner:
         """Return the names of the trainings of a chain that the store has, the rewind point's first."""
         tickets = self.progress(chain).tickets
         initial, rewind = self.initial(chain.seed), self.study.recipe.rewind
-        found = [self._training(chain.seed, t.rewind, t.mask, rewind, self.end).key for t in tickets]
-        if rewind and (point := self._training(chain.seed, initial, self.dense, 0, rewind).key) in self.store:
+        found = [self._training(_data_seed(chain), t.rewind, t.mask, rewind, self.end).key for t in tickets]
+        if rewind and (point := self._training(_data_seed(chain), initial, self.dense, 0, rewind).key) in self.store:
             found.insert(0, point)
         return found
 
@@ -199,7 +219,7 @@ class Planner:
         gave is remembered no longer than this planner is.
         """
         study = self.study
-        name = name_of([PRUNING, weights.hash, mask.hash, chain.importance, study.fraction, chain.seed, level])
+        name = name_of([PRUNING, weights.hash, mask.hash, chain.importance, study.fraction, _data_seed(chain), level])
         built_in = chain.importance in IMPORTANCES
         remembered = self.store.mask(name) if built_in else self._derived.get(name)
         if remembered is not None:
@@ -210,10 +230,14 @@ class Planner:
             level,
             importance=self._importances[chain.importance],
             fraction=study.fraction,
-            seed=chain.seed,
+            seed=_data_seed(chain),
         )
         if built_in:
             self.store.put_mask(name, pruned)
         else:
             self._derived[name] = pruned
         return pruned
+
+
+def _data_seed(chain: Chain) -> int:
+    return chain.seed if chain.data_seed is None else chain.data_seed

@@ -48,7 +48,7 @@ def rows(planner: Planner) -> list[Row]:
     order = planner.study.importances
     return [
         row
-        for chain, progress in sorted(by_chain.items(), key=lambda item: (order.index(item[0].importance), item[0]))
+        for chain, progress in sorted(by_chain.items(), key=lambda item: order.index(item[0].importance))
         for row in _rows(chain, progress)
     ]
 

@@ -9,7 +9,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from tombola.errors import UserError, did_you_mean
 from tombola.recipe import Count, Recipe
@@ -52,15 +52,24 @@ class Study(BaseModel):
     fraction: Annotated[float, Field(gt=0, lt=1)] = Field(
         default=0.2, description="of the connections alive, removed in each round"
     )
+    data_seeds: tuple[Count, ...] = Field(
+        default=(), description="further data orders for the first importance: the noise floor of overlaps"
+    )
     exclude: tuple[str, ...] = Field(default=(), description="layers that are never pruned")
 
-    @field_validator("importances", "seeds", "exclude")
+    @field_validator("importances", "seeds", "data_seeds", "exclude")
     @classmethod
     def _no_repetition(cls, values: tuple[Any, ...]) -> tuple[Any, ...]:
         if len(set(values)) < len(values):
             repeated = next(value for value in values if values.count(value) > 1)
             raise ValueError(f"{repeated!r} is named more than once")
         return values
+
+    @model_validator(mode="after")
+    def _other_orders(self) -> Study:
+        for seed in set(self.seeds) & set(self.data_seeds):
+            raise ValueError(f"data_seeds: {seed} is the data order of seed {seed} already, choose other numbers")
+        return self
 
 
 def presets() -> dict[str, Path]:

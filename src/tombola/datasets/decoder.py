@@ -40,14 +40,14 @@ class Form:
         height, width: in pixels.
         fit: bring other sizes to this one, the shorter side scaled, the longer cut to its middle; else they are
             refused.
-        counted: the pixels of the pictures in the first so many places are counted.
+        why: where other sizes are refused, what to say after the expected size.
     """
 
     channels: int
     height: int
     width: int
-    fit: bool
-    counted: int
+    fit: bool = False
+    why: str = ""
 
     @property
     def size(self) -> int:
@@ -65,7 +65,7 @@ def size_of(content: bytes) -> tuple[int, int]:
         return image.height, image.width
 
 
-def decode(content: bytes, form: Form) -> tuple[bytes, list[int]]:
+def decode(content: bytes, form: Form) -> bytes:
     """Decode one PNG or JPEG picture.
 
     Args:
@@ -73,7 +73,7 @@ def decode(content: bytes, form: Form) -> tuple[bytes, list[int]]:
         form: what to make of it.
 
     Returns:
-        Its pixels, channels first, and for each channel how many pixels have each of the values 0..255.
+        Its pixels, channels first.
 
     Raises:
         TroubleError: where it is not a whole picture or does not have the right form.
@@ -83,15 +83,16 @@ def decode(content: bytes, form: Form) -> tuple[bytes, list[int]]:
             raise TroubleError(f"has pixels of the kind {image.mode}, expected eight bits a channel")
         size = form.width, form.height
         if image.size != size and not form.fit:
-            raise TroubleError(f"is {image.width} x {image.height} pixels, expected {form.width} x {form.height}")
+            raise TroubleError(f"is {image.width} x {image.height} pixels, expected {form.width} x {form.height}{form.why}")
         try:
-            image.draft(None, (2 * form.width, 2 * form.height))  # skips detail that fitting would throw away
+            if form.fit:
+                image.draft(None, (2 * form.width, 2 * form.height))  # skips detail that fitting would throw away
             pixels = image.convert("RGB" if form.channels == 3 else "L")
         except Exception as error:  # noqa: BLE001 - damaged files make Pillow raise nearly anything
             raise TroubleError(f"is damaged or cut short: {error}") from error
     if pixels.size != size:
         pixels = ImageOps.fit(pixels, size, Image.Resampling.BICUBIC)
-    return b"".join(channel.tobytes() for channel in pixels.split()), pixels.histogram()
+    return b"".join(channel.tobytes() for channel in pixels.split())
 
 
 def work(pictures: Iterable[tuple[int, bytes]], pixels: int, form: Form) -> dict[str, Any]:
@@ -103,15 +104,14 @@ def work(pictures: Iterable[tuple[int, bytes]], pixels: int, form: Form) -> dict
         form: what to make of them.
 
     Returns:
-        "counts": how many pixels have each value, 256 a channel; or, at the first picture that is not as it should
-        be, its "place" and its "trouble"; or the error number "disk" of a file that cannot be written.
+        Nothing where all went well; at the first picture that is not as it should be its "place" and its "trouble";
+        the error number "disk" of a file that cannot be written.
     """
-    counts = [0] * (256 * form.channels)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow's remarks on odd but readable files
         for place, content in pictures:
             try:
-                raw, counted = decode(content, form)
+                raw = decode(content, form)
             except TroubleError as trouble:
                 return {"place": place, "trouble": str(trouble)}
             try:
@@ -120,9 +120,7 @@ def work(pictures: Iterable[tuple[int, bytes]], pixels: int, form: Form) -> dict
                     os.pwrite(pixels, raw[written:], place * form.size + written)
             except OSError as error:
                 return {"disk": error.errno}
-            if place < form.counted:
-                counts = [sum(pair) for pair in zip(counts, counted, strict=True)]
-    return {"counts": counts}
+    return {}
 
 
 def command(pixels: int, form: Form) -> list[str]:

@@ -13,6 +13,7 @@ import stat
 import tarfile
 import zipfile
 import zlib
+from collections import Counter
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -76,10 +77,9 @@ def open_tree(path: Path, entries: Collection[str]) -> Tree:
     except _DAMAGED as error:
         raise _damaged(path, error) from error
     names = sorted(name for name in set(listed) if not _hidden(name))
-    if len(set(listed)) < len(listed):
-        twice = next(name for name in sorted(listed) if listed.count(name) > 1)
-        if not twice.endswith("/"):
-            raise UserError(f"{path}: this archive holds {twice!r} twice")
+    for name, count in Counter(listed).items():
+        if count > 1 and not name.endswith("/"):
+            raise UserError(f"{path}: this archive holds {name!r} {count} times")
     tops = {name.partition("/")[0] for name in names}
     top = f"{tops.pop()}/" if len(tops) == 1 and not tops & set(entries) else ""
     inside = [name.removeprefix(top) for name in names]
@@ -141,7 +141,7 @@ def _read_zip(path: Path, members: Collection[str]) -> Iterator[tuple[str, bytes
 def _list_tar(path: Path) -> Iterator[str]:
     with tarfile.open(path) as archive:
         for info in archive:
-            if not info.isdir() and not info.isreg() or info.issparse():
+            if not (info.isdir() or info.isreg()) or info.issparse():
                 raise _link(path, info.name)
             yield f"{info.name}/" if info.isdir() else info.name
         file = archive.fileobj
@@ -190,5 +190,5 @@ def _link(path: Path, name: str) -> UserError:
 
 def _damaged(path: Path, error: Exception) -> UserError:
     if isinstance(error, tarfile.ReadError):
-        return UserError(f"{path}: neither a folder nor a whole .tar, .tar.gz, .tar.xz or .zip archive: {error}")
+        return UserError(f"{path}: neither a folder nor a whole .tar, .tar.gz, .tar.xz or .zip archive")
     return UserError(f"{path}: this archive is damaged or cut short: {error}")

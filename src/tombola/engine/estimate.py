@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import time
 from collections.abc import Callable
@@ -40,10 +41,10 @@ class Estimate:
 
 def estimate(planner: Planner, workers: int) -> Estimate:
     """Estimate a study's run from the trainings of it that are done, or from a few iterations timed now."""
-    progress = {chain: planner.progress(chain) for chain in planner.chains}
+    progress = {chain: planner.progress(chain) for chain in [*planner.chains, *planner.repeats]}
     keys = set()
     speeds = []
-    for chain in planner.chains:
+    for chain in progress:
         for key in planner.keys(chain):
             if key not in keys and (record := planner.store.record(key)).get("iterations"):
                 speeds.append(record["seconds"] / record["iterations"])
@@ -84,7 +85,7 @@ def _timed(planner: Planner) -> float:
               loss=problem.loss, watch=watch)  # fmt: skip
     except _EnoughError:
         pass
-    return statistics.median(after - before for before, after in zip(marks, marks[1:], strict=False))
+    return statistics.median(after - before for before, after in itertools.pairwise(marks))
 
 
 def _bytes(planner: Planner, level: int) -> int:

@@ -46,7 +46,7 @@ def run(planner: Planner, workers: LocalWorkers, show: Callable[[Status, Trainin
         UserError: where a training cannot be done. What was done is in the store.
     """
     status = Status(0)
-    for chain in planner.chains:
+    for chain in [*planner.chains, *planner.repeats]:
         _follow(planner, chain, status)
     status.total = remaining(list(status.chains.values()))
     began = time.monotonic()

@@ -1,0 +1,96 @@
+"""Your own pictures: a folder `train` and a folder `test`, in each one folder a class."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from tombola.datasets.dataset import Dataset
+from tombola.datasets.pictures import Listing, is_picture, picture_set
+from tombola.datasets.tree import Tree
+from tombola.errors import UserError
+
+OTHER_PICTURES = (".gif", ".bmp", ".webp", ".tif", ".tiff", ".avif", ".heic", ".ppm")
+"""Files that are pictures but are not read; passing over them in silence would leave out examples."""
+
+
+def image_folder(directory: Path | None, *, path: str, size: int | None = None, channels: int = 3) -> Dataset:
+    """Return the pictures `train/<class>/*` and `test/<class>/*`, PNG or JPEG, as uint8 of shape (channels, h, w).
+
+    The examples are in the order of the classes' names, within a class in that of the files' names. Mean and sd are
+    those of the train set.
+
+    Args:
+        directory: the data directory; None means `data/` in the current folder, then the current folder.
+        path: the folder, or a .tar, .tar.gz, .tar.xz or .zip archive of it, in the data directory or anywhere.
+        size: height and width in pixels. A picture of another size is scaled until its shorter side fits and its
+            longer side is cut to the middle. None takes the pictures as they are, all of one size.
+        channels: 3 for colours (grey pictures become grey colours), 1 for grey. Transparency is ignored.
+
+    Raises:
+        UserError: for a folder that is not as described, pictures of different sizes where `size` is not given,
+            pictures that are damaged, archives that are damaged or not safe, a cache that cannot be written.
+    """
+    if not isinstance(path, str | Path) or not str(path):
+        raise UserError(f"image-folder: path must be the name of a folder or an archive, got {path!r}")
+    if size is not None and (type(size) is not int or not 1 <= size <= 4096):
+        raise UserError(f"image-folder: size must be a whole number of pixels from 1 to 4096, got {size!r}")
+    if channels not in (1, 3):
+        raise UserError(f"image-folder: channels must be 3 (colours) or 1 (grey), got {channels!r}")
+    roots = [Path("data"), Path()] if directory is None else [directory]
+    for root in roots:
+        source = root / Path(path).expanduser()
+        if source.exists():
+            home = root if root in source.parents else source.parent
+            return picture_set(
+                "image-folder", source, home, ("train", "test"), list_classes, size, fit=True, channels=channels
+            )
+    places = " or ".join(str(root.absolute()) for root in roots)
+    raise UserError(f"image-folder: there is no folder or archive {str(path)!r} in {places}")
+
+
+def list_classes(tree: Tree) -> Listing:
+    """List the pictures `train/<class>/*` and `test/<class>/*`.
+
+    Raises:
+        UserError: for a missing set, an empty class, classes that differ between the sets, pictures elsewhere.
+    """
+    train, test = _split(tree, "train"), _split(tree, "test")
+    for only, split, other in ((train.keys() - test.keys(), "train", "test"), (test.keys() - train.keys(), "test", "train")):
+        if only:
+            raise UserError(f"{tree.path}: {split!r} has {_named(only)}, which {other!r} has not")
+    classes = tuple(sorted(train))
+    parts = (
+        [(name, label) for label, each in enumerate(classes) for name in part[each]] for part in (train, test)
+    )
+    return Listing(classes, *parts)
+
+
+def _split(tree: Tree, split: str) -> dict[str, list[str]]:
+    """Return the names of the pictures of each class."""
+    classes: dict[str, list[str]] = {}
+    for name in tree.names:
+        top, *parts = name.split("/")
+        if top != split:
+            continue
+        if name.lower().endswith(OTHER_PICTURES):
+            raise UserError(f"{tree.path}: {name!r} is not a PNG or JPEG picture: convert it, or take it away")
+        if len(parts) == 2:
+            classes.setdefault(parts[0], [])
+        if is_picture(name):
+            if len(parts) != 2:
+                raise UserError(f"{tree.path}: the picture {name!r} is not in a class, expected {split}/<class>/<picture>")
+            classes[parts[0]].append(name)
+    classes.pop("", None)
+    if not classes:
+        raise UserError(f"{tree.path}: expected pictures as {split}/<class>/<picture>, found no class in {split!r}")
+    empty = {each for each, names in classes.items() if not names}
+    if empty:
+        raise UserError(f"{tree.path}: {_named(empty)} in {split!r} holds no picture (.png, .jpg or .jpeg)")
+    return classes
+
+
+def _named(classes: Iterable[str]) -> str:
+    """Return up to three classes' names for a sentence."""
+    first, *others = sorted(classes)
+    return f"the class {first!r}" + (f" (and {len(others)} more)" if others else "")

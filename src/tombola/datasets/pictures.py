@@ -1,0 +1,181 @@
+"""Folders and archives of pictures: listed, decoded by all processors, kept in the cache."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import threading
+from collections.abc import Callable, Collection, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tombola.datasets import decoder
+from tombola.datasets.cache import About, Fill, cached
+from tombola.datasets.dataset import Dataset
+from tombola.datasets.decoder import Form, TroubleError
+from tombola.datasets.progress import Bar
+from tombola.datasets.tree import Tree, open_tree, stamp
+from tombola.errors import UserError
+
+FEW = 500
+"""So many pictures are decoded sooner by this process than others are started."""
+
+MOST = 16
+"""More processes than this are not fed fast enough to be of use."""
+
+SUFFIXES = (".png", ".jpg", ".jpeg")
+"""How the names of pictures end, in small or large letters."""
+
+
+@dataclass(frozen=True)
+class Listing:
+    """Which pictures make a data set.
+
+    Args:
+        classes: the classes' names.
+        train, test: for each picture its name in the tree and the number of its class, in the data set's order.
+    """
+
+    classes: tuple[str, ...]
+    train: Sequence[tuple[str, int]]
+    test: Sequence[tuple[str, int]]
+
+
+def picture_set(
+    name: str,
+    source: Path,
+    directory: Path,
+    entries: Collection[str],
+    listing: Callable[[Tree], Listing],
+    size: int | None = None,
+    fit: bool = False,
+    channels: int = 3,
+) -> Dataset:
+    """Return a data set made of picture files, from the cache or decoded into it.
+
+    Args:
+        name: the data set's.
+        source: the folder or archive.
+        directory: the data directory, where the cache is.
+        entries: the files and folders of interest at the top of the source.
+        listing: tells which pictures there are; called only where they must be decoded.
+        size: their height and width; None takes those of the first picture.
+        fit: bring others to this size, instead of refusing them.
+        channels: 3 for colours, 1 for grey.
+
+    Raises:
+        UserError: for whatever is wrong with the source, naming the picture, and a cache that cannot be written.
+    """
+
+    def make() -> tuple[About, Fill]:
+        tree = open_tree(source, entries)
+        listed = listing(tree)
+        names = [picture for picture, _ in [*listed.train, *listed.test]]
+        height, width = (size, size) if size else _size(tree, names[0])
+        why = "" if size else f" as {names[0]!r} is: 'size' brings all to one size"
+        form = Form(channels, height, width, fit, why)
+        train, test = (tuple(label for _, label in part) for part in (listed.train, listed.test))
+        about = About(name, (channels, height, width), train, test, listed.classes)
+        return about, lambda pixels: _decode_all(tree, names, form, pixels)
+
+    return cached(source, directory, f"{size} {fit} {channels}", stamp(source, entries), make)
+
+
+def is_picture(name: str) -> bool:
+    """Tell from a file's name whether it is a picture that can be read.
+
+    >>> is_picture("a/b.JPEG"), is_picture("a/b.txt")
+    (True, False)
+    """
+    return name.lower().endswith(SUFFIXES)
+
+
+def _size(tree: Tree, name: str) -> tuple[int, int]:
+    """Return a picture's height and width."""
+    ((place, content),) = _Shared(tree, [name])
+    try:
+        return decoder.size_of(content)
+    except TroubleError as trouble:
+        raise _trouble(tree, name, str(trouble)) from trouble
+
+
+def _decode_all(tree: Tree, names: Sequence[str], form: Form, pixels: int) -> None:
+    """Decode all pictures into their places in a file, given by its descriptor: a picture's place is that in `names`."""
+    processes = min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, MOST)
+    with Bar(f"decoding {tree.path.name}", total=len(names)) as bar:
+        contents = _Shared(tree, names, bar)
+        if len(names) < FEW or processes == 1:
+            answers = [decoder.work(contents, pixels, form)]
+        else:
+            answers = _by_processes(processes, contents, pixels, form)
+    for answer in answers:
+        if "disk" in answer:
+            raise OSError(answer["disk"], os.strerror(answer["disk"]))
+    troubles = [answer for answer in answers if answer]
+    if troubles:
+        first = min(troubles, key=lambda answer: answer["place"])
+        raise _trouble(tree, names[first["place"]], first["trouble"])
+
+
+def _by_processes(processes: int, contents: _Shared, pixels: int, form: Form) -> list[dict[str, Any]]:
+    """Have pictures decoded by several processes, each fed by a thread; return the answers of all."""
+    command = decoder.command(pixels, form)
+
+    def feed(_: int) -> dict[str, Any]:
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, pass_fds=[pixels]) as process:
+            assert process.stdin and process.stdout
+            with suppress(BrokenPipeError), process.stdin as pipe:  # one that has found trouble reads no more
+                for place, content in contents:
+                    decoder.send(pipe, place, content)
+            said = process.stdout.read()
+        if process.returncode != 0:
+            raise UserError(f"a process that decodes pictures ended early, with status {process.returncode}")
+        answer: dict[str, Any] = json.loads(said)
+        if answer:
+            contents.stop()
+        return answer
+
+    with ThreadPoolExecutor(processes) as pool:
+        try:
+            return list(pool.map(feed, range(processes)))
+        except BaseException:
+            contents.stop()
+            raise
+
+
+class _Shared:
+    """Pictures, each with its place, handed out once among the threads that go through this."""
+
+    def __init__(self, tree: Tree, names: Sequence[str], bar: Bar | None = None) -> None:
+        self._tree, self._bar = tree, bar
+        self._places = {name: place for place, name in enumerate(names)}
+        self._contents = tree.read(names)
+        self._lock = threading.Lock()
+        self._stopped = False
+
+    def __iter__(self) -> Iterator[tuple[int, bytes]]:
+        while item := self._next():
+            name, content = item
+            try:
+                yield self._places[name], content.read_bytes() if isinstance(content, Path) else content
+            except OSError as error:
+                raise _trouble(self._tree, name, f"cannot be read: {error.strerror}") from error
+
+    def _next(self) -> tuple[str, Path | bytes] | None:
+        with self._lock:
+            item = None if self._stopped else next(self._contents, None)
+            if item and self._bar:
+                self._bar.update(1)
+            return item
+
+    def stop(self) -> None:
+        """Hand out no more."""
+        self._stopped = True
+
+
+def _trouble(tree: Tree, name: str, trouble: str) -> UserError:
+    return UserError(f"{tree.path}: the picture {name!r} {trouble}")
