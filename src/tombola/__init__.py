@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 # Large pages for large tensors (Linux): touching fresh memory is a good part of what a step costs. Read by torch when
 # it is first imported; a user's own setting stays.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+# Without a workspace of its own cuBLAS does not give equal bits each time.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 if TYPE_CHECKING:
     from tombola import datasets, importance, models

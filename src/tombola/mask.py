@@ -83,6 +83,8 @@ class Mask(Mapping[str, Tensor]):
         """
         weights = prunable(model)
         left_out = _excluded(weights, exclude)
+        if unknown := [name for name, w in weights.items() if torch.nn.parameter.is_lazy(w)]:
+            raise UserError(f"layer {unknown[0]!r} is lazy and has no shape yet: run the model once on an input first")
         shapes = {name: tuple(w.shape) for name, w in weights.items() if name not in left_out}
         if not shapes:
             raise UserError(f"{type(model).__name__} has no linear or convolution weight to prune")

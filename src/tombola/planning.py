@@ -209,6 +209,7 @@ class Planner:
             "begin": begin,
             "end": end,
             "threads": THREADS,
+            "device": self.study.device,
         }
         return Training(name_of(identity), identity, initial, mask, seed, begin, end)
 

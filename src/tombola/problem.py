@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from torch.nn import functional
 
@@ -87,6 +88,8 @@ def try_out(problem: Problem, study: Study) -> None:
     One small batch goes forward and backward.
     """
     check(study.recipe, problem.data)
+    if study.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("device: 'cuda' was asked for, and torch finds no GPU here; use --device cpu")
     few = study.recipe.model_copy(update={"batch_size": min(2, len(problem.data.train_inputs))})
     inputs, labels = next(batches(problem.data, few, 0, 0, 1))
     task = study.task

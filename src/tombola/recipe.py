@@ -57,6 +57,9 @@ class Recipe(BaseModel):
     epochs: Positive | None = Field(default=None, description="length in epochs (or give iterations)")
     iterations: Positive | None = Field(default=None, description="length in iterations (or give epochs)")
     rewind: Count = Field(default=0, description="the iteration to whose weights tickets are rewound")
+    precision: Literal["float32", "bfloat16"] = Field(
+        default="float32", description="of activations (bfloat16: torch's autocast); weights are float32"
+    )
     augmentation: Augmentation = Field(default=Augmentation(), description="random changes of training images")
 
     @model_validator(mode="after")

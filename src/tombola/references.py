@@ -51,8 +51,9 @@ def resolve(reference: str, what: str) -> Callable[..., Any]:
 def source_hash(reference: str) -> str:
     """Return SHA-256 of the source that decides what `module:function` does.
 
-    The source of its module and of every module that it imports, directly or not, except the standard library and
-    installed packages (other than its own). So an edit of any of these gives another hash, comments included.
+    The source of its module, of every module that it imports, directly or not, and of the packages that these are in,
+    except the standard library, tombola and installed packages (other than its own). So an edit of any of these gives
+    another hash, comments included. What is imported under a name that is computed is not seen.
     """
     root = reference.partition(":")[0]
     digest = hashlib.sha256()
@@ -68,20 +69,23 @@ def _own_modules(root: str) -> dict[str, Path]:
     waiting = [root]
     while waiting:
         name = waiting.pop()
-        if name in found or name.partition(".")[0] in sys.stdlib_module_names:
+        top = name.partition(".")[0]
+        if name in found or top == "tombola" or (top in sys.stdlib_module_names and not _shadows(top)):
             continue
         path = _source(name)
-        if path is None or (name.partition(".")[0] != root.partition(".")[0] and _installed(path)):
+        if path is not None and top != root.partition(".")[0] and _installed(path):
             continue
-        found[name] = path
-        waiting += _imports(name, path)
+        if path is not None:
+            found[name] = path
+            waiting += _imports(name, path)
+        waiting.append(name.rpartition(".")[0])  # importing a module runs its package's __init__.py first
     return found
 
 
 def _source(module: str) -> Path | None:
     try:
         spec = importlib.util.find_spec(module)
-    except (ImportError, ValueError, AttributeError):
+    except Exception:  # looking for a.b imports a, which may raise anything; what is imported only at times may be absent
         return None
     if spec is None or spec.origin is None or not spec.has_location:
         return None
@@ -89,8 +93,16 @@ def _source(module: str) -> Path | None:
     return path if path.is_file() else None
 
 
+def _shadows(top: str) -> bool:
+    """Say whether a module of the user's own is found under a name of the standard library's."""
+    path = _source(top)
+    return path is not None and not _installed(path)
+
+
 def _installed(path: Path) -> bool:
     folders = {sysconfig.get_path(kind) for kind in ("purelib", "platlib", "stdlib", "platstdlib")}
+    if {"site-packages", "dist-packages"} & set(path.parts):  # also those of the user, and of another Python's
+        return True
     return any(path.is_relative_to(folder) for folder in folders)
 
 

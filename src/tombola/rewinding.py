@@ -21,15 +21,17 @@ from tombola.weights import Weights
 
 
 class Train(Protocol):
-    """Trains the connections alive in `mask` from `initial`, iterations begin..end-1."""
+    """How a training is done."""
 
-    def __call__(self, initial: Weights, mask: Mask, begin: int, end: int) -> Trained: ...
+    def __call__(self, initial: Weights, mask: Mask, begin: int, end: int) -> Trained:
+        """Train the connections alive in `mask` from `initial`, iterations begin..end-1."""
 
 
 class Prune(Protocol):
-    """Removes the connections of the lowest importance by the trained weights of `level`."""
+    """How a round prunes."""
 
-    def __call__(self, weights: Weights, mask: Mask, level: int) -> Mask: ...
+    def __call__(self, weights: Weights, mask: Mask, level: int) -> Mask:
+        """Return `mask` without the connections of the lowest importance by the trained weights of `level`."""
 
 
 def lottery_ticket_rewinding(

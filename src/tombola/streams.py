@@ -33,6 +33,6 @@ def ambient(seed: int, *name: str | int) -> Iterator[None]:
 
     For code that cannot be handed a generator: the constructors of modules.
     """
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(derive(seed, *name))
         yield

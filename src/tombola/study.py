@@ -7,7 +7,7 @@ import tomllib
 from collections.abc import Iterator, Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, get_origin
+from typing import Annotated, Any, Literal, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -56,6 +56,7 @@ class Study(BaseModel):
         default=(), description="further data orders for the first importance: the noise floor of overlaps"
     )
     exclude: tuple[str, ...] = Field(default=(), description="layers that are never pruned")
+    device: Literal["cpu", "cuda"] = Field(default="cpu", description="where to train: cpu or cuda")
 
     @field_validator("importances", "seeds", "data_seeds", "exclude")
     @classmethod

@@ -16,7 +16,7 @@ from tombola.errors import UserError
 from tombola.files import write_atomically
 from tombola.mask import Mask
 from tombola.training import History, Trained
-from tombola.weights import State, Weights, masked
+from tombola.weights import State, Weights, masked, zero_pruned
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,7 @@ class Ticket:
             model.load_state_dict(state)
         except RuntimeError as error:
             raise UserError(f"the ticket does not fit the model: {' '.join(str(error).split())}") from error
+        zero_pruned(model, self.mask)
 
     def _trained_state(self) -> State:
         if self.trained is None:
@@ -87,7 +88,7 @@ class Ticket:
                 about = json.loads((file.metadata() or {})["tombola"])
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
             mask = Mask.from_tensors({name: tensors[f"mask.{name}"] for name in about["layers"]})
-            history = History.from_json(about["history"])
+            history, level, provenance = History.from_json(about["history"]), about["level"], about["provenance"]
         except (OSError, safetensors.SafetensorError, KeyError, ValueError, TypeError) as error:
             raise UserError(f"{path}: cannot be read as a ticket that tombola saved: {error}") from error
 
@@ -95,4 +96,4 @@ class Ticket:
             return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
 
         trained = Trained(Weights.of(part("trained.")), history) if part("trained.") else None
-        return cls(about["level"], mask, Weights.of(part("rewind.")), trained, about["provenance"])
+        return cls(level, mask, Weights.of(part("rewind.")), trained, provenance)

@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from tombola.batches import batches, normalise
+from tombola.batches import batches, normalisation
 from tombola.datasets.dataset import Dataset
 from tombola.errors import UserError
 from tombola.mask import Mask
 from tombola.recipe import Augmentation, Recipe
 from tombola.streams import ambient, derive
-from tombola.weights import State, Weights, masked
+from tombola.weights import State, Weights, masked, zero_pruned
 
 Loss: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 """(outputs of the model, labels) -> scalar: the mean over the batch."""
@@ -106,6 +107,7 @@ def train(
     begin: int = 0,
     end: int | None = None,
     loss: Loss = functional.cross_entropy,
+    device: str = "cpu",
     resume: Checkpoint | None = None,
     watch: Watch | None = None,
 ) -> Trained:
@@ -124,6 +126,7 @@ def train(
         seed: of data order, augmentation and random layers such as dropout.
         begin, end: iterations; by default the whole training.
         loss: of outputs and labels, mean over the batch.
+        device: where to train, "cpu" or "cuda"; on a GPU the data set lives there too.
         resume: where to go on; a training that is stopped and resumed ends with the same bits.
         watch: see `Watch`; for progress and checkpoints.
 
@@ -141,15 +144,17 @@ def train(
     examples = len(data.train_inputs)
     end = recipe.total_iterations(examples) if end is None else end
     check(recipe, data)
-    model = copy.deepcopy(model)
+    model = copy.deepcopy(model).to(device)
+    data = _on(data, device)
     at = resume or Checkpoint(begin, masked(initial, mask))
     try:
         model.load_state_dict(at.state)
     except RuntimeError as error:
         raise UserError(f"the state does not fit the model: {' '.join(str(error).split())}") from error
     if any(isinstance(module, nn.Conv2d) for module in model.modules()):
-        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload] # the fast one on CPU and GPU
     parameters = dict(model.named_parameters())
+    zero_pruned(model, mask)
     alive = [
         (parameters[name], torch.empty_like(parameters[name], requires_grad=False).copy_(mask[name]))
         for name in mask
@@ -157,24 +162,27 @@ def train(
     ]
     optimizer = _optimizer(recipe, [p for p in model.parameters() if p.requires_grad])
     _load_optimizer(optimizer, at.optimizer)
+    infinite = {name for name, t in initial.items() if name not in parameters and not t.isfinite().all()}  # by design
     per_epoch = recipe.iterations_per_epoch(examples)
     losses = list(at.losses)
-    loss_sum = torch.tensor(at.loss_sum, dtype=torch.float64)
+    loss_sum = torch.tensor(at.loss_sum, dtype=torch.float64, device=device)
     iteration = at.iteration
     diverged_at = None
 
     def checkpoint() -> Checkpoint:
-        state = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+        state = {name: tensor.detach().to("cpu", copy=True) for name, tensor in model.state_dict().items()}
         return Checkpoint(iteration, state, _optimizer_tensors(optimizer), tuple(losses), float(loss_sum))
 
     model.train()
-    with ambient(seed), _flushed_denormals():
+    autocast = torch.autocast(device, torch.bfloat16) if recipe.precision == "bfloat16" else nullcontext()
+    with ambient(seed), _flushed_denormals(), _deterministic(device):
         for inputs, labels in batches(data, recipe, seed, iteration, end):
-            torch.default_generator.manual_seed(derive(seed, "random layers", iteration))
+            _seed_random_layers(device, derive(seed, "random layers", iteration))
             for group in optimizer.param_groups:
                 group["lr"] = recipe.lr_at(iteration, examples)
             optimizer.zero_grad()
-            batch_loss = loss(model(inputs), labels)
+            with autocast:
+                batch_loss = loss(model(inputs), labels)
             batch_loss.backward()  # type: ignore[no-untyped-call]
             for weight, ones in alive:
                 if weight.grad is not None:
@@ -194,10 +202,11 @@ def train(
             if watch is not None:
                 watch(iteration, checkpoint)
         state = masked(model.state_dict(), mask)
-        if diverged_at is None and not all(t.isfinite().all() for t in state.values()):
+        if diverged_at is None and not all(t.isfinite().all() for n, t in state.items() if n not in infinite):
             diverged_at = iteration - 1
-        accuracy, test_loss = evaluate(model, data, loss) if diverged_at is None else (None, None)
-    state = {name: tensor.contiguous() for name, tensor in state.items()}
+        with autocast:
+            accuracy, test_loss = evaluate(model, data, loss) if diverged_at is None else (None, None)
+    state = {name: tensor.cpu().contiguous() for name, tensor in state.items()}
     return Trained(Weights.of(state), History(tuple(losses), accuracy, test_loss, diverged_at))
 
 
@@ -226,8 +235,10 @@ def evaluate(model: nn.Module, data: Dataset, loss: Loss = functional.cross_entr
 def predict(model: nn.Module, data: Dataset) -> Tensor:
     """Return the model's outputs, shape (test examples, classes), in evaluation mode."""
     model.eval()
+    normalise = normalisation(data)
     with torch.inference_mode():
-        return torch.cat([model(normalise(part, data)) for part in data.test_inputs.split(_EVALUATED_AT_ONCE)])
+        parts = torch.split(data.test_inputs, _EVALUATED_AT_ONCE)
+        return torch.cat([model(normalise(part)).float() for part in parts])
 
 
 def _optimizer(recipe: Recipe, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
@@ -242,7 +253,7 @@ def _optimizer(recipe: Recipe, parameters: list[nn.Parameter]) -> torch.optim.Op
 
 def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> State:
     return {
-        f"{number}.{name}": value.detach().clone()
+        f"{number}.{name}": value.detach().to("cpu", copy=True)
         for number, entries in optimizer.state_dict()["state"].items()
         for name, value in entries.items()
         if isinstance(value, Tensor)
@@ -253,8 +264,13 @@ def _load_optimizer(optimizer: torch.optim.Optimizer, tensors: State) -> None:
     state: dict[int, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         number, name = key.split(".", 1)
-        state.setdefault(int(number), {})[name] = tensor
+        state.setdefault(int(number), {})[name] = tensor.clone()
     optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
+    for parameter, entries in optimizer.state.items():
+        for name, value in entries.items():
+            if isinstance(value, Tensor) and value.shape == parameter.shape:
+                # The fused steps go through memory in order: a tensor must lie there as its parameter does.
+                entries[name] = torch.empty_like(parameter, dtype=value.dtype, requires_grad=False).copy_(value)
 
 
 @contextmanager
@@ -266,3 +282,39 @@ def _flushed_denormals() -> Iterator[None]:
         yield
     finally:
         torch.set_flush_denormal(before)
+
+
+def _on(data: Dataset, device: str) -> Dataset:
+    return data if device == "cpu" else _moved(data, device)
+
+
+@functools.lru_cache(maxsize=1)
+def _moved(data: Dataset, device: str) -> Dataset:
+    tensors = ("train_inputs", "train_labels", "test_inputs", "test_labels")
+    return replace(data, **{name: getattr(data, name).to(device) for name in tensors})
+
+
+def _seed_random_layers(device: str, seed: int) -> None:
+    torch.default_generator.manual_seed(seed)
+    if device == "cuda":
+        torch.cuda.manual_seed(seed)
+
+
+@contextmanager
+def _deterministic(device: str) -> Iterator[None]:
+    """On a GPU, let only such algorithms be used inside the block as give equal bits each time, in full float32.
+
+    cuBLAS takes its workspace from the environment when it is first used: see `tombola/__init__.py`.
+    """
+    if device != "cuda":
+        yield
+        return
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = cudnn.benchmark, cudnn.allow_tf32, matmul.allow_tf32, torch.are_deterministic_algorithms_enabled()
+    cudnn.benchmark, cudnn.allow_tf32, matmul.allow_tf32 = False, False, False
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        cudnn.benchmark, cudnn.allow_tf32, matmul.allow_tf32 = before[:3]
+        torch.use_deterministic_algorithms(before[3])

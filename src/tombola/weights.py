@@ -7,8 +7,9 @@ from collections.abc import Callable, Mapping
 from typing import TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from tombola.errors import UserError
 from tombola.mask import Mask
 
 State: TypeAlias = dict[str, Tensor]
@@ -59,3 +60,24 @@ def masked(state: Mapping[str, Tensor], mask: Mask) -> State:
         name: torch.where(mask[name].to(tensor.device), tensor, 0.0) if name in mask else tensor.clone()
         for name, tensor in state.items()
     }
+
+
+def zero_pruned(model: nn.Module, mask: Mask) -> None:
+    """Set a model's pruned weights to 0.0.
+
+    For after `load_state_dict`: a weight that layers share has one name in a mask and several in a state, and the
+    last of these is what the model has then.
+
+    Raises:
+        UserError: where the mask is another network's.
+    """
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for name, alive in mask.items():
+        weight = parameters.get(name)
+        if weight is None or weight.shape != alive.shape:
+            has = "no such weight" if weight is None else f"one of shape {tuple(weight.shape)}"
+            raise UserError(
+                f"the mask does not fit the model: it has layer {name!r} of shape {tuple(alive.shape)}, the model {has}"
+            )
+        with torch.no_grad():
+            weight.masked_fill_(~alive.to(weight.device), 0.0)

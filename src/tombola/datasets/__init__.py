@@ -7,9 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from tombola.datasets.cifar10 import cifar10
 from tombola.datasets.dataset import Dataset, subset
 from tombola.datasets.digits import digits
 from tombola.datasets.idx import fashion_mnist, mnist
+from tombola.datasets.image_folder import image_folder
+from tombola.datasets.tiny_imagenet import tiny_imagenet
 from tombola.errors import UserError, did_you_mean
 
 __all__ = ["DATASETS", "Dataset", "load", "subset"]
@@ -18,6 +21,9 @@ DATASETS: dict[str, Callable[..., Dataset]] = {
     "digits": digits,
     "mnist": mnist,
     "fashion-mnist": fashion_mnist,
+    "cifar10": cifar10,
+    "tiny-imagenet": tiny_imagenet,
+    "image-folder": image_folder,
 }
 """What there is, by name. Each takes the data directory and, by keyword, its own arguments.
 
@@ -54,4 +60,7 @@ def load(name: str, directory: Path | None = None, **arguments: Any) -> Dataset:
         if parameter.default is parameter.empty and parameter.name not in arguments:
             raise UserError(f"data set {name!r} needs the argument {parameter.name!r}")
     limits = {key: arguments.pop(key) for key in _SUBSET if key in arguments}
-    return subset(DATASETS[name](directory, **arguments), **limits)
+    try:
+        return subset(DATASETS[name](directory, **arguments), **limits)
+    except OSError as error:  # such as a folder that may not be looked into
+        raise UserError(f"data set {name!r}: {error.filename or directory}: {error.strerror or error}") from error

@@ -13,14 +13,14 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
+import numpy as np
 import torch
 from filelock import FileLock
-from torch import Tensor
 
 from tombola.datasets.dataset import Dataset, digest_of, fingerprint_of
 from tombola.datasets.files import cache_folder
@@ -33,7 +33,7 @@ SCHEME = 1
 FOLDER = ".tombola-cache"
 """What the cache is called in a data directory."""
 
-CHUNK = 16 << 20
+CHUNK = 4 << 20
 """Bytes that are in memory at a time where the pixels are gone through."""
 
 
@@ -73,12 +73,15 @@ Fill = Callable[[int], None]
 """Writes all pixels to a file, given its descriptor, that has the right size already."""
 
 
-def cached(source: Path, directory: Path, variant: str, stamp: str, make: Callable[[], tuple[About, Fill]]) -> Dataset:
+def cached(
+    source: Path, directory: Path | None, variant: str, stamp: str, make: Callable[[], tuple[About, Fill]]
+) -> Dataset:
     """Return a data set of pictures from the cache, into which it is first written where it is not there.
 
     Args:
         source: the folder or archive that the pictures come from.
-        directory: the data directory; the cache is in it where it can be written to, else in the user's cache folder.
+        directory: the data directory, None for the folder that the source is in; the cache is in it where it can be
+            written to, else in the user's cache folder.
         variant: what was asked for; entries for one source that differ in it stand side by side.
         stamp: tells the source's state; an entry for another state is replaced.
         make: called where there is no entry, says what belongs into it.
@@ -87,14 +90,15 @@ def cached(source: Path, directory: Path, variant: str, stamp: str, make: Callab
         UserError: where the cache cannot be written, as on a full disk, and whatever `make` raises. Nothing is left of
             an entry then.
     """
-    origin = os.path.relpath(source.absolute(), directory.absolute())
-    name = f"{source.name}-{_hash(origin, variant)[:8]}"
+    source = source.resolve()
+    home = directory.resolve() if directory and directory.is_dir() else source.parent
+    name = f"{source.name}-{_hash(os.path.relpath(source, home), variant)[:8]}"
     folder = f"{name}-{_hash(str(SCHEME), stamp)[:32]}"
-    for cache in (directory / FOLDER, cache_folder() / "pictures"):
+    for cache in (home / FOLDER, cache_folder() / "pictures"):
         dataset = _open(cache / folder)
         if dataset:
             return dataset
-    cache = directory / FOLDER if _writable(directory) else cache_folder() / "pictures"
+    cache = home / FOLDER if _writable(home) else cache_folder() / "pictures"
     try:
         cache.mkdir(parents=True, exist_ok=True)
         with FileLock(cache / f"{name}.lock"):
@@ -107,10 +111,7 @@ def cached(source: Path, directory: Path, variant: str, stamp: str, make: Callab
             _write(cache, folder, about, fill)
             dataset = _open(cache / folder)
     except OSError as error:
-        raise UserError(
-            f"the cache of decoded pictures {cache} cannot be written: {error.strerror or error}; "
-            "nothing was left there, make room and run it again"
-        ) from error
+        raise UserError(f"{cache}: decoded pictures cannot be kept here: {error.strerror or error}") from error
     assert dataset is not None
     return dataset
 
@@ -131,9 +132,14 @@ def _write(cache: Path, folder: str, about: About, fill: Fill) -> None:
         partial.chmod(0o755)
         sync_folder(partial)
         partial.rename(cache / folder)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
-        raise
+        if not isinstance(error, OSError):
+            raise
+        raise UserError(
+            f"{cache}: the decoded pictures, {about.bytes / 1e6:.1f} MB, cannot be written here: "
+            f"{error.strerror or error}; nothing of them was left"
+        ) from error
     sync_folder(cache)
 
 
@@ -142,7 +148,8 @@ def _open(entry: Path) -> Dataset | None:
     try:
         content = json.loads((entry / "about.json").read_text())
         fingerprint = content.pop("fingerprint")
-        about = About(**{key: tuple(value) if isinstance(value, list) else value for key, value in content.items()})
+        fields: dict[str, Any] = {key: tuple(value) if key != "name" else value for key, value in content.items()}
+        about = About(**fields)
         if (entry / "pixels").stat().st_size != about.bytes:
             return None
         pixels = torch.from_file(str(entry / "pixels"), shared=False, size=about.bytes, dtype=torch.uint8)
@@ -164,50 +171,51 @@ def _open(entry: Path) -> Dataset | None:
 
 def reserve(pixels: int, size: int) -> None:
     """Give a file its size and, where the system can, its room on the disk, so that a full disk is noticed at once."""
+    os.truncate(pixels, size)
     if hasattr(os, "posix_fallocate"):
         os.posix_fallocate(pixels, 0, size)
-    else:
-        os.truncate(pixels, size)
 
 
 def _measured(about: About, pixels: BinaryIO) -> tuple[About, str]:
     """Return what is known of a data set, with mean and sd, and its fingerprint, in one pass over the pixels."""
     shape = about.shape
-    totals, squares = torch.zeros(shape[0], dtype=torch.int64), torch.zeros(shape[0], dtype=torch.int64)
+    totals, squares = np.zeros(shape[0], np.int64), np.zeros(shape[0], np.int64)
     digests = []
     pixels.seek(0)
     for labels, is_train in ((about.train_labels, True), (about.test_labels, False)):
         digest = hashlib.sha256()
         for count in _chunks(len(labels), max(1, CHUNK // about.picture_bytes)):
-            content = bytearray(pixels.read(count * about.picture_bytes))
+            content = pixels.read(count * about.picture_bytes)
             digest.update(content)
             if is_train and not about.mean:
-                values = torch.frombuffer(content, dtype=torch.uint8).view(count, shape[0], -1).to(torch.int32)
-                totals += values.sum((0, 2))
-                squares += values.square().sum((0, 2))
+                values = np.frombuffer(content, np.uint8).reshape(count, shape[0], -1)
+                totals += values.sum((0, 2), dtype=np.int64)
+                squares += np.einsum("ncp,ncp->c", values, values, dtype=np.int64)
         inputs = [str(torch.uint8), str((len(labels), *shape)), digest.hexdigest()]
         digests += [inputs, digest_of(torch.tensor(labels))]
     if not about.mean:
-        mean, sd = mean_and_sd(totals, squares, len(about.train_labels) * shape[1] * shape[2])
+        mean, sd = mean_and_sd(totals.tolist(), squares.tolist(), len(about.train_labels) * shape[1] * shape[2])
         about = replace(about, mean=mean, sd=sd)
     return about, fingerprint_of(len(about.classes), about.mean, about.sd, digests)
 
 
-def mean_and_sd(totals: Tensor, squares: Tensor, count: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def mean_and_sd(
+    totals: Sequence[int], squares: Sequence[int], count: int
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Return the mean and the standard deviation of pixels on the scale 0..1, exact but for one rounding each.
 
     Args:
-        totals: sum of the values 0..255 in each channel, shape (channels,), int64.
-        squares: sum of their squares.
+        totals: the sum of the values 0..255 of each channel.
+        squares: the sum of their squares.
         count: how many pixels each channel has.
 
     Returns:
         One number a channel; the standard deviation of a channel whose pixels are all equal is given as 1.
 
-    >>> mean_and_sd(torch.tensor([255]), torch.tensor([255 * 255]), 2)
+    >>> mean_and_sd([255], [255 * 255], 2)
     ((0.5,), (0.5,))
     """
-    pairs = list(zip(totals.tolist(), squares.tolist(), strict=True))
+    pairs = list(zip(totals, squares, strict=True))
     mean = tuple(total / (255 * count) for total, _ in pairs)
     sd = tuple(math.sqrt(count * square - total * total) / (255 * count) or 1.0 for total, square in pairs)
     return mean, sd

@@ -16,9 +16,9 @@ import sys
 import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
-from typing import Any, BinaryIO
+from typing import IO, Any
 
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 HEADER = struct.Struct("<QQ")
 """Before each picture on the standard input: its place and how many bytes follow."""
@@ -83,12 +83,14 @@ def decode(content: bytes, form: Form) -> bytes:
             raise TroubleError(f"has pixels of the kind {image.mode}, expected eight bits a channel")
         size = form.width, form.height
         if image.size != size and not form.fit:
-            raise TroubleError(f"is {image.width} x {image.height} pixels, expected {form.width} x {form.height}{form.why}")
+            raise TroubleError(
+                f"is {image.width} x {image.height} pixels, expected {form.width} x {form.height}{form.why}"
+            )
         try:
             if form.fit:
                 image.draft(None, (2 * form.width, 2 * form.height))  # skips detail that fitting would throw away
             pixels = image.convert("RGB" if form.channels == 3 else "L")
-        except Exception as error:  # noqa: BLE001 - damaged files make Pillow raise nearly anything
+        except Exception as error:
             raise TroubleError(f"is damaged or cut short: {error}") from error
     if pixels.size != size:
         pixels = ImageOps.fit(pixels, size, Image.Resampling.BICUBIC)
@@ -128,12 +130,12 @@ def command(pixels: int, form: Form) -> list[str]:
     return [sys.executable, "-P", __file__, str(pixels), json.dumps(asdict(form))]
 
 
-def send(file: BinaryIO, place: int, content: bytes) -> None:
+def send(file: IO[bytes], place: int, content: bytes) -> None:
     """Send one picture to a process."""
     file.write(HEADER.pack(place, len(content)) + content)
 
 
-def receive(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
+def receive(file: IO[bytes]) -> Iterator[tuple[int, bytes]]:
     """Yield what was sent, to the end."""
     while header := file.read(HEADER.size):
         place, length = HEADER.unpack(header)
@@ -143,9 +145,9 @@ def receive(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
 def _opened(content: bytes) -> Image.Image:
     try:
         return Image.open(io.BytesIO(content), formats=("JPEG", "PNG"))
-    except Image.UnidentifiedImageError as error:
+    except UnidentifiedImageError as error:
         raise TroubleError("is not a PNG or JPEG picture" if content else "is empty") from error
-    except Exception as error:  # noqa: BLE001 - damaged files make Pillow raise nearly anything
+    except Exception as error:
         raise TroubleError(f"is damaged or cut short: {error}") from error
 
 

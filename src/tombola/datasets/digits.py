@@ -25,7 +25,7 @@ def digits(directory: Path | None = None) -> Dataset:
     >>> digits().train_inputs.shape
     torch.Size([1352, 1, 8, 8])
     """
-    from sklearn.datasets import load_digits  # type: ignore[import-untyped]
+    from sklearn.datasets import load_digits
 
     bunch = load_digits()
     images = torch.from_numpy(np.rint(bunch.images * (255 / 16)).astype(np.uint8)).unsqueeze(1)

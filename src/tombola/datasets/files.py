@@ -7,7 +7,7 @@ import queue
 import threading
 import urllib.error
 import urllib.request
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -15,12 +15,15 @@ from tombola.datasets.progress import Bar
 from tombola.errors import UserError
 
 SECONDS_TO_ANSWER = 6.0
-"""A server that has not answered by then is taken as out of reach."""
+"""A server that has not answered by then is out of reach."""
+
+SECONDS_OF_SILENCE = 30.0
+"""A download of which nothing more comes for so long is given up."""
 
 
 def cache_folder() -> Path:
     """Return the user's cache folder of this program; nothing is created."""
-    import pooch  # type: ignore[import-untyped]
+    import pooch
 
     return Path(pooch.os_cache("tombola"))
 
@@ -39,6 +42,34 @@ def folders(directory: Path | None, *names: str) -> list[Path]:
     return [root / name for root in roots for name in (*names, "")]
 
 
+def find_or_download(
+    name: str, directory: Path | None, choices: Collection[str], inside: str, url: str, sha256: str
+) -> Path:
+    """Return where a data set that is one folder or archive is.
+
+    Args:
+        name: the data set's, and that of the subfolder that it may be in.
+        directory: the data directory, see `folders`.
+        choices: the names that the folder or the archive may have.
+        inside: a file of the folder; a folder of another name that holds it is taken as well.
+        url, sha256: of what is downloaded where there is nothing.
+
+    Raises:
+        UserError: where there is nothing and nothing can be downloaded: what to put where.
+    """
+    looked = folders(directory, name)
+    for folder in looked:
+        for choice in choices:
+            if (folder / choice).exists():
+                return folder / choice
+        if (folder / inside).exists():
+            return folder
+    try:
+        return download(url, sha256, download_folder(directory, name))
+    except UserError as error:
+        raise missing(name, looked, error, [url.rpartition("/")[2]], looked[0]) from error
+
+
 def download_folder(directory: Path | None, name: str) -> Path:
     """Return the folder into which the files of the data set `name` are downloaded."""
     return (cache_folder() if directory is None else directory) / name
@@ -51,7 +82,7 @@ def download(url: str, sha256: str, folder: Path) -> Path:
         UserError: where there is no network, the server answers otherwise, the checksum is another or the folder
             cannot be written: a clause that says which.
     """
-    import pooch  # type: ignore[import-untyped]
+    import pooch
 
     reason = _out_of_reach(url)
     if reason:
@@ -60,7 +91,7 @@ def download(url: str, sha256: str, folder: Path) -> Path:
     name = url.rpartition("/")[2]
     try:
         with Bar(name, of_bytes=True) as bar:
-            fetch = pooch.HTTPDownloader(progressbar=bar, timeout=SECONDS_TO_ANSWER, chunk_size=1 << 16)
+            fetch = pooch.HTTPDownloader(progressbar=bar, timeout=SECONDS_OF_SILENCE, chunk_size=1 << 16)
             return Path(pooch.retrieve(url, f"sha256:{sha256}", fname=name, path=folder, downloader=fetch))
     except (OSError, ValueError) as error:
         for path in made:

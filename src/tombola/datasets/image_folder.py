@@ -35,16 +35,14 @@ def image_folder(directory: Path | None, *, path: str, size: int | None = None, 
         raise UserError(f"image-folder: path must be the name of a folder or an archive, got {path!r}")
     if size is not None and (type(size) is not int or not 1 <= size <= 4096):
         raise UserError(f"image-folder: size must be a whole number of pixels from 1 to 4096, got {size!r}")
-    if channels not in (1, 3):
+    if type(channels) is not int or channels not in (1, 3):
         raise UserError(f"image-folder: channels must be 3 (colours) or 1 (grey), got {channels!r}")
     roots = [Path("data"), Path()] if directory is None else [directory]
     for root in roots:
         source = root / Path(path).expanduser()
         if source.exists():
-            home = root if root in source.parents else source.parent
-            return picture_set(
-                "image-folder", source, home, ("train", "test"), list_classes, size, fit=True, channels=channels
-            )
+            entries = ("train", "test")
+            return picture_set("image-folder", source, directory, entries, list_classes, size, True, channels)
     places = " or ".join(str(root.absolute()) for root in roots)
     raise UserError(f"image-folder: there is no folder or archive {str(path)!r} in {places}")
 
@@ -56,13 +54,11 @@ def list_classes(tree: Tree) -> Listing:
         UserError: for a missing set, an empty class, classes that differ between the sets, pictures elsewhere.
     """
     train, test = _split(tree, "train"), _split(tree, "test")
-    for only, split, other in ((train.keys() - test.keys(), "train", "test"), (test.keys() - train.keys(), "test", "train")):
-        if only:
-            raise UserError(f"{tree.path}: {split!r} has {_named(only)}, which {other!r} has not")
+    for one, other, has, lacks in ((train, test, "train", "test"), (test, train, "test", "train")):
+        if one.keys() - other.keys():
+            raise UserError(f"{tree.path}: {has!r} has {_named(one.keys() - other.keys())}, which {lacks!r} has not")
     classes = tuple(sorted(train))
-    parts = (
-        [(name, label) for label, each in enumerate(classes) for name in part[each]] for part in (train, test)
-    )
+    parts = ([(name, label) for label, each in enumerate(classes) for name in part[each]] for part in (train, test))
     return Listing(classes, *parts)
 
 
@@ -79,9 +75,10 @@ def _split(tree: Tree, split: str) -> dict[str, list[str]]:
             classes.setdefault(parts[0], [])
         if is_picture(name):
             if len(parts) != 2:
-                raise UserError(f"{tree.path}: the picture {name!r} is not in a class, expected {split}/<class>/<picture>")
+                raise UserError(
+                    f"{tree.path}: the picture {name!r} lies at the wrong depth, expected {split}/<class>/<picture>"
+                )
             classes[parts[0]].append(name)
-    classes.pop("", None)
     if not classes:
         raise UserError(f"{tree.path}: expected pictures as {split}/<class>/<picture>, found no class in {split!r}")
     empty = {each for each, names in classes.items() if not names}

@@ -48,7 +48,7 @@ class Listing:
 def picture_set(
     name: str,
     source: Path,
-    directory: Path,
+    directory: Path | None,
     entries: Collection[str],
     listing: Callable[[Tree], Listing],
     size: int | None = None,
@@ -60,7 +60,7 @@ def picture_set(
     Args:
         name: the data set's.
         source: the folder or archive.
-        directory: the data directory, where the cache is.
+        directory: the data directory, where the cache is; None for the folder that the source is in.
         entries: the files and folders of interest at the top of the source.
         listing: tells which pictures there are; called only where they must be decoded.
         size: their height and width; None takes those of the first picture.
@@ -75,11 +75,9 @@ def picture_set(
         tree = open_tree(source, entries)
         listed = listing(tree)
         names = [picture for picture, _ in [*listed.train, *listed.test]]
-        height, width = (size, size) if size else _size(tree, names[0])
-        why = "" if size else f" as {names[0]!r} is: 'size' brings all to one size"
-        form = Form(channels, height, width, fit, why)
+        form = Form(channels, size, size, fit) if size else _form_of_first(tree, names, channels)
         train, test = (tuple(label for _, label in part) for part in (listed.train, listed.test))
-        about = About(name, (channels, height, width), train, test, listed.classes)
+        about = About(name, (channels, form.height, form.width), train, test, listed.classes)
         return about, lambda pixels: _decode_all(tree, names, form, pixels)
 
     return cached(source, directory, f"{size} {fit} {channels}", stamp(source, entries), make)
@@ -94,17 +92,18 @@ def is_picture(name: str) -> bool:
     return name.lower().endswith(SUFFIXES)
 
 
-def _size(tree: Tree, name: str) -> tuple[int, int]:
-    """Return a picture's height and width."""
-    ((place, content),) = _Shared(tree, [name])
+def _form_of_first(tree: Tree, names: Sequence[str], channels: int) -> Form:
+    """Return the form of pictures that are all of the size of the one that can be read first."""
+    name, content = next(tree.contents(names))
     try:
-        return decoder.size_of(content)
+        height, width = decoder.size_of(content)
     except TroubleError as trouble:
         raise _trouble(tree, name, str(trouble)) from trouble
+    return Form(channels, height, width, why=f" as {name!r} is: 'size' brings all to one size")
 
 
 def _decode_all(tree: Tree, names: Sequence[str], form: Form, pixels: int) -> None:
-    """Decode all pictures into their places in a file, given by its descriptor: a picture's place is that in `names`."""
+    """Decode all pictures into a file, given by its descriptor; each has the place there that it has in `names`."""
     processes = min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, MOST)
     with Bar(f"decoding {tree.path.name}", total=len(names)) as bar:
         contents = _Shared(tree, names, bar)
@@ -127,7 +126,8 @@ def _by_processes(processes: int, contents: _Shared, pixels: int, form: Form) ->
 
     def feed(_: int) -> dict[str, Any]:
         with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, pass_fds=[pixels]) as process:
-            assert process.stdin and process.stdout
+            assert process.stdin is not None
+            assert process.stdout is not None
             with suppress(BrokenPipeError), process.stdin as pipe:  # one that has found trouble reads no more
                 for place, content in contents:
                     decoder.send(pipe, place, content)
@@ -150,7 +150,7 @@ def _by_processes(processes: int, contents: _Shared, pixels: int, form: Form) ->
 class _Shared:
     """Pictures, each with its place, handed out once among the threads that go through this."""
 
-    def __init__(self, tree: Tree, names: Sequence[str], bar: Bar | None = None) -> None:
+    def __init__(self, tree: Tree, names: Sequence[str], bar: Bar) -> None:
         self._tree, self._bar = tree, bar
         self._places = {name: place for place, name in enumerate(names)}
         self._contents = tree.read(names)
@@ -168,7 +168,7 @@ class _Shared:
     def _next(self) -> tuple[str, Path | bytes] | None:
         with self._lock:
             item = None if self._stopped else next(self._contents, None)
-            if item and self._bar:
+            if item:
                 self._bar.update(1)
             return item
 

@@ -14,8 +14,8 @@ import tarfile
 import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 from tombola.errors import UserError
@@ -36,11 +36,13 @@ class Tree:
         top: the one folder of an archive in which everything lies, with a slash; '' where there is none.
         names: what lies in it, sorted, with slashes between the parts; the names of folders end with a slash. Hidden
             files are left out.
+        ranges: in a .tar archive, where each file begins and how many bytes it has.
     """
 
     path: Path
     top: str
     names: tuple[str, ...]
+    ranges: Mapping[str, tuple[int, int]] = field(default_factory=dict, repr=False)
 
     def read(self, files: Collection[str]) -> Iterator[tuple[str, Path | bytes]]:
         """Yield each of `files` once, as the path in a folder or the bytes in an archive, in the fastest order.
@@ -51,13 +53,38 @@ class Tree:
         if self.path.is_dir():
             yield from ((name, self.path / name) for name in files)
             return
-        members = {self.top + name: name for name in files}
-        read = _read_zip if _is_zip(self.path) else _read_tar
         try:
-            for member, content in read(self.path, members):
-                yield members[member], content
+            yield from self._read_tar(files) if self.ranges else self._read_zip(files)
         except _DAMAGED as error:
             raise _damaged(self.path, error) from error
+
+    def contents(self, files: Collection[str]) -> Iterator[tuple[str, bytes]]:
+        """Yield each of `files` once, with its bytes.
+
+        Raises:
+            UserError: where one cannot be read.
+        """
+        for name, content in self.read(files):
+            try:
+                yield name, content.read_bytes() if isinstance(content, Path) else content
+            except OSError as error:
+                raise UserError(f"{self.path / name}: cannot be read: {error.strerror}") from error
+
+    def _read_zip(self, files: Collection[str]) -> Iterator[tuple[str, bytes]]:
+        members = {self.top + name: name for name in files}
+        with zipfile.ZipFile(self.path) as archive:
+            for info in sorted(archive.infolist(), key=lambda info: info.header_offset):
+                name = members.get(_normal(info.filename))
+                if name is not None:
+                    yield name, archive.read(info)
+
+    def _read_tar(self, files: Collection[str]) -> Iterator[tuple[str, bytes]]:
+        with tarfile.open(self.path) as archive:
+            assert archive.fileobj is not None
+            for name in sorted(files, key=lambda name: self.ranges[name]):
+                start, size = self.ranges[name]
+                archive.fileobj.seek(start)
+                yield name, archive.fileobj.read(size)
 
 
 def open_tree(path: Path, entries: Collection[str]) -> Tree:
@@ -73,17 +100,18 @@ def open_tree(path: Path, entries: Collection[str]) -> Tree:
     if path.is_dir():
         return Tree(path, "", tuple(sorted(name for name, _ in _walk(path, entries))))
     try:
-        listed = [_checked(path, name) for name in (_list_zip if _is_zip(path) else _list_tar)(path)]
+        listed = [(_checked(path, name), span) for name, span in (_list_zip if _is_zip(path) else _list_tar)(path)]
     except _DAMAGED as error:
         raise _damaged(path, error) from error
-    names = sorted(name for name in set(listed) if not _hidden(name))
-    for name, count in Counter(listed).items():
+    for name, count in Counter(name for name, _ in listed).items():
         if count > 1 and not name.endswith("/"):
             raise UserError(f"{path}: this archive holds {name!r} {count} times")
-    tops = {name.partition("/")[0] for name in names}
+    spans = {name: span for name, span in sorted(listed) if not _hidden(name)}
+    tops = {name.partition("/")[0] for name in spans}
     top = f"{tops.pop()}/" if len(tops) == 1 and not tops & set(entries) else ""
-    inside = [name.removeprefix(top) for name in names]
-    return Tree(path, top, tuple(name for name in inside if name.partition("/")[0] in entries))
+    inside = {name.removeprefix(top): span for name, span in spans.items()}
+    kept = {name: span for name, span in inside.items() if name.partition("/")[0] in entries}
+    return Tree(path, top, tuple(kept), {name: span for name, span in kept.items() if span})
 
 
 def stamp(path: Path, entries: Collection[str]) -> str:
@@ -121,45 +149,28 @@ def _walk(root: Path, entries: Collection[str]) -> Iterator[tuple[str, os.stat_r
         raise UserError(f"{error.filename or root}: cannot be read: {error.strerror}") from error
 
 
-def _list_zip(path: Path) -> Iterator[str]:
+def _list_zip(path: Path) -> Iterator[tuple[str, None]]:
+    """Yield the name of each member."""
     with zipfile.ZipFile(path) as archive:
         for info in archive.infolist():
-            kind = stat.S_IFMT(info.external_attr >> 16)
-            if kind not in (0, stat.S_IFREG, stat.S_IFDIR):
+            if stat.S_IFMT(info.external_attr >> 16) not in (0, stat.S_IFREG, stat.S_IFDIR):
                 raise _link(path, info.filename)
-            yield info.filename
+            yield info.filename, None
 
 
-def _read_zip(path: Path, members: Collection[str]) -> Iterator[tuple[str, bytes]]:
-    with zipfile.ZipFile(path) as archive:
-        for info in sorted(archive.infolist(), key=lambda info: info.header_offset):
-            name = _normal(info.filename)
-            if name in members:
-                yield name, archive.read(info)
-
-
-def _list_tar(path: Path) -> Iterator[str]:
+def _list_tar(path: Path) -> Iterator[tuple[str, tuple[int, int] | None]]:
+    """Yield the name of each member and, for a file, where it begins and how many bytes it has."""
     with tarfile.open(path) as archive:
         for info in archive:
             if not (info.isdir() or info.isreg()) or info.issparse():
                 raise _link(path, info.name)
-            yield f"{info.name}/" if info.isdir() else info.name
-        file = archive.fileobj
-        assert file is not None
-        file.seek(archive.offset)
-        if file.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:
+            yield (f"{info.name}/", None) if info.isdir() else (info.name, (info.offset_data, info.size))
+        assert archive.fileobj is not None
+        archive.fileobj.seek(archive.offset)
+        if archive.fileobj.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:
             raise EOFError("it ends before its end marker")
-        while file.read(1 << 20):  # to the very end, where compressed files keep their checksums
+        while archive.fileobj.read(1 << 20):  # to the very end, where compressed files keep their checksums
             pass
-
-
-def _read_tar(path: Path, members: Collection[str]) -> Iterator[tuple[str, bytes]]:
-    with tarfile.open(path) as archive:
-        for info in archive:
-            name = _normal(info.name)
-            file = archive.extractfile(info) if info.isreg() and name in members else None
-            if file:
-                yield name, file.read()
 
 
 def _is_zip(path: Path) -> bool:
@@ -174,7 +185,7 @@ def _normal(name: str) -> str:
 
 def _checked(path: Path, name: str) -> str:
     """Return a member's name, which must not lead out of the archive."""
-    if name.startswith(("/", "\\")) or re.match("[A-Za-z]:", name) or ".." in re.split(r"[/\\]", name):
+    if name.startswith(("/", "\\")) or re.match(r"[A-Za-z]:[/\\]", name) or ".." in re.split(r"[/\\]", name):
         raise UserError(f"{path}: this archive is refused, the name {name!r} in it leads out of it")
     return _normal(name)
 

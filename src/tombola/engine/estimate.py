@@ -82,7 +82,7 @@ def _timed(planner: Planner) -> float:
     problem, recipe = planner.problem, planner.study.recipe
     try:
         train(problem.build(), planner.initial(seed).state, planner.dense, problem.data, recipe, seed,
-              loss=problem.loss, watch=watch)  # fmt: skip
+              loss=problem.loss, device=planner.study.device, watch=watch)  # fmt: skip
     except _EnoughError:
         pass
     return statistics.median(after - before for before, after in itertools.pairwise(marks))

@@ -17,6 +17,7 @@ from tombola.mask import Mask
 from tombola.planning import Training
 from tombola.problem import Problem
 from tombola.recipe import Recipe
+from tombola.study import Study
 from tombola.training import Checkpoint, History, Trained, Watch, train
 from tombola.weights import Weights
 
@@ -33,19 +34,21 @@ class Job:
     seed: int
     begin: int
     end: int
+    device: str
 
     @classmethod
-    def of(cls, training: Training, recipe: Recipe) -> Job:
+    def of(cls, training: Training, study: Study) -> Job:
         """Return the job that does a training."""
         return cls(
             training.key,
             safetensors.torch.save({name: t.contiguous() for name, t in training.initial.state.items()}),
             training.mask.shapes,
             {name: bits.tobytes() for name, bits in training.mask.bits.items()},
-            recipe.model_dump(),
+            study.recipe.model_dump(),
             training.seed,
             training.begin,
             training.end,
+            study.device,
         )
 
 
@@ -78,6 +81,7 @@ def perform(job: Job, problem: Problem, resume: Checkpoint | None, watch: Watch)
         begin=job.begin,
         end=job.end,
         loss=problem.loss,
+        device=job.device,
         resume=resume,
         watch=watch,
     )
@@ -87,6 +91,7 @@ def perform(job: Job, problem: Problem, resume: Checkpoint | None, watch: Watch)
         "seconds": round(seconds, 3),
         "iterations": job.end - (resume.iteration if resume else job.begin),
         "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name() if job.device == "cuda" else "cpu",
         "machine": machine(),
     }
     return Outcome(job.key, safetensors.torch.save(trained.weights.state), trained.history.to_json(), record)

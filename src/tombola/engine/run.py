@@ -54,7 +54,7 @@ def run(planner: Planner, workers: LocalWorkers, show: Callable[[Status, Trainin
         for training in sorted(waiting.values(), key=lambda t: -_remaining_behind(t, status)):
             if training.key not in status.running and workers.idle:
                 status.running[training.key] = (training, training.begin)
-                workers.submit(Job.of(training, planner.study.recipe))
+                workers.submit(Job.of(training, planner.study))
         finished = None
         for event in workers.events(timeout=0.2):
             training, _ = status.running[event.key]
