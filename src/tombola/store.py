@@ -208,7 +208,9 @@ class Store:
         return mask if mask.hash == about["hash"] else None
 
     def put_mask(self, name: str, mask: Mask) -> None:
-        """Store a mask under a name; where the store cannot be written to, it is not stored."""
+        """Store a mask under a name; where the store is not there or cannot be written to, it is not stored."""
+        if not (self.root / "store.json").exists():
+            return
         about = {"hash": mask.hash, "layers": [[layer, list(shape)] for layer, shape in mask.shapes.items()]}
         path = self._mask_path(name)
         with contextlib.suppress(OSError, UserError):

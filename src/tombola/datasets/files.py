@@ -102,7 +102,8 @@ def download(url: str, sha256: str, folder: Path) -> Path:
 
 def missing(name: str, looked: Iterable[Path], reason: UserError, files: Iterable[str], into: Path) -> UserError:
     """Return the error of a user whose data set is neither here nor can be had: which files to put where."""
-    places = " or ".join(str(folder) for folder in looked)
+    *others, last = map(str, looked)
+    places = f"{', '.join(others)} or {last}" if others else last
     return UserError(f"data set {name!r} is not whole in {places}, and {reason}: put {', '.join(files)} into {into}")
 
 

@@ -132,11 +132,11 @@ def _by_processes(processes: int, contents: _Shared, pixels: int, form: Form) ->
                 for place, content in contents:
                     decoder.send(pipe, place, content)
             said = process.stdout.read()
-        if process.returncode != 0:
-            raise UserError(f"a process that decodes pictures ended early, with status {process.returncode}")
-        answer: dict[str, Any] = json.loads(said)
-        if answer:
+        answer: dict[str, Any] | None = json.loads(said) if process.returncode == 0 else None
+        if answer != {}:
             contents.stop()
+        if answer is None:
+            raise UserError(f"a process that decodes pictures ended early, with status {process.returncode}")
         return answer
 
     with ThreadPoolExecutor(processes) as pool:

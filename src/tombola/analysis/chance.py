@@ -1,0 +1,156 @@
+"""Chance: how many connections independent random masks share.
+
+A random mask of a layer is a uniformly random set of s of its n connections. Of k independent ones with s_1..s_k
+connections the number X in common has the factorial moments E[X (X-1) .. (X-r+1)] = (n)_r prod_i (s_i)_r / (n)_r, with
+(n)_r = n (n-1) .. (n-r+1), since each of the (n)_r ordered choices of r connections lies in set i with probability
+(s_i)_r / (n)_r. For k = 2, X is hypergeometric.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+from scipy import special, stats
+
+Numbers: TypeAlias = npt.NDArray[np.float64]
+Counts: TypeAlias = npt.NDArray[np.int64]
+
+LEVEL = 0.95
+"""The probability that the intervals hold at least."""
+
+_SUMMED = 900  # the largest variance of a hypergeometric distribution that is summed up
+
+
+def moments(size: npt.ArrayLike, sets: npt.ArrayLike) -> tuple[Numbers, Numbers]:
+    """Return mean and variance of the number of elements that k independent random sets have in common; exact.
+
+    mean = n prod_i (s_i / n), variance = E[X (X-1)] + mean - mean^2.
+
+    Args:
+        size: n, the elements there are; shape (...), each at least 1.
+        sets: s_1..s_k, the elements in each set, in 0..n; shape (k, ...).
+
+    >>> mean, variance = moments(10, [5, 4])
+    >>> float(mean), round(float(variance), 4)
+    (2.0, 0.6667)
+    """
+    n = np.asarray(size, dtype=np.float64)
+    s = np.asarray(sets, dtype=np.float64)
+    mean = n * np.prod(s / n, axis=0)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        # E[X (X-1)] / mean^2 as 1 + expm1(...): the difference to mean^2 would cancel where all is alive.
+        ratio = np.log1p(-1 / n) + np.log1p(-(n - s) / (s * (n - 1))).sum(axis=0)
+        variance = mean * (1 + mean * np.expm1(ratio))
+    settled = (mean == 0) | (np.sum(s < n, axis=0) <= 1)  # a set is empty, or all but one hold everything
+    return mean, np.where(settled, 0.0, np.maximum(variance, 0.0))
+
+
+def support(size: npt.ArrayLike, sets: npt.ArrayLike) -> tuple[Counts, Counts]:
+    """Return the least and the largest number of elements that k sets can have in common.
+
+    >>> [int(bound) for bound in support(10, [8, 7])]
+    [5, 7]
+    """
+    n, s = np.asarray(size, dtype=np.int64), np.asarray(sets, dtype=np.int64)
+    return np.maximum(0, s.sum(axis=0) - (len(s) - 1) * n), s.min(axis=0)
+
+
+def interval(mean: Numbers, variance: Numbers, least: Counts, largest: Counts) -> tuple[Counts, Counts]:
+    """Return the central 95 % interval of a number of common elements, by the binomial of the same two moments.
+
+    The binomial has n' = mean / p', p' = 1 - variance / mean, where n' need not be whole: its distribution function is
+    the regularised incomplete beta function, I_{1-p'}(n' - x, x + 1). A sum of independent indicators, which the
+    hypergeometric and sums of it are, is near a binomial with its moments (Ehm, Statistics & Probability Letters 11,
+    1991); so is the number common to more than two sets.
+
+    Args:
+        mean, variance: see `moments`; those of independent layers add up.
+        least, largest: see `support`.
+    """
+    with np.errstate(divide="ignore", invalid="ignore"):
+        p = np.where(variance > 0, 1 - variance / mean, 1.0)
+        n = mean / p
+
+    def below_or_at(x: Numbers, rows: npt.NDArray[np.intp]) -> Numbers:
+        a = n[rows] - x
+        inside = special.betainc(np.maximum(a, 1e-300), np.maximum(x, 0) + 1, 1 - p[rows])
+        return np.where(x < 0, 0.0, np.where(a <= 0, 1.0, inside))
+
+    whole = np.rint(mean).astype(np.int64)
+    settled = (variance == 0) | (least == largest)
+    bounds = []
+    for q in ((1 - LEVEL) / 2, (1 + LEVEL) / 2):
+        guess = _guess(mean, variance, p, q)
+        found = _quantile(below_or_at, q, guess, np.where(settled, whole, least), np.where(settled, whole, largest))
+        bounds.append(found)
+    return bounds[0], bounds[1]
+
+
+def interval_of_two(size: npt.ArrayLike, sets: npt.ArrayLike) -> tuple[Counts, Counts]:
+    """Return the central 95 % interval of the number of elements that two random sets have in common.
+
+    Low and high are the smallest x with P(X <= x) >= 0.025 and 0.975, X hypergeometric: exact for a standard deviation
+    of up to 30; above, where an exact sum would be long, that of `interval`, which is at most one element off.
+
+    Args:
+        size: n, shape (...).
+        sets: s_1 and s_2, shape (2, ...).
+
+    >>> [int(bound) for bound in interval_of_two(10, [5, 4])]
+    [0, 4]
+    """
+    n, s = np.broadcast_arrays(np.asarray(size, dtype=np.int64), np.asarray(sets, dtype=np.int64))
+    shape = s.shape[1:]
+    total, first, second = n[0].ravel(), s[0].ravel(), s[1].ravel()
+    mean, variance = moments(total, [first, second])
+    least, largest = support(total, [first, second])
+    rough = interval(mean, variance, least, largest)
+    summed = np.nonzero(variance <= _SUMMED)[0]
+
+    def below_or_at(x: Numbers, rows: npt.NDArray[np.intp]) -> Numbers:
+        at = summed[rows]
+        return np.asarray(stats.hypergeom.cdf(x, total[at], first[at], second[at]))
+
+    for q, bound in zip(((1 - LEVEL) / 2, (1 + LEVEL) / 2), rough, strict=True):
+        bound[summed] = _quantile(below_or_at, q, bound[summed], least[summed], largest[summed])
+    return rough[0].reshape(shape), rough[1].reshape(shape)
+
+
+def _guess(mean: Numbers, variance: Numbers, p: Numbers, q: float) -> Counts:
+    """The quantile of the normal distribution, with the first correction for skewness (Cornish and Fisher)."""
+    z = float(special.ndtri(q))
+    skewness_times_sd = 1 - 2 * p
+    return np.rint(mean + z * np.sqrt(variance) + skewness_times_sd * (z * z - 1) / 6 - 0.5).astype(np.int64)
+
+
+def _quantile(
+    below_or_at: Callable[[Numbers, npt.NDArray[np.intp]], Numbers],
+    q: float,
+    guess: Counts,
+    least: Counts,
+    largest: Counts,
+) -> Counts:
+    """Return, for each row, the smallest x in least..largest with P(X <= x) >= q.
+
+    From the guess outwards in steps that double until the answer is enclosed, then by halving.
+    """
+    low, high = least - 1, np.array(largest)  # P(X <= low) < q <= P(X <= high) always
+    at = np.clip(guess, least, largest)
+    step = np.ones_like(at)
+    rows = np.nonzero(high - low > 1)[0]
+    while len(rows):
+        x = at[rows]
+        enough = below_or_at(x.astype(np.float64), rows) >= q
+        high[rows[enough]] = x[enough]
+        low[rows[~enough]] = x[~enough]
+        width = high[rows] - low[rows]
+        outwards = np.where(enough, high[rows] - step[rows], low[rows] + step[rows])
+        middle = low[rows] + width // 2
+        inside = (outwards > low[rows]) & (outwards < high[rows])
+        at[rows] = np.where(inside, outwards, middle)
+        step[rows] *= 2
+        rows = rows[width > 1]
+    return high

@@ -1,0 +1,466 @@
+import dataclasses
+import functools
+import gzip
+import hashlib
+import http.server
+import os
+import socket
+import struct
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tombola import datasets
+from tombola.datasets import Dataset, files, idx, load, subset
+from tombola.datasets.dataset import rank_in_class
+from tombola.errors import UserError
+
+TRAIN_IMAGES, TRAIN_LABELS, TEST_IMAGES, TEST_LABELS = idx.FILES
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path, monkeypatch):
+    """Every test has a current folder and a cache folder of its own, and no network."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    for name in ("MNIST", "FASHION_MNIST"):
+        source = dataclasses.replace(getattr(idx, name), url="http://127.0.0.1:9", elsewhere=())
+        monkeypatch.setattr(idx, name, source)
+
+
+def idx_bytes(array):
+    return bytes((0, 0, 8, array.ndim)) + struct.pack(f">{array.ndim}I", *array.shape) + array.tobytes()
+
+
+def make_idx(folder, train=12, test=4, size=5, seed=0, zipped=False):
+    """Write four small IDX files and return their arrays, in the order of their names in `idx.FILES`."""
+    random = np.random.default_rng(seed)
+    arrays = []
+    for count in (train, test):
+        arrays += [random.integers(0, 256, (count, size, size), np.uint8), random.integers(0, 10, count, np.uint8)]
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, array in zip(idx.FILES, arrays, strict=True):
+        content = idx_bytes(array)
+        path = folder / (f"{name}.gz" if zipped else name)
+        path.write_bytes(gzip.compress(content) if zipped else content)
+    return arrays
+
+
+def assert_holds(dataset, arrays):
+    train_images, train_labels, test_images, test_labels = (torch.from_numpy(array) for array in arrays)
+    assert torch.equal(dataset.train_inputs, train_images.unsqueeze(1))
+    assert torch.equal(dataset.test_inputs, test_images.unsqueeze(1))
+    assert torch.equal(dataset.train_labels, train_labels.long())
+    assert torch.equal(dataset.test_labels, test_labels.long())
+
+
+# The registry
+
+
+def test_an_unknown_name_is_answered_with_the_nearest():
+    with pytest.raises(UserError, match="there is no data set 'mnits': did you mean 'mnist'"):
+        load("mnits", None)
+
+
+def test_an_unknown_argument_is_answered_with_those_accepted():
+    with pytest.raises(UserError, match="'digits' has no argument 'sise': it accepts 'train_per_class'"):
+        load("digits", None, sise=3)
+    with pytest.raises(UserError, match="'image-folder' has no argument 'sise': it accepts 'path', 'size', 'channels'"):
+        load("image-folder", None, sise=3)
+
+
+def test_a_missing_argument_is_named():
+    with pytest.raises(UserError, match="'image-folder' needs the argument 'path'"):
+        load("image-folder", None)
+
+
+def test_the_public_names_are_there():
+    assert all(hasattr(datasets, name) for name in datasets.__all__)
+    assert {"digits", "mnist", "fashion-mnist", "cifar10", "tiny-imagenet", "image-folder"} <= datasets.DATASETS.keys()
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may look into every folder")
+def test_a_folder_that_may_not_be_looked_into_is_named(tmp_path):
+    (tmp_path / "shut").mkdir(mode=0)
+    with pytest.raises(UserError, match=r"data set 'mnist': .*shut"):
+        load("mnist", tmp_path / "shut")
+
+
+# The digits
+
+
+def test_digits_are_split_once_and_for_all():
+    from sklearn.datasets import load_digits
+
+    data = load("digits", None)
+    assert (data.train_inputs.shape, data.test_inputs.shape) == ((1352, 1, 8, 8), (445, 1, 8, 8))
+    # A literal: whoever changes it changes what every study of the digits means, and its name in every store.
+    assert data.fingerprint == "7a068d72e98b0510200074b650b7f8bd3d36057988973ae1dbaffbe7db662bef"
+    together = torch.cat([data.train_inputs, data.test_inputs]).flatten(1).tolist()
+    original = np.rint(load_digits().data * 255 / 16).tolist()
+    assert sorted(together) == sorted(original)
+
+
+def test_digits_are_balanced_and_their_mean_and_sd_are_those_of_the_train_set():
+    data = load("digits", None)
+    shares = torch.bincount(data.test_labels) / torch.bincount(torch.cat([data.train_labels, data.test_labels]))
+    assert shares.min() > 0.24
+    assert shares.max() < 0.26
+    pixels = data.train_inputs.double() / 255
+    assert data.mean == pytest.approx((pixels.mean().item(),), abs=5e-5)
+    assert data.sd == pytest.approx((pixels.std(correction=0).item(),), abs=5e-5)
+
+
+# Subsets
+
+
+@given(st.lists(st.integers(0, 5), min_size=1, max_size=40))
+def test_the_rank_in_a_class_counts_those_before(labels):
+    expected = [labels[:index].count(label) for index, label in enumerate(labels)]
+    assert rank_in_class(torch.tensor(labels)).tolist() == expected
+
+
+def test_a_subset_keeps_the_first_of_each_class_in_their_order():
+    whole = load("digits", None)
+    part = load("digits", None, train_per_class=7, test_per_class=3)
+    for split, count in (("train", 7), ("test", 3)):
+        inputs, labels = getattr(whole, f"{split}_inputs"), getattr(whole, f"{split}_labels")
+        kept = sorted(index for label in range(10) for index in (labels == label).nonzero()[:count].flatten().tolist())
+        assert torch.equal(getattr(part, f"{split}_inputs"), inputs[kept])
+        assert torch.equal(getattr(part, f"{split}_labels"), labels[kept])
+    assert (part.mean, part.sd) == (whole.mean, whole.sd)
+    assert part.fingerprint != whole.fingerprint
+    assert subset(whole) is whole
+
+
+@pytest.mark.parametrize("count", [0, -1, True, 2.0, "3"])
+def test_a_subset_of_no_whole_number_is_refused(count):
+    with pytest.raises(UserError, match="train_per_class: expected a whole number from 1"):
+        load("digits", None, train_per_class=count)
+
+
+def test_a_subset_larger_than_a_class_is_refused():
+    with pytest.raises(UserError, match=r"test_per_class = 50 asks for more .* has 43 test examples of class '8'"):
+        load("digits", None, test_per_class=50)
+
+
+# The fingerprint
+
+
+def small(**changes):
+    fields = {
+        "name": "small",
+        "train_inputs": torch.arange(32, dtype=torch.uint8).view(2, 1, 4, 4),
+        "train_labels": torch.tensor([0, 1]),
+        "test_inputs": torch.arange(16, dtype=torch.uint8).view(1, 1, 4, 4),
+        "test_labels": torch.tensor([0]),
+        "classes": ("a", "b"),
+        "mean": (0.5,),
+        "sd": (0.5,),
+    }
+    return Dataset(**fields | changes)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"train_inputs": torch.arange(1, 33, dtype=torch.uint8).view(2, 1, 4, 4)},
+        {"train_inputs": torch.arange(32, dtype=torch.uint8).view(2, 1, 2, 8), "test_inputs": torch.zeros(1, 1, 2, 8)},
+        {"train_labels": torch.tensor([1, 0])},
+        {"test_inputs": torch.zeros(1, 1, 4, 4, dtype=torch.uint8)},
+        {"test_labels": torch.tensor([1])},
+        {"classes": ("a", "b", "c")},
+        {"mean": (0.4,)},
+        {"sd": (0.4,)},
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_the_fingerprint_tells_whatever_can_decide_a_training(changes):
+    if "test_inputs" in changes:
+        changes["test_inputs"] = changes["test_inputs"].to(torch.uint8)
+    assert small(**changes).fingerprint != small().fingerprint
+
+
+def test_the_fingerprint_is_the_same_for_the_same_content():
+    assert small().fingerprint == small(name="other", classes=("c", "d")).fingerprint
+    strided = torch.arange(64, dtype=torch.uint8).view(2, 1, 4, 8)[..., ::2] // 2
+    assert small(train_inputs=strided).fingerprint == small().fingerprint
+
+
+def test_a_remembered_fingerprint_is_not_inherited_by_other_content():
+    known = small().remember("known")
+    assert known.fingerprint == "known"
+    assert dataclasses.replace(known, mean=(0.1,)).fingerprint == small(mean=(0.1,)).fingerprint
+
+
+# IDX files
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(shape=st.lists(st.integers(1, 7), min_size=1, max_size=3), zipped=st.booleans(), seed=st.integers(0, 99))
+def test_idx_files_come_back_as_they_were(tmp_path, shape, zipped, seed):
+    array = np.random.default_rng(seed).integers(0, 256, shape, np.uint8)
+    content = idx_bytes(array)
+    path = tmp_path / "file"
+    path.write_bytes(gzip.compress(content) if zipped else content)
+    assert np.array_equal(idx.read_idx(path, len(shape)), array)
+
+
+IMAGES = np.arange(24, dtype=np.uint8).reshape(2, 3, 4)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"", "expected it to begin with 00 00 08 03, got nothing"),
+        (b"\x89PNG", "expected it to begin with 00 00 08 03, got 89 50 4e 47"),
+        (idx_bytes(IMAGES)[:4], "cut short: expected a header of 16 bytes, got 4"),
+        (idx_bytes(IMAGES)[:-1], r"cut short: expected 40 bytes for the shape \(2, 3, 4\), got 39"),
+        (idx_bytes(IMAGES) + b"x", r"too long: expected 40 bytes for the shape \(2, 3, 4\), got 41"),
+        (idx_bytes(IMAGES.reshape(-1)), "expected it to begin with 00 00 08 03, got 00 00 08 01"),
+        (idx_bytes(IMAGES).replace(b"\x08", b"\x0d", 1), "not an IDX file of unsigned bytes with 3 dimensions"),
+        (b"\0\0\x08\x03" + b"\xff" * 12, "cut short: expected 792281"),
+        (idx_bytes(IMAGES[:0]), "it holds no example"),
+        (gzip.compress(idx_bytes(IMAGES))[:-9], "cut short: the gzip file ends before its end marker"),
+        (gzip.compress(idx_bytes(IMAGES))[:-8] + b"\0" * 8, "damaged gzip file: CRC check failed"),
+        (gzip.compress(idx_bytes(IMAGES)) + b"x", "damaged gzip file: Not a gzipped file"),
+    ],
+)
+def test_a_damaged_idx_file_is_named(tmp_path, content, said):
+    path = tmp_path / "train-images-idx3-ubyte.gz"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=f"train-images-idx3-ubyte.gz: .*{said}"):
+        idx.read_idx(path, 3)
+
+
+@pytest.mark.parametrize("zipped", [False, True])
+def test_an_idx_file_cut_anywhere_is_refused(tmp_path, zipped):
+    content = gzip.compress(idx_bytes(IMAGES)) if zipped else idx_bytes(IMAGES)
+    for length in range(len(content)):
+        (tmp_path / "cut").write_bytes(content[:length])
+        with pytest.raises(UserError):
+            idx.read_idx(tmp_path / "cut", 3)
+
+
+def test_a_gzipped_idx_file_with_any_byte_changed_never_gives_other_numbers(tmp_path):
+    content = gzip.compress(idx_bytes(IMAGES))
+    refused = 0
+    for place in range(len(content)):
+        (tmp_path / "changed").write_bytes(content[:place] + bytes((content[place] ^ 0x10,)) + content[place + 1 :])
+        try:
+            assert np.array_equal(idx.read_idx(tmp_path / "changed", 3), IMAGES)
+        except UserError:
+            refused += 1
+    assert refused > len(content) - 10  # all but the date and other remarks in the gzip header
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path):
+    with pytest.raises(UserError, match="nothing: cannot be read: No such file"):
+        idx.read_idx(tmp_path / "nothing", 3)
+
+
+# MNIST and Fashion-MNIST
+
+
+@pytest.mark.parametrize("zipped", [False, True])
+@pytest.mark.parametrize("folder", ["", "mnist", "MNIST/raw"])
+def test_mnist_is_found_in_the_data_directory(tmp_path, folder, zipped):
+    arrays = make_idx(tmp_path / "data" / folder, zipped=zipped)
+    data = load("mnist", tmp_path / "data")
+    assert_holds(data, arrays)
+    assert (data.mean, data.sd, data.classes) == ((0.1307,), (0.3081,), tuple("0123456789"))
+
+
+def test_fashion_mnist_has_its_own_classes_mean_and_sd(tmp_path):
+    arrays = make_idx(tmp_path / "fashion-mnist")
+    data = load("fashion-mnist", tmp_path)
+    assert_holds(data, arrays)
+    assert (data.mean, data.sd, data.classes[9]) == ((0.286,), (0.353,), "Ankle boot")
+
+
+def test_the_data_sets_own_folder_comes_first(tmp_path):
+    make_idx(tmp_path, seed=1)
+    arrays = make_idx(tmp_path / "mnist", seed=2)
+    assert_holds(load("mnist", tmp_path), arrays)
+
+
+@pytest.mark.parametrize("folder", ["here/data", "here/data/mnist", "cache/tombola/mnist"])
+def test_without_a_data_directory_the_current_folder_and_the_cache_are_looked_into(tmp_path, folder):
+    arrays = make_idx(tmp_path / folder)
+    assert_holds(load("mnist"), arrays)
+
+
+def test_fashion_mnist_is_taken_from_another_packages_folder_where_it_is_not_in_the_data_directory(
+    tmp_path, monkeypatch
+):
+    packaged = dataclasses.replace(idx.FASHION_MNIST, elsewhere=(tmp_path / "packaged",))
+    monkeypatch.setattr(idx, "FASHION_MNIST", packaged)
+    arrays = make_idx(tmp_path / "packaged", seed=1)
+    assert_holds(load("fashion-mnist", tmp_path / "data"), arrays)
+    arrays = make_idx(tmp_path / "data" / "fashion-mnist", seed=2)
+    assert_holds(load("fashion-mnist", tmp_path / "data"), arrays)
+
+
+DEBIAN = Path("/usr/share/datasets/fashion-mnist")
+
+
+@pytest.mark.skipif(not DEBIAN.is_dir(), reason="Debian's package dataset-fashion-mnist is not installed")
+def test_debians_fashion_mnist_is_the_official_one(monkeypatch):
+    monkeypatch.setattr(idx, "FASHION_MNIST", dataclasses.replace(idx.FASHION_MNIST, elsewhere=(DEBIAN,)))
+    data = load("fashion-mnist")
+    assert (data.train_inputs.shape, data.test_inputs.shape) == ((60000, 1, 28, 28), (10000, 1, 28, 28))
+    assert data.fingerprint == "78c25b1cd30c1b66db0feddc7564fe24c049b53c01487df596d13138af198a17"
+    digest = hashlib.sha256(data.train_labels.to(torch.uint8).numpy().data).hexdigest()
+    assert digest == idx.FASHION_MNIST.labels_sha256
+
+
+def test_files_of_the_other_data_set_are_refused(tmp_path, monkeypatch):
+    arrays = make_idx(tmp_path)
+    official = hashlib.sha256(arrays[1].tobytes()).hexdigest()
+    monkeypatch.setattr(idx, "MNIST", dataclasses.replace(idx.MNIST, labels_sha256=official))
+    assert_holds(load("mnist", tmp_path), arrays)
+    with pytest.raises(UserError, match="these are the files of 'mnist', not of 'fashion-mnist'"):
+        load("fashion-mnist", tmp_path)
+
+
+def test_more_images_than_labels_are_refused(tmp_path):
+    make_idx(tmp_path)
+    (tmp_path / TEST_LABELS).write_bytes(idx_bytes(np.zeros(3, np.uint8)))
+    with pytest.raises(UserError, match=r"t10k-labels-idx1-ubyte: 3 labels, but .*t10k-images-idx3-ubyte holds 4"):
+        load("mnist", tmp_path)
+
+
+def test_a_label_out_of_range_is_refused(tmp_path):
+    make_idx(tmp_path)
+    (tmp_path / TRAIN_LABELS).write_bytes(idx_bytes(np.array([0] * 11 + [10], np.uint8)))
+    with pytest.raises(UserError, match=r"label 10 of example 11 is out of range, expected 0..9"):
+        load("mnist", tmp_path)
+
+
+def test_test_images_of_another_size_are_refused(tmp_path):
+    make_idx(tmp_path)
+    (tmp_path / TEST_IMAGES).write_bytes(idx_bytes(np.zeros((4, 5, 6), np.uint8)))
+    with pytest.raises(UserError, match="images are of 5 x 6 pixels, those of train-images-idx3-ubyte of 5 x 5"):
+        load("mnist", tmp_path)
+
+
+# Downloads
+
+
+@pytest.fixture
+def served(tmp_path):
+    """A folder that a server of its own serves; yields the folder, its address and the names that were asked for."""
+    folder, asked = tmp_path / "served", []
+    folder.mkdir()
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def do_GET(self):
+            asked.append(self.path.strip("/"))
+            super().do_GET()
+
+        def log_message(self, *_):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler, directory=str(folder)))
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+    yield folder, f"http://127.0.0.1:{server.server_address[1]}", asked
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture
+def official(served, monkeypatch):
+    """Four small files that pass for the official ones; yields their arrays, their folder and what was asked for."""
+    folder, url, asked = served
+    arrays = make_idx(folder, zipped=True)
+    sha256 = {name: hashlib.sha256((folder / f"{name}.gz").read_bytes()).hexdigest() for name in idx.FILES}
+    monkeypatch.setattr(idx, "MNIST", dataclasses.replace(idx.MNIST, url=url, sha256=sha256))
+    return arrays, folder, asked
+
+
+@pytest.mark.parametrize("given_directory", [True, False])
+def test_missing_files_are_downloaded_once(tmp_path, official, given_directory):
+    arrays, _, asked = official
+    directory = tmp_path / "data" if given_directory else None
+    assert_holds(load("mnist", directory), arrays)
+    home = tmp_path / ("data" if given_directory else "cache/tombola") / "mnist"
+    assert sorted(path.name for path in home.iterdir()) == sorted(f"{name}.gz" for name in idx.FILES)
+    assert_holds(load("mnist", directory), arrays)
+    assert len(asked) == 4
+
+
+def test_only_the_missing_file_is_downloaded_and_the_users_own_stay(tmp_path, official):
+    arrays, _, asked = official
+    own = make_idx(tmp_path, seed=3)
+    (tmp_path / TEST_LABELS).unlink()
+    assert_holds(load("mnist", tmp_path), [*own[:3], arrays[3]])
+    assert asked == [f"{TEST_LABELS}.gz"]
+
+
+@pytest.mark.parametrize("damage", [lambda content: content[:-5], lambda content: content + b"x", lambda _: b""])
+def test_a_download_with_another_checksum_leaves_nothing(tmp_path, official, damage):
+    _, folder, _ = official
+    path = folder / f"{TRAIN_IMAGES}.gz"
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(UserError, match=r"data set 'mnist' is not whole in .*does not match"):
+        load("mnist", tmp_path / "data")
+    assert not (tmp_path / "data").exists()
+
+
+def test_a_file_that_the_server_does_not_have_leaves_nothing(tmp_path, official):
+    _, folder, _ = official
+    (folder / f"{TRAIN_IMAGES}.gz").unlink()
+    with pytest.raises(UserError, match=r"could not be downloaded .*404"):
+        load("mnist", tmp_path / "data")
+    assert not (tmp_path / "data").exists()
+
+
+def test_a_data_directory_that_cannot_be_made_is_named(tmp_path, official):
+    (tmp_path / "data").write_text("a file, not a folder")
+    with pytest.raises(UserError, match=r"could not be downloaded into .*data"):
+        load("mnist", tmp_path / "data")
+
+
+def test_without_a_network_one_sentence_says_which_files_to_put_where(tmp_path):
+    with pytest.raises(UserError) as caught:
+        load("mnist", tmp_path / "data")
+    said = str(caught.value)
+    assert said.startswith(f"data set 'mnist' is not whole in {tmp_path / 'data' / 'mnist'}")
+    assert said.endswith(f"put {', '.join(f'{name}.gz' for name in idx.FILES)} into {tmp_path / 'data' / 'mnist'}")
+    assert "out of reach ([Errno 111] Connection refused)" in said
+    assert "\n" not in said
+    assert not (tmp_path / "data").exists()
+
+
+def test_without_a_network_only_the_files_that_are_missing_are_asked_for(tmp_path):
+    make_idx(tmp_path)
+    (tmp_path / TEST_LABELS).unlink()
+    with pytest.raises(UserError, match=f"put {TEST_LABELS}.gz into {tmp_path}$"):
+        load("mnist", tmp_path)
+
+
+def test_a_server_that_never_answers_is_given_up(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "SECONDS_TO_ANSWER", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        monkeypatch.setattr(idx, "MNIST", dataclasses.replace(idx.MNIST, url=url))
+        start = time.monotonic()
+        with pytest.raises(UserError, match="out of reach"):
+            load("mnist", tmp_path)
+        assert time.monotonic() - start < 2
+
+
+def test_a_name_that_is_never_resolved_is_given_up(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "SECONDS_TO_ANSWER", 0.2)
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: time.sleep(5))
+    start = time.monotonic()
+    with pytest.raises(UserError, match=r"127\.0\.0\.1 did not answer within 0.2 seconds"):
+        load("mnist", tmp_path)
+    assert time.monotonic() - start < 2
