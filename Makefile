@@ -1,6 +1,7 @@
 # Everything below installs into .venv, with the versions pinned in requirements.lock.
 PYTHON ?= python3
 PIP = PIP_CONSTRAINT=requirements.lock .venv/bin/pip install --quiet --disable-pip-version-check
+SOURCES = pyproject.toml requirements.lock CMakeLists.txt $(shell find src -type f -not -name '*.pyc' -not -name '*.so')
 
 .PHONY: demo test bench clean
 
@@ -11,18 +12,18 @@ test: .venv/installed-tests
 	.venv/bin/ruff format --check src tests benchmarks
 	.venv/bin/ruff check src tests benchmarks
 	.venv/bin/mypy
-	.venv/bin/pytest
+	.venv/bin/pytest --pyargs tombola tests
 
 bench: .venv/installed
 	.venv/bin/python benchmarks/run.py
 
-.venv/installed: pyproject.toml requirements.lock
+.venv/installed: $(SOURCES)
 	$(PYTHON) -m venv .venv
-	$(PIP) --editable .
+	$(PIP) .
 	touch $@
 
 .venv/installed-tests: .venv/installed
-	$(PIP) --editable '.[test]'
+	$(PIP) '.[test]'
 	touch $@
 
 clean:

@@ -17,7 +17,11 @@ from tombola.recipe import Augmentation
 
 BATCH = 128
 RECIPE = Recipe(
-    optimizer="momentum", weight_decay=1e-4, batch_size=BATCH, iterations=8, augmentation=Augmentation(flip=True, crop=4)
+    optimizer="momentum",
+    weight_decay=1e-4,
+    batch_size=BATCH,
+    iterations=8,
+    augmentation=Augmentation(flip=True, crop=4),
 )
 
 

@@ -151,6 +151,58 @@ def test_a_subset_larger_than_a_class_is_refused():
         load("digits", None, test_per_class=50)
 
 
+# What fits together
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"train_inputs": [1, 2]}, "data set 'small', train set: inputs and labels must be tensors"),
+        ({"test_labels": None}, "test set: inputs and labels must be tensors"),
+        ({"train_inputs": torch.zeros(0, 1, 4, 4)}, "train set: it holds no example"),
+        (
+            {"train_labels": torch.tensor([0])},
+            r"expected int64 labels of shape (2,), one an input, got torch.int64 of shape (1,)",
+        ),
+        ({"train_labels": torch.tensor([0.0, 1.0])}, "got torch.float32 of shape (2,)"),
+        (
+            {"test_inputs": torch.zeros(1, 1, 4, 5, dtype=torch.uint8)},
+            "its inputs are torch.uint8 (1, 4, 5), the train set's",
+        ),
+        (
+            {"test_inputs": torch.zeros(1, 1, 4, 4)},
+            "its inputs are torch.float32 (1, 4, 4), the train set's torch.uint8",
+        ),
+        ({"train_labels": torch.tensor([0, 2])}, "label 2 of example 1 is out of range, expected 0..1 for 2 classes"),
+        ({"test_labels": torch.tensor([-1])}, "test set: label -1 of example 0 is out of range"),
+        ({"mean": (0.5, 0.5)}, "expected 1 means and positive sds, one a channel"),
+        ({"sd": (0.0,)}, "expected 1 means and positive sds, one a channel"),
+    ],
+)
+def test_parts_that_do_not_fit_together_are_refused(changes, said):
+    with pytest.raises(UserError) as caught:
+        small(**changes)
+    assert said in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "shape", "said"),
+    [
+        (torch.uint8, (2, 4), "uint8 inputs are images and have the shape"),
+        (torch.int64, (2, 4), "inputs are uint8 images or floats"),
+    ],
+)
+def test_inputs_of_another_kind_are_refused(dtype, shape, said):
+    inputs = torch.zeros(shape, dtype=dtype)
+    with pytest.raises(UserError, match=said):
+        small(train_inputs=inputs, test_inputs=inputs[:1])
+
+
+def test_ready_made_inputs_may_have_any_shape():
+    inputs = torch.zeros(2, 3)
+    assert small(train_inputs=inputs, test_inputs=inputs[:1], mean=(), sd=()).input_shape == (3,)
+
+
 # The fingerprint
 
 
@@ -288,7 +340,7 @@ def test_fashion_mnist_has_its_own_classes_mean_and_sd(tmp_path):
 def test_the_data_sets_own_folder_comes_first(tmp_path):
     make_idx(tmp_path, seed=1)
     arrays = make_idx(tmp_path / "mnist", seed=2)
-    assert_holds(load("mnist", tmp_path), arrays)
+    assert_holds(load("mnist", str(tmp_path)), arrays)
 
 
 @pytest.mark.parametrize("folder", ["here/data", "here/data/mnist", "cache/tombola/mnist"])
@@ -340,7 +392,7 @@ def test_more_images_than_labels_are_refused(tmp_path):
 def test_a_label_out_of_range_is_refused(tmp_path):
     make_idx(tmp_path)
     (tmp_path / TRAIN_LABELS).write_bytes(idx_bytes(np.array([0] * 11 + [10], np.uint8)))
-    with pytest.raises(UserError, match=r"label 10 of example 11 is out of range, expected 0..9"):
+    with pytest.raises(UserError, match=r"train-labels-idx1-ubyte: label 10 of example 11 is out of range, expected 0..9"):
         load("mnist", tmp_path)
 
 

@@ -17,9 +17,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from rich.console import Console
 
 from tombola.datasets import cache as cache_module
-from tombola.datasets import decoder, files, load, pictures, tree
+from tombola.datasets import decoder, files, load, pictures, progress, tree
 from tombola.datasets.cache import mean_and_sd
 from tombola.datasets.decoder import Form, TroubleError, decode
 from tombola.errors import UserError
@@ -371,6 +372,17 @@ def test_an_interrupt_leaves_nothing(tmp_path, monkeypatch):
     assert entries(tmp_path) == []
 
 
+def test_progress_is_shown_on_a_terminal_alone(tmp_path, monkeypatch, capfd):
+    make_folder(tmp_path / "pets")
+    load("image-folder", tmp_path, path="pets")
+    assert capfd.readouterr() == ("", "")
+    shown = io.StringIO()
+    monkeypatch.setattr(progress, "Console", lambda **_: Console(file=shown, force_terminal=True))
+    load("image-folder", tmp_path, path="pets", size=7)
+    assert "decoding pets" in shown.getvalue()
+    assert "12/12" in shown.getvalue()
+
+
 # Several processes
 
 
@@ -590,7 +602,7 @@ def test_a_file_that_is_no_archive_is_refused(tmp_path, content):
         load("image-folder", tmp_path, path="pets.tar")
 
 
-def test_the_largest_top_folder_is_only_looked_into_where_it_is_the_only_one(tmp_path):
+def test_a_folder_at_the_top_is_looked_into_only_where_it_holds_everything(tmp_path):
     make_folder(tmp_path / "pets" / "one")
     make_folder(tmp_path / "pets" / "two")
     pack(tmp_path / "pets", "zip")

@@ -8,160 +8,177 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from rich import box
 from rich.console import Console, Group
 from rich.live import Live
+from rich.measure import Measurement
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from tombola.engine.estimate import Estimate, estimate
+from tombola.engine.estimate import estimate
 from tombola.engine.run import Status
 from tombola.errors import UserError
 from tombola.planning import Chain, Planner, Training
-from tombola.results import Cell, Row, rows, table2
-from tombola.store import DamagedResultError
+from tombola.results import Cell, Row, Table2, rows, table2
+from tombola.ticket import Ticket
+
+_NO_STAR = "\ue000"
+"""Stands where others have a star; rich would take a space away, and align the rest."""
 
 
-def _console(stream: Any = None) -> Console:
-    stream = stream or sys.stdout
-    return Console(file=stream, width=None if stream.isatty() else 10_000, highlight=False, soft_wrap=False)
+def _console() -> Console:
+    """Return a console that is as wide as the terminal, or as whatever is printed needs where there is none."""
+    width = None if sys.stdout.isatty() else 10_000
+    return Console(file=sys.stdout, width=width, highlight=False, markup=False, emoji=False)
 
 
 def show_table(header: Sequence[str], lines: Sequence[Sequence[Any]], form: str) -> None:
-    """Print a table as a table, csv or json."""
+    """Print a table as a table, csv or json; csv and json have the header's words joined by `_`."""
+    keys = [title.replace(" ", "_") for title in header]
     if form == "json":
-        keys = [title.split(" ")[0] for title in header]
         print(json.dumps([dict(zip(keys, line, strict=True)) for line in lines], indent=1))
     elif form == "csv":
         out = io.StringIO()
-        csv.writer(out, lineterminator="\n").writerows([[title.split(" ")[0] for title in header], *lines])
+        csv.writer(out, lineterminator="\n").writerows([keys, *([_in_csv(value) for value in line] for line in lines)])
         print(out.getvalue(), end="")
     else:
-        table = Table(*header, box=box.SIMPLE_HEAD, pad_edge=False)
+        table = _table()
+        for title, values in zip(header, zip(*lines, strict=True), strict=True):
+            table.add_column(title, justify="right" if all(isinstance(value, int) for value in values) else "left")
         for line in lines:
             table.add_row(*map(str, line))
         _print(table)
+
+
+def _in_csv(value: Any) -> Any:
+    if isinstance(value, (tuple, list)):
+        return " ".join(value)
+    return str(value).lower() if isinstance(value, bool) else value
+
+
+def _table() -> Table:
+    return Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
 
 
 def _print(table: Table) -> None:
     console = _console()
     with console.capture() as captured:
         console.print(table)
-    print("\n".join(line.rstrip() for line in captured.get().splitlines() if line.strip()))
+    lines = captured.get().replace(_NO_STAR, " ").splitlines()
+    print("\n".join(line.rstrip().removeprefix(" ") for line in lines if line.strip()))
 
 
 def show_results(planner: Planner, form: str) -> None:
-    """Print the results of a study that are there."""
-    try:
-        found = rows(planner)
-    except DamagedResultError as damage:
-        raise UserError(f"store {planner.store.root}: {damage}; `tombola run` does it again") from damage
+    """Print the results of a study that are there.
+
+    Raises:
+        UserError: where none is.
+    """
+    found = rows(planner)
+    if not found:
+        raise UserError(f"no result of this study is in {planner.store.root}; `tombola run` does its trainings")
     if form == "json":
         print(json.dumps([row.to_json() for row in found], indent=1))
     elif form == "csv":
-        _csv(found)
+        names = list(Row.__dataclass_fields__)
+        show_table(names, [[getattr(row, name) for name in names] for row in found], "csv")
     else:
-        _print_table2(planner, found)
+        _print_results(planner, found)
 
 
-def _csv(found: Sequence[Row]) -> None:
-    names = list(Row.__dataclass_fields__)
-    lines = [[*(getattr(row, name) for name in names[:-1]), " ".join(row.collapsed)] for row in found]
-    show_table(names, lines, "csv")
-
-
-def _print_table2(planner: Planner, found: Sequence[Row]) -> None:
+def _print_results(planner: Planner, found: Sequence[Row]) -> None:
     study = planner.study
+    table = table2(found, study.importances)
+    seeds = f"mean ± sd over {len(study.seeds)} seeds" if len(study.seeds) > 1 else f"seed {study.seeds[0]}"
+    best = "; best " + ("bold" if sys.stdout.isatty() else "*") if len(study.importances) > 1 else ""
+    print(f"test accuracy in % on {planner.problem.data.name}, {seeds}{best}")
+    _print_table2(table, study.importances, len(study.seeds))
     expected = len(planner.chains) * (study.levels + 1)
-    if not found:
-        print(f"no result of this study is in {planner.store.root}; do its trainings with: tombola run")
-        return
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("level", justify="right")
-    table.add_column("sparsity %", justify="right")
-    for importance in study.importances:
-        table.add_column(importance, justify="right")
-    results = table2(found, study.importances)
+    diverged: dict[str, list[str]] = {}
+    for (level, importance), cell in table.cells.items():
+        if cell.diverged:
+            diverged.setdefault(importance, []).append(f"{level} ({cell.diverged} of {len(study.seeds)} seeds)")
+    for importance, levels in diverged.items():
+        print(f"diverged, {importance}: level {', '.join(levels)}; there is nothing to prune by after that")
+    for importance, layers in table.collapses.items():
+        text = ", ".join(f"{layer} from level {level}" for layer, level in layers.items())
+        print(f"collapsed layers, {importance}: {text}")
+    if len(found) < expected:
+        print(f"{len(found)} of {expected} tickets are there")
+
+
+def _print_table2(results: Table2, importances: Sequence[str], seeds: int) -> None:
+    """Print the columns of some importances; in several tables where one would be too wide for the terminal."""
     plain = not sys.stdout.isatty()
+    table = _table()
+    for title in ("level", "sparsity", *importances):
+        table.add_column(title, justify="right")
     for level, density in results.levels:
         best = results.best(level)
-        cells = [_cell(results.cells[level, name], name in best, plain) for name in study.importances]
+        cells = [_cell(results.cells[level, name], name in best, plain, seeds) for name in importances]
         table.add_row(str(level), f"{100 * (1 - density):.2f}", *cells)
-    data = planner.problem.data
-    print(
-        f"test accuracy in % on {data.name}: mean ± sd over {len(study.seeds)} seeds; best {'*' if plain else 'bold'}"
-    )
-    _print(table)
-    if len(found) < expected:
-        print(f"not finished: {len(found)} of {expected} tickets are there")
-    for (level, importance), cell in results.cells.items():
-        if cell.diverged:
-            print(f"diverged: {importance}, level {level}, {cell.diverged} of {len(study.seeds)} seeds")
-    _print_collapse(found, study.importances)
+    console = _console()
+    half = len(importances) // 2
+    if half and Measurement.get(console, console.options.update(max_width=10_000), table).maximum > console.width:
+        _print_table2(results, importances[:-half], seeds)
+        _print_table2(results, importances[-half:], seeds)
+    else:
+        _print(table)
 
 
-def _print_collapse(found: Sequence[Row], importances: Sequence[str]) -> None:
-    """Say which layers have no connection left, from which level on."""
-    for importance in importances:
-        first: dict[str, int] = {}
-        for row in found:
-            for layer in row.collapsed if row.importance == importance else ():
-                first[layer] = min(row.level, first.get(layer, row.level))
-        if first:
-            layers = ", ".join(f"{layer} from level {level}" for layer, level in first.items())
-            print(f"collapsed layers, {importance}: {layers}")
-
-
-def _cell(cell: Cell, best: bool, plain: bool) -> Text:
+def _cell(cell: Cell, best: bool, plain: bool, seeds: int) -> Text:
+    count = len(cell.accuracies)
     if cell.mean is None:
-        return Text("diverged" if cell.diverged else "-")
-    text = f"{100 * cell.mean:.2f}" + (f" ± {100 * cell.sd:.2f}" if cell.sd is not None else "")
-    if plain:
-        return Text(text + ("*" if best else " "))
-    return Text(text, style="bold" if best else "")
+        return Text(("diverged" if cell.diverged else "-") + (_NO_STAR if plain else ""))
+    text = f"{100 * cell.mean:.2f}" + (f"±{100 * cell.sd:.2f}" if cell.sd is not None else "")
+    text += f" ({count} of {seeds})" if count < seeds else ""
+    return Text(text + (("*" if best else _NO_STAR) if plain else ""), style="bold" if best else "")
 
 
-def show_plan(planner: Planner, workers: int, form: str) -> None:
+def show_plan(planner: Planner, workers: int, form: str, data: Path | None = None) -> None:
     """Print what a run would train, what exists, and the time and disk it will take."""
-    expected = estimate(planner, workers)
-    if form != "table":
-        lines = [
-            [chain.importance, chain.seed, chain.data_seed, done, missing] for chain, done, missing in expected.chains
-        ]
+    expected = estimate(planner, workers, data)
+    lines = [
+        [chain.importance, chain.seed, chain.seed if chain.data_seed is None else chain.data_seed, there, to_find]
+        for chain, there, to_find in expected.chains
+    ]
+    header = ["importance", "seed", "data seed", "tickets there", "tickets to find"]
+    if form == "json":
+        keys = [title.replace(" ", "_") for title in header]
         document = {
             "existing": expected.existing,
             "to_train": expected.to_train,
             "seconds_per_training": expected.seconds_each,
             "seconds": expected.seconds,
+            "critical_seconds": expected.critical[1] if expected.critical else 0.0,
+            "critical_chain": str(expected.critical[0]) if expected.critical else None,
             "workers": workers,
             "bytes": expected.bytes,
+            "chains": [dict(zip(keys, line, strict=True)) for line in lines],
         }
-        if form == "json":
-            keys = ("importance", "seed", "data_seed", "existing", "to_train")
-            print(json.dumps(document | {"chains": [dict(zip(keys, line, strict=True)) for line in lines]}, indent=1))
-        else:
-            show_table(["importance", "seed", "data_seed", "existing", "to_train"], lines, "csv")
+        print(json.dumps(document, indent=1))
         return
-    _print_plan(planner, expected, workers)
+    show_table(header, lines, form)
+    if form == "csv":
+        return
+    if not expected.to_train:
+        print(f"all {expected.existing} trainings are in {planner.store.root}: nothing is left to do")
+        return
+    print(f"{_counted(expected.to_train, 'training')} to do, {expected.existing} in {planner.store.root} already")
+    print(f"time: about {duration(expected.seconds)} on {_counted(workers, 'worker')}, ", end="")
+    print(f"{duration(expected.seconds_each)} a training ({expected.source})")
+    if expected.critical:
+        chain, seconds = expected.critical
+        print(f"critical path: {chain}, {duration(seconds)} however many workers there are")
+    print(f"disk: about {size(expected.bytes)}")
 
 
-def _print_plan(planner: Planner, expected: Estimate, workers: int) -> None:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for title in ("importance", "seed", "data order", "tickets there", "to find"):
-        table.add_column(title, justify="left" if title == "importance" else "right")
-    for chain, existing, missing in expected.chains:
-        table.add_row(
-            chain.importance, str(chain.seed), str(chain.data_seed or chain.seed), str(existing), str(missing)
-        )
-    _print(table)
-    print(f"trainings that exist: {expected.existing}, to do: {expected.to_train}")
-    if expected.to_train:
-        print(f"each takes about {duration(expected.seconds_each)} ({expected.source})")
-        print(f"all take about {duration(expected.seconds)} on {workers} workers")
-        print(f"and about {size(expected.bytes)} of disk in {planner.store.root}")
+def _counted(count: int, what: str) -> str:
+    return f"{count} {what}" + ("s" if count != 1 else "")
 
 
 def duration(seconds: float) -> str:
@@ -171,7 +188,7 @@ def duration(seconds: float) -> str:
     ('3.2 s', '1 min 15 s', '2 h 2 min', '2 d 7 h')
     """
     if seconds < 60:
-        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+        return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
     for big, small, length, part in (("d", "h", 86400, 3600), ("h", "min", 3600, 60), ("min", "s", 60, 1)):
         if seconds >= length:
             return f"{int(seconds // length)} {big} {int(seconds % length // part)} {small}"
@@ -211,64 +228,69 @@ def showing(planner: Planner) -> Iterator[Callable[[Status, Training | None], No
 
         yield print_line
         return
-    with Live(console=_console(), refresh_per_second=4, transient=True) as live:
+    console = _console()
+    with Live(console=console, refresh_per_second=4, transient=True) as live:
 
         def draw(status: Status, finished: Training | None) -> None:
             tell_notes(status)
-            live.update(_live(status, planner))
+            live.update(_live(status, planner, console.height))
 
         yield draw
 
 
 def _line(status: Status, finished: Training, planner: Planner) -> str:
-    where = []
-    for chain, progress in status.chains.items():
-        for ticket in progress.tickets[-1:]:
-            seed = chain.seed if chain.data_seed is None else chain.data_seed
-            if ticket.mask == finished.mask and seed == finished.seed and finished.end == planner.end:
-                assert ticket.trained is not None
-                where.append((chain, ticket.level, ticket.mask.density, ticket.trained.history.test_accuracy))
-    left = (
-        "" if status.seconds_left is None or status.done >= status.total else f", {duration(status.seconds_left)} left"
-    )
     count = f"[{status.done}/{status.total}]"
-    if not where:
+    left = f", {duration(status.seconds_left)} left" if status.seconds_left and status.done < status.total else ""
+    found = {}
+    for chain, progress in status.chains.items():
+        seed = chain.seed if chain.data_seed is None else chain.data_seed
+        for ticket in progress.tickets[-1:]:
+            arguments = ticket.mask, ticket.rewind.hash, seed, planner.end
+            if arguments == (finished.mask, finished.initial.hash, finished.seed, finished.end):
+                found[chain] = ticket
+    if not found:
         return f"{count} seed {finished.seed}: rewind point{left}"
-    names = ", ".join(chain.importance for chain, *_ in where)
-    chain, level, density, accuracy = where[0]
-    names += "" if chain.data_seed is None else f" in another data order, {chain.data_seed}"
-    result = "diverged" if accuracy is None else f"accuracy {100 * accuracy:.2f} %"
-    return f"{count} seed {chain.seed}, level {level}, density {100 * density:.2f} %: {result} ({names}){left}"
+    chain, ticket = next(iter(found.items()))
+    names = ", ".join(chain.importance for chain in found)
+    order = "" if chain.data_seed is None else f", data order {chain.data_seed}"
+    where = f"seed {chain.seed}{order}, level {ticket.level}, density {100 * ticket.mask.density:.2f} %"
+    return f"{count} {where}: {_accuracy(ticket)} ({names}){left}"
 
 
-def _live(status: Status, planner: Planner) -> Group:
+def _accuracy(ticket: Ticket) -> str:
+    accuracy = ticket.trained.history.test_accuracy if ticket.trained else None
+    return "diverged" if accuracy is None else f"accuracy {100 * accuracy:.2f} %"
+
+
+def _live(status: Status, planner: Planner, height: int) -> Group:
+    """Draw how far a run is: trainings done of all, and of each chain the last ticket and what is under way.
+
+    Where there are more chains than lines on the terminal, those at work come first and the rest is left out.
+    """
     bar = Table.grid(padding=(0, 1))
     left = "" if status.seconds_left is None else f"{duration(status.seconds_left)} left"
-    bar.add_row(
-        f"{status.done} of {status.total} trainings",
-        ProgressBar(total=max(1, status.total), completed=status.done, width=40),
-        left,
-    )
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("seed", justify="right")
-    for importance in planner.study.importances:
-        table.add_column(importance)
-    for seed in planner.study.seeds:
-        cells = [_chain_cell(Chain(seed, importance), status) for importance in planner.study.importances]
-        table.add_row(str(seed), *cells)
-    for chain in planner.repeats:
-        table.add_row(f"{chain.seed}, data order {chain.data_seed}", _chain_cell(chain, status))
+    progress_bar = ProgressBar(total=max(1, status.total), completed=status.done, width=30)
+    bar.add_row(f"{status.done} of {status.total} trainings", progress_bar, left)
+    table = _table()
+    for title in ("importance", "seed", "level", "last ticket", "now"):
+        table.add_column(title, justify="right" if title in ("seed", "level") else "left", no_wrap=True)
+    chains = list(status.chains)
+    lines = max(1, height - 5)
+    if len(chains) > lines:
+        chains.sort(key=lambda chain: not _running(status, chain))
+    for chain in chains[:lines]:
+        tickets = status.chains[chain].tickets
+        order = "" if chain.data_seed is None else f", order {chain.data_seed}"
+        level = f"{tickets[-1].level} of {planner.study.levels}" if tickets else "-"
+        last = _accuracy(tickets[-1]) if tickets else "-"
+        table.add_row(chain.importance + order, str(chain.seed), level, last, _running(status, chain))
     return Group(bar, table)
 
 
-def _chain_cell(chain: Chain, status: Status) -> str:
-    progress = status.chains[chain]
-    text = "waiting"
-    if progress.tickets:
-        last = progress.tickets[-1]
-        accuracy = last.trained.history.test_accuracy if last.trained else None
-        text = f"level {last.level}: " + ("diverged" if accuracy is None else f"{100 * accuracy:.2f} %")
-    if progress.waits_for is not None and progress.waits_for.key in status.running:
-        training, iteration = status.running[progress.waits_for.key]
-        text += f"  {100 * (iteration - training.begin) // max(1, training.end - training.begin)} %"
-    return text
+def _running(status: Status, chain: Chain) -> str:
+    """Say how far the training is that a chain waits for; empty where it does not run."""
+    waits_for = status.chains[chain].waits_for
+    if waits_for is None or waits_for.key not in status.running:
+        return ""
+    training, iteration = status.running[waits_for.key]
+    return f"training: {100 * (iteration - training.begin) // max(1, training.end - training.begin)} %"

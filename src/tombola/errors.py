@@ -18,10 +18,14 @@ def did_you_mean(name: str, choices: Iterable[str]) -> str:
 
     >>> did_you_mean("magnitud", ["magnitude", "l1"])
     "did you mean 'magnitude'?"
+    >>> did_you_mean("LeNet", ["resnet20", "lenet_300_100"])
+    "did you mean 'lenet_300_100'?"
     >>> did_you_mean("xyz", ["magnitude", "l1"])
     "choose from 'magnitude', 'l1'"
     """
     known = list(choices)
-    near = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
+    folded = {choice.casefold(): choice for choice in known}
+    near = [choice for choice in known if name and choice.casefold().startswith(name.casefold())]
+    near = near or [folded[match] for match in difflib.get_close_matches(name.casefold(), folded, n=3, cutoff=0.6)]
     quoted = ", ".join(repr(choice) for choice in (near or known))
     return f"did you mean {quoted}?" if near else f"choose from {quoted}"

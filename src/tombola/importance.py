@@ -62,6 +62,9 @@ def l1(weights: Tensor) -> Tensor:
     >>> l1(torch.tensor([3.0, 1.0]))
     tensor([0.7500, 0.2500])
     """
+    total = weights.sum()
+    if 0 < total < torch.inf:
+        return weights / total
     scaled = _divided_by_largest(weights)
     return scaled / scaled.sum() if scaled.any() else scaled
 

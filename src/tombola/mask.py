@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from tombola.errors import UserError, did_you_mean
 from tombola.importance import Importance, Seeded
+from tombola.references import told
 from tombola.streams import generator
 
 Bits = npt.NDArray[np.uint8]
@@ -87,7 +88,8 @@ class Mask(Mapping[str, Tensor]):
             raise UserError(f"layer {unknown[0]!r} is lazy and has no shape yet: run the model once on an input first")
         shapes = {name: tuple(w.shape) for name, w in weights.items() if name not in left_out}
         if not shapes:
-            raise UserError(f"{type(model).__name__} has no linear or convolution weight to prune")
+            left = " besides those excluded" if left_out else ""
+            raise UserError(f"{type(model).__name__} has no linear or convolution weight to prune{left}")
         return cls.from_tensors({name: torch.ones(shape, dtype=torch.bool) for name, shape in shapes.items()})
 
     @classmethod
@@ -183,7 +185,7 @@ class Mask(Mapping[str, Tensor]):
         if not isinstance(other, Mask):
             return NotImplemented
         if self.shapes != other.shapes:
-            differing = sorted(name for name, _ in set(self.shapes.items()) ^ set(other.shapes.items()))
+            differing = sorted({name for name, _ in set(self.shapes.items()) ^ set(other.shapes.items())})
             raise UserError(f"masks of different networks cannot be combined: they differ in {', '.join(differing)}")
         return Mask(self.shapes, {name: operation(self._bits[name], other._bits[name]) for name in self})
 
@@ -252,7 +254,7 @@ def _scores(name: str, weights: Mapping[str, Tensor], mask: Mask, importance: Im
         raise UserError(f"layer {name!r}: the weights have shape {tuple(weight.shape)}, the mask {mask.shapes[name]}")
     alive = mask[name]
     survivors = weight.flatten() if alive.all() else weight[alive]
-    survivors = torch.empty(len(survivors), dtype=torch.float64).copy_(survivors).abs_()
+    survivors = survivors.to(torch.float64, copy=True).abs_()
     length = len(survivors)
     if length and not survivors.max().isfinite():
         raise UserError(f"layer {name!r}: its weights are not all finite (NaN or infinite), so they cannot be compared")
@@ -263,12 +265,12 @@ def _scores(name: str, weights: Mapping[str, Tensor], mask: Mask, importance: Im
         else:
             scores = importance(survivors)
     except Exception as error:
-        raise UserError(f"{label}: it raised {type(error).__name__}: {error}") from error
+        raise UserError(f"{label}: it raised {told(error)}") from error
     if not isinstance(scores, Tensor) or tuple(scores.shape) != (length,):
         got = f"shape {tuple(scores.shape)}" if isinstance(scores, Tensor) else type(scores).__name__
         raise UserError(f"{label}: expected a tensor of shape ({length},), one number a survivor, got {got}")
     scores = scores.detach().to("cpu", torch.float64).contiguous()
-    if scores.isnan().any():
+    if length and scores.min().isnan():  # the least of numbers is NaN where one of them is
         raise UserError(f"{label}: it returned NaN")
     return scores
 

@@ -7,19 +7,21 @@ arguments, so chains that need the same training wait for the same name, and it 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import copy
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+from tombola.errors import UserError
 from tombola.importance import IMPORTANCES
 from tombola.mask import Mask
 from tombola.problem import Problem, resolve_importance
 from tombola.rewinding import check_levels, lottery_ticket_rewinding, prune_round
-from tombola.store import Store, name_of
+from tombola.store import DamagedResultError, Store, name_of
 from tombola.study import Study
 from tombola.ticket import Ticket
-from tombola.training import Trained, initial_state
+from tombola.training import Trained, initial_state, sparse_layers
 from tombola.weights import Weights
 
 SCHEME = 1
@@ -91,12 +93,14 @@ class Progress:
         waits_for: the training to be done next; None where the chain is at its end.
         remaining: trainings it still needs.
         shared: the first of these that every chain of the seed needs, or that this one waits for.
+        stopped: why the chain cannot go on, where its importance fails on what was trained.
     """
 
     tickets: tuple[Ticket, ...]
     waits_for: Training | None = None
     remaining: int = 0
     shared: int = 0
+    stopped: str | None = None
 
 
 class Planner:
@@ -106,34 +110,50 @@ class Planner:
         study: what to run.
         problem: the study's task, loaded.
         store: where results lie.
+        remember: whether masks are taken from the store where it has them, and not derived anew.
+
+    Attributes:
+        chains: importances x seeds, which the study's results are about.
+        repeats: chains of the first importance with further data orders: what the noise floor is made of.
 
     Raises:
         UserError: where importances, layers to exclude or levels are not possible.
     """
 
-    def __init__(self, study: Study, problem: Problem, store: Store) -> None:
+    def __init__(self, study: Study, problem: Problem, store: Store, *, remember: bool = True) -> None:
         self.study = study
         self.problem = problem
         self.store = store
         self.end = study.recipe.total_iterations(len(problem.data.train_inputs))
+        self.chains = [Chain(seed, importance) for seed in study.seeds for importance in study.importances]
+        first = study.importances[0]
+        self.repeats = [Chain(seed, first, data_seed) for seed in study.seeds for data_seed in study.data_seeds]
         self._initial: dict[int, Weights] = {}
         self._importances = {name: resolve_importance(name) for name in study.importances}
         self._derived: dict[str, Mask] = {}
-        self.dense = Mask.ones_like(problem.build(), study.exclude)
+        self._remember = remember
+        self._model = problem.build()
+        self.dense = Mask.ones_like(self._model, study.exclude)
         check_levels(self.dense.total, study.fraction, study.levels)
-        for name in study.importances:  # whether each works, before anything is trained
+        for name in [name for name in study.importances if name not in IMPORTANCES]:  # whether they work, before all
             self._pruned(self.initial(study.seeds[0]), self.dense, 0, Chain(study.seeds[0], name))
 
-    @property
-    def chains(self) -> list[Chain]:
-        """The study's chains of importances x seeds, which its results are about."""
-        return [Chain(seed, importance) for seed in self.study.seeds for importance in self.study.importances]
+    def restarted(self, initial: Mapping[int, Weights], seed: int, importances: tuple[str, ...], levels: int) -> Planner:
+        """Return a planner of the same study from other initial weights.
 
-    @property
-    def repeats(self) -> list[Chain]:
-        """The chains of the first importance with further data orders: what the noise floor is made of."""
-        first = self.study.importances[0]
-        return [Chain(seed, first, data_seed) for seed in self.study.seeds for data_seed in self.study.data_seeds]
+        Args:
+            initial: by numbers that take the place of its chains' seeds.
+            seed: of data order and every other random choice, for all of them.
+            importances: which of the study's.
+            levels: how far, at most as far as the study.
+        """
+        other = copy.copy(self)
+        fields = {"seeds": tuple(initial), "data_seeds": (), "importances": importances, "levels": levels}
+        other.study = self.study.model_copy(update=fields)
+        other._initial = dict(initial)
+        other.chains = [Chain(number, importance, seed) for number in initial for importance in importances]
+        other.repeats = []
+        return other
 
     def initial(self, seed: int) -> Weights:
         """The initial weights of a seed."""
@@ -167,14 +187,22 @@ class Planner:
         for ticket in found:
             yield replace(ticket, provenance=about)
 
-    def keys(self, chain: Chain) -> list[str]:
-        """Return the names of the trainings of a chain that the store has, the rewind point's first."""
+    def trainings(self, chain: Chain) -> list[Training]:
+        """Return the trainings of a chain that the store has, the rewind point's first.
+
+        Raises:
+            DamagedResultError: where a stored result is damaged.
+        """
         tickets = self.progress(chain).tickets
         initial, rewind = self.initial(chain.seed), self.study.recipe.rewind
-        found = [self._training(_data_seed(chain), t.rewind, t.mask, rewind, self.end).key for t in tickets]
-        if rewind and (point := self._training(_data_seed(chain), initial, self.dense, 0, rewind).key) in self.store:
+        found = [self._training(_data_seed(chain), t.rewind, t.mask, rewind, self.end) for t in tickets]
+        if rewind and (point := self._training(_data_seed(chain), initial, self.dense, 0, rewind)).key in self.store:
             found.insert(0, point)
         return found
+
+    def keys(self, chain: Chain) -> list[str]:
+        """Return the names of the trainings of a chain that the store has, the rewind point's first."""
+        return [training.key for training in self.trainings(chain)]
 
     def progress(self, chain: Chain) -> Progress:
         """Return how far a chain is.
@@ -189,6 +217,10 @@ class Planner:
             shared = 2 if missing.training.end < self.end else 1  # level 0 comes after the rewind point
             to_come = self.study.levels - len(tickets) + shared
             return Progress(tuple(tickets), missing.training, to_come, shared)
+        except DamagedResultError:
+            raise
+        except UserError as error:  # of the importance; other chains go on
+            return Progress(tuple(tickets), stopped=str(error))
         return Progress(tuple(tickets))
 
     def _looked_up(self, seed: int, initial: Weights, mask: Mask, begin: int, end: int) -> Trained:
@@ -210,6 +242,7 @@ class Planner:
             "end": end,
             "threads": THREADS,
             "device": self.study.device,
+            "sparse": sparse_layers(self._model, mask, self.study.recipe, self.study.device),
         }
         return Training(name_of(identity), identity, initial, mask, seed, begin, end)
 
@@ -221,7 +254,7 @@ class Planner:
         """
         study = self.study
         name = name_of([PRUNING, weights.hash, mask.hash, chain.importance, study.fraction, _data_seed(chain), level])
-        built_in = chain.importance in IMPORTANCES
+        built_in = self._remember and chain.importance in IMPORTANCES
         remembered = self.store.mask(name) if built_in else self._derived.get(name)
         if remembered is not None:
             return remembered

@@ -7,21 +7,23 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional
 
 from tombola import datasets, models
-from tombola.batches import batches
+from tombola.batches import batches, normalisation
 from tombola.datasets.dataset import Dataset
 from tombola.errors import UserError, did_you_mean
 from tombola.importance import IMPORTANCES, Importance
-from tombola.references import resolve, source_hash
+from tombola.references import resolve, source_hash, told
 from tombola.streams import ambient
 from tombola.study import Study, Task
 from tombola.training import Loss, check
+
+Result = TypeVar("Result")
 
 BUILT_IN = 1
 """Version of the built-in models and losses as a part of a training's name: to be raised where their outputs change."""
@@ -58,7 +60,8 @@ def load_problem(task: Task, directory: Path | None = None) -> Problem:
     'digits'
     """
     data = _load_data(task, directory)
-    build, model_identity = _function("model", task.model, models.MODELS, task.model_arguments)
+    model, model_identity = _function("model", task.model, models.MODELS, task.model_arguments)
+    build = _guarded(f"task.model {task.model!r}", model, nn.Module, "a torch module")
     loss, loss_identity = _function("loss", task.loss, {"cross_entropy": functional.cross_entropy}, {})
     identity = {"data": data.fingerprint, "model": model_identity, "loss": loss_identity}
     return Problem(data, build, loss, identity)
@@ -77,7 +80,8 @@ def resolve_importance(name: str) -> Importance:
         return resolve(name, "importance")
     if name not in IMPORTANCES:
         raise UserError(
-            f"unknown importance {name!r}; {did_you_mean(name, IMPORTANCES)} (or give module:function of your own)"
+            f"importances: unknown importance {name!r}; {did_you_mean(name, IMPORTANCES)} "
+            f"(or give module:function of your own)"
         )
     return IMPORTANCES[name]
 
@@ -85,50 +89,50 @@ def resolve_importance(name: str) -> Importance:
 def try_out(problem: Problem, study: Study) -> None:
     """Raise `UserError` where data, model, loss and recipe do not work together, before anything is trained.
 
-    One small batch goes forward and backward.
+    The smallest batch that the training will have, but of two examples at most, goes forward and backward, then two
+    examples of the test set forward.
     """
-    check(study.recipe, problem.data)
+    task, recipe, data = study.task, study.recipe, problem.data
+    check(recipe, data)
     if study.device == "cuda" and not torch.cuda.is_available():
         raise UserError("device: 'cuda' was asked for, and torch finds no GPU here; use --device cpu")
-    few = study.recipe.model_copy(update={"batch_size": min(2, len(problem.data.train_inputs))})
-    inputs, labels = next(batches(problem.data, few, 0, 0, 1))
-    task = study.task
+    last = len(data.train_inputs) % recipe.batch_size or recipe.batch_size
+    inputs, labels = next(batches(data, recipe.model_copy(update={"batch_size": min(2, last)}), 0, 0, 1))
     with ambient(0):
-        try:
-            model = problem.build()
-        except Exception as error:
-            raise UserError(f"task.model {task.model!r} raised {type(error).__name__}: {error}") from error
-        if not isinstance(model, nn.Module):
-            raise UserError(f"task.model {task.model!r}: expected a torch module, got {type(model).__name__}")
-        shape = tuple(inputs.shape)
-        try:
-            outputs = model(inputs)
-        except Exception as error:
-            raise UserError(
-                f"task.model {task.model!r} fails on inputs of shape {shape} from {problem.data.name!r}: "
-                f"{type(error).__name__}: {' '.join(str(error).split())}"
-            ) from error
-        classes = len(problem.data.classes)
-        if task.loss == "cross_entropy" and (outputs.ndim != 2 or outputs.shape[1] < classes):
-            raise UserError(
-                f"task.model {task.model!r} gives outputs of shape {tuple(outputs.shape)} for inputs of shape {shape}, "
-                f"expected ({len(inputs)}, {classes}): one number for each of the {classes} classes"
-            )
-        try:
-            problem.loss(outputs, labels).backward()  # type: ignore[no-untyped-call]
-        except Exception as error:
-            raise UserError(
-                f"task.loss {task.loss!r} fails on outputs of shape {tuple(outputs.shape)}: "
-                f"{type(error).__name__}: {' '.join(str(error).split())}"
-            ) from error
+        model = problem.build()
+        for name, parameter in model.named_parameters():
+            if not torch.nn.parameter.is_lazy(parameter) and not parameter.isfinite().all():
+                raise UserError(f"task.model {task.model!r}: its initial {name!r} is not finite (NaN or infinite)")
+        outputs = _outputs(model, inputs, problem, task)
+        loss = _guarded(f"task.loss {task.loss!r}", partial(problem.loss, outputs, labels))()
+        if not isinstance(loss, Tensor) or loss.shape != ():
+            got = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+            raise UserError(f"task.loss {task.loss!r}: expected one number, the mean over the batch, got {got}")
+        _guarded(f"task.loss {task.loss!r}: going backward", loss.backward)()
+        with torch.no_grad():
+            _outputs(model.eval(), normalisation(data)(data.test_inputs[:2]), problem, task)
+
+
+def _outputs(model: nn.Module, inputs: Tensor, problem: Problem, task: Task) -> Tensor:
+    """Return a model's outputs, which must be one number a class."""
+    name, classes = f"task.model {task.model!r}", len(problem.data.classes)
+    given = f"inputs of shape {tuple(inputs.shape)} from {problem.data.name!r}"
+    outputs = _guarded(f"{name}: on {given} it", partial(model, inputs), Tensor, "a tensor")()
+    shape = tuple(outputs.shape)
+    if len(shape) != 2 or shape[0] != len(inputs) or shape[1] < classes:
+        raise UserError(
+            f"{name}: for {given} it should give outputs of shape ({len(inputs)}, {classes}), "
+            f"one number for each of the {classes} classes, got shape {shape}"
+        )
+    return cast(Tensor, outputs)
 
 
 def _load_data(task: Task, directory: Path | None) -> Dataset:
+    what = f"task.dataset {task.dataset!r}"
     if ":" not in task.dataset:
-        return datasets.load(task.dataset, directory, **task.dataset_arguments)
-    data = _call(f"task.dataset {task.dataset!r}", resolve(task.dataset, "task.dataset"), task.dataset_arguments)()
-    if not isinstance(data, Dataset):
-        raise UserError(f"task.dataset {task.dataset!r}: expected a tombola.Dataset, got {type(data).__name__}")
+        return _guarded(what, partial(datasets.load, task.dataset, directory, **task.dataset_arguments))()
+    function = _call(what, resolve(task.dataset, "task.dataset"), task.dataset_arguments)
+    data: Dataset = _guarded(what, function, Dataset, "a tombola.Dataset")()
     return data
 
 
@@ -144,14 +148,41 @@ def _function(
         function = known[name]
         identity["version"] = BUILT_IN
     else:
-        raise UserError(f"task.{field}: unknown {field} {name!r}; {did_you_mean(name, known)}")
+        raise UserError(
+            f"task.{field}: unknown {field} {name!r}; {did_you_mean(name, known)} (or give module:function of your own)"
+        )
     return _call(f"task.{field} {name!r}", function, arguments) if arguments else function, identity
 
 
 def _call(what: str, function: Callable[..., Any], arguments: Mapping[str, Any]) -> Callable[..., Any]:
     """Return the function with its arguments, which must be its own."""
     try:
-        inspect.signature(function).bind(**arguments)
+        signature = inspect.signature(function)
+    except ValueError:  # of some that are not written in Python
+        return partial(function, **arguments)
+    try:
+        signature.bind(**arguments)
     except TypeError as error:
-        raise UserError(f"{what}: its arguments {dict(arguments)} do not fit: {error}") from error
+        takes = ", ".join(signature.parameters) or "no arguments"
+        given = ", ".join(f"{name} = {value!r}" for name, value in arguments.items()) or "none"
+        raise UserError(f"{what}: {error}; it takes {takes}, its arguments in the study: {given}") from error
     return partial(function, **arguments)
+
+
+def _guarded(
+    what: str, function: Callable[..., Result], kind: type | None = None, kind_name: str = ""
+) -> Callable[[], Result]:
+    """Return the function so that what it raises is a `UserError`, and also a result that is not of the `kind`."""
+
+    def guarded() -> Result:
+        try:
+            result = function()
+        except UserError:
+            raise
+        except Exception as error:
+            raise UserError(f"{what} raised {told(error)}") from error
+        if kind is not None and not isinstance(result, kind):
+            raise UserError(f"{what.removesuffix(' it')}: expected {kind_name}, got {type(result).__name__}")
+        return result
+
+    return guarded

@@ -8,11 +8,12 @@ import importlib
 import importlib.util
 import sys
 import sysconfig
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from tombola.errors import UserError
+from tombola.errors import UserError, did_you_mean
 
 
 def resolve(reference: str, what: str) -> Callable[..., Any]:
@@ -29,23 +30,43 @@ def resolve(reference: str, what: str) -> Callable[..., Any]:
     3.0
     """
     module_name, _, function_name = reference.partition(":")
+    if not module_name or not function_name:
+        raise UserError(f"{what} {reference!r}: expected module:function, such as my_module:my_function")
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
-            raise UserError(f"{what} {reference!r}: importing {module_name!r} failed: {error}") from error
+            raise UserError(f"{what} {reference!r}: importing {module_name!r} raised {told(error)}") from error
         raise UserError(
             f"{what} {reference!r}: there is no module {module_name!r} here or on Python's path; "
             f"expected module:function, with the module in this folder, beside the study or installed"
         ) from error
-    except Exception as error:
-        raise UserError(
-            f"{what} {reference!r}: importing {module_name!r} raised {type(error).__name__}: {error}"
-        ) from error
+    except (Exception, SystemExit) as error:
+        raise UserError(f"{what} {reference!r}: importing {module_name!r} raised {told(error)}") from error
     function = getattr(module, function_name, None)
     if not callable(function):
-        raise UserError(f"{what} {reference!r}: {module_name!r} has no function {function_name!r}")
+        where = getattr(module, "__file__", None) or "built into Python"
+        near = did_you_mean(function_name, [name for name, value in vars(module).items() if callable(value)])
+        raise UserError(
+            f"{what} {reference!r}: module {module_name!r} ({where}) has no function {function_name!r}"
+            + (f"; {near}" if near.startswith("did") else "")
+        )
     return function  # type: ignore[no-any-return]
+
+
+def told(error: BaseException) -> str:
+    """Return what an exception in a user's code says, in one line, and the line of that code which it came from.
+
+    >>> told(ValueError("no such thing"))
+    'ValueError: no such thing'
+    """
+    text = f"{type(error).__name__}: {' '.join(str(error).split())}".removesuffix(": ")
+    package = Path(__file__).parent
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        path = Path(frame.filename)
+        if path.is_file() and not _installed(path) and not path.is_relative_to(package):
+            return f"{text} (in {path}, line {frame.lineno})"
+    return text
 
 
 def source_hash(reference: str) -> str:
@@ -57,23 +78,26 @@ def source_hash(reference: str) -> str:
     """
     root = reference.partition(":")[0]
     digest = hashlib.sha256()
-    for name, path in sorted(_own_modules(root).items()):
+    for name, path in sorted(own_modules(root).items()):
         digest.update(f"{name}\0".encode())
         digest.update(hashlib.sha256(path.read_bytes()).digest())
     return digest.hexdigest()
 
 
-def _own_modules(root: str) -> dict[str, Path]:
+def own_modules(root: str) -> dict[str, Path]:
     """Return the files of `root` and of what it imports of the user's own, by module name."""
     found: dict[str, Path] = {}
+    own = root.partition(".")[0]
+    seen = {""}
     waiting = [root]
     while waiting:
         name = waiting.pop()
         top = name.partition(".")[0]
-        if name in found or top == "tombola" or (top in sys.stdlib_module_names and not _shadows(top)):
+        if name in seen or (top != own and (top == "tombola" or _of_python(top))):
             continue
+        seen.add(name)
         path = _source(name)
-        if path is not None and top != root.partition(".")[0] and _installed(path):
+        if path is not None and top != own and _installed(path):
             continue
         if path is not None:
             found[name] = path
@@ -85,7 +109,7 @@ def _own_modules(root: str) -> dict[str, Path]:
 def _source(module: str) -> Path | None:
     try:
         spec = importlib.util.find_spec(module)
-    except Exception:  # looking for a.b imports a, which may raise anything; what is imported only at times may be absent
+    except (Exception, SystemExit):  # looking for a.b imports a, which may raise anything
         return None
     if spec is None or spec.origin is None or not spec.has_location:
         return None
@@ -93,10 +117,12 @@ def _source(module: str) -> Path | None:
     return path if path.is_file() else None
 
 
-def _shadows(top: str) -> bool:
-    """Say whether a module of the user's own is found under a name of the standard library's."""
+def _of_python(top: str) -> bool:
+    """Say whether a name is the standard library's, and no module of the user's own is found under it."""
+    if top not in sys.stdlib_module_names:
+        return False
     path = _source(top)
-    return path is not None and not _installed(path)
+    return path is None or _installed(path)
 
 
 def _installed(path: Path) -> bool:
@@ -111,7 +137,11 @@ def _imports(module: str, path: Path) -> Iterator[str]:
     if path.suffix != ".py":
         return
     is_package = path.name == "__init__.py"
-    for node in ast.walk(ast.parse(path.read_bytes())):
+    try:
+        tree = ast.parse(path.read_bytes())
+    except (SyntaxError, ValueError):  # importing it fails, which the module that names it puts up with
+        return
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             for alias in node.names:
                 yield alias.name

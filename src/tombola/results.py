@@ -17,10 +17,12 @@ class Row:
     Args:
         importance, seed, level: which ticket.
         density: alive / all connections, in 0..1.
+        test_accuracy: at the end of training, in 0..1; None where it diverged.
         alive: connections alive.
-        test_accuracy, test_loss: at the end of training; None where it diverged.
+        test_loss: at the end of training; None where it diverged.
         diverged: whether the training diverged.
         collapsed: the layers with no connection alive.
+        train_loss: mean over the last epoch; None where it diverged.
     """
 
     importance: str
@@ -31,7 +33,8 @@ class Row:
     alive: int
     test_loss: float | None
     diverged: bool
-    collapsed: tuple[str, ...]
+    collapsed: tuple[str, ...] = ()
+    train_loss: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return the row as JSON's types."""
@@ -42,7 +45,7 @@ def rows(planner: Planner) -> list[Row]:
     """Return the results that are there, by importance, seed and level.
 
     Raises:
-        DamagedResult: where a stored result is damaged.
+        DamagedResultError: where a stored result is damaged.
     """
     by_chain = {chain: planner.progress(chain) for chain in planner.chains}
     order = planner.study.importances
@@ -67,6 +70,7 @@ def _rows(chain: Chain, progress: Progress) -> Iterable[Row]:
             history.test_loss,
             history.diverged_at is not None,
             ticket.mask.collapsed,
+            history.losses[-1] if history.losses and history.diverged_at is None else None,
         )
 
 
@@ -110,11 +114,21 @@ class Table2:
     cells: dict[tuple[int, str], Cell]
 
     def best(self, level: int) -> set[str]:
-        """The importances with the highest mean at a level; empty where all are alike."""
-        means = {name: self.cells[level, name].mean for name in self.importances}
-        known = {name: mean for name, mean in means.items() if mean is not None}
-        best = {name for name, mean in known.items() if mean == max(known.values())}
-        return best if len(best) < len(known) or len(known) == 1 else set()
+        """The importances with the highest mean at a level, of those with the most seeds; empty where all are alike."""
+        known = {name: cell for name in self.importances if (cell := self.cells[level, name]).accuracies}
+        most = max((len(cell.accuracies) for cell in known.values()), default=0)
+        means = {name: statistics.fmean(c.accuracies) for name, c in known.items() if len(c.accuracies) == most}
+        best = {name for name, mean in means.items() if mean == max(means.values())}
+        return best if len(best) < len(known) else set()
+
+    @property
+    def collapses(self) -> dict[str, dict[str, int]]:
+        """By importance, the layers that lose all connections in some seed -> the first level at which they have."""
+        found: dict[str, dict[str, int]] = {}
+        for (level, importance), cell in sorted(self.cells.items()):
+            for layer in cell.collapsed:
+                found.setdefault(importance, {}).setdefault(layer, level)
+        return {importance: found[importance] for importance in self.importances if importance in found}
 
 
 def table2(results: Sequence[Row], importances: Sequence[str]) -> Table2:

@@ -49,6 +49,18 @@ def lottery_ticket_rewinding(
         rewind: the iteration k whose weights tickets are rewound to.
         end: the iteration m at which a training ends.
         levels: the number n of rounds.
+
+    With a training that leaves the weights as they are:
+
+    >>> import torch
+    >>> from tombola.training import History
+    >>> theta_0 = Weights.of({"w": torch.tensor([4.0, 1.0, 3.0, 2.0])})
+    >>> tickets = lottery_ticket_rewinding(
+    ...     lambda initial, mask, begin, end: Trained(initial, History()),
+    ...     lambda weights, mask, level: prune(weights.state, mask, lambda w: w, 0.5),
+    ...     theta_0, Mask.from_tensors({"w": torch.ones(4, dtype=torch.bool)}), rewind=0, end=1, levels=2)
+    >>> [ticket.mask["w"].tolist() for ticket in tickets][1:]
+    [[True, False, True, False], [True, False, False, False]]
     """
     theta_k = theta_0 if rewind == 0 else train(theta_0, dense, 0, rewind).weights  # step 2
     mask = dense

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic_core import ErrorDetails
 
 from tombola.errors import UserError, did_you_mean
 from tombola.recipe import Count, Recipe
@@ -76,7 +77,7 @@ class Study(BaseModel):
 def presets() -> dict[str, Path]:
     """Return the studies that come with the package: name -> TOML file."""
     folder = Path(str(resources.files("tombola") / "presets"))
-    return {path.stem: path for path in sorted(folder.glob("*.toml"))}
+    return {path.stem: path for path in sorted(folder.glob("*.toml"), key=lambda path: path.stem)}
 
 
 def load_study(name: str, overrides: Mapping[str, Any] | None = None) -> Study:
@@ -88,6 +89,9 @@ def load_study(name: str, overrides: Mapping[str, Any] | None = None) -> Study:
 
     Raises:
         UserError: naming the file and the field, what was expected and the nearest names.
+
+    >>> load_study("digits", {"recipe.epochs": 2}).recipe.epochs
+    2
     """
     if name.endswith(".toml") or "/" in name:
         path = Path(name)
@@ -145,27 +149,62 @@ def _tuples(value: Any) -> Any:
 
 
 def _explain(error: ValidationError, document: Mapping[str, Any]) -> str:
-    """Say in one sentence each what is wrong, and with which field."""
-    sentences = []
-    seen = set()
-    for problem in error.errors():
+    """Say what is wrong and with which field: each mistake once, a field's values before the field as a whole."""
+    missing, others, seen = [], [], set[str]()
+    for problem in sorted(error.errors(), key=lambda problem: -len(problem["loc"])):
         names = [part for part in problem["loc"] if isinstance(part, str) and "[" not in part]
         location = [part for part in problem["loc"] if isinstance(part, int) or part in _keys(document)]
         where = ".".join(str(part) for part in location) or ".".join(names)
+        if any(place.startswith(f"{where}.") for place in seen) and where:
+            continue
+        if problem["type"] == "missing":
+            missing.append(".".join(names))
+            continue
         if problem["type"] == "extra_forbidden":
             siblings = _siblings(problem["loc"][:-1])
             sentence = f"unknown field {'.'.join(names)!r}; {did_you_mean(str(problem['loc'][-1]), siblings)}"
-        elif problem["type"] == "missing":
-            sentence = f"the field {'.'.join(names)!r} is missing"
         else:
-            message = re.sub("^Value error, ", "", problem["msg"]).replace("Input should", "it should")
-            value = problem["input"]
-            given = "" if isinstance(value, (dict, BaseModel)) else f", got {_as_toml(value)}"
-            sentence = f"{where}: {message}{given}" if where else f"{message}{given}"
-        if (key := (where, problem["type"] == "extra_forbidden")) not in seen:
-            sentences.append(sentence)
-        seen.add(key)
-    return "; ".join(sentences)
+            sentence = f"{where}: {_expected(problem)}".removeprefix(": ")
+        if where not in seen:
+            others.append(sentence)
+        seen.add(where)
+    if missing:
+        fields = f"field {missing[0]!r} is" if len(missing) == 1 else f"fields {', '.join(map(repr, missing))} are"
+        others.append(f"the {fields} missing")
+    return "; ".join(others)
+
+
+_KINDS = {
+    "bool_type": "true or false",
+    "dict_type": "a table",
+    "finite_number": "a finite number",
+    "float_type": "a number",
+    "int_type": "a whole number",
+    "model_type": "a table",
+    "string_type": "a text",
+    "tuple_type": "a list",
+}
+
+
+_LIMITS = {"greater_than": ("above", "gt"), "greater_than_equal": ("from", "ge"), "less_than": ("below", "lt")}
+
+
+def _expected(problem: ErrorDetails) -> str:
+    """Say what a field should have been and what came."""
+    value, about = problem["input"], problem.get("ctx", {})
+    if problem["type"] == "value_error":
+        return problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "literal_error":
+        choices = re.findall("'([^']+)'", about["expected"])
+        return f"unknown {value!r}; {did_you_mean(str(value), choices)}"
+    if problem["type"] == "too_short":
+        return "at least one is needed"
+    kind = _KINDS.get(problem["type"])
+    if problem["type"] in _LIMITS:
+        text, limit = _LIMITS[problem["type"]]
+        kind = f"a number {text} {about[limit]:g}"
+    expected = f"expected {kind}" if kind else problem["msg"].replace("Input should", "it should")
+    return expected if isinstance(value, (dict, BaseModel)) else f"{expected}, got {_as_toml(value)}"
 
 
 def _keys(value: Any) -> set[str]:
@@ -182,4 +221,6 @@ def _siblings(location: tuple[int | str, ...]) -> list[str]:
 
 
 def _as_toml(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
     return str(list(value)) if isinstance(value, tuple) else repr(value)

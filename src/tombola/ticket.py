@@ -29,6 +29,11 @@ class Ticket:
         rewind: the whole dense state at the rewind point.
         trained: what training the ticket led to; None where that is not known.
         provenance: where it came from, as JSON's types.
+
+    >>> import torch
+    >>> mask = Mask.from_tensors({"weight": torch.tensor([[True, False]])})
+    >>> Ticket(1, mask, Weights.of({"weight": torch.ones(1, 2)}), trained=None).rewound
+    {'weight': tensor([[1., 0.]])}
     """
 
     level: int

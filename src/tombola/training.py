@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from tombola import kernels
 from tombola.batches import batches, normalisation
 from tombola.datasets.dataset import Dataset
 from tombola.errors import UserError
@@ -38,6 +39,9 @@ class History:
         test_accuracy: share of the test set that is classified rightly at the end, in 0..1; None if it diverged.
         test_loss: mean loss over the test set at the end; None if it diverged.
         diverged_at: the iteration at which loss or weights were seen to be no longer finite; None otherwise.
+
+    >>> History(losses=(0.9, 0.5), test_accuracy=0.8, test_loss=0.6).to_json()["losses"]
+    [0.9, 0.5]
     """
 
     losses: tuple[float, ...] = ()
@@ -57,7 +61,11 @@ class History:
 
 @dataclass(frozen=True)
 class Trained:
-    """What a training leads to: the weights at its end, pruned ones exactly 0.0, and its history."""
+    """What a training leads to: the weights at its end, pruned ones exactly 0.0, and its history.
+
+    >>> Trained(Weights.of({"w": torch.zeros(1)}), History(diverged_at=3)).history.test_accuracy is None
+    True
+    """
 
     weights: Weights
     history: History
@@ -73,6 +81,9 @@ class Checkpoint:
         optimizer: the optimizer's tensors, by `<parameter's number>.<name>`.
         losses: as in `History`, of the epochs that are over.
         loss_sum: of the batches of the epoch that is not over.
+
+    >>> Checkpoint(iteration=3, state={"w": torch.zeros(1)}, losses=(0.9,)).iteration
+    3
     """
 
     iteration: int
@@ -146,23 +157,26 @@ def train(
     check(recipe, data)
     model = copy.deepcopy(model).to(device)
     data = _on(data, device)
-    at = resume or Checkpoint(begin, masked(initial, mask))
+    at = resume or Checkpoint(begin, initial)
     try:
         model.load_state_dict(at.state)
     except RuntimeError as error:
         raise UserError(f"the state does not fit the model: {' '.join(str(error).split())}") from error
     if any(isinstance(module, nn.Conv2d) for module in model.modules()):
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload] # the fast one on CPU and GPU
-    parameters = dict(model.named_parameters())
     zero_pruned(model, mask)
+    weights = {name for name, _ in model.named_parameters()}
+    infinite = {name for name, t in initial.items() if name not in weights and not t.isfinite().all()}  # by design
+    if sparse_layers(model, mask, recipe, device):
+        kernels.sparsify(model, mask, recipe.batch_size)
+    parameters = dict(model.named_parameters())
     alive = [
         (parameters[name], torch.empty_like(parameters[name], requires_grad=False).copy_(mask[name]))
         for name in mask
-        if not mask[name].all()
+        if name in parameters and not mask[name].all()
     ]
     optimizer = _optimizer(recipe, [p for p in model.parameters() if p.requires_grad])
     _load_optimizer(optimizer, at.optimizer)
-    infinite = {name for name, t in initial.items() if name not in parameters and not t.isfinite().all()}  # by design
     per_epoch = recipe.iterations_per_epoch(examples)
     losses = list(at.losses)
     loss_sum = torch.tensor(at.loss_sum, dtype=torch.float64, device=device)
@@ -170,7 +184,7 @@ def train(
     diverged_at = None
 
     def checkpoint() -> Checkpoint:
-        state = {name: tensor.detach().to("cpu", copy=True) for name, tensor in model.state_dict().items()}
+        state = {name: t.detach().to("cpu", copy=True) for name, t in kernels.dense_state(model).items()}
         return Checkpoint(iteration, state, _optimizer_tensors(optimizer), tuple(losses), float(loss_sum))
 
     model.train()
@@ -201,13 +215,25 @@ def train(
                 loss_sum.zero_()
             if watch is not None:
                 watch(iteration, checkpoint)
-        state = masked(model.state_dict(), mask)
+        state = masked(kernels.dense_state(model), mask)
         if diverged_at is None and not all(t.isfinite().all() for n, t in state.items() if n not in infinite):
             diverged_at = iteration - 1
         with autocast:
             accuracy, test_loss = evaluate(model, data, loss) if diverged_at is None else (None, None)
     state = {name: tensor.cpu().contiguous() for name, tensor in state.items()}
     return Trained(Weights.of(state), History(tuple(losses), accuracy, test_loss, diverged_at))
+
+
+def sparse_layers(model: nn.Module, mask: Mask, recipe: Recipe, device: str = "cpu") -> list[str]:
+    """Return the weights whose layers are trained by the sparse kernels: a part of a training's name.
+
+    They sum in another order than dense layers do. Which they are follows from shapes, density and batch size, see
+    `tombola.kernels.choose`; none on a GPU, in bfloat16, or where the package was built without its kernels.
+    """
+    if device != "cpu" or recipe.precision != "float32":
+        return []
+    chosen = kernels.choices(model, mask, recipe.batch_size)
+    return [name for name, choice in chosen.items() if choice == "sparse"]
 
 
 def check(recipe: Recipe, data: Dataset) -> None:
@@ -238,7 +264,8 @@ def predict(model: nn.Module, data: Dataset) -> Tensor:
     normalise = normalisation(data)
     with torch.inference_mode():
         parts = torch.split(data.test_inputs, _EVALUATED_AT_ONCE)
-        return torch.cat([model(normalise(part)).float() for part in parts])
+        # A copy: a model may begin with a layer that works in place.
+        return torch.cat([model(normalise(part.clone())).float() for part in parts])
 
 
 def _optimizer(recipe: Recipe, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:

@@ -1,0 +1,20 @@
+"""Analyses: each finding of the paper as a table, with the check that the paper lacks.
+
+One module a finding. Each has `of_study(planner, ...)`, which reads a study's results and returns a polars DataFrame,
+and the pure functions that it is made of, whose docstrings describe the columns.
+
+- `overlap`: how many connections tickets share, against chance and against the noise floor.
+- `layers`: density of each layer, collapse, effective sparsity.
+- `stability`: how much trained weights change from level to level, shared connections against others.
+- `winners`: the sparsest ticket that keeps the dense network's accuracy.
+- `weights`: distributions of weights and importances.
+- `functions`: agreement of predictions, ensembles.
+- `connectivity`: the error between two tickets' weights.
+- `reinit`: partial reinitialisation; it plans trainings, and reads them when they are done.
+"""
+
+from __future__ import annotations
+
+from tombola.analysis import connectivity, functions, layers, overlap, reinit, stability, weights, winners
+
+__all__ = ["connectivity", "functions", "layers", "overlap", "reinit", "stability", "weights", "winners"]

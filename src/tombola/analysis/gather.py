@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+
+import polars as pl
 
 from tombola.errors import UserError, did_you_mean
 from tombola.planning import Chain, MissingError, Planner
+from tombola.store import DamagedResultError
 from tombola.ticket import Ticket
 
 ALL = "(all)"
@@ -76,6 +80,10 @@ def by_level(
                 tickets[chain] = next(found)
             except (StopIteration, MissingError):
                 del following[chain]
+            except DamagedResultError:
+                raise
+            except UserError:  # of the importance, which ends its chain
+                del following[chain]
         if levels is not None and (missing := [chain for chain in chains if chain not in tickets]):
             raise _not_there(min(each for each in levels if each >= level), level, missing, planner)
         if not any(chain in tickets for chain in chains):
@@ -104,21 +112,69 @@ def last_level(planner: Planner, chains: Sequence[Chain]) -> int:
     return last
 
 
-def of_seed(tickets: dict[Chain, Ticket], seed: int) -> dict[Chain, Ticket]:
-    """Return a level's tickets of one seed that have the seed's own data order."""
-    return {chain: t for chain, t in tickets.items() if chain.seed == seed and chain.data_seed is None}
+@dataclass(frozen=True)
+class Group:
+    """Tickets of one level and seed that are compared with each other.
 
-
-def of_orders(tickets: dict[Chain, Ticket], seed: int) -> list[dict[Chain, Ticket]]:
-    """Return a level's tickets of one seed that differ by data order alone: for each importance that has more than one.
-
-    A ticket's own importance may be missing among `tickets`' first data order; then there is nothing to compare.
+    Args:
+        level, seed: whose tickets.
+        kind: what differs between them, `IMPORTANCES` or `DATA_ORDER`.
+        tickets: two or more, by what they are called (see `label`).
+        complete: whether all that the study is to have are there.
     """
-    groups: dict[str, dict[Chain, Ticket]] = {}
-    for chain, ticket in tickets.items():
-        if chain.seed == seed:
-            groups.setdefault(chain.importance, {})[chain] = ticket
-    return [group for group in groups.values() if len(group) > 1]
+
+    level: int
+    seed: int
+    kind: str
+    tickets: dict[str, Ticket]
+    complete: bool
+
+
+def groups(
+    planner: Planner, importances: Sequence[str] | None = None, levels: Collection[int] | None = None
+) -> Iterator[Group]:
+    """Yield what is compared at each level: the tickets of each seed by importance, and those by data order alone.
+
+    Args:
+        planner: of the study.
+        importances: which, two or more; by default all.
+        levels: which; by default all that are there.
+
+    Raises:
+        UserError: where importances or levels are not there.
+    """
+    chains = chosen(planner, importances, at_least=2)
+    names = {chain.importance for chain in chains}
+    others = repeats(planner, importances)
+    repeated = {chain.importance for chain in others}
+    own_orders = [chain for chain in planner.chains if chain not in chains and chain.importance in repeated]
+    for level, tickets in by_level(planner, chains, levels, [*own_orders, *others]):
+        for seed in planner.study.seeds:
+            compared = {
+                chain.importance: ticket
+                for chain, ticket in tickets.items()
+                if chain.seed == seed and chain.data_seed is None and chain.importance in names
+            }
+            if len(compared) > 1:
+                yield Group(level, seed, IMPORTANCES, compared, len(compared) == len(names))
+            for name in planner.study.importances:
+                orders = {
+                    label(chain): ticket
+                    for chain, ticket in tickets.items()
+                    if chain.seed == seed and chain.importance == name
+                }
+                first = name == planner.study.importances[0]  # whose level 0 is that of all
+                if name in repeated and len(orders) > 1 and (level > 0 or first):
+                    yield Group(level, seed, DATA_ORDER, orders, True)
+
+
+def after(table: pl.DataFrame, **where: object) -> pl.DataFrame:
+    """Return the table after columns that are the same in every row.
+
+    >>> after(pl.DataFrame({"b": [2]}), a=1).rows()
+    [(1, 2)]
+    """
+    return table.select(*(pl.lit(value).alias(name) for name, value in where.items()), pl.all())
 
 
 def _check_range(planner: Planner, levels: Collection[int]) -> None:
@@ -131,5 +187,6 @@ def _not_there(level: int, had: int, missing: Sequence[Chain], planner: Planner)
     there = f"levels 0 to {had - 1} are" if had > 1 else "level 0 is" if had else "none is"
     more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
     return UserError(
-        f"level {level} is not in {planner.store.root} yet for {missing[0]}{more}; {there} there for all that is compared"
+        f"level {level} is not in {planner.store.root} yet for {missing[0]}{more}; "
+        f"{there} there for all that is compared"
     )

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from itertools import combinations
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import polars as pl
 
 from tombola.analysis.chance import Counts, Numbers, interval, interval_of_two, moments, support
-from tombola.analysis.gather import ALL, DATA_ORDER, IMPORTANCES, by_level, chosen, label, of_orders, of_seed, repeats
+from tombola.analysis.gather import ALL, after, groups
 from tombola.errors import UserError
 from tombola.mask import Mask
 from tombola.planning import Planner
@@ -39,21 +40,11 @@ def of_study(
     Raises:
         UserError: where importances or levels are not there.
     """
-    chains = chosen(planner, importances, at_least=2)
-    others = repeats(planner, importances)
-    own_orders = [chain for chain in planner.chains if chain not in chains and chain.importance in _names(others)]
-    names = _names(chains)
     tables = []
-    for level, tickets in by_level(planner, chains, levels, [*own_orders, *others]):
-        for seed in planner.study.seeds:
-            compared = {c: t for c, t in of_seed(tickets, seed).items() if c.importance in names}
-            groups = [(IMPORTANCES, compared)] + [(DATA_ORDER, group) for group in of_orders(tickets, seed)]
-            for kind, group in groups:
-                if len(group) > 1:
-                    masks = {label(chain): ticket.mask for chain, ticket in group.items()}
-                    whole = kind == DATA_ORDER or len(group) == len(names)
-                    where = {"level": level, "seed": seed, "kind": kind}
-                    tables.append(_compared(masks, where, together=whole))
+    for group in groups(planner, importances, levels):
+        masks = {name: ticket.mask for name, ticket in group.tickets.items()}
+        where = {"level": group.level, "seed": group.seed, "kind": group.kind}
+        tables.append(after(_compared(masks, together=group.complete), **where))
     if not tables:
         raise UserError(f"no two of these tickets are in {planner.store.root} yet; finish them with: tombola run")
     return pl.concat(tables)
@@ -78,8 +69,8 @@ def of_masks(masks: Mapping[str, Mask]) -> pl.DataFrame:
     - layers_expected, layers_low, layers_high, layers_jaccard: what chance gives with the same layer densities, that is
       for independent uniformly random masks with as many connections alive in each layer: the expected `shared`, its
       central 95 % interval, and expected shared / expected alive in any.
-    - global_expected, global_low, global_high, global_jaccard: the same with the global density alone, that is for masks
-      with as many connections alive anywhere in the network.
+    - global_expected, global_low, global_high, global_jaccard: the same with the global density alone, that is for
+      masks with as many connections alive anywhere in the network.
 
     Expectations are exact. So are the intervals for two masks, of a layer by its densities and of the total by the
     global density: hypergeometric. The others have exact first two moments, see `tombola.analysis.chance.interval`.
@@ -96,11 +87,11 @@ def of_masks(masks: Mapping[str, Mask]) -> pl.DataFrame:
     >>> of_masks({"a": a, "b": b}).select("layer", "shared", "jaccard", "layers_expected").rows()
     [('w', 2, 0.5, 1.125), ('(all)', 2, 0.5, 1.125)]
     """
-    return _compared(masks, {}, together=True)
+    return _compared(masks, together=True)
 
 
-def _compared(masks: Mapping[str, Mask], where: Mapping[str, object], *, together: bool) -> pl.DataFrame:
-    """Return the table of `of_masks` after columns that are the same in every row."""
+def _compared(masks: Mapping[str, Mask], *, together: bool) -> pl.DataFrame:
+    """Return the table of `of_masks`, with all of them together or only every two."""
     if len(masks) < 2:
         raise UserError(f"overlap: at least two masks are compared, got {len(masks)}")
     names, held = list(masks), list(masks.values())
@@ -125,8 +116,7 @@ def _compared(masks: Mapping[str, Mask], where: Mapping[str, object], *, togethe
     rows = about.select(pl.all().repeat_by(len(layers)).explode(empty_as_null=False))
     rows = rows.with_columns(pl.Series("layer", layers * len(compared)))
     table = rows.hstack([pl.Series(name, values) for name, values in columns.items()])
-    constants = [pl.lit(value).alias(name) for name, value in where.items()]
-    return table.select(*constants, pl.all()).with_columns(pl.col(pl.Float64).fill_nan(None))
+    return table.with_columns(pl.col(pl.Float64).fill_nan(None))
 
 
 def _counted(masks: Sequence[Mask]) -> tuple[Counts, Counts, Counts]:
@@ -148,16 +138,18 @@ def _counted(masks: Sequence[Mask]) -> tuple[Counts, Counts, Counts]:
 
 
 def _words(bits: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint64]:
-    return np.pad(bits, (0, -len(bits) % 8)).view(np.uint64)
+    spare = -len(bits) % 8
+    return (np.pad(bits, (0, spare)) if spare else bits).view(np.uint64)
 
 
 def _bits_set(words: npt.NDArray[np.uint64]) -> Counts:
-    return np.bitwise_count(words).sum(axis=1, dtype=np.int64)
+    counts: Counts = np.bitwise_count(words).sum(axis=1, dtype=np.int64)
+    return counts
 
 
 def _columns(
-    sizes: Counts, members: Counts, shared: Counts, in_any: Counts, shared_by_two: npt.NDArray[np.generic]
-) -> dict[str, npt.NDArray[np.generic]]:
+    sizes: Counts, members: Counts, shared: Counts, in_any: Counts, shared_by_two: npt.NDArray[Any]
+) -> dict[str, npt.NDArray[Any]]:
     """Return the numbers of some comparisons, each of shape (comparisons, layers + 1), the total last.
 
     Args:
@@ -176,10 +168,8 @@ def _columns(
     with_layer = np.concatenate([size[None], everywhere])  # a layer is one more set of the network's connections
     network = size[:, -1:]
     global_mean, global_variance = moments(network, with_layer)
-    global_low, global_high = interval(
-        *map(np.ravel, (global_mean, global_variance, *support(np.broadcast_to(network, size.shape), with_layer)))
-    )
-    global_low, global_high = global_low.reshape(size.shape), global_high.reshape(size.shape)
+    bounds = support(np.broadcast_to(network, size.shape), with_layer)
+    global_low, global_high = interval(global_mean, global_variance, *bounds)
     if k == 2:
         global_low[:, -1], global_high[:, -1] = interval_of_two(size[:, -1], sets[..., -1])
     expected_union = _with_total(sizes * (1 - np.prod(1 - members / sizes, axis=0)))
@@ -211,26 +201,19 @@ def _columns(
 
 def _intervals(sizes: Counts, members: Counts, mean: Numbers, variance: Numbers) -> tuple[Counts, Counts]:
     """Return the intervals by the layers' densities, (comparisons, layers + 1)."""
-    least, largest = (_with_total(bound) for bound in support(sizes, members))
-    shape = least.shape
-    low, high = interval(
-        *map(np.ravel, (_with_total(mean), _with_total(variance), least, largest))
-    )
-    low, high = low.reshape(shape), high.reshape(shape)
+    least, largest = support(sizes, members)
+    low, high = interval(*map(_with_total, (mean, variance, least, largest)))
     if len(members) == 2:
         low[:, :-1], high[:, :-1] = interval_of_two(np.broadcast_to(sizes, members.shape[1:]), members)
     return low, high
 
 
-def _with_total(values: npt.NDArray[np.generic]) -> npt.NDArray[np.generic]:
+def _with_total(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
     return np.concatenate([values, values.sum(axis=-1, keepdims=True)], axis=-1)
 
 
 def _mean_over_pairs(density: Numbers) -> Numbers:
     """Return the mean of p_i p_j over the pairs i < j, from the sum of all p_i p_j."""
     k = len(density)
-    return (density.sum(axis=0) ** 2 - (density**2).sum(axis=0)) / (k * (k - 1))
-
-
-def _names(chains: Sequence[object]) -> set[str]:
-    return {chain.importance for chain in chains}  # type: ignore[attr-defined]
+    mean: Numbers = (density.sum(axis=0) ** 2 - (density**2).sum(axis=0)) / (k * (k - 1))
+    return mean

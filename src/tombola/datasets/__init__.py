@@ -33,7 +33,7 @@ To add a data set, write one function that returns a `Dataset` and enter it here
 _SUBSET = ("train_per_class", "test_per_class")
 
 
-def load(name: str, directory: Path | None = None, **arguments: Any) -> Dataset:
+def load(name: str, directory: str | Path | None = None, **arguments: Any) -> Dataset:
     """Return the data set called `name`.
 
     Args:
@@ -61,6 +61,6 @@ def load(name: str, directory: Path | None = None, **arguments: Any) -> Dataset:
             raise UserError(f"data set {name!r} needs the argument {parameter.name!r}")
     limits = {key: arguments.pop(key) for key in _SUBSET if key in arguments}
     try:
-        return subset(DATASETS[name](directory, **arguments), **limits)
+        return subset(DATASETS[name](None if directory is None else Path(directory), **arguments), **limits)
     except OSError as error:  # such as a folder that may not be looked into
         raise UserError(f"data set {name!r}: {error.filename or directory}: {error.strerror or error}") from error

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
-import itertools
+import heapq
 import statistics
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 
+import numpy as np
+import torch
+
+from tombola.engine.job import Job
+from tombola.engine.local import LocalWorkers
 from tombola.engine.run import remaining
-from tombola.planning import Chain, Planner
-from tombola.training import Checkpoint, train
+from tombola.engine.workers import At
+from tombola.mask import Mask
+from tombola.planning import Chain, Planner, Progress
+from tombola.training import predict
 
-_TIMED_ITERATIONS = 30
-_TIMED_SECONDS = 5.0
+_TIMED_SECONDS = 1.0
+_PATIENCE = 60.0  # seconds after which a training that has not come far enough to be timed is taken as it is
+_MOST_TIMED_AT_ONCE = 8
 
 
 @dataclass(frozen=True)
@@ -24,9 +33,10 @@ class Estimate:
         chains: for each chain the tickets that are there and those to be found.
         existing: trainings that are there.
         to_train: trainings to do, as far as can be told: chains that come to the same mask share more.
-        seconds_each: of one training.
+        seconds_each: of one training, on average.
         source: how that is known.
         seconds: of the whole on the workers asked for.
+        critical: the chain that takes longest, in seconds: no number of workers makes it shorter.
         bytes: of the results to come.
     """
 
@@ -36,56 +46,176 @@ class Estimate:
     seconds_each: float
     source: str
     seconds: float
+    critical: tuple[Chain, float] | None
     bytes: int
 
 
-def estimate(planner: Planner, workers: int) -> Estimate:
-    """Estimate a study's run from the trainings of it that are done, or from a few iterations timed now."""
+@dataclass(frozen=True)
+class Speed:
+    """How fast trainings are.
+
+    Args:
+        iteration: seconds of one, by density.
+        beside: seconds of a training beside its iterations: loading, testing, storing.
+        start: seconds until workers are there.
+        source: how that is known.
+    """
+
+    iteration: dict[float, float]
+    beside: float
+    start: float
+    source: str
+
+    def training(self, density: float, iterations: int) -> float:
+        """Return the seconds of a training; between densities that are known, speed changes evenly."""
+        known = sorted(self.iteration)
+        return self.beside + iterations * float(np.interp(density, known, [self.iteration[one] for one in known]))
+
+
+@dataclass(frozen=True)
+class Step:
+    """A training to come: `name` is the same for chains that share it."""
+
+    name: tuple[str, int]
+    seconds: float
+
+
+def estimate(planner: Planner, workers: int, directory: Path | None = None) -> Estimate:
+    """Estimate a study's run from the trainings of it that are done, or from a few iterations timed now.
+
+    Args:
+        planner: of the study.
+        workers: how many.
+        directory: where data sets lie.
+    """
     progress = {chain: planner.progress(chain) for chain in [*planner.chains, *planner.repeats]}
-    keys = set()
-    speeds = []
-    for chain in progress:
-        for key in planner.keys(chain):
-            if key not in keys and (record := planner.store.record(key)).get("iterations"):
-                speeds.append(record["seconds"] / record["iterations"])
-            keys.add(key)
+    keys = {key for chain in progress for key in planner.keys(chain)}
     to_train = remaining(list(progress.values()))
-    length = planner.end - planner.study.recipe.rewind
-    if not to_train:
-        each, source = 0.0, "nothing to do"
-    elif speeds:
-        each, source = statistics.median(speeds) * length, f"from the {len(speeds)} that are done"
-    else:
-        each, source = _timed(planner) * length, "from a few iterations timed now"
-    longest = max(each_progress.remaining for each_progress in progress.values())
     chains = tuple((chain, len(p.tickets), planner.study.levels + 1 - len(p.tickets)) for chain, p in progress.items())
+    if not to_train:
+        return Estimate(chains, len(keys), 0, 0.0, "nothing to do", 0.0, None, 0)
+    speed = _speed(planner, list(progress), workers, directory)
+    ahead = {chain: _ahead(planner, chain, p, speed) for chain, p in progress.items() if p.waits_for is not None}
+    total = sum(step.seconds for step in {step.name: step for steps in ahead.values() for step in steps}.values())
+    longest = max(ahead, key=lambda chain: sum(step.seconds for step in ahead[chain]))
+    seconds = speed.start + makespan(list(ahead.values()), workers)
     missing = [
         level for p in progress.values() if p.waits_for for level in range(len(p.tickets), planner.study.levels + 1)
     ]
     sizes = sum(_bytes(planner, level) for level in missing) * to_train // max(1, len(missing))
-    return Estimate(chains, len(keys), to_train, each, source, each * max(to_train / workers, longest), sizes)
+    critical = longest, sum(step.seconds for step in ahead[longest])
+    return Estimate(chains, len(keys), to_train, total / to_train, speed.source, seconds, critical, sizes)
 
 
-def _timed(planner: Planner) -> float:
-    """Return the seconds of one iteration of the dense network, one thread, after a first one."""
+def makespan(chains: Sequence[Sequence[Step]], workers: int) -> float:
+    """Return the seconds that workers take for chains of steps, each begun as `run` begins them: longest chain first.
+
+    >>> a, b, c = (Step((name, 0), 1.0) for name in "abc")
+    >>> makespan([[a, b], [a, c]], 1), makespan([[a, b], [a, c]], 2), makespan([[a, b], [a, c]], 9)
+    (3.0, 2.0, 2.0)
+    """
+    place = [0] * len(chains)
+    running: list[tuple[float, tuple[str, int]]] = []
+    begun: set[tuple[str, int]] = set()
+    now = 0.0
+    while True:
+        ready = {
+            chain[at].name: (len(chain) - at, chain[at].seconds)
+            for chain, at in sorted(zip(chains, place, strict=True), key=lambda pair: len(pair[0]) - pair[1])
+            if at < len(chain) and chain[at].name not in begun
+        }
+        for name, (_, seconds) in sorted(ready.items(), key=lambda item: -item[1][0])[: workers - len(running)]:
+            begun.add(name)
+            heapq.heappush(running, (now + seconds, name))
+        if not running:
+            return now
+        now, done = heapq.heappop(running)
+        place = [at + (at < len(chain) and chain[at].name == done) for chain, at in zip(chains, place, strict=True)]
+
+
+def _ahead(planner: Planner, chain: Chain, progress: Progress, speed: Speed) -> list[Step]:
+    """Return the trainings that a chain still needs, in order."""
+    assert progress.waits_for is not None
+    rewind, end = planner.study.recipe.rewind, planner.end
+    first = planner.study.levels + 1 - progress.remaining  # level of the first, or -1 for the rewind point
+    steps = []
+    for number, level in enumerate(range(first, planner.study.levels + 1)):
+        name = (progress.waits_for.key, number) if number < progress.shared else (str(chain), level)
+        density = (1 - planner.study.fraction) ** max(0, level)
+        steps.append(Step(name, speed.training(density, end - rewind if level >= 0 else rewind)))
+    return steps
+
+
+def _speed(planner: Planner, chains: Sequence[Chain], workers: int, directory: Path | None) -> Speed:
+    """Find out how fast trainings are: from those of the study that are done, or by timing a few iterations."""
+    by_density: dict[float, list[float]] = {}
+    beside = []
+    seen: set[str] = set()
+    for chain in chains:
+        for training in planner.trainings(chain):
+            record = planner.store.record(training.key)
+            each = record.get("seconds_per_iteration")
+            if each is not None and training.key not in seen:
+                seen.add(training.key)
+                by_density.setdefault(training.mask.density, []).append(each)
+                beside.append(max(0.0, record["seconds"] - each * record["iterations"]))
+    if by_density:
+        _, start = _timed(planner, planner.dense, 1, directory)
+        known = {density: statistics.median(times) for density, times in by_density.items()}
+        return Speed(known, statistics.median(beside), start, f"from the {len(seen)} that are done")
+    known, start = {}, 0.0
+    count = min(workers, _MOST_TIMED_AT_ONCE)
+    for level in sorted({0, planner.study.levels // 2, planner.study.levels}):
+        density = (1 - planner.study.fraction) ** level
+        known[density], started = _timed(planner, _thinned(planner.dense, density), count, directory)
+        start = max(start, started)  # the first time: then the process that workers are copies of is there
+    return Speed(known, _testing(planner), start, "from a few iterations timed now")
+
+
+def _timed(planner: Planner, mask: Mask, count: int, directory: Path | None) -> tuple[float, float]:
+    """Return the seconds of an iteration where `count` trainings go side by side, and those until they go."""
     seed = planner.study.seeds[0]
-    marks: list[float] = []
+    endless = 10**9
+    chain = next(iter(planner.chains))
+    waits_for = planner.progress(chain).waits_for or planner.trainings(chain)[0]
+    training = replace(waits_for, initial=planner.initial(chain.seed), mask=mask, seed=seed, begin=0, end=endless)
+    marks: dict[str, list[tuple[int, float]]] = {f"{number}": [] for number in range(count)}
+    with LocalWorkers(count, planner.study.task, directory, None) as workers:
+        began = time.perf_counter()
+        for key in marks:
+            workers.submit(replace(Job.of(training, planner.study), key=key))
+        while time.perf_counter() - began < _PATIENCE:
+            for event in workers.events(timeout=0.1):
+                if not isinstance(event, At):
+                    marks[event.key] += [(0, began), (1, time.perf_counter())]  # it diverged, or cannot be done
+                else:
+                    marks[event.key].append((event.iteration, time.perf_counter()))
+            if all(len(at) > 1 and at[-1][1] - at[0][1] > _TIMED_SECONDS for at in marks.values()):
+                break
+    each = [(at[-1][1] - at[0][1]) / max(1, at[-1][0] - at[0][0]) for at in marks.values() if len(at) > 1]
+    seconds = statistics.median(each) if each else _PATIENCE
+    starts = [at[0][1] - began - at[0][0] * seconds for at in marks.values() if at]
+    return seconds, max(0.0, statistics.median(starts)) if starts else 0.0
 
-    class _EnoughError(Exception):
-        pass
 
-    def watch(iteration: int, checkpoint: Callable[[], Checkpoint]) -> None:
-        marks.append(time.perf_counter())
-        if len(marks) > _TIMED_ITERATIONS or (len(marks) > 1 and marks[-1] - marks[0] > _TIMED_SECONDS):
-            raise _EnoughError
+def _thinned(mask: Mask, density: float) -> Mask:
+    """Return a mask in which about this share of the connections is alive, at random."""
+    generator = torch.Generator().manual_seed(0)
+    return Mask.from_tensors(
+        {name: torch.rand(shape, generator=generator) < density for name, shape in mask.shapes.items()}
+    )
 
-    problem, recipe = planner.problem, planner.study.recipe
-    try:
-        train(problem.build(), planner.initial(seed).state, planner.dense, problem.data, recipe, seed,
-              loss=problem.loss, device=planner.study.device, watch=watch)  # fmt: skip
-    except _EnoughError:
-        pass
-    return statistics.median(after - before for before, after in itertools.pairwise(marks))
+
+def _testing(planner: Planner) -> float:
+    """Return the seconds that testing takes after a training, from a part of the test set."""
+    data = planner.problem.data
+    few = min(500, len(data.test_inputs))
+    part = replace(data, test_inputs=data.test_inputs[:few], test_labels=data.test_labels[:few])
+    model = planner.problem.build()
+    predict(model, part)
+    began = time.perf_counter()
+    predict(model, part)
+    return (time.perf_counter() - began) * len(data.test_inputs) / few
 
 
 def _bytes(planner: Planner, level: int) -> int:

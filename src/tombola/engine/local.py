@@ -2,62 +2,74 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
+import os
 import signal
 import sys
-import time
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from tombola.engine.job import Job, Outcome, perform
+from tombola.engine.job import Job, perform
+from tombola.engine.workers import CHECKPOINT_EVERY, TRIES, At, Event, Failed, watching
 from tombola.errors import UserError
 from tombola.planning import THREADS
-from tombola.problem import load_problem
+from tombola.problem import Problem, load_problem
 from tombola.store import Store
 from tombola.study import Task
-from tombola.training import Checkpoint
 
-_TOLD_EVERY = 0.2  # seconds
-_CHECKPOINT_EVERY = 30.0  # seconds
-_TRIES = 3
+_PRELOADED = ["tombola.engine.local", "torch._dynamo"]  # torch imports the latter at an optimizer's first step
 
 
 @dataclass(frozen=True)
-class At:
-    """A job has come to an iteration."""
+class _Setting:
+    """What every worker is given.
 
-    key: str
-    iteration: int
+    Args:
+        task: what is trained; each worker loads it for itself.
+        directory: where data sets lie.
+        store: the folder of the store, for checkpoints; None for none.
+        checkpoint_every: seconds.
+    """
 
-
-@dataclass(frozen=True)
-class Failed:
-    """A job cannot be done."""
-
-    key: str
-    reason: str
+    task: Task
+    directory: Path | None
+    store: Path | None
+    checkpoint_every: float
 
 
 class LocalWorkers:
     """Processes that each do one training at a time, with one thread, and outlive any job.
 
-    A worker that dies is replaced and its job done again, from its last checkpoint.
+    They are copies of one process that has imported all they need, so that a worker is there at once. A worker that
+    dies is replaced and its job done again, from its last checkpoint; workers whose parent dies end by themselves.
 
     Args:
         count: how many.
         task: what is trained; each worker loads it for itself.
         directory: where data sets lie.
-        store: the folder of the store, for checkpoints.
+        store: the folder of the store, for checkpoints; None: every training begins at its beginning.
+        checkpoint_every: seconds between two checkpoints of a training.
     """
 
-    def __init__(self, count: int, task: Task, directory: Path | None, store: Path) -> None:
-        self._arguments = (task, directory, store)
+    def __init__(
+        self,
+        count: int,
+        task: Task,
+        directory: Path | None,
+        store: Path | None,
+        *,
+        checkpoint_every: float = CHECKPOINT_EVERY,
+    ) -> None:
+        self._setting = _Setting(task, directory, store, checkpoint_every)
         self._workers: list[_Worker] = []
         self._tries: dict[str, int] = {}
         self.count = count
@@ -74,27 +86,25 @@ class LocalWorkers:
     @property
     def idle(self) -> bool:
         """Whether a job could be begun at once."""
-        return self._busy() < self.count
+        return sum(worker.job is not None for worker in self._workers) < self.count
 
     def submit(self, job: Job) -> None:
         """Begin a job; only where `idle`."""
         worker = next((worker for worker in self._workers if worker.job is None), None)
         if worker is None:
-            worker = _Worker.start(self._arguments)
+            worker = _Worker.start(self._setting)
             self._workers.append(worker)
         self._tries[job.key] = self._tries.get(job.key, 0) + 1
         worker.job = job
-        try:
+        with contextlib.suppress(OSError):  # where the worker is dead, `events` will see it
             worker.connection.send(job)
-        except OSError:
-            pass  # the worker is dead, which `events` will see
 
-    def events(self, timeout: float) -> Iterator[At | Outcome | Failed]:
+    def events(self, timeout: float) -> Iterator[Event]:
         """Yield what the workers have told, after waiting for it for at most `timeout` seconds."""
         for ready in wait([worker.connection for worker in self._workers], timeout):
             worker = next(worker for worker in self._workers if worker.connection is ready)
             try:
-                event: At | Outcome | Failed = worker.connection.recv()
+                event: Event = worker.connection.recv()
             except (EOFError, OSError):
                 yield from self._replace(worker)
                 continue
@@ -104,18 +114,16 @@ class LocalWorkers:
 
     def _replace(self, worker: _Worker) -> Iterator[Failed]:
         worker.process.join()
+        worker.connection.close()
         self._workers.remove(worker)
         if worker.job is None:
             return
-        if self._tries[worker.job.key] < _TRIES:
+        if self._tries[worker.job.key] < TRIES:
             self.submit(worker.job)
             return
         code = worker.process.exitcode
         how = f"by {signal.Signals(-code).name}" if code is not None and code < 0 else f"with status {code}"
-        yield Failed(worker.job.key, f"its process was ended {how}, {_TRIES} times; is there enough memory?")
-
-    def _busy(self) -> int:
-        return sum(worker.job is not None for worker in self._workers)
+        yield Failed(worker.job.key, f"its process was ended {how}, {TRIES} times; is there enough memory?")
 
 
 @dataclass
@@ -125,28 +133,45 @@ class _Worker:
     job: Job | None = None
 
     @classmethod
-    def start(cls, arguments: tuple[Any, ...]) -> _Worker:
-        context = multiprocessing.get_context("spawn")
+    def start(cls, setting: _Setting) -> _Worker:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(_PRELOADED)
         ours, theirs = context.Pipe()
-        process = context.Process(target=_work, args=(theirs, *arguments), daemon=True)
-        process.start()
+        process = context.Process(target=_work, args=(theirs, setting), daemon=True)
+        with _no_ctrl_c():
+            process.start()
         theirs.close()
         return cls(process, ours)
 
 
-def _work(connection: Connection, task: Task, directory: Path | None, store_root: Path) -> None:
-    """Do jobs until the other end of the connection is closed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends this process
-    torch.set_num_threads(THREADS)
-    store = Store(store_root, create=False)
+@contextlib.contextmanager
+def _no_ctrl_c() -> Iterator[None]:
+    """Hold Ctrl-C back inside the block; processes that are started there never get it, also not while they load."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    resource_tracker.ensure_running()  # its start would let Ctrl-C through again
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
-        problem = load_problem(task, directory)
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _work(connection: Connection, setting: _Setting) -> None:
+    """Do jobs until the parent is gone."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends this process
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    torch.set_num_threads(THREADS)
+    store = None if setting.store is None else Store(setting.store, create=False)
+    problem: Problem | None = None
+    try:
         while True:
             job: Job = connection.recv()
             try:
-                resume = store.checkpoint(job.key)
-                connection.send(perform(job, problem, resume, _watch(job, connection, store)))
-            except (EOFError, OSError):
+                problem = problem or load_problem(setting.task, setting.directory)
+                connection.send(_done(job, problem, store, setting.checkpoint_every, connection))
+            except (EOFError, BrokenPipeError, ConnectionError):
                 raise
             except UserError as error:
                 connection.send(Failed(job.key, str(error)))
@@ -157,18 +182,19 @@ def _work(connection: Connection, task: Task, directory: Path | None, store_root
         sys.exit(0)  # nobody waits for results any more
 
 
-def _watch(job: Job, connection: Connection, store: Store) -> Callable[[int, Callable[[], Checkpoint]], None]:
-    """Return a function that tells of progress and stores checkpoints, by time."""
-    told = saved = time.monotonic()
+def _done(job: Job, problem: Problem, store: Store | None, checkpoint_every: float, connection: Connection) -> Event:
+    def tell(iteration: int) -> None:
+        connection.send(At(job.key, iteration))
 
-    def watch(iteration: int, checkpoint: Callable[[], Checkpoint]) -> None:
-        nonlocal told, saved
-        now = time.monotonic()
-        if now - told > _TOLD_EVERY:
-            connection.send(At(job.key, iteration))
-            told = now
-        if now - saved > _CHECKPOINT_EVERY:
-            store.put_checkpoint(job.key, checkpoint())
-            saved = now
+    if store is None:
+        return perform(job, problem, None, watching(tell, None, checkpoint_every))
+    keep = partial(store.put_checkpoint, job.key)
+    return perform(job, problem, store.checkpoint(job.key), watching(tell, keep, checkpoint_every))
 
-    return watch
+
+def _end_with_parent() -> None:
+    """Wait for the parent's end, then end this process, in the middle of whatever it does."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)

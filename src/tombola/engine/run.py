@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from tombola.claims import Claims
 from tombola.engine.job import Job, Outcome
-from tombola.engine.local import At, Failed, LocalWorkers
+from tombola.engine.workers import At, Failed, Workers
 from tombola.errors import UserError
 from tombola.planning import Chain, Planner, Progress, Training
 from tombola.store import DamagedResultError
+
+_LOOKED_EVERY = 1.0  # seconds after which results and claims of other runs are looked at
 
 
 @dataclass
@@ -34,27 +37,64 @@ class Status:
     notes: list[str] = field(default_factory=list)
 
 
-def run(planner: Planner, workers: LocalWorkers, show: Callable[[Status, Training | None], None]) -> Status:
+def run(
+    planner: Planner,
+    workers: Workers,
+    show: Callable[[Status, Training | None], None],
+    chains: Sequence[Chain] | None = None,
+) -> Status:
     """Have every training done that the study needs and the store does not have.
+
+    Trainings that another run on the same store is doing are left to it; their results are taken when they appear.
 
     Args:
         planner: follows the study's chains.
         workers: do the trainings.
         show: called now and then with how far the run is, and with the training that was just done, if one was.
+        chains: which; by default all of the study's.
 
     Raises:
         UserError: where a training cannot be done. What was done is in the store.
     """
+    with Claims(planner.store.root) as claims:
+        planner.store.sweep(claims.alone)
+        status = _run(planner, workers, claims, show, [*planner.chains, *planner.repeats] if chains is None else chains)
+        planner.store.sweep(claims.alone)  # what killed workers have left
+        return status
+
+
+def _run(
+    planner: Planner,
+    workers: Workers,
+    claims: Claims,
+    show: Callable[[Status, Training | None], None],
+    chains: Sequence[Chain],
+) -> Status:
     status = Status(0)
-    for chain in [*planner.chains, *planner.repeats]:
+    for chain in chains:
         _follow(planner, chain, status)
+    _check(planner, status)
     status.total = remaining(list(status.chains.values()))
     began = time.monotonic()
+    looked = 0.0
     while waiting := _waiting(status):
+        if time.monotonic() - looked > _LOOKED_EVERY:
+            looked = time.monotonic()
+            for key in waiting.keys() - status.running.keys():
+                if key in planner.store:  # another run did it
+                    _go_on(planner, key, status)
+            waiting = _waiting(status)
         for training in sorted(waiting.values(), key=lambda t: -_remaining_behind(t, status)):
-            if training.key not in status.running and workers.idle:
+            if not workers.idle:
+                break
+            if training.key not in status.running and claims.take(training.key):
+                if training.key in planner.store:  # another run did it, just now
+                    claims.release(training.key)
+                    _go_on(planner, training.key, status)
+                    break
                 status.running[training.key] = (training, training.begin)
                 workers.submit(Job.of(training, planner.study))
+        _say_who(status, claims, waiting)
         finished = None
         for event in workers.events(timeout=0.2):
             training, _ = status.running[event.key]
@@ -66,16 +106,25 @@ def run(planner: Planner, workers: LocalWorkers, show: Callable[[Status, Trainin
                 case Outcome() as outcome:
                     planner.store.put(training.key, training.identity, training.mask, outcome.trained, outcome.record)
                     planner.store.discard_checkpoint(training.key)
+                    claims.release(training.key)
                     del status.running[training.key]
-                    for chain, progress in list(status.chains.items()):
-                        if progress.waits_for is not None and progress.waits_for.key == training.key:
-                            _follow(planner, chain, status)
+                    _go_on(planner, training.key, status)
                     finished = training
             status.done = status.total - remaining(list(status.chains.values()))
             _estimate(status, time.monotonic() - began, workers.count)
             show(status, finished)
+        status.done = status.total - remaining(list(status.chains.values()))
         show(status, None)
     return status
+
+
+def _say_who(status: Status, claims: Claims, waiting: dict[str, Training]) -> None:
+    """Note once who is doing what this run waits for, where it has nothing else to do."""
+    if status.running:
+        return
+    for key in waiting:
+        if (owner := claims.owner(key)) and (note := f"{owner} is at work on this study too") not in status.notes:
+            status.notes.append(note)
 
 
 def remaining(chains: list[Progress]) -> int:
@@ -93,6 +142,13 @@ def remaining(chains: list[Progress]) -> int:
     return count
 
 
+def _go_on(planner: Planner, key: str, status: Status) -> None:
+    """Follow the chains that waited for a training."""
+    for chain, progress in list(status.chains.items()):
+        if progress.waits_for is not None and progress.waits_for.key == key:
+            _follow(planner, chain, status)
+
+
 def _follow(planner: Planner, chain: Chain, status: Status) -> None:
     """Follow a chain as far as results are there; a damaged one is removed, to be done again."""
     while True:
@@ -100,8 +156,24 @@ def _follow(planner: Planner, chain: Chain, status: Status) -> None:
             status.chains[chain] = planner.progress(chain)
             return
         except DamagedResultError as damage:
-            status.notes.append(f"{damage}; it is done again")
+            status.notes.append(str(damage))
             planner.store.discard(damage.key)
+
+
+def _check(planner: Planner, status: Status) -> None:
+    """Read every byte of what is there of the chains; a damaged result is removed, to be done again."""
+    intact: set[str] = set()
+    for chain in status.chains:
+        for key in planner.keys(chain):
+            try:
+                if key not in intact:
+                    planner.store.check(key)
+                intact.add(key)
+            except DamagedResultError as damage:
+                status.notes.append(str(damage))
+                planner.store.discard(key)
+    for chain in status.chains:
+        _follow(planner, chain, status)
 
 
 def _waiting(status: Status) -> dict[str, Training]:

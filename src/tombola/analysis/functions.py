@@ -1,0 +1,151 @@
+"""Functions: how alike tickets are in what they predict."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+from itertools import combinations
+
+import polars as pl
+import torch
+from torch import Tensor
+
+from tombola.analysis.gather import DATA_ORDER, IMPORTANCES, SEEDS, after, chosen, groups, last_level
+from tombola.errors import UserError
+from tombola.planning import Planner
+from tombola.streams import ambient
+from tombola.ticket import Ticket
+from tombola.training import predict
+
+_REMEMBERED = 16  # networks whose outputs are held: those of one level
+
+
+def of_study(
+    planner: Planner, importances: Sequence[str] | None = None, levels: Collection[int] | None = None
+) -> pl.DataFrame:
+    """Return how alike the trained tickets of each seed and level are in what they predict on the test set.
+
+    The columns of `of_outputs`, after these:
+
+    - level, seed: of the tickets; seed is null where the tickets are of different ones.
+    - kind: what differs between the tickets: "importances", "data order" (the same importance and initialisation) or,
+      for level 0, "seeds". At level 0, which is always there to compare with, the tickets are the dense networks: of
+      one seed they are the same for all importances.
+
+    Args:
+        planner: of the study.
+        importances: which to compare, two or more; by default all.
+        levels: which; by default the last that all have.
+
+    Raises:
+        UserError: where importances or levels are not there.
+    """
+    wanted = set(levels) if levels is not None else {last_level(planner, chosen(planner, importances))}
+    ask = _Outputs(planner)
+    dense: dict[str, Tensor] = {}
+    tables = []
+    for group in groups(planner, importances, wanted | {0}):
+        if group.level == 0 and group.kind == IMPORTANCES:
+            dense[f"seed {group.seed}"] = ask(next(iter(group.tickets.values())))
+        if group.level in wanted or group.kind == DATA_ORDER:
+            outputs = {name: ask(ticket) for name, ticket in group.tickets.items()}
+            tables.append(after(ask.compared(outputs), level=group.level, seed=group.seed, kind=group.kind))
+    if len(dense) > 1:
+        tables.append(after(ask.compared(dense), level=0, seed=None, kind=SEEDS))
+    return pl.concat([table.with_columns(pl.col("seed").cast(pl.Int64)) for table in tables]).sort(
+        "level", maintain_order=True
+    )
+
+
+def of_outputs(outputs: Mapping[str, Tensor], labels: Tensor) -> pl.DataFrame:
+    """Return how alike networks are in what they predict: every two, and all together.
+
+    One row for each comparison, with the columns
+
+    - tickets: the names of the networks compared; k: how many. examples: in the test set.
+    - agreement: share of the examples for which all k predict the same class, in 0..1. low, high: its 95 % interval
+      over examples (Wilson, Journal of the American Statistical Association 22, 1927).
+    - expected: what independence gives, the sum over classes of the product of the shares with which each predicts it.
+    - kappa: (agreement - expected) / (1 - expected), Cohen's (1960) for two; null where expected is 1.
+    - accuracy: the mean of the k accuracies, in 0..1.
+    - ensemble_accuracy: of the class with the highest mean of the k predicted probabilities (softmax), in 0..1.
+
+    Args:
+        outputs: name -> outputs before softmax, shape (examples, classes); two or more.
+        labels: shape (examples,).
+
+    Raises:
+        UserError: where there are fewer than two, or their shapes differ.
+
+    >>> one, other = torch.eye(4), torch.eye(4)[[0, 1, 2, 2]]
+    >>> of_outputs({"a": one, "b": other}, torch.arange(4)).select("agreement", "accuracy").rows()
+    [(0.75, 0.875)]
+    """
+    shapes = {tuple(each.shape) for each in outputs.values()}
+    if len(outputs) < 2 or len(shapes) > 1:
+        raise UserError(f"functions: expected two outputs or more of one shape, got {len(outputs)} of shapes {shapes}")
+    names = list(outputs)
+    groups = list(combinations(names, 2)) + ([tuple(names)] if len(names) > 2 else [])
+    classes = {name: each.argmax(1) for name, each in outputs.items()}
+    number = next(iter(shapes))[1]
+    shares = {n: torch.bincount(each, minlength=number).double() / len(labels) for n, each in classes.items()}
+    accuracies = {name: float((each == labels).double().mean()) for name, each in classes.items()}
+    probabilities = {name: each.double().softmax(1) for name, each in outputs.items()}
+    lines = []
+    for group in groups:
+        first = classes[group[0]]
+        same = torch.stack([classes[name] == first for name in group]).all(0)
+        agreement = float(same.double().mean())
+        expected = float(torch.stack([shares[name] for name in group]).prod(0).sum())
+        ensemble = sum((probabilities[name] for name in group), torch.zeros(())).argmax(1)
+        lines.append(
+            {
+                "tickets": list(group),
+                "k": len(group),
+                "examples": len(labels),
+                "agreement": agreement,
+                **dict(zip(("low", "high"), wilson(int(same.sum()), len(labels)), strict=True)),
+                "expected": expected,
+                "kappa": (agreement - expected) / (1 - expected) if expected < 1 else None,
+                "accuracy": sum(accuracies[name] for name in group) / len(group),
+                "ensemble_accuracy": float((ensemble == labels).double().mean()),
+            }
+        )
+    return pl.DataFrame(lines, schema_overrides={"kappa": pl.Float64})
+
+
+def wilson(successes: int, trials: int) -> tuple[float, float]:
+    """Return the 95 % interval of a probability, of `successes` in `trials` (Wilson 1927).
+
+    >>> tuple(round(bound, 4) for bound in wilson(8, 10))
+    (0.4902, 0.9433)
+    """
+    z = 1.959963984540054
+    share = successes / trials
+    centre = share + z * z / (2 * trials)
+    half = z * math.sqrt(share * (1 - share) / trials + z * z / (4 * trials**2))
+    return (max(0.0, (centre - half) / (1 + z * z / trials)), min(1.0, (centre + half) / (1 + z * z / trials)))
+
+
+class _Outputs:
+    """Gives the outputs of trained tickets on the test set; those of the last few networks are remembered."""
+
+    def __init__(self, planner: Planner) -> None:
+        self._data = planner.problem.data
+        with ambient(0):
+            self._model = planner.problem.build()
+        self._known: dict[str, Tensor] = {}
+
+    def __call__(self, ticket: Ticket) -> Tensor:
+        assert ticket.trained is not None
+        name = ticket.trained.weights.hash
+        if name not in self._known:
+            ticket.apply(self._model, trained=True)
+            self._known[name] = predict(self._model, self._data)
+            for oldest in list(self._known)[:-_REMEMBERED]:
+                del self._known[oldest]
+        return self._known[name]
+
+    def compared(self, outputs: Mapping[str, Tensor]) -> pl.DataFrame:
+        """Return the table of `of_outputs` for outputs on the test set."""
+        return of_outputs(outputs, self._data.test_labels)

@@ -1,0 +1,168 @@
+"""Partial reinitialisation: are connections that tickets share found again where all other weights are drawn anew?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import reduce
+from operator import and_
+
+import numpy as np
+import polars as pl
+import torch
+
+from tombola.analysis.chance import interval, interval_of_two, moments, support
+from tombola.analysis.gather import ALL, after, by_level, chosen
+from tombola.analysis.winners import mean_with_interval
+from tombola.errors import UserError
+from tombola.mask import Mask
+from tombola.planning import Chain, Planner
+from tombola.streams import derive
+from tombola.training import initial_state
+from tombola.weights import State, Weights
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The trainings of one seed's partial reinitialisations.
+
+    Args:
+        seed: whose initialisation is kept in part; data order and all else is the seed's too.
+        kept: the connections that keep their initial weights: those that the compared tickets share.
+        planner: of the draws: a study like any other, but for its initial weights. Its chains have the number of a
+            draw, 1 and on, as their seed, and `seed` as their data seed.
+    """
+
+    seed: int
+    kept: Mask
+    planner: Planner
+
+
+def plans(planner: Planner, level: int, draws: int, importances: Sequence[str] | None = None) -> list[Plan]:
+    """Return what is to be trained, for each seed of a study.
+
+    Args:
+        planner: of the study.
+        level: of the tickets whose shared connections are kept, and up to which the procedure is run again.
+        draws: of the other weights.
+        importances: whose tickets are compared and run again; two or more, by default all.
+
+    Raises:
+        UserError: where level or importances are not there, or the tickets share nothing.
+    """
+    chains = chosen(planner, importances, at_least=2)
+    if level < 1:
+        raise UserError("reinit: at level 0 every connection is shared, it needs a level from 1 on")
+    if draws < 1:
+        raise UserError(f"draws: expected 1 or more, got {draws}")
+    ((_, tickets),) = by_level(planner, chains, [level])
+    found = []
+    for seed in planner.study.seeds:
+        kept = reduce(and_, (ticket.mask for chain, ticket in tickets.items() if chain.seed == seed))
+        if not kept.alive:
+            raise UserError(f"reinit: the tickets of seed {seed} share no connection at level {level}")
+        theta_0 = planner.initial(seed).state
+        states = {
+            draw: partly_new(theta_0, initial_state(planner.problem.build, new_seed(seed, draw)), kept)
+            for draw in range(1, draws + 1)
+        }
+        names = tuple(dict.fromkeys(chain.importance for chain in chains))
+        initial = {draw: Weights.of(state) for draw, state in states.items()}
+        found.append(Plan(seed, kept, planner.restarted(initial, seed, names, level)))
+    return found
+
+
+def new_seed(seed: int, draw: int) -> int:
+    """Return the seed from which the other weights of a draw come."""
+    return derive(seed, "reinitialisation", draw)
+
+
+def partly_new(initial: State, drawn: State, kept: Mask) -> State:
+    """Return the state `drawn`, with the weights of `initial` where `kept` is alive.
+
+    >>> kept = Mask.from_tensors({"w": torch.tensor([True, False])})
+    >>> partly_new({"w": torch.tensor([1.0, 2.0])}, {"w": torch.tensor([3.0, 4.0])}, kept)
+    {'w': tensor([1., 4.])}
+    """
+    return {
+        name: torch.where(kept[name], initial[name], tensor) if name in kept else tensor
+        for name, tensor in drawn.items()
+    }
+
+
+def of_plans(found: Sequence[Plan]) -> pl.DataFrame:
+    """Return how much more often than by chance the kept connections survive.
+
+    The columns of `of_masks`, after level, importance and seed.
+
+    Args:
+        found: of `plans`, whose trainings are done.
+
+    Raises:
+        UserError: where they are not.
+    """
+    tables = []
+    for plan in found:
+        study = plan.planner.study
+        ((level, tickets),) = by_level(plan.planner, plan.planner.chains, [study.levels])
+        for name in study.importances:
+            masks = [tickets[Chain(draw, name, plan.seed)].mask for draw in study.seeds]
+            tables.append(after(of_masks(plan.kept, masks), level=level, importance=name, seed=plan.seed))
+    return pl.concat(tables)
+
+
+def of_masks(kept: Mask, masks: Sequence[Mask]) -> pl.DataFrame:
+    """Return how much more often than by chance kept connections survive, over the draws.
+
+    One row for each layer, and one for all ("(all)"), with the columns
+
+    - layer. connections: how many it has. kept: how many kept their initial weights. draws: how many there are.
+    - alive, survived: connections alive in a draw's ticket, and kept ones among them; means over draws.
+    - expected: of survived, by chance: kept x alive / connections in each layer (for "(all)" their sum, so that it says
+      nothing about how layers differ); mean over draws.
+    - excess: survived / expected - 1, the mean over draws; 0.085 is "+8.5 %". low, high: its 95 % interval over draws
+      by Student's t; null for one draw.
+    - chance_low, chance_high: between which survived / expected - 1 of one draw lies in 95 % of the cases where the
+      ticket is a random mask with the same layer densities (see `tombola.analysis.chance`); means over draws.
+      All of these are null where nothing is expected.
+
+    Args:
+        kept: the connections that kept their initial weights.
+        masks: of the draws' tickets.
+
+    >>> kept = Mask.from_tensors({"w": torch.tensor([1, 1, 0, 0]).bool()})
+    >>> found = Mask.from_tensors({"w": torch.tensor([1, 1, 0, 0]).bool()})
+    >>> of_masks(kept, [found]).select("survived", "expected", "excess").row(0)
+    (2.0, 1.0, 1.0)
+    """
+    sizes = np.array(list(kept.sizes.values()), dtype=np.int64)
+    of_kept = np.array(list(kept.counts.values()), dtype=np.int64)
+    alive = np.array([list(mask.counts.values()) for mask in masks], dtype=np.int64)
+    survived = np.array([list((mask & kept).counts.values()) for mask in masks], dtype=np.int64)
+    sets = np.stack([np.broadcast_to(of_kept, alive.shape), alive])
+    expected, variance = moments(sizes, sets)
+    low, high = interval_of_two(np.broadcast_to(sizes, alive.shape), sets)
+    least, largest = (bound.sum(axis=1) for bound in support(sizes, sets))
+    total_low, total_high = interval(expected.sum(axis=1), variance.sum(axis=1), least, largest)
+    lines = []
+    for number, name in enumerate([*kept, ALL]):
+        part = slice(number, number + 1) if name != ALL else slice(None)
+        by_chance = expected[:, part].sum(axis=1)
+        counts = survived[:, part].sum(axis=1)
+        bounds = (total_low, total_high) if name == ALL else (low[:, number], high[:, number])
+        line = {
+            "layer": name,
+            "connections": int(sizes[part].sum()),
+            "kept": int(of_kept[part].sum()),
+            "draws": len(masks),
+            "alive": float(alive[:, part].sum(axis=1).mean()),
+            "survived": float(counts.mean()),
+            "expected": float(by_chance.mean()),
+        }
+        names = ("excess", "low", "high", "chance_low", "chance_high")
+        figures: Sequence[float | None] = [None] * 5
+        if (by_chance > 0).all():
+            over_draws = mean_with_interval((counts / by_chance - 1).tolist())
+            figures = [*over_draws, *(float((bound / by_chance - 1).mean()) for bound in bounds)]
+        lines.append(line | dict(zip(names, figures, strict=True)))
+    return pl.DataFrame(lines, schema_overrides=dict.fromkeys(names, pl.Float64))

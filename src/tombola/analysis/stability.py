@@ -1,0 +1,160 @@
+"""Stability: how much the trained weights of shared and of other connections change from level to level."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Sequence
+from functools import reduce
+from itertools import chain as chain_of
+from operator import and_
+
+import numpy as np
+import numpy.typing as npt
+import polars as pl
+from scipy import stats
+from torch import Tensor
+
+from tombola.analysis.gather import ALL, after, by_level, chosen, last_level
+from tombola.errors import UserError
+from tombola.mask import Mask
+from tombola.planning import Planner
+from tombola.ticket import Ticket
+from tombola.weights import State
+
+QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
+MEASURES = ("sd", "flips", "flips_from_start", "movement")
+
+Values = npt.NDArray[np.float64]
+
+
+def of_study(
+    planner: Planner,
+    importances: Sequence[str] | None = None,
+    levels: Collection[int] | None = None,
+    layers: Collection[str] | None = None,
+) -> pl.DataFrame:
+    """Return how stable the connections of each ticket are that all compared tickets share, against its others.
+
+    The columns of `of_ticket`, after level, importance and seed.
+
+    Args:
+        planner: of the study.
+        importances: whose tickets are compared, two or more; by default all.
+        levels: of the tickets, 1 or more; by default the last that all have.
+        layers: which to tell of, by parameter name; by default each, and all together.
+
+    Raises:
+        UserError: where importances, levels or layers are not there.
+    """
+    chains = chosen(planner, importances, at_least=2)
+    wanted = sorted(levels) if levels is not None else [last_level(planner, chains)]
+    if wanted[0] < 1:
+        raise UserError("stability: it is about how levels differ, so it needs a level from 1 on")
+    for layer in layers or ():
+        if layer not in [*planner.dense, ALL]:
+            raise UserError(f"layers: there is no layer {layer!r}, there are {', '.join(planner.dense)}")
+    masks = {(level, c): t.mask for level, ts in by_level(planner, chains, wanted) for c, t in ts.items()}
+    tables = []
+    for level in wanted:
+        for seed in planner.study.seeds:
+            own = [chain for chain in chains if chain.seed == seed]
+            shared = reduce(and_, (masks[level, chain] for chain in own))
+            for chain in own:
+                tickets = (ts[chain] for _, ts in by_level(planner, [chain], range(level + 1)))
+                first = next(tickets)
+                table = of_ticket(
+                    (_trained(ticket) for ticket in chain_of([first], tickets)),
+                    first.rewind.state,
+                    planner.initial(seed).state,
+                    masks[level, chain],
+                    shared,
+                )
+                table = table if layers is None else table.filter(pl.col("layer").is_in(list(layers)))
+                tables.append(after(table, level=level, importance=chain.importance, seed=seed))
+    return pl.concat(tables)
+
+
+def of_ticket(trained: Iterable[State], rewind: State, initial: State, mask: Mask, shared: Mask) -> pl.DataFrame:
+    """Return how stable a ticket's shared connections are, against its others.
+
+    One row for each layer (and one for all, "(all)") and measure, with the columns
+
+    - layer; measure, of a connection:
+      - sd: the standard deviation (n - 1) of its trained weight over the levels 0 up to the ticket's.
+      - flips: how often its trained weight has another sign than at the level before; in 0..level.
+      - flips_from_start: at how many levels its trained weight has another sign than the rewind point's weight, from
+        which each of these trainings began; in 0..level + 1.
+      - movement: |trained weight of the ticket - initial weight|.
+      A weight of exactly 0 has the sign 0.
+    - shared, other: how many connections of the ticket are alive in all compared, and how many are not.
+    - shared_mean, shared_q05, q25, q50, q75, q95, and the same of other: of the measure; null without connections.
+    - effect: Cliff's delta (Psychological Bulletin 114, 1993), P(shared > other) - P(shared < other) for one of each
+      drawn at random; in -1..1, below 0 where shared ones have the lower values.
+    - p: of the Mann-Whitney U test, two-sided (Annals of Mathematical Statistics 18, 1947). It takes connections for
+      independent, which those of one network are not: read the effect first.
+      Both are null where either group is empty.
+
+    Args:
+        trained: the trained weights of levels 0, 1, .. up to the ticket's.
+        rewind: the rewind point's.
+        initial: the initial ones.
+        mask: the ticket's.
+        shared: the connections alive in all tickets that are compared; part of the mask.
+    """
+    at_first = {name: _alive(rewind[name], mask[name]) for name in mask}
+    before: dict[str, Values] = {}
+    mean = {name: np.zeros(len(values)) for name, values in at_first.items()}
+    squares = {name: np.zeros(len(values)) for name, values in at_first.items()}
+    flips = {name: np.zeros(len(values)) for name, values in at_first.items()}
+    from_start = {name: np.zeros(len(values)) for name, values in at_first.items()}
+    count = 0
+    for state in trained:
+        count += 1
+        for name in mask:
+            values = _alive(state[name], mask[name])
+            delta = values - mean[name]
+            mean[name] += delta / count  # Welford's: one level's weights are held at a time
+            squares[name] += delta * (values - mean[name])
+            from_start[name] += np.sign(values) != np.sign(at_first[name])
+            if count > 1:
+                flips[name] += np.sign(values) != np.sign(before[name])
+            before[name] = values
+    measures = {
+        "sd": {name: np.sqrt(each / max(1, count - 1)) for name, each in squares.items()},
+        "flips": flips,
+        "flips_from_start": from_start,
+        "movement": {name: np.abs(each - _alive(initial[name], mask[name])) for name, each in before.items()},
+    }
+    is_shared = {name: shared[name][mask[name]].numpy() for name in mask}
+    whole = np.concatenate(list(is_shared.values()))
+    lines = []
+    for measure, by_layer in measures.items():
+        for name, values in by_layer.items():
+            lines.append({"layer": name, "measure": measure} | _compared(values, is_shared[name]))
+        together = np.concatenate(list(by_layer.values()))
+        lines.append({"layer": ALL, "measure": measure} | _compared(together, whole))
+    return pl.DataFrame(lines, infer_schema_length=None)
+
+
+def _compared(values: Values, is_shared: npt.NDArray[np.bool_]) -> dict[str, float | None]:
+    groups = {"shared": values[is_shared], "other": values[~is_shared]}
+    line: dict[str, float | None] = {name: len(group) for name, group in groups.items()}
+    for name, group in groups.items():
+        line[f"{name}_mean"] = float(group.mean()) if len(group) else None
+        quantiles = np.quantile(group, QUANTILES) if len(group) else [None] * len(QUANTILES)
+        line |= {f"{name}_q{100 * q:02.0f}": v for q, v in zip(QUANTILES, quantiles, strict=True)}
+    effect = p = None
+    if all(len(group) for group in groups.values()):
+        test = stats.mannwhitneyu(*groups.values())
+        effect = float(2 * test.statistic / (len(groups["shared"]) * len(groups["other"])) - 1)
+        p = float(test.pvalue) if np.isfinite(test.pvalue) else 1.0  # all values alike
+    return line | {"effect": effect, "p": p}
+
+
+def _alive(weights: Tensor, alive: Tensor) -> Values:
+    values: Values = weights[alive].double().numpy()
+    return values
+
+
+def _trained(ticket: Ticket) -> State:
+    assert ticket.trained is not None
+    return ticket.trained.weights.state

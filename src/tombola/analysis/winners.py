@@ -1,0 +1,124 @@
+"""Winners: the sparsest tickets that keep the dense network's accuracy."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+
+import polars as pl
+from scipy import special
+
+from tombola.analysis.gather import chosen
+from tombola.errors import UserError
+from tombola.planning import Planner
+from tombola.results import Row, rows
+
+SCHEMA = {
+    "importance": pl.String,
+    "level": pl.Int64,
+    "density": pl.Float64,
+    "seeds": pl.Int64,
+    "dense_accuracy": pl.Float64,
+    "accuracy": pl.Float64,
+    "difference": pl.Float64,
+    "low": pl.Float64,
+    "high": pl.Float64,
+    "keeps": pl.Boolean,
+    "surely": pl.Boolean,
+}
+
+
+def of_study(
+    planner: Planner, importances: Sequence[str] | None = None, *, margin: float = 0.005, surely: bool = False
+) -> pl.DataFrame:
+    """Return the winning ticket of each importance: the sparsest level that keeps the dense network's accuracy.
+
+    One row for each importance, with the columns of `by_level`. A level counts where all of the study's seeds have it.
+
+    Args:
+        planner: of the study.
+        importances: which; by default all.
+        margin: by how much a ticket's accuracy may be lower, on the scale 0..1.
+        surely: whether the whole interval of the difference must lie within the margin, not only its mean.
+
+    Raises:
+        UserError: where importances or results are not there, or `surely` is asked of a single seed.
+    """
+    names = list(dict.fromkeys(chain.importance for chain in chosen(planner, importances)))
+    seeds = len(planner.study.seeds)
+    if surely and seeds < 2:
+        raise UserError("surely: an interval needs two seeds or more, and the study has one")
+    found = by_level([row for row in rows(planner) if row.importance in names], margin=margin)
+    found = found.filter(pl.col("seeds") == seeds)
+    if not len(found):
+        raise UserError(f"level 0 is not there for every seed in {planner.store.root}; finish it with: tombola run")
+    return winning(found, surely=surely)
+
+
+def winning(levels: pl.DataFrame, *, surely: bool = False) -> pl.DataFrame:
+    """Return of the table of `by_level` each importance's row with the highest level that keeps the accuracy."""
+    kept = levels.filter("surely" if surely else "keeps")
+    return kept.filter(pl.col("level") == pl.col("level").max().over("importance"))
+
+
+def by_level(results: Sequence[Row], *, margin: float = 0.005) -> pl.DataFrame:
+    """Return how the accuracy at each level compares with the dense network's, per importance.
+
+    One row for each importance and level, with the columns
+
+    - importance, level. density: the mean over seeds. seeds: how many have this level and level 0.
+    - dense_accuracy, accuracy: the mean over these seeds, in 0..1; null where a training diverged.
+    - difference: accuracy - dense_accuracy, in -1..1. low, high: its 95 % interval, the mean of the seeds' differences
+      -+ t s / sqrt(n), with t of Student's distribution (Biometrika 6, 1908) for n - 1 degrees of freedom; null for
+      fewer than two seeds.
+    - keeps: whether difference >= -margin. surely: whether low >= -margin; null where there is no interval.
+
+    Args:
+        results: of any importances, seeds and levels, level 0 among them.
+        margin: by how much accuracy may be lower, on the scale 0..1.
+
+    Raises:
+        UserError: where the margin is not in 0..1.
+
+    >>> results = [Row("l1", seed, level, 0.8**level, 0.89 - 0.01 * level, 1, 0.1, False, ())
+    ...            for seed in (0, 1) for level in (0, 1)]
+    >>> by_level(results, margin=0.005).select("level", "accuracy", "keeps").row(1)
+    (1, 0.88, False)
+    """
+    if not 0 <= margin <= 1:
+        raise UserError(f"margin: expected a share of the test set, in 0 to 1, got {margin}")
+    dense = {(row.importance, row.seed): row.test_accuracy for row in results if row.level == 0}
+    groups: dict[tuple[str, int], list[Row]] = {}
+    for row in results:
+        if (row.importance, row.seed) in dense:
+            groups.setdefault((row.importance, row.level), []).append(row)
+    lines = []
+    for (importance, level), group in groups.items():
+        before = [dense[importance, row.seed] for row in group]
+        after = [row.test_accuracy for row in group]
+        pairs = [(a, b) for a, b in zip(after, before, strict=True) if a is not None and b is not None]
+        line = [importance, level, statistics.fmean(row.density for row in group), len(group)]
+        lines.append(line + (_compared(pairs, margin) if len(pairs) == len(group) else [*[None] * 5, False, None]))
+    return pl.DataFrame(lines, SCHEMA, orient="row")
+
+
+def _compared(pairs: Sequence[tuple[float, float]], margin: float) -> list[float | bool | None]:
+    """Return dense accuracy, accuracy, difference, low, high, keeps and surely of (accuracy, dense accuracy) pairs."""
+    accuracy, dense = (statistics.fmean(side) for side in zip(*pairs, strict=True))
+    mean, low, high = mean_with_interval([after - before for after, before in pairs])
+    least = -margin - 1e-9  # accuracies are whole numbers of examples; their differences are rounded
+    return [dense, accuracy, mean, low, high, mean >= least, None if low is None else low >= least]
+
+
+def mean_with_interval(values: Sequence[float]) -> tuple[float, float | None, float | None]:
+    """Return the mean of independent values and its 95 % interval by Student's t; None for fewer than two.
+
+    >>> mean_with_interval([1.0, 1.0]), mean_with_interval([0.5])
+    ((1.0, 1.0, 1.0), (0.5, None, None))
+    """
+    mean = statistics.fmean(values)
+    if len(values) < 2:
+        return mean, None, None
+    half = float(special.stdtrit(len(values) - 1, 0.975)) * statistics.stdev(values) / math.sqrt(len(values))
+    return mean, mean - half, mean + half

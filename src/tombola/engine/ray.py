@@ -1,0 +1,244 @@
+"""The Ray engine: trainings as tasks of a Ray cluster, whose machines need no disk in common.
+
+Arguments and results travel through Ray. The task's problem (data set, model, loss) is put into its object store once,
+with a user's own modules in it, and so are the weights that many tickets are rewound to; the results of tasks come
+back to the process that runs the study, which alone reads and writes the store. Checkpoints come back too: a training
+whose process or machine is lost goes on from the last one, on another.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import logging
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import ray
+import torch
+from ray import exceptions
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from tombola.engine.job import Job, Outcome, perform
+from tombola.engine.workers import CHECKPOINT_EVERY, TRIES, At, Event, Failed, watching
+from tombola.errors import UserError
+from tombola.machine import differences, machine
+from tombola.planning import THREADS
+from tombola.problem import Problem
+from tombola.references import own_modules
+from tombola.store import Store, checkpoint_from_bytes
+from tombola.study import Study, Task
+
+_MUST_AGREE = ("versions", "commit", "python")
+
+_LOST = (
+    exceptions.WorkerCrashedError,
+    exceptions.NodeDiedError,
+    exceptions.ObjectLostError,
+    exceptions.OutOfMemoryError,
+    exceptions.LocalRayletDiedError,
+)
+
+
+class RayWorkers:
+    """Tasks of a Ray cluster that each do one training, with one thread, or on a part of a GPU.
+
+    Args:
+        count: how many at a time; None: as many as the cluster has processors (or parts of GPUs) for.
+        problem: what is trained.
+        study: what to run.
+        store: where results and checkpoints are.
+        address: of the cluster; None: that of the environment's RAY_ADDRESS, or else Ray is started on this machine.
+        per_gpu: trainings to a GPU, where the study's device is cuda.
+        checkpoint_every: seconds between two checkpoints of a training.
+
+    Raises:
+        UserError: where there is no such cluster.
+    """
+
+    def __init__(
+        self,
+        count: int | None,
+        problem: Problem,
+        study: Study,
+        store: Store,
+        *,
+        address: str | None = None,
+        per_gpu: int = 1,
+        checkpoint_every: float = CHECKPOINT_EVERY,
+    ) -> None:
+        self._started = not ray.is_initialized()
+        if self._started:
+            try:
+                _reach(address)
+                ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
+            except (OSError, ValueError, RuntimeError) as error:
+                raise UserError(f"--address: no Ray cluster is reached: {' '.join(str(error).split())}") from error
+        self._store = store
+        self._every = checkpoint_every
+        gpu = study.device == "cuda"
+        self._needs: dict[str, Any] = {"num_gpus": 1 / per_gpu, "num_cpus": 0} if gpu else {"num_cpus": THREADS}
+        there = ray.cluster_resources()
+        fitting = int(there.get("GPU", 0)) * per_gpu if gpu else int(there.get("CPU", 0)) // THREADS
+        self.count = count or max(1, fitting)
+        for name in _own_modules(study.task) & set(sys.modules):
+            ray.cloudpickle.register_pickle_by_value(sys.modules[name])
+        self._problem = ray.put(problem)
+        self._post = self._new_post()
+        self._initial: dict[str, Any] = {}
+        self._running: dict[Any, Job] = {}
+        self._tries: dict[str, int] = {}
+
+    def __enter__(self) -> RayWorkers:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for reference in self._running:
+            with contextlib.suppress(exceptions.RayError):
+                ray.cancel(reference, force=True)
+        if self._started:
+            ray.shutdown()
+
+    @property
+    def idle(self) -> bool:
+        """Whether a job could be begun at once."""
+        return len(self._running) < self.count
+
+    def submit(self, job: Job) -> None:
+        """Begin a job; only where `idle`."""
+        self._tries[job.key] = self._tries.get(job.key, 0) + 1
+        task = ray.remote(_train).options(max_retries=0, **self._needs)  # it is tried again by us: from its checkpoint
+        reference = task.remote(
+            replace(job, initial=b""),
+            self._put(job.initial),
+            [self._problem],
+            self._store.checkpoint_bytes(job.key),
+            self._post,
+            self._every,
+            machine(),
+        )
+        self._running[reference] = job
+
+    def events(self, timeout: float) -> Iterator[Event]:
+        """Yield what the workers have told, after waiting for it for at most `timeout` seconds."""
+        if not self._running:
+            time.sleep(timeout)
+            return
+        ready, _ = ray.wait(list(self._running), num_returns=len(self._running), timeout=timeout)
+        yield from self._told()
+        for reference in ready:
+            job = self._running.pop(reference)
+            try:
+                outcome: Outcome | Failed = ray.get(reference)
+            except _LOST as error:
+                if isinstance(error, exceptions.NodeDiedError):
+                    self._tries[job.key] -= 1  # no fault of the job's
+                if self._tries[job.key] < TRIES:
+                    self.submit(job)
+                    continue
+                text = " ".join(str(error).split())
+                outcome = Failed(
+                    job.key, f"its process was lost {TRIES} times; is there enough memory? Ray says: {text}"
+                )
+            except exceptions.RayError as error:
+                outcome = Failed(job.key, f"{type(error).__name__}: {' '.join(str(error).split())}")
+            yield outcome
+
+    def _told(self) -> Iterator[At]:
+        """Yield how far jobs are, and store their checkpoints."""
+        running = {job.key for job in self._running.values()}
+        try:
+            at, checkpoints = ray.get(self._post.empty.remote())
+        except exceptions.RayError:  # it is with the machine that was lost
+            self._post = self._new_post()
+            return
+        for key, content in checkpoints.items():
+            if key in running:
+                self._store.put_checkpoint(key, content)
+        yield from (At(key, iteration) for key, iteration in at.items() if key in running)
+
+    @staticmethod
+    def _new_post() -> Any:
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+        return ray.remote(_Post).options(num_cpus=0, scheduling_strategy=here).remote()
+
+    def _put(self, content: bytes) -> Any:
+        """Return a reference to these bytes in Ray's object store, where the same are put once."""
+        name = hashlib.sha256(content).hexdigest()
+        if name not in self._initial:
+            self._initial[name] = ray.put(content)
+        return self._initial[name]
+
+
+def _reach(address: str | None) -> None:
+    """Raise OSError where nobody is at HOST:PORT: Ray itself would try for minutes."""
+    host, colon, port = (address or "").rpartition(":")
+    if colon and port.isdecimal():
+        socket.create_connection((host.removeprefix("ray://"), int(port)), timeout=10).close()
+
+
+def _own_modules(task: Task) -> set[str]:
+    """Return the names of a user's own modules: workers get their code along with the problem."""
+    references = [reference for reference in (task.dataset, task.model, task.loss) if ":" in reference]
+    return {name for reference in references for name in own_modules(reference.partition(":")[0])}
+
+
+class _Post:
+    """Where tasks leave word of how far they are, and their checkpoints, until the run comes for them."""
+
+    def __init__(self) -> None:
+        self._at: dict[str, int] = {}
+        self._checkpoints: dict[str, bytes] = {}
+
+    def tell(self, key: str, iteration: int) -> None:
+        self._at[key] = iteration
+
+    def keep(self, key: str, checkpoint: bytes) -> None:
+        self._checkpoints[key] = checkpoint
+
+    def empty(self) -> tuple[dict[str, int], dict[str, bytes]]:
+        told = self._at, self._checkpoints
+        self._at, self._checkpoints = {}, {}
+        return told
+
+
+def _train(
+    job: Job,
+    initial: bytes,
+    problem: list[Any],
+    stopped: bytes | None,
+    post: Any,
+    checkpoint_every: float,
+    driver: dict[str, Any],
+) -> Outcome | Failed:
+    """Do a job, on a machine of the cluster."""
+    torch.set_num_threads(THREADS)
+    if other := differences({name: driver[name] for name in _MUST_AGREE}, machine()):
+        return Failed(job.key, f"a machine of the cluster has other software than this one: {'; '.join(other)}")
+
+    def tell(iteration: int) -> None:
+        post.tell.remote(job.key, iteration)
+
+    def keep(checkpoint: bytes) -> None:
+        post.keep.remote(job.key, checkpoint)
+
+    resume = None if stopped is None else checkpoint_from_bytes(stopped)
+    try:
+        return perform(
+            replace(job, initial=initial), _loaded(problem[0]), resume, watching(tell, keep, checkpoint_every)
+        )
+    except Exception as error:
+        text = " ".join(str(error).split())
+        return Failed(job.key, text if isinstance(error, UserError) else f"{type(error).__name__}: {text}")
+
+
+@functools.lru_cache(maxsize=1)
+def _loaded(reference: Any) -> Problem:
+    """Return the problem; a process that does many trainings fetches it once."""
+    problem: Problem = ray.get(reference)
+    return problem

@@ -1,0 +1,80 @@
+"""Workers: what an engine is, seen from the run that uses it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Protocol, Self, TypeAlias
+
+from tombola.engine.job import Job, Outcome
+from tombola.store import checkpoint_to_bytes
+from tombola.training import Checkpoint, Watch
+
+CHECKPOINT_EVERY = 30.0
+"""Seconds between two checkpoints of a training: the most that is lost with a process."""
+
+TRIES = 3
+"""Times that a job is begun, before it is taken for what kills its process."""
+
+_TOLD_EVERY = 0.2  # seconds
+
+
+@dataclass(frozen=True)
+class At:
+    """A job has come to an iteration."""
+
+    key: str
+    iteration: int
+
+
+@dataclass(frozen=True)
+class Failed:
+    """A job cannot be done."""
+
+    key: str
+    reason: str
+
+
+Event: TypeAlias = At | Outcome | Failed
+
+
+class Workers(Protocol):
+    """Do jobs side by side; a job whose process or machine is lost is done again from its last checkpoint."""
+
+    @property
+    def count(self) -> int:
+        """How many jobs are done at a time."""
+
+    @property
+    def idle(self) -> bool:
+        """Whether a job could be begun at once."""
+
+    def submit(self, job: Job) -> None:
+        """Begin a job; only where `idle`."""
+
+    def events(self, timeout: float) -> Iterator[Event]:
+        """Yield what the workers have told, after waiting for it for at most `timeout` seconds."""
+
+    def __enter__(self) -> Self:
+        """Begin."""
+
+    def __exit__(self, *_: object) -> None:
+        """Stop what is running."""
+
+
+def watching(tell: Callable[[int], None], keep: Callable[[bytes], None] | None, checkpoint_every: float) -> Watch:
+    """Return a function that tells of a training's progress, and gives its checkpoints to `keep`, by time."""
+    told = kept = time.monotonic()
+
+    def watch(iteration: int, checkpoint: Callable[[], Checkpoint]) -> None:
+        nonlocal told, kept
+        now = time.monotonic()
+        if now - told > _TOLD_EVERY:
+            tell(iteration)
+            told = now
+        if keep is not None and now - kept > checkpoint_every:
+            keep(checkpoint_to_bytes(checkpoint()))
+            kept = time.monotonic()
+
+    return watch

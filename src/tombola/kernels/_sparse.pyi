@@ -1,0 +1,38 @@
+from collections.abc import Sequence
+from typing import Any
+
+class Layer:
+    def __init__(
+        self,
+        alive: Any,
+        outputs: int,
+        inputs: int,
+        kernel: tuple[int, int],
+        picture: tuple[int, int],
+        stride: int,
+        padding: tuple[int, int],
+        instruction_set: str,
+    ) -> None: ...
+    @property
+    def block(self) -> int: ...
+    def forward(self, values: int, bias: int, source: Sequence[int], batch: int, target: int, keep: int) -> None: ...
+    def input_gradient(self, values: int, delta: Sequence[int], batch: int, target: int) -> None: ...
+    def weight_gradient(
+        self, source: Sequence[int], delta: Sequence[int], batch: int, gradient: int, bias_gradient: int
+    ) -> None: ...
+
+def instruction_sets() -> list[str]: ...
+def normalize(
+    x: int, channels: int, count: int, weight: int, bias: int, epsilon: float, statistics: int, y: int
+) -> None: ...
+def normalize_gradient(
+    x: int,
+    delta: int,
+    channels: int,
+    count: int,
+    weight: int,
+    statistics: int,
+    gradient: int,
+    weight_gradient: int,
+    bias_gradient: int,
+) -> None: ...

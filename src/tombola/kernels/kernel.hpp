@@ -1,0 +1,60 @@
+// The interface between the extension module (sparse.cpp) and the kernels (kernel.cpp), which are
+// compiled once per instruction set. Plain data only: a standard-library template instantiated in
+// both would be one symbol to the linker, and code for a wide instruction set could reach a machine
+// that lacks it.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+namespace tombola {
+
+// A float tensor of shape (batch, channels, height, width) in any layout; strides in elements.
+// `blocks` is the distance between blocks of samples, for a tensor that is packed block by block.
+struct View {
+    float* data;
+    ptrdiff_t n, c, h, w, blocks;
+};
+
+// One pass over a grid of target pixels. Target pixel (i, j) of row r is
+//     sum over the taps k of r of  values[k] * source(channel_k, i * source_step + y_k, j * source_step + x_k)
+// where source is zero-padded. Source channels are cut into tiles and grid rows into bands, so that
+// the packed piece of source that is read at random stays in the cache; the taps of row r within
+// tile t are split[r * (tiles + 1) + t] to split[r * (tiles + 1) + t + 1].
+struct Pass {
+    int rows;                                // target channels
+    int channels, height, width;             // source
+    int pad_top, pad_left;                   // zeros before the source's first row and column
+    int tap_height, tap_width;               // extent of the taps
+    int grid_height, grid_width;             // target pixels of this pass
+    int source_step;                         // source pixels between neighbours of the grid
+    int target_step, target_top, target_left;// where the grid lies in the target
+    int target_height, target_width;
+    int block;                               // samples that are packed side by side
+    int band;                                // grid rows per packed tile
+    int tiles, tile_channels;
+    const int32_t* split;
+    const int32_t* offset;                   // of each tap in the packed tile, in lines of one block
+};
+
+struct Kernels {
+    const char* name;
+    int linear_block, conv_block;
+    // target = bias + taps * source; target is (rows, height, width, batch), contiguous. With `keep`, the
+    // packed source of a linear layer is left in workspace, block after block.
+    void (*gather)(const Pass&, const float* values, const float* bias, View source, int batch,
+                   float* target, float* workspace, bool keep);
+    // gradient[k] = sum of source * delta under tap k; bias_gradient[r] = sum of delta (or null).
+    void (*correlate)(const Pass&, View source, View delta, int batch, float* gradient,
+                      float* bias_gradient, float* workspace);
+    // Batch normalisation of (channels, count): y = (x - mean) * scale * weight + bias with
+    // scale = 1 / sqrt(variance + epsilon); all three statistics are written.
+    void (*normalize)(const float* x, int channels, ptrdiff_t count, const float* weight, const float* bias,
+                      float epsilon, float* mean, float* variance, float* scale, float* y);
+    void (*normalize_gradient)(const float* x, const float* delta, int channels, ptrdiff_t count,
+                               const float* weight, const float* mean, const float* scale, float* gradient,
+                               float* weight_gradient, float* bias_gradient);
+};
+
+extern const Kernels plain, avx2, avx512;
+
+}  // namespace tombola

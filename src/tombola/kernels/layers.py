@@ -1,0 +1,315 @@
+"""Linear and convolution layers that hold, multiply and train the surviving weights only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+try:
+    from tombola.kernels import _sparse
+
+    extension: Any = _sparse
+except ImportError:  # built without a C++ compiler
+    extension = None
+
+
+def _view(x: Tensor) -> tuple[int, ...]:
+    """Address and strides, as the kernels take them."""
+    return (x.data_ptr(), *x.stride())
+
+
+def _strides(shape: Sequence[int]) -> tuple[int, ...]:
+    """Strides of the kernels' layout: of (batch, channels, height, width), the batch varies fastest."""
+    batch = shape[0]
+    if len(shape) == 2:
+        return (1, batch)
+    _, _, height, width = shape
+    return (1, height * width * batch, width * batch, batch)
+
+
+def _empty(shape: Sequence[int]) -> Tensor:
+    """A tensor in the kernels' layout.
+
+    Element-wise operations keep these strides, so that neighbouring sparse layers exchange activations as they are.
+    """
+    return torch.empty_strided(shape, _strides(shape))
+
+
+class _Product(torch.autograd.Function):
+    """The layer's output as a function of its input, its surviving weights and its bias."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, values: Tensor, bias: Tensor | None, kernel: Any, shape: tuple[int, ...]
+    ) -> Tensor:
+        batch, y, packed = shape[0], _empty(shape), None
+        if x.dim() == 2 and x.stride(0) != 1 and ctx.needs_input_grad[1]:
+            # Transposed once for both passes: backward needs the samples side by side again.
+            packed = torch.empty((-(-batch // kernel.block), x.shape[1], kernel.block))
+        kernel.forward(
+            values.data_ptr(),
+            0 if bias is None else bias.data_ptr(),
+            _view(x),
+            batch,
+            y.data_ptr(),
+            0 if packed is None else packed.data_ptr(),
+        )
+        ctx.save_for_backward(x if packed is None else packed, values)
+        ctx.kernel, ctx.shape = kernel, x.shape
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, values = ctx.saved_tensors
+        needs_input, needs_values, needs_bias = ctx.needs_input_grad[:3]
+        batch = ctx.shape[0]
+        dx = dvalues = dbias = None
+        if needs_values or needs_bias:
+            dvalues = torch.empty_like(values)
+            dbias = torch.empty(dy.shape[1]) if needs_bias else None
+            packed = x.dim() == 3
+            source = (x.data_ptr(), 1, x.stride(1), 0, 0, x.stride(0)) if packed else _view(x)
+            ctx.kernel.weight_gradient(
+                source, _view(dy), batch, dvalues.data_ptr(), 0 if dbias is None else dbias.data_ptr()
+            )
+        if needs_input:
+            dx = _empty(ctx.shape)
+            ctx.kernel.input_gradient(values.data_ptr(), _view(dy), batch, dx.data_ptr())
+        return dx, dvalues, dbias, None, None
+
+
+_product: Callable[..., Tensor] = _Product.apply
+
+
+class _Sparse(nn.Module):
+    """What the sparse layers share: the surviving weights, where they stand, and the kernels made for them."""
+
+    values: nn.Parameter
+    bias: nn.Parameter | None
+    alive: Tensor
+    dimensions: ClassVar[int]
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, mask: Tensor, instruction_set: str | None = None) -> None:
+        super().__init__()
+        if mask.shape != weight.shape or mask.dtype != torch.bool:
+            raise ValueError(
+                f"expected a bool mask of shape {tuple(weight.shape)}, got {mask.dtype} {tuple(mask.shape)}"
+            )
+        self.shape = tuple(weight.shape)
+        self.values = nn.Parameter(weight.detach()[mask])
+        self.bias = None if bias is None else nn.Parameter(bias.detach().clone())
+        self.register_buffer("alive", mask.flatten().nonzero().flatten(), persistent=False)
+        self.instruction_set = instruction_set
+        self._kernels: dict[Sequence[int], Any] = {}
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense weight, made anew: zero where pruned, differentiable in `values`."""
+        return self.values.new_zeros(self.shape).flatten().index_copy(0, self.alive, self.values).view(self.shape)
+
+    @property
+    def density(self) -> float:
+        """Alive / all connections of this layer."""
+        return self.alive.numel() / max(1, self.weight_count)
+
+    @property
+    def weight_count(self) -> int:
+        """The number of connections, dead or alive."""
+        count = 1
+        for size in self.shape:
+            count *= size
+        return count
+
+    def _kernel(self, x: Tensor, values: Tensor) -> Any:
+        """The kernel for pictures of the size of `x`, None where the dense way must be taken."""
+        if x.dtype is not torch.float32 or values.dtype is not torch.float32 or not x.is_cpu or not x.numel():
+            return None
+        if torch.is_autocast_enabled("cpu") or not values.is_contiguous():
+            return None
+        size = x.shape[1:]
+        if size not in self._kernels:
+            if len(self._kernels) == 4:  # pictures of ever new sizes must not fill the memory
+                self._kernels.clear()
+            self._kernels[size] = self._make(size) if extension is not None and values.is_cpu else None
+        return self._kernels[size]
+
+    def _make(self, size: Sequence[int]) -> Any:
+        """The kernel for samples of this size, None if they do not fit."""
+        raise NotImplementedError
+
+    def _layer(self, kernel: tuple[int, int], picture: tuple[int, int], stride: int, padding: tuple[int, int]) -> Any:
+        instruction_set = self.instruction_set or extension.instruction_sets()[0]
+        outputs, inputs = self.shape[:2]
+        return extension.Layer(self.alive.numpy(), outputs, inputs, kernel, picture, stride, padding, instruction_set)
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Any:
+        self._kernels.clear()  # the layer may move to where there are none
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_kernels": {}}  # they are made again where they are needed
+
+
+class SparseLinear(_Sparse):
+    """y = x W^T + b for a W of which only the survivors exist.
+
+    Args:
+        weight: initial weight, (outputs, inputs); only what `mask` keeps is taken.
+        bias: (outputs,) or None.
+        mask: bool, the shape of `weight`.
+        instruction_set: one of `instruction_sets()`; the machine's best by default.
+
+    """
+
+    dimensions = 2
+
+    def forward(self, x: Tensor) -> Tensor:
+        outputs, inputs = self.shape
+        if x.dim() > 2 and x.shape[-1] == inputs:
+            y: Tensor = self(x.flatten(0, -2)).unflatten(0, x.shape[:-1])
+            return y
+        values, bias = self.values, self.bias
+        kernel = self._kernel(x, values) if x.dim() == 2 else None
+        if kernel is None:
+            return F.linear(x, self.weight, bias)
+        return _product(x, values, bias, kernel, (x.shape[0], outputs))
+
+    def _make(self, size: Sequence[int]) -> Any:
+        return self._layer((1, 1), (1, 1), 1, (0, 0)) if size[0] == self.shape[1] else None
+
+    def extra_repr(self) -> str:
+        return f"{self.shape[1]}, {self.shape[0]}, bias={self.bias is not None}, density={self.density:.4g}"
+
+
+class SparseConv2d(_Sparse):
+    """2-D cross-correlation with zero padding for a kernel of which only the survivors exist.
+
+    Args:
+        weight: initial weight, (outputs, inputs, height, width); only what `mask` keeps is taken.
+        bias: (outputs,) or None.
+        mask: bool, the shape of `weight`.
+        stride: pixels between neighbours of the output, the same in both directions.
+        padding: rows and columns of zeros on each side.
+        instruction_set: one of `instruction_sets()`; the machine's best by default.
+
+    """
+
+    dimensions = 4
+
+    def __init__(
+        self,
+        weight: Tensor,
+        bias: Tensor | None,
+        mask: Tensor,
+        stride: int = 1,
+        padding: tuple[int, int] = (0, 0),
+        instruction_set: str | None = None,
+    ) -> None:
+        super().__init__(weight, bias, mask, instruction_set)
+        self.stride = stride
+        self.padding = padding
+
+    def forward(self, x: Tensor) -> Tensor:
+        values, bias = self.values, self.bias
+        kernel = self._kernel(x, values) if x.dim() == 4 else None
+        if kernel is None:
+            return F.conv2d(x, self.weight, bias, self.stride, self.padding)
+        return _product(x, values, bias, kernel, (x.shape[0], self.shape[0], *self._size(x.shape[1:])))
+
+    def _size(self, size: Sequence[int]) -> tuple[int, int]:
+        (_, height, width), (rows, columns) = size, self.padding
+        return (
+            (height + 2 * rows - self.shape[2]) // self.stride + 1,
+            (width + 2 * columns - self.shape[3]) // self.stride + 1,
+        )
+
+    def _make(self, size: Sequence[int]) -> Any:
+        _, inputs, *kernel = self.shape
+        if size[0] != inputs or min(self._size(size)) < 1:
+            return None
+        return self._layer((kernel[0], kernel[1]), (size[1], size[2]), self.stride, self.padding)
+
+    def extra_repr(self) -> str:
+        outputs, inputs, *kernel = self.shape
+        return (
+            f"{inputs}, {outputs}, kernel_size={tuple(kernel)}, stride={self.stride}, padding={self.padding}, "
+            f"bias={self.bias is not None}, density={self.density:.4g}"
+        )
+
+
+class _Normalize(torch.autograd.Function):
+    """Batch normalisation by the statistics of the batch, which it also returns: (3, channels)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+        channels = x.shape[1]
+        y, statistics = _empty(x.shape), torch.empty((3, channels))
+        extension.normalize(
+            x.data_ptr(), channels, x.numel() // channels, weight.data_ptr(), bias.data_ptr(), epsilon,
+            statistics.data_ptr(), y.data_ptr(),
+        )  # fmt: skip
+        ctx.save_for_backward(x, weight, statistics)
+        ctx.mark_non_differentiable(statistics)
+        return y, statistics
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, statistics = ctx.saved_tensors
+        channels = x.shape[1]
+        if dy.stride() != _strides(x.shape):
+            dy = _empty(x.shape).copy_(dy)
+        dx, dweight, dbias = _empty(x.shape), torch.empty(channels), torch.empty(channels)
+        extension.normalize_gradient(
+            x.data_ptr(), dy.data_ptr(), channels, x.numel() // channels, weight.data_ptr(), statistics.data_ptr(),
+            dx.data_ptr(), dweight.data_ptr(), dbias.data_ptr(),
+        )  # fmt: skip
+        return dx, dweight, dbias, None
+
+
+_normalize: Callable[..., tuple[Tensor, Tensor]] = _Normalize.apply
+
+
+class BatchNorm2d(nn.BatchNorm2d):
+    """Batch normalisation that trains on the kernels' layout as fast as memory allows.
+
+    PyTorch's takes several times longer on these strides than on its own. Everything but training on this layout
+    is left to it.
+    """
+
+    @classmethod
+    def of(cls, module: nn.BatchNorm2d) -> BatchNorm2d:
+        """The same layer: it takes over all that `module` holds."""
+        layer = cls.__new__(cls)
+        layer.__dict__ = module.__dict__
+        return layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias, mean, variance = self.weight, self.bias, self.running_mean, self.running_var
+        if (
+            not self.training
+            or self.momentum is None
+            or mean is None
+            or variance is None
+            or x.dim() != 4
+            or x.stride() != _strides(x.shape)
+            or any(t.dtype is not torch.float32 or not t.is_cpu for t in (x, weight, mean))
+            or torch.is_autocast_enabled("cpu")
+        ):
+            return super().forward(x)
+        count = x.numel() // x.shape[1]
+        if count < 2:
+            return super().forward(x)
+        y, statistics = _normalize(x, weight, bias, self.eps)
+        with torch.no_grad():
+            mean.lerp_(statistics[0], self.momentum)
+            variance.lerp_(statistics[1] * (count / (count - 1)), self.momentum)
+            if self.num_batches_tracked is not None:
+                self.num_batches_tracked.add_(1)
+        return y

@@ -1,0 +1,120 @@
+"""What tests of stores and engines share: a study of a second, and stores compared byte for byte."""
+
+from __future__ import annotations
+
+import functools
+import json
+import shutil
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from tombola.engine.job import Job, perform
+from tombola.engine.local import LocalWorkers
+from tombola.engine.run import Status, run
+from tombola.engine.workers import At, Event
+from tombola.planning import Planner
+from tombola.problem import Problem, load_problem
+from tombola.recipe import Recipe
+from tombola.store import Store
+from tombola.study import Study, Task
+
+TASK = Task(dataset="tiny_task:dataset", model="tiny_task:model")
+
+
+@functools.cache
+def problem() -> Problem:
+    return load_problem(TASK)
+
+
+def study(
+    importances: Sequence[str] = ("magnitude", "l1"), seeds: Sequence[int] = (0,), levels: int = 1, **recipe: Any
+) -> Study:
+    """Return a study whose trainings take a tenth of a second; with momentum, so that a checkpoint must hold it."""
+    recipe = {"optimizer": "momentum", "batch_size": 32, "iterations": 60, "rewind": 10, "lr": 0.05} | recipe
+    return Study(
+        task=TASK,
+        recipe=Recipe(**recipe),
+        importances=tuple(importances),
+        seeds=tuple(seeds),
+        levels=levels,
+        fraction=0.5,
+    )
+
+
+def planner(root: Path, of: Study | None = None) -> Planner:
+    return Planner(of or study(), problem(), Store(root))
+
+
+def run_study(root: Path, of: Study | None = None, workers: int = 2, **how: Any) -> Status:
+    plan = planner(root, of)
+    with LocalWorkers(workers, plan.study.task, None, root, **how) as processes:
+        return run(plan, processes, lambda *_: None)
+
+
+class InTurn:
+    """One worker in this very process, that does the jobs it is given in an order of its own."""
+
+    count = 4
+
+    def __init__(self, *, last_first: bool) -> None:
+        self._jobs: list[Job] = []
+        self._last_first = last_first
+        self.order: list[str] = []
+
+    def __enter__(self) -> InTurn:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    @property
+    def idle(self) -> bool:
+        return len(self._jobs) < self.count
+
+    def submit(self, job: Job) -> None:
+        self._jobs.append(job)
+
+    def events(self, timeout: float) -> Iterator[Event]:
+        if self._jobs:
+            job = self._jobs.pop(-1 if self._last_first else 0)
+            self.order.append(job.key)
+            yield At(job.key, job.begin)
+            yield perform(job, problem(), None, lambda *_: None)
+        else:
+            time.sleep(min(timeout, 0.02))
+
+
+def write_study(folder: Path, of: Study | None = None) -> list[str]:
+    """Write a study and its task's module into a folder; return the command that runs it there."""
+    of = of or study()
+    shutil.copy(Path(__file__).with_name("tiny_task.py"), folder)
+    lists = {name: json.dumps(list(getattr(of, name))) for name in ("importances", "seeds")}
+    lines = [f"{name} = {value}" for name, value in lists.items()]
+    lines += [f"levels = {of.levels}", f"fraction = {of.fraction}", "[task]"]
+    lines += [f"{name} = {json.dumps(value)}" for name, value in TASK.model_dump(exclude_defaults=True).items()]
+    lines += ["[recipe]"]
+    lines += [f"{name} = {json.dumps(value)}" for name, value in of.recipe.model_dump(exclude_defaults=True).items()]
+    (folder / "small.toml").write_text("\n".join(lines))
+    return [str(Path(sys.executable).with_name("tombola")), "run", "small.toml"]
+
+
+def content(root: Path) -> dict[str, bytes]:
+    """Return every file of a store but the records of times."""
+    return {
+        str(path.relative_to(root)): path.read_bytes()
+        for path in sorted(root.rglob("*"))
+        if path.is_file() and path.name != "record.json"
+    }
+
+
+def results(root: Path) -> list[Path]:
+    """Return the folders of the results."""
+    return sorted((root / "results").glob("??/*"))
+
+
+def records(root: Path) -> list[dict[str, Any]]:
+    store = Store(root, create=False)
+    return [store.record(folder.name) for folder in results(root)]

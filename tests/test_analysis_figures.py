@@ -1,0 +1,292 @@
+"""Stability, winners, weights, functions, connectivity, reinit: their pure functions by hand and in another way."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.metrics import cohen_kappa_score
+from torch import Tensor, nn
+
+from tombola import Dataset, Mask, UserError
+from tombola.analysis import connectivity, functions, reinit, stability, weights, winners
+from tombola.importance import l1, random
+from tombola.results import Row
+
+
+def mask(**layers: str) -> Mask:
+    return Mask.from_tensors({name: torch.tensor([bit == "1" for bit in bits]) for name, bits in layers.items()})
+
+
+def only(table: pl.DataFrame, **where: object) -> dict[str, Any]:
+    (found,) = (each for each in table.to_dicts() if all(each[name] == value for name, value in where.items()))
+    return found
+
+
+# stability
+
+
+def states(*rows: list[float]) -> list[dict[str, Tensor]]:
+    return [{"w": torch.tensor(row)} for row in rows]
+
+
+def test_stability_by_hand() -> None:
+    trained = states([1.0, -1.0, 2.0, 9.0], [1.0, 1.0, -4.0, 0.0], [1.0, -3.0, 6.0, 0.0])
+    (rewind,) = states([-1.0, 1.0, 1.0, 1.0])
+    (initial,) = states([0.5, 0.5, 0.5, 0.5])
+    table = stability.of_ticket(trained, rewind, initial, mask(w="1110"), mask(w="1000"))
+    assert (
+        table["measure"].to_list()
+        == ["sd", "sd", "flips", "flips", "flips_from_start", "flips_from_start"] + ["movement"] * 2
+    )
+    sd = only(table, measure="sd", layer="w")
+    assert (sd["shared"], sd["other"]) == (1, 2)
+    assert sd["shared_mean"] == 0.0
+    assert sd["other_mean"] == pytest.approx((np.std([-1, 1, -3], ddof=1) + np.std([2, -4, 6], ddof=1)) / 2)
+    assert sd["effect"] == -1.0
+    flips = only(table, measure="flips", layer="w")
+    assert (flips["shared_mean"], flips["other_mean"]) == (0.0, 2.0)
+    from_start = only(table, measure="flips_from_start", layer="w")
+    assert (from_start["shared_mean"], from_start["other_mean"]) == (3.0, 1.5)
+    assert from_start["effect"] == 1.0
+    movement = only(table, measure="movement", layer="w")
+    assert (movement["shared_q50"], movement["other_q50"]) == (0.5, 4.5)
+    assert {**movement, "layer": "(all)"} == only(table, measure="movement", layer="(all)")
+
+
+def test_a_weight_that_is_zero_has_a_sign_of_its_own() -> None:
+    (start,) = states([1.0, 1.0])
+    table = stability.of_ticket(states([0.0, 1.0], [0.0, 1.0]), start, start, mask(w="11"), mask(w="10"))
+    assert only(table, measure="flips", layer="w")["shared_mean"] == 0
+    assert only(table, measure="flips_from_start", layer="w")["shared_mean"] == 2
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.integers(0, 3), min_size=1, max_size=9), st.lists(st.integers(0, 3), min_size=1, max_size=9))
+def test_effect_is_cliffs_delta_counted_pair_by_pair(shared: list[int], other: list[int]) -> None:
+    values = [float(each) for each in shared + other]
+    (start,) = states([0.0] * len(values))
+    is_shared = mask(w="1" * len(shared) + "0" * len(other))
+    table = stability.of_ticket(states(values), start, start, mask(w="1" * len(values)), is_shared)
+    delta = np.mean([np.sign(a - b) for a, b in itertools.product(shared, other)])
+    found = only(table, measure="movement", layer="w")
+    assert found["effect"] == pytest.approx(delta)
+    assert 0 <= found["p"] <= 1
+
+
+def test_stability_where_everything_or_nothing_is_shared() -> None:
+    (start,) = states([1.0, 2.0])
+    table = stability.of_ticket(states([1.0, 2.0]), start, start, mask(w="11"), mask(w="11"))
+    found = only(table, measure="sd", layer="w")
+    assert (found["other"], found["other_mean"], found["effect"], found["p"]) == (0, None, None, None)
+
+
+# winners
+
+
+def results(accuracies: dict[int, list[float | None]], importance: str = "l1") -> list[Row]:
+    return [
+        Row(importance, seed, level, 0.8**level, accuracy, 1, 0.1, accuracy is None, ())
+        for level, row in accuracies.items()
+        for seed, accuracy in enumerate(row)
+    ]
+
+
+def test_winners_by_hand() -> None:
+    table = winners.by_level(results({0: [0.90, 0.92, 0.94], 1: [0.91, 0.92, 0.93], 2: [0.89, 0.91, 0.945]}))
+    level = only(table, level=2)
+    assert level["dense_accuracy"] == pytest.approx(0.92)
+    assert level["difference"] == pytest.approx(-0.005)
+    half = 4.302653 * math.sqrt(((-0.01 + 0.005) ** 2 * 2 + 0.01**2) / 2) / math.sqrt(3)  # t for 2 degrees of freedom
+    assert (level["low"], level["high"]) == (pytest.approx(-0.005 - half), pytest.approx(-0.005 + half))
+    assert (level["keeps"], level["surely"]) == (True, False)
+
+
+def test_the_sparsest_level_wins_even_after_one_that_fails() -> None:
+    table = winners.by_level(results({0: [0.9, 0.9], 1: [0.8, 0.8], 2: [0.9, 0.9], 3: [0.7, 0.7]}))
+    assert winners.winning(table)["level"].to_list() == [2]
+
+
+def test_a_margin_is_kept_exactly() -> None:
+    table = winners.by_level(results({0: [0.98], 1: [0.975], 2: [0.974]}), margin=0.005)
+    assert table["keeps"].to_list() == [True, True, False]
+    assert table["surely"].to_list() == [None] * 3
+
+
+def test_a_level_at_which_a_training_diverged_does_not_win() -> None:
+    table = winners.by_level(results({0: [0.9, 0.9], 1: [0.9, None]}))
+    assert only(table, level=1)["keeps"] is False
+    assert only(table, level=1)["accuracy"] is None
+
+
+def test_winners_surely_have_their_whole_interval_in_the_margin() -> None:
+    table = winners.by_level(results({0: [0.9, 0.9], 1: [0.897, 0.897], 2: [0.8999, 0.8899]}), margin=0.0051)
+    assert winners.winning(table)["level"].to_list() == [2]
+    assert winners.winning(table, surely=True)["level"].to_list() == [1]
+
+
+def test_margins_beyond_reason_are_refused() -> None:
+    with pytest.raises(UserError, match="margin: expected a share of the test set, in 0 to 1, got 5"):
+        winners.by_level([], margin=5)
+
+
+# weights
+
+
+def test_weights_by_hand() -> None:
+    state = {"w": torch.tensor([-2.0, 100.0, 0.0, 4.0])}
+    line = only(weights.of_state(state, mask(w="1011")))
+    assert (line["count"], line["min"], line["max"], line["q50"]) == (3, -2.0, 4.0, 0.0)
+    assert line["q25"] == -1.0
+    assert line["mean"] == pytest.approx(2 / 3)
+    assert line["sd"] == pytest.approx(float(torch.tensor([-2.0, 0.0, 4.0]).std()))
+
+
+def test_weights_of_a_collapsed_layer_are_null() -> None:
+    line = only(weights.of_state({"w": torch.ones(2)}, mask(w="00")))
+    assert line == {"layer": "w", "count": 0} | {name: None for name in line if name not in ("layer", "count")}
+
+
+def test_importances_are_those_that_pruning_compares() -> None:
+    state = {"w": torch.tensor([-1.0, 3.0, 5.0])}
+    line = only(weights.of_importance(state, mask(w="110"), l1))
+    assert (line["min"], line["max"], line["count"]) == (0.25, 0.75, 2)
+    again = [only(weights.of_importance(state, mask(w="111"), random, seed=3)) for _ in range(2)]
+    assert again[0] == again[1]
+    assert again[0] != only(weights.of_importance(state, mask(w="111"), random, seed=4))
+
+
+# functions
+
+
+def test_functions_by_hand() -> None:
+    labels = torch.tensor([0, 1, 1, 0])
+    outputs = {
+        "a": torch.tensor([[2.0, 0.0], [0.0, 2.0], [2.0, 0.0], [2.0, 0.0]]),  # predicts 0 1 0 0
+        "b": torch.tensor([[2.0, 0.0], [0.0, 2.0], [0.0, 9.0], [0.0, 1.0]]),  # predicts 0 1 1 1
+    }
+    line = only(functions.of_outputs(outputs, labels))
+    assert line["agreement"] == 0.5
+    assert line["expected"] == pytest.approx(3 / 4 * 1 / 4 + 1 / 4 * 3 / 4)
+    assert line["kappa"] == pytest.approx(cohen_kappa_score([0, 1, 0, 0], [0, 1, 1, 1]))
+    assert line["accuracy"] == 0.75
+    assert line["ensemble_accuracy"] == 1.0  # b is the surer of the third, a of the fourth
+    assert line["low"] < 0.5 < line["high"]
+
+
+def test_three_networks_agree_where_all_do() -> None:
+    outputs = {
+        name: torch.eye(3)[classes].double() for name, classes in zip("abc", ([0, 1], [0, 1], [0, 2]), strict=True)
+    }
+    table = functions.of_outputs(outputs, torch.tensor([0, 1]))
+    assert table["k"].to_list() == [2, 2, 2, 3]
+    assert table["agreement"].to_list() == [1.0, 0.5, 0.5, 0.5]
+
+
+def test_the_ensemble_takes_the_mean_of_probabilities_not_of_outputs() -> None:
+    outputs = {name: torch.tensor([[margin, 0.0]]) for name, margin in (("a", 5.0), ("b", -2.0), ("c", -2.0))}
+    line = only(functions.of_outputs(outputs, torch.tensor([1])), k=3)
+    assert line["ensemble_accuracy"] == 1.0  # of class 0 the probabilities are 0.99, 0.12 and 0.12
+
+
+def test_wilsons_interval_solves_his_equation() -> None:
+    low, high = functions.wilson(30, 100)
+    for bound in (low, high):
+        assert (0.3 - bound) ** 2 == pytest.approx(1.959963984540054**2 * bound * (1 - bound) / 100)
+
+
+def test_outputs_of_different_shapes_are_refused() -> None:
+    with pytest.raises(UserError, match="of one shape"):
+        functions.of_outputs({"a": torch.zeros(2, 3), "b": torch.zeros(2, 4)}, torch.zeros(2))
+
+
+# connectivity
+
+
+def test_the_barrier_is_the_rise_above_the_line_between_the_ends() -> None:
+    errors = {0.0: 0.1, 0.25: 0.5, 0.5: 0.5, 0.75: 0.35, 1.0: 0.3}
+    table = connectivity.along_line(
+        {"w": torch.tensor(0.0)},
+        {"w": torch.tensor(1.0)},
+        lambda state: (errors[float(state["w"])], None),
+        points=5,
+    )
+    assert table["error"].to_list() == list(errors.values())
+    assert table["alpha"].to_list() == list(errors)
+    assert table["barrier"].to_list() == pytest.approx([0.35] * 5)
+
+
+def test_no_barrier_where_the_error_falls_on_the_way() -> None:
+    one, other = {"w": torch.tensor(0.0)}, {"w": torch.tensor(1.0)}
+    table = connectivity.along_line(one, other, lambda state: (abs(float(state["w"]) - 0.5), 0.0))
+    assert table["barrier"].to_list() == [0.0] * 11
+
+
+def test_integers_are_those_of_the_first_state() -> None:
+    one, other = ({"w": torch.tensor(0.0), "batches": torch.tensor(n)} for n in (4, 8))
+    seen = []
+    connectivity.along_line(one, other, lambda state: (float(seen.append(int(state["batches"])) or 0), 0.0), points=3)
+    assert seen == [4, 4, 4]
+
+
+def test_lines_between_different_networks_are_refused() -> None:
+    with pytest.raises(UserError, match="different networks"):
+        connectivity.along_line({"w": torch.zeros(1)}, {"w": torch.zeros(2)}, lambda _: (0.0, 0.0))
+
+
+def test_statistics_of_batch_norm_become_those_of_the_training_set() -> None:
+    inputs = torch.randn(1200, 3, generator=torch.Generator().manual_seed(0)) * 4 + 7
+    labels = torch.zeros(1200, dtype=torch.int64)
+    data = Dataset("d", inputs, labels, inputs[:2], labels[:2], ("a",))
+    model = nn.Sequential(nn.BatchNorm1d(3), nn.Dropout(0.5), nn.BatchNorm1d(3))
+    nn.init.constant_(model[0].running_mean, 99)  # type: ignore[arg-type]
+    connectivity.recompute_statistics(model, data)
+    parts = inputs.chunk(3)
+    assert torch.allclose(model[0].running_mean, inputs.mean(0), atol=1e-4)  # type: ignore[arg-type]
+    expected = torch.stack([part.var(0) for part in parts]).mean(0)
+    assert torch.allclose(model[0].running_var, expected, rtol=1e-4)  # type: ignore[arg-type]
+    assert model[2].running_mean.abs().max() < 1e-2  # type: ignore[union-attr, operator] # after a norm, without dropout
+    assert model[0].momentum == 0.1
+    assert not model.training
+
+
+# reinit
+
+
+def test_reinit_by_hand() -> None:
+    kept = mask(x="11110000", y="1000")
+    draws = [mask(x="11100000", y="0001"), mask(x="00110011", y="1001")]
+    table = reinit.of_masks(kept, draws)
+    x = only(table, layer="x")
+    assert (x["connections"], x["kept"], x["draws"], x["alive"], x["survived"]) == (8, 4, 2, 3.5, 2.5)
+    assert x["expected"] == pytest.approx((4 * 3 / 8 + 4 * 4 / 8) / 2)
+    excess = [3 / 1.5 - 1, 2 / 2 - 1]
+    assert x["excess"] == pytest.approx(np.mean(excess))
+    assert x["high"] - x["excess"] == pytest.approx(12.7062 * np.std(excess, ddof=1) / math.sqrt(2), rel=1e-4)
+    whole = only(table, layer="(all)")
+    assert whole["survived"] == (3 + 3) / 2
+    assert whole["expected"] == pytest.approx((1.5 + 0.25 + 2 + 0.5) / 2)
+
+
+def test_reinit_of_masks_drawn_at_random_lies_within_chance() -> None:
+    draw = np.random.default_rng(0)
+    kept = Mask.from_tensors({"w": torch.from_numpy(draw.permutation(2000) < 300)})
+    draws = [Mask.from_tensors({"w": torch.from_numpy(draw.permutation(2000) < 500)}) for _ in range(20)]
+    line = only(reinit.of_masks(kept, draws), layer="w")
+    assert line["low"] < 0 < line["high"]
+    assert line["chance_low"] < line["excess"] < line["chance_high"]
+    assert line["expected"] == 75
+
+
+def test_one_draw_has_no_interval_and_an_empty_layer_no_excess() -> None:
+    table = reinit.of_masks(mask(x="10", y="00"), [mask(x="11", y="11")])
+    x, y = only(table, layer="x"), only(table, layer="y")
+    assert (x["excess"], x["low"], x["high"], x["chance_low"], x["chance_high"]) == (0, None, None, 0, 0)
+    assert (y["expected"], y["excess"]) == (0, None)

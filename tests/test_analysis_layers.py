@@ -1,0 +1,191 @@
+"""Layers and paths: by hand, by construction, and by another way of following paths."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn import functional
+
+from tombola import Mask, UserError
+from tombola.analysis import layers
+from tombola.analysis.paths import Paths
+
+
+def masked(model: nn.Module, **zeros: Tensor) -> Mask:
+    """The dense mask with these layers in place of its own."""
+    dense = Mask.ones_like(model)
+    return Mask.from_tensors({name: zeros.get(name.replace(".", "_"), tensor).bool() for name, tensor in dense.items()})
+
+
+def test_layers_by_hand() -> None:
+    mask = Mask.from_tensors({"a": torch.tensor([[1, 1, 0, 0]]).bool(), "b": torch.tensor([1, 0, 0, 0, 0, 0]).bool()})
+    table = layers.of_mask(mask)
+    assert table["layer"].to_list() == ["a", "b", "(all)"]
+    assert table["connections"].to_list() == [4, 6, 10]
+    assert table["alive"].to_list() == [2, 1, 3]
+    assert table["density"].to_list() == pytest.approx([0.5, 1 / 6, 0.3])
+    assert table["ahead"].to_list() == pytest.approx([-0.2, 0.3 - 1 / 6, 0.0])
+    assert table["collapsed"].to_list() == [False] * 3
+    assert table["effective"].to_list() == [None] * 3
+
+
+def test_a_dead_end_and_a_source_without_input_are_on_no_path() -> None:
+    model = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1))
+    first = torch.tensor([[1, 0], [0, 0], [1, 1]])  # hidden unit 1 has no input
+    second = torch.tensor([[1, 1, 0]])  # hidden unit 2 leads nowhere
+    mask = masked(model, **{"0_weight": first, "2_weight": second})
+    effective = Paths(model, (2,)).effective(mask)
+    assert effective["0.weight"].tolist() == [[True, False], [False, False], [False, False]]
+    assert effective["2.weight"].tolist() == [[True, False, False]]
+    table = layers.of_mask(mask, Paths(model, (2,)))
+    assert table["effective"].to_list() == [1, 1, 2]
+    assert table["effective_density"].to_list() == pytest.approx([1 / 6, 1 / 3, 2 / 9])
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 100_000), st.lists(st.integers(1, 5), min_size=3, max_size=5))
+def test_paths_of_a_multilayer_perceptron_one_by_one(seed: int, widths: list[int]) -> None:
+    model = nn.Sequential(*(nn.Linear(a, b) for a, b in pairwise(widths)))
+    draw = torch.Generator().manual_seed(seed)
+    mask = Mask.from_tensors({n: torch.rand(t.shape, generator=draw) < 0.4 for n, t in Mask.ones_like(model).items()})
+    matrices = [mask[f"{i}.weight"].tolist() for i in range(len(widths) - 1)]
+    on_path: list[set[tuple[int, int]]] = [set() for _ in matrices]
+
+    def follow(layer: int, unit: int, taken: list[tuple[int, int]]) -> None:
+        if layer == len(matrices):
+            for index, connection in enumerate(taken):
+                on_path[index].add(connection)
+            return
+        for following in range(widths[layer + 1]):
+            if matrices[layer][following][unit]:
+                follow(layer + 1, following, [*taken, (following, unit)])
+
+    for unit in range(widths[0]):
+        follow(0, unit, [])
+    effective = Paths(model, (widths[0],)).effective(mask)
+    for index, expected in enumerate(on_path):
+        assert {tuple(pair) for pair in effective[f"{index}.weight"].nonzero().tolist()} == expected
+
+
+class Residual(nn.Module):
+    def __init__(self, pooled: str = "max") -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(1, 2, 3, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(2)
+        self.inner = nn.Conv2d(2, 2, 3, padding=1)
+        self.short = nn.Conv2d(2, 2, 1)
+        self.fc = nn.Linear(2, 3)
+        self.pooled = pooled
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        hidden = functional.relu(self.norm(self.stem(inputs)))
+        hidden = torch.relu(self.inner(hidden) + self.short(hidden))
+        if self.pooled == "max":
+            hidden = functional.max_pool2d(hidden, 2)
+        hidden = functional.adaptive_avg_pool2d(hidden, 1).flatten(1)
+        logits: Tensor = self.fc(hidden)
+        return logits
+
+
+def test_a_shortcut_keeps_paths_alive_where_the_inner_layer_has_collapsed() -> None:
+    model = Residual()
+    paths = Paths(model, (1, 4, 4))
+    dense = Mask.ones_like(model)
+    assert paths.effective(dense) == dense
+    inner_gone = masked(model, inner_weight=torch.zeros(2, 2, 3, 3))
+    assert paths.effective(inner_gone) == inner_gone
+    both_gone = masked(model, inner_weight=torch.zeros(2, 2, 3, 3), short_weight=torch.zeros(2, 2, 1, 1))
+    assert paths.effective(both_gone).alive == 0
+
+
+def test_a_channel_that_only_the_shortcut_reads_counts_through_it_alone() -> None:
+    model = Residual()
+    short = torch.zeros(2, 2, 1, 1)
+    short[0, 1] = 1
+    mask = masked(model, inner_weight=torch.zeros(2, 2, 3, 3), short_weight=short)
+    effective = Paths(model, (1, 4, 4)).effective(mask)
+    assert effective.counts == {
+        "stem.weight": 9,
+        "inner.weight": 0,
+        "short.weight": 1,
+        "fc.weight": 3,
+    }
+    assert effective["stem.weight"][1].all()
+
+
+def test_weights_that_only_ever_meet_padding_are_on_no_path() -> None:
+    model = nn.Sequential(nn.Conv2d(1, 1, 3, padding=1), nn.Flatten(), nn.Linear(1, 2))
+    effective = Paths(model, (1, 1, 1)).effective(Mask.ones_like(model))
+    assert effective["0.weight"].sum() == 1
+    assert effective["0.weight"][0, 0, 1, 1]
+
+
+def test_every_place_of_a_pooling_window_counts() -> None:
+    class OnePixel(nn.Module):
+        """Its first layer's outputs are pooled by the largest, which every one of them may be."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Linear(4, 4)
+            self.pool = nn.MaxPool2d(2)
+            self.last = nn.Linear(1, 1)
+
+        def forward(self, inputs: Tensor) -> Tensor:
+            pooled = self.pool(self.first(inputs).view(-1, 1, 2, 2)).flatten(1)
+            logits: Tensor = self.last(pooled)
+            return logits
+
+    model = OnePixel()
+    assert Paths(model, (4,)).effective(Mask.ones_like(model)) == Mask.ones_like(model)
+
+
+def test_layers_that_are_never_pruned_are_whole() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    mask = Mask.from_tensors({"0.weight": torch.tensor([[True, False], [False, False]])})
+    assert Paths(model, (2,)).effective(mask) == mask
+
+
+def test_the_papers_networks_can_be_followed() -> None:
+    from tombola import models
+
+    model = models.MODELS["resnet20"]()
+    paths = Paths(model, (3, 32, 32))
+    dense = Mask.ones_like(model)
+    assert paths.effective(dense).alive == dense.alive
+
+
+class Branching(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(2, 2)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return inputs if inputs.sum() > 0 else self.fc(inputs)
+
+
+class Multiplying(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(2, 2)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        hidden: Tensor = self.fc(inputs)
+        return hidden * hidden
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        (Branching(), "the graph of Branching cannot be traced"),
+        (Multiplying(), "the paths of Multiplying cannot be followed: it calls 'mul'"),
+        (nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2)), "its module '1' is a LayerNorm"),
+    ],
+)
+def test_a_clear_word_where_paths_cannot_be_followed(model: nn.Module, words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        Paths(model, (2,))

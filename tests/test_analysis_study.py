@@ -1,0 +1,444 @@
+"""Analyses of a whole study in a store, from the library and from the command line."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pytest
+import torch
+from torch import nn
+
+from tombola import Planner, Store, UserError, load_problem, load_study, train
+from tombola.analysis import connectivity, functions, layers, overlap, reinit, stability, weights, winners
+from tombola.cli import main
+from tombola.planning import Chain
+from tombola.training import predict
+
+STUDY = """
+importances = ["magnitude", "l1", "min_max"]
+seeds = [0, 1]
+data_seeds = [100]
+levels = 3
+fraction = 0.5
+
+[task]
+dataset = "digits"
+dataset_arguments = { train_per_class = 12, test_per_class = 8 }
+model = "lenet_300_100"
+model_arguments = { inputs = 64 }
+
+[recipe]
+epochs = 2
+batch_size = 32
+rewind = 2
+"""
+
+
+def finish(planner: Planner, chains: list[Chain] | None = None) -> int:
+    """Do the trainings that chains need, here; return how many were done."""
+    done = 0
+    for chain in chains if chains is not None else [*planner.chains, *planner.repeats]:
+        while (training := planner.progress(chain).waits_for) is not None:
+            trained = train(
+                planner.problem.build(),
+                training.initial.state,
+                training.mask,
+                planner.problem.data,
+                planner.study.recipe,
+                training.seed,
+                begin=training.begin,
+                end=training.end,
+            )
+            planner.store.put(training.key, training.identity, training.mask, trained, {})
+            done += 1
+    return done
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a study and its finished store."""
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("analysis")
+    (folder / "study.toml").write_text(STUDY)
+    finish(opened(folder))
+    return folder
+
+
+def opened(folder: Path, store: str = "store", **overrides: Any) -> Planner:
+    study = load_study(str(folder / "study.toml"), overrides)
+    return Planner(study, load_problem(study.task), Store(folder / store))
+
+
+@pytest.fixture(scope="module")
+def planner(folder: Path) -> Planner:
+    return opened(folder)
+
+
+def figures(table: pl.DataFrame, **where: Any) -> list[dict[str, Any]]:
+    return [each for each in table.to_dicts() if all(each[name] == value for name, value in where.items())]
+
+
+# overlap
+
+
+def test_overlap_has_every_comparison_of_every_level(planner: Planner) -> None:
+    table = overlap.of_study(planner)
+    assert table["level"].unique().sort().to_list() == [0, 1, 2, 3]
+    at = figures(table, level=2, seed=1, layer="(all)")
+    assert [(each["kind"], each["tickets"]) for each in at] == [
+        ("importances", ["magnitude", "l1"]),
+        ("importances", ["magnitude", "min_max"]),
+        ("importances", ["l1", "min_max"]),
+        ("importances", ["magnitude", "l1", "min_max"]),
+        ("data order", ["magnitude", "magnitude@100"]),
+    ]
+
+
+def test_the_noise_floor_compares_tickets_of_one_initialisation_and_two_data_orders(planner: Planner) -> None:
+    (found,) = figures(overlap.of_study(planner, levels=[2]), seed=1, kind="data order", layer="fc1.weight")
+    own = planner.progress(Chain(1, "magnitude")).tickets[2]
+    other = planner.progress(Chain(1, "magnitude", 100)).tickets[2]
+    assert own.rewind.state["fc1.weight"].shape == other.rewind.state["fc1.weight"].shape
+    assert found["shared"] == int((own.mask["fc1.weight"] & other.mask["fc1.weight"]).sum())
+    assert own.mask != other.mask
+
+
+def test_a_choice_of_importances_keeps_the_studys_noise_floor(planner: Planner) -> None:
+    table = overlap.of_study(planner, ["min_max", "l1"], [3])
+    shown = {(each["kind"], *each["tickets"]) for each in table.to_dicts()}
+    assert shown == {("importances", "min_max", "l1"), ("data order", "magnitude", "magnitude@100")} or shown == {
+        ("importances", "l1", "min_max"),
+        ("data order", "magnitude", "magnitude@100"),
+    }
+    whole = {
+        (r["seed"], r["shared"])
+        for r in figures(overlap.of_study(planner, levels=[3]), k=2, layer="(all)", kind="importances")
+        if set(r["tickets"]) == {"l1", "min_max"}
+    }
+    assert {(r["seed"], r["shared"]) for r in figures(table, kind="importances", layer="(all)")} == whole
+
+
+def test_an_unfinished_study_is_compared_as_far_as_it_is_there(folder: Path) -> None:
+    planner = opened(folder, "unfinished")
+    with pytest.raises(UserError, match=r"no result of this study is in .*; do its trainings with: tombola run"):
+        overlap.of_study(planner)
+    finish(planner, [Chain(0, "magnitude"), Chain(0, "l1")])
+    table = overlap.of_study(planner)
+    assert {tuple(tickets) for tickets in table.filter(pl.col("level") == 3)["tickets"].to_list()} == {
+        ("magnitude", "l1")
+    }
+    with pytest.raises(
+        UserError, match=r"level 1 is not in .* yet for min_max, seed 0 and 3 more; .*level 0 is there|none is"
+    ):
+        overlap.of_study(planner, levels=[1])
+
+
+def test_levels_and_importances_that_are_not_the_studys_are_refused(planner: Planner) -> None:
+    with pytest.raises(UserError, match="level 9 is not one of the study's, which are 0 to 3"):
+        overlap.of_study(planner, levels=[9])
+    with pytest.raises(UserError, match="the study has no importance 'min-max'; did you mean 'min_max'"):
+        overlap.of_study(planner, ["min-max", "l1"])
+    with pytest.raises(UserError, match="at least 2 are compared, got l1"):
+        overlap.of_study(planner, ["l1"])
+
+
+# layers, winners, weights
+
+
+def test_layers_of_every_ticket(planner: Planner) -> None:
+    table = layers.of_study(planner)
+    assert len(table) == 4 * 6 * 4
+    for chain in planner.chains:
+        mask = planner.progress(chain).tickets[3].mask
+        found = figures(table, level=3, importance=chain.importance, seed=chain.seed)
+        assert {each["layer"]: each["alive"] for each in found} == {**mask.counts, "(all)": mask.alive}
+        assert all(each["effective"] <= each["alive"] for each in found)
+        assert found[-1]["density"] == pytest.approx(1 / 8, abs=1e-4)
+
+
+class Squared(nn.Module):
+    """Multiplies by itself, which makes no path that can be followed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(64, 10)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        hidden: torch.Tensor = self.fc(inputs.flatten(1))
+        return hidden * hidden
+
+
+def test_a_warning_says_why_effective_sparsity_is_left_out(planner: Planner, monkeypatch: pytest.MonkeyPatch) -> None:
+    from dataclasses import replace
+
+    problem = planner.problem
+    monkeypatch.setattr(planner, "problem", replace(problem, build=Squared))
+    with pytest.warns(UserWarning, match="effective sparsity is left out: the paths of Squared .* it calls 'mul'"):
+        assert layers.traced(planner) is None
+
+
+def test_winners_of_a_study_follow_from_its_results(planner: Planner) -> None:
+    table = winners.of_study(planner, ["l1", "min_max"], margin=0.03)
+    assert table["importance"].to_list() == ["l1", "min_max"]
+    for line in table.to_dicts():
+        accuracies = [
+            [planner.progress(Chain(seed, line["importance"])).tickets[level].trained.history.test_accuracy  # type: ignore[union-attr]
+             for seed in (0, 1)]
+            for level in range(4)
+        ]  # fmt: skip
+        means = [sum(each) / 2 for each in accuracies]  # type: ignore[arg-type]
+        assert line["level"] == max(level for level in range(4) if means[level] >= means[0] - 0.03 - 1e-9)
+        assert line["seeds"] == 2
+
+
+def test_an_interval_over_one_seed_is_refused(folder: Path) -> None:
+    planner = opened(folder, seeds=[0])
+    with pytest.raises(UserError, match="an interval needs two seeds or more, and the study has one"):
+        winners.of_study(planner, surely=True)
+    assert winners.of_study(planner)["low"].to_list() == [None] * 3
+
+
+def test_weights_of_a_study(planner: Planner) -> None:
+    table = weights.of_study(planner, ["l1"], [1, 2])
+    assert len(table) == 2 * 2 * 4 * 3
+    ticket = planner.progress(Chain(1, "l1")).tickets[2]
+    assert ticket.trained is not None
+    survivors = ticket.trained.weights.state["fc2.weight"][ticket.mask["fc2.weight"]]
+    (end,) = figures(table, level=2, seed=1, quantity="end", layer="fc2.weight")
+    assert end["max"] == float(survivors.max())
+    (score,) = figures(table, level=2, seed=1, quantity="score", layer="fc2.weight")
+    assert score["max"] == pytest.approx(float(survivors.double().abs().max() / survivors.double().abs().sum()))
+    (initial,) = figures(table, level=2, seed=1, quantity="initial", layer="fc2.weight")
+    (rewind,) = figures(table, level=2, seed=1, quantity="rewind", layer="fc2.weight")
+    assert initial["mean"] != rewind["mean"]  # the rewind point is at iteration 2
+
+
+# stability, functions, connectivity
+
+
+def test_stability_of_a_study_in_another_way(planner: Planner) -> None:
+    table = stability.of_study(planner, levels=[2], layers=["fc1.weight"])
+    tickets = {name: planner.progress(Chain(1, name)).tickets for name in planner.study.importances}
+    masks = [tickets[name][2].mask["fc1.weight"] for name in tickets]
+    shared = masks[0] & masks[1] & masks[2]
+    trained = torch.stack([t.trained.weights.state["fc1.weight"] for t in tickets["l1"][:3]])  # type: ignore[union-attr]
+    (sd,) = figures(table, importance="l1", seed=1, measure="sd")
+    assert sd["shared"] == int(shared.sum())
+    assert sd["shared_mean"] == pytest.approx(float(trained.double().std(0)[shared].mean()))
+    (flips,) = figures(table, importance="l1", seed=1, measure="flips")
+    flipped = (trained[1:].sign() != trained[:-1].sign()).sum(0).double()
+    assert flips["other_mean"] == pytest.approx(float(flipped[masks[1] & ~shared].mean()))
+    (movement,) = figures(table, importance="l1", seed=1, measure="movement")
+    moved = (trained[2] - planner.initial(1).state["fc1.weight"]).abs()
+    assert movement["shared_q50"] == pytest.approx(float(moved[shared].median()), rel=0.05)
+
+
+def test_stability_needs_levels_that_differ_and_layers_that_are_there(planner: Planner) -> None:
+    with pytest.raises(UserError, match="it needs a level from 1 on"):
+        stability.of_study(planner, levels=[0])
+    with pytest.raises(UserError, match=r"there is no layer 'fc9', there are fc1.weight, fc2.weight, fc.weight"):
+        stability.of_study(planner, layers=["fc9"])
+
+
+def test_functions_compare_tickets_and_dense_networks(planner: Planner) -> None:
+    table = functions.of_study(planner)
+    kinds = table.select("level", "kind", "seed").unique().sort("level", "kind", "seed").rows()
+    assert kinds == [
+        (0, "data order", 0),
+        (0, "data order", 1),
+        (0, "seeds", None),
+        (3, "data order", 0),
+        (3, "data order", 1),
+        (3, "importances", 0),
+        (3, "importances", 1),
+    ]
+    (line,) = figures(table, level=3, seed=0, kind="importances", tickets=["l1", "min_max"])
+    model, data = planner.problem.build(), planner.problem.data
+    outputs = []
+    for name in ("l1", "min_max"):
+        planner.progress(Chain(0, name)).tickets[3].apply(model, trained=True)
+        outputs.append(predict(model, data))
+    assert line["agreement"] == float((outputs[0].argmax(1) == outputs[1].argmax(1)).double().mean())
+    ensemble = (outputs[0].softmax(1) + outputs[1].softmax(1)).argmax(1)
+    assert line["ensemble_accuracy"] == float((ensemble == data.test_labels).double().mean())
+
+
+def test_connectivity_ends_at_the_errors_of_the_tickets(planner: Planner) -> None:
+    table = connectivity.of_study(planner, ["magnitude", "l1"], [3], points=3)
+    assert len(table) == 2 * 2 * 3
+    rows = figures(table, seed=1, kind="importances", tickets=["magnitude", "l1"])
+    history = [planner.progress(Chain(1, name)).tickets[3].trained.history for name in ("magnitude", "l1")]  # type: ignore[union-attr]
+    assert [rows[0]["error"], rows[-1]["error"]] == pytest.approx([1 - h.test_accuracy for h in history])  # type: ignore[operator]
+    assert [rows[0]["loss"], rows[-1]["loss"]] == pytest.approx([h.test_loss for h in history])
+    assert figures(table, seed=1, kind="data order", tickets=["magnitude", "magnitude@100"])
+
+
+# reinit
+
+
+def test_reinit_keeps_what_is_shared_and_draws_the_rest_anew(planner: Planner) -> None:
+    plans = reinit.plans(planner, 2, 2, ["magnitude", "l1"])
+    assert [plan.seed for plan in plans] == [0, 1]
+    plan = plans[1]
+    masks = [planner.progress(Chain(1, name)).tickets[2].mask for name in ("magnitude", "l1")]
+    assert plan.kept == masks[0] & masks[1]
+    theta_0, draws = planner.initial(1).state, [plan.planner.initial(draw).state for draw in (1, 2)]
+    for name in plan.kept:
+        kept = plan.kept[name]
+        assert all(draw[name][kept].equal(theta_0[name][kept]) for draw in draws)
+        assert not any((draw[name] == theta_0[name])[~kept].any() for draw in draws)
+        assert not (draws[0][name] == draws[1][name])[~kept].any()
+    assert plan.planner.chains == [Chain(d, name, 1) for d in (1, 2) for name in ("magnitude", "l1")]
+
+
+def test_reinit_is_stored_and_found_again(folder: Path) -> None:
+    planner = opened(folder)
+    plans = reinit.plans(planner, 1, 2, ["magnitude", "l1"])
+    with pytest.raises(UserError, match=r"no result of this study|level 1 is not in"):
+        reinit.of_plans(plans)
+    # A rewind point, a dense network and one ticket of each importance, for each of two draws and two seeds.
+    assert sum(finish(plan.planner) for plan in plans) <= 2 * 2 * 4
+    again = reinit.plans(opened(folder), 1, 2, ["magnitude", "l1"])
+    assert sum(finish(plan.planner) for plan in again) == 0
+    table = reinit.of_plans(again)
+    assert len(table) == 2 * 2 * 4
+    (line,) = figures(table, importance="l1", seed=1, layer="fc1.weight")
+    masks = [again[1].planner.progress(Chain(draw, "l1", 1)).tickets[1].mask for draw in (1, 2)]
+    survived = [int((mask["fc1.weight"] & again[1].kept["fc1.weight"]).sum()) for mask in masks]
+    assert line["survived"] == sum(survived) / 2
+    assert line["draws"] == 2
+
+
+def test_reinit_with_nothing_to_keep_is_refused(planner: Planner) -> None:
+    with pytest.raises(UserError, match="at level 0 every connection is shared"):
+        reinit.plans(planner, 0, 3)
+    with pytest.raises(UserError, match="draws: expected 1 or more, got 0"):
+        reinit.plans(planner, 1, 0)
+
+
+# the command line
+
+
+def command(folder: Path, verb: str, *arguments: str, store: str = "store") -> int:
+    return main([verb, str(folder / "study.toml"), "--store", str(folder / store), *arguments])
+
+
+VERBS = ("overlap", "layers", "stability", "winners", "weights", "functions", "connectivity")
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_prints_a_table_csv_and_json(verb: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    outputs = {}
+    for form in ("table", "csv", "json"):
+        assert command(folder, verb, "--format", form) == 0
+        outputs[form] = capsys.readouterr().out
+    records = json.loads(outputs["json"])
+    lines = list(csv.DictReader(io.StringIO(outputs["csv"])))
+    assert len(lines) == len(records) > 0
+    assert list(lines[0]) == list(records[0])
+    first = outputs["table"].splitlines()[0]
+    assert "importance" in first or "tickets" in first or "Jaccard" in first
+    assert not any("nan" in line.lower() or "None" in line for line in outputs["table"].splitlines())
+
+
+def test_overlap_at_a_level_shows_every_figure_with_chance_and_noise_floor(
+    folder: Path, capsys: pytest.CaptureFixture[str], planner: Planner
+) -> None:
+    assert command(folder, "overlap", "--level", "3") == 0
+    out = capsys.readouterr().out
+    (line,) = [each for each in out.splitlines() if "magnitude & l1 & min_max" in each and "fc1.weight" in each][:1]
+    (expected,) = figures(overlap.of_study(planner, levels=[3]), seed=0, k=3, layer="fc1.weight")
+    assert f"{100 * expected['shared_of_ticket']:.2f}" in line
+    assert f"{100 * expected['layers_expected'] / expected['alive']:.2f}" in line
+    assert f"{100 * expected['layers_low'] / expected['alive']:.2f} .. " in line
+    assert "data order" in out
+    assert "magnitude & magnitude@100" in out
+
+
+def test_without_other_data_orders_a_note_says_how_to_get_the_noise_floor(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command(folder, "overlap", "--data-seeds") == 0
+    assert "no noise floor: the study has no other data order; ask for one with --data-seeds" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["overlap", "--level", "7"], "level 7 is not one of the study's, which are 0 to 3"),
+        (["overlap", "--importances", "l1"], "at least 2 are compared, got l1"),
+        (["overlap", "--importances", "l1", "lamp"], "the study has no importance 'lamp'"),
+        (["overlap", "--importances", "l1", "nonsense"], "unknown importance 'nonsense'"),
+        (["winners", "--margin", "-1"], "--margin: expected points of accuracy in %, 0 to 100, got -1"),
+        (["winners", "--surely", "--seeds", "0"], "an interval needs two seeds or more"),
+        (["stability", "--level", "0"], "it needs a level from 1 on"),
+        (["stability", "--layer", "fc7"], "there is no layer 'fc7'"),
+        (["connectivity", "--points", "1"], "points: expected 2 or more, got 1"),
+        (["reinit", "--level", "5"], "level 5 is not one of the study's"),
+        (["functions", "--seeds", "0", "7"], "level 0 is not there for every seed"),
+    ],
+)
+def test_mistakes_are_one_sentence_and_status_2(
+    arguments: list[str], words: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command(folder, *arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("tombola: ")
+    assert words in captured.err
+    assert len(captured.err.splitlines()) == 1
+
+
+def test_importances_that_a_study_was_run_with_besides_its_own(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    finish(opened(folder, importances=["lamp"], data_seeds=[], seeds=[0], levels=1))
+    assert (
+        command(folder, "overlap", "--seeds", "0", "--importances", "lamp", "l1", "--level", "1", "--format", "json")
+        == 0
+    )
+    compared = {tuple(each["tickets"]) for each in json.loads(capsys.readouterr().out)}
+    assert compared == {("lamp", "l1"), ("magnitude", "magnitude@100")}
+
+
+def test_a_damaged_result_is_one_sentence(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    copy = folder / "damaged"
+    shutil.copytree(folder / "store", copy)
+    for file in copy.glob("results/*/*/weights.safetensors"):
+        os.chmod(file, 0o644)
+        file.write_bytes(b"nothing")
+    assert command(folder, "weights", store="damaged") == 2
+    assert "is damaged" in capsys.readouterr().err
+
+
+def test_no_analysis_warns_or_writes_where_all_is_well(folder: Path, planner: Planner) -> None:
+    before = sorted(path for path in folder.rglob("*") if path.is_file())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for module in (overlap, layers, stability, winners, weights, functions, connectivity):
+            assert len(module.of_study(planner)) > 0
+    assert sorted(path for path in folder.rglob("*") if path.is_file()) == before
+
+
+@pytest.mark.usefixtures("workers_here")
+def test_reinit_plans_runs_and_tells(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ["--level", "1", "--draws", "1", "--seeds", "0", "--importances", "l1", "min_max"]
+    assert command(folder, "reinit", *asked, "--plan") == 0
+    assert "connections kept" in capsys.readouterr().out
+    assert command(folder, "reinit", *asked, "--format", "json") == 0
+    captured = capsys.readouterr()
+    records = json.loads(captured.out)  # what is trained is told elsewhere
+    assert {(each["importance"], each["seed"], each["draws"]) for each in records} == {("l1", 0, 1), ("min_max", 0, 1)}
+    assert "[4/4]" in captured.err
+    assert command(folder, "reinit", *asked) == 0
+    again = capsys.readouterr()
+    assert "[1/" not in again.out + again.err
+    assert "more than chance, %" in again.out

@@ -1,0 +1,356 @@
+"""Bad input: each mistake gives one clear sentence and exit status 2, before any training, and nothing is lost."""
+
+# ruff: noqa: E501 (the sentences stand in tables, one a line)
+
+from __future__ import annotations
+
+import gzip
+import itertools
+import json
+import os
+import struct
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from small_study import STUDY
+from tombola.cli import main
+from tombola.errors import UserError
+
+Refused = Callable[..., str]
+
+GOOD = """
+importances = ["l1"]
+seeds = [0]
+levels = 1
+[task]
+dataset = "digits"
+model = "lenet_300_100"
+model_arguments = { inputs = 64 }
+[recipe]
+epochs = 1
+"""
+
+
+@pytest.fixture
+def refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Refused:
+    """A function that runs the command line in an empty folder, which must refuse, and returns the sentence."""
+
+    def no_worker(*_: object) -> None:
+        raise AssertionError("a training was about to begin")
+
+    monkeypatch.setattr("tombola.engine.local.LocalWorkers", no_worker)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)  # undone after the test, with what the command line adds to the path
+
+    def run(*arguments: str) -> str:
+        before = set(os.listdir())
+        assert main(arguments) == 2
+        assert set(os.listdir()) - before <= {"__pycache__"}  # no store was begun
+        said = capsys.readouterr()
+        assert said.out == ""
+        assert said.err.startswith("tombola: ")
+        assert said.err.count("\n") == 1
+        assert said.err.endswith("\n")
+        return said.err.removeprefix("tombola: ").removesuffix("\n")
+
+    return run
+
+
+def study(old: str = "", new: str = "") -> str:
+    """Write the good study with one change; return its name."""
+    assert old in GOOD
+    Path("study.toml").write_text(GOOD.replace(old, new) if old else new)
+    return "study.toml"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "sentence"),
+    [
+        ("levels = 1", "levels = 1\nlevel = 2", "study study.toml: unknown field 'level'; did you mean 'levels'?"),
+        ("epochs = 1", "epochs = 1\nbatchsize = 2", "study study.toml: unknown field 'recipe.batchsize'; did you mean 'batch_size'?"),
+        ("[recipe]", "[recip]", "study study.toml: unknown field 'recip'; did you mean 'recipe'?; the field 'recipe' is missing"),
+        ("levels = 1", "levels = 'x'", "study study.toml: levels: expected a whole number, got 'x'"),
+        ("levels = 1", "levels = -1", "study study.toml: levels: expected a number from 0, got -1"),
+        ("levels = 1", "levels = 1.5", "study study.toml: levels: expected a whole number, got 1.5"),
+        ("levels = 1", "levels = true", "study study.toml: levels: expected a whole number, got true"),
+        ("levels = 1", "", "study study.toml: the field 'levels' is missing"),
+        ("levels = 1", "fraction = 1.0\nlevels = 1", "study study.toml: fraction: expected a number below 1, got 1.0"),
+        ("levels = 1", "fraction = 0\nlevels = 1", "study study.toml: fraction: expected a number above 0, got 0"),
+        ("levels = 1", "fraction = nan\nlevels = 1", "study study.toml: fraction: expected a finite number, got nan"),
+        ("levels = 1", "levels =", "study.toml: is not valid TOML: Invalid value (at line 4, column 9)"),
+        ("levels = 1", "device = 'gpu'\nlevels = 1", "study study.toml: device: unknown 'gpu'; did you mean 'cpu'?"),
+        ('["l1"]', '"l1"', "study study.toml: importances: expected a list, got 'l1'"),
+        ('["l1"]', '["l1", 3]', "study study.toml: importances.1: expected a text, got 3"),
+        ('["l1"]', "[]", "study study.toml: importances: at least one is needed"),
+        ('["l1"]', '["l1", "l1"]', "study study.toml: importances: 'l1' is named more than once"),
+        ("[0]", "[0, -1]", "study study.toml: seeds.1: expected a number from 0, got -1"),
+        ("epochs = 1", "epochs = 1\nlr = 'a'", "study study.toml: recipe.lr: expected a number, got 'a'"),
+        ("epochs = 1", "epochs = 1\nlr = 0.0", "study study.toml: recipe.lr: expected a number above 0, got 0.0"),
+        ("epochs = 1", "epochs = 1\noptimizer = 'sdg'", "study study.toml: recipe.optimizer: unknown 'sdg'; did you mean 'sgd'?"),
+        ("epochs = 1", "", "study study.toml: recipe: give either epochs or iterations, one of the two"),
+        ("epochs = 1", "epochs = 1\naugmentation = 3", "study study.toml: recipe.augmentation: expected a table, got 3"),
+        (GOOD, "recipe = 3", "study study.toml: recipe: expected a table, got 3; the fields 'task', 'importances', 'seeds', 'levels' are missing"),
+    ],
+)  # fmt: skip
+def test_a_study_with_a_mistake(old: str, new: str, sentence: str, refused: Refused) -> None:
+    assert refused("run", study(old, new)) == sentence
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "sentence"),
+    [
+        ('["l1"]', '["magnitud"]', "importances: unknown importance 'magnitud'; did you mean 'magnitude'?"),
+        ('["l1"]', '["L1"]', "importances: unknown importance 'L1'; did you mean 'l1'?"),
+        ('["l1"]', '["norm"]', "choose from 'magnitude', 'l1', 'l2', 'softmax', 'min_max', 'lamp', 'random' (or give module:function of your own)"),
+        ('["l1"]', '["nowhere:f"]', "importance 'nowhere:f': there is no module 'nowhere' here or on Python's path"),
+        ('["l1"]', '["math:sqrtt"]', "has no function 'sqrtt'; did you mean 'sqrt', 'isqrt'?"),
+        ('["l1"]', '["math:"]', "importance 'math:': expected module:function, such as my_module:my_function"),
+        ('"digits"', '"digit"', "there is no data set 'digit': did you mean 'digits'?"),
+        ('"lenet_300_100"', '"lenet"', "task.model: unknown model 'lenet'; did you mean 'lenet_300_100'?"),
+        ("inputs =", "input =", "task.model 'lenet_300_100': got an unexpected keyword argument 'input'; it takes inputs, classes"),
+        ("inputs = 64", "inputs = 65", "task.model 'lenet_300_100': on inputs of shape (2, 1, 8, 8) from 'digits' it raised RuntimeError"),
+        ("inputs = 64", "inputs = 'x'", "task.model 'lenet_300_100' raised TypeError"),
+        ("inputs = 64", "inputs = 64, classes = 5", "should give outputs of shape (2, 10), one number for each of the 10 classes, got shape (2, 5)"),
+        ("levels = 1", "levels = 100", "levels: 100 are too many"),
+        ("levels = 1", "levels = 100", "at most 45 levels are possible"),
+        ("levels = 1", "exclude = ['fc9']\nlevels = 1", "exclude: 'fc9' is no prunable layer; did you mean 'fc'"),
+        ("levels = 1", "exclude = ['fc1', 'fc2', 'fc']\nlevels = 1", "has no linear or convolution weight to prune besides those excluded"),
+        ("epochs = 1", "epochs = 1\nrewind = 22", "recipe.rewind: iteration 22 is not within the training, which has 11"),
+        ("epochs = 1", "epochs = 1\nrewind = 11", "recipe.rewind: iteration 11 is not within the training, which has 11"),
+        ("epochs = 1", "epochs = 1\nbatch_size = 1353", "recipe.batch_size: 1353 is more than the 1352 training examples of 'digits'"),
+    ],
+)  # fmt: skip
+def test_a_study_that_cannot_be(old: str, new: str, sentence: str, refused: Refused) -> None:
+    assert sentence in refused("run", study(old, new))
+
+
+def test_mistakes_on_the_command_line(refused: Refused) -> None:
+    assert refused() == "VERB is missing (see tombola --help)"
+    assert refused("rnu", "digits") == "unknown verb 'rnu'; did you mean 'run'? (see tombola --help)"
+    assert refused("run", "digit") == "study 'digit' is neither a preset nor a .toml file; did you mean 'digits'?"
+    assert refused("run", "gone.toml") == "gone.toml: cannot be read: No such file or directory"
+    assert "STUDY is missing, it comes first, before the options" in refused("run", "--seeds", "0", "digits")
+    assert "unknown option '--leves'; did you mean '--levels'" in refused("run", "digits", "--leves", "3")
+    assert "unknown option '--recipe.epoch'; did you mean '--recipe.epochs'" in refused(
+        "run", "digits", "--recipe.epoch=3"
+    )
+    assert refused("plan", "digits", "extra") == "'extra' is one too many (see tombola plan --help)"
+    assert refused("run", "digits", "--levels", "many") == "study digits: levels: expected a whole number, got 'many'"
+    assert "--workers: expected a whole number from 1 on, got '0'" in refused("run", "digits", "--workers", "0")
+    assert "unknown --format 'yaml'; choose from 'table', 'csv', 'json'" in refused(
+        "results", "digits", "--format", "yaml"
+    )
+    assert "--task.model-arguments: expected NAME=VALUE, got 'inputs'" in refused(
+        "run", "digits", "--task.model-arguments", "inputs"
+    )
+    assert "-o/--output are missing" in refused("export", "digits")
+
+
+def test_no_gpu(refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert "torch finds no GPU here" in refused("run", "digits", "--device", "cuda")
+
+
+modules = (f"of_a_user_{number}" for number in itertools.count())
+
+
+def own(code: str, old: str, new: str) -> tuple[str, str]:
+    """Write a user's module and the good study with it in place of something; return the module's and study's name."""
+    module = next(modules)
+    Path(f"{module}.py").write_text(f"import torch, tombola\nfrom torch import nn\n{code}\n")
+    return module, study(old, new.replace("MODULE", module))
+
+
+@pytest.mark.parametrize("verb", ["run", "plan"])
+@pytest.mark.parametrize(
+    ("code", "sentence"),
+    [
+        ("def f(w): return w[1:]", "importance 'f', layer 'fc1.weight': expected a tensor of shape (19200,), one number a survivor, got shape (19199,)"),
+        ("def f(w): return w.tolist()", "expected a tensor of shape (19200,), one number a survivor, got list"),
+        ("def f(w): return w / 0 * 0", "importance 'f', layer 'fc1.weight': it returned NaN"),
+        ("def f(w): raise RuntimeError('not\\nthis')", "it raised RuntimeError: not this (in {path}, line 3)"),
+        ("def f(w, more): return w", "it raised TypeError: f() missing 1 required positional argument: 'more'"),
+        ("def g(w): return w", "module '{module}' ({path}) has no function 'f'"),
+        ("1 / 0", "importing '{module}' raised ZeroDivisionError: division by zero (in {path}, line 3)"),
+        ("import nowhere", "importing '{module}' raised ModuleNotFoundError: No module named 'nowhere' (in {path}, line 3)"),
+        ("raise SystemExit('usage')", "importing '{module}' raised SystemExit: usage (in {path}, line 3)"),
+        ("def f(:", "importing '{module}' raised SyntaxError: invalid syntax ({module}.py, line 3)"),
+    ],
+)  # fmt: skip
+def test_a_users_importance_that_fails(verb: str, code: str, sentence: str, refused: Refused, tmp_path: Path) -> None:
+    module, name = own(code, '"l1"', '"MODULE:f"')
+    assert sentence.format(module=module, path=tmp_path / f"{module}.py") in refused(verb, name)
+
+
+@pytest.mark.parametrize(
+    ("code", "sentence"),
+    [
+        ("def f(): return 3", "task.model '{module}:f': expected a torch module, got int"),
+        ("def f(width): return 3", "task.model '{module}:f' raised TypeError: f() missing 1 required positional argument"),
+        ("def f(): raise KeyError('q')", "task.model '{module}:f' raised KeyError: 'q' (in {path}, line 3)"),
+        ("def f(): return nn.Flatten()", "Flatten has no linear or convolution weight to prune"),
+        ("def f(): return nn.Linear(8, 10)", "for inputs of shape (2, 1, 8, 8) from 'digits' it should give outputs of shape (2, 10)"),
+        ("def f(): return nn.Sequential(nn.Flatten(), nn.LazyLinear(10))", "layer '1.weight' is lazy"),
+        ("def f(): return nn.Sequential(nn.Flatten(), nn.Linear(64, 10), nn.LSTM(10, 10))", "expected a tensor, got tuple"),
+        ("class F(nn.Linear):\n  def forward(self, x):\n    if not self.training: raise OSError('not now')\n"
+         "    return super().forward(x.flatten(1))\ndef f(): return F(64, 10)", "it raised OSError: not now (in {path}, line 5)"),
+        ("def f():\n  m = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))\n  m[1].weight.data[0, 0] = float('nan')\n  return m",
+         "task.model '{module}:f': its initial '1.weight' is not finite (NaN or infinite)"),
+        ("def f():\n  m = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))\n  m[1].bias.data[0] = float('inf')\n  return m",
+         "task.model '{module}:f': its initial '1.bias' is not finite (NaN or infinite)"),
+    ],
+)  # fmt: skip
+def test_a_users_model_that_fails(code: str, sentence: str, refused: Refused, tmp_path: Path) -> None:
+    module, name = own(code, '"lenet_300_100"\nmodel_arguments = { inputs = 64 }', '"MODULE:f"')
+    assert sentence.format(module=module, path=tmp_path / f"{module}.py") in refused("run", name)
+
+
+@pytest.mark.parametrize(
+    ("code", "sentence"),
+    [
+        ("def f(): return 3", "task.dataset '{module}:f': expected a tombola.Dataset, got int"),
+        ("def f(): raise OSError('gone')", "task.dataset '{module}:f' raised OSError: gone (in {path}, line 3)"),
+        ("def f(folder): return 3", "task.dataset '{module}:f': missing a required argument: 'folder'; it takes folder"),
+        ("def f():\n  x, y = torch.zeros(4, 64), torch.tensor([0, 1, 2, 9])\n"
+         "  return tombola.Dataset('own', x, y, x, y, ('a', 'b', 'c'))",
+         "data set 'own', train set: label 9 of example 3 is out of range, expected 0..2 for 3 classes"),
+        ("def f():\n  x, y = torch.zeros(4, 64), torch.zeros(4)\n  return tombola.Dataset('own', x, y, x, y, ('a',))",
+         "data set 'own', train set: expected int64 labels of shape (4,), one an input, got torch.float32"),
+    ],
+)  # fmt: skip
+def test_a_users_data_that_fail(code: str, sentence: str, refused: Refused, tmp_path: Path) -> None:
+    module, name = own(code, '"digits"', '"MODULE:f"')
+    assert sentence.format(module=module, path=tmp_path / f"{module}.py") in refused("run", name)
+
+
+@pytest.mark.parametrize(
+    ("code", "sentence"),
+    [
+        ("def f(o, l): return 1.0", "task.loss '{module}:f': expected one number, the mean over the batch, got float"),
+        ("def f(o, l): return o", "expected one number, the mean over the batch, got a tensor of shape (2, 10)"),
+        ("def f(o): return o.sum()", "task.loss '{module}:f' raised TypeError: f() takes 1 positional argument but 2"),
+        ("def f(o, l): return torch.tensor(1.0)", "task.loss '{module}:f': going backward raised RuntimeError"),
+    ],
+)
+def test_a_users_loss_that_fails(code: str, sentence: str, refused: Refused) -> None:
+    module, name = own(code, "[task]", '[task]\nloss = "MODULE:f"')
+    assert sentence.format(module=module) in refused("run", name)
+
+
+def test_a_last_batch_too_small_for_the_model(refused: Refused) -> None:
+    code = "def f(): return nn.Sequential(nn.Flatten(), nn.Linear(64, 10), nn.BatchNorm1d(10))"
+    _, name = own(code, '"lenet_300_100"\nmodel_arguments = { inputs = 64 }', '"MODULE:f"')
+    # 1352 examples are 7 batches of 193 and one example
+    assert "on inputs of shape (1, 1, 8, 8) from 'digits' it raised ValueError" in refused(
+        "run", name, "--recipe.batch-size", "193"
+    )
+
+
+def idx(array_type: int, shape: tuple[int, ...], content: bytes) -> bytes:
+    return bytes((0, 0, array_type, len(shape))) + struct.pack(f">{len(shape)}I", *shape) + content
+
+
+@pytest.fixture
+def mnist(tmp_path: Path) -> Path:
+    """A folder with four small, sound files of MNIST's format."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for name, count in (("train", 20), ("t10k", 10)):
+        (folder / f"{name}-images-idx3-ubyte").write_bytes(idx(8, (count, 28, 28), bytes(784 * count)))
+        labels = bytes(number % 10 for number in range(count))
+        (folder / f"{name}-labels-idx1-ubyte.gz").write_bytes(gzip.compress(idx(8, (count,), labels)))
+    return folder
+
+
+def run_mnist(refused: Refused, mnist: Path) -> str:
+    return refused("run", "lenet-mnist", "--data", str(mnist), "--recipe.batch-size", "10")
+
+
+def test_missing_data_files(refused: Refused, mnist: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_network(*_: object) -> Path:
+        raise UserError("the network is out of reach")
+
+    monkeypatch.setattr("tombola.datasets.idx.download", no_network)
+    (mnist / "t10k-images-idx3-ubyte").unlink()
+    sentence = run_mnist(refused, mnist)
+    assert "the network is out of reach" in sentence
+    assert f"put t10k-images-idx3-ubyte.gz into {mnist}" in sentence
+
+
+def test_truncated_data_files(refused: Refused, mnist: Path) -> None:
+    path = mnist / "train-images-idx3-ubyte"
+    os.truncate(path, 1000)
+    assert run_mnist(refused, mnist).startswith(f"{path}: cut short: expected 15696 bytes")
+
+
+@pytest.mark.parametrize(("begin", "end"), [(0, 30), (10, 20)])
+def test_damaged_gzip_files(begin: int, end: int, refused: Refused, mnist: Path) -> None:
+    path = mnist / "train-labels-idx1-ubyte.gz"
+    content = bytearray(path.read_bytes())
+    content[begin:end] = b"\x1f\x8b" + b"\xff" * (end - begin - 2)
+    path.write_bytes(content)
+    assert run_mnist(refused, mnist).startswith(f"{path}: ")
+
+
+def test_labels_out_of_range(refused: Refused, mnist: Path) -> None:
+    path = mnist / "t10k-labels-idx1-ubyte.gz"
+    path.write_bytes(gzip.compress(idx(8, (10,), bytes(range(1, 11)))))
+    assert run_mnist(refused, mnist) == f"{path}: label 10 of example 9 is out of range, expected 0..9"
+
+
+def test_a_store_that_cannot_be_made(refused: Refused, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for store in ("file", "file/store", "/proc/none/store"):
+        assert refused("run", study("levels = 1", "levels = 0"), "--store", store).startswith(f"store {store}: ")
+
+
+def test_a_store_that_is_another_folder(refused: Refused, tmp_path: Path) -> None:
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.tex").touch()
+    assert "the folder is not empty and no store" in refused("run", "digits", "--store", "full")
+
+
+def test_a_store_that_is_newer_or_damaged(refused: Refused, tmp_path: Path) -> None:
+    (tmp_path / "store").mkdir()
+    (tmp_path / "store" / "store.json").write_text(json.dumps({"store": 999}))
+    for verb in ("run", "plan", "results"):
+        assert "it has version 999 and this tombola reads version 1" in refused(verb, "digits", "--store", "store")
+    (tmp_path / "store" / "store.json").write_text("{")
+    assert "store.json is damaged" in refused("run", "digits", "--store", "store")
+
+
+def test_a_store_that_cannot_be_written_to(refused: Refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "store").mkdir()
+    (tmp_path / "store" / "store.json").write_text(json.dumps({"store": 1}))
+
+    def read_only(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("tombola.store.tempfile.mkstemp", read_only)
+    assert refused("run", "digits", "--store", "store") == "store store: it cannot be written to: Permission denied"
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"--importance": "l2"}, "--importance: the study has no importance 'l2', it has magnitude, l1"),
+        ({"--seed": "5"}, "--seed: the study has no seed 5, it has 0, 1"),
+        ({"--level": "3"}, "--level: the study has no level 3, it has levels 0 to 2"),
+        ({"--level": "-1"}, "--level: expected a whole number from 0 on, got '-1' (see tombola export --help)"),
+        ({"--levels": "4", "--level": "3"}, "level 3 of l1, seed 0 is not in {store}, levels 0 to 2 are; `tombola run` finds the rest"),
+        ({"--recipe.lr": "0.3"}, "level 1 of l1, seed 0 is not in {store}, none of its levels is; `tombola run` finds the rest"),
+        ({"-o": "gone/t.safetensors"}, "--output gone/t.safetensors: there is no folder gone; make it first"),
+        ({"-o": "/"}, "/: cannot be written: "),
+    ],
+)  # fmt: skip
+def test_exports_of_what_is_not_there(changes: dict[str, str], sentence: str, refused: Refused, finished: Path) -> None:
+    options = {"--importance": "l1", "--seed": "0", "--level": "1", "-o": "t.safetensors", "--store": str(finished)}
+    words = [word for option in (options | changes).items() for word in option]
+    assert sentence.format(store=finished) in refused("export", *STUDY, *words)
+
+
+def test_results_of_what_is_not_there(refused: Refused, finished: Path) -> None:
+    sentence = refused("results", *STUDY, "--recipe.lr", "0.3", "--store", str(finished))
+    assert sentence == f"no result of this study is in {finished}; `tombola run` does its trainings"

@@ -1,0 +1,507 @@
+"""The command line as a user runs it. Bad input is in test_bad_input.py."""
+
+from __future__ import annotations
+
+import csv
+import importlib
+import io
+import json
+import os
+import pty
+import re
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import safetensors
+import safetensors.torch
+import torch
+
+from small_study import OVERRIDES, STUDY
+from tombola import Ticket, load_problem, load_study
+from tombola.cli import main
+from tombola.importance import IMPORTANCES
+from tombola.study import presets
+from tombola.training import initial_state
+
+Completed = subprocess.CompletedProcess[str]
+Tombola = Callable[..., Completed]
+Here = Callable[..., str]
+
+CONSOLE = [sys.executable, "-c", "from tombola.cli import main; raise SystemExit(main())"]
+
+
+@pytest.fixture
+def here(
+    workers_here: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Here:
+    """A function that runs the command line in this process, in an empty folder, and returns what it prints."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+
+    def run(*arguments: str, status: int = 0) -> str:
+        for module in ("mine", "mine_too"):  # a user's own: each command starts anew
+            sys.modules.pop(module, None)
+        importlib.invalidate_caches()
+        assert main(arguments) == status
+        said = capsys.readouterr()
+        return said.out if status == 0 else said.err
+
+    return run
+
+
+@pytest.fixture
+def copied(finished: Path, tmp_path: Path) -> Path:
+    """A finished store that may be changed, where the command line looks for it."""
+    return Path(shutil.copytree(finished, tmp_path / "tombola-store"))
+
+
+def trained(said: str) -> list[str]:
+    """The lines of a run's output that tell of trainings."""
+    return [line for line in said.splitlines() if re.match(r"\[\d+/\d+\]", line)]
+
+
+def test_help_needs_no_torch() -> None:
+    code = (
+        "import sys; from tombola.cli import main\n"
+        "try: main(['run', '--help'])\n"
+        "except SystemExit: print([name for name in ('torch', 'numpy', 'rich', 'sklearn') if name in sys.modules])"
+    )
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert "--recipe.batch-size N" in said
+    assert said.endswith("[]\n")
+
+
+def test_every_verb_is_in_the_help_and_has_a_help(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main(["--help"])
+    text = capsys.readouterr().out
+    for verb in ("run", "plan", "results", "export", "importances", "presets"):
+        assert re.search(rf"^    {verb}\b", text, re.MULTILINE)
+        with pytest.raises(SystemExit, match="0"):
+            main([verb, "--help"])
+        assert all(len(line) <= 80 for line in capsys.readouterr().out.splitlines())
+    assert all(len(line) <= 80 for line in text.splitlines())
+
+
+def test_a_run_says_what_it_did_and_prints_its_results_in_plain_text(finished_run: tuple[Path, Completed]) -> None:
+    _, run = finished_run
+    assert (run.returncode, run.stderr) == (0, "")
+    assert "\x1b" not in run.stdout
+    lines = trained(run.stdout)
+    assert [line.split("]")[0] for line in lines] == [f"[{number}/10" for number in range(1, 11)]
+    dense = [line for line in lines if "level 0, density 100.00 %" in line]
+    assert len(dense) == 2
+    assert all("(magnitude, l1)" in line for line in dense)
+    assert "test accuracy in % on digits, mean ± sd over 2 seeds; best *\n" in run.stdout
+    assert re.search(r"^    2     36\.00 +\d\d\.\d\d±\d+\.\d\d", run.stdout, re.MULTILINE)
+
+
+def test_a_finished_study_trains_nothing_and_says_so(copied: Path, here: Here) -> None:
+    before = {path: path.stat().st_mtime_ns for path in (copied / "results").rglob("*")}
+    said = here("run", *STUDY)
+    assert trained(said) == []
+    assert "every training of this study is in tombola-store already; nothing was trained" in said
+    assert {path: path.stat().st_mtime_ns for path in (copied / "results").rglob("*")} == before
+
+
+def test_an_extended_study_trains_only_what_is_new(copied: Path, here: Here) -> None:
+    before = {path.name for path in (copied / "results").glob("*/*")}
+    wider = ["digits", "--levels", "3", "--recipe.epochs", "1", "--data-seeds", "--seeds", "0"]
+    said = here("run", *wider, "--importances", "magnitude", "l1", "l2")
+    assert len(trained(said)) == 5  # level 3 of magnitude and l1, levels 1 to 3 of l2
+    assert not [line for line in trained(said) if "level 0" in line]
+    after = {path.name for path in (copied / "results").glob("*/*")}
+    assert before < after
+    assert len(after - before) == 5
+
+
+def test_a_run_in_process_and_one_with_two_workers_give_the_same_bits(finished: Path, here: Here) -> None:
+    here("run", *STUDY, "--seeds", "1")
+    digests = {path.parent.name: path.read_bytes() for path in finished.glob("results/*/*/SHA256SUMS")}
+    ours = {path.parent.name: path.read_bytes() for path in Path("tombola-store").glob("results/*/*/SHA256SUMS")}
+    assert len(ours) == 5
+    assert ours.items() <= digests.items()
+
+
+def test_results_as_csv_and_json_say_the_same(copied: Path, here: Here) -> None:
+    text = here("results", *STUDY, "--format", "csv")
+    assert text.startswith("importance,seed,level,density,test_accuracy,")
+    lines = list(csv.DictReader(io.StringIO(text)))
+    documents = json.loads(here("results", *STUDY, "--format", "json"))
+    assert len(lines) == len(documents) == 12
+    for line, document in zip(lines, documents, strict=True):
+        assert line["importance"] == document["importance"]
+        for name in ("seed", "level", "alive"):
+            assert int(line[name]) == document[name]
+        for name in ("density", "test_accuracy", "test_loss", "train_loss"):
+            assert float(line[name]) == document[name]
+        assert (line["diverged"], line["collapsed"]) == ("false", "")
+        assert (document["diverged"], document["collapsed"]) == (False, [])
+        assert document["density"] == [1, 40160 / 50200, 32128 / 50200][document["level"]]
+
+
+def test_results_of_an_unfinished_study_are_those_that_are_there(copied: Path, here: Here) -> None:
+    said = here("results", *STUDY, "--levels", "3", "--seeds", "0", "1", "2", "--importances", "magnitude", "l2")
+    assert re.search(r"^    1 +20\.00 +\d\d\.\d\d±\d+\.\d\d \(2 of 3\) +- *$", said, re.MULTILINE)
+    assert said.endswith("8 of 24 tickets are there\n")
+
+
+def test_a_damaged_result_is_said_to_be_and_done_again(copied: Path, here: Here) -> None:
+    victim = sorted((copied / "results").glob("*/*/weights.safetensors"))[0]
+    whole = victim.read_bytes()
+    os.truncate(victim, 100)
+    document = sorted((copied / "results").glob("*/*/result.json"))[1]
+    text = document.read_text()
+    document.write_text(text.replace("accuracy", "accurate"))
+    for verb in (["results"], ["export", "--importance", "l1", "--seed", "0", "--level", "2", "-o", "t.safetensors"]):
+        error = here(*verb[:1], *STUDY, *verb[1:], status=2)
+        assert re.match(r"tombola: .*damaged .*`tombola run` does it again", error)
+    said = here("run", *STUDY)
+    assert len(trained(said)) == 2
+    assert victim.read_bytes() == whole
+    assert document.read_text() == text
+
+
+def test_plan_of_nothing_done_makes_no_store(here: Here) -> None:
+    document = json.loads(here("plan", *STUDY, "--workers", "2", "--format", "json"))
+    assert (document["existing"], document["to_train"], document["workers"]) == (0, 10, 2)
+    assert document["seconds"] >= document["seconds_per_training"] * 5 > 0
+    assert len(document["chains"]) == 4
+    assert not os.listdir()
+    assert trained(here("run", *STUDY, "--levels", "0", "--seeds", "0")) != []  # a plan is no hindrance to a run
+
+
+def test_plan_says_what_exists_and_what_is_new(copied: Path, here: Here) -> None:
+    document = json.loads(here("plan", *STUDY, "--levels", "3", "--format", "json"))
+    assert (document["existing"], document["to_train"]) == (10, 4)
+    text = here("plan", *STUDY, "--levels", "3")
+    assert "4 trainings to do, 10 in tombola-store already\n" in text
+    assert re.search(r"^l1 +1 +1 +3 +1$", text, re.MULTILINE)
+    assert here("plan", *STUDY).endswith("all 10 trainings are in tombola-store: nothing is left to do\n")
+
+
+def test_a_plans_disk_is_about_what_a_run_takes(copied: Path, here: Here) -> None:
+    shutil.move(copied, "elsewhere")
+    planned = json.loads(here("plan", *STUDY, "--format", "json"))["bytes"]
+    taken = sum(path.stat().st_size for path in Path("elsewhere/results").rglob("*") if path.is_file())
+    assert 0.7 < planned / taken < 1.5
+
+
+@pytest.mark.parametrize("verb", ["results", "export"])
+def test_verbs_that_read_make_no_store(verb: str, here: Here) -> None:
+    more = ["--importance", "l1", "--seed", "0", "--level", "0", "-o", "t.safetensors"] if verb == "export" else []
+    assert "tombola-store" in here(verb, *STUDY, *more, status=2)
+    assert not os.listdir()
+
+
+def test_an_exported_ticket_is_plain_safetensors(copied: Path, here: Here) -> None:
+    chosen = ["--importance", "l1", "--seed", "1", "--level", "2"]
+    here("export", *STUDY, *chosen, "-o", "plain.safetensors")
+    here("export", *STUDY, *chosen, "-o", "t.safetensors", "--trained")
+    parameters = [f"{layer}.{kind}" for layer in ("fc1", "fc2", "fc") for kind in ("weight", "bias")]
+    weights = parameters[::2]
+    tensors = safetensors.torch.load_file("t.safetensors")
+    plain = safetensors.torch.load_file("plain.safetensors")
+    assert set(plain) == {f"mask.{name}" for name in weights} | {f"rewind.{name}" for name in parameters}
+    assert set(tensors) == set(plain) | {f"trained.{name}" for name in parameters}
+    task = load_study("digits", OVERRIDES).task
+    initial = initial_state(load_problem(task).build, 1)
+    for name in parameters:
+        alive = tensors.get(f"mask.{name}", torch.tensor(True))
+        assert alive.dtype == torch.bool
+        assert tensors[f"rewind.{name}"].equal(initial[name] * alive)
+        assert (tensors[f"trained.{name}"] == 0)[~alive.expand_as(initial[name])].all()
+        assert not tensors[f"trained.{name}"].equal(tensors[f"rewind.{name}"])
+    assert sum(int(tensors[f"mask.{name}"].sum()) for name in weights) == 32128
+    with safetensors.safe_open("t.safetensors", "pt") as file:
+        about = json.loads(file.metadata()["tombola"])
+    assert about["level"] == 2
+    assert (about["provenance"]["importance"], about["provenance"]["seed"]) == ("l1", 1)
+    assert about["provenance"]["study"]["task"]["dataset"] == "digits"
+    row = [row for row in json.loads(here("results", *STUDY, "--format", "json")) if row["level"] == 2][-1]
+    assert about["history"]["test_accuracy"] == row["test_accuracy"]
+    assert Ticket.load(Path("t.safetensors")).mask.density == row["density"]
+
+
+def test_importances_are_listed(here: Here) -> None:
+    assert [line.split()[0] for line in here("importances").splitlines()[3:]] == list(IMPORTANCES)
+    lines = list(csv.DictReader(io.StringIO(here("importances", "--format", "csv"))))
+    assert [line["importance"] for line in lines] == list(IMPORTANCES)
+    assert lines[1]["description"].startswith("w / sum(w), in 0..1")
+    assert json.loads(here("importances", "--format", "json"))[0]["importance"] == "magnitude"
+
+
+def test_presets_are_listed(here: Here) -> None:
+    assert [line.split()[0] for line in here("presets").splitlines()[2:]] == list(presets())
+    listed = {line["preset"]: line for line in json.loads(here("presets", "--format", "json"))}
+    assert (listed["digits"]["levels"], listed["digits"]["seeds"], listed["digits"]["importances"]) == (10, 2, 5)
+    assert (listed["lenet-mnist"]["levels"], listed["lenet-mnist"]["seeds"]) == (24, 3)
+    assert listed["lenet-mnist"]["description"].startswith("LeNet-300-100 on MNIST")
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["--recipe.batch-size", "64", "--recipe.epochs", "1"],
+        ["--recipe.batch_size=64", "--recipe.epochs=1"],
+        ["--recipe.lr", ".1", "--recipe.epochs", "1"],
+        ["--recipe.iterations", "22"],
+        ["--task.model-arguments", "inputs=64", "--recipe.epochs", "1"],
+        ["--device", "cpu", "--fraction", "0.2", "--exclude", "--recipe.epochs", "1"],
+    ],
+)
+def test_an_override_names_the_same_study_in_every_form(overrides: list[str], copied: Path, here: Here) -> None:
+    study = [word for word in STUDY if word not in ("--recipe.epochs", "1")]
+    planned = json.loads(here("plan", *study, *overrides, "--format", "json"))
+    assert planned["to_train"] == (10 if "--recipe.iterations" in overrides else 0)
+
+
+def test_a_toml_file_and_overrides_name_the_same_study(copied: Path, here: Here) -> None:
+    Path("study.toml").write_text(
+        'importances = ["magnitude", "l1"]\nseeds = [0, 1]\nlevels = 2\n'
+        '[task]\ndataset = "digits"\nmodel = "lenet_300_100"\nmodel_arguments = { inputs = 64 }\n'
+        "[recipe]\nbatch_size = 64\nepochs = 1\n"
+    )
+    assert here("results", "study.toml", "--format", "csv") == here("results", *STUDY, "--format", "csv")
+    assert here("results", "./study.toml", "--format", "csv") == here("results", *STUDY, "--format", "csv")
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [["--recipe.lr", "0.2"], ["--seeds", "2"], ["--recipe.batch-size", "32"], ["--task.model-arguments", "inputs=64",
+     "classes=11"], ["--recipe.optimizer", "adam"], ["--task.dataset-arguments", "train_per_class=100"]],
+)  # fmt: skip
+def test_what_decides_bits_names_other_trainings(overrides: list[str], copied: Path, here: Here) -> None:
+    assert json.loads(here("plan", *STUDY, "--levels", "0", *overrides, "--format", "json"))["existing"] == 0
+
+
+MINE = """
+import mine_too
+import torch
+from torch import nn
+from tombola import Dataset
+
+class Net(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.inner = nn.Linear(4, width)
+        self.outer = nn.Linear(width, 3)
+
+    def forward(self, x):
+        return self.outer(mine_too.between(self.inner(x)))
+
+def net(width=8):
+    return Net(width)
+
+def data(shift=0.0):
+    draw = torch.Generator().manual_seed(0)
+    labels = torch.arange(60) % 3
+    inputs = torch.randn(60, 4, generator=draw) + torch.nn.functional.one_hot(labels, 4) * 3 + shift
+    return Dataset("mine", inputs[:45], labels[:45], inputs[45:], labels[45:], ("a", "b", "c"))
+
+def loss(outputs, labels):
+    return nn.functional.cross_entropy(outputs, labels)
+
+def cubed(w):
+    return w**3
+"""
+
+MINE_TOML = """
+importances = ["mine:cubed", "l1"]
+seeds = [0]
+levels = 1
+[task]
+dataset = "mine:data"
+model = "mine:net"
+loss = "mine:loss"
+[recipe]
+epochs = 1
+batch_size = 9
+"""
+
+
+@pytest.fixture
+def mine(here: Here) -> Here:
+    """`here`, with a user's own model, data set, loss and importance, and a study of them that has run."""
+    Path("mine.py").write_text(MINE)
+    Path("mine_too.py").write_text("import torch\nbetween = torch.relu\n")
+    Path("mine.toml").write_text(MINE_TOML)
+    assert len(trained(here("run", "mine.toml"))) == 3
+    return here
+
+
+def to_train(mine: Here, *arguments: str) -> int:
+    return int(json.loads(mine("plan", *(arguments or ("mine.toml",)), "--format", "json"))["to_train"])
+
+
+def test_a_users_own_code_is_found_in_this_folder(mine: Here) -> None:
+    assert "mine:cubed" in mine("results", "mine.toml")
+    assert to_train(mine) == 0
+
+
+def test_a_users_own_code_is_found_beside_the_study(mine: Here, tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    for name in ("mine.py", "mine_too.py", "mine.toml"):
+        shutil.move(name, tmp_path / "elsewhere" / name)
+    assert to_train(mine, "elsewhere/mine.toml") == 0
+
+
+def test_a_users_own_code_may_be_named_on_the_command_line(mine: Here) -> None:
+    task = ["--task.dataset", "mine:data", "--task.model", "mine:net", "--task.loss", "mine:loss"]
+    study = ["--task.model-arguments", "width=8", "--task.dataset-arguments", "shift=0.0", "--importances=mine:cubed"]
+    length = ["--levels", "1", "--recipe.epochs", "1", "--recipe.batch-size", "9", "--seeds", "0", "--data-seeds"]
+    assert len(trained(mine("run", "digits", *task, *study, *length))) == 2  # arguments are a part of the name
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new", "count"),
+    [
+        ("mine.py", "self.outer(mine_too", "0.5 * self.outer(mine_too", 3),  # the model's forward
+        ("mine_too.py", "torch.relu", "torch.tanh", 3),  # what it imports
+        ("mine.py", "* 3 + shift", "* 2 + shift", 3),  # the data
+        ("mine.py", "cross_entropy(outputs", "cross_entropy(2 * outputs", 3),  # the loss
+        ("mine.toml", 'net"', 'net"\nmodel_arguments = { width = 9 }', 3),
+        ("mine.toml", 'data"', 'data"\ndataset_arguments = { shift = 1.0 }', 3),
+        ("mine.toml", "levels = 1", "levels = 2", 2),
+        ("mine.toml", "levels = 1", "levels = 1\nexclude = ['outer']", 3),
+    ],
+)
+def test_an_edit_trains_what_it_changes(file: str, old: str, new: str, count: int, mine: Here) -> None:
+    text = Path(file).read_text()
+    assert old in text
+    Path(file).write_text(text.replace(old, new))
+    assert to_train(mine) == count
+
+
+def test_an_edited_importance_is_applied_again(mine: Here) -> None:
+    # In a module of its own: the study's model and loss stay as they are.
+    Path("other.py").write_text("def ranked(w):\n    return -w\n")
+    Path("mine.toml").write_text(MINE_TOML.replace('"mine:cubed"', '"other:ranked"'))
+    assert to_train(mine) == 1
+    mine("run", "mine.toml")
+    assert to_train(mine) == 0
+    Path("other.py").write_text("def ranked(w):\n    return w.max() - w\n")
+    sys.modules.pop("other")
+    assert to_train(mine) == 1
+    sys.modules.pop("other")
+
+
+def test_a_file_named_as_a_module_of_python_is_no_hindrance(tombola: Tombola, tmp_path: Path, finished: Path) -> None:
+    for name in ("random.py", "types.py", "code.py"):
+        (tmp_path / name).write_text("raise RuntimeError('not this one')\n")
+    code = "import sys; sys.path.pop(0); from tombola.cli import main; raise SystemExit(main())"  # as a console script
+    command = [sys.executable, "-c", code, "results", *STUDY, "--store", str(finished)]
+    said = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (said.returncode, said.stderr) == (0, "")
+
+
+def test_a_training_that_diverges_ends_its_chain_and_the_study_goes_on(here: Here) -> None:
+    study = [*STUDY, "--seeds", "0"]
+    said = here("run", *study, "--recipe.lr", "1e30")
+    assert "diverged (magnitude, l1)" in said
+    assert "diverged, l1: level 0 (1 of 1 seeds); there is nothing to prune by after that" in said
+    assert trained(here("run", *study, "--recipe.lr", "1e30")) == []
+    lines = list(csv.DictReader(io.StringIO(here("results", *study, "--recipe.lr", "1e30", "--format", "csv"))))
+    assert [(line["level"], line["test_accuracy"], line["diverged"]) for line in lines] == [("0", "", "true")] * 2
+
+
+def test_an_importance_that_fails_later_ends_its_chain_and_the_study_goes_on(here: Here) -> None:
+    Path("mine.py").write_text(
+        "def late(w):\n    if 15_000 < len(w) < 19_200:\n        raise RuntimeError('not this')\n    return w\n"
+    )
+    study = [*STUDY, "--seeds", "0", "--importances", "mine:late", "l1"]
+    error = here("run", *study, status=2)
+    assert re.search(r"mine:late, seed 0: .*'fc1.weight': it raised RuntimeError: not this", error)
+    assert error.count("\n") == 1
+    lines = list(csv.DictReader(io.StringIO(here("results", *study, "--format", "csv"))))
+    assert [line["level"] for line in lines if line["importance"] == "l1"] == ["0", "1", "2"]
+    assert [line["level"] for line in lines if line["importance"] == "mine:late"] == ["0", "1"]
+
+
+def test_collapsed_layers_are_said(here: Here) -> None:
+    Path("mine.py").write_text("def back_first(w):\n    return w * 0 + len(w)\n")  # small layers go first
+    study = [*STUDY, "--seeds", "0", "--importances", "mine:back_first", "l1", "--fraction", "0.1"]
+    said = here("run", *study, "--levels", "1")
+    assert "collapsed layers, mine:back_first: fc.weight from level 1\n" in said
+    rows = json.loads(here("results", *study, "--levels", "1", "--format", "json"))
+    assert [row["collapsed"] for row in rows] == [[], ["fc.weight"], [], []]
+
+
+def test_a_reader_that_goes_away_is_no_error() -> None:
+    for verb in (["presets"], ["presets", "--format", "json"]):
+        read, write = os.pipe()
+        os.close(read)
+        said = subprocess.run([*CONSOLE, *verb], stdout=write, stderr=subprocess.PIPE, check=False)
+        os.close(write)
+        assert (said.returncode, said.stderr) == (141, b"")
+
+
+def test_ctrl_c_stops_at_once_says_how_to_go_on_and_keeps_what_is_done(tmp_path: Path, here: Here) -> None:
+    study = ["digits", "--recipe.epochs", "8", "--levels", "30"]
+    with subprocess.Popen(
+        [*CONSOLE, "run", *study, "--workers", "2"],
+        cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    ) as process:  # fmt: skip
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert process.stdout.readline().startswith("[1/")
+        began = time.monotonic()
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+        assert process.wait() == 130
+        assert time.monotonic() - began < 3  # it takes a tenth of a second where nothing else runs
+        error = process.stderr.read()
+    again = "tombola run digits --recipe.epochs 8 --levels 30 --workers 2"
+    assert error == f"\ntombola: stopped; what is done is kept, go on with: {again}\n"
+    assert json.loads(here("plan", *study, "--format", "json"))["existing"] >= 1
+
+
+def on_a_terminal(folder: Path, *arguments: str) -> tuple[int, str]:
+    """Run the command line on a terminal of 24 lines of 80; return its status and all that it wrote."""
+    process, terminal = pty.fork()
+    if process == 0:
+        os.chdir(folder)
+        os.environ |= {"TERM": "xterm", "COLUMNS": "80", "LINES": "24"}
+        os.execv(CONSOLE[0], [*CONSOLE, *arguments])
+    written = b""
+    while select.select([terminal], [], [], 60)[0]:
+        try:
+            written += os.read(terminal, 1 << 16)
+        except OSError:  # Linux: its other end is closed
+            break
+    os.close(terminal)
+    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]), written.decode()
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_on_a_terminal_a_run_is_live_and_fits_80_columns(tmp_path: Path) -> None:
+    status, text = on_a_terminal(
+        tmp_path, "run", "digits", "--levels", "1", "--recipe.epochs", "3", "--seeds", "0", "--workers", "1"
+    )
+    assert status == 0
+    plain = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", text)
+    assert "of 8 trainings" in plain
+    assert re.search(r"magnitude, order 100 +0 ", plain)
+    assert re.search(r"l1 +0 +0 of 1 +accuracy \d\d\.\d\d % ", plain)
+    assert re.search(r"training: \d+ %", plain)
+    assert max(len(line) for line in re.split(r"[\r\n]+", plain)) <= 80
+    assert "test accuracy in % on digits, seed 0; best bold" in plain
+    assert re.search(r"\x1b\[1m *\d\d\.\d\d\x1b\[0m", text)  # the best, in bold
+    assert "*" not in plain
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_a_table_too_wide_for_a_terminal_is_printed_in_parts(finished: Path, tmp_path: Path) -> None:
+    names = ["magnitude", "l1", "l2", "softmax", "min_max", "lamp", "random"]
+    status, text = on_a_terminal(tmp_path, "results", *STUDY, "--importances", *names, "--store", str(finished))
+    assert status == 0
+    plain = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", text).replace("\r", "")
+    assert max(len(line) for line in plain.splitlines()) <= 80
+    assert plain.count("level  sparsity") == 2
+    assert all(name in plain for name in names)

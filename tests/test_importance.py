@@ -1,0 +1,329 @@
+"""Every importance through one suite of properties, and each against its formula taken literally."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from fractions import Fraction
+from random import Random
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from tombola import Mask, Weights, prune
+from tombola.importance import IMPORTANCES, Seeded, l1, l2, lamp, magnitude, min_max, random, softmax
+from tombola.rewinding import prune_round
+
+EPSILON = 2.0**-52
+
+often = settings(deadline=None, max_examples=40)
+
+
+@dataclass(frozen=True)
+class Traits:
+    """What holds for an importance."""
+
+    sums_to_one: bool = False
+    scale: str = "none"  # what scaling all weights does: "invariant", "proportional" or "none" of these
+    by_weight: bool = True  # it depends on the weights, and on nothing else
+
+
+TRAITS = {
+    "magnitude": Traits(scale="proportional"),
+    "l1": Traits(sums_to_one=True, scale="invariant"),
+    "l2": Traits(sums_to_one=True, scale="invariant"),
+    "softmax": Traits(sums_to_one=True),
+    "min_max": Traits(scale="invariant"),
+    "lamp": Traits(scale="invariant"),
+    "random": Traits(by_weight=False),
+}
+
+every = pytest.mark.parametrize("name", IMPORTANCES)
+
+
+def those(holds: Callable[[Traits], bool]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("name", [name for name, traits in TRAITS.items() if holds(traits)])
+
+
+def tensor(values: list[float]) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64)
+
+
+finite = st.floats(min_value=0, max_value=1.7e308)
+"""Any finite absolute weight: 0, those below the normal range, and the largest."""
+
+usual = st.floats(min_value=1e-3, max_value=1e3)
+layers = st.lists(finite | st.sampled_from([0.0, 0.5, 1.0]), max_size=40).map(tensor)
+"""Layers of every length from 0, with weights that repeat."""
+
+usual_layers = st.lists(usual | st.just(0.0), min_size=1, max_size=40).filter(any).map(tensor)
+
+
+def test_the_table_has_every_importance() -> None:
+    assert set(TRAITS) == set(IMPORTANCES)
+
+
+@every
+@often
+@given(weights=layers)
+def test_one_finite_float64_for_each_weight_which_stays_as_it_was(name: str, weights: Tensor) -> None:
+    before = weights.clone()
+    scores = IMPORTANCES[name](weights)
+    assert scores.shape == weights.shape
+    assert scores.dtype == torch.float64
+    assert scores.isfinite().all()
+    assert (scores >= 0).all()
+    assert weights.equal(before)
+
+
+@those(lambda traits: traits.by_weight)
+@often
+@given(weights=layers)
+def test_order_is_kept_within_a_layer(name: str, weights: Tensor) -> None:
+    scores = IMPORTANCES[name](weights)
+    ascending = scores[weights.argsort()]
+    assert (ascending[1:] >= ascending[:-1]).all()
+
+
+@those(lambda traits: traits.by_weight)
+@often
+@given(weights=layers, copies=st.integers(2, 5))
+def test_equal_weights_count_the_same(name: str, weights: Tensor, copies: int) -> None:
+    scores = IMPORTANCES[name](weights.repeat(copies)).view(copies, -1)
+    assert (scores == scores[0]).all()
+
+
+@those(lambda traits: traits.by_weight)
+@often
+@given(weights=usual_layers, draw=st.randoms(use_true_random=False))
+def test_permuted_weights_have_permuted_importances(name: str, weights: Tensor, draw: Random) -> None:
+    permutation = list(range(len(weights)))
+    draw.shuffle(permutation)
+    # Sums may be in another order, so the last bits may differ.
+    scores = IMPORTANCES[name](weights[permutation])
+    torch.testing.assert_close(scores, IMPORTANCES[name](weights)[permutation], rtol=len(weights) * EPSILON, atol=0)
+
+
+@those(lambda traits: traits.sums_to_one)
+@often
+@given(weights=layers.filter(lambda weights: bool(weights.any())))
+def test_a_layer_sums_to_one(name: str, weights: Tensor) -> None:
+    total = math.fsum(IMPORTANCES[name](weights).tolist())
+    assert abs(total - 1) <= (len(weights) + 3) * EPSILON
+
+
+@those(lambda traits: traits.scale == "invariant")
+@often
+@given(weights=usual_layers, exponent=st.integers(-500, 500), factor=usual)
+def test_scale_does_not_matter(name: str, weights: Tensor, exponent: int, factor: float) -> None:
+    scores = IMPORTANCES[name](weights)
+    assert IMPORTANCES[name](weights * 2.0**exponent).equal(scores), "a power of two changes no bit"
+    if name != "min_max":  # where rounding of the product is magnified by the difference
+        torch.testing.assert_close(IMPORTANCES[name](weights * factor), scores, rtol=1e-13, atol=0)
+
+
+@those(lambda traits: traits.scale == "proportional")
+@often
+@given(weights=usual_layers, exponent=st.integers(-500, 500))
+def test_scale_is_kept(name: str, weights: Tensor, exponent: int) -> None:
+    assert IMPORTANCES[name](weights * 2.0**exponent).equal(IMPORTANCES[name](weights) * 2.0**exponent)
+
+
+def test_scale_matters_to_softmax() -> None:
+    weights = tensor([1.0, 2.0])
+    assert softmax(weights)[1] == pytest.approx(1 / (1 + math.exp(-1)), rel=1e-15)
+    assert softmax(2 * weights)[1] == pytest.approx(1 / (1 + math.exp(-2)), rel=1e-15)
+
+
+# What the paper defines, taken literally and, but for exp, in exact arithmetic.
+
+
+def exact_l1(weights: list[Fraction]) -> list[Fraction]:
+    return [w / sum(weights) for w in weights]
+
+
+def exact_l2(weights: list[Fraction]) -> list[Fraction]:
+    return [w**2 / sum(v**2 for v in weights) for w in weights]
+
+
+def exact_min_max(weights: list[Fraction]) -> list[Fraction]:
+    return [(w - min(weights)) / (max(weights) - min(weights)) for w in weights]
+
+
+def exact_lamp(weights: list[Fraction]) -> list[Fraction]:
+    return [w**2 / sum(v**2 for v in weights if v >= w) if w else w for w in weights]
+
+
+@pytest.mark.parametrize(
+    ("importance", "exact"), [(l1, exact_l1), (l2, exact_l2), (min_max, exact_min_max), (lamp, exact_lamp)]
+)
+@often
+@given(weights=usual_layers.filter(lambda weights: bool((weights != weights[0]).any())))
+def test_formulas(
+    importance: Callable[[Tensor], Tensor], exact: Callable[[list[Fraction]], list[Fraction]], weights: Tensor
+) -> None:
+    expected = exact([Fraction(w) for w in weights.tolist()])
+    # One rounding for each term of a sum, and a few for the rest: nothing may cancel.
+    allowed = (len(weights) + 6) * Fraction(EPSILON)
+    for score, value in zip(importance(weights).tolist(), expected, strict=True):
+        assert abs(Fraction(score) - value) <= allowed * value
+
+
+@often
+@given(weights=st.lists(st.floats(0, 50), min_size=1, max_size=40))
+def test_softmax_formula(weights: list[float]) -> None:
+    powers = [math.exp(w) for w in weights]
+    expected = tensor([power / math.fsum(powers) for power in powers])
+    torch.testing.assert_close(softmax(tensor(weights)), expected, rtol=1e-14, atol=0)
+
+
+def test_magnitude_is_the_weight() -> None:
+    assert magnitude(tensor([3.0, 0.0, 1e-300])).tolist() == [3.0, 0.0, 1e-300]
+
+
+def test_lamp_of_a_large_and_a_small_weight_does_not_cancel() -> None:
+    # The total minus what is smaller, or a sum that begins with the small ones, would make the last one 0 or 1.
+    weights = tensor([1e-9, 1.0, 2e-9])
+    assert lamp(weights).tolist() == pytest.approx([1e-18, 1.0, 4e-18], rel=1e-15)
+
+
+TINY, HUGE = 1e-300, 1e300
+SMALLEST = 5e-324
+
+DEGENERATE: dict[str, tuple[list[float], dict[str, list[float]]]] = {
+    "empty": ([], {name: [] for name in IMPORTANCES}),
+    "one survivor": ([0.3], {"magnitude": [0.3], "l1": [1], "l2": [1], "softmax": [1], "min_max": [1], "lamp": [1]}),
+    "all equal": (
+        [0.3] * 4,
+        {
+            "magnitude": [0.3] * 4,
+            "l1": [0.25] * 4,
+            "l2": [0.25] * 4,
+            "softmax": [0.25] * 4,
+            "min_max": [1] * 4,
+            "lamp": [0.25] * 4,
+        },
+    ),
+    "all zero": (
+        [0, 0],
+        {"magnitude": [0, 0], "l1": [0, 0], "l2": [0, 0], "softmax": [0.5, 0.5], "min_max": [1, 1], "lamp": [0, 0]},
+    ),
+    "one survivor, zero": (
+        [0],
+        {"magnitude": [0], "l1": [0], "l2": [0], "softmax": [1], "min_max": [1], "lamp": [0]},
+    ),
+    "huge": (
+        [HUGE, 0, HUGE],
+        {
+            "magnitude": [HUGE, 0, HUGE],
+            "l1": [0.5, 0, 0.5],
+            "l2": [0.5, 0, 0.5],
+            "softmax": [0.5, 0, 0.5],
+            "min_max": [1, 0, 1],
+            "lamp": [0.5, 0, 0.5],
+        },
+    ),
+    "tiny": (
+        [TINY, 3 * TINY],
+        {
+            "magnitude": [TINY, 3 * TINY],
+            "l1": [0.25, 0.75],
+            "l2": [0.1, 0.9],
+            "softmax": [0.5, 0.5],
+            "min_max": [0, 1],
+            "lamp": [0.1, 1],
+        },
+    ),
+    "the smallest there is": (
+        [SMALLEST, SMALLEST, 0],
+        {
+            "magnitude": [SMALLEST, SMALLEST, 0],
+            "l1": [0.5, 0.5, 0],
+            "l2": [0.5, 0.5, 0],
+            "softmax": [1 / 3, 1 / 3, 1 / 3],
+            "min_max": [1, 1, 0],
+            "lamp": [0.5, 0.5, 0],
+        },
+    ),
+    "tiny beside huge": (
+        [TINY, HUGE],
+        {
+            "magnitude": [TINY, HUGE],
+            "l1": [0, 1],
+            "l2": [0, 1],
+            "softmax": [0, 1],
+            "min_max": [0, 1],
+            "lamp": [0, 1],
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "weights", "expected"),
+    [
+        pytest.param(name, weights, expected, id=f"{name}, {case}")
+        for case, (weights, by_name) in DEGENERATE.items()
+        for name, expected in by_name.items()
+    ],
+)
+def test_degenerate_layers(name: str, weights: list[float], expected: list[float]) -> None:
+    assert IMPORTANCES[name](tensor(weights)).tolist() == pytest.approx(expected, rel=4 * EPSILON, abs=0)
+
+
+@pytest.mark.parametrize("case", DEGENERATE)
+def test_degenerate_layers_are_defined_for_every_importance(case: str) -> None:
+    assert set(DEGENERATE[case][1]) | {"random"} == set(IMPORTANCES)
+
+
+# Random numbers.
+
+
+def test_random_is_repeatable_by_seed() -> None:
+    weights = torch.ones(50, dtype=torch.float64)
+    assert random(weights, seed=3).equal(random(weights, seed=3))
+    assert not random(weights, seed=3).equal(random(weights, seed=4))
+    assert ((random(weights) >= 0) & (random(weights) < 1)).all()
+
+
+def test_random_does_not_depend_on_the_weights() -> None:
+    assert random(torch.ones(50, dtype=torch.float64)).equal(random(torch.arange(50, dtype=torch.float64)))
+
+
+def _random_masks(seed: int, level: int) -> Mask:
+    state = {name: torch.ones(10, 10) for name in ("first.weight", "second.weight")}
+    dense = Mask.from_tensors({name: weight.bool() for name, weight in state.items()})
+    return prune_round(Weights.of(state), dense, level, importance=random, fraction=0.5, seed=seed)
+
+
+def test_random_is_another_in_each_layer_and_round() -> None:
+    assert _random_masks(seed=0, level=0) == _random_masks(seed=0, level=0)
+    assert _random_masks(seed=0, level=0) != _random_masks(seed=0, level=1)
+    assert _random_masks(seed=0, level=0) != _random_masks(seed=1, level=0)
+    mask = _random_masks(seed=0, level=0)
+    assert not mask["first.weight"].equal(mask["second.weight"])
+
+
+def test_what_random_draws_for_a_layer_does_not_depend_on_the_others() -> None:
+    weights = {name: torch.ones(40) for name in ("a", "b")}
+    seen: list[list[float]] = []
+
+    def recorded(survivors: Tensor, draw: torch.Generator) -> Tensor:
+        numbers = torch.rand(survivors.shape, generator=draw)
+        seen.append(numbers.tolist())
+        return numbers
+
+    both = Mask.from_tensors({name: weight.bool() for name, weight in weights.items()})
+    prune(weights, both, Seeded(recorded), 0.5, seed=7)
+    prune(weights, Mask.from_tensors({"b": both["b"]}), Seeded(recorded), 0.5, seed=7)
+    assert seen[1] == seen[2] != seen[0]
+
+
+def test_pruning_leaves_the_global_random_numbers_alone() -> None:
+    before = torch.get_rng_state()
+    _random_masks(seed=0, level=0)
+    assert torch.get_rng_state().equal(before)

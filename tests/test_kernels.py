@@ -1,0 +1,334 @@
+"""Sparse layers compute what the masked dense layers compute, to float32 rounding, and the same bits each time."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from tombola import kernels
+from tombola.kernels import BatchNorm2d, SparseConv2d, SparseLinear, layers
+
+needs_kernels = pytest.mark.skipif(not kernels.available(), reason="built without kernels")
+SETS: list[str] = layers.extension.instruction_sets() if layers.extension else ["plain"]
+EPSILON = torch.finfo(torch.float32).eps
+
+
+def a_mask(shape: tuple[int, ...], kind: str) -> Tensor:
+    """A mask of one of the kinds that tests draw from."""
+    if kind == "none":
+        return torch.zeros(shape, dtype=torch.bool)
+    if kind == "one":
+        mask = torch.zeros(shape, dtype=torch.bool)
+        mask.flatten()[torch.randint(mask.numel(), ())] = True
+        return mask
+    mask = torch.rand(shape) < float(kind)
+    if shape[0] > 2 and shape[1] > 2:
+        mask[1] = False  # an output that nothing reaches
+        mask[:, 2] = False  # an input that reaches nothing
+    return mask
+
+
+KINDS = st.sampled_from(["none", "one", "0.05", "0.3", "0.9", "1"])
+
+
+def in_layout(x: Tensor, layout: str) -> Tensor:
+    """The same numbers at other strides."""
+    if layout == "batch last":
+        return x.movedim(0, -1).contiguous().movedim(-1, 0)
+    if layout == "channels last":
+        return x.movedim(1, -1).contiguous().movedim(-1, 1)
+    if layout == "gaps":
+        wide = torch.full((*x.shape[:-1], 2 * x.shape[-1] + 1), torch.nan)
+        wide[..., 1::2] = x
+        return wide[..., 1::2]
+    return x.contiguous()
+
+
+LAYOUTS = st.sampled_from(["contiguous", "batch last", "channels last", "gaps"])
+
+
+def assert_rounding(ours: Tensor, exact: Tensor, absolute: Tensor, terms: int) -> None:
+    """|ours - exact| is at most what summing `terms` rounded products, of absolute sum `absolute`, may lose."""
+    assert ours.shape == exact.shape
+    excess = (ours.double() - exact).abs() - (terms + 4) * EPSILON * absolute
+    assert excess.numel() == 0 or excess.max() <= 1e-30
+
+
+def check(make: Callable[[Tensor, Tensor, Tensor], nn.Module], apply: Callable[..., Tensor], mask: Tensor, x: Tensor,
+          layout: str, delta_layout: str) -> None:  # fmt: skip
+    """Output and all gradients against float64, with the bound of the rounding error beside it."""
+    weight, bias = torch.randn(mask.shape), torch.randn(mask.shape[0])
+    layer = make(weight, bias, mask)
+    values, added = layer.get_parameter("values"), layer.get_parameter("bias")
+
+    def reference(*sign: Callable[[Tensor], Tensor]) -> list[Tensor]:
+        inputs = [f(t.detach().double()).requires_grad_() for f, t in zip(sign, (x, weight * mask, bias), strict=False)]
+        y = apply(*inputs)
+        return [y.detach(), *torch.autograd.grad(y, inputs, sign[3](delta.double()))]
+
+    x = in_layout(x, layout).requires_grad_()
+    y = layer(x)
+    assert isinstance(y.grad_fn, layers._Product._backward_cls)  # the kernel, not the way around it
+    delta = in_layout(torch.randn(y.shape), delta_layout)
+    gradients = torch.autograd.grad(y, (x, values, added), delta)
+    exact, bound = reference(*[lambda t: t] * 4), reference(*[torch.abs] * 4)
+    taps, positions = mask[0].numel() + 1, delta.numel() // max(1, delta.shape[1])
+    assert_rounding(y.detach(), exact[0], bound[0], taps)
+    assert_rounding(gradients[0], exact[1], bound[1], mask.numel() // mask.shape[1])
+    assert_rounding(gradients[1], exact[2][mask], bound[2][mask], positions)
+    assert_rounding(gradients[2], exact[3], bound[3], positions)
+
+    again = torch.autograd.grad(layer(x), (x, values, added), delta)
+    assert all(torch.equal(a, b) for a, b in zip(gradients, again, strict=True))
+
+
+@needs_kernels
+@pytest.mark.parametrize("instruction_set", SETS)
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 2**31),
+    batch=st.sampled_from([1, 2, 7, 63, 128, 130]),
+    inputs=st.sampled_from([1, 3, 8, 37, 300]),
+    outputs=st.sampled_from([1, 5, 40]),
+    kind=KINDS,
+    layout=LAYOUTS,
+    delta_layout=LAYOUTS,
+)
+def test_linear_equals_masked_dense(
+    instruction_set: str, seed: int, batch: int, inputs: int, outputs: int, kind: str, layout: str, delta_layout: str
+) -> None:
+    torch.manual_seed(seed)
+    check(
+        lambda w, b, m: SparseLinear(w, b, m, instruction_set),
+        F.linear,
+        a_mask((outputs, inputs), kind),
+        torch.randn(batch, inputs),
+        layout,
+        delta_layout,
+    )
+
+
+@needs_kernels
+@pytest.mark.parametrize("instruction_set", SETS)
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 2**31),
+    batch=st.sampled_from([1, 7, 16, 33, 130]),
+    channels=st.sampled_from([(1, 1), (3, 5), (50, 4), (4, 50)]),
+    kernel=st.tuples(st.integers(1, 3), st.integers(1, 4)),
+    picture=st.tuples(st.integers(1, 9), st.integers(1, 11)),
+    stride=st.integers(1, 3),
+    padding=st.tuples(st.integers(0, 2), st.integers(0, 2)),
+    kind=KINDS,
+    layout=LAYOUTS,
+    delta_layout=LAYOUTS,
+)
+def test_convolution_equals_masked_dense(
+    instruction_set: str, seed: int, batch: int, channels: tuple[int, int], kernel: tuple[int, int],
+    picture: tuple[int, int], stride: int, padding: tuple[int, int], kind: str, layout: str, delta_layout: str
+) -> None:  # fmt: skip
+    torch.manual_seed(seed)
+    picture = (max(picture[0], kernel[0] - 2 * padding[0]), max(picture[1], kernel[1] - 2 * padding[1]))
+    check(
+        lambda w, b, m: SparseConv2d(w, b, m, stride, padding, instruction_set),
+        lambda x, w, b: F.conv2d(x, w, b, stride, padding),
+        a_mask((channels[1], channels[0], *kernel), kind),
+        torch.randn(batch, channels[0], *picture),
+        layout,
+        delta_layout,
+    )
+
+
+@needs_kernels
+def test_pictures_larger_than_the_cache() -> None:
+    torch.manual_seed(0)
+    check(
+        lambda w, b, m: SparseConv2d(w, b, m, 2, (1, 1)),
+        lambda x, w, b: F.conv2d(x, w, b, 2, 1),
+        a_mask((6, 40, 3, 3), "0.3"),
+        torch.randn(17, 40, 37, 130),
+        "contiguous",
+        "batch last",
+    )
+
+
+@needs_kernels
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 2**31),
+    shape=st.tuples(st.sampled_from([2, 7, 130]), st.integers(2, 5), st.integers(2, 9), st.integers(2, 9)),
+    offset=st.sampled_from([0.0, 30.0]),
+)
+def test_batch_norm_equals_torch(seed: int, shape: tuple[int, int, int, int], offset: float) -> None:
+    torch.manual_seed(seed)
+    dense = nn.BatchNorm2d(shape[1])
+    nn.init.normal_(dense.weight), nn.init.normal_(dense.bias)
+    ours = BatchNorm2d.of(copy.deepcopy(dense))
+    dense.double()
+    x = in_layout(torch.randn(shape) + offset, "batch last").requires_grad_()
+    exact = x.detach().double().requires_grad_()
+    delta = torch.randn(shape)
+    y, z = ours(x), dense(exact)
+    assert isinstance(y.grad_fn, layers._Normalize._backward_cls)
+    y.backward(delta)
+    z.backward(delta.double())
+
+    def near(a: Tensor, b: Tensor) -> bool:
+        return torch.allclose(a.double(), b, rtol=1e-4, atol=1e-3 if offset else 1e-4)
+
+    parameters = zip(ours.parameters(), dense.parameters(), strict=True)
+    for a, b in ((y, z), (x.grad, exact.grad), *((p.grad, q.grad) for p, q in parameters)):
+        assert a is not None and b is not None
+        assert near(a, b)
+    for a, b in zip(ours.buffers(), dense.buffers(), strict=True):
+        assert torch.allclose(a.double(), b.double(), rtol=1e-5, atol=1e-5)
+    assert near(ours.eval()(x), dense.eval()(exact))
+
+
+class Net(nn.Module):
+    """Convolutions, a normalisation, a stride, a shared and an ineligible layer, a linear end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 8, 3, padding=1)
+        self.bn = nn.BatchNorm2d(8)
+        self.grouped = nn.Conv2d(8, 8, 3, padding=1, groups=2)
+        self.conv2 = nn.Conv2d(8, 12, 3, stride=2, bias=False)
+        self.fc1 = nn.Linear(12, 20)
+        self.fc2 = nn.Linear(20, 20)
+        self.tied = nn.Linear(20, 20)
+        self.tied.weight = self.fc2.weight
+        self.fc = nn.Linear(20, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.conv2(self.grouped(F.relu(self.bn(self.conv1(x))))))
+        x = F.relu(self.fc1(x.mean((2, 3))))
+        logits: Tensor = self.fc(F.relu(self.tied(F.relu(self.fc2(x)))))
+        return logits
+
+
+def a_net(density: float = 0.2) -> tuple[Net, dict[str, Tensor]]:
+    """A network whose pruned weights are zero, and its mask."""
+    torch.manual_seed(1)
+    model = Net()
+    mask = {name: torch.rand_like(p) < density for name, p in model.named_parameters() if p.dim() > 1}
+    with torch.no_grad():
+        for name, alive in mask.items():
+            model.get_parameter(name).mul_(alive)
+    return model, mask
+
+
+@needs_kernels
+def test_choices_leave_alone_what_must_stay_dense() -> None:
+    model, mask = a_net()
+    chosen = kernels.choices(model, mask)
+    assert list(chosen) == list(mask)
+    assert {name for name, choice in chosen.items() if choice == "dense"} == {"grouped.weight", "fc2.weight"}
+    model.fc1.register_forward_hook(lambda *_: None)
+    assert kernels.choices(model, mask)["fc1.weight"] == "dense"
+    assert set(kernels.choices(model, {n: torch.ones_like(m) for n, m in mask.items()}).values()) == {"dense"}
+    assert set(kernels.choices(model.double(), mask).values()) == {"dense"}
+
+
+def test_rule() -> None:
+    assert kernels.choose((300, 784), 0.5) and not kernels.choose((300, 784), 0.51)
+    assert kernels.choose((16, 16, 3, 3), 0.3) and not kernels.choose((16, 16, 3, 3), 0.31)
+    assert kernels.choose((300, 784), 0.1, 32) and not kernels.choose((300, 784), 0.2, 32)
+    assert not kernels.choose((300, 784), 0.01, 8)
+
+
+def test_without_kernels_everything_is_dense(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, mask = a_net()
+    monkeypatch.setattr(layers, "extension", None)
+    assert not kernels.available() and kernels.instruction_set() is None
+    assert set(kernels.choices(model, mask).values()) == {"dense"}
+    assert isinstance(kernels.sparsify(model, mask).get_submodule("fc"), nn.Linear)
+
+
+@needs_kernels
+def test_training_agrees_with_masked_dense() -> None:
+    dense, mask = a_net()
+    sparse = kernels.sparsify(copy.deepcopy(dense), mask)
+    assert sum(p.numel() for p in sparse.parameters()) < sum(p.numel() for p in dense.parameters())
+    optimizers = [torch.optim.SGD(m.parameters(), 0.1, momentum=0.9, weight_decay=1e-3) for m in (dense, sparse)]
+    for _ in range(5):
+        x, y = torch.randn(33, 3, 9, 9), torch.randint(4, (33,))
+        for model, optimizer in zip((dense, sparse), optimizers, strict=True):
+            optimizer.zero_grad()
+            torch.autograd.backward(F.cross_entropy(model(x), y))
+            for name, alive in mask.items() if model is dense else ():
+                gradient = dense.get_parameter(name).grad
+                assert gradient is not None
+                gradient.mul_(alive)
+            if model is sparse:  # the layers that stayed dense
+                for name, parameter in sparse.named_parameters():
+                    if name in mask and parameter.grad is not None:
+                        parameter.grad.mul_(mask[name])
+            optimizer.step()
+    expected, state = dense.state_dict(), kernels.dense_state(sparse)
+    assert list(state) == list(expected)
+    for name, tensor in expected.items():
+        assert torch.allclose(state[name], tensor, rtol=1e-4, atol=1e-5), name
+    for name, alive in mask.items():
+        assert state[name][~alive].eq(0).all()
+    fresh = Net()
+    fresh.load_state_dict(state)
+    sparse.eval(), fresh.eval()
+    assert torch.allclose(sparse(x), fresh(x), rtol=1e-4, atol=1e-5)
+
+
+@needs_kernels
+def test_bits_repeat_and_survive_copies() -> None:
+    model, mask = a_net()
+    x = torch.randn(130, 3, 9, 9)
+    sparse = kernels.sparsify(model, mask)
+    first = sparse(x)
+    assert torch.equal(first, sparse(x))
+    again, _ = a_net()
+    assert torch.equal(first, kernels.sparsify(again, mask)(x))
+    for other in (copy.deepcopy(sparse.eval()), pickle.loads(pickle.dumps(sparse))):
+        assert torch.equal(other(x), sparse(x))
+
+
+def test_weight_is_dense_and_differentiable() -> None:
+    torch.manual_seed(0)
+    mask = torch.rand(4, 3, 2, 2) < 0.4
+    dense = torch.randn(4, 3, 2, 2)
+    layer = SparseConv2d(dense, None, mask)
+    assert torch.equal(layer.weight, dense * mask)
+    assert abs(layer.density - mask.float().mean().item()) < 1e-6
+    layer.double()
+
+    def loss(values: Tensor) -> Tensor:
+        y: Tensor = torch.func.functional_call(layer, {"values": values}, torch.ones(1, 3, 2, 2, dtype=torch.float64))
+        return y.square().sum()
+
+    values = layer.values.detach().clone().requires_grad_()
+    assert torch.autograd.gradcheck(loss, values)
+    torch.autograd.backward(layer.weight.square().sum())
+    assert layer.values.grad is not None
+    assert torch.allclose(layer.values.grad, 2 * layer.values.detach())
+
+
+@pytest.mark.parametrize("shape", [(3,), (5, 3), (2, 5, 3), (0, 3)])
+def test_linear_takes_what_torch_takes(shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    mask = torch.rand(4, 3) < 0.5
+    layer = SparseLinear(torch.randn(4, 3), torch.randn(4), mask)
+    x = torch.randn(shape)
+    assert torch.allclose(layer(x), F.linear(x, layer.weight, layer.bias), atol=1e-6)
+    with pytest.raises(RuntimeError, match="shape"):
+        layer(torch.randn(2, 7))
+
+
+def test_mask_of_another_shape_is_an_error() -> None:
+    with pytest.raises(ValueError, match=r"expected a bool mask of shape \(4, 3\), got torch.bool \(3, 4\)"):
+        SparseLinear(torch.randn(4, 3), None, torch.ones(3, 4, dtype=torch.bool))

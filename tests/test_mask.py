@@ -1,0 +1,717 @@
+"""Masks as sets of connections, and the pruning of one round."""
+
+from __future__ import annotations
+
+import copy
+import math
+import pickle
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn.utils import prune as torch_prune
+
+from tombola import Mask, UserError, prunable, prune
+from tombola.importance import IMPORTANCES, Importance, Seeded, l1, magnitude
+from tombola.mask import _kth_smallest
+
+often = settings(deadline=None, max_examples=50)
+
+Layers = dict[str, npt.NDArray[np.bool_]]
+
+shapes = st.dictionaries(
+    st.sampled_from(["a.weight", "b.weight", "c.weight"]),
+    st.lists(st.integers(1, 5), min_size=1, max_size=3).map(tuple),
+    min_size=1,
+)
+
+
+@st.composite
+def networks(draw: st.DrawFn, count: int = 1) -> list[Layers]:
+    """Draw which connections are alive, `count` times for one network."""
+    network = draw(shapes)
+
+    def layer(shape: tuple[int, ...]) -> npt.NDArray[np.bool_]:
+        size = math.prod(shape)
+        return np.array(draw(st.lists(st.booleans(), min_size=size, max_size=size)), dtype=bool).reshape(shape)
+
+    return [{name: layer(shape) for name, shape in network.items()} for _ in range(count)]
+
+
+def mask_of(layers: Layers) -> Mask:
+    return Mask.from_tensors({name: torch.from_numpy(alive.copy()) for name, alive in layers.items()})
+
+
+def alive(**layers: Any) -> Mask:
+    return Mask.from_tensors({name: torch.tensor(bits, dtype=torch.bool) for name, bits in layers.items()})
+
+
+def dense(weights: dict[str, Tensor]) -> Mask:
+    return Mask.from_tensors({name: torch.ones_like(w, dtype=torch.bool) for name, w in weights.items()})
+
+
+# Masks as sets.
+
+
+@often
+@given(networks(2))
+def test_masks_are_sets_of_connections(pair: list[Layers]) -> None:
+    a, b = pair
+    for combined, expected in (
+        (mask_of(a) & mask_of(b), {name: a[name] & b[name] for name in a}),
+        (mask_of(a) | mask_of(b), {name: a[name] | b[name] for name in a}),
+        (mask_of(a) ^ mask_of(b), {name: a[name] ^ b[name] for name in a}),
+    ):
+        assert list(combined) == list(expected)
+        for name, bits in expected.items():
+            assert combined[name].dtype == torch.bool
+            np.testing.assert_array_equal(combined[name].numpy(), bits)
+
+
+@often
+@given(networks(3))
+def test_algebraic_laws(three: list[Layers]) -> None:
+    a, b, c = map(mask_of, three)
+    every = mask_of({name: np.ones_like(bits) for name, bits in three[0].items()})
+    none = every ^ every
+    assert none.alive == 0
+    assert a & b == b & a
+    assert a | b == b | a
+    assert a ^ b == b ^ a
+    assert (a & b) & c == a & (b & c)
+    assert (a | b) | c == a | (b | c)
+    assert (a ^ b) ^ c == a ^ (b ^ c)
+    assert a & (b | c) == (a & b) | (a & c)
+    assert a | (b & c) == (a | b) & (a | c)
+    assert a & (a | b) == a == a | (a & b)
+    assert a & every == a == a | none
+    assert a & none == none
+    assert a ^ b == (a | b) ^ (a & b)
+    assert every ^ (a & b) == (every ^ a) | (every ^ b)
+    assert a.alive + b.alive == (a & b).alive + (a | b).alive
+
+
+@often
+@given(networks())
+def test_counts(one: list[Layers]) -> None:
+    (layers,) = one
+    mask = mask_of(layers)
+    assert mask.counts == {name: int(bits.sum()) for name, bits in layers.items()}
+    assert mask.sizes == {name: bits.size for name, bits in layers.items()}
+    assert mask.shapes == {name: bits.shape for name, bits in layers.items()}
+    assert mask.alive == sum(int(bits.sum()) for bits in layers.values())
+    assert mask.total == sum(bits.size for bits in layers.values())
+    assert mask.density == mask.alive / mask.total
+    assert mask.collapsed == tuple(name for name, bits in layers.items() if not bits.any())
+
+
+@often
+@given(networks(2))
+def test_round_trips(pair: list[Layers]) -> None:
+    mask, other = map(mask_of, pair)
+    for again in (
+        Mask.from_tensors(mask),
+        Mask(mask.shapes, mask.bits),
+        copy.deepcopy(mask),
+        pickle.loads(pickle.dumps(mask)),
+        (mask ^ other) ^ other,
+    ):
+        assert again == mask
+        assert again.hash == mask.hash
+        assert hash(again) == hash(mask)
+        assert all(again[name].equal(mask[name]) for name in mask)
+    same = all(np.array_equal(pair[0][name], pair[1][name]) for name in mask)
+    assert (mask == other) == (mask.hash == other.hash) == same
+
+
+def test_counts_of_a_large_layer() -> None:
+    bits = np.random.default_rng(0).random(70_001) < 0.3
+    mask = mask_of({"w": bits})
+    assert mask.alive == bits.sum()
+    np.testing.assert_array_equal(mask["w"].numpy(), bits)
+
+
+def test_one_bit_a_connection_the_first_in_the_lowest() -> None:
+    mask = alive(w=[[1, 0, 1], [1, 0, 0], [0, 0, 1]])
+    assert mask.bits["w"].tolist() == [0b00001101, 0b00000001]
+    assert mask.bits["w"].dtype == np.uint8
+
+
+def test_layers_of_one_connection_and_of_none() -> None:
+    mask = Mask.from_tensors({"scalar": torch.tensor(True), "none": torch.ones(0, 3, dtype=torch.bool)})
+    assert mask.counts == {"scalar": 1, "none": 0}
+    assert mask["scalar"].shape == ()
+    assert mask["none"].shape == (0, 3)
+
+
+def test_hash_is_frozen() -> None:
+    """A training is named by the hash of its mask: were this to change, no stored result would be found again."""
+    mask = alive(**{"fc1.weight": [[True, False, True], [False, False, True]], "fc.weight": [[True], [False]]})
+    assert mask.hash == "8c5186fcf75c10d864d11729181d0891b0fbd23459b4019c8f0f935010f4390b"
+
+
+def test_hash_tells_names_shapes_order_and_bits_apart() -> None:
+    masks = [
+        alive(a=[1, 0, 1, 1], b=[1]),
+        alive(a=[1, 0, 1, 0], b=[1]),
+        alive(a=[[1, 0], [1, 1]], b=[1]),
+        alive(a=[1, 0, 1, 1], c=[1]),
+        alive(b=[1], a=[1, 0, 1, 1]),
+        alive(a=[1, 0, 1, 1, 0], b=[1]),
+        alive(a=[1, 0, 1, 1]),
+    ]
+    assert len({mask.hash for mask in masks}) == len(masks)
+    assert len(set(masks)) == len(masks)
+
+
+def test_a_mask_is_a_mapping() -> None:
+    mask = alive(a=[1, 0], b=[1])
+    assert list(mask) == ["a", "b"]
+    assert len(mask) == 2
+    assert "a" in mask
+    assert "c" not in mask
+    assert dict(mask)["a"].tolist() == [True, False]
+    with pytest.raises(KeyError):
+        mask["c"]
+    assert repr(mask) == "<Mask of 2 layers: 2 of 3 connections alive>"
+
+
+def test_equality_with_something_else() -> None:
+    mask = alive(a=[1, 0])
+    assert mask != {"a": mask["a"]}
+    assert mask != "a"
+    with pytest.raises(TypeError):
+        mask & {"a": mask["a"]}  # type: ignore[operator]
+
+
+def test_nothing_changes_a_mask() -> None:
+    given_tensor = torch.tensor([True, False, True])
+    given_bits = np.array([0b101], dtype=np.uint8)
+    for mask in (Mask.from_tensors({"w": given_tensor}), Mask({"w": (3,)}, {"w": given_bits})):
+        before = mask.hash
+        given_tensor.fill_(False)
+        given_bits.fill(0)
+        mask["w"].fill_(False)
+        with pytest.raises(ValueError, match="read-only"):
+            mask.bits["w"][0] = 0
+        mask.bits.clear()
+        mask.sizes.clear()
+        with pytest.raises(TypeError):
+            mask["w"] = given_tensor  # type: ignore[index]
+        assert mask["w"].tolist() == [True, False, True]
+        assert Mask.from_tensors(mask).hash == before
+        given_tensor.copy_(torch.tensor([True, False, True]))
+        given_bits.fill(0b101)
+
+
+@pytest.mark.parametrize("bits", [[], [1, 0], [0b1000], [255]], ids=["few", "many", "a spare bit", "spare bits"])
+def test_bits_that_do_not_fit(bits: list[int]) -> None:
+    with pytest.raises(UserError, match=r"mask of layer 'w': its bits do not fit the shape \(3,\)"):
+        Mask({"w": (3,)}, {"w": np.array(bits, dtype=np.uint8)})
+
+
+def test_a_mask_is_made_of_bools() -> None:
+    with pytest.raises(UserError, match=r"mask of layer 'w': expected a bool tensor, got torch\.float32"):
+        Mask.from_tensors({"w": torch.ones(3)})
+
+
+def test_masks_of_different_networks() -> None:
+    with pytest.raises(UserError, match="masks of different networks cannot be combined: they differ in b, c"):
+        alive(a=[1], b=[1, 0], c=[1]) & alive(a=[1], b=[[1, 0]])
+
+
+# What may be pruned.
+
+
+class Tied(nn.Module):
+    """A decoder that shares the encoder's weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.Linear(4, 4)
+        self.decoder = nn.Linear(4, 4)
+        self.decoder.weight = self.encoder.weight
+
+
+class OwnLinear(nn.Linear):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("model", "expected"),
+    [
+        (nn.Linear(3, 2), ["weight"]),
+        (
+            nn.Sequential(nn.Conv1d(2, 3, 3), nn.Conv2d(2, 3, 3), nn.Conv3d(2, 3, 1)),
+            ["0.weight", "1.weight", "2.weight"],
+        ),
+        (nn.Sequential(nn.ConvTranspose1d(2, 3, 3), nn.ConvTranspose2d(2, 3, 3, groups=1)), ["0.weight", "1.weight"]),
+        (nn.Sequential(nn.Sequential(nn.ModuleDict({"x": nn.Linear(1, 1)}))), ["0.0.x.weight"]),
+        (nn.Sequential(nn.Conv2d(4, 4, 1, groups=4, bias=False), nn.BatchNorm2d(4), nn.PReLU(4)), ["0.weight"]),
+        (nn.Sequential(nn.Embedding(3, 2), nn.LayerNorm(2), OwnLinear(2, 2)), ["2.weight"]),
+        (nn.MultiheadAttention(4, 2), ["out_proj.weight"]),
+        (nn.TransformerEncoderLayer(4, 2, 8), ["self_attn.out_proj.weight", "linear1.weight", "linear2.weight"]),
+        (nn.Sequential(nn.LSTM(2, 2), nn.GroupNorm(1, 2)), []),
+        (Tied(), ["encoder.weight"]),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",
+)
+def test_prunable(model: nn.Module, expected: list[str]) -> None:
+    weights = prunable(model)
+    assert list(weights) == expected
+    assert all(weights[name] is model.get_parameter(name) for name in expected)
+
+
+def test_a_frozen_weight_is_prunable() -> None:
+    layer = nn.Linear(3, 2).requires_grad_(False)
+    assert list(prunable(layer)) == ["weight"]
+
+
+def test_ones_like_is_dense() -> None:
+    mask = Mask.ones_like(nn.Sequential(nn.Conv2d(2, 3, 3), nn.ReLU(), nn.Linear(4, 5)))
+    assert mask.shapes == {"0.weight": (3, 2, 3, 3), "2.weight": (5, 4)}
+    assert mask.density == 1
+
+
+@pytest.mark.parametrize("exclude", [("0",), ("0.weight",), ["0", "0.weight"]])
+def test_ones_like_excludes_by_layer_or_parameter(exclude: Sequence[str]) -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    assert list(Mask.ones_like(model, exclude)) == ["1.weight"]
+
+
+@pytest.mark.parametrize(
+    ("model", "exclude", "text"),
+    [
+        (nn.Sequential(nn.ReLU()), (), "Sequential has no linear or convolution weight to prune"),
+        (nn.Sequential(nn.Linear(1, 1)), ("0",), "Sequential has no linear or convolution weight to prune"),
+        (Tied(), ("encodr",), "exclude: 'encodr' is no prunable layer; did you mean 'encoder'?"),
+        (nn.Sequential(nn.LazyLinear(3)), (), "layer '0.weight' is lazy and has no shape yet: run the model once"),
+    ],
+)
+def test_ones_like_says_what_is_wrong(model: nn.Module, exclude: Sequence[str], text: str) -> None:
+    with pytest.raises(UserError) as error:
+        Mask.ones_like(model, exclude)
+    assert text in str(error.value)
+
+
+# Pruning one round.
+
+fractions = st.floats(0.01, 0.99)
+monotone = {name: importance for name, importance in IMPORTANCES.items() if name != "random"}
+
+
+@st.composite
+def prunings(draw: st.DrawFn) -> tuple[dict[str, Tensor], Mask]:
+    """Draw weights, many of them equal and of either sign, and the connections that are alive."""
+    (layers,) = draw(networks())
+    weights = {
+        name: torch.tensor(
+            draw(st.lists(st.integers(-4, 4), min_size=bits.size, max_size=bits.size)), dtype=torch.float32
+        ).reshape(bits.shape)
+        / 4
+        for name, bits in layers.items()
+    }
+    return weights, mask_of(layers)
+
+
+def pruned_literally(
+    weights: dict[str, Tensor], mask: Mask, importance: Callable[[Tensor], Tensor], count: int
+) -> Mask:
+    """Sort every surviving connection by (importance, layer, flat index) and drop the first `count`."""
+    ranked = []
+    kept = {name: mask[name].flatten() for name in mask}
+    for number, name in enumerate(mask):
+        flat = weights[name].flatten().double().abs()
+        survivors = [index for index in range(len(flat)) if kept[name][index]]
+        scores = importance(flat[survivors])
+        ranked += [(float(score), number, index) for score, index in zip(scores, survivors, strict=True)]
+    names = list(mask)
+    for _, number, index in sorted(ranked)[:count]:
+        kept[names[number]][index] = False
+    return Mask.from_tensors({name: bits.reshape(mask.shapes[name]) for name, bits in kept.items()})
+
+
+@pytest.mark.parametrize("name", monotone)
+@often
+@given(drawn=prunings(), fraction=fractions)
+def test_the_least_important_connections_are_removed(
+    name: str, drawn: tuple[dict[str, Tensor], Mask], fraction: float
+) -> None:
+    weights, mask = drawn
+    importance = monotone[name]
+    assert not isinstance(importance, Seeded)
+    count = round(fraction * mask.alive)
+    assert prune(weights, mask, importance, fraction) == pruned_literally(weights, mask, importance, count)
+
+
+@often
+@given(drawn=prunings(), fraction=fractions)
+def test_exact_counts_at_random(drawn: tuple[dict[str, Tensor], Mask], fraction: float) -> None:
+    weights, mask = drawn
+    pruned = prune(weights, mask, IMPORTANCES["random"], fraction)
+    assert pruned.alive == mask.alive - round(fraction * mask.alive)
+    assert pruned & mask == pruned, "nothing comes back"
+
+
+@pytest.mark.parametrize(
+    ("alive_before", "fraction", "removed"),
+    [(5, 0.5, 2), (7, 0.5, 4), (7, 0.2, 1), (10, 0.25, 2), (3, 0.9, 3), (2, 0.2, 0)],
+)
+def test_exact_counts(alive_before: int, fraction: float, removed: int) -> None:
+    weights = {"w": torch.arange(1.0, alive_before + 1)}
+    assert prune(weights, dense(weights), magnitude, fraction).alive == alive_before - removed
+
+
+def test_where_nothing_is_removed_the_mask_is_the_same() -> None:
+    weights = {"w": torch.ones(4)}
+    mask = dense(weights)
+    assert prune(weights, mask, magnitude, 0.1) == mask
+
+
+@pytest.mark.parametrize("name", monotone)
+def test_ties_go_to_the_earlier_layer_then_to_the_lower_index(name: str) -> None:
+    # Layers of one size and all weights equal: every importance is equal everywhere.
+    weights = {"late": torch.full((2, 2), 0.5), "early": torch.full((2, 2), -0.5), "last": torch.full((4,), 0.5)}
+    pruned = prune(weights, dense(weights), IMPORTANCES[name], 0.5)
+    assert pruned["late"].tolist() == [[False, False], [False, False]]
+    assert pruned["early"].tolist() == [[False, False], [True, True]]
+    assert pruned["last"].tolist() == [True] * 4
+
+
+def test_ties_among_survivors() -> None:
+    weights = {"a": torch.tensor([1.0, 5.0, 1.0, 1.0]), "b": torch.tensor([0.5, 1.0, 1.0])}
+    pruned = prune(weights, alive(a=[0, 1, 1, 1], b=[1, 1, 1]), magnitude, 0.5)
+    assert pruned == alive(a=[0, 1, 0, 0], b=[0, 1, 1])
+
+
+def test_zeros_of_both_signs_tie() -> None:
+    scores = iter([torch.tensor([0.0, -0.0, 1.0]), torch.tensor([-0.0, 0.0])])
+    weights = {"a": torch.ones(3), "b": torch.ones(2)}
+    assert prune(weights, dense(weights), lambda w: next(scores), 0.6) == alive(a=[0, 0, 1], b=[0, 1])
+
+
+@pytest.mark.parametrize("name", IMPORTANCES)
+def test_masks_are_nested_over_rounds(name: str) -> None:
+    draw = torch.Generator().manual_seed(0)
+    weights = {"a": torch.randn(20, 30, generator=draw), "b": torch.randn(7, 20, generator=draw) * 3}
+    mask = dense(weights)
+    left = mask.total
+    for level in range(8):
+        pruned = prune(weights, mask, IMPORTANCES[name], 0.2, seed=level)
+        left -= round(0.2 * left)
+        assert pruned.alive == left
+        assert pruned & mask == pruned
+        mask = pruned
+
+
+@pytest.mark.parametrize("one", ["magnitude", "l1", "l2"])
+@pytest.mark.parametrize("other", monotone)
+@settings(deadline=None, max_examples=15)
+@given(seed=st.integers(0, 2**31), fraction=fractions)
+def test_from_one_network_masks_of_monotone_importances_are_nested_in_each_layer(
+    one: str, other: str, seed: int, fraction: float
+) -> None:
+    # Distinct within a layer, so that ties do not decide.
+    draw = torch.Generator().manual_seed(seed)
+    weights = {
+        name: (torch.randperm(200, generator=draw)[:size] + 1) * scale / 200
+        for name, size, scale in (("a", 60, 1.0), ("b", 25, 0.2), ("c", 5, -3.0))
+    }
+    masks = [prune(weights, dense(weights), IMPORTANCES[name], fraction) for name in (one, other)]
+    shared = masks[0] & masks[1]
+    for name in weights:
+        assert shared.counts[name] == min(mask.counts[name] for mask in masks)
+
+
+@often
+@given(drawn=prunings(), fraction=fractions)
+def test_an_importance_sees_the_survivors_of_a_layer_in_flat_order(
+    drawn: tuple[dict[str, Tensor], Mask], fraction: float
+) -> None:
+    weights, mask = drawn
+    seen = []
+
+    def recorded(survivors: Tensor) -> Tensor:
+        assert survivors.dtype == torch.float64
+        seen.append(survivors.tolist())
+        return survivors
+
+    # What is pruned does not count, be it huge or not a number.
+    spoilt = {name: torch.where(mask[name], w, torch.nan) for name, w in weights.items()}
+    pruned = prune(spoilt, mask, recorded, fraction)
+    assert seen == [weights[name][mask[name]].abs().tolist() for name in mask]
+    assert pruned == prune(weights, mask, magnitude, fraction)
+
+
+def test_a_pruned_connection_is_not_a_part_of_its_layers_sum() -> None:
+    weights = {"a": torch.tensor([100.0, 1.0, 1.0]), "b": torch.tensor([1.0, 1.0, 1.0])}
+    # Of the survivors each of a's is 1/2 and each of b's 1/3; with the pruned weight a's would be less than 1/100.
+    assert prune(weights, alive(a=[0, 1, 1], b=[1, 1, 1]), l1, 0.2) == alive(a=[0, 1, 1], b=[0, 1, 1])
+
+
+@pytest.mark.parametrize("rounds", [1, 4])
+def test_agrees_with_torch_on_global_magnitude(rounds: int) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(2, 5, 3), nn.Linear(30, 20), nn.Linear(20, 3))
+    weights = {name: w.detach().clone() for name, w in prunable(model).items()}
+    values = torch.cat([w.abs().flatten() for w in weights.values()]).tolist()
+    assert len(set(values)) == len(values), "no ties, where the two differ"
+    mask = Mask.ones_like(model)
+    layers = [(model.get_submodule(name.removesuffix(".weight")), "weight") for name in weights]
+    for _ in range(rounds):
+        mask = prune(weights, mask, magnitude, 0.3)
+        torch_prune.global_unstructured(layers, torch_prune.L1Unstructured, amount=0.3)
+        for (layer, _), name in zip(layers, weights, strict=True):
+            theirs = layer.weight_mask
+            assert isinstance(theirs, Tensor)
+            assert theirs.bool().equal(mask[name])
+
+
+def test_a_layer_may_collapse_and_later_rounds_go_on() -> None:
+    weights = {"a": torch.tensor([0.1, 0.2]), "b": torch.arange(1.0, 9.0)}
+    mask = prune(weights, dense(weights), magnitude, 0.2)
+    assert mask.collapsed == ("a",)
+    for name, importance in IMPORTANCES.items():
+        assert prune(weights, mask, importance, 0.25).counts == {"a": 0, "b": 6}, name
+
+
+@pytest.mark.parametrize("exclude", [("b",), ("b.weight",)])
+def test_excluded_layers_are_left_alone_and_not_counted(exclude: tuple[str, ...]) -> None:
+    weights = {"a.weight": torch.arange(1.0, 11.0), "b.weight": torch.full((90,), 0.01)}
+    pruned = prune(weights, dense(weights), magnitude, 0.5, exclude=exclude)
+    assert pruned.counts == {"a.weight": 5, "b.weight": 90}
+    assert pruned["a.weight"].tolist() == [False] * 5 + [True] * 5
+
+
+def test_where_all_is_excluded_nothing_is_pruned() -> None:
+    weights = {"a.weight": torch.arange(1.0, 11.0)}
+    assert prune(weights, dense(weights), magnitude, 0.5, exclude=["a"]) == dense(weights)
+
+
+def test_an_unknown_layer_to_exclude() -> None:
+    weights = {"fc1.weight": torch.ones(3)}
+    with pytest.raises(UserError, match=r"exclude: 'fc2' is no prunable layer; did you mean 'fc1'\?"):
+        prune(weights, dense(weights), magnitude, 0.5, exclude=["fc2"])
+
+
+@pytest.mark.parametrize("fraction", [0.0, 1.0, -0.2, 1.5, math.nan])
+def test_fraction_out_of_range(fraction: float) -> None:
+    weights = {"w": torch.ones(3)}
+    with pytest.raises(UserError, match=f"fraction must lie between 0 and 1, both excluded, got {fraction}"):
+        prune(weights, dense(weights), magnitude, fraction)
+
+
+# Importances of a user's own.
+
+
+def wrong_length(weights: Tensor) -> Tensor:
+    return weights[:-1]
+
+
+def wrong_shape(weights: Tensor) -> Tensor:
+    return weights[:, None]
+
+
+def no_tensor(weights: Tensor) -> Any:
+    return weights.tolist()
+
+
+def not_a_number(weights: Tensor) -> Tensor:
+    return weights / 0 * 0
+
+
+def raising(weights: Tensor) -> Tensor:
+    raise KeyError("missing")
+
+
+def seeded_wrongly(weights: Tensor, draw: torch.Generator) -> Tensor:
+    return torch.rand(1, generator=draw)
+
+
+@pytest.mark.parametrize(
+    ("importance", "text"),
+    [
+        (wrong_length, "'wrong_length', layer 'fc.weight': expected a tensor of shape (4,), one number a survivor, got "
+                       "shape (3,)"),
+        (wrong_shape, "'wrong_shape', layer 'fc.weight': expected a tensor of shape (4,), one number a survivor, got "
+                      "shape (4, 1)"),
+        (no_tensor, "'no_tensor', layer 'fc.weight': expected a tensor of shape (4,), one number a survivor, got list"),
+        (not_a_number, "'not_a_number', layer 'fc.weight': it returned NaN"),
+        (raising, "'raising', layer 'fc.weight': it raised KeyError: 'missing' (in "),
+        (Seeded(seeded_wrongly), "'Seeded', layer 'fc.weight': expected a tensor of shape (4,), one number a survivor, "
+                                 "got shape (1,)"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)  # fmt: skip
+def test_importances_that_do_not_keep_to_the_contract(importance: Importance, text: str) -> None:
+    weights = {"fc.weight": torch.tensor([[1.0, 2.0], [3.0, 4.0]])}
+    with pytest.raises(UserError) as error:
+        prune(weights, dense(weights), importance, 0.5)
+    assert str(error.value).startswith(f"importance {text}")
+
+
+def in_place(weights: Tensor) -> Tensor:
+    return weights.neg_()
+
+
+def as_integers(weights: Tensor) -> Tensor:
+    return (-weights * 10).to(torch.int32)
+
+
+def as_float32(weights: Tensor) -> Tensor:
+    return -weights.float()
+
+
+def every_second(weights: Tensor) -> Tensor:
+    return torch.stack([-weights, weights], dim=1)[:, 0]
+
+
+def with_gradient(weights: Tensor) -> Tensor:
+    return -weights * torch.ones(1, requires_grad=True)
+
+
+@pytest.mark.parametrize("importance", [in_place, as_integers, as_float32, every_second, with_gradient])
+def test_importances_in_any_form(importance: Callable[[Tensor], Tensor]) -> None:
+    """The importance is the negative weight throughout: the largest goes first."""
+    weights = {"w": torch.tensor([0.5, -0.1, 0.3, -0.9, 0.2], dtype=torch.float64)}
+    before = weights["w"].clone()
+    assert prune(weights, dense(weights), importance, 0.4) == alive(w=[0, 1, 1, 0, 1])
+    assert weights["w"].equal(before)
+
+
+def test_one_number_for_all_survivors() -> None:
+    weights = {"w": torch.ones(4)}
+    assert prune(weights, dense(weights), lambda w: torch.zeros(1).expand(4), 0.5) == alive(w=[0, 0, 1, 1])
+
+
+def test_infinite_importances_are_the_least_and_the_most() -> None:
+    weights = {"w": torch.ones(4)}
+    scores = torch.tensor([torch.inf, 1.0, -torch.inf, 0.0])
+    assert prune(weights, dense(weights), lambda w: scores, 0.25) == alive(w=[1, 1, 0, 1])
+    assert prune(weights, dense(weights), lambda w: scores, 0.75) == alive(w=[1, 0, 0, 0])
+
+
+# Weights.
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_weights_that_are_not_finite(value: float) -> None:
+    weights = {"a": torch.ones(3), "b": torch.tensor([1.0, value, 0.0])}
+    with pytest.raises(UserError, match=r"^layer 'b': its weights are not all finite \(NaN or infinite\)"):
+        prune(weights, dense(weights), magnitude, 0.5)
+
+
+def test_weights_that_are_missing_or_of_another_shape() -> None:
+    mask = alive(first=[1, 1], second=[1, 1])
+    with pytest.raises(UserError, match=r"no weights for layer 'second' of the mask; did you mean 'seconds'\?"):
+        prune({"first": torch.ones(2), "seconds": torch.ones(2)}, mask, magnitude, 0.5)
+    with pytest.raises(UserError, match=r"layer 'second': the weights have shape \(1, 2\), the mask \(2,\)"):
+        prune({"first": torch.ones(2), "second": torch.ones(1, 2)}, mask, magnitude, 0.5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_scores_are_float64_whatever_the_weights_are(dtype: torch.dtype) -> None:
+    weight = (torch.randperm(100, generator=torch.Generator().manual_seed(0)) + 1).to(dtype)
+    seen = []
+
+    def recorded(survivors: Tensor) -> Tensor:
+        seen.append(survivors)
+        return survivors
+
+    pruned = prune({"w": -weight}, dense({"w": weight}), recorded, 0.3)
+    assert seen[0].dtype == torch.float64
+    assert seen[0].equal(weight.double())
+    assert pruned["w"].equal(weight > 30)
+
+
+def test_float64_weights_are_told_apart_beyond_float32() -> None:
+    weights = {"w": torch.tensor([1 + 3e-12, 1 + 1e-12, 1 + 2e-12, 1], dtype=torch.float64)}
+    assert prune(weights, dense(weights), l1, 0.5) == alive(w=[1, 0, 1, 0])
+
+
+@pytest.mark.parametrize("arranged", [lambda w: w.to(memory_format=torch.channels_last), nn.Parameter])
+def test_the_layout_in_memory_does_not_matter(arranged: Callable[[Tensor], Tensor]) -> None:
+    weight = torch.randn(4, 3, 5, 5, generator=torch.Generator().manual_seed(0))
+    some = prune({"w": weight}, dense({"w": weight}), magnitude, 0.5)
+    for mask in (dense({"w": weight}), some):
+        assert prune({"w": arranged(weight)}, mask, magnitude, 0.5) == prune({"w": weight}, mask, magnitude, 0.5)
+
+
+@pytest.fixture
+def _threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("_threads")
+def test_the_number_of_threads_does_not_matter() -> None:
+    weight = torch.randn(300_000, generator=torch.Generator().manual_seed(0))
+    sums = set()
+
+    def recorded(survivors: Tensor) -> Tensor:
+        assert torch.get_num_threads() == 1
+        sums.add(float(survivors.sum()))
+        return survivors / survivors.sum()
+
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        prune({"w": weight}, dense({"w": weight}), recorded, 0.2)
+        assert torch.get_num_threads() == threads, "it is as it was"
+        with pytest.raises(UserError):
+            prune({"w": weight}, dense({"w": weight}), raising, 0.2)
+        assert torch.get_num_threads() == threads, "it is as it was after an error too"
+    assert len(sums) == 1
+
+
+# The k-th smallest.
+
+numbers = st.floats(allow_nan=False) | st.sampled_from([0.0, -0.0, 1.0, -1.0, math.inf, -math.inf, 5e-324, -5e-324])
+
+
+def parts_of(values: list[float], cuts: list[int]) -> list[npt.NDArray[np.float64]]:
+    return list(np.split(np.array(values, dtype=np.float64), sorted(cut % (len(values) + 1) for cut in cuts)))
+
+
+@pytest.mark.parametrize("gathered", [0, 2, 1 << 22])
+@pytest.mark.parametrize("block", [3, 1 << 18])
+@settings(deadline=None, max_examples=40)
+@given(values=st.lists(numbers, min_size=1, max_size=12), cuts=st.lists(st.integers(0, 12), max_size=3), data=st.data())
+def test_kth_smallest(gathered: int, block: int, values: list[float], cuts: list[int], data: st.DataObject) -> None:
+    k = data.draw(st.integers(1, len(values)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tombola.mask._GATHERED", gathered)
+        patch.setattr("tombola.mask._BLOCK", block)
+        assert _kth_smallest(parts_of(values, cuts), k) == np.sort(values)[k - 1]
+
+
+@pytest.mark.parametrize("shift", [0, 16, 32, 48])
+@settings(deadline=None, max_examples=20)
+@given(digits=st.lists(st.integers(0, 0xFFFF), min_size=2, max_size=12), sign=st.sampled_from([1, -1]), data=st.data())
+def test_kth_smallest_of_numbers_that_differ_in_16_of_their_bits(
+    shift: int, digits: list[int], sign: int, data: st.DataObject
+) -> None:
+    rest, sign_bit = 0x3FF0_1234_5678_9ABC & ~(0xFFFF << shift), 1 << 63
+    keys = np.array([(rest | digit << shift) & ~sign_bit for digit in digits], dtype=np.int64)
+    values = sign * keys.view(np.float64)
+    assume(not np.isnan(values).any())
+    k = data.draw(st.integers(1, len(values)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tombola.mask._GATHERED", 0)
+        assert _kth_smallest([values], k) == np.sort(values)[k - 1]
+
+
+@pytest.mark.parametrize("gathered", [100, 1 << 22])
+def test_kth_smallest_of_many(monkeypatch: pytest.MonkeyPatch, gathered: int) -> None:
+    monkeypatch.setattr("tombola.mask._GATHERED", gathered)
+    draw = np.random.default_rng(0)
+    parts = [draw.normal(size=600_000), np.abs(draw.normal(size=50_000)) * 1e-3, np.full(1000, 0.25)]
+    ordered = np.sort(np.concatenate(parts))
+    for k in (1, 2, 130_000, 325_500, len(ordered) - 1, len(ordered)):
+        assert _kth_smallest(parts, k) == ordered[k - 1]

@@ -1,0 +1,411 @@
+"""The store: what is put comes back, whole or not at all, whatever fails in between."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tombola.errors import UserError
+from tombola.files import write_atomically
+from tombola.mask import Mask
+from tombola.store import (
+    DamagedResultError,
+    Store,
+    canonical,
+    checkpoint_from_bytes,
+    checkpoint_to_bytes,
+    name_of,
+)
+from tombola.training import Checkpoint, History, Trained
+from tombola.weights import Weights, masked
+
+KEY = name_of({"some": "training"})
+MASK = Mask.from_tensors({"a.weight": torch.rand(5, 7, generator=torch.Generator().manual_seed(0)) < 0.4})
+STATE = masked(
+    {
+        "a.weight": torch.randn(5, 7, generator=torch.Generator().manual_seed(1)),
+        "a.bias": torch.tensor([-0.0, 1e-42, 3.0]),
+        "count": torch.tensor(7),
+    },
+    MASK,
+)
+TRAINED = Trained(Weights.of(STATE), History((0.5, 1 / 3), 0.9, 0.1 + 0.2, None))
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(tmp_path / "store")
+
+
+def put(store: Store, key: str = KEY) -> None:
+    store.put(key, {"some": "training"}, MASK, TRAINED, {"seconds": 1.0})
+
+
+def files(root: Path) -> list[str]:
+    return sorted(str(path.relative_to(root)) for path in root.rglob("*") if path.is_file())
+
+
+def test_what_is_put_comes_back_to_the_bit(store: Store) -> None:
+    assert store.get(KEY) is None
+    put(store)
+    found = Store(store.root, create=False).get(KEY)
+    assert found is not None
+    assert found.history == TRAINED.history
+    assert found.weights.hash == TRAINED.weights.hash
+    assert found.weights.state.keys() == STATE.keys()
+    for name, tensor in found.weights.state.items():
+        assert tensor.dtype == STATE[name].dtype
+        assert tensor.numpy().tobytes() == STATE[name].numpy().tobytes()
+    assert store.alive(KEY) == MASK
+    assert store.record(KEY) == {"seconds": 1.0}
+
+
+def test_only_living_weights_are_stored(store: Store) -> None:
+    mask = Mask.from_tensors({"w": torch.arange(100_000).reshape(100, 1000) % 100 == 0})
+    state = masked({"w": torch.ones(100, 1000)}, mask)
+    store.put(KEY, {}, mask, Trained(Weights.of(state), History()), {})
+    assert (store.folder(KEY) / "weights.safetensors").stat().st_size < 4 * 1000 + 100_000 / 8 + 1000
+
+
+def test_a_result_that_is_there_stays_as_it_is(store: Store) -> None:
+    put(store)
+    store.put(KEY, {}, MASK, Trained(TRAINED.weights, History()), {"seconds": 2.0})
+    assert store.record(KEY) == {"seconds": 1.0}
+    found = store.get(KEY)
+    assert found is not None
+    assert found.history == TRAINED.history
+
+
+def test_checksums_are_as_sha256sum_reads_them(store: Store) -> None:
+    put(store)
+    if shutil.which("sha256sum") is None:
+        pytest.skip("there is no sha256sum")
+    assert os.system(f"cd {store.folder(KEY)} && sha256sum --quiet --check SHA256SUMS") == 0
+
+
+_Call = Callable[..., Any]
+
+
+def failing(monkeypatch: pytest.MonkeyPatch, name: str, nth: int, error: BaseException) -> list[int]:
+    """Let the n-th call of `os.<name>` raise; return a list whose length is the number of calls."""
+    real: _Call = getattr(os, name)
+    calls: list[int] = []
+
+    def call(*arguments: Any, **named: Any) -> Any:
+        calls.append(1)
+        if len(calls) == nth:
+            raise error
+        return real(*arguments, **named)
+
+    monkeypatch.setattr(os, name, call)
+    return calls
+
+
+STEPS = [("write", 4), ("fsync", 7), ("rename", 1), ("mkdir", 1)]
+
+
+@pytest.mark.parametrize(("name", "nth"), [(name, nth) for name, most in STEPS for nth in range(1, most + 1)])
+def test_a_full_disk_at_any_step_leaves_the_store_as_it_was(
+    store: Store, monkeypatch: pytest.MonkeyPatch, name: str, nth: int
+) -> None:
+    before = files(store.root)
+    with monkeypatch.context() as patch:
+        calls = failing(patch, name, nth, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
+        last = (name, nth) == ("fsync", 7)  # making the result's name last: the result is there already
+        with contextlib.nullcontext() if last else pytest.raises(UserError, match="No space left on device; what was"):
+            put(store)
+        assert len(calls) >= nth, "no such step is done any more"
+    assert (KEY in store) == last
+    if not last:
+        assert files(store.root) == before
+    put(store)
+    store.check(KEY)
+    assert not list((store.root / "tmp").iterdir())
+
+
+class Killed(BaseException):
+    """Stands for the end of the process: nothing is cleaned up after it."""
+
+
+@pytest.mark.parametrize(("name", "nth"), [(name, nth) for name, most in STEPS for nth in range(1, most + 1)])
+def test_a_kill_at_any_step_leaves_a_whole_result_or_none(
+    store: Store, monkeypatch: pytest.MonkeyPatch, name: str, nth: int
+) -> None:
+    with monkeypatch.context() as patch:
+        failing(patch, name, nth, Killed())
+        patch.setattr(shutil, "rmtree", lambda *_, **__: None)
+        patch.setattr(os, "unlink", lambda *_, **__: None)
+        with pytest.raises(Killed):
+            put(store)
+    again = Store(store.root, create=False)
+    if KEY in again:
+        again.check(KEY)
+    put(again)
+    again.check(KEY)
+    again.sweep(lambda: True)
+    assert files(store.root) == sorted(
+        ["store.json"]
+        + [
+            f"results/{KEY[:2]}/{KEY}/{name}"
+            for name in ("SHA256SUMS", "record.json", "result.json", "weights.safetensors")
+        ]
+    )
+
+
+@pytest.mark.parametrize("name", ["write", "fsync", "replace", "chmod"])
+def test_a_file_is_written_whole_or_stays_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"before")
+    with monkeypatch.context() as patch:
+        failing(patch, name, 1, OSError(errno.EIO, "broken"))
+        with pytest.raises(UserError, match=r"file: cannot be written: broken"):
+            write_atomically(path, b"after")
+    assert path.read_bytes() == b"before"
+    assert files(tmp_path) == ["file"]
+
+
+def test_a_write_that_is_cut_short_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = os.write
+    monkeypatch.setattr(os, "write", lambda handle, data: real(handle, bytes(data)[:3]))
+    write_atomically(tmp_path / "file", b"0123456789")
+    assert (tmp_path / "file").read_bytes() == b"0123456789"
+
+
+@pytest.mark.parametrize("name", ["result.json", "weights.safetensors", "SHA256SUMS"])
+def test_a_flipped_bit_anywhere_is_found(store: Store, name: str) -> None:
+    put(store)
+    path = store.folder(KEY) / name
+    whole = path.read_bytes()
+    sums = len("0" * 64)
+    places = range(0, len(whole), 37) if name != "SHA256SUMS" else [0, sums - 1, sums + 3, len(whole) - 2]
+    for place in places:
+        damaged = bytearray(whole)
+        damaged[place] ^= 0x80
+        path.write_bytes(damaged)
+        with pytest.raises(DamagedResultError, match=f"result {KEY[:12]} is damaged"):
+            store.check(KEY)
+    path.write_bytes(whole)
+    store.check(KEY)
+
+
+@pytest.mark.parametrize("name", ["result.json", "weights.safetensors", "SHA256SUMS"])
+def test_a_missing_or_cut_file_is_found(store: Store, name: str) -> None:
+    put(store)
+    path = store.folder(KEY) / name
+    path.write_bytes(path.read_bytes()[: len(path.read_bytes()) // 3])
+    with pytest.raises(DamagedResultError):
+        store.check(KEY)
+    path.unlink()
+    with pytest.raises(DamagedResultError, match=f"{name} is missing"):
+        store.check(KEY)
+    if name != "weights.safetensors":
+        with pytest.raises(DamagedResultError):
+            store.get(KEY)
+
+
+def test_damaged_weights_are_not_handed_out(store: Store) -> None:
+    put(store)
+    path = store.folder(KEY) / "weights.safetensors"
+    damaged = bytearray(path.read_bytes())
+    damaged[-1] ^= 1
+    path.write_bytes(damaged)
+    found = store.get(KEY)
+    assert found is not None
+    with pytest.raises(DamagedResultError, match=r"weights\.safetensors"):
+        _ = found.weights.state
+
+
+def test_a_discarded_result_is_gone_and_can_be_put_again(store: Store) -> None:
+    put(store)
+    store.discard(KEY)
+    store.discard(KEY)  # another run was faster
+    assert files(store.root) == ["store.json"]
+    put(store)
+    store.check(KEY)
+
+
+def test_a_lost_record_is_empty(store: Store) -> None:
+    put(store)
+    (store.folder(KEY) / "record.json").write_bytes(b"\xff{")
+    assert store.record(KEY) == {}
+
+
+def test_confirmations_are_kept_in_the_record_alone(store: Store) -> None:
+    put(store)
+    others = {path.name: path.read_bytes() for path in store.folder(KEY).iterdir() if path.name != "record.json"}
+    store.confirm(KEY, {"when": "now"})
+    store.confirm(KEY, {"when": "later"})
+    assert store.record(KEY) == {"seconds": 1.0, "confirmed": [{"when": "now"}, {"when": "later"}]}
+    assert others == {p.name: p.read_bytes() for p in store.folder(KEY).iterdir() if p.name != "record.json"}
+
+
+def test_masks_come_back_and_damaged_ones_do_not(store: Store) -> None:
+    store.put_mask("m" * 64, MASK)
+    assert store.mask("m" * 64) == MASK
+    path = store.root / "masks" / "mm" / f"{'m' * 64}.safetensors"
+    whole = path.read_bytes()
+    for place in range(0, len(whole), 11):
+        damaged = bytearray(whole)
+        damaged[place] ^= 1
+        path.write_bytes(damaged)
+        found = store.mask("m" * 64)
+        assert found is None or found == MASK
+    damaged = bytearray(whole)
+    damaged[-1] ^= 1
+    path.write_bytes(damaged)
+    assert store.mask("m" * 64) is None
+    path.write_bytes(whole[: len(whole) // 2])
+    assert store.mask("m" * 64) is None
+
+
+CHECKPOINT = Checkpoint(17, STATE, {"0.momentum_buffer": torch.randn(5, 7)}, (0.1, 1 / 3), 2 / 3)
+
+
+def test_checkpoints_come_back_to_the_bit(store: Store) -> None:
+    store.put_checkpoint(KEY, checkpoint_to_bytes(CHECKPOINT))
+    found = store.checkpoint(KEY)
+    assert found is not None
+    assert (found.iteration, found.losses, found.loss_sum) == (17, (0.1, 1 / 3), 2 / 3)
+    for ours, theirs in ((found.state, CHECKPOINT.state), (found.optimizer, CHECKPOINT.optimizer)):
+        assert ours.keys() == theirs.keys()
+        assert all(ours[name].numpy().tobytes() == theirs[name].numpy().tobytes() for name in ours)
+    store.discard_checkpoint(KEY)
+    store.discard_checkpoint(KEY)
+    assert store.checkpoint(KEY) is None
+
+
+def test_a_cut_or_changed_checkpoint_is_none() -> None:
+    whole = checkpoint_to_bytes(CHECKPOINT)
+    assert checkpoint_from_bytes(whole) is not None
+    for length in (0, 7, 8, 100, len(whole) // 2, len(whole) - 1):
+        assert checkpoint_from_bytes(whole[:length]) is None
+    for old, new in (
+        (b'\\"iteration\\": 17', b'\\"iteration\\": 18'),
+        (b'\\"loss_sum\\": 0.6', b'\\"loss_sum\\": 0.7'),
+    ):
+        assert old in whole
+        assert checkpoint_from_bytes(whole.replace(old, new)) is None
+    assert checkpoint_from_bytes(whole[:-1] + bytes([whole[-1] ^ 1])) is None
+
+
+def test_a_checkpoint_that_cannot_be_written_stops_nothing(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    failing(monkeypatch, "fsync", 1, OSError(errno.ENOSPC, "full"))
+    store.put_checkpoint(KEY, checkpoint_to_bytes(CHECKPOINT))
+    assert store.checkpoint(KEY) is None
+
+
+def test_sweeping_leaves_what_others_write(store: Store) -> None:
+    (store.root / "tmp").mkdir()
+    (store.root / "tmp" / "half").write_text("x")
+    store.sweep(lambda: False)
+    assert (store.root / "tmp" / "half").exists()
+
+    def alone() -> bool:
+        (store.root / "tmp" / "later").write_text("x")
+        return True
+
+    store.sweep(alone)
+    assert files(store.root) == ["store.json", "tmp/later"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (canonical({"store": 2}), r"it has version 2 and this tombola reads version 1"),
+        (canonical({"store": 0}), r"it has version 0 and this tombola reads version 1"),
+        (b"\xff\xfe", r"store\.json is damaged"),
+        (b"[]", r"store\.json is damaged"),
+        (b'{"other": 1}', r"store\.json is damaged"),
+    ],
+)
+def test_other_versions_are_refused_with_a_sentence(store: Store, text: bytes, message: str) -> None:
+    (store.root / "store.json").write_bytes(text)
+    with pytest.raises(UserError, match=message):
+        Store(store.root)
+
+
+def test_a_folder_that_is_no_store_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("mine")
+    with pytest.raises(UserError, match="the folder is not empty and no store"):
+        Store(tmp_path)
+    assert files(tmp_path) == ["thesis.tex"]
+
+
+def test_a_kill_while_the_store_is_made_harms_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = tmp_path / "store"
+    with monkeypatch.context() as patch:
+        failing(patch, "replace", 1, Killed())
+        patch.setattr(os, "unlink", lambda *_, **__: None)
+        with pytest.raises(Killed):
+            Store(root)
+    assert len(files(root)) == 1
+    store = Store(root)
+    store.sweep(lambda: True)
+    assert files(root) == ["store.json"]
+    assert json.loads((root / "store.json").read_text()) == {"store": 1}
+
+
+def test_a_file_in_place_of_the_folder_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "store").write_text("")
+    with pytest.raises(UserError, match="store"):
+        Store(tmp_path / "store")
+
+
+def test_a_read_only_store_can_be_read_and_says_so(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    put(store)
+
+    def refused(*_: Any, **__: Any) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    for name in ("mkdir", "rename", "replace", "unlink", "link"):
+        monkeypatch.setattr(os, name, refused)
+    real = os.open
+    monkeypatch.setattr(
+        os,
+        "open",
+        lambda path, flags, *rest, **named: refused() if flags & os.O_CREAT else real(path, flags, *rest, **named),
+    )
+    again = Store(store.root, create=False)
+    assert again.get(KEY) is not None
+    again.check(KEY)
+    again.put_mask("m" * 64, MASK)
+    assert again.mask("m" * 64) is None
+    with pytest.raises(UserError, match="it cannot be written to: Read-only file system"):
+        again.check_writable()
+    with pytest.raises(UserError, match="Read-only file system"):
+        put(again, name_of("another"))
+
+
+def test_entries_are_what_lies_in_the_store(store: Store) -> None:
+    put(store)
+    store.put_mask("m" * 64, MASK)
+    store.put_checkpoint("c" * 64, checkpoint_to_bytes(CHECKPOINT))
+    found = {(entry.kind, entry.name): entry for entry in store.entries()}
+    assert set(found) == {("result", KEY), ("mask", "m" * 64), ("checkpoint", "c" * 64)}
+    assert sum(entry.bytes for entry in found.values()) == sum(
+        (store.root / name).stat().st_size for name in files(store.root) if name != "store.json"
+    )
+    for entry in found.values():
+        store.remove(entry)
+    assert files(store.root) == ["store.json"]
+
+
+def test_no_number_is_written_that_json_has_not() -> None:
+    with pytest.raises(ValueError, match="JSON"):
+        canonical({"loss": float("nan")})
+
+
+def test_names_do_not_change() -> None:
+    """A name that came out different would orphan every store there is."""
+    assert name_of({"b": [1, 0.1, None, True, "ü"], "a": {}}) == (
+        "df457af71ebbc2617d4fa56f9536c31decf5fd08e9ed4fe07be236ece220a426"
+    )

@@ -1,0 +1,598 @@
+"""Studies: presets, overrides, what is said about mistakes, and the identity of trainings."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from tombola import Augmentation, Planner, Recipe, Store, Study, Task, UserError, Weights, load_problem, load_study
+from tombola.planning import Training
+from tombola.references import own_modules, resolve, source_hash
+from tombola.store import name_of
+from tombola.study import fields, is_list, presets
+
+SMALL = """\
+importances = ["l1"]
+seeds = [0]
+levels = 2
+
+[task]
+dataset = "digits"
+model = "lenet_300_100"
+
+[recipe]
+epochs = 1
+"""
+
+Write = Callable[[str], str]
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Write:
+    """Write a study's file and return its name."""
+
+    def written(text: str) -> str:
+        path = tmp_path / "study.toml"
+        path.write_text(text, encoding="utf-8")
+        return str(path)
+
+    return written
+
+
+# Presets.
+
+PAPER: dict[str, dict[str, Any]] = {
+    "lenet-mnist": {
+        "task.dataset": "mnist",
+        "task.model": "lenet_300_100",
+        "recipe.epochs": 40,
+        "recipe.batch_size": 128,
+        "recipe.optimizer": "sgd",
+        "recipe.lr": 0.1,
+        "recipe.weight_decay": 0.0,
+        "recipe.schedule": "constant",
+        "recipe.rewind": 0,
+        "recipe.augmentation": Augmentation(),
+        "levels": 24,
+    },
+    "resnet20-cifar10": {
+        "task.dataset": "cifar10",
+        "task.model": "resnet20",
+        "recipe.epochs": 160,
+        "recipe.batch_size": 128,
+        "recipe.optimizer": "momentum",
+        "recipe.lr": 0.1,
+        "recipe.momentum": 0.9,
+        "recipe.weight_decay": 1e-4,
+        "recipe.milestones": (80, 120),
+        "recipe.gamma": 0.1,
+        "recipe.rewind": 1000,
+        "recipe.augmentation": Augmentation(flip=True, crop=4),
+        "levels": 40,
+    },
+    "vgg16-cifar10": {
+        "task.dataset": "cifar10",
+        "task.model": "vgg16",
+        "recipe.epochs": 160,
+        "recipe.batch_size": 128,
+        "recipe.optimizer": "momentum",
+        "recipe.lr": 0.1,
+        "recipe.momentum": 0.9,
+        "recipe.weight_decay": 1e-4,
+        "recipe.milestones": (80, 120),
+        "recipe.gamma": 0.1,
+        "recipe.rewind": 2000,
+        "recipe.augmentation": Augmentation(flip=True, crop=4),
+        "levels": 35,
+    },
+    "resnet18-tinyimagenet": {
+        "task.dataset": "tiny-imagenet",
+        "task.model": "resnet18",
+        "recipe.epochs": 200,
+        "recipe.batch_size": 256,
+        "recipe.optimizer": "momentum",
+        "recipe.lr": 0.2,
+        "recipe.momentum": 0.9,
+        "recipe.weight_decay": 1e-4,
+        "recipe.milestones": (100, 150),
+        "recipe.gamma": 0.1,
+        "recipe.rewind": 1000,
+        "recipe.augmentation": Augmentation(flip=True, crop=4),
+        "levels": 40,
+    },
+}
+"""Appendix A.4 of the paper."""
+
+FIVE = ("magnitude", "l1", "l2", "softmax", "min_max")
+
+
+def _value(study: Study, field: str) -> Any:
+    value: Any = study
+    for part in field.split("."):
+        value = getattr(value, part)
+    return value
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_presets_of_the_papers_systems(name: str) -> None:
+    study = load_study(name)
+    assert {field: _value(study, field) for field in PAPER[name]} == PAPER[name]
+    assert (study.importances, study.seeds, study.fraction, study.exclude) == (FIVE, (0, 1, 2), 0.2, ())
+
+
+def test_the_digits_preset() -> None:
+    study = load_study("digits")
+    assert study.task == Task(dataset="digits", model="lenet_300_100", model_arguments={"inputs": 64})
+    assert (study.importances, study.seeds, study.levels, study.fraction) == (FIVE, (0, 1), 10, 0.2)
+
+
+def test_fashion_is_the_papers_mnist_with_other_data() -> None:
+    mnist, fashion = load_study("lenet-mnist"), load_study("lenet-fashion")
+    assert fashion.task.dataset == "fashion-mnist"
+    assert fashion == load_study("lenet-mnist", {"task.dataset": "fashion-mnist"})
+    assert fashion != mnist
+
+
+@pytest.mark.parametrize("name", presets())
+def test_every_preset_loads_and_says_what_it_is(name: str) -> None:
+    study = load_study(name)
+    assert study == load_study(str(presets()[name]))
+    first = presets()[name].read_text(encoding="utf-8").partition("\n")[0]
+    assert first.startswith("# ")
+    assert first.endswith(".")
+
+
+# Files and overrides.
+
+
+def test_a_file(write: Write) -> None:
+    assert load_study(write(SMALL)) == Study(
+        task=Task(dataset="digits", model="lenet_300_100"),
+        recipe=Recipe(epochs=1),
+        importances=("l1",),
+        seeds=(0,),
+        levels=2,
+    )
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "expected"),
+    [
+        ("levels", 0, 0),
+        ("fraction", 0.5, 0.5),
+        ("seeds", [3, 4], (3, 4)),
+        ("importances", ("a:b", "l2"), ("a:b", "l2")),
+        ("exclude", [], ()),
+        ("recipe.lr", 1, 1.0),
+        ("recipe.batch_size", 7, 7),
+        ("recipe.augmentation.crop", 2, 2),
+        ("recipe.augmentation", {"flip": True}, Augmentation(flip=True)),
+        ("task.model_arguments", {"inputs": 64, "sizes": [1, 2]}, {"inputs": 64, "sizes": (1, 2)}),
+        ("device", "cuda", "cuda"),
+    ],
+)
+def test_any_field_can_be_overridden(write: Write, field: str, value: Any, expected: Any) -> None:
+    name = write(SMALL)
+    study = load_study(name, {field: value})
+    assert _value(study, field) == expected
+    assert type(_value(study, field)) is type(expected)
+    for other, _, _ in fields():
+        if not other.startswith(field):
+            assert _value(study, other) == _value(load_study(name), other)
+
+
+@pytest.mark.parametrize(("one", "other"), [("epochs", "iterations"), ("iterations", "epochs")])
+def test_overriding_the_length_replaces_it(write: Write, one: str, other: str) -> None:
+    study = load_study(write(SMALL.replace("epochs = 1", f"{other} = 1")), {f"recipe.{one}": 5})
+    assert (getattr(study.recipe, one), getattr(study.recipe, other)) == (5, None)
+
+
+def test_overrides_are_not_changed(write: Write) -> None:
+    overrides: dict[str, Any] = {"task.model_arguments": {"inputs": [1]}, "task.model": "x"}
+    load_study(write(SMALL), overrides)
+    assert overrides == {"task.model_arguments": {"inputs": [1]}, "task.model": "x"}
+
+
+def test_a_study_is_frozen() -> None:
+    study = load_study("digits")
+    with pytest.raises(ValidationError, match="frozen"):
+        study.levels = 3
+    with pytest.raises(ValidationError, match="frozen"):
+        study.recipe.lr = 3.0
+
+
+def test_fields_are_the_leaves() -> None:
+    names = [name for name, _, _ in fields()]
+    assert len(set(names)) == len(names)
+    assert {"levels", "task.model_arguments", "recipe.rewind", "recipe.augmentation.flip"} <= set(names)
+    assert not {"task", "recipe", "recipe.augmentation"} & set(names)
+    assert all(text for _, _, text in fields()), "each says what it is"
+    lists = {name for name, annotation, _ in fields() if is_list(annotation)}
+    assert lists == {"importances", "seeds", "data_seeds", "exclude", "recipe.milestones"}
+
+
+# Mistakes. Each text ends after the name of the file.
+
+
+@pytest.mark.parametrize(
+    ("line", "mistake", "text"),
+    [
+        ("levels = 2", "levls = 2", "unknown field 'levls'; did you mean 'levels'?; the field 'levels' is missing"),
+        ("levels = 2", "", "the field 'levels' is missing"),
+        ("levels = 2", "levels = -1", "levels: expected a number from 0, got -1"),
+        ("levels = 2", "levels = 2.0", "levels: expected a whole number, got 2.0"),
+        ("levels = 2", "levels = '2'", "levels: expected a whole number, got '2'"),
+        ("levels = 2", "levels = true", "levels: expected a whole number, got true"),
+        ("levels = 2", "levels = 2\nfraction = 1.0", "fraction: expected a number below 1, got 1.0"),
+        ("levels = 2", "levels = 2\nfraction = 0", "fraction: expected a number above 0, got 0"),
+        ("levels = 2", "levels = 2\nfraction = -0.2", "fraction: expected a number above 0, got -0.2"),
+        ("levels = 2", "levels = 2\nfraction = nan", "fraction: expected a finite number, got nan"),
+        ("levels = 2", "levels = 2\nfraction = '1/5'", "fraction: expected a number, got '1/5'"),
+        ("levels = 2", "levels = 2\ndevice = 'gpu'", "device: unknown 'gpu'; did you mean 'cpu'?"),
+        ("levels = 2", "levels = 2\nexclude = 'fc'", "exclude: expected a list, got 'fc'"),
+        ("levels = 2", "levels = 2\nexclude = ['fc', 'fc']", "exclude: 'fc' is named more than once"),
+        (
+            "levels = 2",
+            "levels = 2\ndata_seeds = [7, 0]",
+            "data_seeds: 0 is the data order of seed 0 already, choose other numbers",
+        ),
+        ("seeds = [0]", "seeds = [3, 1, 3]", "seeds: 3 is named more than once"),
+        ("seeds = [0]", "seeds = []", "seeds: at least one is needed"),
+        ("seeds = [0]", "seeds = 0", "seeds: expected a list, got 0"),
+        ("seeds = [0]", "seeds = [0, -1]", "seeds.1: expected a number from 0, got -1"),
+        ("seeds = [0]", "seeds = [0, 'one']", "seeds.1: expected a whole number, got 'one'"),
+        ('["l1"]', "['l1', 'l1']", "importances: 'l1' is named more than once"),
+        ('["l1"]', "[]", "importances: at least one is needed"),
+        ('["l1"]', "[1]", "importances.0: expected a text, got 1"),
+        ("epochs = 1", "epochs = 1\niterations = 3", "recipe: give either epochs or iterations, one of the two"),
+        ("epochs = 1", "lr = 0.1", "recipe: give either epochs or iterations, one of the two"),
+        ("epochs = 1", "epochs = 0", "recipe.epochs: expected a number from 1, got 0"),
+        ("epochs = 1", "epochs = 1\nbatch_sze = 3", "unknown field 'recipe.batch_sze'; did you mean 'batch_size'?"),
+        ("epochs = 1", "epochs = 1\nlr = 0.0", "recipe.lr: expected a number above 0, got 0.0"),
+        ("epochs = 1", "epochs = 1\nlr = inf", "recipe.lr: expected a finite number, got inf"),
+        ("epochs = 1", "epochs = 1\nmomentum = 1.0", "recipe.momentum: expected a number below 1, got 1.0"),
+        ("epochs = 1", "epochs = 1\nrewind = -1", "recipe.rewind: expected a number from 0, got -1"),
+        ("epochs = 1", "epochs = 1\noptimizer = 'sdg'", "recipe.optimizer: unknown 'sdg'; did you mean 'sgd'?"),
+        (
+            "epochs = 1",
+            "epochs = 1\nschedule = 'linear'",
+            "recipe.schedule: unknown 'linear'; choose from 'constant', 'milestones', 'cosine'",
+        ),
+        (
+            "epochs = 1",
+            "epochs = 1\nmilestones = [1]",
+            "recipe: milestones and schedule = 'milestones' go together: give both or neither",
+        ),
+        (
+            "epochs = 1",
+            "epochs = 1\nschedule = 'milestones'",
+            "recipe: milestones and schedule = 'milestones' go together: give both or neither",
+        ),
+        ("epochs = 1", "epochs = 1\nschedule = 'milestones'\nmilestones = [2, 1]", "recipe: milestones must rise"),
+        (
+            "epochs = 1",
+            "epochs = 1\naugmentation = {flp = true}",
+            "unknown field 'recipe.augmentation.flp'; did you mean 'flip'?",
+        ),
+        (
+            "epochs = 1",
+            "epochs = 1\naugmentation = {flip = 1}",
+            "recipe.augmentation.flip: expected true or false, got 1",
+        ),
+        ("[recipe]\nepochs = 1", "", "the field 'recipe' is missing"),
+        ("[task]", "[tusk]", "unknown field 'tusk'; did you mean 'task'?; the field 'task' is missing"),
+        ('model = "lenet_300_100"', "", "the field 'task.model' is missing"),
+        ('model = "lenet_300_100"', "model = 3", "task.model: expected a text, got 3"),
+        (
+            'model = "lenet_300_100"',
+            'model = "m"\nmodel_arguments = 3',
+            "task.model_arguments: expected a table, got 3",
+        ),
+    ],
+)
+def test_what_is_said_about_a_mistake(write: Write, line: str, mistake: str, text: str) -> None:
+    assert line in SMALL
+    name = write(SMALL.replace(line, mistake))
+    with pytest.raises(UserError) as error:
+        load_study(name)
+    assert str(error.value) == f"study {name}: {text}"
+
+
+def test_an_override_is_checked_as_the_file_is(write: Write) -> None:
+    name = write(SMALL)
+    for overrides, text in (
+        ({"recipe.batch-size": 3}, "unknown field 'recipe.batch-size'; did you mean 'batch_size'?"),
+        ({"fraction": 1.5}, "fraction: expected a number below 1, got 1.5"),
+        ({"recipe.epochs": 2, "recipe.iterations": 3}, "recipe: give either epochs or iterations, one of the two"),
+    ):
+        with pytest.raises(UserError) as error:
+            load_study(name, overrides)
+        assert str(error.value) == f"study {name}: {text}"
+    with pytest.raises(UserError, match=r"^cannot set levels\.all: levels is not a table$"):
+        load_study(name, {"levels.all": 3})
+
+
+def test_several_mistakes_are_all_named(write: Write) -> None:
+    name = write(SMALL.replace("levels = 2", "levels = -2\nfraction = 2.0").replace("epochs = 1", "epoch = 1"))
+    with pytest.raises(UserError) as error:
+        load_study(name)
+    for text in (
+        "levels: expected a number from 0, got -2",
+        "fraction: expected a number below 1, got 2.0",
+        "unknown field 'recipe.epoch'; did you mean 'epochs'?",
+    ):
+        assert text in str(error.value)
+
+
+def test_toml_that_is_none(write: Write, tmp_path: Path) -> None:
+    name = write(SMALL.replace("levels = 2", "levels ="))
+    with pytest.raises(UserError) as error:
+        load_study(name)
+    assert str(error.value) == f"{name}: is not valid TOML: Invalid value (at line 3, column 9)"
+    (tmp_path / "binary.toml").write_bytes(b"\xff\xfe")
+    with pytest.raises(UserError, match=r"binary\.toml: is not valid TOML: 'utf-8' codec can't decode"):
+        load_study(str(tmp_path / "binary.toml"))
+
+
+def test_studies_that_are_not_there(tmp_path: Path) -> None:
+    with pytest.raises(
+        UserError, match=r"^study 'digit' is neither a preset nor a \.toml file; did you mean 'digits'\?$"
+    ):
+        load_study("digit")
+    for name in ("missing.toml", str(tmp_path / "missing")):
+        with pytest.raises(UserError, match=r"missing(\.toml)?: cannot be read: No such file or directory$"):
+            load_study(name)
+
+
+# Identity.
+
+
+def _training(overrides: dict[str, Any], root: Path, seed: int = 0, level: int = 0) -> Training:
+    study = load_study("digits", {"importances": ["magnitude"], **overrides})
+    planner = Planner(study, load_problem(study.task), Store(root))
+    initial = Weights("0" * 64, dict)  # random numbers, and so the initial weights, may differ by instruction set
+    return planner._training(seed, initial, planner.dense, study.recipe.rewind, planner.end)
+
+
+def test_identity_is_frozen(tmp_path: Path) -> None:
+    """A stored result is found by the name of its training, which is the hash of these arguments.
+
+    Where this fails, every result that users have stored is lost to them, and is trained again. That is right where
+    the same arguments come to give other bits (then raise `planning.SCHEME` or `problem.BUILT_IN`), and a mistake
+    otherwise: a new field of the recipe, say, or another default, must leave the names of existing trainings alone.
+    """
+    training = _training({}, tmp_path / "store")
+    assert training.identity == {
+        "scheme": 1,
+        "data": "7a068d72e98b0510200074b650b7f8bd3d36057988973ae1dbaffbe7db662bef",
+        "model": {"name": "lenet_300_100", "arguments": {"inputs": 64}, "version": 1},
+        "loss": {"name": "cross_entropy", "arguments": {}, "version": 1},
+        "recipe": {
+            "optimizer": "sgd",
+            "lr": 0.1,
+            "momentum": 0.9,
+            "weight_decay": 0.0,
+            "schedule": "constant",
+            "milestones": [],
+            "gamma": 0.1,
+            "warmup": 0,
+            "batch_size": 64,
+            "epochs": 20,
+            "iterations": None,
+            "rewind": 0,
+            "precision": "float32",
+            "augmentation": {"flip": False, "crop": 0},
+        },
+        "seed": 0,
+        "initial": "0" * 64,
+        "mask": "2f9fc1cd70eec5ce92cbfe968c113203e5e2c0a17c048d0b3cb7f2292a2d9ef9",
+        "begin": 0,
+        "end": 440,
+        "threads": 1,
+        "device": "cpu",
+        "sparse": [],
+    }
+    assert training.key == name_of(training.identity)
+    assert training.key == "597e9472b5ccfc5c0bef70dedddcc5bb25c9eef7b0c454043469b31ee0fd131f"
+
+
+OTHER_TRAININGS: list[dict[str, Any]] = [
+    {"recipe.lr": 0.2},
+    {"recipe.epochs": 21},
+    {"recipe.batch_size": 32},
+    {"recipe.optimizer": "adam"},
+    {"recipe.weight_decay": 0.1},
+    {"recipe.rewind": 1},
+    {"recipe.warmup": 1},
+    {"recipe.schedule": "cosine"},
+    {"recipe.augmentation.crop": 1},
+    {"task.model_arguments": {"inputs": 64, "classes": 11}},
+    {"task.dataset_arguments": {"train_per_class": 100}},
+    {"exclude": ["fc"]},
+]
+
+
+def test_what_decides_the_bits_decides_the_name(tmp_path: Path) -> None:
+    keys = [_training(overrides, tmp_path / "store").key for overrides in [{}, *OTHER_TRAININGS]]
+    keys.append(_training({}, tmp_path / "store", seed=1).key)
+    assert len(set(keys)) == len(keys)
+
+
+@pytest.mark.parametrize(
+    "overrides", [{"levels": 3}, {"fraction": 0.5}, {"seeds": [7]}, {"importances": ["l2", "l1"]}, {"data_seeds": []}]
+)
+def test_what_does_not_decide_the_bits_does_not_decide_the_name(tmp_path: Path, overrides: dict[str, Any]) -> None:
+    store = tmp_path / "store"
+    assert _training(overrides, store).key == _training({}, store).key
+
+
+# The source of a user's own code.
+
+PACKAGE = {
+    "mine/__init__.py": "",
+    "mine/models.py": """
+from __future__ import annotations
+import json, torch
+from torch import nn
+from . import layers
+from .sub.blocks import block
+from .sub import activation as other
+import mine.losses as losses
+import spaces.inner
+
+def build():
+    from mine import lazy
+    import broken
+    return nn.Linear(1, 1)
+""",
+    "mine/layers.py": "from .widths import WIDTH\nfrom colorsys import ONE\n",
+    "mine/widths.py": "import helper\nWIDTH = 1\n",
+    "mine/sub/__init__.py": "from .activations import activation\n",
+    "mine/sub/activations.py": "def activation(x): return x\n",
+    "mine/sub/blocks.py": "from ..deep import depth\nfrom ...nowhere import nothing\nblock = 1\n",
+    "mine/deep.py": "from mine import models\ndepth = 1\n",
+    "mine/losses.py": "import helper.further\n",
+    "mine/lazy.py": "",
+    "mine/unrelated.py": "",
+    "spaces/inner.py": "",
+    "helper/__init__.py": "",
+    "helper/further.py": "",
+    "helper/unrelated.py": "",
+    "broken/__init__.py": "raise RuntimeError('never imported')\n",
+    "colorsys.py": "ONE = 1\n",  # a name of the standard library's, found before it
+    "unrelated.py": "import mine.models\n",
+}
+
+IMPORTED = [name for name in PACKAGE if "unrelated" not in name]
+UNRELATED = [name for name in PACKAGE if "unrelated" in name]
+
+
+@pytest.fixture
+def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A user's own package, on Python's path."""
+    root = tmp_path / "code"
+    for name, text in PACKAGE.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+    tops = {Path(name).parts[0].removesuffix(".py") for name in PACKAGE} | {"written"}
+    monkeypatch.syspath_prepend(root)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    yield root
+    for name in [name for name in sys.modules if name.partition(".")[0] in tops]:
+        del sys.modules[name]
+
+
+def _edit(root: Path, name: str, text: str = "# edited\n") -> None:
+    path = root / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text((path.read_text() if path.exists() else "") + text)
+    importlib.invalidate_caches()
+
+
+@pytest.mark.parametrize("name", IMPORTED)
+def test_the_source_hash_changes_with_an_edit_of_what_is_imported(package: Path, name: str) -> None:
+    before = source_hash("mine.models:build")
+    assert source_hash("mine.models:build") == before
+    _edit(package, name)
+    assert source_hash("mine.models:build") != before
+
+
+@pytest.mark.parametrize("name", UNRELATED)
+def test_the_source_hash_does_not_change_with_another_edit(package: Path, name: str) -> None:
+    before = source_hash("mine.models:build")
+    _edit(package, name)
+    _edit(package, "new.py")
+    assert source_hash("mine.models:build") == before
+
+
+def test_the_source_hash_is_of_the_module_whatever_the_function(package: Path) -> None:
+    assert source_hash("mine.models:build") == source_hash("mine.models:other")
+    assert source_hash("mine.models:build") != source_hash("mine.layers:build")
+
+
+def test_the_source_hash_does_not_depend_on_where_the_source_lies(
+    package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (package / "written.py").write_text("x = 1\n")
+    importlib.invalidate_caches()
+    before = source_hash("written:x")
+    (package / "written.py").rename(tmp_path / "written.py")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert source_hash("written:x") == before
+    (tmp_path / "written.py").write_text("x = 2\n")
+    assert source_hash("written:x") != before
+
+
+def test_a_module_that_comes_to_be_there_changes_the_source_hash(package: Path) -> None:
+    (package / "written.py").write_text("try:\n    import fast\nexcept ImportError:\n    fast = None\n")
+    importlib.invalidate_caches()
+    before = source_hash("written:fast")
+    _edit(package, "fast.py")
+    assert source_hash("written:fast") != before
+
+
+@pytest.mark.parametrize(
+    "imported",
+    ["torch", "torch.nn.functional", "json", "os.path", "tombola", "tombola.datasets", "sklearn.datasets", "nowhere"],
+)
+def test_installed_packages_and_tombola_are_not_a_part_of_the_source(package: Path, imported: str) -> None:
+    (package / "written.py").write_text(f"import {imported}\nfrom {imported} import something\n")
+    importlib.invalidate_caches()
+    assert list(own_modules("written")) == ["written"]
+
+
+def test_of_an_installed_package_its_own_source_counts() -> None:
+    names = list(own_modules("iniconfig"))
+    assert "iniconfig" in names
+    assert all(name.partition(".")[0] == "iniconfig" for name in names)
+
+
+# References.
+
+
+def test_resolve(package: Path) -> None:
+    (package / "written.py").write_text("def double(x):\n    return 2 * x\nCONSTANT = 3\n")
+    importlib.invalidate_caches()
+    assert resolve("written:double", "importance")(4) == 8
+    where = package / "written.py"
+    for reference, text in (
+        ("written:triple", f"module 'written' ({where}) has no function 'triple'"),
+        ("written:duble", f"module 'written' ({where}) has no function 'duble'; did you mean 'double'?"),
+        ("written:CONSTANT", f"module 'written' ({where}) has no function 'CONSTANT'"),
+        ("written:", "expected module:function, such as my_module:my_function"),
+        (":double", "expected module:function, such as my_module:my_function"),
+        ("written", "expected module:function, such as my_module:my_function"),
+    ):
+        with pytest.raises(UserError) as error:
+            resolve(reference, "importance")
+        assert str(error.value) == f"importance {reference!r}: {text}"
+    for reference, module in (("writen:double", "writen"), ("mine.modls:build", "mine.modls")):
+        with pytest.raises(UserError) as error:
+            resolve(reference, "task.model")
+        assert str(error.value) == (
+            f"task.model {reference!r}: there is no module {module!r} here or on Python's path; "
+            f"expected module:function, with the module in this folder, beside the study or installed"
+        )
+
+
+@pytest.mark.parametrize(
+    ("source", "text"),
+    [
+        ("import not_installed", "ModuleNotFoundError: No module named 'not_installed'"),
+        ("x = 1 / 0", "ZeroDivisionError: division by zero"),
+        ("raise SystemExit", "SystemExit"),
+    ],
+)
+def test_resolve_a_module_that_fails(package: Path, source: str, text: str) -> None:
+    (package / "written.py").write_text(f"\n{source}\n")
+    importlib.invalidate_caches()
+    with pytest.raises(UserError) as error:
+        resolve("written:f", "task.model")
+    expected = f"task.model 'written:f': importing 'written' raised {text} (in {package / 'written.py'}, line 2)"
+    assert str(error.value) == expected

@@ -1,0 +1,239 @@
+"""Verifying finds what is not as training gives it, and says what differed first."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+
+from stores import InTurn, content, planner, results, study, write_study
+from tombola.engine.run import run
+from tombola.mask import Mask
+from tombola.planning import Chain, Planner
+from tombola.store import Store, canonical
+from tombola.training import History
+from tombola.verify import (
+    Finding,
+    first_in_histories,
+    first_in_masks,
+    first_in_states,
+    sample,
+    stored,
+    verify_chains,
+    verify_trainings,
+)
+
+STUDY = study(["magnitude", "l1"], levels=2)
+
+
+@pytest.fixture
+def plan(tmp_path: Path) -> Planner:
+    """A planner of the study, whose trainings are all done."""
+    plan = planner(tmp_path / "store", STUDY)
+    run(plan, InTurn(last_first=False), lambda *_: None)
+    return plan
+
+
+def verified(plan: Planner) -> list[Finding]:
+    return list(verify_trainings(plan, stored(plan, plan.chains), InTurn(last_first=True)))
+
+
+def verified_chains(plan: Planner) -> list[Finding]:
+    return list(verify_chains(plan, plan.chains, InTurn(last_first=False), lambda *_: None))
+
+
+def tamper(store: Store, key: str, name: str, change: Callable[[Any], None], hash: str | None = None) -> None:
+    """Change what a result holds, and its checksums with it, as a training would have done that gave other bits."""
+    folder = store.folder(key)
+    document = json.loads((folder / "result.json").read_text())
+    tensors = safetensors.torch.load((folder / "weights.safetensors").read_bytes())
+    change(document if name == "result.json" else tensors)
+    files = {"result.json": canonical(document), "weights.safetensors": safetensors.torch.save(tensors)}
+    for file, data in files.items():
+        (folder / file).write_bytes(data)
+    sums = "".join(f"{hashlib.sha256(data).hexdigest()}  {file}\n" for file, data in files.items())
+    (folder / "SHA256SUMS").write_text(sums)
+    store.check(key)
+
+
+def test_what_training_gives_is_confirmed(plan: Planner) -> None:
+    before = content(plan.store.root)
+    findings = verified(plan)
+    assert len(findings) == len(results(plan.store.root)) == 6
+    assert all(finding.difference is None and finding.machine == () for finding in findings)
+    assert content(plan.store.root) == before
+    for folder in results(plan.store.root):
+        confirmed = plan.store.record(folder.name)["confirmed"]
+        assert [set(one) for one in confirmed] == [{"when", "whole_chain", "machine"}]
+    assert [finding.difference for finding in verified_chains(plan)] == [None] * 6
+    assert plan.store.record(results(plan.store.root)[0].name)["confirmed"][1]["whole_chain"] is True
+    assert content(plan.store.root) == before
+
+
+def test_one_weight_that_is_another_is_named(plan: Planner) -> None:
+    chain = Chain(0, "l1")
+    last = plan.trainings(chain)[-1]
+
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["state.4.bias"][2] = torch.nextafter(tensors["state.4.bias"][2], torch.tensor(9.0))
+
+    tamper(plan.store, last.key, "weights.safetensors", change)
+    found = {finding.key: finding for finding in verified(plan)}
+    assert [key for key, finding in found.items() if finding.difference] == [last.key]
+    assert found[last.key].what == "l1, seed 0, level 2"
+    difference = found[last.key].difference or ""
+    assert difference.startswith("tensor 4.bias[2]: ")
+    assert difference.endswith("(1 of 4 differ)")
+    assert "confirmed" not in plan.store.record(last.key)
+    assert [one.what for one in verified_chains(plan) if one.difference] == ["l1, seed 0, level 2"]
+
+
+def test_the_first_iterations_that_went_another_way_are_named(plan: Planner) -> None:
+    dense = plan.trainings(Chain(0, "l1"))[1]
+
+    def change(document: dict[str, Any]) -> None:
+        document["history"]["losses"][2] += 1e-16
+        document["history"]["losses"][3] += 1e-16
+
+    tamper(plan.store, dense.key, "result.json", change)
+    unequal = [finding for finding in verified(plan) if finding.difference]
+    assert [finding.what for finding in unequal] == ["magnitude, seed 0, level 0"]
+    # 400 examples in batches of 32 are 13 iterations an epoch; from iteration 10 on, the third loss is of epoch 2.
+    assert (unequal[0].difference or "").startswith("the training loss of iterations 26 to 38: ")
+
+
+def test_a_chain_that_went_another_way_is_found_where_it_began(plan: Planner) -> None:
+    """As by an importance that came to give other masks: all that is stored fits together, but comes out otherwise."""
+    level_1 = plan.trainings(Chain(0, "l1"))[2]
+
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        bits = tensors["mask.0.weight"]
+        alive, pruned = (next(n for n in range(8) if (int(bits[5]) >> n) % 2 == state) for state in (1, 0))
+        bits[5] ^= (1 << alive) | (1 << pruned)
+
+    tamper(plan.store, level_1.key, "weights.safetensors", change)
+    unequal = [finding for finding in verified(plan) if finding.difference]
+    assert [finding.what for finding in unequal] == ["l1, seed 0, level 1"]
+    assert (unequal[0].difference or "").startswith("mask of 0.weight[2, ")
+
+
+def test_a_wrong_remembered_mask_is_found(plan: Planner) -> None:
+    chain = Chain(0, "l1")
+    right = plan.trainings(chain)[2].mask
+    wrong = Mask.from_tensors({name: alive.roll(1) for name, alive in right.items()})
+    for entry in plan.store.entries():
+        if entry.kind == "mask" and plan.store.mask(entry.name) == right:
+            plan.store.put_mask(entry.name, wrong)
+    again = planner(plan.store.root, STUDY)  # whose chain ends there now: no training of that mask was done
+    run(again, InTurn(last_first=False), lambda *_: None)
+    unequal = [finding for finding in verified(again) if finding.difference]
+    assert any(
+        "a remembered mask is not the one that pruning gives: mask of 0.weight[" in str(f.difference) for f in unequal
+    )
+
+
+def test_a_damaged_result_is_a_difference(plan: Planner) -> None:
+    path = results(plan.store.root)[0] / "weights.safetensors"
+    damaged = bytearray(path.read_bytes())
+    damaged[-1] ^= 1
+    path.write_bytes(damaged)
+    chosen = [one for one in stored(plan, plan.chains) if one.training.key == path.parent.name]
+    findings = list(verify_trainings(plan, chosen[:1], InTurn(last_first=False)))
+    assert len(findings) == 1
+    assert "is damaged" in (findings[0].difference or "")
+
+
+def test_another_machine_is_named(plan: Planner) -> None:
+    for folder in results(plan.store.root):
+        record = json.loads((folder / "record.json").read_text())
+        record["threads"] = 2
+        record["machine"]["versions"]["torch"] = "1.0"
+        (folder / "record.json").write_text(json.dumps(record))
+    for finding in verified(plan):
+        assert finding.difference is None
+        assert finding.machine[0].startswith("versions.torch: '1.0' then, ")
+        assert finding.machine[1] == "threads: 2 then, 1 now"
+
+
+def test_a_sample_is_spread_and_the_same_each_time() -> None:
+    assert sample(range(100), 10) == sample(range(100), 10)
+    assert len(set(sample(range(100), 10))) == 10
+    assert max(sample(range(100), 10)) > 50
+    assert sample(range(3), None) == sample(range(3), 5) == [0, 1, 2]
+
+
+def test_first_differences() -> None:
+    one = {"a": torch.tensor([[1.0, -0.0], [3.0, 4.0]]), "b": torch.tensor(1)}
+    assert first_in_states(one, one) is None
+    other = {"a": torch.tensor([[1.0, 0.0], [3.0, 5.0]]), "b": torch.tensor(1)}
+    assert first_in_states(one, other) == "tensor a[0, 1]: -0.0 in the store, 0.0 now (2 of 4 differ)"
+    assert first_in_states(one, {"a": one["a"]}) == "only one of the states has tensor b"
+    assert (
+        first_in_states(one, one | {"b": torch.tensor(1.0)})
+        == "tensor b: torch.int64 () in the store, torch.float32 () now"
+    )
+    assert first_in_states(one, one | {"b": torch.tensor(2)}) == "tensor b[]: 1 in the store, 2 now (1 of 1 differ)"
+    mask, fewer = (Mask.from_tensors({"w": torch.tensor([True, last, True])}) for last in (True, False))
+    assert first_in_masks(mask, mask) is None
+    assert first_in_masks(mask, fewer) == "mask of w[1]: alive in the store, not now (1 connections differ)"
+    assert first_in_masks(fewer, mask) == "mask of w[1]: pruned in the store, not now (1 connections differ)"
+    history = History((0.5, 0.25), 0.9, 0.1, None)
+    assert first_in_histories(history, history, range) is None
+    other_loss = History((0.5, 0.25 + 1e-16), 0.8, 0.1, None)
+    assert "iterations 7 to 8" in str(first_in_histories(history, other_loss, lambda n: range(7 * n, 7 * n + 2)))
+    assert first_in_histories(history, History((0.5, 0.25), 0.8, 0.1, None), range) == (
+        "test_accuracy: 0.9 in the store, 0.8 now"
+    )
+
+
+def test_the_command_line_verifies_in_fresh_processes_and_looks_after_the_store(plan: Planner) -> None:
+    folder = plan.store.root.parent
+    command = write_study(folder, STUDY)
+
+    def tombola(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [command[0], *arguments, "--store", "store"], cwd=folder, capture_output=True, text=True, check=False
+        )
+
+    done = tombola("verify", "small.toml", "--sample", "2")
+    assert done.returncode == 0
+    assert done.stdout == "2 trainings done again: every bit of weights, masks and histories is as stored\n"
+
+    key = plan.trainings(Chain(0, "l1"))[-1].key
+
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["state.0.bias"][0] += 1
+
+    tamper(plan.store, key, "weights.safetensors", change)
+    done = tombola("verify", "small.toml", "--chains", "--format", "json")
+    assert done.returncode == 1
+    assert [one["training"] for one in json.loads(done.stdout) if not one["equal"]] == ["l1, seed 0, level 2"]
+
+    listed = json.loads(tombola("store", "ls", "--format", "json").stdout)
+    assert sum(one["kind"] == "result" for one in listed) == 6
+    assert all(one["confirmed"] for one in listed if one["kind"] == "result" and one["name"] != key)
+    assert tombola("store", "check").returncode == 0
+    path = plan.store.folder(key) / "result.json"
+    path.write_bytes(path.read_bytes()[:-1])
+    done = tombola("store", "check", "--format", "json")
+    assert done.returncode == 1
+    assert json.loads(done.stdout) == [
+        {"kind": "result", "name": key, "damage": "result.json does not have its checksum"}
+    ]
+
+    run(planner(plan.store.root, STUDY), InTurn(last_first=False), lambda *_: None)
+    before = content(plan.store.root)
+    run(planner(plan.store.root, study(["l2"], seeds=(7,))), InTurn(last_first=False), lambda *_: None)
+    assert len(content(plan.store.root)) > len(before)
+    told = tombola("store", "gc", "small.toml", "--dry-run")
+    assert "would be removed" in told.stdout
+    assert len(content(plan.store.root)) > len(before)
+    assert tombola("store", "gc", "small.toml").returncode == 0
+    assert content(plan.store.root) == before
