@@ -46,27 +46,42 @@ def in_turn(ours: Callable[[], float], theirs: Callable[[], float], rounds: int)
     return [pair[0] for pair in pairs], [pair[1] for pair in pairs]
 
 
-def lenet_step() -> Iterator[Line]:
-    """The dense LeNet step."""
-    import lenet
+def dense_steps() -> Iterator[Line]:
+    """The dense steps of LeNet-300-100 and ResNet-20, and the input side."""
+    import steps
 
-    dataset = lenet.data()
-    inputs = (dataset.train_inputs.float() / 255 - 0.1307) / 0.3081
-    ours, theirs = in_turn(
-        lambda: 1e3 * lenet.ours(dataset), lambda: 1e3 * lenet.by_hand(inputs, dataset.train_labels), 15
-    )
+    lenet, resnet = steps.lenet(), steps.cifar_resnet()
+    ones = lenet.mask(1)
+    ours, theirs = in_turn(lambda: 1e3 * steps.ours(lenet, ones), lambda: 1e3 * steps.by_hand(lenet, ones), 15)
     yield line("LeNet-300-100 step, dense, against a loop by hand", ours, theirs, "ms", 1.0)
-
-
-def resnet_step() -> Iterator[Line]:
-    """The dense ResNet-20 step and its input side."""
-    import resnet
-
-    dataset = resnet.data()
-    ours, theirs = in_turn(lambda: 1e3 * resnet.ours(dataset), lambda: 1e3 * resnet.by_hand(dataset), 5)
+    ones = resnet.mask(1)
+    ours, theirs = in_turn(lambda: 1e3 * steps.ours(resnet, ones), lambda: 1e3 * steps.by_hand(resnet, ones), 5)
     yield line("ResNet-20 step, dense, against a loop by hand", ours, theirs, "ms", 0.8)
-    inputs = [1e3 * resnet.input_side(dataset) for _ in range(5)]
-    yield line("its input side, against the whole step", inputs, ours, "ms", 0.03)
+    inputs = [1e3 * steps.input_side(resnet) for _ in range(5)]
+    yield line("ResNet-20's input side, against the whole step", inputs, ours, "ms", 0.03)
+
+
+def sparse_steps() -> Iterator[Line]:
+    """Steps by density, against eager PyTorch with the mask multiplied in (channels-last for convolutions)."""
+    import steps
+
+    targets = {
+        "LeNet-300-100": (steps.lenet(), 9, {1: 0.9, 0.5: 0.75, 0.2: 0.4, 0.1: 0.3, 0.05: 0.22, 0.01: 0.15}),
+        "ResNet-20": (steps.cifar_resnet(), 3, {0.1: 0.85, 0.02: 0.6}),
+        "VGG-16": (steps.cifar_vgg(), 1, {0.1: 0.7, 0.02: 0.3}),
+    }
+    for name, (system, rounds, by_density) in targets.items():
+        for density, target in by_density.items():
+            mask = system.mask(density)
+            ours, theirs = in_turn(
+                lambda system=system, mask=mask: 1e3 * steps.ours(system, mask),  # type: ignore[misc]
+                lambda system=system, mask=mask, last=name != "LeNet-300-100": (
+                    1e3  # type: ignore[misc]
+                    * steps.by_hand(system, mask, channels_last=last)
+                ),
+                rounds,
+            )
+            yield line(f"{name} step, density {density}, against masked eager", ours, theirs, "ms", target)
 
 
 def pruning() -> Iterator[Line]:
@@ -96,12 +111,9 @@ def workers() -> Iterator[Line]:
             command = ["tombola", "run", "digits", "--store", f"{folder}/store", "--workers", str(count)]
             command += ["--recipe.epochs", "60", "--levels", "2", "--data-seeds", "--seeds", "0", "1"]
             command[0] = str(Path(sys.executable).with_name("tombola"))
-            marks = []
             with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
                 assert process.stdout is not None
-                for printed in process.stdout:
-                    if re.match(r"\[\d+/", printed):
-                        marks.append(time.perf_counter())
+                marks = [time.perf_counter() for printed in process.stdout if re.match(r"\[\d+/", printed)]
         skipped = 4  # until both workers are at work
         return (marks[-1] - marks[skipped]) / (len(marks) - 1 - skipped)
 
@@ -120,7 +132,7 @@ def help_text() -> Iterator[Line]:
     yield line("tombola --help, against half a second", seconds, [0.5], "s", 1.0)
 
 
-PINNED = {"lenet": lenet_step, "resnet": resnet_step}
+PINNED = {"dense": dense_steps, "sparse": sparse_steps}
 FREE = {"pruning": pruning, "workers": workers, "help": help_text}
 
 
@@ -140,10 +152,10 @@ def main() -> None:
             os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
             assert tombola.__version__
         for made in {**FREE, **PINNED}[name]():
+            verdict = "met" if made.ratio <= made.target else "MISSED"
+            figures = f"{made.ours:9.4g} {made.theirs:9.4g} {made.unit:3s}"
             print(
-                f"{made.name:75s} {made.ours:9.4g} {made.theirs:9.4g} {made.unit:3s} "
-                f"ratio {made.ratio:5.3f}  target {made.target:5.3f}  {'met' if made.ratio <= made.target else 'MISSED'}",
-                flush=True,
+                f"{made.name:75s} {figures} ratio {made.ratio:5.3f}  target {made.target:5.3f}  {verdict}", flush=True
             )
             lines.append(made)
     (HERE / "results.json").write_text(json.dumps([asdict(made) for made in lines], indent=1) + "\n")

@@ -392,7 +392,9 @@ def test_more_images_than_labels_are_refused(tmp_path):
 def test_a_label_out_of_range_is_refused(tmp_path):
     make_idx(tmp_path)
     (tmp_path / TRAIN_LABELS).write_bytes(idx_bytes(np.array([0] * 11 + [10], np.uint8)))
-    with pytest.raises(UserError, match=r"train-labels-idx1-ubyte: label 10 of example 11 is out of range, expected 0..9"):
+    with pytest.raises(
+        UserError, match=r"train-labels-idx1-ubyte: label 10 of example 11 is out of range, expected 0..9"
+    ):
         load("mnist", tmp_path)
 
 

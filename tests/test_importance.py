@@ -185,10 +185,14 @@ def test_magnitude_is_the_weight() -> None:
     assert magnitude(tensor([3.0, 0.0, 1e-300])).tolist() == [3.0, 0.0, 1e-300]
 
 
-def test_lamp_of_a_large_and_a_small_weight_does_not_cancel() -> None:
-    # The total minus what is smaller, or a sum that begins with the small ones, would make the last one 0 or 1.
-    weights = tensor([1e-9, 1.0, 2e-9])
-    assert lamp(weights).tolist() == pytest.approx([1e-18, 1.0, 4e-18], rel=1e-15)
+def test_the_sums_of_lamp_do_not_cancel() -> None:
+    # The total minus the sum of what is smaller would be off by the rounding of the total, which is 100,000 times as
+    # large as the sum over the few largest.
+    weights = torch.rand(400_000, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    largest, where = weights.topk(10)
+    squares = largest.square().tolist()
+    expected = [square / math.fsum(squares[: rank + 1]) for rank, square in enumerate(squares)]
+    assert lamp(weights)[where].tolist() == pytest.approx(expected, rel=1e-14, abs=0)
 
 
 TINY, HUGE = 1e-300, 1e300

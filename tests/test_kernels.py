@@ -186,7 +186,8 @@ def test_batch_norm_equals_torch(seed: int, shape: tuple[int, int, int, int], of
 
     parameters = zip(ours.parameters(), dense.parameters(), strict=True)
     for a, b in ((y, z), (x.grad, exact.grad), *((p.grad, q.grad) for p, q in parameters)):
-        assert a is not None and b is not None
+        assert a is not None
+        assert b is not None
         assert near(a, b)
     for a, b in zip(ours.buffers(), dense.buffers(), strict=True):
         assert torch.allclose(a.double(), b.double(), rtol=1e-5, atol=1e-5)
@@ -239,16 +240,20 @@ def test_choices_leave_alone_what_must_stay_dense() -> None:
 
 
 def test_rule() -> None:
-    assert kernels.choose((300, 784), 0.5) and not kernels.choose((300, 784), 0.51)
-    assert kernels.choose((16, 16, 3, 3), 0.3) and not kernels.choose((16, 16, 3, 3), 0.31)
-    assert kernels.choose((300, 784), 0.1, 32) and not kernels.choose((300, 784), 0.2, 32)
+    assert kernels.choose((300, 784), 0.5)
+    assert not kernels.choose((300, 784), 0.51)
+    assert kernels.choose((16, 16, 3, 3), 0.3)
+    assert not kernels.choose((16, 16, 3, 3), 0.31)
+    assert kernels.choose((300, 784), 0.1, 32)
+    assert not kernels.choose((300, 784), 0.2, 32)
     assert not kernels.choose((300, 784), 0.01, 8)
 
 
 def test_without_kernels_everything_is_dense(monkeypatch: pytest.MonkeyPatch) -> None:
     model, mask = a_net()
     monkeypatch.setattr(layers, "extension", None)
-    assert not kernels.available() and kernels.instruction_set() is None
+    assert not kernels.available()
+    assert kernels.instruction_set() is None
     assert set(kernels.choices(model, mask).values()) == {"dense"}
     assert isinstance(kernels.sparsify(model, mask).get_submodule("fc"), nn.Linear)
 

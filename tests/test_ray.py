@@ -36,11 +36,11 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Any]:
     """Two nodes: this process is on the first."""
-    os.environ["RAY_worker_niceness"] = "0"  # or a busy machine lets them starve
+    os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112 (its name; a busy machine would let them starve)
     small: dict[str, Any] = {"num_cpus": 1, "object_store_memory": 100_000_000, "include_dashboard": False}
     nodes = Cluster(initialize_head=True, head_node_args=small)
+    ray.init(address=nodes.address, log_to_driver=False, logging_level="ERROR")  # while there is but the first node
     nodes.add_node(num_cpus=1, object_store_memory=100_000_000)
-    ray.init(address=nodes.address, log_to_driver=False, logging_level="ERROR")
     nodes.wait_for_nodes()
     yield nodes
     ray.shutdown()

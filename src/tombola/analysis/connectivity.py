@@ -74,7 +74,7 @@ def along_line(first: State, second: State, measure: Measure, points: int = POIN
 
     - alpha: in 0..1. error: of the test set, in 0..1. loss: the test loss; null where it is not finite.
     - barrier: in every row the same, the largest over alpha of error(alpha) - ((1 - alpha) error(0) + alpha error(1)),
-      at least 0 (Entezari et al., arXiv 2110.06296; where both ends have the same error it is the instability of
+      at least 0, which it is at both ends (Entezari et al., arXiv 2110.06296; where both ends have the same error it is the instability of
       Frankle et al., arXiv 1912.05671).
 
     Args:
@@ -99,7 +99,7 @@ def along_line(first: State, second: State, measure: Measure, points: int = POIN
         error, loss = measure({name: _between(tensor, second[name], alpha) for name, tensor in first.items()})
         lines.append((alpha, error, loss))
     ends = lines[0][1], lines[-1][1]
-    barrier = max(0.0, *(error - ((1 - alpha) * ends[0] + alpha * ends[1]) for alpha, error, _ in lines))
+    barrier = max(error - ((1 - alpha) * ends[0] + alpha * ends[1]) for alpha, error, _ in lines)
     schema = {"alpha": pl.Float64, "error": pl.Float64, "loss": pl.Float64}
     return pl.DataFrame(lines, schema, orient="row").with_columns(barrier=pl.lit(barrier))
 

@@ -15,6 +15,7 @@ import struct
 import sys
 import warnings
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import IO, Any
 
@@ -153,4 +154,6 @@ def _opened(content: bytes) -> Image.Image:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the end of the standard input ends this process
-    print(json.dumps(work(receive(sys.stdin.buffer), int(sys.argv[1]), Form(**json.loads(sys.argv[2])))))
+    answer = work(receive(sys.stdin.buffer), int(sys.argv[1]), Form(**json.loads(sys.argv[2])))
+    with suppress(BrokenPipeError):  # whoever asked may be gone
+        os.write(sys.stdout.fileno(), json.dumps(answer).encode())

@@ -135,7 +135,8 @@ def sparsify(model: nn.Module, mask: Mapping[str, Tensor], batch_size: int = 128
             if isinstance(dense, nn.Linear):
                 layer = SparseLinear(dense.weight, dense.bias, mask[name])
             else:
-                assert isinstance(dense, nn.Conv2d) and not isinstance(dense.padding, str)
+                assert isinstance(dense, nn.Conv2d)
+                assert not isinstance(dense.padding, str)
                 rows, columns = dense.padding
                 layer = SparseConv2d(dense.weight, dense.bias, mask[name], dense.stride[0], (rows, columns))
             layer.train(dense.training)

@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn import functional
 
 try:
     from tombola.kernels import _sparse
@@ -170,6 +170,7 @@ class SparseLinear(_Sparse):
     dimensions = 2
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the layer's outputs, as the dense layer of its weights gives them."""
         outputs, inputs = self.shape
         if x.dim() > 2 and x.shape[-1] == inputs:
             y: Tensor = self(x.flatten(0, -2)).unflatten(0, x.shape[:-1])
@@ -177,13 +178,14 @@ class SparseLinear(_Sparse):
         values, bias = self.values, self.bias
         kernel = self._kernel(x, values) if x.dim() == 2 else None
         if kernel is None:
-            return F.linear(x, self.weight, bias)
+            return functional.linear(x, self.weight, bias)
         return _product(x, values, bias, kernel, (x.shape[0], outputs))
 
     def _make(self, size: Sequence[int]) -> Any:
         return self._layer((1, 1), (1, 1), 1, (0, 0)) if size[0] == self.shape[1] else None
 
     def extra_repr(self) -> str:
+        """Return shape and density."""
         return f"{self.shape[1]}, {self.shape[0]}, bias={self.bias is not None}, density={self.density:.4g}"
 
 
@@ -216,10 +218,11 @@ class SparseConv2d(_Sparse):
         self.padding = padding
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the layer's outputs, as the dense layer of its weights gives them."""
         values, bias = self.values, self.bias
         kernel = self._kernel(x, values) if x.dim() == 4 else None
         if kernel is None:
-            return F.conv2d(x, self.weight, bias, self.stride, self.padding)
+            return functional.conv2d(x, self.weight, bias, self.stride, self.padding)
         return _product(x, values, bias, kernel, (x.shape[0], self.shape[0], *self._size(x.shape[1:])))
 
     def _size(self, size: Sequence[int]) -> tuple[int, int]:
@@ -236,6 +239,7 @@ class SparseConv2d(_Sparse):
         return self._layer((kernel[0], kernel[1]), (size[1], size[2]), self.stride, self.padding)
 
     def extra_repr(self) -> str:
+        """Return shape and density."""
         outputs, inputs, *kernel = self.shape
         return (
             f"{inputs}, {outputs}, kernel_size={tuple(kernel)}, stride={self.stride}, padding={self.padding}, "
@@ -291,6 +295,7 @@ class BatchNorm2d(nn.BatchNorm2d):
         return layer
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the layer's outputs, as the dense layer of its weights gives them."""
         weight, bias, mean, variance = self.weight, self.bias, self.running_mean, self.running_var
         if (
             not self.training
