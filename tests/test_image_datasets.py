@@ -16,7 +16,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageOps
 from rich.console import Console
 
 from tombola.datasets import cache as cache_module
@@ -163,11 +163,16 @@ def test_a_given_size_brings_all_pictures_to_it(tmp_path):
     assert torch.equal(data.train_inputs[1], torch.from_numpy(pixels([0, 1, 4])).permute(2, 0, 1))  # is of this size
 
 
-def test_large_photographs_are_fitted_without_decoding_all_detail():
-    ramp = np.broadcast_to(np.linspace(0, 255, 640).astype(np.uint8)[None, :, None], (640, 640, 3))
-    small = np.frombuffer(decode(encoded(ramp, "JPEG"), Form(3, 16, 16, fit=True)), np.uint8).reshape(3, 16, 16)
-    expected = (np.arange(16) + 0.5) * 255 / 16
-    assert np.abs(small - expected).max() < 6
+def test_photographs_are_fitted_without_decoding_detail_that_does_not_show(monkeypatch):
+    stripes = np.zeros((80, 80, 3), np.uint8)
+    stripes[:, np.arange(80) // 10 % 2 == 1] = 255
+    form = Form(3, 16, 16, fit=True)
+    exact = np.frombuffer(decode(encoded(stripes), form), np.uint8).astype(int)
+    sizes, fit = [], ImageOps.fit
+    monkeypatch.setattr(ImageOps, "fit", lambda image, *rest: sizes.append(image.size) or fit(image, *rest))
+    sooner = np.frombuffer(decode(encoded(stripes, "JPEG", quality=95), form), np.uint8).astype(int)
+    assert np.abs(sooner - exact).mean() < 12
+    assert sizes == [(40, 40)]  # half the detail, and more than twice what is needed
 
 
 @pytest.mark.parametrize("kind", ["L", "P", "RGBA", "LA", "1", "CMYK"])
@@ -318,6 +323,14 @@ def test_a_data_directory_that_nobody_may_write_to_is_left_alone(tmp_path, monke
     assert_holds(load("image-folder", tmp_path / "data", path="pets"), parts)
 
 
+def test_an_entry_in_a_directory_that_cannot_be_written_to_is_used(tmp_path, monkeypatch):
+    parts = make_folder(tmp_path / "data" / "pets")
+    load("image-folder", tmp_path / "data", path="pets")
+    (tmp_path / "data" / ".tombola-cache").chmod(0o555)
+    forbid_decoding(monkeypatch)
+    assert_holds(load("image-folder", tmp_path / "data", path="pets"), parts)
+
+
 def test_several_at_once_decode_once(tmp_path, monkeypatch):
     make_folder(tmp_path / "pets")
     calls, work = [], decoder.work
@@ -428,6 +441,8 @@ def test_a_disk_that_fills_up_in_another_process_is_told(tmp_path, monkeypatch):
 @pytest.mark.usefixtures("_processes")
 def test_a_process_that_dies_is_told(tmp_path, monkeypatch):
     make_folder(tmp_path / "pets")
+    for path in (tmp_path / "pets").rglob("*.png"):
+        write(path, encoded(pixels(0, 200, 200)))  # more than a pipe takes
     monkeypatch.setattr(decoder, "command", lambda *_: [sys.executable, "-c", "raise SystemExit(3)"])
     with pytest.raises(UserError, match="a process that decodes pictures ended early, with status 3"):
         load("image-folder", tmp_path, path="pets")
@@ -731,7 +746,7 @@ def test_the_pickled_cifar10_is_refused(tmp_path, name):
         load("cifar10", tmp_path)
     assert "pickles, which are never loaded: get the binary version" in str(caught.value)
     assert f"cifar-10-binary.tar.gz, and put it into {tmp_path}" in str(caught.value)
-    make_cifar10(tmp_path / "cifar-10-batches-bin")
+    make_cifar10(tmp_path / "cifar10")
     assert load("cifar10", tmp_path).name == "cifar10"
 
 

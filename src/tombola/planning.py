@@ -138,7 +138,9 @@ class Planner:
         for name in [name for name in study.importances if name not in IMPORTANCES]:  # whether they work, before all
             self._pruned(self.initial(study.seeds[0]), self.dense, 0, Chain(study.seeds[0], name))
 
-    def restarted(self, initial: Mapping[int, Weights], seed: int, importances: tuple[str, ...], levels: int) -> Planner:
+    def restarted(
+        self, initial: Mapping[int, Weights], seed: int, importances: tuple[str, ...], levels: int
+    ) -> Planner:
         """Return a planner of the same study from other initial weights.
 
         Args:

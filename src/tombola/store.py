@@ -214,9 +214,9 @@ class Store:
                 sync_folder(temporary)
                 temporary.rename(folder)
                 sync_folder(folder.parent)
-            except BaseException:
+            except BaseException as error:
                 shutil.rmtree(temporary, ignore_errors=True)
-                if key not in self:
+                if not isinstance(error, OSError) or key not in self:  # another run may have been faster
                     raise
         except OSError as error:
             raise UserError(

@@ -74,8 +74,8 @@ def along_line(first: State, second: State, measure: Measure, points: int = POIN
 
     - alpha: in 0..1. error: of the test set, in 0..1. loss: the test loss; null where it is not finite.
     - barrier: in every row the same, the largest over alpha of error(alpha) - ((1 - alpha) error(0) + alpha error(1)),
-      at least 0, which it is at both ends (Entezari et al., arXiv 2110.06296; where both ends have the same error it is the instability of
-      Frankle et al., arXiv 1912.05671).
+      at least 0, which it is at both ends (Entezari et al., arXiv 2110.06296; where both ends have the same error it is
+      the instability of Frankle et al., arXiv 1912.05671).
 
     Args:
         first, second: states of one network. What is no floating-point number is taken from `first`.
