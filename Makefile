@@ -22,9 +22,10 @@ bench: .venv/installed
 	$(PIP) .
 	touch $@
 
-.venv/installed-tests: .venv/installed
+.venv/installed-tests: $(SOURCES)
+	$(PYTHON) -m venv .venv
 	$(PIP) '.[test]'
-	touch $@
+	touch .venv/installed $@
 
 clean:
 	rm -rf .venv build dist

@@ -394,7 +394,7 @@ def test_an_edited_importance_is_applied_again(mine: Here) -> None:
 
 
 def test_a_file_named_as_a_module_of_python_is_no_hindrance(tombola: Tombola, tmp_path: Path, finished: Path) -> None:
-    for name in ("csv.py", "statistics.py", "queue.py"):
+    for name in ("timeit.py", "pprint.py", "unittest.py"):
         (tmp_path / name).write_text("raise RuntimeError('not this one')\n")
     code = "import sys; sys.path.pop(0); from tombola.cli import main; raise SystemExit(main())"  # as a console script
     command = [sys.executable, "-c", code, "results", *STUDY, "--store", str(finished)]
@@ -435,10 +435,11 @@ def test_collapsed_layers_are_said(here: Here) -> None:
 
 
 def test_a_reader_that_goes_away_is_no_error() -> None:
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     for verb in (["presets"], ["presets", "--format", "json"]):
         read, write = os.pipe()
         os.close(read)
-        said = subprocess.run([*CONSOLE, *verb], stdout=write, stderr=subprocess.PIPE, check=False)
+        said = subprocess.run([*CONSOLE, *verb], env=buffered, stdout=write, stderr=subprocess.PIPE, check=False)
         os.close(write)
         assert (said.returncode, said.stderr) == (141, b"")
 
