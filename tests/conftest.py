@@ -83,3 +83,4 @@ def workers_here(monkeypatch: pytest.MonkeyPatch) -> None:
                     yield Failed(job.key, f"{type(error).__name__}: {error}")
 
     monkeypatch.setattr("tombola.engine.local.LocalWorkers", Here)
+    monkeypatch.setattr("tombola.engine.estimate._timed", lambda *_: (0.001, 0.1))  # seconds an iteration, and before

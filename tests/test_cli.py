@@ -393,13 +393,11 @@ def test_an_edited_importance_is_applied_again(mine: Here) -> None:
     sys.modules.pop("other")
 
 
-def test_a_file_named_as_a_module_of_python_is_no_hindrance(tombola: Tombola, tmp_path: Path, finished: Path) -> None:
-    for name in ("timeit.py", "pprint.py", "unittest.py"):
-        (tmp_path / name).write_text("raise RuntimeError('not this one')\n")
-    code = "import sys; sys.path.pop(0); from tombola.cli import main; raise SystemExit(main())"  # as a console script
-    command = [sys.executable, "-c", code, "results", *STUDY, "--store", str(finished)]
-    said = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert (said.returncode, said.stderr) == (0, "")
+def test_a_users_modules_come_after_pythons_own_and_before_installed_ones(here: Here) -> None:
+    here("results", *STUDY, status=2)
+    place = sys.path.index(os.getcwd())
+    assert place > sys.path.index(str(Path(os.__file__).parent))  # a random.py in the folder is no hindrance
+    assert place < sys.path.index(str(Path(torch.__file__).parents[1]))
 
 
 def test_a_training_that_diverges_ends_its_chain_and_the_study_goes_on(here: Here) -> None:

@@ -513,7 +513,12 @@ def test_a_server_that_never_answers_is_given_up(tmp_path, monkeypatch):
 
 def test_a_name_that_is_never_resolved_is_given_up(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "SECONDS_TO_ANSWER", 0.2)
-    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: time.sleep(5))
+
+    def never(*_: object, **__: object) -> None:
+        time.sleep(5)
+        raise socket.gaierror("at last")
+
+    monkeypatch.setattr(socket, "getaddrinfo", never)
     start = time.monotonic()
     with pytest.raises(UserError, match=r"127\.0\.0\.1 did not answer within 0.2 seconds"):
         load("mnist", tmp_path)

@@ -10,6 +10,10 @@ class UserError(ValueError):
     """A mistake in what the user gave: its text says what, where, what was expected and what to do.
 
     The command line prints the text as one sentence and exits with status 2.
+
+    >>> raise UserError("levels must be 0 or more, got -1")
+    Traceback (most recent call last):
+    tombola.errors.UserError: levels must be 0 or more, got -1
     """
 
 

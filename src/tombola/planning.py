@@ -118,6 +118,14 @@ class Planner:
 
     Raises:
         UserError: where importances, layers to exclude or levels are not possible.
+
+    >>> import pathlib, tempfile
+    >>> from tombola import load_problem, load_study
+    >>> study = load_study("digits", {"importances": ("l1",), "seeds": (0,), "levels": 2})
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     planner = Planner(study, load_problem(study.task), Store(pathlib.Path(folder) / "store"))
+    ...     planner.progress(planner.chains[0]).remaining
+    3
     """
 
     def __init__(self, study: Study, problem: Problem, store: Store, *, remember: bool = True) -> None:

@@ -38,6 +38,9 @@ class Problem:
         build: makes the model; its random numbers come from torch's own generator.
         loss: of outputs and labels.
         identity: all of these as JSON's types, for a training's name.
+
+    >>> load_problem(Task(dataset="digits", model="lenet_300_100", model_arguments={"inputs": 64})).data.input_shape
+    (1, 8, 8)
     """
 
     data: Dataset

@@ -85,6 +85,11 @@ class Store:
 
     Raises:
         UserError: where the folder is no store, cannot be written to, or was made by a newer version.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     Store(Path(folder) / "store").get("0" * 64) is None
+    True
     """
 
     def __init__(self, root: Path, *, create: bool = True) -> None:
