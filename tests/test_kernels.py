@@ -337,3 +337,25 @@ def test_linear_takes_what_torch_takes(shape: tuple[int, ...]) -> None:
 def test_mask_of_another_shape_is_an_error() -> None:
     with pytest.raises(ValueError, match=r"expected a bool mask of shape \(4, 3\), got torch.bool \(3, 4\)"):
         SparseLinear(torch.randn(4, 3), None, torch.ones(3, 4, dtype=torch.bool))
+
+
+@settings(deadline=None)
+@given(
+    st.integers(1, 4),
+    st.integers(1, 9),
+    st.integers(1, 9),
+    st.lists(st.integers(0, 4), max_size=9),
+    st.integers(0, 2**32),
+)
+def test_images_are_normalised_with_the_bits_of_torch(
+    channels: int, height: int, width: int, chosen: list[int], seed: int
+) -> None:
+    draw = torch.Generator().manual_seed(seed)
+    images = torch.randint(256, (5, channels, height, width), generator=draw, dtype=torch.uint8)
+    mean = 255 * torch.rand((channels, 1, 1), generator=draw)
+    scale = torch.rand((channels, 1, 1), generator=draw)
+    which = torch.tensor(chosen, dtype=torch.int64)
+    expected = (images[which].float() - mean) * scale
+    assert torch.equal(kernels.normalized_images(images, which, mean, scale), expected)
+    columns = images.to(memory_format=torch.channels_last)
+    assert torch.equal(kernels.normalized_images(columns, which, mean, scale), expected)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from tombola import kernels
 from tombola.datasets.dataset import Dataset
 from tombola.recipe import Augmentation, Recipe
 from tombola.streams import generator
@@ -22,17 +23,22 @@ def batches(data: Dataset, recipe: Recipe, seed: int, begin: int, end: int) -> I
     count = len(data.train_inputs)
     per_epoch = recipe.iterations_per_epoch(count)
     augmented = recipe.augmentation != Augmentation()
-    normalise = normalisation(data)
+    images = data.train_inputs.dtype == torch.uint8
+    mean, scale = _mean_and_scale(data)
     for iteration in range(begin, end):
         epoch, step = divmod(iteration, per_epoch)
         if step == 0 or iteration == begin:
             order = torch.randperm(count, generator=generator(seed, "data order", epoch))
             changes = Changes(seed, epoch, count, recipe.augmentation) if augmented else None
         chosen = order[step * recipe.batch_size : (step + 1) * recipe.batch_size].to(data.train_inputs.device)
-        inputs = data.train_inputs.index_select(0, chosen)
         if changes is not None:
-            inputs = changes.apply(inputs, chosen)
-        yield normalise(inputs), data.train_labels.index_select(0, chosen)
+            changed = changes.apply(data.train_inputs.index_select(0, chosen), chosen)
+            inputs = changed.to(torch.float32).sub_(mean).mul_(scale)
+        elif images:
+            inputs = kernels.normalized_images(data.train_inputs, chosen, mean, scale)
+        else:
+            inputs = data.train_inputs.index_select(0, chosen)
+        yield inputs, data.train_labels.index_select(0, chosen)
 
 
 class Changes:
@@ -72,6 +78,12 @@ def normalisation(data: Dataset) -> Callable[[Tensor], Tensor]:
     """
     if data.train_inputs.dtype != torch.uint8:
         return lambda inputs: inputs
-    mean = torch.tensor(data.mean, device=data.train_inputs.device).view(-1, 1, 1) * 255
-    scale = 1 / (torch.tensor(data.sd, device=data.train_inputs.device).view(-1, 1, 1) * 255)
+    mean, scale = _mean_and_scale(data)
     return lambda inputs: inputs.to(torch.float32).sub_(mean).mul_(scale)
+
+
+def _mean_and_scale(data: Dataset) -> tuple[Tensor, Tensor]:
+    """Return what is subtracted from the pixels of each channel, and what they are multiplied by, (channels, 1, 1)."""
+    device = data.train_inputs.device
+    mean = torch.tensor(data.mean, device=device)[:, None, None] * 255
+    return mean, 1 / (torch.tensor(data.sd, device=device)[:, None, None] * 255)

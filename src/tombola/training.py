@@ -19,6 +19,7 @@ from tombola.batches import batches, normalisation
 from tombola.datasets.dataset import Dataset
 from tombola.errors import UserError
 from tombola.mask import Mask
+from tombola.optimizer import Optimizer
 from tombola.recipe import Augmentation, Recipe
 from tombola.streams import ambient, derive
 from tombola.weights import State, Weights, masked, zero_pruned
@@ -175,8 +176,7 @@ def train(
         for name in mask
         if name in parameters and not mask[name].all()
     ]
-    optimizer = _optimizer(recipe, [p for p in model.parameters() if p.requires_grad])
-    _load_optimizer(optimizer, at.optimizer)
+    optimizer = Optimizer(recipe, [p for p in model.parameters() if p.requires_grad], at.optimizer)
     per_epoch = recipe.iterations_per_epoch(examples)
     losses = list(at.losses)
     loss_sum = torch.tensor(at.loss_sum, dtype=torch.float64, device=device)
@@ -185,16 +185,14 @@ def train(
 
     def checkpoint() -> Checkpoint:
         state = {name: t.detach().to("cpu", copy=True) for name, t in kernels.dense_state(model).items()}
-        return Checkpoint(iteration, state, _optimizer_tensors(optimizer), tuple(losses), float(loss_sum))
+        return Checkpoint(iteration, state, optimizer.tensors(), tuple(losses), float(loss_sum))
 
     model.train()
     autocast = torch.autocast(device, torch.bfloat16) if recipe.precision == "bfloat16" else nullcontext()
     with ambient(seed), _flushed_denormals(), _deterministic(device):
         for inputs, labels in batches(data, recipe, seed, iteration, end):
             _seed_random_layers(device, derive(seed, "random layers", iteration))
-            for group in optimizer.param_groups:
-                group["lr"] = recipe.lr_at(iteration, examples)
-            optimizer.zero_grad()
+            optimizer.forget_gradients()
             with autocast:
                 batch_loss = loss(model(inputs), labels)
             batch_loss.backward()  # type: ignore[no-untyped-call]
@@ -202,7 +200,7 @@ def train(
                 if weight.grad is not None:
                     # With no gradient ever, a weight that starts at 0 stays at 0 under momentum and weight decay too.
                     weight.grad.mul_(ones)
-            optimizer.step()
+            optimizer.step(recipe.lr_at(iteration, examples))
             loss_sum += batch_loss.detach()
             iteration += 1
             epoch_over = iteration % per_epoch == 0 or iteration == end
@@ -266,38 +264,6 @@ def predict(model: nn.Module, data: Dataset) -> Tensor:
         parts = torch.split(data.test_inputs, _EVALUATED_AT_ONCE)
         # A copy: a model may begin with a layer that works in place.
         return torch.cat([model(normalise(part.clone())).float() for part in parts])
-
-
-def _optimizer(recipe: Recipe, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-    decay = recipe.weight_decay
-    if recipe.optimizer in ("adam", "adamw"):
-        kind = torch.optim.Adam if recipe.optimizer == "adam" else torch.optim.AdamW
-        return kind(parameters, lr=recipe.lr, weight_decay=decay, fused=True)
-    momentum = 0.0 if recipe.optimizer == "sgd" else recipe.momentum
-    nesterov = recipe.optimizer == "nesterov"
-    return torch.optim.SGD(parameters, recipe.lr, momentum, weight_decay=decay, nesterov=nesterov, fused=True)
-
-
-def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> State:
-    return {
-        f"{number}.{name}": value.detach().to("cpu", copy=True)
-        for number, entries in optimizer.state_dict()["state"].items()
-        for name, value in entries.items()
-        if isinstance(value, Tensor)
-    }
-
-
-def _load_optimizer(optimizer: torch.optim.Optimizer, tensors: State) -> None:
-    state: dict[int, dict[str, Tensor]] = {}
-    for key, tensor in tensors.items():
-        number, name = key.split(".", 1)
-        state.setdefault(int(number), {})[name] = tensor.clone()
-    optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
-    for parameter, entries in optimizer.state.items():
-        for name, value in entries.items():
-            if isinstance(value, Tensor) and value.shape == parameter.shape:
-                # The fused steps go through memory in order: a tensor must lie there as its parameter does.
-                entries[name] = torch.empty_like(parameter, dtype=value.dtype, requires_grad=False).copy_(value)
 
 
 @contextmanager

@@ -24,6 +24,7 @@ __all__ = [
     "choose",
     "dense_state",
     "instruction_set",
+    "normalized_images",
     "sparsify",
 ]
 
@@ -162,3 +163,24 @@ def dense_state(model: nn.Module) -> dict[str, Tensor]:
         else:
             state[name] = tensor
     return state
+
+
+def normalized_images(images: Tensor, chosen: Tensor, mean: Tensor, scale: Tensor) -> Tensor:
+    """Return `(images[chosen] - mean) * scale` in one pass over memory; without kernels in three, of the same bits.
+
+    Args:
+        images: uint8, (n, channels, height, width).
+        chosen: int64, (m,), numbers of images.
+        mean, scale: float32, (channels, 1, 1).
+
+    """
+    tensors = (images, chosen, mean, scale)
+    if layers.extension is None or not all(t.is_cpu and t.is_contiguous() for t in tensors):
+        return images.index_select(0, chosen).to(torch.float32).sub_(mean).mul_(scale)
+    count, (_, channels, height, width) = len(chosen), images.shape
+    result = torch.empty((count, channels, height, width))
+    addresses = [t.data_ptr() for t in (mean, scale, result)]
+    layers.extension.normalized_images(
+        images.data_ptr(), chosen.data_ptr(), count, channels, height * width, *addresses
+    )
+    return result

@@ -36,3 +36,6 @@ def normalize_gradient(
     weight_gradient: int,
     bias_gradient: int,
 ) -> None: ...
+def normalized_images(
+    images: int, chosen: int, count: int, channels: int, pixels: int, mean: int, scale: int, target: int
+) -> None: ...

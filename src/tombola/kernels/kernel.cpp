@@ -425,9 +425,25 @@ void normalize_gradient(const float* x, const float* delta, int channels, ptrdif
     }
 }
 
+void normalize_images(const uint8_t* images, const int64_t* chosen, ptrdiff_t count, int channels, ptrdiff_t pixels,
+                      const float* mean, const float* scale, float* target) {
+    constexpr ptrdiff_t ahead = 2;  // images: they lie anywhere in memory
+    const ptrdiff_t size = channels * pixels;
+    for (ptrdiff_t n = 0; n < count; ++n) {
+        if (n + ahead < count)
+            for (ptrdiff_t i = 0; i < size; i += 64) __builtin_prefetch(images + chosen[n + ahead] * size + i);
+        for (int c = 0; c < channels; ++c, target += pixels) {
+            const uint8_t* __restrict from = images + chosen[n] * size + c * pixels;
+            float* __restrict to = target;
+            const float center = mean[c], slope = scale[c];
+            for (ptrdiff_t i = 0; i < pixels; ++i) to[i] = (float(from[i]) - center) * slope;
+        }
+    }
+}
+
 }  // namespace
 
 extern const Kernels TOMBOLA_ISA = {TOMBOLA_NAME(TOMBOLA_ISA), linear_vectors * L, conv_vectors* L, gather, correlate,
-                                   normalize, normalize_gradient};
+                                   normalize, normalize_gradient, normalize_images};
 
 }  // namespace tombola

@@ -53,6 +53,9 @@ struct Kernels {
     void (*normalize_gradient)(const float* x, const float* delta, int channels, ptrdiff_t count,
                                const float* weight, const float* mean, const float* scale, float* gradient,
                                float* weight_gradient, float* bias_gradient);
+    // target[n] = (images[chosen[n]] - mean) * scale, images of (channels, pixels).
+    void (*normalize_images)(const uint8_t* images, const int64_t* chosen, ptrdiff_t count, int channels,
+                             ptrdiff_t pixels, const float* mean, const float* scale, float* target);
 };
 
 extern const Kernels plain, avx2, avx512;

@@ -276,6 +276,15 @@ void normalize_gradient(uintptr_t x, uintptr_t delta, int channels, ptrdiff_t co
                                        pointer(bias_gradient));
 }
 
+// The chosen images, (pixel - mean) * scale for each channel; all arguments but the sizes are addresses.
+void normalized_images(uintptr_t images, uintptr_t chosen, ptrdiff_t count, int channels, ptrdiff_t pixels,
+                       uintptr_t mean, uintptr_t scale, uintptr_t target) {
+    nb::gil_scoped_release unlocked;
+    supported()[0]->normalize_images(reinterpret_cast<const uint8_t*>(images),
+                                     reinterpret_cast<const int64_t*>(chosen), count, channels, pixels, pointer(mean),
+                                     pointer(scale), pointer(target));
+}
+
 NB_MODULE(_sparse, m) {
     nb::set_leak_warnings(false);  // layers that live until the interpreter ends are no leak
     m.def("instruction_sets", [] {
@@ -294,6 +303,7 @@ NB_MODULE(_sparse, m) {
         .def("weight_gradient", &Layer::weight_gradient);
     m.def("normalize", normalize);
     m.def("normalize_gradient", normalize_gradient);
+    m.def("normalized_images", normalized_images);
 }
 
 }  // namespace
