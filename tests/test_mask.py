@@ -12,14 +12,13 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.utils import prune as torch_prune
 
 from tombola import Mask, UserError, prunable, prune
 from tombola.importance import IMPORTANCES, Importance, Seeded, l1, magnitude
-from tombola.mask import _kth_smallest
 
 often = settings(deadline=None, max_examples=50)
 
@@ -670,48 +669,65 @@ def test_the_number_of_threads_does_not_matter() -> None:
     assert len(sums) == 1
 
 
-# The k-th smallest.
-
-numbers = st.floats(allow_nan=False) | st.sampled_from([0.0, -0.0, 1.0, -1.0, math.inf, -math.inf, 5e-324, -5e-324])
+# Networks of so many connections that importances are not kept and few of them are looked at first.
 
 
-def parts_of(values: list[float], cuts: list[int]) -> list[npt.NDArray[np.float64]]:
-    return list(np.split(np.array(values, dtype=np.float64), sorted(cut % (len(values) + 1) for cut in cuts)))
-
-
-@pytest.mark.parametrize("gathered", [0, 2, 1 << 22])
-@pytest.mark.parametrize("block", [3, 1 << 18])
-@settings(deadline=None, max_examples=40)
-@given(values=st.lists(numbers, min_size=1, max_size=12), cuts=st.lists(st.integers(0, 12), max_size=3), data=st.data())
-def test_kth_smallest(gathered: int, block: int, values: list[float], cuts: list[int], data: st.DataObject) -> None:
-    k = data.draw(st.integers(1, len(values)))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("tombola.mask._GATHERED", gathered)
-        patch.setattr("tombola.mask._BLOCK", block)
-        assert _kth_smallest(parts_of(values, cuts), k) == np.sort(values)[k - 1]
-
-
-@pytest.mark.parametrize("shift", [0, 16, 32, 48])
-@settings(deadline=None, max_examples=20)
-@given(digits=st.lists(st.integers(0, 0xFFFF), min_size=2, max_size=12), sign=st.sampled_from([1, -1]), data=st.data())
-def test_kth_smallest_of_numbers_that_differ_in_16_of_their_bits(
-    shift: int, digits: list[int], sign: int, data: st.DataObject
+@pytest.mark.parametrize("kept", [0, 1 << 24])
+@pytest.mark.parametrize("sampled", [1, 3, 1 << 20])
+@often
+@given(drawn=prunings(), fraction=fractions)
+def test_a_sample_never_decides(
+    kept: int, sampled: int, drawn: tuple[dict[str, Tensor], Mask], fraction: float
 ) -> None:
-    rest, sign_bit = 0x3FF0_1234_5678_9ABC & ~(0xFFFF << shift), 1 << 63
-    keys = np.array([(rest | digit << shift) & ~sign_bit for digit in digits], dtype=np.int64)
-    values = sign * keys.view(np.float64)
-    assume(not np.isnan(values).any())
-    k = data.draw(st.integers(1, len(values)))
+    weights, mask = drawn
+    count = round(fraction * mask.alive)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("tombola.mask._GATHERED", 0)
-        assert _kth_smallest([values], k) == np.sort(values)[k - 1]
+        patch.setattr("tombola.mask._KEPT", kept)
+        patch.setattr("tombola.mask._SAMPLED", sampled)
+        assert prune(weights, mask, magnitude, fraction) == pruned_literally(weights, mask, magnitude, count)
 
 
-@pytest.mark.parametrize("gathered", [100, 1 << 22])
-def test_kth_smallest_of_many(monkeypatch: pytest.MonkeyPatch, gathered: int) -> None:
-    monkeypatch.setattr("tombola.mask._GATHERED", gathered)
-    draw = np.random.default_rng(0)
-    parts = [draw.normal(size=600_000), np.abs(draw.normal(size=50_000)) * 1e-3, np.full(1000, 0.25)]
-    ordered = np.sort(np.concatenate(parts))
-    for k in (1, 2, 130_000, 325_500, len(ordered) - 1, len(ordered)):
-        assert _kth_smallest(parts, k) == ordered[k - 1]
+@pytest.mark.parametrize("order", ["random", "sample all low", "sample all high", "ties", "infinite"])
+@pytest.mark.parametrize("fraction", [0.00001, 0.2, 0.5, 0.99999])
+def test_many_connections(monkeypatch: pytest.MonkeyPatch, order: str, fraction: float) -> None:
+    """Also where the connections that are looked at first are not like the others."""
+    monkeypatch.setattr("tombola.mask._KEPT", 0)
+    monkeypatch.setattr("tombola.mask._SAMPLED", 1000)
+    draw = torch.Generator().manual_seed(0)
+    weights = torch.rand(300_000, generator=draw) + 1
+    every = len(weights) // 1000 + 1
+    if order.startswith("sample"):
+        weights[::every] = 0.5 if order.endswith("low") else 2.5
+    if order == "ties":
+        weights = (4 * weights).round()
+    scores = weights.double()
+    if order == "infinite":
+        scores = torch.where(scores > 1.5, torch.inf, -torch.inf)
+    count = round(fraction * len(weights))
+    expected = torch.ones(len(weights), dtype=torch.bool)
+    expected[scores.argsort(stable=True)[:count]] = False
+    whole = dense({"w": weights})
+    assert torch.equal(prune({"w": weights}, whole, lambda _: scores.clone(), fraction)["w"], expected)
+    halves = {"a": weights[:100_001], "b": weights[100_001:]}
+    if order != "infinite":
+        pruned = prune(halves, dense(halves), magnitude, fraction)
+        assert torch.equal(torch.cat([pruned["a"], pruned["b"]]), expected)
+
+
+def test_importances_are_computed_once_if_they_are_few_and_twice_if_they_are_many(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """No more often: the sample of all layers says well enough where the limit lies."""
+    draw = torch.Generator().manual_seed(0)
+    weights = {name: scale * torch.rand(20_000, generator=draw) for name, scale in [("a", 1.0), ("b", 3.0), ("c", 0.1)]}
+    calls: list[int] = []
+
+    def counted(survivors: Tensor) -> Tensor:
+        calls.append(len(survivors))
+        return survivors
+
+    few = prune(weights, dense(weights), counted, 0.3)
+    assert len(calls) == 3
+    monkeypatch.setattr("tombola.mask._KEPT", 0)
+    assert prune(weights, dense(weights), counted, 0.3) == few
+    assert len(calls) == 3 + 6

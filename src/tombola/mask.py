@@ -226,36 +226,85 @@ def prune(
     left_out = _excluded(mask, exclude)
     names = [name for name in mask if name not in left_out]
     with _one_thread(), torch.no_grad():
-        scores = {name: _scores(name, weights, mask, importance, seed) for name in names}
-        count = round(fraction * sum(len(s) for s in scores.values()))
+        counts = mask.counts
+        total = sum(counts[name] for name in names)
+        count = round(fraction * total)
+        kept: dict[str, Tensor] = {}
+        # One piece of memory for the survivors of all layers: touching new memory takes longer than computing.
+        buffer = torch.empty(max((counts[name] for name in names), default=0), dtype=torch.float64)
+
+        def scores(name: str) -> Tensor:
+            if name in kept:
+                return kept[name]
+            if total > _KEPT:
+                return _scores(name, weights, mask, importance, seed, buffer)
+            kept[name] = _scores(name, weights, mask, importance, seed, torch.empty(counts[name], dtype=torch.float64))
+            return kept[name]
+
+        sample = np.concatenate(
+            [np.zeros(0), *(scores(name)[:: total // _SAMPLED + 1].numpy().copy() for name in names)]
+        )
         if count == 0:
             return mask
-        threshold = _kth_smallest([s.numpy() for s in scores.values()], count)
-        ties_to_remove = count - sum(int(torch.count_nonzero(s < threshold)) for s in scores.values())
+        for low, high in _intervals(sample, count / total):
+            lower, within = {}, {}
+            for name in names:
+                layer = scores(name)
+                lower[name] = layer < low
+                where = ((layer >= low) & (layer <= high)).nonzero().flatten()
+                within[name] = where, layer[where]
+            candidates = np.concatenate([values.numpy() for _, values in within.values()])
+            missing = count - sum(int(removed.count_nonzero()) for removed in lower.values())
+            if 0 < missing <= len(candidates):
+                break
+        threshold = float(np.partition(candidates, missing - 1)[missing - 1])
+        ties_to_remove = missing - int(np.count_nonzero(candidates < threshold))
         bits = mask.bits
         for name in names:
-            layer = scores.pop(name)
-            removed = layer < threshold
-            if ties_to_remove:
-                ties = (layer == threshold).nonzero().flatten()[:ties_to_remove]
-                removed[ties] = True
-                ties_to_remove -= len(ties)
+            removed, (where, values) = lower.pop(name), within.pop(name)
+            ties = where[values == threshold][:ties_to_remove]
+            ties_to_remove -= len(ties)
+            removed[where[values < threshold]] = True
+            removed[ties] = True
             alive = mask[name]
-            bits[name] = _pack(alive.masked_scatter(alive, ~removed))
+            bits[name] = _pack(~removed if alive.all() else alive.masked_scatter(alive, ~removed))
     return Mask(mask.shapes, bits)
 
 
-def _scores(name: str, weights: Mapping[str, Tensor], mask: Mask, importance: Importance, seed: int) -> Tensor:
-    """Return the importances, float64 of shape (survivors,), of one layer's surviving weights in flat order."""
+_KEPT = 1 << 24  # importances that are few enough to be kept (128 MiB); more are computed twice, which takes less time
+_SAMPLED = 1 << 20
+
+
+def _intervals(sample: npt.NDArray[np.float64], share: float) -> Iterator[tuple[float, float]]:
+    """Yield the ends of intervals in which the number lies that has this share of all at or below it.
+
+    Probably in the first, which few lie in; certainly in the last, which all lie in.
+    """
+    rank = round(share * len(sample))
+    for margin in (4 * math.isqrt(len(sample)) + 1, len(sample) // 8, len(sample)):
+        ends = rank - margin, rank + margin
+        inside = [end for end in ends if 0 <= end < len(sample)]
+        ordered = np.partition(sample, inside) if inside else sample
+        low, high = (float(ordered[end]) if end in inside else None for end in ends)
+        yield -math.inf if low is None else low, math.inf if high is None else high
+
+
+def _scores(
+    name: str, weights: Mapping[str, Tensor], mask: Mask, importance: Importance, seed: int, buffer: Tensor
+) -> Tensor:
+    """Return the importances, float64 of shape (survivors,), of one layer's surviving weights in flat order.
+
+    They may lie in `buffer`, where the survivors are put.
+    """
     if name not in weights:
         raise UserError(f"no weights for layer {name!r} of the mask; {did_you_mean(name, weights)}")
     weight = weights[name].detach().cpu()
     if tuple(weight.shape) != mask.shapes[name]:
         raise UserError(f"layer {name!r}: the weights have shape {tuple(weight.shape)}, the mask {mask.shapes[name]}")
     alive = mask[name]
-    survivors = weight.flatten() if alive.all() else weight[alive]
-    survivors = survivors.to(torch.float64, copy=True).abs_()
-    length = len(survivors)
+    values = weight.flatten() if alive.all() else weight[alive]
+    length = len(values)
+    survivors = buffer[:length].copy_(values).abs_()
     if length and not survivors.max().isfinite():
         raise UserError(f"layer {name!r}: its weights are not all finite (NaN or infinite), so they cannot be compared")
     label = f"importance {getattr(importance, '__name__', type(importance).__name__)!r}, layer {name!r}"
@@ -273,48 +322,6 @@ def _scores(name: str, weights: Mapping[str, Tensor], mask: Mask, importance: Im
     if length and scores.min().isnan():  # the least of numbers is NaN where one of them is
         raise UserError(f"{label}: it returned NaN")
     return scores
-
-
-_GATHERED = 1 << 22  # candidates that are few enough to be copied and partitioned: 32 MiB
-_BLOCK = 1 << 18  # numbers looked at in one go: their keys stay in the cache
-
-
-def _kth_smallest(parts: list[npt.NDArray[np.float64]], k: int) -> float:
-    """Return the k-th smallest (from 1) of all the numbers, which must not be NaN.
-
-    Radix selection: a float64 has the order of its bits read as an integer (those of negative numbers turned round),
-    so a histogram of the upper 16 bits says which numbers can be the k-th; of these, the next 16 bits; and so on until
-    the candidates are few. It takes two or three passes and no copy, where sorting would take many and one or two.
-    """
-    prefix = 0
-    for shift in (48, 32, 16, 0):
-        histogram = np.zeros(1 << 16, dtype=np.int64)
-        for keys in _keys(parts):
-            if shift < 48:
-                keys = keys[keys >> (shift + 16) == prefix]
-            digits = (keys >> shift) + (1 << 15) if shift == 48 else (keys >> shift) & 0xFFFF
-            histogram += np.bincount(digits, minlength=1 << 16)
-        up_to = histogram.cumsum()
-        digit = int(np.searchsorted(up_to, k))
-        k -= int(up_to[digit] - histogram[digit])
-        prefix = digit - (1 << 15) if shift == 48 else prefix << 16 | digit
-        if histogram[digit] <= _GATHERED:
-            break
-    candidates = np.concatenate([keys[keys >> shift == prefix] for keys in _keys(parts)]) if shift else None
-    key = np.int64(prefix) if candidates is None else np.partition(candidates, k - 1)[k - 1]
-    return float(_turned(np.array([key])).view(np.float64)[0])
-
-
-def _keys(parts: list[npt.NDArray[np.float64]]) -> Iterator[npt.NDArray[np.int64]]:
-    """Yield the numbers, block by block, as integers of the same order."""
-    for part in parts:
-        for start in range(0, len(part), _BLOCK):
-            yield _turned(part[start : start + _BLOCK].view(np.int64))
-
-
-def _turned(bits: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """Turn round the lower 63 bits where the sign is set. Doing it twice gives back what was."""
-    return bits ^ ((bits >> 63) & np.int64(0x7FFF_FFFF_FFFF_FFFF))
 
 
 def _pack(alive: Tensor) -> Bits:
