@@ -229,7 +229,11 @@ def test_the_command_line_verifies_in_fresh_processes_and_looks_after_the_store(
     ]
 
     run(planner(plan.store.root, STUDY), InTurn(last_first=False), lambda *_: None)
+    alone = content(plan.store.root)
+    done = tombola("reinit", "small.toml", "--level", "1", "--draws", "2")
+    assert done.returncode == 0, done.stderr
     before = content(plan.store.root)
+    assert len(before) > len(alone)
     run(planner(plan.store.root, study(["l2"], seeds=(7,))), InTurn(last_first=False), lambda *_: None)
     assert len(content(plan.store.root)) > len(before)
     told = tombola("store", "gc", "small.toml", "--dry-run")
@@ -237,3 +241,11 @@ def test_the_command_line_verifies_in_fresh_processes_and_looks_after_the_store(
     assert len(content(plan.store.root)) > len(before)
     assert tombola("store", "gc", "small.toml").returncode == 0
     assert content(plan.store.root) == before
+
+    text = (folder / "small.toml").read_text()
+    (folder / "more.toml").write_text(text.replace("seeds = [0", "seeds = [7, 0"))
+    assert tombola("store", "gc", "more.toml").returncode == 0
+    assert content(plan.store.root) == before, "a seed that nobody has run yet takes nothing away"
+    (folder / "one.toml").write_text(text.replace('"magnitude", ', ""))
+    assert tombola("store", "gc", "one.toml").returncode == 0
+    assert 0 < len(content(plan.store.root)) < len(alone), "its importance has no part in reinitialisations of two"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -230,6 +231,9 @@ def gc(options: argparse.Namespace, planners: list[Planner]) -> int:
         for planner in planners:
             needed |= _needs(planner)
         found = list(store.entries())
+        records = [store.record(one.name) for one in found if one.kind == "result" and one.name not in needed]
+        for planner in planners:
+            needed |= _reinitialised(planner, [record["reinit"] for record in records if "reinit" in record])
         removed = [one for one in found if one.name not in needed]
         if not options.dry_run:
             store.sweep(claims.alone)
@@ -257,6 +261,22 @@ def _needs(planner: Planner) -> set[str]:
                 f"store {planner.store.root}: {damage}; let it do so first, or what comes after it in its chain is lost"
             ) from damage
     return planner.store.asked_for
+
+
+def _reinitialised(planner: Planner, asked: list[dict[str, Any]]) -> set[str]:
+    """Return the names that a study's partial reinitialisations need, of those that records say were asked for."""
+    from tombola.analysis.reinit import plans
+
+    needed: set[str] = set()
+    for one in {json.dumps(each): each for each in asked}.values():
+        for seed in planner.study.seeds:
+            try:
+                found = plans(planner, one["level"], one["draws"], one["importances"], [seed])
+            except UserError:  # the study has no such tickets: another one asked
+                continue
+            for plan in found:
+                needed |= _needs(plan.planner)
+    return needed
 
 
 def _open(root: Path) -> Store:

@@ -115,6 +115,7 @@ class Planner:
     Attributes:
         chains: importances x seeds, which the study's results are about.
         repeats: chains of the first importance with further data orders: what the noise floor is made of.
+        about: what the records of its trainings say besides; for `tombola store gc`.
 
     Raises:
         UserError: where importances, layers to exclude or levels are not possible.
@@ -140,6 +141,7 @@ class Planner:
         self._importances = {name: resolve_importance(name) for name in study.importances}
         self._derived: dict[str, Mask] = {}
         self._remember = remember
+        self.about: dict[str, Any] = {}
         self._model = problem.build()
         self.dense = Mask.ones_like(self._model, study.exclude)
         check_levels(self.dense.total, study.fraction, study.levels)
@@ -147,7 +149,12 @@ class Planner:
             self._pruned(self.initial(study.seeds[0]), self.dense, 0, Chain(study.seeds[0], name))
 
     def restarted(
-        self, initial: Mapping[int, Weights], seed: int, importances: tuple[str, ...], levels: int
+        self,
+        initial: Mapping[int, Weights],
+        seed: int,
+        importances: tuple[str, ...],
+        levels: int,
+        about: dict[str, Any],
     ) -> Planner:
         """Return a planner of the same study from other initial weights.
 
@@ -156,8 +163,10 @@ class Planner:
             seed: of data order and every other random choice, for all of them.
             importances: which of the study's.
             levels: how far, at most as far as the study.
+            about: see `Planner`.
         """
         other = copy.copy(self)
+        other.about = about
         fields = {"seeds": tuple(initial), "data_seeds": (), "importances": importances, "levels": levels}
         other.study = self.study.model_copy(update=fields)
         other._initial = dict(initial)

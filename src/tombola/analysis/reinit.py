@@ -38,7 +38,13 @@ class Plan:
     planner: Planner
 
 
-def plans(planner: Planner, level: int, draws: int, importances: Sequence[str] | None = None) -> list[Plan]:
+def plans(
+    planner: Planner,
+    level: int,
+    draws: int,
+    importances: Sequence[str] | None = None,
+    seeds: Sequence[int] | None = None,
+) -> list[Plan]:
     """Return what is to be trained, for each seed of a study.
 
     Args:
@@ -46,18 +52,22 @@ def plans(planner: Planner, level: int, draws: int, importances: Sequence[str] |
         level: of the tickets whose shared connections are kept, and up to which the procedure is run again.
         draws: of the other weights.
         importances: whose tickets are compared and run again; two or more, by default all.
+        seeds: which of the study's; by default all.
 
     Raises:
         UserError: where level or importances are not there, or the tickets share nothing.
     """
-    chains = chosen(planner, importances, at_least=2)
+    seeds = planner.study.seeds if seeds is None else seeds
+    chains = [chain for chain in chosen(planner, importances, at_least=2) if chain.seed in seeds]
+    names = tuple(dict.fromkeys(chain.importance for chain in chains))
+    about = {"reinit": {"level": level, "draws": draws, "importances": list(names)}}
     if level < 1:
         raise UserError("reinit: at level 0 every connection is shared, it needs a level from 1 on")
     if draws < 1:
         raise UserError(f"draws: expected 1 or more, got {draws}")
     ((_, tickets),) = by_level(planner, chains, [level])
     found = []
-    for seed in planner.study.seeds:
+    for seed in seeds:
         kept = reduce(and_, (ticket.mask for chain, ticket in tickets.items() if chain.seed == seed))
         if not kept.alive:
             raise UserError(f"reinit: the tickets of seed {seed} share no connection at level {level}")
@@ -66,9 +76,8 @@ def plans(planner: Planner, level: int, draws: int, importances: Sequence[str] |
             draw: partly_new(theta_0, initial_state(planner.problem.build, new_seed(seed, draw)), kept)
             for draw in range(1, draws + 1)
         }
-        names = tuple(dict.fromkeys(chain.importance for chain in chains))
         initial = {draw: Weights.of(state) for draw, state in states.items()}
-        found.append(Plan(seed, kept, planner.restarted(initial, seed, names, level)))
+        found.append(Plan(seed, kept, planner.restarted(initial, seed, names, level, about)))
     return found
 
 

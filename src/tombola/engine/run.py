@@ -104,7 +104,8 @@ def _run(
                 case Failed(_, reason):
                     raise UserError(f"the training {_describe(training, status)} failed: {reason}")
                 case Outcome() as outcome:
-                    planner.store.put(training.key, training.identity, training.mask, outcome.trained, outcome.record)
+                    record = {**outcome.record, **planner.about}
+                    planner.store.put(training.key, training.identity, training.mask, outcome.trained, record)
                     planner.store.discard_checkpoint(training.key)
                     claims.release(training.key)
                     del status.running[training.key]
