@@ -80,7 +80,7 @@ def workers_here(monkeypatch: pytest.MonkeyPatch) -> None:
                 try:
                     yield perform(job, self.problem, None, lambda iteration, checkpoint: None)
                 except Exception as error:
-                    yield Failed(job.key, f"{type(error).__name__}: {error}")
+                    yield Failed.by(job.key, error)
 
     monkeypatch.setattr("tombola.engine.local.LocalWorkers", Here)
     monkeypatch.setattr("tombola.engine.estimate._timed", lambda *_: (0.001, 0.1))  # seconds an iteration, and before

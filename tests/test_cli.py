@@ -380,6 +380,15 @@ def test_an_edit_trains_what_it_changes(file: str, old: str, new: str, count: in
     assert to_train(mine) == count
 
 
+def test_a_users_code_that_fails_while_training_is_told_with_its_line(mine: Here) -> None:
+    wrong = "def loss(outputs, labels):\n    global calls\n    calls += 1\n    assert calls < 5, 'too many'\n"
+    Path("mine.py").write_text("calls = 0\n" + MINE.replace("def loss(outputs, labels):\n", wrong))
+    line = Path("mine.py").read_text().splitlines().index("    assert calls < 5, 'too many'") + 1
+    error = mine("run", "mine.toml", status=2)
+    assert re.search(rf"level 0 failed: AssertionError: too many \(in .*mine\.py, line {line}\)$", error.strip())
+    assert error.count("\n") == 1
+
+
 def test_an_edited_importance_is_applied_again(mine: Here) -> None:
     # In a module of its own: the study's model and loss stay as they are.
     Path("other.py").write_text("def ranked(w):\n    return -w\n")

@@ -20,7 +20,6 @@ import torch
 
 from tombola.engine.job import Job, perform
 from tombola.engine.workers import CHECKPOINT_EVERY, TRIES, At, Event, Failed, watching
-from tombola.errors import UserError
 from tombola.planning import THREADS
 from tombola.problem import Problem, load_problem
 from tombola.store import Store
@@ -173,11 +172,8 @@ def _work(connection: Connection, setting: _Setting) -> None:
                 connection.send(_done(job, problem, store, setting.checkpoint_every, connection))
             except (EOFError, BrokenPipeError, ConnectionError):
                 raise
-            except UserError as error:
-                connection.send(Failed(job.key, str(error)))
             except Exception as error:
-                text = " ".join(str(error).split())
-                connection.send(Failed(job.key, f"{type(error).__name__}: {text}"))
+                connection.send(Failed.by(job.key, error))
     except (EOFError, OSError):
         sys.exit(0)  # nobody waits for results any more
 

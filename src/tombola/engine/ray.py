@@ -233,8 +233,7 @@ def _train(
             replace(job, initial=initial), _loaded(problem[0]), resume, watching(tell, keep, checkpoint_every)
         )
     except Exception as error:
-        text = " ".join(str(error).split())
-        return Failed(job.key, text if isinstance(error, UserError) else f"{type(error).__name__}: {text}")
+        return Failed.by(job.key, error)
 
 
 @functools.lru_cache(maxsize=1)

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from typing import Protocol, Self, TypeAlias
 
 from tombola.engine.job import Job, Outcome
+from tombola.errors import UserError
+from tombola.references import told
 from tombola.store import checkpoint_to_bytes
 from tombola.training import Checkpoint, Watch
 
@@ -34,6 +36,11 @@ class Failed:
 
     key: str
     reason: str
+
+    @classmethod
+    def by(cls, key: str, error: Exception) -> Failed:
+        """The job raised an error: the user's mistake, or one in the user's code, told with its file and line."""
+        return cls(key, str(error) if isinstance(error, UserError) else told(error))
 
 
 Event: TypeAlias = At | Outcome | Failed
@@ -65,14 +72,14 @@ class Workers(Protocol):
 
 def watching(tell: Callable[[int], None], keep: Callable[[bytes], None] | None, checkpoint_every: float) -> Watch:
     """Return a function that tells of a training's progress, and gives its checkpoints to `keep`, by time."""
-    told = kept = time.monotonic()
+    said = kept = time.monotonic()
 
     def watch(iteration: int, checkpoint: Callable[[], Checkpoint]) -> None:
-        nonlocal told, kept
+        nonlocal said, kept
         now = time.monotonic()
-        if now - told > _TOLD_EVERY:
+        if now - said > _TOLD_EVERY:
             tell(iteration)
-            told = now
+            said = now
         if keep is not None and now - kept > checkpoint_every:
             keep(checkpoint_to_bytes(checkpoint()))
             kept = time.monotonic()
