@@ -118,14 +118,16 @@ def test_a_killed_worker_is_replaced_and_its_job_goes_on_from_its_checkpoint(
     killed: list[int] = []
 
     def kill(status: Status, _: Training | None) -> None:
-        checkpoints = list((root / "checkpoints").glob("*"))
-        if len(killed) < 2 and checkpoints and any(path.stem in status.running for path in checkpoints):
-            killed.extend(workers_of())
+        stopped = {path.stem for path in (root / "checkpoints").glob("*")}
+        running = {key for key, (training, _) in status.running.items() if training.end == plan.end}
+        if len(killed) < 2 and stopped & running:
+            (worker,) = workers._workers
+            killed.append(worker.process.pid or 0)
             os.kill(killed[-1], signal.SIGKILL)
 
     with LocalWorkers(1, TASK, None, root, checkpoint_every=0.01) as workers:
         run(plan, workers, kill)
-    assert len(killed) >= 2
+    assert len(set(killed)) == 2
     run_study(tmp_path / "undisturbed", long, workers=1)
     assert content(root) == content(tmp_path / "undisturbed")
     length = max(record["iterations"] for record in records(tmp_path / "undisturbed"))
@@ -423,7 +425,7 @@ def test_records_say_where_and_how_long(tmp_path: Path) -> None:
 
 
 def test_events_name_their_job() -> None:
-    assert {At("k", 1).key, Failed("k", "why").key, Outcome("k", b"", {}, {}).key} == {"k"}
+    assert {At("k", 1).key, Failed("k", "why").key, Outcome("k", b"", b"", {}, {}).key} == {"k"}
 
 
 # Predictions

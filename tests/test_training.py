@@ -432,7 +432,7 @@ def test_the_optimizer_starts_fresh(optimizer: Optimizer) -> None:
     _, taken = _checkpoints(partial(train, model, initial, mask, VECTORS, recipe, 0, end=4))
     parts = train(model, taken[4].state, mask, VECTORS, recipe, 0, begin=4)
     assert parts.weights.hash != whole.weights.hash
-    bare = Checkpoint(4, taken[4].state, losses=taken[4].losses, loss_sum=taken[4].loss_sum)
+    bare = Checkpoint(4, taken[4].state, batch_losses=taken[4].batch_losses)
     assert train(model, initial, mask, VECTORS, recipe, 0, resume=bare).weights.hash == parts.weights.hash
 
 

@@ -22,6 +22,7 @@ from tombola.training import History
 from tombola.verify import (
     Finding,
     first_in_histories,
+    first_in_losses,
     first_in_masks,
     first_in_states,
     sample,
@@ -95,18 +96,19 @@ def test_one_weight_that_is_another_is_named(plan: Planner) -> None:
     assert [one.what for one in verified_chains(plan) if one.difference] == ["l1, seed 0, level 2"]
 
 
-def test_the_first_iterations_that_went_another_way_are_named(plan: Planner) -> None:
+def test_the_first_iteration_that_went_another_way_is_named(plan: Planner) -> None:
     dense = plan.trainings(Chain(0, "l1"))[1]
 
-    def change(document: dict[str, Any]) -> None:
-        document["history"]["losses"][2] += 1e-16
-        document["history"]["losses"][3] += 1e-16
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["losses"][20:] = torch.nextafter(tensors["losses"][20:], torch.tensor(9.0))
+        tensors["state.4.bias"][2] += 1
 
-    tamper(plan.store, dense.key, "result.json", change)
+    tamper(plan.store, dense.key, "weights.safetensors", change)
     unequal = [finding for finding in verified(plan) if finding.difference]
     assert [finding.what for finding in unequal] == ["magnitude, seed 0, level 0"]
-    # 400 examples in batches of 32 are 13 iterations an epoch; from iteration 10 on, the third loss is of epoch 2.
-    assert (unequal[0].difference or "").startswith("the training loss of iterations 26 to 38: ")
+    # It begins with iteration 10, the rewind point.
+    assert (unequal[0].difference or "").startswith("the training loss of iteration 30: ")
+    assert "; at the end, tensor 4.bias[2]: " in (unequal[0].difference or "")
 
 
 def test_a_chain_that_went_another_way_is_found_where_it_began(plan: Planner) -> None:
@@ -185,12 +187,15 @@ def test_first_differences() -> None:
     assert first_in_masks(mask, fewer) == "mask of w[1]: alive in the store, not now (1 connections differ)"
     assert first_in_masks(fewer, mask) == "mask of w[1]: pruned in the store, not now (1 connections differ)"
     history = History((0.5, 0.25), 0.9, 0.1, None)
-    assert first_in_histories(history, history, range) is None
-    other_loss = History((0.5, 0.25 + 1e-16), 0.8, 0.1, None)
-    assert "iterations 7 to 8" in str(first_in_histories(history, other_loss, lambda n: range(7 * n, 7 * n + 2)))
-    assert first_in_histories(history, History((0.5, 0.25), 0.8, 0.1, None), range) == (
+    assert first_in_histories(history, history) is None
+    assert first_in_histories(history, History((0.5, 0.25), 0.8, 0.1, None)) == (
         "test_accuracy: 0.9 in the store, 0.8 now"
     )
+    losses = torch.tensor([0.5, 0.25, 0.125])
+    assert first_in_losses(losses, losses.clone(), 7) is None
+    other = torch.tensor([0.5, 0.75, 0.0])
+    assert first_in_losses(losses, other, 7) == "the training loss of iteration 8: 0.25 in the store, 0.75 now"
+    assert first_in_losses(losses, losses[:2], 7) == "the training has 3 iterations in the store, 2 now"
 
 
 def test_the_command_line_verifies_in_fresh_processes_and_looks_after_the_store(plan: Planner) -> None:

@@ -2,7 +2,8 @@
 
     STORE/store.json                      which version of the layout this is
     STORE/results/ab/abcd.../result.json          identity and history of a training, and its mask's shapes
-                             weights.safetensors  the weights at its end; of a pruned layer only those alive
+                             weights.safetensors  the weights at its end, of a pruned layer only those alive; and
+                                                  the training loss of every iteration
                              SHA256SUMS           of the two, as `sha256sum -c` reads them
                              record.json          when, where and how long; no part of the result
     STORE/masks/ab/abcd....safetensors    masks derived before, so that they need not be derived again
@@ -32,6 +33,7 @@ import safetensors
 import safetensors.numpy
 import safetensors.torch
 import torch
+from torch import Tensor
 
 from tombola.errors import UserError
 from tombola.files import sync_folder, write_atomically, write_durably
@@ -202,7 +204,9 @@ class Store:
         }
         files = {
             "result.json": canonical(result),
-            "weights.safetensors": safetensors.torch.save(_packed(trained.weights.state, mask)),
+            "weights.safetensors": safetensors.torch.save(
+                _packed(trained.weights.state, mask) | {"losses": trained.batch_losses}
+            ),
         }
         sums = "".join(f"{hashlib.sha256(content).hexdigest()}  {name}\n" for name, content in files.items())
         files |= {"SHA256SUMS": sums.encode(), "record.json": canonical(record)}
@@ -258,6 +262,17 @@ class Store:
         assert document is not None
         packed = safetensors.torch.load(self._checked(key, "weights.safetensors"))
         return _mask_in(packed, {name: tuple(shape) for name, shape in document["mask"]})
+
+    def batch_losses(self, key: str) -> Tensor:
+        """Return the training loss of every iteration of a result, float32.
+
+        Raises:
+            DamagedResultError: where its bytes are not those that were written.
+        """
+        packed = safetensors.torch.load(self._checked(key, "weights.safetensors"))
+        if "losses" not in packed:
+            raise DamagedResultError(key, "it has no losses")
+        return packed["losses"]
 
     def confirm(self, key: str, confirmation: Mapping[str, Any]) -> None:
         """Note in a result's record that doing its training again gave the same bits, and when and where."""
@@ -365,7 +380,8 @@ def checkpoint_to_bytes(checkpoint: Checkpoint) -> bytes:
     """Return a checkpoint as safetensors, with a checksum."""
     tensors = {f"state.{name}": tensor.contiguous() for name, tensor in checkpoint.state.items()}
     tensors |= {f"optimizer.{name}": tensor.contiguous() for name, tensor in checkpoint.optimizer.items()}
-    about = {"iteration": checkpoint.iteration, "losses": checkpoint.losses, "loss_sum": checkpoint.loss_sum}
+    tensors["losses"] = checkpoint.batch_losses
+    about = {"iteration": checkpoint.iteration}
     checksum = name_of([about, state_hash(tensors)])
     return safetensors.torch.save(tensors, {"checkpoint": json.dumps(about), "checksum": checksum})
 
@@ -379,11 +395,12 @@ def checkpoint_from_bytes(content: bytes) -> Checkpoint | None:
         about = json.loads(metadata["checkpoint"])
         if metadata["checksum"] != name_of([about, state_hash(tensors)]):
             return None
+        losses = tensors["losses"]
     except (safetensors.SafetensorError, ValueError, KeyError):
         return None
     state = {name.removeprefix("state."): t for name, t in tensors.items() if name.startswith("state.")}
     optimizer = {name.removeprefix("optimizer."): t for name, t in tensors.items() if name.startswith("optimizer.")}
-    return Checkpoint(state=state, optimizer=optimizer, **{**about, "losses": tuple(about["losses"])})
+    return Checkpoint(about["iteration"], state, optimizer, losses)
 
 
 def _unfinished_markers(root: Path) -> list[Path]:

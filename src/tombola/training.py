@@ -64,12 +64,18 @@ class History:
 class Trained:
     """What a training leads to: the weights at its end, pruned ones exactly 0.0, and its history.
 
+    Args:
+        weights: of all parameters and buffers.
+        history: what it went through.
+        batch_losses: the training loss of every iteration, float32; empty where it was not loaded (see `Store`).
+
     >>> Trained(Weights.of({"w": torch.zeros(1)}), History(diverged_at=3)).history.test_accuracy is None
     True
     """
 
     weights: Weights
     history: History
+    batch_losses: Tensor = field(default_factory=lambda: torch.empty(0), compare=False)
 
 
 @dataclass(frozen=True)
@@ -80,18 +86,16 @@ class Checkpoint:
         iteration: the next one to do.
         state: the network's state.
         optimizer: the optimizer's tensors, by `<parameter's number>.<name>`.
-        losses: as in `History`, of the epochs that are over.
-        loss_sum: of the batches of the epoch that is not over.
+        batch_losses: as in `Trained`, of the iterations that are done.
 
-    >>> Checkpoint(iteration=3, state={"w": torch.zeros(1)}, losses=(0.9,)).iteration
+    >>> Checkpoint(iteration=3, state={"w": torch.zeros(1)}, batch_losses=torch.ones(3)).iteration
     3
     """
 
     iteration: int
     state: State
     optimizer: State = field(default_factory=dict)
-    losses: tuple[float, ...] = ()
-    loss_sum: float = 0.0
+    batch_losses: Tensor = field(default_factory=lambda: torch.empty(0))
 
 
 Watch: TypeAlias = Callable[[int, Callable[[], Checkpoint]], None]
@@ -178,14 +182,14 @@ def train(
     ]
     optimizer = Optimizer(recipe, [p for p in model.parameters() if p.requires_grad], at.optimizer)
     per_epoch = recipe.iterations_per_epoch(examples)
-    losses = list(at.losses)
-    loss_sum = torch.tensor(at.loss_sum, dtype=torch.float64, device=device)
     iteration = at.iteration
+    batch_losses = torch.empty(end - begin, device=device)
+    batch_losses[: iteration - begin] = at.batch_losses
     diverged_at = None
 
     def checkpoint() -> Checkpoint:
         state = {name: t.detach().to("cpu", copy=True) for name, t in kernels.dense_state(model).items()}
-        return Checkpoint(iteration, state, optimizer.tensors(), tuple(losses), float(loss_sum))
+        return Checkpoint(iteration, state, optimizer.tensors(), batch_losses[: iteration - begin].to("cpu", copy=True))
 
     model.train()
     autocast = torch.autocast(device, torch.bfloat16) if recipe.precision == "bfloat16" else nullcontext()
@@ -201,16 +205,12 @@ def train(
                     # With no gradient ever, a weight that starts at 0 stays at 0 under momentum and weight decay too.
                     weight.grad.mul_(ones)
             optimizer.step(recipe.lr_at(iteration, examples))
-            loss_sum += batch_loss.detach()
+            batch_losses[iteration - begin] = batch_loss.detach()
             iteration += 1
-            epoch_over = iteration % per_epoch == 0 or iteration == end
-            if (epoch_over or iteration % _LOOKED_AT_EVERY == 0) and not math.isfinite(loss_sum):
+            look = iteration % per_epoch == 0 or iteration == end or iteration % _LOOKED_AT_EVERY == 0
+            if look and not batch_losses[: iteration - begin].isfinite().all():
                 diverged_at = iteration - 1
                 break
-            if epoch_over:
-                epoch_begin = max(begin, (iteration - 1) // per_epoch * per_epoch)
-                losses.append(float(loss_sum) / (iteration - epoch_begin))
-                loss_sum.zero_()
             if watch is not None:
                 watch(iteration, checkpoint)
         state = masked(kernels.dense_state(model), mask)
@@ -219,7 +219,21 @@ def train(
         with autocast:
             accuracy, test_loss = evaluate(model, data, loss) if diverged_at is None else (None, None)
     state = {name: tensor.cpu().contiguous() for name, tensor in state.items()}
-    return Trained(Weights.of(state), History(tuple(losses), accuracy, test_loss, diverged_at))
+    batch_losses = batch_losses[: iteration - begin].cpu()
+    losses = tuple(_epoch_means(batch_losses.tolist(), begin, end, per_epoch))
+    return Trained(Weights.of(state), History(losses, accuracy, test_loss, diverged_at), batch_losses)
+
+
+def _epoch_means(batch_losses: list[float], begin: int, end: int, per_epoch: int) -> Iterator[float]:
+    """Yield the mean loss of each epoch between `begin` and `end`, up to one that was not finished or diverged."""
+    first = begin
+    while first < end:
+        after = min((first // per_epoch + 1) * per_epoch, end)
+        epoch = batch_losses[first - begin : after - begin]
+        if len(epoch) < after - first or not all(map(math.isfinite, epoch)):
+            return
+        yield sum(epoch) / len(epoch)
+        first = after
 
 
 def sparse_layers(model: nn.Module, mask: Mask, recipe: Recipe, device: str = "cpu") -> list[str]:

@@ -6,9 +6,8 @@ import contextlib
 import random
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -143,6 +142,7 @@ def verify_chains(
                 seen.add(one.training.key)
                 trained = again.store.get(other.key)
                 assert trained is not None
+                trained = replace(trained, batch_losses=again.store.batch_losses(other.key))
                 finding = _compared(planner, one, trained, other.mask, again.store.record(other.key), whole_chain=True)
                 yield finding
                 if finding.difference:
@@ -172,7 +172,8 @@ def _compared(
         assert trained is not None
         difference = (
             first_in_masks(store.alive(key), mask)
-            or first_in_histories(trained.history, again.history, partial(_iterations, planner, one.training))
+            or first_in_losses(store.batch_losses(key), again.batch_losses, one.training.begin)
+            or first_in_histories(trained.history, again.history)
             or first_in_states(trained.weights.state, again.weights.state)
         )
         weights = first_in_states(trained.weights.state, again.weights.state)
@@ -205,18 +206,26 @@ def first_in_masks(stored: Mask, again: Mask) -> str | None:
     return None
 
 
-def first_in_histories(stored: History, again: History, iterations: Callable[[int], range]) -> str | None:
-    """Return what differs first in time between two histories; None where they are equal to the bit.
+def first_in_losses(stored: Tensor, again: Tensor, begin: int) -> str | None:
+    """Return at which iteration the training losses differ first; None where they are equal to the bit.
 
     Args:
-        stored, again: the histories.
-        iterations: those of the n-th loss.
+        stored, again: the loss of every iteration.
+        begin: the first iteration.
     """
-    for number, (then, now) in enumerate(zip(stored.losses, again.losses, strict=False)):
-        if repr(then) != repr(now):
-            span = iterations(number)
-            where = f"the training loss of iterations {span.start} to {span.stop - 1}"
-            return f"{where}: {then!r} in the store, {now!r} now"
+    common = min(len(stored), len(again))
+    unequal = (_bits(stored[:common]) != _bits(again[:common])).any(dim=1).nonzero()
+    if len(unequal):
+        first = int(unequal[0])
+        values = stored[first].item(), again[first].item()
+        return f"the training loss of iteration {begin + first}: {values[0]!r} in the store, {values[1]!r} now"
+    if len(stored) != len(again):
+        return f"the training has {len(stored)} iterations in the store, {len(again)} now"
+    return None
+
+
+def first_in_histories(stored: History, again: History) -> str | None:
+    """Return what differs first between two histories; None where they are equal to the bit."""
     for name, then in stored.to_json().items():
         if repr(then) != repr(now := again.to_json()[name]):
             return f"{name}: {then!r} in the store, {now!r} now"
@@ -251,10 +260,3 @@ def _index(flat: int, shape: Sequence[int]) -> list[int]:
         flat, place = divmod(flat, size)
         index.insert(0, place)
     return index
-
-
-def _iterations(planner: Planner, training: Training, number: int) -> range:
-    """The iterations whose mean is the n-th loss of a training."""
-    each = planner.study.recipe.iterations_per_epoch(len(planner.problem.data.train_inputs))
-    epoch = training.begin // each + number
-    return range(max(training.begin, epoch * each), min(training.end, (epoch + 1) * each))

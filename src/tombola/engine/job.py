@@ -54,17 +54,19 @@ class Job:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a job led to: the final state as safetensors, the history, and the record of how it ran."""
+    """What a job led to: the final state and the losses as safetensors, the history, and the record of how it ran."""
 
     key: str
     state: bytes
+    losses: bytes
     history: Mapping[str, Any]
     record: Mapping[str, Any]
 
     @property
     def trained(self) -> Trained:
         """The training's result."""
-        return Trained(Weights.of(safetensors.torch.load(self.state)), History.from_json(dict(self.history)))
+        losses = safetensors.torch.load(self.losses)["losses"]
+        return Trained(Weights.of(safetensors.torch.load(self.state)), History.from_json(dict(self.history)), losses)
 
 
 def perform(job: Job, problem: Problem, resume: Checkpoint | None, watch: Watch) -> Outcome:
@@ -94,7 +96,8 @@ def perform(job: Job, problem: Problem, resume: Checkpoint | None, watch: Watch)
         "device": torch.cuda.get_device_name() if job.device == "cuda" else "cpu",
         "machine": machine(),
     }
-    return Outcome(job.key, safetensors.torch.save(trained.weights.state), trained.history.to_json(), record)
+    losses = safetensors.torch.save({"losses": trained.batch_losses})
+    return Outcome(job.key, safetensors.torch.save(trained.weights.state), losses, trained.history.to_json(), record)
 
 
 class _Clock:
