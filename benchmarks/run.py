@@ -24,7 +24,7 @@ HERE = Path(__file__).parent
 
 @dataclass(frozen=True)
 class Line:
-    """One line of the table; `ratio` is ours / theirs."""
+    """One line of the table; `ratio` is ours / theirs, `limit` the least that the machine could take, where known."""
 
     name: str
     ours: float
@@ -32,12 +32,16 @@ class Line:
     unit: str
     ratio: float
     target: float
+    limit: float | None = None
 
 
-def line(name: str, ours: list[float], theirs: list[float], unit: str, target: float) -> Line:
+def line(
+    name: str, ours: list[float], theirs: list[float], unit: str, target: float, limit: float | None = None
+) -> Line:
     """Return the line of measurements that were made in turn."""
     our_median, their_median = statistics.median(ours), statistics.median(theirs)
-    return Line(name, round(our_median, 4), round(their_median, 4), unit, round(our_median / their_median, 3), target)
+    ratio = round(our_median / their_median, 3)
+    return Line(name, round(our_median, 4), round(their_median, 4), unit, ratio, target, limit and round(limit, 4))
 
 
 def in_turn(ours: Callable[[], float], theirs: Callable[[], float], rounds: int) -> tuple[list[float], list[float]]:
@@ -81,7 +85,39 @@ def sparse_steps() -> Iterator[Line]:
                 ),
                 rounds,
             )
-            yield line(f"{name} step, density {density}, against masked eager", ours, theirs, "ms", target)
+            least = 1e3 * steps.limit(system, mask)
+            yield line(f"{name} step, density {density}, against masked eager", ours, theirs, "ms", target, least)
+
+
+def whole_chain() -> Iterator[Line]:
+    """A chain of LeNet-300-100 on images of MNIST's shape and number: 24 levels, one epoch each."""
+    import steps
+
+    ours, theirs = steps.chain(levels=24)
+    yield line("LeNet-300-100, a chain of 24 levels, against a loop by hand", [ours], [theirs], "s", 0.33)
+
+
+PEERS = ("sparseprop==0.1.14", "sparselab==0.2.2")
+
+
+def peers() -> Iterator[Line]:
+    """Steps against those of other packages, which are installed into a folder of the benchmark's own."""
+    folder = HERE / ".peers"
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    environment = {**os.environ, "PYTHONPATH": str(folder), "PATH": path}
+    if not (folder / "installed").exists():
+        install = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--target", folder]
+        subprocess.run([*install, "pybind11", "setuptools<81", "wheel"], check=True)
+        subprocess.run([*install, "--no-build-isolation", "--no-deps", *PEERS], check=True, env=environment)
+        (folder / "installed").touch()
+    command = [sys.executable, "-W", "ignore", HERE / "peers.py"]
+    printed = subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout
+    targets = {"0.2": 0.3, "0.1": 0.3, "0.01": 0.2}
+    for density, rounds in json.loads(printed.splitlines()[-1]).items():
+        ours, prop, lab = ([each[index] for each in rounds] for index in range(3))
+        name, theirs = min(("SparseProp", prop), ("SparseLab", lab), key=lambda one: statistics.median(one[1]))
+        title = f"LeNet-300-100 step, density {density}, against {name}, the faster of two"
+        yield line(title, ours, theirs, "ms", targets[density])
 
 
 def pruning() -> Iterator[Line]:
@@ -132,8 +168,19 @@ def help_text() -> Iterator[Line]:
     yield line("tombola --help, against half a second", seconds, [0.5], "s", 1.0)
 
 
-PINNED = {"dense": dense_steps, "sparse": sparse_steps}
-FREE = {"pruning": pruning, "workers": workers, "help": help_text}
+def _machine() -> str:
+    """Return what one thread of this machine can do at most; measured in a process of its own, as all else is."""
+    measure = (
+        "import torch, steps; torch.set_num_threads(1); print(steps.peak_products() / 1e9, steps.peak_memory() / 1e9)"
+    )
+    command = [sys.executable, "-c", measure]
+    printed = subprocess.run(command, check=True, capture_output=True, text=True, cwd=HERE).stdout
+    products, memory = map(float, printed.split())
+    return f"one thread of this machine: {products:.0f} Gflop/s in a matrix product, {memory:.1f} GB/s in a copy"
+
+
+PINNED = {"dense": dense_steps, "sparse": sparse_steps, "chain": whole_chain}
+FREE = {"pruning": pruning, "workers": workers, "help": help_text, "peers": peers}
 
 
 def main() -> None:
@@ -142,6 +189,8 @@ def main() -> None:
     parser.add_argument("names", nargs="*", choices=[[], *PINNED, *FREE], help="which to run; all by default")
     chosen = parser.parse_args().names or [*FREE, *PINNED]
     lines: list[Line] = []
+    if set(chosen) & set(PINNED):
+        print(_machine(), flush=True)
     for name in sorted(chosen, key=[*FREE, *PINNED].index):
         if name in PINNED:
             import torch
@@ -154,9 +203,9 @@ def main() -> None:
         for made in {**FREE, **PINNED}[name]():
             verdict = "met" if made.ratio <= made.target else "MISSED"
             figures = f"{made.ours:9.4g} {made.theirs:9.4g} {made.unit:3s}"
-            print(
-                f"{made.name:75s} {figures} ratio {made.ratio:5.3f}  target {made.target:5.3f}  {verdict}", flush=True
-            )
+            least = f"  the machine's limit {made.limit:.3g} {made.unit}" if made.limit else ""
+            ratios = f"ratio {made.ratio:5.3f}  target {made.target:5.3f}  {verdict:6s}"
+            print(f"{made.name:75s} {figures} {ratios}{least}", flush=True)
             lines.append(made)
     (HERE / "results.json").write_text(json.dumps([asdict(made) for made in lines], indent=1) + "\n")
 

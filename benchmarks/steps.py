@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import statistics
 import time
@@ -12,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from tombola import Augmentation, Dataset, Mask, Recipe, prune, train
+from tombola import Augmentation, Dataset, Mask, Recipe, find_tickets, prune, train
 from tombola.batches import batches, normalisation
 from tombola.importance import magnitude
 from tombola.models import lenet_300_100, resnet20, vgg16
@@ -35,9 +36,9 @@ class System:
         return mask if density == 1 else prune(model.state_dict(), mask, magnitude, 1 - density)
 
 
-def lenet(iterations: int = 200) -> System:
+def lenet(iterations: int = 200, images: int = 30_000) -> System:
     """LeNet-300-100 on images of MNIST's shape."""
-    return System(lenet_300_100, _random_images(30_000, (1, 28, 28)), Recipe(iterations=iterations, batch_size=BATCH))
+    return System(lenet_300_100, _random_images(images, (1, 28, 28)), Recipe(iterations=iterations, batch_size=BATCH))
 
 
 def convolutional(build: Callable[[], nn.Module], iterations: int) -> System:
@@ -102,6 +103,121 @@ def by_hand(system: System, mask: Mask, *, channels_last: bool = False) -> float
         optimizer.step()
         marks.append(time.perf_counter())
     return _step(marks)
+
+
+def by_peer(system: System, mask: Mask, replace: Callable[[nn.Linear], nn.Module]) -> float:
+    """Return the seconds of one step of the loop by hand with each linear layer replaced by another package's."""
+    model = system.build()
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, alive in mask.items():
+            parameters[name].mul_(alive)
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, nn.Linear):
+            model.set_submodule(name, replace(layer))
+    optimizer = torch.optim.SGD(model.parameters(), system.recipe.lr)
+    marks: list[float] = []
+    inputs_of = _ready_batches(system)
+    for iteration in range(system.recipe.iterations or 0):
+        inputs, labels = inputs_of(iteration)
+        loss = functional.cross_entropy(model(inputs), labels)
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        marks.append(time.perf_counter())
+    return _step(marks)
+
+
+def chain(levels: int) -> tuple[float, float]:
+    """Return the seconds of lottery ticket rewinding on LeNet-300-100, one epoch a level: ours, and a loop by hand."""
+    system = lenet(469, 60_000)
+    model = system.build()
+    begun = time.perf_counter()
+    tickets = list(find_tickets(model, system.data, system.recipe, magnitude, levels=levels, seed=0))
+    ours = time.perf_counter() - begun
+    assert len(tickets) == levels + 1
+    begun = time.perf_counter()
+    _chain_by_hand(system, levels)
+    return ours, time.perf_counter() - begun
+
+
+def _chain_by_hand(system: System, levels: int) -> None:
+    model = system.build()
+    initial = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    weights = [parameter for parameter in model.parameters() if parameter.dim() > 1]
+    masks = [torch.ones_like(weight, requires_grad=False) for weight in weights]
+    for level in range(levels + 1):
+        model.load_state_dict(initial)
+        optimizer = torch.optim.SGD(model.parameters(), system.recipe.lr)
+        inputs_of = _ready_batches(system)
+        for iteration in range(system.recipe.iterations or 0):
+            inputs, labels = inputs_of(iteration)
+            with torch.no_grad():
+                for weight, ones in zip(weights, masks, strict=True):
+                    weight.mul_(ones)
+            loss = functional.cross_entropy(model(inputs), labels)
+            optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+        if level < levels:
+            alive = torch.cat([w.detach().abs()[m > 0] for w, m in zip(weights, masks, strict=True)])
+            threshold = alive.kthvalue(round(0.2 * len(alive))).values
+            masks = [m * (w.detach().abs() > threshold) for w, m in zip(weights, masks, strict=True)]
+
+
+def limit(system: System, mask: Mask) -> float:
+    """Return the seconds below which no step can be: its products at the measured peak, or its inputs read once.
+
+    Products: those of the surviving weights, forward and backward. Peak: of a product of two matrices. Memory: the
+    bytes of the batch and of the surviving weights, their gradients and the network's activations, once each.
+    """
+    model = system.build()
+    inputs = torch.randn(BATCH, *system.data.train_inputs.shape[1:])
+    work: dict[str, int] = {}
+    activations = 0
+
+    def count(name: str) -> Callable[[nn.Module, tuple[torch.Tensor, ...], torch.Tensor], None]:
+        def hook(_: nn.Module, __: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+            nonlocal activations
+            activations += output.numel()
+            pixels = output.numel() // output.shape[1]
+            first = not work
+            work[name] = 2 * pixels * int(mask[f"{name}.weight"].count_nonzero()) * (2 if first else 3)
+
+        return hook
+
+    for name, module in model.named_modules():
+        if f"{name}.weight" in mask:
+            module.register_forward_hook(count(name))
+    with torch.no_grad():
+        model(inputs)
+    moved = 4 * (inputs.numel() + 2 * activations + 3 * mask.alive)
+    return max(sum(work.values()) / peak_products(), moved / peak_memory())
+
+
+@functools.cache
+def peak_products() -> float:
+    """Return the floating-point operations a second of the product of two matrices, measured."""
+    size = 1536
+    a, b, c = (torch.randn(size, size) for _ in range(3))
+    return 2 * size**3 / _best(lambda: torch.mm(a, b, out=c), 7)
+
+
+@functools.cache
+def peak_memory() -> float:
+    """Return the bytes a second at which memory is copied (read and written), measured."""
+    a = torch.randn(1 << 26)
+    b = torch.empty_like(a)
+    return 2 * 4 * a.numel() / _best(lambda: b.copy_(a), 7)
+
+
+def _best(function: Callable[[], object], times: int) -> float:
+    seconds = []
+    for _ in range(times):
+        begun = time.perf_counter()
+        function()
+        seconds.append(time.perf_counter() - begun)
+    return min(seconds)
 
 
 def input_side(system: System) -> float:
