@@ -120,10 +120,10 @@ def test_a_killed_worker_is_replaced_and_its_job_goes_on_from_its_checkpoint(
     def kill(status: Status, _: Training | None) -> None:
         stopped = {path.stem for path in (root / "checkpoints").glob("*")}
         running = {key for key, (training, _) in status.running.items() if training.end == plan.end}
-        (pid,) = [worker.process.pid or 0 for worker in workers._workers]
-        if len(killed) < 2 and pid not in killed and stopped & running:
-            killed.append(pid)
-            os.kill(pid, signal.SIGKILL)
+        for pid in [worker.process.pid or 0 for worker in workers._workers]:
+            if len(killed) < 2 and pid not in killed and stopped & running:
+                killed.append(pid)
+                os.kill(pid, signal.SIGKILL)
 
     with LocalWorkers(1, TASK, None, root, checkpoint_every=0.01) as workers:
         run(plan, workers, kill)

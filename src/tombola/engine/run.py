@@ -77,6 +77,7 @@ def _run(
     status.total = remaining(list(status.chains.values()))
     began = time.monotonic()
     looked = 0.0
+    show(status, None)  # before workers are started, which takes a while
     while waiting := _waiting(status):
         if time.monotonic() - looked > _LOOKED_EVERY:
             looked = time.monotonic()
