@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import fcntl
 import json
 import os
 import select
@@ -128,15 +129,22 @@ def browser() -> Iterator[Browser]:
     with tempfile.TemporaryDirectory(prefix="tombola-browser-", ignore_cleanup_errors=True) as folder:
         flags = ["--headless=new", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
         flags += ["--disable-dev-shm-usage", "--hide-scrollbars", f"--user-data-dir={folder}"]
-        # What a shell starts gets the two ends of the pipes as 3 and 4, which is where the browser looks for them.
-        script = f'exec "$0" "$@" 3<&{to_read} 4>&{to_write}'
+        ends = [fcntl.fcntl(end, fcntl.F_DUPFD, 10) for end in (to_read, to_write)]
+
+        def take_ends() -> None:
+            for number, end in zip((3, 4), ends, strict=True):  # where the browser looks for them
+                os.dup2(end, number)
+
         process = subprocess.Popen(
-            ["/bin/sh", "-c", script, CHROMIUM, "--remote-debugging-pipe", *flags, "about:blank"],
-            pass_fds=(to_read, to_write),
+            [CHROMIUM, "--remote-debugging-pipe", *flags, "about:blank"],
+            preexec_fn=take_ends,
+            pass_fds=(3, 4),
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             env={**os.environ, "HOME": folder},
         )
+        for end in ends:
+            os.close(end)
         os.close(to_read)
         os.close(to_write)
         try:

@@ -10,6 +10,7 @@ from typing import Any
 
 import altair as alt
 import polars as pl
+from altair.utils.schemapi import debug_mode
 
 from tombola.analysis.gather import ALL, DATA_ORDER, IMPORTANCES
 from tombola.report.look import DASHES, SHAPES, Chart
@@ -108,10 +109,10 @@ def matrix(table: pl.DataFrame, tickets: Sequence[str], level: int, levels: Sequ
         tooltip=["ticket:N", "other:N", "level:Q", *_numbers("shared %", "by chance %", "Jaccard %")],
     )
     if len(there) > 8:
-        return alt.layer(cells).properties(height=alt.Step(26))
+        return alt.layer(cells).properties(height=26 * len(there))
     light = alt.condition(alt.datum["shared %"] < 60, alt.value("white"), alt.value("black"))
     figures = base.mark_text().encode(x=x, y=y, text=alt.Text("shared %:Q", format=".1f"), color=light)
-    return alt.layer(cells, figures).properties(height=alt.Step(34))
+    return alt.layer(cells, figures).properties(height=34 * len(there))
 
 
 def overlap(table: pl.DataFrame) -> Chart:
@@ -185,7 +186,7 @@ def overlap_by_layer(table: pl.DataFrame) -> Chart:
             shape=shape,
             tooltip=["comparison:N", "layer:N", *_numbers("shared %", "chance, by layers %", "chance, overall %")],
         ),
-    ).properties(height=alt.Step(9, **{"for": "offset"}))
+    ).properties(height=12 * len(names) * table["layer"].n_unique())
 
 
 def layers(table: pl.DataFrame, least: float) -> Chart:
@@ -214,7 +215,7 @@ def layers(table: pl.DataFrame, least: float) -> Chart:
         base.transform_filter("datum.collapsed > 0")
         .mark_text(text="×", fontWeight="bold", style="alarm", fontSize=13)
         .encode(x=x, y=y, tooltip=tooltip),
-    ).properties(height=alt.Step(_step(len(names))))
+    ).properties(height=_height(names))
 
 
 def stability(table: pl.DataFrame, importances: Sequence[str]) -> Chart:
@@ -232,16 +233,15 @@ def stability(table: pl.DataFrame, importances: Sequence[str]) -> Chart:
     y = alt.Y("importance:N", sort=list(importances), title=None, scale=alt.Scale(domain=list(importances)))
     offset = alt.YOffset("connections:N", scale=alt.Scale(domain=["shared", "other"]))
     base = alt.Chart(_data(pl.concat(parts)))
-    filled = alt.Opacity("connections:N", scale=alt.Scale(domain=["shared", "other"], range=[1, 0.3]), legend=None)
     colour = _colour(importances, legend=False)
-    return alt.layer(
-        base.mark_rule(size=4).encode(
-            x=alt.X("25 %:Q", title=None), x2="75 %:Q", y=y, yOffset=offset, color=colour, opacity=filled
-        ),
-        *(
-            base.transform_filter(f"datum.connections == '{group}'")
-            .mark_point(filled=group == "shared", size=60, opacity=1)
-            .encode(
+    layers: list[alt.Chart] = []
+    for group, solid in (("shared", True), ("other", False)):
+        own = base.transform_filter(f"datum.connections == '{group}'")
+        bar = own.mark_rule(size=4, opacity=1 if solid else 0.3)
+        mark = own.mark_point(filled=solid, size=60, opacity=1)
+        layers.append(bar.encode(x=alt.X("25 %:Q", title=None), x2="75 %:Q", y=y, yOffset=offset, color=colour))
+        layers.append(
+            mark.encode(
                 x=alt.X("mean:Q", title=None),
                 y=y,
                 yOffset=offset,
@@ -249,9 +249,8 @@ def stability(table: pl.DataFrame, importances: Sequence[str]) -> Chart:
                 shape=_shape(importances, legend=False),
                 tooltip=["importance:N", "connections:N", *_numbers("mean", "25 %", "75 %", form=".4g")],
             )
-            for group in ("shared", "other")
-        ),
-    ).properties(height=alt.Step(13, **{"for": "offset"}))
+        )
+    return alt.layer(*layers).properties(height=32 * len(importances))
 
 
 def effects(table: pl.DataFrame, importances: Sequence[str], title: str) -> Chart:
@@ -277,9 +276,9 @@ def weights(table: pl.DataFrame, importances: Sequence[str]) -> Chart:
         importances: of the study, in its order.
     """
     names = table["layer"].unique(maintain_order=True).to_list()
-    y = _layers_down(names, offset=len(importances))
+    y, rows = _layers_down(names, offset=len(importances)), len(names) * len(importances)
     return _distribution(table, importances, y, alt.Scale(zero=False), None).properties(
-        height=alt.Step(max(3, min(9, 900 // (len(names) * len(importances)))), **{"for": "offset"})
+        height=max(_height(names), min(9 * rows, max(3 * rows, 900)))
     )
 
 
@@ -290,7 +289,7 @@ def scores(table: pl.DataFrame, importance: str, importances: Sequence[str]) -> 
     own = own.with_columns(pl.when(pl.col(name) > 0).then(pl.col(name)).alias(name) for name in quantiles)
     names = table["layer"].unique(maintain_order=True).to_list()
     chart = _distribution(own, importances, _layers_down(names), alt.Scale(type="log"), "log scale", None)
-    return chart.properties(height=alt.Step(_step(len(names))))
+    return chart.properties(height=_height(names))
 
 
 def connectivity(table: pl.DataFrame) -> Chart:
@@ -325,7 +324,7 @@ def functions(table: pl.DataFrame) -> Chart:
             y=y,
             tooltip=["compared:N", *_numbers("agreement %", "low", "high", "mean accuracy %", "together %")],
         ),
-    ).properties(height=alt.Step(17))
+    ).properties(height=17 * len(names))
 
 
 def _by_layer(
@@ -357,7 +356,7 @@ def _by_layer(
             tooltip=["importance:N", "layer:N", *_numbers(column, *others, form=".4g")],
         )
     )
-    return alt.layer(*layers).properties(height=alt.Step(max(18, _step(len(names)))))
+    return alt.layer(*layers).properties(height=_height(names, least=18))
 
 
 def _distribution(
@@ -382,10 +381,13 @@ def _distribution(
 
     def spread(low: str, high: str, size: float) -> alt.Chart:
         there = base.transform_filter(f"isValid(datum['{low}']) && isValid(datum['{high}'])")
-        return there.mark_rule(size=size).encode(x=x(low), x2=f"{high}:Q", color=colour, tooltip=tooltip, **place)
+        bar: alt.Chart = there.mark_rule(size=size).encode(
+            x=x(low), x2=f"{high}:Q", color=colour, tooltip=tooltip, **place
+        )
+        return bar
 
     median = base.transform_filter("isValid(datum['median'])").mark_point(filled=True, opacity=1, size=34)
-    chart: Chart = alt.layer(
+    return alt.layer(
         spread("5 %", "95 %", 1),
         spread("25 %", "75 %", 4),
         median.encode(
@@ -396,13 +398,13 @@ def _distribution(
             **place,
         ),
     )
-    return chart
 
 
 def _data(table: pl.DataFrame) -> alt.InlineData:
     """Return a table's rows; numbers with seven digits, which is more than a chart can show."""
     short = table.with_columns(pl.col(pl.Float64).round_sig_figs(7).fill_nan(None))
-    return alt.InlineData(short.to_dicts())
+    with debug_mode(False):  # checking every row against the schema of charts takes seconds
+        return alt.InlineData(short.to_dicts())
 
 
 def _sparsity() -> alt.X:
@@ -431,9 +433,9 @@ def _layers_down(names: Sequence[str], offset: int = 0) -> alt.Y:
     return alt.Y("layer:N", sort=list(names), title=None, scale=scale)
 
 
-def _step(layers: int) -> int:
-    """Return the height of a layer's row in points: less where there are many."""
-    return 22 if layers <= 8 else 16 if layers <= 30 else 12
+def _height(layers: Sequence[str], least: int = 0) -> int:
+    """Return the height of a chart with a row for each layer, in points: lower rows where there are many."""
+    return max(least, 22 if len(layers) <= 8 else 16 if len(layers) <= 30 else 12) * max(1, len(layers))
 
 
 def _numbers(*columns: str, form: str = ".2f") -> list[alt.Tooltip]:

@@ -2,7 +2,6 @@
 (async () => {
   const options = {
     mode: "vega-lite", renderer: "svg", actions: false, defaultStyle: false, ast: true,
-    logLevel: 1, // errors: what Vega-Lite warns of is that rows have a height of their own
     tooltip: { disableDefaultStyle: true },
   };
   window.views = {};
