@@ -69,7 +69,7 @@ def accuracy(
         reported = alt.Chart(_data(paper))
         layers.append(reported.mark_rule(clip=clip).encode(x=x, y=y("low"), y2="high:Q", color=_colour(importances)))
         layers.append(
-            reported.mark_point(filled=False, size=110, clip=clip).encode(
+            reported.mark_point(filled=False, size=90, opacity=1, clip=clip).encode(
                 x=x,
                 y=y("paper %"),
                 color=_colour(importances),
@@ -142,7 +142,7 @@ def overlap(table: pl.DataFrame) -> Chart:
         points.mark_point(filled=True, opacity=1).encode(
             x=x, y=shared, color=comparison, shape=shape, tooltip=["comparison:N", "level:Q", *_numbers(*columns)]
         ),
-    ).properties(height=_HEIGHT + 30)
+    ).properties(height=_HEIGHT)
 
 
 def _comparison(names: Sequence[str]) -> tuple[alt.Color, alt.Shape]:
@@ -186,7 +186,7 @@ def overlap_by_layer(table: pl.DataFrame) -> Chart:
             shape=shape,
             tooltip=["comparison:N", "layer:N", *_numbers("shared %", "chance, by layers %", "chance, overall %")],
         ),
-    ).properties(height=12 * len(names) * table["layer"].n_unique())
+    ).properties(height=(12 if table["layer"].n_unique() <= 30 else 8) * len(names) * table["layer"].n_unique())
 
 
 def layers(table: pl.DataFrame, least: float) -> Chart:

@@ -87,6 +87,9 @@ def keeps(contents: Contents) -> tuple[str, pl.DataFrame] | None:
         )
     else:
         text += "From one seed no interval can be given: a difference may be chance."
+    dense_only = winners.filter(pl.col("level") == 0)["importance"].to_list()
+    if dense_only:
+        text += f" Level 0 is the dense network: no ticket of {', '.join(dense_only)} keeps its accuracy."
     table = winners.select(
         "importance",
         "level",
@@ -178,7 +181,7 @@ def verification(contents: Contents) -> Finding:
     )
     if found.contradicted:
         text += f" {found.contradicted} gave other bits when last done again"
-        text += ", on another machine or with other libraries than were recorded." if found.elsewhere else "."
+        text += ", on another machine or with other versions than were recorded." if found.elsewhere else "."
     return Finding(title, figure, text)
 
 
@@ -206,9 +209,11 @@ def _of_seeds(count: int) -> str:
 def _percent(value: float) -> str:
     """Return a percentage with three digits at least where it is small.
 
-    >>> _percent(98.314), _percent(0.1234), _percent(100.0)
-    ('98.3 %', '0.123 %', '100 %')
+    >>> _percent(98.314), _percent(0.1234), _percent(100.0), _percent(1e-9), _percent(0.0)
+    ('98.3 %', '0.123 %', '100 %', 'less than 0.001 %', '0 %')
     """
+    if 0 < value < 0.001:
+        return "less than 0.001 %"
     return f"{value:.0f} %" if value == 100 else f"{value:.1f} %" if value >= 10 else f"{value:.3g} %"
 
 

@@ -28,6 +28,8 @@ ALARM = {"light": "#c1121f", "dark": "#ff6b6b"}
 
 Chart: TypeAlias = alt.Chart | alt.LayerChart | alt.FacetChart
 
+_SIZE = 12  # of letters on a page, in points
+
 COLUMN, BOTH_COLUMNS = 3.3, 6.9
 """Widths in inches: of one of a paper's two columns, and of both."""
 
@@ -52,23 +54,24 @@ def on_page(chart: Chart) -> dict[str, Any]:
     """Return a chart as a Vega-Lite specification, as wide as the page has room, in the page's colours."""
     colours = [f"var(--c{number})" for number in range(len(LIGHT))]
     names = {name: f"var(--{name})" for name in ("ink", "quiet", "grid", "alarm")}
-    return _specification(chart, "container", _config(names, colours, "system-ui, sans-serif", 12, 3))
+    config = _config(names, colours, "system-ui, sans-serif", _SIZE, 3)
+    return _specification(chart) | {"width": "container", "config": config}
 
 
 def on_paper(chart: Chart, inches: float) -> dict[str, Any]:
-    """Return a chart as a Vega-Lite specification of a width in inches of 72 points, with letters of 7 and 8 points."""
+    """Return a chart as a Vega-Lite specification of a width in inches of 72 points, with letters of 7 to 8 points."""
     names = {"ink": INK["light"], "quiet": QUIET["light"], "grid": GRID["light"], "alarm": ALARM["light"]}
-    columns = 3 if inches < 5 else 6
-    return _specification(
-        chart, 72 * inches, _config(names, list(LIGHT), "Liberation Sans, Arial, sans-serif", 7.5, columns)
-    )
+    columns, size = 3 if inches < 5 else 6, 7.5
+    config = _config(names, list(LIGHT), "Liberation Sans, Arial, sans-serif", size, columns)
+    specification = _specification(chart)
+    height = round(specification["height"] * size / _SIZE)
+    return specification | {"width": 72 * inches, "height": height, "config": config, "background": "white"}
 
 
-def _specification(chart: Chart, width: float | str, config: dict[str, Any]) -> dict[str, Any]:
+def _specification(chart: Chart) -> dict[str, Any]:
     specification: dict[str, Any] = chart.to_dict(validate=False)  # takes seconds; a browser tells as much, in tests
     specification.pop("config", None)
-    autosize = {"type": "fit-x", "contains": "padding"}
-    return specification | {"width": width, "autosize": autosize, "config": config}
+    return specification | {"autosize": {"type": "fit-x", "contains": "padding"}}
 
 
 def _config(names: dict[str, str], colours: list[str], font: str, size: float, columns: int) -> dict[str, Any]:
