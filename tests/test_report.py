@@ -296,6 +296,16 @@ def test_a_study_that_is_not_finished_says_so(tmp_path: Path) -> None:
     assert page(half)
 
 
+def test_one_importance_has_nothing_to_compare_with(planner: Planner) -> None:
+    alone = STUDY.model_copy(update={"importances": ("l1",), "seeds": (0,), "data_seeds": ()})
+    one = gather(opened(planner.store.root, alone), "s", ["s", "--importances", "l1", "--seeds", "0", "--data-seeds"])
+    absent = {section.name: section for section in sections(one) if not section.parts}
+    assert set(absent) == {"overlap", "stability", "reinit", "connectivity", "functions"}
+    expected = "tombola run s --importances l1 magnitude --seeds 0 --data-seeds"
+    assert {section.command for section in absent.values()} == {expected}
+    assert "one seed" in page(one)
+
+
 def test_one_seed_has_neither_bands_nor_intervals() -> None:
     one = synthetic(["magnitude", "l1"], layer_count=3, levels=2)
     assert tables.accuracy(one.results)["sd"].null_count() == 2 * 3

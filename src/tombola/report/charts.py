@@ -322,7 +322,7 @@ def functions(table: pl.DataFrame) -> Chart:
         base.mark_point(filled=True, opacity=1).encode(
             x=alt.X("agreement %:Q", title=title, scale=alt.Scale(zero=False)),
             y=y,
-            tooltip=["compared:N", *_numbers("agreement %", "low", "high", "mean accuracy %", "together %")],
+            tooltip=["compared:N", *_numbers("agreement %", "low", "high", "mean accuracy %", "ensemble accuracy %")],
         ),
     ).properties(height=17 * len(names))
 

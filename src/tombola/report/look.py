@@ -92,6 +92,7 @@ def _config(names: dict[str, str], colours: list[str], font: str, size: float, c
             "titleFontSize": size,
             "titleFontWeight": "normal",
             "labelLimit": 12 * size,
+            "labelSeparation": size / 2,
             "titlePadding": size / 2,
         },
         "axisY": {"domain": False, "ticks": False, "labelPadding": size / 3},

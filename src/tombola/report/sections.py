@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import shlex
 import statistics
@@ -160,6 +161,8 @@ def _layers(contents: Contents) -> Section:
         more = {}
         if own["on paths %"].is_not_null().any():
             more["Connections on a path from input to output, %"] = tables.by_level(own, "on paths %")
+        if (own["collapsed"] > 0).any():
+            more["In how many seeds the layer has collapsed"] = tables.by_level(own, "collapsed")
         chart = charts.layers(own, min(least, 50))
         parts.append(Part(f"layers-{number + 1}-{slug(name)}", name, chart, numbers, more))
     return Section("layers", title, reading, tuple(parts))
@@ -261,14 +264,10 @@ def _missing(name: str, title: str, reading: str, contents: Contents, analysis: 
     why = contents.absent.get(analysis, "")
     if contents.level is None and name != "accuracy":
         why, verb = "no level from 1 on is there for all importances and seeds yet", "run"
-    elif len(contents.study.importances) < 2 and name in (
-        "overlap",
-        "stability",
-        "reinit",
-        "connectivity",
-        "functions",
-    ):
-        why, verb = "it compares two importances or more, and the study has one", "run --importances magnitude l1"
+    elif len(contents.study.importances) < 2 and name not in ("accuracy", "layers", "weights"):
+        own = contents.study.importances[0]
+        why = "it compares two importances or more, and the study has one"
+        verb = f"run --importances {own} {'magnitude' if own == 'l1' else 'l1'}"
     elif analysis in COSTLY and not why:
         why = "it asks the networks for predictions, which takes time, so it is done only when asked for"
     return Section(name, title, reading, (), why, command(contents, verb))
@@ -285,6 +284,10 @@ def command(contents: Contents, verb: str) -> str:
     """
     first, *options = verb.split()
     name, *overrides = contents.command
+    if "--importances" in options and "--importances" in overrides:
+        start = overrides.index("--importances")
+        values = itertools.takewhile(lambda each: not each.startswith("--"), overrides[start + 1 :])
+        del overrides[start : start + 1 + len(list(values))]
     return shlex.join(["tombola", first, name, *options, *overrides])
 
 

@@ -292,7 +292,7 @@ def functions(table: pl.DataFrame) -> pl.DataFrame:
             (100 * pl.col("expected").mean()).alias("if independent %"),
             pl.col("kappa").mean(),
             (100 * pl.col("accuracy").mean()).alias("mean accuracy %"),
-            (100 * pl.col("ensemble_accuracy").mean()).alias("together %"),
+            (100 * pl.col("ensemble_accuracy").mean()).alias("ensemble accuracy %"),
             pl.len().cast(pl.Int64).alias("comparisons"),
         )
     )
