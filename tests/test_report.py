@@ -205,6 +205,15 @@ def test_twelve_importances_sixty_layers_and_one_seed(chromium: Browser, tmp_pat
 
 
 @in_browser
+def test_tickets_without_a_connection_are_shown(chromium: Browser, tmp_path: Path) -> None:
+    empty = synthetic(["magnitude", "l1", "l2"], layer_count=1, levels=24)
+    assert not empty.results[-1].alive
+    show(chromium, tmp_path, page(empty))
+    drawn_well(chromium, len(charted(sections(empty))))
+    assert chromium("document.querySelectorAll('#chart-layers-1-magnitude .mark-text text').length") > 0
+
+
+@in_browser
 def test_a_page_that_is_served_loads_itself_anew(chromium: Browser) -> None:
     small = synthetic(["magnitude", "l1"], layer_count=2, levels=1)
     with serving(0) as served:
@@ -212,9 +221,14 @@ def test_a_page_that_is_served_loads_itself_anew(chromium: Browser) -> None:
         chromium.open(served.url)
         assert chromium("document.querySelector('h1').textContent") == "first"
         chromium.wait("performance.getEntriesByName(location.href + 'version').length > 0", 10)
+        opened = "document.querySelector('#overlap figure details').open"
+        slider = "document.querySelector('#chart-overlap-matrix input')"
+        assert chromium(f"{slider}.value") == "1"
+        chromium(f"{opened} = true; {slider}.value = 0")
         served.show(page(dataclasses.replace(small, name="second"), refreshed=ADDRESS))
         chromium.wait("document.querySelector('h1')?.textContent === 'second'", 10)
         chromium.wait("document.documentElement.dataset.drawn !== undefined")
+        chromium.wait(f"{opened} && {slider}.value === '0'", 5)
         assert chromium.errors == []
         assert all(url.startswith((served.url, "data:")) for url in chromium.requests)
 

@@ -46,7 +46,7 @@ def accuracy(
     def y(column: str) -> alt.Y:
         return alt.Y(f"{column}:Q", title="accuracy, %", scale=scale)
 
-    base = alt.Chart(_data(table.filter(pl.col("accuracy %").is_not_null())))
+    base = alt.Chart(_data(table.filter(pl.col("accuracy %").is_not_null() & (pl.col(DENSITY) > 0))))
     layers: list[alt.Chart] = []
     if table["sd"].is_not_null().any():
         band = base.transform_filter("isValid(datum.sd)").mark_area(opacity=0.16, clip=clip)
@@ -111,14 +111,18 @@ def matrix(table: pl.DataFrame, tickets: Sequence[str], level: int, levels: Sequ
     if len(there) > 8:
         return alt.layer(cells).properties(height=26 * len(there))
     light = alt.condition(alt.datum["shared %"] < 60, alt.value("white"), alt.value("black"))
-    figures = base.mark_text().encode(x=x, y=y, text=alt.Text("shared %:Q", format=".1f"), color=light)
+    figures = (
+        base.transform_filter("isValid(datum['shared %'])")
+        .mark_text()
+        .encode(x=x, y=y, text=alt.Text("shared %:Q", format=".1f"), color=light)
+    )
     return alt.layer(cells, figures).properties(height=34 * len(there))
 
 
 def overlap(table: pl.DataFrame) -> Chart:
     """Return what tickets share against density, beside chance; a table of `tables.overlap`."""
     names = table["comparison"].unique(maintain_order=True).to_list()
-    x = _sparsity()
+    x, table = _sparsity(), table.filter(pl.col(DENSITY) > 0)
     long = table.unpivot(
         ["shared %", "chance, by layers %", "chance, overall %"],
         index=["comparison", "level", DENSITY],

@@ -109,7 +109,8 @@ def overlaps(contents: Contents) -> list[Finding]:
     if overlap is None or level is None:
         return []
     k = len(contents.study.importances)
-    at = {row["comparison"]: row for row in tables.overlap(overlap, k).filter(pl.col("level") == level).to_dicts()}
+    rows = tables.overlap(overlap, k).filter((pl.col("level") == level) & pl.col("shared %").is_not_null())
+    at = {row["comparison"]: row for row in rows.to_dicts()}
     found = []
     where = f"at level {level} ({_percent(next(iter(at.values()))['alive %'])} alive)" if at else ""
     for name in (tables.together(k), TWO):

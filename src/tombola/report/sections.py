@@ -202,7 +202,8 @@ def _reinit(contents: Contents) -> Section:
     if table is None:
         return _missing("reinit", title, reading, contents, "reinit", f"reinit --level {contents.level or 1}")
     own = tables.reinit(table)
-    chart = charts.reinit(own, contents.study.importances)
+    there = own["more than chance, %"].is_not_null().any()
+    chart = charts.reinit(own, contents.study.importances) if there else None
     return Section("reinit", title, reading, (Part("reinit", "Survival of kept connections", chart, own),))
 
 
@@ -222,11 +223,12 @@ def _weights(contents: Contents) -> Section:
         if quantity == "rewind" and not contents.study.recipe.rewind:
             continue  # they are the initial ones
         own = tables.weights(table, quantity).filter(pl.col("layer") != ALL)
-        parts.append(Part(f"weights-{quantity}", words, charts.weights(own, names), own))
+        chart = charts.weights(own, names) if own["median"].is_not_null().any() else None
+        parts.append(Part(f"weights-{quantity}", words, chart, own))
     own = tables.weights(table, "score")
     for number, name in enumerate(names):
-        chart = charts.scores(own, name, names)
         shown = own.filter(pl.col("importance") == name).drop("importance")
+        chart = charts.scores(own, name, names) if (shown["95 %"].fill_null(0) > 0).any() else None
         parts.append(Part(f"importance-{number + 1}-{slug(name)}", f"Importance: {name}", chart, shown))
     return Section("weights", title, reading, tuple(parts))
 

@@ -95,6 +95,7 @@ def pairs(overlap: pl.DataFrame, level: int | None = None) -> pl.DataFrame:
             pl.len().cast(pl.Int64).alias("seeds"),
         )
         .sort("level", maintain_order=True)
+        .with_columns(pl.col(pl.Float64).fill_nan(None))
     )
 
 
@@ -133,7 +134,7 @@ def overlap(table: pl.DataFrame, importances: int) -> pl.DataFrame:
             .sort("level")
             for name, rows in chosen.items()
         ]
-    )
+    ).with_columns(pl.col(pl.Float64).fill_nan(None))  # where nothing is alive
 
 
 def overlap_by_layer(table: pl.DataFrame, level: int, importances: int) -> pl.DataFrame:
