@@ -134,7 +134,7 @@ def _overlap(contents: Contents) -> Section:
             Part(
                 "overlap-by-layer",
                 f"Layer by layer at level {contents.level}; the bars stand where chance is, by layers",
-                charts.overlap_by_layer(layers),
+                charts.overlap_by_layer(layers) if layers["shared %"].is_not_null().any() else None,
                 layers,
             ),
         ),
