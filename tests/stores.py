@@ -59,8 +59,9 @@ class InTurn:
 
     count = 4
 
-    def __init__(self, *, last_first: bool) -> None:
+    def __init__(self, *, last_first: bool, works_on: Problem | None = None) -> None:
         self._jobs: list[Job] = []
+        self._problem = works_on or problem()
         self._last_first = last_first
         self.order: list[str] = []
 
@@ -82,7 +83,7 @@ class InTurn:
             job = self._jobs.pop(-1 if self._last_first else 0)
             self.order.append(job.key)
             yield At(job.key, job.begin)
-            yield perform(job, problem(), None, lambda *_: None)
+            yield perform(job, self._problem, None, lambda *_: None)
         else:
             time.sleep(min(timeout, 0.02))
 

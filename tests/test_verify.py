@@ -92,7 +92,9 @@ def test_one_weight_that_is_another_is_named(plan: Planner) -> None:
     difference = found[last.key].difference or ""
     assert difference.startswith("tensor 4.bias[2]: ")
     assert difference.endswith("(1 of 4 differ)")
-    assert "confirmed" not in plan.store.record(last.key)
+    record = plan.store.record(last.key)
+    assert "confirmed" not in record
+    assert [one["difference"] for one in record["contradicted"]] == [difference]
     assert [one.what for one in verified_chains(plan) if one.difference] == ["l1, seed 0, level 2"]
 
 

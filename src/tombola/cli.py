@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, get_args, get_origin
 
-from tombola import __version__, cli_engine, cli_store
+from tombola import __version__, cli_engine, cli_report, cli_store
 from tombola.cli_analysis import add_analysis_verbs
 from tombola.errors import UserError, did_you_mean
 from tombola.study import fields, is_list, load_study, presets
@@ -284,6 +284,7 @@ def _parser() -> _Parser:
     exporting.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="where to write it")
     exporting.add_argument("--trained", action="store_true", help="add the trained weights")
     add_analysis_verbs(verb, study, listing, _planner, _workers)
+    cli_report.add_verbs(verb, study, _planner, _overrides)
     verb("importances", importances, listing)
     verb("presets", list_presets, listing)
     cli_store.add_verbs(verb, study, listing, lambda options: _planner(options)[0], _workers, STORE)

@@ -276,8 +276,15 @@ class Store:
 
     def confirm(self, key: str, confirmation: Mapping[str, Any]) -> None:
         """Note in a result's record that doing its training again gave the same bits, and when and where."""
+        self._note(key, "confirmed", confirmation)
+
+    def contradict(self, key: str, contradiction: Mapping[str, Any]) -> None:
+        """Note in a result's record that doing its training again gave other bits: which, when and where."""
+        self._note(key, "contradicted", contradiction)
+
+    def _note(self, key: str, name: str, note: Mapping[str, Any]) -> None:
         record = self.record(key)
-        record["confirmed"] = [*record.get("confirmed", []), confirmation]
+        record[name] = [*record.get(name, []), note]
         write_atomically(self.folder(key) / "record.json", canonical(record), self._unfinished)
 
     def entries(self) -> Iterator[Entry]:

@@ -165,7 +165,7 @@ def _compared(
     *,
     whole_chain: bool = False,
 ) -> Finding:
-    """Compare a stored result with that of the training done again; where they are equal, note it in the store."""
+    """Compare a stored result with that of the training done again, and note in the store what came of it."""
     key, store = one.training.key, planner.store
     try:
         trained = store.get(key)
@@ -184,10 +184,16 @@ def _compared(
     then = store.record(key)
     machine = differences(then.get("machine", {}), record["machine"])
     machine += differences({name: then[name] for name in ("threads", "device") if name in then}, record)
-    if difference is None:
-        when = {"when": datetime.now(UTC).isoformat(timespec="seconds"), "whole_chain": whole_chain}
-        with contextlib.suppress(UserError, OSError):  # a store that can be read only
-            store.confirm(key, {**when, "machine": record["machine"]})
+    note: dict[str, Any] = {
+        "when": datetime.now(UTC).isoformat(timespec="seconds"),
+        "whole_chain": whole_chain,
+        "machine": record["machine"],
+    }
+    with contextlib.suppress(UserError, OSError):  # a store that can be read only
+        if difference is None:
+            store.confirm(key, note)
+        else:
+            store.contradict(key, note | {"difference": difference})
     return Finding(key, str(one), difference, tuple(machine))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
+from itertools import count
 from operator import and_
 
 import numpy as np
@@ -79,6 +80,28 @@ def plans(
         initial = {draw: Weights.of(state) for draw, state in states.items()}
         found.append(Plan(seed, kept, planner.restarted(initial, seed, names, level, about)))
     return found
+
+
+def stored(planner: Planner, level: int) -> pl.DataFrame:
+    """Return the table of `of_plans` for the draws of all importances whose trainings are in the store: 1, 2 and on.
+
+    Args:
+        planner: of the study.
+        level: of the tickets whose shared connections were kept.
+
+    Raises:
+        UserError: where no draw is there for every seed, or as of `plans`.
+    """
+    found: list[Plan] = []
+    for draws in count(1):
+        more = plans(planner, level, draws)
+        latest = [(plan, chain) for plan in more for chain in plan.planner.chains if chain.seed == draws]
+        if any(plan.planner.progress(chain).waits_for is not None for plan, chain in latest):
+            break
+        found = more
+    if not found:
+        raise UserError(f"no partial reinitialisation at level {level} is in {planner.store.root}")
+    return of_plans(found)
 
 
 def new_seed(seed: int, draw: int) -> int:

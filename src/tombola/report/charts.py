@@ -1,0 +1,446 @@
+"""Charts: each a pure function of one of the tables of `tombola.report.tables`.
+
+They have neither width nor colours: `tombola.report.look` gives them those of a page or of paper.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import altair as alt
+import polars as pl
+from altair.utils.schemapi import debug_mode
+
+from tombola.analysis.gather import ALL, DATA_ORDER, IMPORTANCES
+from tombola.report.look import DASHES, SHAPES, Chart
+from tombola.report.tables import DENSITY, NOISE, TWO
+
+_HEIGHT = 230
+_LEGEND = alt.Legend(title=None, symbolOpacity=1)
+_SPARSER = "connections alive, % (log scale)"
+
+
+def accuracy(
+    table: pl.DataFrame,
+    importances: Sequence[str],
+    dense: float | None,
+    paper: pl.DataFrame | None = None,
+    within: float | None = None,
+) -> Chart:
+    """Return accuracy against density: a line with marks for each importance, its band over seeds, the dense line.
+
+    Args:
+        table: of `tables.accuracy`.
+        importances: of the study, in its order.
+        dense: the dense network's accuracy in %.
+        paper: of `tables.paper`, whose points are shown hollow.
+        within: show only what is at most so many points below the dense accuracy.
+    """
+    x = _sparsity()
+    scale, clip = alt.Scale(zero=False, nice=True), False
+    if within is not None and dense is not None:
+        highest = max(table["high"].fill_null(table["accuracy %"]).drop_nulls().to_list(), default=dense)
+        scale, clip = alt.Scale(domain=[dense - within, max(dense, highest) + 0.05 * within], nice=False), True
+
+    def y(column: str) -> alt.Y:
+        return alt.Y(f"{column}:Q", title="accuracy, %", scale=scale)
+
+    base = alt.Chart(_data(table.filter(pl.col("accuracy %").is_not_null() & (pl.col(DENSITY) > 0))))
+    layers: list[alt.Chart] = []
+    if table["sd"].is_not_null().any():
+        band = base.transform_filter("isValid(datum.sd)").mark_area(opacity=0.16, clip=clip)
+        layers.append(band.encode(x=x, y=y("low"), y2="high:Q", color=_colour(importances)))
+    if dense is not None:
+        line = alt.Chart(alt.InlineData([{"accuracy %": dense}])).mark_rule(strokeDash=[2, 3], size=1.3, clip=clip)
+        layers.append(line.encode(y=y("accuracy %")))
+    tooltip = ["importance:N", "level:Q", *_numbers(DENSITY, "accuracy %", "sd"), "seeds:Q"]
+    layers.append(
+        base.mark_line(clip=clip).encode(
+            x=x, y=y("accuracy %"), color=_colour(importances), strokeDash=_dash(importances)
+        )
+    )
+    layers.append(
+        base.mark_point(filled=True, opacity=1, clip=clip).encode(
+            x=x, y=y("accuracy %"), color=_colour(importances), shape=_shape(importances), tooltip=tooltip
+        )
+    )
+    if paper is not None and len(paper):
+        reported = alt.Chart(_data(paper))
+        layers.append(reported.mark_rule(clip=clip).encode(x=x, y=y("low"), y2="high:Q", color=_colour(importances)))
+        layers.append(
+            reported.mark_point(filled=False, size=90, opacity=1, clip=clip).encode(
+                x=x,
+                y=y("paper %"),
+                color=_colour(importances),
+                shape=_shape(importances),
+                tooltip=["importance:N", "level:Q", *_numbers("paper %", "paper sd", "accuracy %")],
+            )
+        )
+    return alt.layer(*layers).properties(height=_HEIGHT)
+
+
+def matrix(table: pl.DataFrame, tickets: Sequence[str], level: int, levels: Sequence[int] = ()) -> Chart:
+    """Return what every two tickets share at a level, as a matrix; with a slider where there are several levels.
+
+    Args:
+        table: of `tables.pairs`.
+        tickets: what they are called, in order.
+        level: the one that is shown at first.
+        levels: those to choose from.
+    """
+    base: alt.Chart = alt.Chart(_data(table))
+    if len(levels) > 1:
+        slider = alt.param(
+            name="level",
+            value=level,
+            bind=alt.binding_range(min=min(levels), max=max(levels), step=1, name="level "),
+        )
+        base = base.add_params(slider).transform_filter("datum.level == level")
+    there = [name for name in tickets if name in set(table["ticket"])]
+    x = alt.X(
+        "other:N", sort=there, title=None, axis=alt.Axis(labelAngle=-40, labelLimit=110), scale=alt.Scale(domain=there)
+    )
+    y = alt.Y("ticket:N", sort=there, title=None, scale=alt.Scale(domain=there))
+    cells = base.mark_rect().encode(
+        x=x,
+        y=y,
+        color=alt.Color("shared %:Q", title="shared, %", scale=alt.Scale(scheme="viridis", domain=[0, 100])),
+        tooltip=["ticket:N", "other:N", "level:Q", *_numbers("shared %", "by chance %", "Jaccard %")],
+    )
+    if len(there) > 8:
+        return alt.layer(cells).properties(height=26 * len(there))
+    light = alt.condition(alt.datum["shared %"] < 60, alt.value("white"), alt.value("black"))
+    figures = (
+        base.transform_filter("isValid(datum['shared %'])")
+        .mark_text()
+        .encode(x=x, y=y, text=alt.Text("shared %:Q", format=".1f"), color=light)
+    )
+    return alt.layer(cells, figures).properties(height=34 * len(there))
+
+
+def overlap(table: pl.DataFrame) -> Chart:
+    """Return what tickets share against density, beside chance; a table of `tables.overlap`."""
+    names = table["comparison"].unique(maintain_order=True).to_list()
+    x, table = _sparsity(), table.filter(pl.col(DENSITY) > 0)
+    long = table.unpivot(
+        ["shared %", "chance, by layers %", "chance, overall %"],
+        index=["comparison", "level", DENSITY],
+        variable_name="what",
+        value_name="share",
+    ).filter((pl.col("what") == "shared %") | (pl.col("comparison") != NOISE))
+    long = long.with_columns(pl.col("what").replace_strict(_KINDS))
+    y = alt.Y("share:Q", title="of a ticket's connections, %", scale=alt.Scale(domain=[0, 100]))
+    comparison, shape = _comparison(names)
+    dash = alt.StrokeDash(
+        "what:N",
+        scale=alt.Scale(domain=list(_KINDS.values()), range=[[1, 0], [6, 3], [1, 3]]),
+        legend=alt.Legend(columns=2, title=None),
+    )
+    base = alt.Chart(_data(long))
+    points = alt.Chart(_data(table))
+    shared = alt.Y("shared %:Q", title="of a ticket's connections, %", scale=alt.Scale(domain=[0, 100]))
+    columns = ("shared %", "lowest %", "highest %", "chance, by layers %", "chance, overall %")
+    return alt.layer(
+        base.mark_line().encode(x=x, y=y, color=comparison, strokeDash=dash),
+        points.mark_point(filled=True, opacity=1).encode(
+            x=x, y=shared, color=comparison, shape=shape, tooltip=["comparison:N", "level:Q", *_numbers(*columns)]
+        ),
+    ).properties(height=_HEIGHT)
+
+
+def _comparison(names: Sequence[str]) -> tuple[alt.Color, alt.Shape]:
+    """Return the colours and shapes of comparisons: none of an importance, since they are of several."""
+    looks = [_COMPARISONS.get(name, ("#c2571a", "triangle-up")) for name in names]
+    colours, shapes = ([each[part] for each in looks] for part in (0, 1))
+    legend = alt.Legend(columns=2, title=None)
+    return (
+        alt.Color("comparison:N", scale=alt.Scale(domain=list(names), range=colours), legend=legend),
+        alt.Shape("comparison:N", scale=alt.Scale(domain=list(names), range=shapes), legend=legend),
+    )
+
+
+_KINDS = {
+    "shared %": "shared",
+    "chance, by layers %": "by chance, by layers",
+    "chance, overall %": "by chance, overall",
+}
+_COMPARISONS = {TWO: ("#3d7fb8", "circle"), NOISE: ("#7d8791", "square")}
+
+
+def overlap_by_layer(table: pl.DataFrame) -> Chart:
+    """Return what tickets share in each layer, beside chance; a table of `tables.overlap_by_layer`."""
+    names = table["comparison"].unique(maintain_order=True).to_list()
+    y = _layers_down(table["layer"].unique(maintain_order=True).to_list(), offset=len(names))
+    offset = alt.YOffset("comparison:N", sort=names, scale=alt.Scale(domain=names))
+    base = alt.Chart(_data(table))
+
+    def x(column: str) -> alt.X:
+        return alt.X(f"{column}:Q", title="of a ticket's connections, %", scale=alt.Scale(domain=[0, 100]))
+
+    colour, shape = _comparison(names)
+    return alt.layer(
+        base.mark_tick(thickness=1.5).encode(x=x("chance, by layers %"), y=y, yOffset=offset),
+        base.mark_rule().encode(x=x("chance, by layers %"), x2="shared %:Q", y=y, yOffset=offset, color=colour),
+        base.mark_point(filled=True, opacity=1).encode(
+            x=x("shared %"),
+            y=y,
+            yOffset=offset,
+            color=colour,
+            shape=shape,
+            tooltip=["comparison:N", "layer:N", *_numbers("shared %", "chance, by layers %", "chance, overall %")],
+        ),
+    ).properties(height=(12 if table["layer"].n_unique() <= 30 else 8) * len(names) * table["layer"].n_unique())
+
+
+def layers(table: pl.DataFrame, least: float) -> Chart:
+    """Return how dense each layer is at each level, as a heat map; a cross where it has collapsed.
+
+    Args:
+        table: of `tables.layers`.
+        least: the lower end of the scale of colours, in %; the same for all importances of a study.
+    """
+    names = table["layer"].unique(maintain_order=True).to_list()
+    levels = table["level"].unique().sort().to_list()
+    every = max(1, -(-len(levels) // 12))
+    x = alt.X(
+        "level:O",
+        axis=alt.Axis(labelAngle=0, values=levels[::every]),
+        scale=alt.Scale(domain=levels, paddingInner=0.04),
+    )
+    y = alt.Y("layer:N", sort=names, title=None, scale=alt.Scale(domain=names, paddingInner=0.04))
+    scale = alt.Scale(type="log", scheme="viridis", domain=[least, 100], clamp=True)
+    base = alt.Chart(_data(table))
+    tooltip = ["layer:N", "level:O", *_numbers(DENSITY, "on paths %"), "collapsed:Q", "seeds:Q"]
+    return alt.layer(
+        base.transform_filter(f"datum['{DENSITY}'] > 0")
+        .mark_rect()
+        .encode(x=x, y=y, color=alt.Color(f"{DENSITY}:Q", scale=scale, title="alive, %"), tooltip=tooltip),
+        base.transform_filter("datum.collapsed > 0")
+        .mark_text(text="×", fontWeight="bold", style="alarm", fontSize=13)
+        .encode(x=x, y=y, tooltip=tooltip),
+    ).properties(height=_height(names))
+
+
+def stability(table: pl.DataFrame, importances: Sequence[str]) -> Chart:
+    """Return a measure's mean and middle half, of shared (filled) and other connections (hollow), by importance.
+
+    Args:
+        table: of `tables.stability`.
+        importances: of the study, in its order.
+    """
+    whole = table.filter(pl.col("layer") == ALL)
+    parts = []
+    for group in ("shared", "other"):
+        columns = {f"{group}, {name}": name for name in ("mean", "25 %", "75 %")}
+        parts.append(whole.select("importance", pl.lit(group).alias("connections"), *columns).rename(columns))
+    y = alt.Y("importance:N", sort=list(importances), title=None, scale=alt.Scale(domain=list(importances)))
+    offset = alt.YOffset("connections:N", scale=alt.Scale(domain=["shared", "other"]))
+    base = alt.Chart(_data(pl.concat(parts)))
+    colour = _colour(importances, legend=False)
+    layers: list[alt.Chart] = []
+    for group, solid in (("shared", True), ("other", False)):
+        own = base.transform_filter(f"datum.connections == '{group}'")
+        bar = own.mark_rule(size=4, opacity=1 if solid else 0.3)
+        mark = own.mark_point(filled=solid, size=60, opacity=1)
+        layers.append(bar.encode(x=alt.X("25 %:Q", title=None), x2="75 %:Q", y=y, yOffset=offset, color=colour))
+        layers.append(
+            mark.encode(
+                x=alt.X("mean:Q", title=None),
+                y=y,
+                yOffset=offset,
+                color=colour,
+                shape=_shape(importances, legend=False),
+                tooltip=["importance:N", "connections:N", *_numbers("mean", "25 %", "75 %", form=".4g")],
+            )
+        )
+    return alt.layer(*layers).properties(height=32 * len(importances))
+
+
+def effects(table: pl.DataFrame, importances: Sequence[str], title: str) -> Chart:
+    """Return in each layer whether shared connections have higher values than others; a table of `tables.stability`."""
+    shown = table.filter(pl.col("effect").is_not_null())
+    others = ("shared, mean", "other, mean")
+    return _by_layer(shown, importances, "effect", title, others, alt.Scale(domain=[-1, 1]))
+
+
+def reinit(table: pl.DataFrame, importances: Sequence[str]) -> Chart:
+    """Return in each layer how much more often than by chance kept connections survive; a table of `tables.reinit`."""
+    column = "more than chance, %"
+    found = table.filter(pl.col(column).is_not_null())
+    title, others = "survivors: more than chance, %", ("survived", "by chance")
+    return _by_layer(found, importances, column, title, others, alt.Scale(), ("low", "high"))
+
+
+def weights(table: pl.DataFrame, importances: Sequence[str]) -> Chart:
+    """Return how weights are distributed in each layer: 5 % to 95 % thin, the middle half thick, the median marked.
+
+    Args:
+        table: of `tables.weights`.
+        importances: of the study, in its order.
+    """
+    names = table["layer"].unique(maintain_order=True).to_list()
+    y, rows = _layers_down(names, offset=len(importances)), len(names) * len(importances)
+    return _distribution(table, importances, y, alt.Scale(zero=False), None).properties(
+        height=max(_height(names), min(9 * rows, max(3 * rows, 900)))
+    )
+
+
+def scores(table: pl.DataFrame, importance: str, importances: Sequence[str]) -> Chart:
+    """Return how one importance is distributed in each layer, on a log scale; what is not above 0 is not drawn."""
+    own = table.filter(pl.col("importance") == importance)
+    quantiles = ("5 %", "25 %", "median", "75 %", "95 %")
+    own = own.with_columns(pl.when(pl.col(name) > 0).then(pl.col(name)).alias(name) for name in quantiles)
+    names = table["layer"].unique(maintain_order=True).to_list()
+    chart = _distribution(own, importances, _layers_down(names), alt.Scale(type="log"), "log scale", None)
+    return chart.properties(height=_height(names))
+
+
+def connectivity(table: pl.DataFrame) -> Chart:
+    """Return the error on the line between every two tickets; a table of `tables.connectivity`."""
+    domain = [IMPORTANCES, DATA_ORDER]
+    scale = alt.Scale(domain=domain, range=[_COMPARISONS[TWO][0], _COMPARISONS[NOISE][0]])
+    x = alt.X("position:Q", title="position between the two tickets")
+    y = alt.Y("error %:Q", title="test error, %", scale=alt.Scale(zero=True))
+    what = alt.Color("what differs:N", scale=scale)
+    dash = alt.StrokeDash("what differs:N", scale=alt.Scale(domain=domain, range=[[1, 0], [6, 3]]))
+    base = alt.Chart(_data(table))
+    return alt.layer(
+        base.mark_line(opacity=0.75).encode(x=x, y=y, color=what, strokeDash=dash, detail="tickets:N"),
+        base.mark_point(filled=True, opacity=0.75).encode(
+            x=x, y=y, color=what, tooltip=["tickets:N", *_numbers("position", "error %", "barrier, points")]
+        ),
+    ).properties(height=_HEIGHT)
+
+
+def functions(table: pl.DataFrame) -> Chart:
+    """Return how often every two networks predict the same; a table of `tables.functions`."""
+    names = table["compared"].to_list()
+    y = alt.Y("compared:N", sort=names, title=None, axis=alt.Axis(labelLimit=190), scale=alt.Scale(domain=names))
+    title = "same prediction, % of test examples"
+    base = alt.Chart(_data(table))
+    return alt.layer(
+        base.mark_rule(opacity=0.6).encode(
+            x=alt.X("low:Q", title=title, scale=alt.Scale(zero=False)), x2="high:Q", y=y
+        ),
+        base.mark_point(filled=True, opacity=1).encode(
+            x=alt.X("agreement %:Q", title=title, scale=alt.Scale(zero=False)),
+            y=y,
+            tooltip=["compared:N", *_numbers("agreement %", "low", "high", "mean accuracy %", "ensemble accuracy %")],
+        ),
+    ).properties(height=17 * len(names))
+
+
+def _by_layer(
+    table: pl.DataFrame,
+    importances: Sequence[str],
+    column: str,
+    title: str,
+    others: Sequence[str],
+    scale: alt.Scale,
+    whisker: tuple[str, str] | None = None,
+) -> Chart:
+    """Return a mark for each layer and importance at the value of a column, and a line at 0."""
+    names = table["layer"].unique(maintain_order=True).to_list()
+    y = _layers_down(names)
+    base = alt.Chart(_data(table))
+    layers: list[alt.Chart] = [alt.Chart(alt.InlineData([{"zero": 0}])).mark_rule().encode(x="zero:Q")]
+    if whisker is not None:
+        low, high = whisker
+        rules = base.transform_filter(f"isValid(datum['{low}'])").mark_rule(opacity=0.6)
+        layers.append(
+            rules.encode(x=alt.X(f"{low}:Q", title=title, scale=scale), x2=f"{high}:Q", y=y, color=_colour(importances))
+        )
+    layers.append(
+        base.mark_point(filled=True, opacity=0.9, size=60).encode(
+            x=alt.X(f"{column}:Q", title=title, scale=scale),
+            y=y,
+            color=_colour(importances),
+            shape=_shape(importances),
+            tooltip=["importance:N", "layer:N", *_numbers(column, *others, form=".4g")],
+        )
+    )
+    return alt.layer(*layers).properties(height=_height(names, least=18))
+
+
+def _distribution(
+    table: pl.DataFrame,
+    importances: Sequence[str],
+    y: alt.Y,
+    scale: alt.Scale,
+    title: str | None,
+    offset: str | None = "importance",
+) -> Chart:
+    """Return quantiles as bars and medians as marks; by `offset` side by side within a row."""
+    base = alt.Chart(_data(table))
+    place: dict[str, Any] = {"y": y}
+    if offset is not None:
+        place["yOffset"] = alt.YOffset(f"{offset}:N", sort=list(importances), scale=alt.Scale(domain=list(importances)))
+    colour = _colour(importances, legend=offset is not None)
+    numbers = _numbers("least", "5 %", "25 %", "median", "75 %", "95 %", "most", form=".4g")
+    tooltip = ["importance:N", "layer:N", "connections:Q", *numbers]
+
+    def x(column: str) -> alt.X:
+        return alt.X(f"{column}:Q", title=title, scale=scale, axis=alt.Axis(format="~g", tickCount=5))
+
+    def spread(low: str, high: str, size: float) -> alt.Chart:
+        there = base.transform_filter(f"isValid(datum['{low}']) && isValid(datum['{high}'])")
+        bar: alt.Chart = there.mark_rule(size=size).encode(
+            x=x(low), x2=f"{high}:Q", color=colour, tooltip=tooltip, **place
+        )
+        return bar
+
+    median = base.transform_filter("isValid(datum['median'])").mark_point(filled=True, opacity=1, size=34)
+    return alt.layer(
+        spread("5 %", "95 %", 1),
+        spread("25 %", "75 %", 4),
+        median.encode(
+            x=x("median"),
+            color=colour,
+            shape=_shape(importances, legend=offset is not None),
+            tooltip=tooltip,
+            **place,
+        ),
+    )
+
+
+def _data(table: pl.DataFrame) -> alt.InlineData:
+    """Return a table's rows; numbers with seven digits, which is more than a chart can show."""
+    short = table.with_columns(pl.col(pl.Float64).round_sig_figs(7).fill_nan(None))
+    with debug_mode(False):  # checking every row against the schema of charts takes seconds
+        return alt.InlineData(short.to_dicts())
+
+
+def _sparsity() -> alt.X:
+    scale = alt.Scale(type="log", reverse=True, nice=False)
+    return alt.X(f"{DENSITY}:Q", title=_SPARSER, scale=scale, axis=alt.Axis(format="~g", tickCount=6, grid=False))
+
+
+def _colour(importances: Sequence[str], *, legend: bool = True) -> alt.Color:
+    scale = alt.Scale(domain=list(importances))
+    return alt.Color("importance:N", scale=scale, legend=_LEGEND if legend else None)
+
+
+def _dash(importances: Sequence[str]) -> alt.StrokeDash:
+    dashes = [DASHES[number % len(DASHES)] for number in range(len(importances))]
+    return alt.StrokeDash("importance:N", scale=alt.Scale(domain=list(importances), range=dashes), legend=_LEGEND)
+
+
+def _shape(importances: Sequence[str], *, legend: bool = True) -> alt.Shape:
+    shapes = [SHAPES[number % len(SHAPES)] for number in range(len(importances))]
+    scale = alt.Scale(domain=list(importances), range=shapes)
+    return alt.Shape("importance:N", scale=scale, legend=_LEGEND if legend else None)
+
+
+def _layers_down(names: Sequence[str], offset: int = 0) -> alt.Y:
+    scale = alt.Scale(domain=list(names), paddingInner=0.25) if offset else alt.Scale(domain=list(names))
+    return alt.Y("layer:N", sort=list(names), title=None, scale=scale)
+
+
+def _height(layers: Sequence[str], least: int = 0) -> int:
+    """Return the height of a chart with a row for each layer, in points: lower rows where there are many."""
+    return max(least, 22 if len(layers) <= 8 else 16 if len(layers) <= 30 else 12) * max(1, len(layers))
+
+
+def _numbers(*columns: str, form: str = ".2f") -> list[alt.Tooltip]:
+    return [alt.Tooltip(f"{column}:Q", format=form) for column in columns]

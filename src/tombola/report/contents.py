@@ -1,0 +1,217 @@
+"""Contents: all that a report tells of a study, gathered from its store."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+import polars as pl
+
+from tombola import __version__
+from tombola.analysis import connectivity, functions, layers, overlap, reinit, stability, weights, winners
+from tombola.analysis.gather import chosen, label, last_level
+from tombola.engine.run import remaining
+from tombola.errors import UserError
+from tombola.planning import Planner
+from tombola.report import paper
+from tombola.results import Row, rows
+from tombola.store import DamagedResultError
+from tombola.study import Study
+
+COSTLY = ("functions", "connectivity")
+"""Analyses that ask networks for predictions and keep nothing: only where they are asked for."""
+
+
+@dataclass(frozen=True)
+class Verified:
+    """What `tombola verify` has found of a study's stored trainings.
+
+    Args:
+        trainings: how many are stored.
+        confirmed: how many were done again with the same bits, and not with others since.
+        contradicted: how many gave other bits when they were last done again.
+        when: the last time that one was done again, in ISO format; None where none was.
+        elsewhere: whether one that gave other bits was done again on another machine than the first time.
+    """
+
+    trainings: int = 0
+    confirmed: int = 0
+    contradicted: int = 0
+    when: str | None = None
+    elsewhere: bool = False
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a report tells of a study.
+
+    Args:
+        name: the study's.
+        study: all of it.
+        command: of the command line, how the study is named there: its name and what overrides it, without a verb.
+        about_data: name, classes and the numbers of examples for training and testing.
+        parameters: of the network, those that may be pruned and all.
+        labels: what tickets are called: the importances, and those of other data orders.
+        results: every ticket's.
+        level: the one that is shown of what is shown of one level; None where no level from 1 on is there.
+        margin: by how much accuracy may be lower where a ticket keeps it, on the scale 0..1.
+        tables: the analyses' tables by name; see `tombola.analysis`.
+        absent: why an analysis is not among them.
+        paper: see `tombola.report.paper.of_study`.
+        tickets, expected: how many tickets are there, and how many the study has, other data orders among them.
+        trainings_left: how many trainings are still to be done.
+        stopped: chains that cannot go on, and why.
+        verified: see `Verified`.
+        records: when, where and how long each stored training ran.
+        version: tombola's own.
+        made: when this was gathered.
+    """
+
+    name: str
+    study: Study
+    command: tuple[str, ...]
+    about_data: Mapping[str, Any]
+    parameters: tuple[int, int]
+    labels: tuple[str, ...]
+    results: tuple[Row, ...]
+    level: int | None
+    margin: float
+    tables: Mapping[str, pl.DataFrame]
+    absent: Mapping[str, str]
+    paper: pl.DataFrame | None = None
+    tickets: int = 0
+    expected: int = 0
+    trainings_left: int = 0
+    stopped: Mapping[str, str] = field(default_factory=dict)
+    verified: Verified = Verified()
+    records: tuple[Mapping[str, Any], ...] = ()
+    version: str = __version__
+    made: str = ""
+
+
+def gather(
+    planner: Planner,
+    name: str,
+    command: Sequence[str],
+    *,
+    costly: Collection[str] = (),
+    level: int | None = None,
+    margin: float = 0.005,
+) -> Contents:
+    """Gather what is there of a study; a study may be half done, or not begun.
+
+    Args:
+        planner: of the study.
+        name: what the study is called.
+        command: how the command line names it, see `Contents`.
+        costly: of `COSTLY`, which analyses to do all the same.
+        level: of what is shown of one level; by default the sparsest at which every importance keeps the dense
+            network's accuracy, or where there is none the last that all have.
+        margin: see `tombola.analysis.winners`.
+
+    Raises:
+        UserError: where the level is not there or a stored result is damaged.
+    """
+    progress = {chain: planner.progress(chain) for chain in [*planner.chains, *planner.repeats]}
+    results = tuple(rows(planner))
+    tables: dict[str, pl.DataFrame] = {}
+    absent: dict[str, str] = {}
+
+    def add(analysis: str, table: Callable[[], pl.DataFrame]) -> None:
+        try:
+            tables[analysis] = table()
+        except DamagedResultError:
+            raise
+        except UserError as error:
+            absent[analysis] = str(error).replace(str(planner.store.root), "the store")
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what cannot be followed is null in the tables, which is shown
+        add("winners", lambda: winners.of_study(planner, margin=margin))
+        add("overlap", lambda: overlap.of_study(planner))
+        add("layers", lambda: layers.of_study(planner))
+        shown = _level(planner, level, tables.get("winners"))
+        if shown is not None:
+            add("weights", lambda: weights.of_study(planner, levels=[shown]))
+            add("stability", lambda: stability.of_study(planner, levels=[shown]))
+            if "functions" in costly:
+                add("functions", lambda: functions.of_study(planner, levels=[shown]))
+            if "connectivity" in costly:
+                add("connectivity", lambda: connectivity.of_study(planner, levels=[shown]))
+            add("reinit", lambda: reinit.stored(planner, shown))
+    keys = {training.key for chain in progress for training in planner.trainings(chain)}
+    records = tuple(planner.store.record(key) for key in sorted(keys))
+    data = planner.problem.data
+    return Contents(
+        name=name,
+        study=planner.study,
+        command=tuple(command),
+        about_data={
+            "name": data.name,
+            "classes": data.classes,
+            "train": len(data.train_inputs),
+            "test": len(data.test_inputs),
+            "shape": tuple(data.input_shape),
+        },
+        parameters=(planner.dense.total, sum(each.numel() for each in planner.problem.build().parameters())),
+        labels=(*planner.study.importances, *dict.fromkeys(label(chain) for chain in planner.repeats)),
+        results=results,
+        level=shown,
+        margin=margin,
+        tables=tables,
+        absent=absent,
+        paper=paper.of_study(planner.study),
+        tickets=sum(len(each.tickets) for each in progress.values()),
+        expected=len(progress) * (planner.study.levels + 1),
+        trainings_left=remaining(list(progress.values())),
+        stopped={str(chain): each.stopped for chain, each in progress.items() if each.stopped},
+        verified=verified(records),
+        records=records,
+        made=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
+
+
+def verified(records: Sequence[Mapping[str, Any]]) -> Verified:
+    """Return what the records of stored trainings say of verification.
+
+    >>> verified([{"confirmed": [{"when": "2026-01-02"}]}, {}])
+    Verified(trainings=2, confirmed=1, contradicted=0, when='2026-01-02', elsewhere=False)
+    """
+    confirmed = contradicted = 0
+    elsewhere = False
+    times = []
+    for record in records:
+        notes = [(note["when"], name, note) for name in ("confirmed", "contradicted") for note in record.get(name, ())]
+        if not notes:
+            continue
+        when, outcome, note = max(notes, key=lambda each: each[:2])
+        times.append(when)
+        confirmed += outcome == "confirmed"
+        contradicted += outcome == "contradicted"
+        elsewhere |= outcome == "contradicted" and note.get("machine") != record.get("machine")
+    return Verified(len(records), confirmed, contradicted, max(times, default=None), elsewhere)
+
+
+def _level(planner: Planner, asked: int | None, winning: pl.DataFrame | None) -> int | None:
+    """Return the level of what is shown of one level, see `gather`."""
+    try:
+        last = last_level(planner, chosen(planner, None))
+    except DamagedResultError:
+        raise
+    except UserError:
+        last = 0
+    if asked is not None:
+        if not 1 <= asked <= last:
+            there = f"levels 1 to {last} are" if last else "none is"
+            raise UserError(f"--level: expected a level from 1 on that all importances and seeds have; {there} there")
+        return asked
+    if last < 1:
+        return None
+    if winning is not None and set(winning["importance"]) == set(planner.study.importances):
+        sparsest = int(winning["level"].to_numpy().min())
+        if 1 <= sparsest <= last:
+            return sparsest
+    return last

@@ -1,0 +1,57 @@
+"""Figures: the report's charts as files, for a paper of two columns."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import vl_convert
+
+from tombola.errors import UserError
+from tombola.files import write_atomically
+from tombola.report.look import on_paper
+from tombola.report.page import VEGA_LITE
+from tombola.report.sections import Part
+
+FORMATS = ("pdf", "svg", "png")
+_DOTS = 600  # an inch, of png: what journals ask of line drawings
+
+
+def write(parts: Sequence[Part], folder: Path, formats: Sequence[str], inches: float) -> list[Path]:
+    """Write each chart in each format, and return the files.
+
+    Args:
+        parts: those with a chart, see `tombola.report.sections`.
+        folder: made where it is not there.
+        formats: of `FORMATS`.
+        inches: how wide a figure is.
+
+    Raises:
+        UserError: where the folder cannot be written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder}: the folder cannot be made: {error.strerror or error}") from error
+    written = []
+    for part in parts:
+        assert part.chart is not None
+        specification = json.dumps(on_paper(part.chart, inches))
+        for name in formats:
+            path = folder / f"{part.name}.{name}"
+            write_atomically(path, _drawn(specification, name))
+            written.append(path)
+    return written
+
+
+def _drawn(specification: str, form: str) -> bytes:
+    draw: dict[str, Callable[..., Any]] = {
+        "pdf": vl_convert.vegalite_to_pdf,
+        "svg": vl_convert.vegalite_to_svg,
+        "png": partial(vl_convert.vegalite_to_png, ppi=_DOTS),
+    }
+    drawn = draw[form](specification, vl_version=VEGA_LITE)
+    return drawn.encode() if isinstance(drawn, str) else bytes(drawn)

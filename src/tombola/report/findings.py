@@ -1,0 +1,222 @@
+"""Findings: what was found in a study, in numbers and a sentence each, and nothing that the numbers do not show."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from dataclasses import dataclass
+
+import polars as pl
+
+from tombola.report import tables
+from tombola.report.contents import Contents
+from tombola.report.tables import NOISE, TWO
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was found.
+
+    Args:
+        title: what it is about.
+        figure: the number.
+        text: what that is, in a sentence or more.
+    """
+
+    title: str
+    figure: str
+    text: str
+
+
+def findings(contents: Contents) -> list[Finding]:
+    """Return what was found, the most important first; what is not there is left out."""
+    if not contents.results:
+        return [verification(contents)]
+    found = [dense(contents), *overlaps(contents), collapse(contents), verification(contents)]
+    return [finding for finding in found if finding is not None]
+
+
+def dense(contents: Contents) -> Finding | None:
+    """Return the dense network's accuracy, with its spread over seeds and the error of a test set of this size."""
+    accuracies = list(dense_accuracies(contents).values())
+    if not accuracies:
+        return None
+    mean, examples = statistics.fmean(accuracies), contents.about_data["test"]
+    text = f"Test accuracy of the dense network, before any pruning: {_of_seeds(len(accuracies))}"
+    if len(accuracies) > 1:
+        text += f", standard deviation {100 * statistics.stdev(accuracies):.2f} points"
+    return Finding(
+        "Dense network",
+        f"{100 * mean:.2f} %",
+        f"{text}. The standard error of one such accuracy on {examples} test examples is "
+        f"{100 * standard_error(mean, examples):.2f} points.",
+    )
+
+
+def standard_error(accuracy: float, examples: int) -> float:
+    """Return the standard error of a share of right answers, both in 0..1: sqrt(p (1 - p) / n).
+
+    >>> round(standard_error(0.9, 900), 4)
+    0.01
+    """
+    return math.sqrt(accuracy * (1 - accuracy) / examples)
+
+
+def dense_accuracies(contents: Contents) -> dict[int, float]:
+    """Return the dense networks' accuracies in 0..1 by seed; those that diverged are left out."""
+    return {row.seed: row.test_accuracy for row in contents.results if row.level == 0 and row.test_accuracy is not None}
+
+
+def keeps(contents: Contents) -> tuple[str, pl.DataFrame] | None:
+    """Return what it means to keep the accuracy, and the sparsest ticket of each importance that does."""
+    winners = contents.tables.get("winners")
+    if winners is None:
+        return None
+    seeds, margin = len(contents.study.seeds), f"{100 * contents.margin:g} points"
+    shown = contents.study.importances
+    text = (
+        f"A ticket keeps the accuracy here where its mean accuracy is at most {margin} below the dense network's. "
+        f"Named is the sparsest level where that is so, of all that are there for every seed; denser levels may fall "
+        f"short. "
+    )
+    if seeds > 1:
+        sure = int(winners["surely"].fill_null(value=False).sum())
+        text += (
+            f"The interval is of the mean difference over {seeds} seeds (95 %, Student's t); it lies within the margin "
+            f"as a whole for {sure} of the {len(shown)}."
+        )
+    else:
+        text += "From one seed no interval can be given: a difference may be chance."
+    dense_only = winners.filter(pl.col("level") == 0)["importance"].to_list()
+    if dense_only:
+        text += f" Level 0 is the dense network: no ticket of {', '.join(dense_only)} keeps its accuracy."
+    table = winners.select(
+        "importance",
+        "level",
+        (100 * pl.col("density")).alias("alive %"),
+        (100 * (1 - pl.col("density"))).alias("sparsity %"),
+        (100 * pl.col("accuracy")).alias("accuracy %"),
+        (100 * pl.col("difference")).alias("difference, points"),
+        *([(100 * pl.col("low")).alias("95 % from"), (100 * pl.col("high")).alias("95 % to")] if seeds > 1 else []),
+    )
+    order = {name: number for number, name in enumerate(shown)}
+    return text, table.sort(pl.col("importance").replace_strict(order, default=len(order)), maintain_order=True)
+
+
+def overlaps(contents: Contents) -> list[Finding]:
+    """Return what tickets share at the level that is shown, against chance and the noise floor."""
+    overlap, level = contents.tables.get("overlap"), contents.level
+    if overlap is None or level is None:
+        return []
+    k = len(contents.study.importances)
+    rows = tables.overlap(overlap, k).filter((pl.col("level") == level) & pl.col("shared %").is_not_null())
+    at = {row["comparison"]: row for row in rows.to_dicts()}
+    found = []
+    where = f"at level {level} ({_percent(next(iter(at.values()))['alive %'])} alive)" if at else ""
+    for name in (tables.together(k), TWO):
+        if name not in at:
+            continue
+        row = at[name]
+        who = f"The tickets of {name} have" if name != TWO else "Two tickets of one seed have, on average over pairs,"
+        text = f"{who} this share of their connections in common {where}. " + _chance(row)
+        if name == TWO and row["lowest %"] != row["highest %"]:
+            text += f" Pairs range from {_percent(row['lowest %'])} to {_percent(row['highest %'])}."
+        title = "Shared by all" if name != TWO else "Shared by two importances"
+        found.append(Finding(title, _percent(row["shared %"]), text))
+    if NOISE in at:
+        row = at[NOISE]
+        text = (
+            f"What two tickets of {contents.study.importances[0]} share {where} that differ in the data order alone. "
+            f"{_chance(row)}"
+        )
+        if TWO in at:
+            two = at[TWO]["shared %"]
+            order = "less than" if two < row["shared %"] else "more than" if two > row["shared %"] else "as much as"
+            text += f" Two importances share {order} that ({_percent(two)})."
+        found.append(Finding("Noise floor", _percent(row["shared %"]), text))
+    return found
+
+
+def _chance(row: dict[str, float]) -> str:
+    return (
+        f"Random tickets with as many connections in each layer would share {_percent(row['chance, by layers %'])}, "
+        f"with as many in all {_percent(row['chance, overall %'])}."
+    )
+
+
+def collapse(contents: Contents) -> Finding | None:
+    """Return which layers have lost all connections, and when."""
+    first: dict[str, dict[str, int]] = {}
+    for row in contents.results:
+        for layer in row.collapsed:
+            layers = first.setdefault(row.importance, {})
+            layers[layer] = min(row.level, layers.get(layer, row.level))
+    last = max(row.level for row in contents.results)
+    names = [name for name in contents.study.importances if name in first]
+    if not names:
+        return Finding("Collapsed layers", "0", f"No layer has lost all its connections, up to level {last}.")
+    parts = []
+    for name in names:
+        ordered = sorted(first[name].items(), key=lambda item: item[1])
+        listed = ", ".join(f"{layer} from level {level}" for layer, level in ordered[:3])
+        parts.append(f"{name}: {listed}" + (f" and {len(ordered) - 3} more" if len(ordered) > 3 else ""))
+    collapsed = {layer for layers in first.values() for layer in layers}
+    without = [name for name in contents.study.importances if name not in first]
+    text = "Layers that lose all their connections in some seed. " + "; ".join(parts) + "."
+    if without:
+        text += f" None for {', '.join(without)}, as far as their levels are there."
+    return Finding("Collapsed layers", str(len(collapsed)), text)
+
+
+def verification(contents: Contents) -> Finding:
+    """Return whether trainings were done again with the same bits, and when."""
+    found = contents.verified
+    title, figure = "Bits confirmed", f"{found.confirmed} of {found.trainings}"
+    if found.when is None:
+        return Finding(
+            title, figure, "No stored training was done again to compare its bits; tombola verify does that."
+        )
+    text = (
+        f"{found.confirmed} of {found.trainings} stored trainings were done again by tombola verify and gave the same "
+        f"bits of weights, mask and history; last on {_day(found.when)}."
+    )
+    if found.contradicted:
+        text += f" {found.contradicted} gave other bits when last done again"
+        text += ", on another machine or with other versions than were recorded." if found.elsewhere else "."
+    return Finding(title, figure, text)
+
+
+def progress(contents: Contents) -> str | None:
+    """Return how much of a study is done, where it is not finished."""
+    parts = []
+    if contents.trainings_left:
+        share = 100 * contents.tickets // max(1, contents.expected)
+        parts.append(
+            f"This study is not finished: {contents.tickets} of {contents.expected} tickets are there ({share} %), "
+            f"{contents.trainings_left} trainings are still to be done. What follows is of those that are there"
+        )
+    if contents.stopped:
+        stopped = "; ".join(f"{chain}: {why}" for chain, why in contents.stopped.items())
+        parts.append(f"Some tickets cannot be found ({stopped})")
+    if diverged := sum(row.diverged for row in contents.results):
+        parts.append(f"{diverged} {'training' if diverged == 1 else 'trainings'} diverged and ended its chain")
+    return ". ".join(parts) + "." if parts else None
+
+
+def _of_seeds(count: int) -> str:
+    return f"the mean of {count} seeds" if count > 1 else "one seed"
+
+
+def _percent(value: float) -> str:
+    """Return a percentage with three digits at least where it is small.
+
+    >>> _percent(98.314), _percent(0.1234), _percent(100.0), _percent(1e-9), _percent(0.0)
+    ('98.3 %', '0.123 %', '100 %', 'less than 0.001 %', '0 %')
+    """
+    if 0 < value < 0.001:
+        return "less than 0.001 %"
+    return f"{value:.0f} %" if value == 100 else f"{value:.1f} %" if value >= 10 else f"{value:.3g} %"
+
+
+def _day(when: str) -> str:
+    return f"{when[:10]} {when[11:16]} UTC" if len(when) > 15 else when

@@ -1,0 +1,126 @@
+"""Look: the colours, dashes, shapes and letters of charts.
+
+The n-th importance of a study has the n-th colour, dash and shape in every chart. The first five colours differ for
+readers with any kind of colour blindness; of twelve some come near each other, and dash and shape tell them apart.
+"""
+
+from __future__ import annotations
+
+from typing import Any, TypeAlias
+
+import altair as alt
+
+LIGHT = (
+    *("#0072B2", "#D55E00", "#009E73", "#7A1F5C", "#9180EA", "#6B4A2B"),
+    *("#E0559A", "#2B2F77", "#6F9E2E", "#A3122A", "#6F7A84", "#B38600"),
+)
+DARK = (
+    *("#56A8E8", "#FF7F32", "#2FC79A", "#D46BB5", "#CFC4FF", "#C49A6C"),
+    *("#FFB3D4", "#7C8BFF", "#C6E377", "#F0565F", "#AEB8C2", "#F5D76E"),
+)
+DASHES = ([1, 0], [6, 2], [2, 2], [8, 2, 2, 2], [12, 3], [4, 4], [1, 3], [10, 2, 2, 2, 2, 2])
+SHAPES = ("circle", "square", "triangle-up", "diamond", "cross", "triangle-down", "triangle-right", "triangle-left")
+
+INK = {"light": "#1b1f24", "dark": "#e8eaed"}
+QUIET = {"light": "#5b636d", "dark": "#a3abb5"}
+GRID = {"light": "#e3e6ea", "dark": "#2e343b"}
+ALARM = {"light": "#c1121f", "dark": "#ff6b6b"}
+
+Chart: TypeAlias = alt.Chart | alt.LayerChart | alt.FacetChart
+
+_SIZE = 12  # of letters on a page, in points
+
+COLUMN, BOTH_COLUMNS = 3.3, 6.9
+"""Widths in inches: of one of a paper's two columns, and of both."""
+
+
+def css() -> str:
+    """Return the CSS variables that charts on a page take their colours from, light and dark.
+
+    >>> css().count("--c11:")
+    2
+    """
+
+    def variables(theme: str, colours: tuple[str, ...]) -> str:
+        named = {"ink": INK[theme], "quiet": QUIET[theme], "grid": GRID[theme], "alarm": ALARM[theme]}
+        named |= {f"c{number}": colour for number, colour in enumerate(colours)}
+        return "".join(f"--{name}:{value};" for name, value in named.items())
+
+    dark = f"@media screen and (prefers-color-scheme:dark){{:root{{{variables('dark', DARK)}}}}}"
+    return f":root{{{variables('light', LIGHT)}}}{dark}"
+
+
+def on_page(chart: Chart) -> dict[str, Any]:
+    """Return a chart as a Vega-Lite specification, as wide as the page has room, in the page's colours."""
+    colours = [f"var(--c{number})" for number in range(len(LIGHT))]
+    names = {name: f"var(--{name})" for name in ("ink", "quiet", "grid", "alarm")}
+    config = _config(names, colours, "system-ui, sans-serif", _SIZE, 3)
+    return _specification(chart) | {"width": "container", "config": config}
+
+
+def on_paper(chart: Chart, inches: float) -> dict[str, Any]:
+    """Return a chart as a Vega-Lite specification of a width in inches of 72 points, with letters of 7 to 8 points."""
+    names = {"ink": INK["light"], "quiet": QUIET["light"], "grid": GRID["light"], "alarm": ALARM["light"]}
+    columns, size = 3 if inches < 5 else 6, 7.5
+    config = _config(names, list(LIGHT), "Liberation Sans, Arial, sans-serif", size, columns)
+    specification = _specification(chart)
+    height = round(specification["height"] * size / _SIZE)
+    return specification | {"width": 72 * inches, "height": height, "config": config, "background": "white"}
+
+
+def _specification(chart: Chart) -> dict[str, Any]:
+    specification: dict[str, Any] = chart.to_dict(validate=False)  # takes seconds; a browser tells as much, in tests
+    specification.pop("config", None)
+    return specification | {"autosize": {"type": "fit-x", "contains": "padding"}}
+
+
+def _config(names: dict[str, str], colours: list[str], font: str, size: float, columns: int) -> dict[str, Any]:
+    line = size / 7
+    return {
+        "background": "transparent",
+        "font": font,
+        "aria": False,
+        "padding": 2,
+        "view": {"stroke": None},
+        "range": {"category": colours, "symbol": list(SHAPES)},
+        "axis": {
+            **{f"{part}Color": names["quiet"] for part in ("label", "tick")},
+            "titleColor": names["ink"],
+            "gridColor": names["grid"],
+            "domainColor": names["quiet"],
+            "labelFontSize": size - 0.5,
+            "titleFontSize": size,
+            "titleFontWeight": "normal",
+            "labelLimit": 12 * size,
+            "labelSeparation": size / 2,
+            "titlePadding": size / 2,
+        },
+        "axisY": {"domain": False, "ticks": False, "labelPadding": size / 3},
+        "legend": {
+            "orient": "top",
+            "columns": columns,
+            "labelColor": names["ink"],
+            "labelFontSize": size,
+            "labelLimit": 11 * size,
+            "title": None,
+            "titleColor": names["ink"],
+            "titleFontSize": size,
+            "titleFontWeight": "normal",
+            "symbolStrokeWidth": line,
+            "symbolSize": 8 * size,
+            "columnPadding": size,
+            "rowPadding": 2,
+            "offset": size / 2,
+            "layout": {"top": {"direction": "vertical"}},
+            "gradientLength": 12 * size,
+            "gradientThickness": 0.7 * size,
+        },
+        "text": {"fontSize": size - 1, "fill": names["ink"]},
+        "line": {"strokeWidth": line},
+        "rule": {"strokeWidth": line / 2, "color": names["ink"]},
+        "tick": {"color": names["ink"]},
+        "point": {"size": 4 * size, "strokeWidth": line * 0.8},
+        "style": {
+            "alarm": {"fill": names["alarm"], "stroke": names["alarm"]},
+        },
+    }

@@ -1,0 +1,122 @@
+"""The page: one HTML file that holds all it needs, so that it opens anywhere and no request leaves it.
+
+The template escapes all that is shown. What a browser may do with the page is said by its content security policy:
+run the scripts whose hashes it names, and load nothing.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import re
+from functools import cache
+from importlib import resources
+from typing import Any
+
+import jinja2
+import polars as pl
+import vl_convert
+
+from tombola.report import findings, look, provenance
+from tombola.report.contents import Contents
+from tombola.report.sections import sections
+
+VEGA_LITE = "6.4"
+"""The version of the charts' language that both the page and the figures are drawn with."""
+
+
+def page(contents: Contents, *, refreshed: str = "") -> str:
+    """Return the page.
+
+    Args:
+        contents: what it tells.
+        refreshed: where the page is served: an address on the same server whose text changes with the contents. The
+            page asks for it now and then, and loads itself anew.
+    """
+    scripts = [_library(), _asset("page.js")]
+    policy = (
+        "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'; "
+        f"connect-src {chr(39) + 'self' + chr(39) if refreshed else chr(39) + 'none' + chr(39)}; "
+        "script-src " + " ".join(f"'sha256-{_digest(script)}'" for script in scripts)
+    )
+    found = sections(contents)
+    return _template().render(
+        contents=contents,
+        policy=policy,
+        css=look.css() + _asset("page.css"),
+        scripts=scripts,
+        findings=findings.findings(contents),
+        progress=findings.progress(contents),
+        keeps=findings.keeps(contents),
+        sections=[section for section in found if section.parts],
+        absent=[section for section in found if not section.parts],
+        specification=look.on_page,
+        fields=provenance.study_fields(contents.study),
+        toml=provenance.as_toml(contents.study),
+        machines=provenance.machines(contents.records),
+        commands=provenance.commands(contents),
+        refreshed=refreshed,
+    )
+
+
+def cells(table: pl.DataFrame) -> list[list[str]]:
+    """Return a table's rows as text: percentages and points with two decimals at least, other numbers with four digits.
+
+    >>> cells(pl.DataFrame({"layer": ["fc"], "shared %": [12.3456], "effect": [0.00123456], "sd": [None]}))
+    [['fc', '12.35', '0.001235', '–']]
+    """
+    names = table.columns
+    return [[_text(value, name) for value, name in zip(row, names, strict=True)] for row in table.rows()]
+
+
+def numeric(table: pl.DataFrame) -> list[bool]:
+    """Return of each column whether it holds numbers."""
+    return [kind.is_numeric() for kind in table.dtypes]
+
+
+def _text(value: Any, name: str) -> str:
+    if value is None:
+        return "–"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        share = "%" in name or "points" in name or name.isdecimal()  # a level's column holds percentages
+        return f"{value:.2f}" if value == 0 or abs(value) >= (0.1 if share else 100) else f"{value:.4g}"
+    return str(value)
+
+
+@cache
+def _template() -> jinja2.Template:
+    environment = jinja2.Environment(
+        loader=jinja2.FunctionLoader(_asset),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(cells=cells, numeric=numeric)
+    return environment.get_template("page.html")
+
+
+@cache
+def _library() -> str:
+    """Return the charting library's JavaScript as it may stand in a page."""
+    bundle: str = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;", vl_version=VEGA_LITE)
+    return _within_script(bundle)
+
+
+def _within_script(source: str) -> str:
+    r"""Return JavaScript in which nothing ends the script element that it stands in.
+
+    >>> _within_script("a = '</script>' + '<!--'")
+    "a = '<\\/script>' + '<\\!--'"
+    """
+    return re.sub(r"<(/script|!--)", r"<\\\1", source, flags=re.IGNORECASE)
+
+
+def _digest(source: str) -> str:
+    return base64.b64encode(hashlib.sha256(source.encode()).digest()).decode()
+
+
+def _asset(name: str) -> str:
+    return resources.files("tombola.report").joinpath("assets", name).read_text(encoding="utf-8")

@@ -1,0 +1,568 @@
+"""The report: in a browser, as figures, served; for studies of all sizes, and with names that would do harm."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tomllib
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Sequence
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pytest
+import torch
+
+from browser import CHROMIUM, Browser, browser
+from nasty_task import NASTY
+from stores import InTurn
+from tombola import Planner, Recipe, Store, Study, Task, UserError, load_problem, load_study
+from tombola.analysis import layers, overlap, reinit, winners
+from tombola.analysis import weights as weights_analysis
+from tombola.cli import main
+from tombola.engine.run import run
+from tombola.mask import Mask
+from tombola.report import findings, look, paper, provenance, tables
+from tombola.report.contents import COSTLY, Contents, gather, verified
+from tombola.report.figures import write
+from tombola.report.page import page
+from tombola.report.sections import charted, sections
+from tombola.report.watch import ADDRESS, serving
+from tombola.results import Row
+
+TASK = Task(dataset="nasty_task:dataset", model="nasty_task:model")
+STUDY = Study(
+    task=TASK,
+    recipe=Recipe(lr=0.1, batch_size=50, epochs=2, rewind=2),
+    importances=("magnitude", "l1", "min_max"),
+    seeds=(0, 1),
+    data_seeds=(100,),
+    levels=3,
+    fraction=0.4,
+)
+
+in_browser = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium to open the page in")
+
+
+def opened(root: Path, study: Study = STUDY) -> Planner:
+    return Planner(study, load_problem(study.task), Store(root))
+
+
+def finish(planner: Planner, **how: Any) -> None:
+    run(planner, InTurn(last_first=False, works_on=planner.problem), lambda *_: None, **how)
+
+
+@pytest.fixture(scope="module")
+def planner(tmp_path_factory: pytest.TempPathFactory) -> Planner:
+    """Of a finished study, with a partial reinitialisation at level 2."""
+    torch.set_num_threads(1)
+    planner = opened(tmp_path_factory.mktemp("report") / "store")
+    finish(planner)
+    for plan in reinit.plans(planner, 2, 2):
+        finish(plan.planner)
+    return planner
+
+
+@pytest.fixture(scope="module")
+def contents(planner: Planner) -> Contents:
+    return gather(planner, NASTY, ["nasty.toml"], costly=COSTLY, level=2)
+
+
+@pytest.fixture(scope="module")
+def html(contents: Contents) -> str:
+    return page(contents)
+
+
+@pytest.fixture(scope="module")
+def study_file(planner: Planner, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """What names the finished study on the command line."""
+    folder = tmp_path_factory.mktemp("study")
+    shutil.copy(Path(__file__).with_name("nasty_task.py"), folder)
+    (folder / "small.toml").write_text(provenance.as_toml(STUDY), encoding="utf-8")
+    return [str(folder / "small.toml"), "--store", str(planner.store.root)]
+
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Browser]:
+    with browser() as one:
+        yield one
+
+
+def show(chromium: Browser, folder: Path, html: str, **how: Any) -> float:
+    (folder / "report.html").write_text(html, encoding="utf-8")
+    return chromium.open((folder / "report.html").as_uri(), **how)
+
+
+EMPTY_CHARTS = """[...document.querySelectorAll('.chart')].filter(chart =>
+  !chart.querySelector('svg .role-mark.mark-rect path, svg .role-mark.mark-symbol path')
+  || chart.querySelector('svg').getBoundingClientRect().width < 100).map(chart => chart.id)"""
+SIDEWAYS = "document.documentElement.scrollWidth > document.documentElement.clientWidth"
+
+
+def drawn_well(chromium: Browser, charts: int) -> None:
+    assert chromium.errors == []
+    assert len(chromium.requests) == 1, "only the page itself was asked for"
+    assert int(chromium("document.documentElement.dataset.drawn")) == charts
+    assert chromium(EMPTY_CHARTS) == []
+    assert not chromium(SIDEWAYS)
+
+
+# in a browser
+
+
+@in_browser
+@pytest.mark.parametrize(("width", "dark"), [(360, False), (360, True), (1600, False), (1600, True)])
+def test_every_chart_is_drawn_and_nothing_is_asked_for(
+    chromium: Browser, contents: Contents, html: str, tmp_path: Path, width: int, dark: bool
+) -> None:
+    assert len(html.encode()) < 6e6
+    show(chromium, tmp_path, html, width=width, dark=dark)
+    found = sections(contents)
+    assert all(section.parts for section in found), "nothing was left out"
+    drawn_well(chromium, len(charted(found)))
+    background = chromium("getComputedStyle(document.body).backgroundColor")
+    assert background == ("rgb(21, 24, 28)" if dark else "rgb(255, 255, 255)")
+    numbers = "[...document.querySelectorAll('figure')].every(each => each.querySelector('details table tbody td'))"
+    assert chromium(numbers), "each chart has its table"
+    if dark:
+        assert chromium.pdf().startswith(b"%PDF")
+
+
+@in_browser
+def test_names_are_shown_and_never_run(chromium: Browser, contents: Contents, html: str, tmp_path: Path) -> None:
+    assert html.count("<script") - html.count('<script type="application/json"') == 2 + _in_library(html)
+    show(chromium, tmp_path, html)
+    assert chromium("window.broken") is None
+    assert chromium("document.querySelector('h1').textContent") == NASTY
+    assert NASTY in chromium("document.querySelector('#study').textContent"), "the classes"
+    assert f"{NASTY}.weight" in chromium("document.querySelector('#layers table').textContent")
+    shown = chromium("document.querySelector('#layers svg').textContent")
+    assert "<script>" in shown
+    assert chromium("document.querySelectorAll('script').length") == 2 + len(charted(sections(contents)))
+    cell = chromium(
+        "(({x, y, width, height}) => [x + width / 2, y + height / 2])"
+        "(document.querySelector('#layers svg .mark-rect path').getBoundingClientRect())"
+    )
+    chromium("window.scrollTo(0, 0)")
+    chromium(f"window.scrollTo(0, {cell[1] - 200})")
+    top = chromium("document.querySelector('#layers svg .mark-rect path').getBoundingClientRect().y")
+    chromium.hover(cell[0], top + 4)
+    chromium.wait("document.querySelector('#vg-tooltip-element.visible') !== null", 5)
+    assert "<script>" in chromium("document.querySelector('#vg-tooltip-element').textContent")
+    assert chromium("window.broken") is None
+    assert chromium.errors == []
+
+
+def _in_library(html: str) -> int:
+    """How often the charting library itself speaks of scripts."""
+    library = max(re.findall(r"<script>(.*?)</script>", html, re.DOTALL), key=len)
+    return library.count("<script")
+
+
+@in_browser
+def test_the_slider_changes_the_matrix_by_keyboard(
+    chromium: Browser, contents: Contents, html: str, tmp_path: Path
+) -> None:
+    show(chromium, tmp_path, html)
+    figures = (
+        "[...document.querySelectorAll('#chart-overlap-matrix svg .mark-text.role-mark text')].map(t => t.textContent)"
+    )
+    slider = "document.querySelector('#chart-overlap-matrix input[type=range]')"
+    before = chromium(figures)
+    assert len(before) == 8, "three importances with each other, and two data orders"
+    assert chromium(f"{slider}.getAttribute('aria-label')")
+    chromium(f"{slider}.focus()")
+    assert chromium(f"{slider}.value") == "2"
+    chromium.press("ArrowRight", 39)
+    chromium.wait(f"{slider}.value === '3'")
+    chromium.wait(f"JSON.stringify({figures}) !== {before!r}.join()", 5)
+    after = chromium(figures)
+    assert before != after
+    assert chromium.errors == []
+    table = tables.pairs(contents.tables["overlap"])
+    expected = table.filter((pl.col("level") == 3) & (pl.col("ticket") == "magnitude") & (pl.col("other") == "l1"))
+    assert f"{expected['shared %'][0]:.1f}" in after
+
+
+@in_browser
+def test_twelve_importances_sixty_layers_and_one_seed(chromium: Browser, tmp_path: Path) -> None:
+    large = synthetic([f"importance_{number}" for number in range(12)], layer_count=60, levels=4)
+    html = page(large)
+    assert len(html.encode()) < 6e6
+    show(chromium, tmp_path, html, width=360)
+    drawn_well(chromium, len(charted(sections(large))))
+    assert chromium("document.querySelector('#chart-accuracy .mark-area') === null"), "no band from one seed"
+    assert chromium("document.querySelectorAll('#chart-layers-1-importance-0 .mark-rect path').length") >= 60 * 4
+
+
+@in_browser
+def test_tickets_without_a_connection_are_shown(chromium: Browser, tmp_path: Path) -> None:
+    empty = synthetic(["magnitude", "l1", "l2"], layer_count=1, levels=24)
+    assert not empty.results[-1].alive
+    show(chromium, tmp_path, page(empty))
+    assert chromium.errors == []
+    assert chromium(EMPTY_CHARTS) == ["chart-overlap-matrix"], "at the last level there is nothing to share"
+    assert chromium("document.querySelectorAll('#chart-layers-1-magnitude .mark-text text').length") > 0
+
+
+@in_browser
+def test_a_page_that_is_served_loads_itself_anew(chromium: Browser) -> None:
+    small = synthetic(["magnitude", "l1"], layer_count=2, levels=1)
+    with serving(0) as served:
+        served.show(page(dataclasses.replace(small, name="first"), refreshed=ADDRESS))
+        chromium.open(served.url)
+        assert chromium("document.querySelector('h1').textContent") == "first"
+        chromium.wait("performance.getEntriesByName(location.href + 'version').length > 0", 10)
+        opened = "document.querySelector('#overlap figure details').open"
+        slider = "document.querySelector('#chart-overlap-matrix input')"
+        assert chromium(f"{slider}.value") == "1"
+        chromium(f"{opened} = true; {slider}.value = 0")
+        served.show(page(dataclasses.replace(small, name="second"), refreshed=ADDRESS))
+        chromium.wait("document.querySelector('h1')?.textContent === 'second'", 10)
+        chromium.wait("document.documentElement.dataset.drawn !== undefined")
+        chromium.wait(f"{opened} && {slider}.value === '0'", 5)
+        assert chromium.errors == []
+        assert all(url.startswith((served.url, "data:")) for url in chromium.requests)
+
+
+# contents and findings
+
+
+def test_every_section_tells_what_it_shows_or_how_to_come_by_it(planner: Planner) -> None:
+    some = gather(planner, "s", ["s.toml", "--levels", "3"], level=3)
+    absent = {section.name: section.command for section in sections(some) if not section.parts}
+    assert absent == {
+        "reinit": "tombola reinit s.toml --level 3 --levels 3",
+        "connectivity": "tombola report s.toml --with connectivity --levels 3",
+        "functions": "tombola report s.toml --with functions --levels 3",
+    }
+    html = page(some)
+    assert "tombola reinit s.toml --level 3 --levels 3" in html
+    assert str(planner.store.root) not in html
+
+
+def test_the_level_that_is_shown(planner: Planner) -> None:
+    table = winners.of_study(planner, margin=1.0)
+    assert table["level"].to_list() == [3, 3, 3], "a margin that everything keeps"
+    assert gather(planner, "s", ["s"], margin=1.0).level == 3
+    with pytest.raises(UserError, match=r"--level: expected a level from 1 on .* levels 1 to 3 are there"):
+        gather(planner, "s", ["s"], level=4)
+
+
+def test_the_numbers_of_the_findings(contents: Contents) -> None:
+    found = {finding.title: finding for finding in findings.findings(contents)}
+    dense = [row.test_accuracy for row in contents.results if row.level == 0 and row.importance == "l1"]
+    assert found["Dense network"].figure == f"{100 * sum(map(float, filter(None, dense))) / 2:.2f} %"
+    whole = contents.tables["overlap"].filter((pl.col("layer") == "(all)") & (pl.col("level") == 2))
+    together = whole.filter(pl.col("k") == 3)["shared_of_ticket"].to_numpy().mean()
+    assert found["Shared by all"].figure == f"{100 * together:.1f} %"
+    floor = whole.filter(pl.col("kind") == "data order")["shared_of_ticket"].to_numpy().mean()
+    assert found["Noise floor"].figure in (f"{100 * floor:.1f} %", f"{100 * floor:.0f} %")
+    assert found["Bits confirmed"].figure == f"0 of {len(contents.records)}"
+    assert "tombola verify does that" in found["Bits confirmed"].text
+
+
+def test_what_collapsed_is_named(contents: Contents) -> None:
+    gone = Row("l1", 0, 2, 0.36, 0.9, 8, 0.1, False, ("fc",))
+    found = findings.collapse(dataclasses.replace(contents, results=(*contents.results, gone)))
+    assert found is not None
+    assert found.figure == "1"
+    assert "l1: fc from level 2" in found.text
+    assert "None for magnitude, min_max" in found.text
+
+
+def test_what_verifying_has_found_is_told(contents: Contents) -> None:
+    here, there = {"torch": "1"}, {"torch": "2"}
+    records = [
+        {"machine": here, "confirmed": [{"when": "2026-01-02T10:00:00+00:00", "machine": here}]},
+        {"machine": here, "contradicted": [{"when": "2026-01-03T10:00:00+00:00", "machine": there}]},
+        {
+            "contradicted": [{"when": "2026-01-01T10:00:00+00:00"}],
+            "confirmed": [{"when": "2026-01-04T10:00:00+00:00"}],
+        },
+        {},
+    ]
+    found = findings.verification(dataclasses.replace(contents, verified=verified(records)))
+    assert found.figure == "2 of 4"
+    assert "last on 2026-01-04 10:00 UTC. 1 gave other bits when last done again, on another machine" in found.text
+
+
+def test_a_study_that_is_not_finished_says_so(tmp_path: Path) -> None:
+    planner = opened(tmp_path / "store")
+    nothing = gather(planner, "s", ["s"])
+    assert nothing.level is None
+    assert "0 of 32 tickets are there" in page(nothing)
+    assert {section.command for section in sections(nothing)} == {"tombola run s"}
+    finish(planner, chains=[chain for chain in planner.chains if chain.importance == "l1"])
+    half = gather(planner, "s", ["s"])
+    assert half.trainings_left > 0
+    text = findings.progress(half)
+    assert text is not None
+    assert "This study is not finished: 12 of 32 tickets are there" in text or "not finished" in text
+    assert page(half)
+
+
+def test_one_importance_has_nothing_to_compare_with(planner: Planner) -> None:
+    alone = STUDY.model_copy(update={"importances": ("l1",), "seeds": (0,), "data_seeds": ()})
+    one = gather(opened(planner.store.root, alone), "s", ["s", "--importances", "l1", "--seeds", "0", "--data-seeds"])
+    absent = {section.name: section for section in sections(one) if not section.parts}
+    assert set(absent) == {"overlap", "stability", "reinit", "connectivity", "functions"}
+    expected = "tombola run s --importances l1 magnitude --seeds 0 --data-seeds"
+    assert {section.command for section in absent.values()} == {expected}
+    assert "one seed" in page(one)
+
+
+def test_one_seed_has_neither_bands_nor_intervals() -> None:
+    one = synthetic(["magnitude", "l1"], layer_count=3, levels=2)
+    assert tables.accuracy(one.results)["sd"].null_count() == 2 * 3
+    kept = findings.keeps(one)
+    assert kept is not None
+    assert "From one seed no interval can be given" in kept[0]
+    (part, *_) = charted(sections(one))
+    assert part.chart is not None
+    assert "area" not in str(look.on_page(part.chart))
+
+
+def test_the_papers_points_are_shown_for_its_presets_alone() -> None:
+    reported = paper.of_study(load_study("lenet-mnist", {"seeds": (7,), "levels": 10}))
+    assert reported is not None
+    assert reported.filter((pl.col("level") == 10) & (pl.col("importance") == "l1"))["accuracy"].to_list() == [0.9815]
+    for other in ("digits", "lenet-fashion", "resnet20-cifar10-small", "vgg16-cifar10-small"):
+        assert paper.of_study(load_study(other)) is None
+    assert paper.of_study(load_study("lenet-mnist", {"recipe.epochs": 2})) is None
+    assert paper.of_study(load_study("vgg16-cifar10")) is not None
+
+
+def test_the_papers_points_stand_beside_ours() -> None:
+    one = synthetic(["magnitude", "mine:own"], layer_count=1, levels=5)
+    shown = dataclasses.replace(one, paper=paper.of_study(load_study("lenet-mnist")))
+    parts = {part.name: part for part in sections(shown)[0].parts}
+    assert parts["paper"].table["level"].to_list() == [0, 5]
+    assert parts["paper"].table["paper %"].to_list() == [98.11, 98.0]
+    assert parts["accuracy"].table.equals(sections(one)[0].parts[0].table), "ours are as they were"
+    assert "arXiv 2302.11244" in page(shown)
+
+
+@pytest.mark.parametrize("name", ["digits", "resnet18-tinyimagenet-small"])
+def test_a_study_as_toml_is_the_same_study(name: str, tmp_path: Path) -> None:
+    study = load_study(name, {"exclude": ('a"b\\', "\u2028😀"), "task.model_arguments": {"k ey": "a'b"}})
+    (tmp_path / "study.toml").write_text(provenance.as_toml(study), encoding="utf-8")
+    assert load_study(str(tmp_path / "study.toml")) == study
+    assert tomllib.loads(provenance.as_toml(study))["levels"] == study.levels
+
+
+def test_colours_differ_for_readers_with_any_colour_blindness() -> None:
+    for theme, background in ((look.LIGHT, "#ffffff"), (look.DARK, "#15181c")):
+        for one, other in combinations(theme[:5], 2):
+            for kind in KINDS:
+                assert difference(one, other, kind) > 8, (one, other, kind)
+        for colour in theme:
+            light, dark = sorted(map(luminance, (colour, background)), reverse=True)
+            assert (light + 0.05) / (dark + 0.05) >= 3, colour
+    assert len(set(look.LIGHT)) == len(set(look.DARK)) == 12
+    assert len(look.SHAPES) == len(look.DASHES) == 8
+
+
+# the command line
+
+
+def test_the_verbs_of_a_finished_study(
+    study_file: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["report", *study_file, "--importances", "magnitude", "l1", "-o", "report.html"]) == 0
+    assert "24 of 24 tickets" in capsys.readouterr().out
+    html = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "tombola run small.toml --importances magnitude l1" in html
+    assert "default-src &#39;none&#39;" in html
+    assert str(Path(study_file[0]).parent) not in html
+    assert main(["figures", *study_file, "--importances", "l1", "-o", "figures", "--columns", "2"]) == 0
+    names = {Path(line).name for line in capsys.readouterr().out.splitlines()}
+    files = {path.name: path.read_bytes() for path in (tmp_path / "figures").iterdir()}
+    assert set(files) == names
+    assert {"accuracy.pdf", "accuracy-near-dense.pdf", "layers-1-l1.pdf", "weights-end.pdf"} <= names
+    assert all(content.startswith(b"%PDF") for content in files.values())
+
+
+def test_figures_have_the_width_of_a_column(contents: Contents, tmp_path: Path) -> None:
+    written = write(charted(sections(contents)), tmp_path / "new", ["svg"], look.COLUMN)
+    assert len(written) == len(set(written)) == len(charted(sections(contents)))
+    for path in written:
+        width = re.search(r'<svg [^>]*?width="([0-9.]+)"', path.read_text(encoding="utf-8"))
+        assert width is not None
+        assert abs(float(width[1]) - 3.3 * 72) < 1, path.name
+    (png,) = write(charted(sections(contents))[:1], tmp_path / "new", ["png"], look.BOTH_COLUMNS)
+    assert png.read_bytes().startswith(b"\x89PNG")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="the folder cannot be made"):
+        write([], tmp_path / "file", ["svg"], look.COLUMN)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["report", "digits", "-o", "nowhere/report.html"], "there is no folder nowhere; make it first"),
+        (["report", "digits", "-o", "."], "is a folder; name a file in it"),
+        (["report", "digits"], "-o/--output is missing"),
+        (["report", "digits", "-o", "r.html", "--margin", "-1"], "--margin: expected points of accuracy"),
+        (["report", "digits", "-o", "r.html", "--with", "overlap"], "unknown --with 'overlap'"),
+        (["report", "digits", "-o", "r.html"], "no result of this study is in tombola-store"),
+        (["figures", "digits", "-o", "figures", "--format", "jpg"], "unknown --format 'jpg'"),
+        (["watch", "digits", "--port", "99999"], "--port 99999: cannot be served on"),
+    ],
+)
+def test_what_cannot_be_done_is_said_in_one_sentence(
+    arguments: list[str],
+    message: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 2
+    said = capsys.readouterr().err
+    assert message in said
+    assert said.count("\n") == 1
+    assert not list(tmp_path.glob("*.html"))
+
+
+def test_what_to_install_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in [name for name in sys.modules if name.startswith("tombola.report")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "altair", None)
+    assert main(["report", "digits", "-o", str(tmp_path / "report.html")]) == 2
+    assert "charts need altair, which is not installed: pip install 'tombola[report]'" in capsys.readouterr().err
+
+
+def test_watching_serves_the_loopback_alone_and_ends_by_ctrl_c(study_file: list[str], tmp_path: Path) -> None:
+    code = "from tombola.cli import main; raise SystemExit(main())"
+    command = [sys.executable, "-c", code, "watch", *study_file]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        found = re.search(r"http://127\.0\.0\.1:(\d+)/", line)
+        assert found is not None, line
+        with urllib.request.urlopen(found[0], timeout=10) as answer:
+            assert b"What was found" in answer.read()
+            assert answer.headers["Cache-Control"] == "no-store"
+        os.kill(process.pid, signal.SIGINT)
+        _, errors = process.communicate(timeout=20)
+    finally:
+        process.kill()
+    assert process.returncode == 0
+    assert "Traceback" not in errors
+
+
+def test_the_server_answers_under_its_own_name_alone() -> None:
+    with serving(0) as served:
+        served.show("<p>one</p>")
+
+        def status(path: str, host: str | None = None) -> int:
+            request = urllib.request.Request(served.url + path, headers={"Host": host} if host else {})
+            try:
+                with urllib.request.urlopen(request, timeout=5) as answer:
+                    return int(answer.status)
+            except urllib.error.HTTPError as error:
+                with error:
+                    return error.code
+
+        assert status("") == 200
+        assert status("version") == 200
+        assert status("etc/passwd") == 404
+        assert status("", host="evil.example") == 403
+
+
+def test_a_page_is_the_same_for_the_same_contents(contents: Contents, html: str) -> None:
+    assert page(contents) == html
+
+
+# what tests are made of
+
+
+def synthetic(importances: Sequence[str], layer_count: int, levels: int) -> Contents:
+    """Return contents of one seed, of random masks and weights."""
+    generator = torch.Generator().manual_seed(0)
+    names = [f"block{number}.conv.weight" for number in range(layer_count)]
+    rows, parts = [], {"overlap": [], "layers": [], "weights": []}  # type: ignore[var-annotated]
+    for level in range(levels + 1):
+        masks = {
+            name: Mask.from_tensors({layer: torch.rand(40, generator=generator) < 0.7**level for layer in names})
+            for name in importances
+        }
+        table = overlap.of_masks(masks)
+        parts["overlap"].append(_after(table, level=level, seed=0, kind="importances"))
+        for number, (name, mask) in enumerate(masks.items()):
+            parts["layers"].append(_after(layers.of_mask(mask), level=level, importance=name, seed=0))
+            accuracy = 0.98 - 0.01 * level - 0.001 * number
+            rows.append(Row(name, 0, level, mask.density, accuracy, mask.alive, 0.1, False, mask.collapsed))
+            if level == levels:
+                state = {layer: torch.randn(40, generator=generator) for layer in names}
+                for quantity in ("initial", "end"):
+                    of_state = weights_analysis.of_state(state, mask)
+                    where = {"level": level, "importance": name, "seed": 0, "quantity": quantity}
+                    parts["weights"].append(_after(of_state, **where))
+                scores = weights_analysis.of_importance(state, mask, lambda weights: weights)
+                parts["weights"].append(_after(scores, level=level, importance=name, seed=0, quantity="score"))
+    found = {name: pl.concat(each) for name, each in parts.items()}
+    found["winners"] = winners.winning(winners.by_level(rows))
+    fields = {"importances": tuple(importances), "seeds": (0,), "data_seeds": (), "levels": levels}
+    study = load_study("digits").model_copy(update=fields)
+    about = {"name": "synthetic", "classes": ("a", "b"), "train": 10, "test": 100, "shape": (8,)}
+    count = len(rows)
+    return Contents(
+        "large", study, ("large.toml",), about, (40 * layer_count, 50 * layer_count), tuple(importances), tuple(rows),
+        levels, 0.005, found, {}, tickets=count, expected=count, made="2026-01-02T03:04:05+00:00",
+    )  # fmt: skip
+
+
+def _after(table: pl.DataFrame, **where: object) -> pl.DataFrame:
+    return table.select(*(pl.lit(value).alias(name) for name, value in where.items()), pl.all())
+
+
+KINDS = {  # of colour blindness, simulated: Machado, Oliveira and Fernandes, IEEE TVCG 15, 2009, severity 1
+    "none": np.eye(3),
+    "deutan": np.array(
+        [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.01182, 0.04294, 0.968881]]
+    ),
+    "protan": np.array(
+        [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]]
+    ),
+    "tritan": np.array(
+        [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602], [0.004733, 0.691367, 0.3039]]
+    ),
+}
+
+
+def linear(colour: str) -> Any:
+    parts = np.array([int(colour[place : place + 2], 16) / 255 for place in (1, 3, 5)])
+    return np.where(parts <= 0.04045, parts / 12.92, ((parts + 0.055) / 1.055) ** 2.4)
+
+
+def luminance(colour: str) -> float:
+    return float(linear(colour) @ [0.2126, 0.7152, 0.0722])
+
+
+def difference(one: str, other: str, kind: str) -> float:
+    """Return the distance of two colours in CIELAB, as a reader with this kind of colour blindness sees them."""
+
+    def lab(colour: str) -> Any:
+        to_xyz = np.array(
+            [[0.4124564, 0.3575761, 0.1804375], [0.2126729, 0.7151522, 0.072175], [0.0193339, 0.119192, 0.9503041]]
+        )
+        xyz = to_xyz @ np.clip(KINDS[kind] @ linear(colour), 0, 1) / np.array([0.95047, 1, 1.08883])
+        f = np.where(xyz > 0.008856, np.cbrt(xyz), 7.787 * xyz + 16 / 116)
+        return np.array([116 * f[1] - 16, 500 * (f[0] - f[1]), 200 * (f[1] - f[2])])
+
+    return float(np.linalg.norm(lab(one) - lab(other)))
