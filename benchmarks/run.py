@@ -145,7 +145,7 @@ def workers() -> Iterator[Line]:
     def measured(count: int) -> float:
         with tempfile.TemporaryDirectory() as folder:
             command = ["tombola", "run", "digits", "--store", f"{folder}/store", "--workers", str(count)]
-            command += ["--recipe.epochs", "60", "--levels", "2", "--data-seeds", "--seeds", "0", "1"]
+            command += ["--recipe.epochs", "40", "--levels", "2", "--data-seeds", "--seeds", "0", "1"]
             command[0] = str(Path(sys.executable).with_name("tombola"))
             with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
                 assert process.stdout is not None
