@@ -25,7 +25,12 @@ def of_sparselab(layer: nn.Linear) -> nn.Module:
     """SparseLab's layer of the same density."""
     density = float((layer.weight != 0).double().mean())
     made: nn.Module = sparselab.SparseLinear(layer.in_features, layer.out_features, sparsity=1 - density)
+    _ALIVE.append(made)
     return made
+
+
+_ALIVE: list[nn.Module] = []
+"""SparseLab remembers by the address of a layer, and takes one that comes to lie there later for it."""
 
 
 def main() -> None:
