@@ -19,7 +19,7 @@ Numbers: TypeAlias = npt.NDArray[np.float64]
 Counts: TypeAlias = npt.NDArray[np.int64]
 
 LEVEL = 0.95
-"""The probability that the intervals hold at least."""
+"""The probability that the intervals of two sets hold at least; those of more are near it, see `interval`."""
 
 _SUMMED = 2500  # the largest variance of a hypergeometric distribution that is summed up
 
@@ -64,7 +64,8 @@ def interval(mean: Numbers, variance: Numbers, least: Counts, largest: Counts) -
     The binomial has n' = mean / p', p' = 1 - variance / mean, where n' need not be whole: its distribution function is
     the regularised incomplete beta function, I_{1-p'}(n' - x, x + 1). A sum of independent indicators, which the
     hypergeometric and sums of it are, is near a binomial with its moments (Ehm, Statistics & Probability Letters 11,
-    1991); so is the number common to more than two sets.
+    1991); so is the number common to more than two sets. Either bound is at most one element off that of the exact
+    distribution, which matters only where a handful of elements is common: there an interval may hold less than 95 %.
 
     Args:
         mean, variance: see `moments`; those of independent layers add up. Any shape.
