@@ -219,8 +219,9 @@ def _testing(planner: Planner) -> float:
 
 
 def _bytes(planner: Planner, level: int) -> int:
-    """Return about how much a result of a level takes: weights that are alive, a bit a connection, all the rest."""
+    """Return about how much a result of a level takes: weights alive, a bit a connection, losses, all the rest."""
     state = planner.initial(planner.study.seeds[0]).state
     rest = sum(t.nbytes for name, t in state.items() if name not in planner.dense)
     alive = planner.dense.total * (1 - planner.study.fraction) ** level
-    return int(4 * alive + planner.dense.total / 4 + rest) + 4000
+    losses = 4 * (planner.end - planner.study.recipe.rewind)
+    return int(4 * alive + planner.dense.total / 4 + rest + losses) + 4000
