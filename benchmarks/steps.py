@@ -89,9 +89,21 @@ def by_hand(system: System, mask: Mask, *, channels_last: bool = False) -> float
     optimizer = torch.optim.SGD(model.parameters(), recipe.lr, momentum, weight_decay=recipe.weight_decay)
     parameters = dict(model.named_parameters())
     pruned = [(parameters[name], alive.float()) for name, alive in mask.items() if not alive.all()]
+    return _step(_trained_by_hand(system, model, optimizer, pruned, channels_last=channels_last))
+
+
+def _trained_by_hand(
+    system: System,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    pruned: list[tuple[nn.Parameter, torch.Tensor]],
+    *,
+    channels_last: bool = False,
+) -> list[float]:
+    """Train by the loop by hand, masks multiplied into weights before each step; return the time after each."""
     marks: list[float] = []
     inputs_of = _ready_batches(system)
-    for iteration in range(recipe.iterations or 0):
+    for iteration in range(system.recipe.iterations or 0):
         inputs, labels = inputs_of(iteration)
         inputs = inputs.contiguous(memory_format=torch.channels_last) if channels_last else inputs.contiguous()
         with torch.no_grad():
@@ -102,7 +114,7 @@ def by_hand(system: System, mask: Mask, *, channels_last: bool = False) -> float
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         marks.append(time.perf_counter())
-    return _step(marks)
+    return marks
 
 
 def by_peer(system: System, mask: Mask, replace: Callable[[nn.Linear], nn.Module]) -> float:
@@ -116,16 +128,7 @@ def by_peer(system: System, mask: Mask, replace: Callable[[nn.Linear], nn.Module
         if isinstance(layer, nn.Linear):
             model.set_submodule(name, replace(layer))
     optimizer = torch.optim.SGD(model.parameters(), system.recipe.lr)
-    marks: list[float] = []
-    inputs_of = _ready_batches(system)
-    for iteration in range(system.recipe.iterations or 0):
-        inputs, labels = inputs_of(iteration)
-        loss = functional.cross_entropy(model(inputs), labels)
-        optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
-        marks.append(time.perf_counter())
-    return _step(marks)
+    return _step(_trained_by_hand(system, model, optimizer, []))
 
 
 def chain(levels: int) -> tuple[float, float]:
@@ -149,16 +152,7 @@ def _chain_by_hand(system: System, levels: int) -> None:
     for level in range(levels + 1):
         model.load_state_dict(initial)
         optimizer = torch.optim.SGD(model.parameters(), system.recipe.lr)
-        inputs_of = _ready_batches(system)
-        for iteration in range(system.recipe.iterations or 0):
-            inputs, labels = inputs_of(iteration)
-            with torch.no_grad():
-                for weight, ones in zip(weights, masks, strict=True):
-                    weight.mul_(ones)
-            loss = functional.cross_entropy(model(inputs), labels)
-            optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
+        _trained_by_hand(system, model, optimizer, list(zip(weights, masks, strict=True)))
         if level < levels:
             alive = torch.cat([w.detach().abs()[m > 0] for w, m in zip(weights, masks, strict=True)])
             threshold = alive.kthvalue(round(0.2 * len(alive))).values

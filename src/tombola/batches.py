@@ -33,7 +33,7 @@ def batches(data: Dataset, recipe: Recipe, seed: int, begin: int, end: int) -> I
         chosen = order[step * recipe.batch_size : (step + 1) * recipe.batch_size].to(data.train_inputs.device)
         if changes is not None:
             changed = changes.apply(data.train_inputs.index_select(0, chosen), chosen)
-            inputs = changed.to(torch.float32).sub_(mean).mul_(scale)
+            inputs = kernels.normalized(changed, mean, scale)
         elif images:
             inputs = kernels.normalized_images(data.train_inputs, chosen, mean, scale)
         else:
@@ -79,7 +79,7 @@ def normalisation(data: Dataset) -> Callable[[Tensor], Tensor]:
     if data.train_inputs.dtype != torch.uint8:
         return lambda inputs: inputs
     mean, scale = _mean_and_scale(data)
-    return lambda inputs: inputs.to(torch.float32).sub_(mean).mul_(scale)
+    return lambda inputs: kernels.normalized(inputs, mean, scale)
 
 
 def _mean_and_scale(data: Dataset) -> tuple[Tensor, Tensor]:

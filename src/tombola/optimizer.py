@@ -62,9 +62,13 @@ class Optimizer:
             for name, tensor in kept.items()
         }
 
+    def _stepped(self) -> list[tuple[nn.Parameter, Tensor, dict[str, Tensor]]]:
+        """The parameters that have a gradient, with it and with what is kept for them."""
+        return [(p, p.grad, kept) for p, kept in zip(self.parameters, self._kept, strict=True) if p.grad is not None]
+
     def _sgd(self, lr: float) -> None:
         momentum = 0.0 if self.recipe.optimizer == "sgd" else self.recipe.momentum
-        stepped = [(p, p.grad, kept) for p, kept in zip(self.parameters, self._kept, strict=True) if p.grad is not None]
+        stepped = self._stepped()
         begun = [each for each in stepped if not momentum or each[2]]
         first = [each for each in stepped if momentum and not each[2]]
         for parameter, _, kept in first:
@@ -86,7 +90,7 @@ class Optimizer:
 
     def _adam(self, lr: float) -> None:
         step = torch._fused_adam_ if self.recipe.optimizer == "adam" else torch._fused_adamw_
-        stepped = [(p, p.grad, kept) for p, kept in zip(self.parameters, self._kept, strict=True) if p.grad is not None]
+        stepped = self._stepped()
         for parameter, _, kept in stepped:
             if not kept:
                 kept["step"] = torch.zeros((), device=parameter.device)

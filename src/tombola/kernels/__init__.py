@@ -24,6 +24,7 @@ __all__ = [
     "choose",
     "dense_state",
     "instruction_set",
+    "normalized",
     "normalized_images",
     "sparsify",
 ]
@@ -165,6 +166,11 @@ def dense_state(model: nn.Module) -> dict[str, Tensor]:
     return state
 
 
+def normalized(images: Tensor, mean: Tensor, scale: Tensor) -> Tensor:
+    """Return `(images - mean) * scale` in float32."""
+    return images.to(torch.float32).sub_(mean).mul_(scale)
+
+
 def normalized_images(images: Tensor, chosen: Tensor, mean: Tensor, scale: Tensor) -> Tensor:
     """Return `(images[chosen] - mean) * scale` in one pass over memory; without kernels in three, of the same bits.
 
@@ -176,7 +182,7 @@ def normalized_images(images: Tensor, chosen: Tensor, mean: Tensor, scale: Tenso
     """
     tensors = (images, chosen, mean, scale)
     if layers.extension is None or not all(t.is_cpu and t.is_contiguous() for t in tensors):
-        return images.index_select(0, chosen).to(torch.float32).sub_(mean).mul_(scale)
+        return normalized(images.index_select(0, chosen), mean, scale)
     count, (_, channels, height, width) = len(chosen), images.shape
     result = torch.empty((count, channels, height, width))
     addresses = [t.data_ptr() for t in (mean, scale, result)]
