@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable
+from itertools import pairwise
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from tombola import kernels
-from tombola.kernels import BatchNorm2d, SparseConv2d, SparseLinear, layers
+from tombola.kernels import BatchNorm2d, Row, SparseConv2d, SparseLinear, layers, linear
 
 needs_kernels = pytest.mark.skipif(not kernels.available(), reason="built without kernels")
 SETS: list[str] = layers.extension.instruction_sets() if layers.extension else ["plain"]
@@ -76,7 +77,8 @@ def check(make: Callable[[Tensor, Tensor, Tensor], nn.Module], apply: Callable[.
 
     x = in_layout(x, layout).requires_grad_()
     y = layer(x)
-    assert isinstance(y.grad_fn, layers._Product._backward_cls)  # the kernel, not the way around it
+    products = linear._Product._backward_cls, layers._Product._backward_cls
+    assert isinstance(y.grad_fn, products)  # the kernel, not the way around it
     delta = in_layout(torch.randn(y.shape), delta_layout)
     gradients = torch.autograd.grad(y, (x, values, added), delta)
     exact, bound = reference(*[lambda t: t] * 4), reference(*[torch.abs] * 4)
@@ -194,6 +196,111 @@ def test_batch_norm_equals_torch(seed: int, shape: tuple[int, int, int, int], of
     assert near(ours.eval()(x), dense.eval()(exact))
 
 
+def a_row(widths: list[int], relu_at_end: bool, flatten: bool, frozen: int | None) -> nn.Sequential:
+    """A network of linear layers and ReLUs, every second layer without a bias, one layer without gradients."""
+    model = nn.Sequential()
+    if flatten:
+        model.append(nn.Flatten())
+    for number, (inputs, outputs) in enumerate(pairwise(widths)):
+        layer = nn.Linear(inputs, outputs, bias=number % 2 == 0)
+        layer.requires_grad_(number != frozen)
+        model.append(layer)
+        if number < len(widths) - 2 or relu_at_end:
+            model.append(nn.ReLU(inplace=number % 2 == 0))
+    return model
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    seed=st.integers(0, 2**31),
+    batch=st.sampled_from([1, 2, 7, 16, 33, 63, 64, 96, 128, 130]),
+    widths=st.lists(st.sampled_from([1, 2, 9, 40, 300]), min_size=2, max_size=4),
+    kinds=st.lists(st.sampled_from(["none", "one", "0.05", "0.5", "1", "dense"]), min_size=3, max_size=3),
+    relu_at_end=st.booleans(),
+    flatten=st.booleans(),
+    frozen=st.sampled_from([None, 0, 1]),
+    layout=LAYOUTS,
+)
+def test_row_equals_autograd(
+    seed: int, batch: int, widths: list[int], kinds: list[str], relu_at_end: bool, flatten: bool, frozen: int | None,
+    layout: str,
+) -> None:  # fmt: skip
+    """Loss and gradients of a row, dense and sparse layers mixed, against autograd in float64."""
+    torch.manual_seed(seed)
+    model = a_row(widths, relu_at_end, flatten, frozen)
+    exact = copy.deepcopy(model).double()
+    masks = {}
+    for (name, layer), kind in zip(list(model.named_children()), kinds * 3, strict=False):
+        if isinstance(layer, nn.Linear) and kind != "dense" and kernels.available():
+            masks[name] = a_mask(tuple(layer.weight.shape), kind)
+            sparse = SparseLinear(layer.weight, layer.bias, masks[name])
+            model.set_submodule(name, sparse.requires_grad_(layer.weight.requires_grad))
+            with torch.no_grad():
+                exact.get_parameter(f"{name}.weight").mul_(masks[name])
+    x, labels = in_layout(torch.randn(batch, widths[0]), layout), torch.randint(widths[-1], (batch,))
+    row = Row.of(model)
+    assert row is not None
+    assert row.takes(x, labels)
+    loss = row.cross_entropy(x, labels)
+    expected = F.cross_entropy(exact(x.double()), labels)
+    if expected.requires_grad:
+        torch.autograd.backward(expected)
+    assert loss.double().allclose(expected, rtol=1e-5, atol=1e-6)
+    for name, parameter in exact.named_parameters():
+        child, _, attribute = name.partition(".")
+        ours = model.get_parameter(f"{child}.values" if child in masks and attribute == "weight" else name).grad
+        gradient = parameter.grad
+        if not parameter.requires_grad:
+            assert ours is None
+            continue
+        assert gradient is not None
+        assert ours is not None
+        gradient = gradient[masks[child]] if child in masks and attribute == "weight" else gradient
+        assert torch.allclose(ours.double(), gradient, rtol=1e-4, atol=1e-5)
+    before = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    assert torch.equal(loss, row.cross_entropy(x, labels))
+    assert all(map(torch.equal, before, (p.grad for p in model.parameters() if p.grad is not None)))
+
+
+def test_row_of_other_networks() -> None:
+    linear = nn.Linear(4, 4)
+    assert Row.of(nn.Sequential(linear)) is not None
+    others = [
+        nn.Sequential(),
+        nn.Sequential(nn.ReLU(), linear),
+        nn.Sequential(linear, nn.Tanh(), nn.Linear(4, 4)),
+        nn.Sequential(linear, nn.ReLU(), linear),
+        nn.Sequential(linear, nn.Linear(5, 4)),
+        nn.Sequential(nn.Flatten(0), linear),
+        nn.Sequential(linear, nn.Flatten()),
+        nn.Sequential(nn.Sequential(linear)),
+        type("Own", (nn.Sequential,), {})(linear),
+        linear,
+        Net(),
+    ]
+    assert [Row.of(model) for model in others] == [None] * len(others)
+    hooked = nn.Sequential(nn.Linear(4, 4))
+    hooked[0].register_forward_hook(lambda *_: None)
+    assert Row.of(hooked) is None
+
+
+def test_what_a_row_takes() -> None:
+    row, flat = Row.of(nn.Sequential(nn.Linear(4, 3))), Row.of(nn.Sequential(nn.Flatten(), nn.Linear(4, 3)))
+    assert row is not None
+    assert flat is not None
+    labels = torch.tensor([0, 1])
+    assert row.takes(torch.ones(2, 4), labels)
+    assert flat.takes(torch.ones(2, 1, 2, 2), labels)
+    assert not row.takes(torch.ones(2, 1, 4), labels)
+    assert not row.takes(torch.ones(2, 5), labels)
+    assert not row.takes(torch.ones(4, 2), labels)
+    assert not row.takes(torch.ones(2, 4).double(), labels)
+    assert not row.takes(torch.ones(2, 4), labels.float())
+    assert not row.takes(torch.ones(2, 4), labels[:, None])
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not row.takes(torch.ones(2, 4), labels)
+
+
 class Net(nn.Module):
     """Convolutions, a normalisation, a stride, a shared and an ineligible layer, a linear end."""
 
@@ -240,13 +347,22 @@ def test_choices_leave_alone_what_must_stay_dense() -> None:
 
 
 def test_rule() -> None:
-    assert kernels.choose((300, 784), 0.5)
-    assert not kernels.choose((300, 784), 0.51)
+    assert kernels.choose((10, 100), 0.99)
+    assert not kernels.choose((10, 100), 1)
+    assert kernels.choose((100, 300), 0.75)
+    assert not kernels.choose((100, 300), 0.76)
+    assert kernels.choose((300, 784), 0.55)
+    assert not kernels.choose((300, 784), 0.56)
+    assert kernels.choose((1000, 1000), 0.45)
+    assert not kernels.choose((1000, 1000), 0.46)
+    assert kernels.choose((4096, 4096), 0.3)
+    assert not kernels.choose((4096, 4096), 0.31)
     assert kernels.choose((16, 16, 3, 3), 0.3)
     assert not kernels.choose((16, 16, 3, 3), 0.31)
-    assert kernels.choose((300, 784), 0.1, 32)
-    assert not kernels.choose((300, 784), 0.2, 32)
-    assert not kernels.choose((300, 784), 0.01, 8)
+    assert kernels.choose((300, 784), 0.55, 16)
+    assert not kernels.choose((300, 784), 0.01, 15)
+    assert kernels.choose((16, 16, 3, 3), 0.1, 63)
+    assert not kernels.choose((16, 16, 3, 3), 0.11, 63)
 
 
 def test_without_kernels_everything_is_dense(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -369,7 +369,7 @@ def test_identity_is_frozen(tmp_path: Path) -> None:
     """
     training = _training({}, tmp_path / "store")
     assert training.identity == {
-        "scheme": 1,
+        "scheme": 2,
         "data": "7a068d72e98b0510200074b650b7f8bd3d36057988973ae1dbaffbe7db662bef",
         "model": {"name": "lenet_300_100", "arguments": {"inputs": 64}, "version": 1},
         "loss": {"name": "cross_entropy", "arguments": {}, "version": 1},
@@ -399,7 +399,7 @@ def test_identity_is_frozen(tmp_path: Path) -> None:
         "sparse": [],
     }
     assert training.key == name_of(training.identity)
-    assert training.key == "597e9472b5ccfc5c0bef70dedddcc5bb25c9eef7b0c454043469b31ee0fd131f"
+    assert training.key == "79f659f2b583fdd7c90e4efb8a5d8aa29c47efe286cc379b3b0b1885911ce22f"
 
 
 OTHER_TRAININGS: list[dict[str, Any]] = [

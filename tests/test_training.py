@@ -135,8 +135,8 @@ def _bits(trained: Trained) -> tuple[str, History]:
 GOLDEN: dict[str, dict[str, tuple[tuple[str, ...], str]]] = {
     "AVX2": {
         "perceptron": (
-            ("0x1.1f9381999999ap+0", "0x1.d4a1ceccccccdp-1", "0x1.a39883999999ap-1"),
-            "45b7a8729b571978158a773b2d9f8a8e4a2d789e320e0a3ef49473cfa3131436",
+            ("0x1.1f93813333333p+0", "0x1.d4a1cf3333333p-1", "0x1.a39882ccccccdp-1"),
+            "8a8f7fc0a2fd35731d6b0a4d002f98b828339b4469f32d4fc6224a80e31c7732",
         ),
         "convolutions": (
             ("0x1.1f303a0000000p+0", "0x1.0b24290000000p+0", "0x1.35b3800000000p+0"),

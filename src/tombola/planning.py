@@ -24,7 +24,7 @@ from tombola.ticket import Ticket
 from tombola.training import Trained, initial_state, sparse_layers
 from tombola.weights import Weights
 
-SCHEME = 1
+SCHEME = 2
 """Version of how trainings are named and done: to be raised where `train` comes to give other bits."""
 
 PRUNING = 1

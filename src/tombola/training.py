@@ -174,6 +174,8 @@ def train(
     infinite = {name for name, t in initial.items() if name not in weights and not t.isfinite().all()}  # by design
     if sparse_layers(model, mask, recipe, device):
         kernels.sparsify(model, mask, recipe.batch_size)
+    usual = device == "cpu" and recipe.precision == "float32" and loss is functional.cross_entropy
+    row = kernels.Row.of(model) if usual else None
     parameters = dict(model.named_parameters())
     alive = [
         (parameters[name], torch.empty_like(parameters[name], requires_grad=False).copy_(mask[name]))
@@ -185,9 +187,17 @@ def train(
     iteration = at.iteration
     batch_losses = torch.empty(end - begin, device=device)
     batch_losses[: iteration - begin] = at.batch_losses
+    latest: list[Tensor] = []
     diverged_at = None
 
+    def note_losses() -> None:
+        if latest:
+            done = iteration - begin
+            batch_losses[done - len(latest) : done] = torch.stack(latest)
+            latest.clear()
+
     def checkpoint() -> Checkpoint:
+        note_losses()
         state = {name: t.detach().to("cpu", copy=True) for name, t in kernels.dense_state(model).items()}
         return Checkpoint(iteration, state, optimizer.tensors(), batch_losses[: iteration - begin].to("cpu", copy=True))
 
@@ -195,22 +205,26 @@ def train(
     autocast = torch.autocast(device, torch.bfloat16) if recipe.precision == "bfloat16" else nullcontext()
     with ambient(seed), _flushed_denormals(), _deterministic(device):
         for inputs, labels in batches(data, recipe, seed, iteration, end):
-            _seed_random_layers(device, derive(seed, "random layers", iteration))
             optimizer.forget_gradients()
-            with autocast:
-                batch_loss = loss(model(inputs), labels)
-            batch_loss.backward()  # type: ignore[no-untyped-call]
+            if row is not None and row.takes(inputs, labels):
+                batch_loss = row.cross_entropy(inputs, labels)
+            else:
+                _seed_random_layers(device, derive(seed, "random layers", iteration))
+                with autocast:
+                    batch_loss = loss(model(inputs), labels)
+                batch_loss.backward()  # type: ignore[no-untyped-call]
             for weight, ones in alive:
                 if weight.grad is not None:
                     # With no gradient ever, a weight that starts at 0 stays at 0 under momentum and weight decay too.
                     weight.grad.mul_(ones)
             optimizer.step(recipe.lr_at(iteration, examples))
-            batch_losses[iteration - begin] = batch_loss.detach()
+            latest.append(batch_loss.detach())
             iteration += 1
-            look = iteration % per_epoch == 0 or iteration == end or iteration % _LOOKED_AT_EVERY == 0
-            if look and not batch_losses[: iteration - begin].isfinite().all():
-                diverged_at = iteration - 1
-                break
+            if iteration % per_epoch == 0 or iteration == end or iteration % _LOOKED_AT_EVERY == 0:
+                note_losses()
+                if not batch_losses[: iteration - begin].isfinite().all():
+                    diverged_at = iteration - 1
+                    break
             if watch is not None:
                 watch(iteration, checkpoint)
         state = masked(kernels.dense_state(model), mask)

@@ -13,10 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from tombola.kernels import layers
-from tombola.kernels.layers import BatchNorm2d, SparseConv2d, SparseLinear
+from tombola.kernels.layers import BatchNorm2d, SparseConv2d, as_it_is
+from tombola.kernels.linear import Row, SparseLinear
 
 __all__ = [
     "BatchNorm2d",
+    "Row",
     "SparseConv2d",
     "SparseLinear",
     "available",
@@ -53,14 +55,19 @@ def choose(shape: Sequence[int], density: float, batch_size: int = 128) -> bool:
 
     """
     # Time of forward and both gradients relative to dense, by density; the least of interleaved repetitions on one
-    # thread with AVX2 (dense: MKL and oneDNN, channels-last):
+    # thread with AVX2. Linear layers in the middle of a row (see `Row`; dense: MKL), convolutions alone (dense: oneDNN,
+    # channels-last):
     #
-    #   layer              batch    .1    .3    .4    .5    .6
-    #   784 -> 300           128   .16   .31   .85   .86  1.59
-    #   300 -> 100           128   .51   .77   .83   .89  1.03
-    #   1000 -> 1000         128   .32   .82  1.45  1.51  2.08
-    #   784 -> 300          1000   .23   .63   .91   .97  1.07
-    #   784 -> 300            16   .90  1.40  1.88  2.01  2.05
+    #   layer              batch    .1    .3    .4    .5    .6    .8
+    #   100 -> 100            32   .46   .50   .52   .54   .56   .59
+    #   300 -> 100           128   .34   .51   .58   .65   .73   .85
+    #   784 -> 300           128   .29   .57   .67   .84   .97  1.19
+    #   784 -> 300          1000   .29   .58   .68   .82   .97  1.21
+    #   784 -> 300            32   .36   .63   .76   .88  1.02  1.25
+    #   784 -> 300            16   .43   .73   .87  1.05  1.17  1.46
+    #   512 -> 512           128   .27   .58   .76   .87   .98  1.18
+    #   1000 -> 1000         128   .27   .69   .84   .93  1.13  1.45
+    #   2000 -> 2000         128   .37   .89  1.11  1.27  1.40  1.82
     #   16 -> 16, 32 x 32    128   .67   .95  1.03  1.22  1.40
     #   32 -> 32, 16 x 16    128   .41   .63   .89   .87  1.02
     #   64 -> 64, 8 x 8      128   .45   .77   .48   .72  1.00
@@ -69,15 +76,17 @@ def choose(shape: Sequence[int], density: float, batch_size: int = 128) -> bool:
     # Convolutions stop at .3 although some gain beyond: beside a dense neighbour they pay for the change of layout.
     if batch_size < 16:
         return False
-    if batch_size < 64:
-        return density <= 0.1
-    small_enough_for_the_cache = len(shape) == 2 and math.prod(shape) <= 2**18
-    return density <= (0.5 if small_enough_for_the_cache else 0.3)
+    if len(shape) == 2:
+        return density < 1 and density <= next(most for size, most in _LINEAR if math.prod(shape) <= size)
+    return density <= (0.3 if batch_size >= 64 else 0.1)
+
+
+_LINEAR = ((2**12, 1.0), (2**15, 0.75), (2**18, 0.55), (2**20, 0.45), (math.inf, 0.3))  # up to how many weights
 
 
 def _eligible(module: nn.Module) -> bool:
     """Whether a sparse layer computes exactly what this module does."""
-    if any(hooks for name, hooks in vars(module).items() if name.endswith("_hooks")) or "forward" in vars(module):
+    if not as_it_is(module):
         return False
     if type(module) is nn.Conv2d:
         if (
@@ -155,7 +164,7 @@ def sparsify(model: nn.Module, mask: Mapping[str, Tensor], batch_size: int = 128
 
 def dense_state(model: nn.Module) -> dict[str, Tensor]:
     """The state dict of the model before `sparsify`: dense weights, exactly 0.0 where pruned."""
-    sparse = {name: module for name, module in model.named_modules() if isinstance(module, layers._Sparse)}
+    sparse = {name: module for name, module in model.named_modules() if isinstance(module, layers.Sparse)}
     state = {}
     for name, tensor in model.state_dict().items():
         path, _, attribute = name.rpartition(".")

@@ -27,8 +27,7 @@ namespace tombola {
 namespace {
 
 constexpr int L = TOMBOLA_LANES;
-constexpr int linear_vectors = 8;                 // x 1 pixel
-constexpr int conv_vectors = 2, conv_pixels = 4;
+constexpr int conv_vectors = 2, conv_pixels = 4;  // linear_vectors are of 1 pixel
 
 typedef float vec __attribute__((vector_size(4 * L)));
 typedef float unaligned __attribute__((vector_size(4 * L), aligned(4), may_alias));
@@ -253,7 +252,7 @@ void groups(const Pass& pass, int tile, int samples, Lines source, int end, cons
 
 // Whether whole blocks of samples lie side by side already, so that a linear layer can read them in place.
 inline bool in_place(const Pass& pass, View from, int batch) {
-    return linear(pass) && from.n == 1 && (batch % pass.block == 0 || from.blocks != pass.block);
+    return from.packed || (linear(pass) && from.n == 1 && batch % pass.block == 0);
 }
 
 Lines lines(const Pass& pass, View source, int batch, int n, int y, int grid_rows, int tile, float* workspace) {
@@ -267,26 +266,23 @@ Lines lines(const Pass& pass, View source, int batch, int n, int y, int grid_row
     return {workspace, pass.block};
 }
 
-void gather(const Pass& pass, const float* values, const float* bias, View source, int batch, float* target,
-            float* workspace, bool keep) {
-    const ptrdiff_t row = ptrdiff_t(pass.target_height) * pass.target_width * batch;
+void gather(const Pass& pass, const float* values, const float* bias, View source, int batch, Target target,
+            float* workspace) {
     for (int y = 0; y < pass.grid_height; y += pass.band) {
         const int grid_rows = at_most(pass.band, pass.grid_height - y);
         for (int n = 0; n < batch; n += pass.block) {
             for (int tile = 0; tile < pass.tiles; ++tile) {
-                float* const packed =
-                    workspace + (keep ? ptrdiff_t(n) * pass.channels + tile * pass.tile_channels * pass.block : 0);
-                const Lines from = lines(pass, source, batch, n, y, grid_rows, tile, packed);
+                const Lines from = lines(pass, source, batch, n, y, grid_rows, tile, workspace);
                 const auto body = [&](const auto& group, int first) {
                     constexpr int P = sizeof(group.source) / sizeof(*group.source);
                     float* to[P];
                     for (int p = 0; p < P; ++p) {
                         const int i = y + (first + p) / pass.grid_width, j = (first + p) % pass.grid_width;
-                        to[p] = target + n +
+                        to[p] = target.data + n / pass.block * target.blocks +
                                 (ptrdiff_t(i * pass.target_step + pass.target_top) * pass.target_width +
-                                 j * pass.target_step + pass.target_left) * batch;
+                                 j * pass.target_step + pass.target_left) * target.pixel;
                     }
-                    group.gather(values, bias, to, row);
+                    group.gather(values, bias, to, target.row);
                 };
                 groups(pass, tile, at_most(pass.block, batch - n), from, grid_rows * pass.grid_width, body);
             }
@@ -312,9 +308,10 @@ void correlate(const Pass& pass, View source, View delta, int batch, float* grad
                      pass.grid_width, workspace, row);
                 d.data = workspace;
             }
+            const int lanes = count == 1 ? at_most(block, batch - n) : count * block;
             for (int r = 0; bias_gradient && r < pass.rows; ++r) {
                 vec total = {};
-                for (int i = 0; i < count * block; i += L) total += load(d.data + r * row + i);
+                for (int i = 0; i < lanes; i += L) total += load(d.data + r * row + i);
                 bias_gradient[r] += sum(total);
             }
             for (int tile = 0; tile < pass.tiles; ++tile) {
@@ -329,6 +326,30 @@ void correlate(const Pass& pass, View source, View delta, int batch, float* grad
             }
         }
     }
+}
+
+void pack_features(View from, int features, int batch, float* to) {
+    constexpr int block = linear_vectors * L;
+    for (int n = 0; n < batch; n += block, to += ptrdiff_t(features) * block) {
+        View part = from;
+        part.data += n * from.n;
+        pack(part, 1, 1, at_most(block, batch - n), block, features, 0, 1, 0, 1, to, block);
+    }
+}
+
+void unpack_features(const float* from, int features, int batch, View to) {
+    constexpr int block = linear_vectors * L;
+    for (int n = 0; n < batch; n += block)
+        for (int f = 0; f < features; ++f, from += block)
+            for (int s = 0; s < at_most(block, batch - n); ++s) to.data[(n + s) * to.n + f * to.c] = from[s];
+}
+
+void rectify(float* x, ptrdiff_t count) {
+    for (ptrdiff_t i = 0; i < count; ++i) x[i] = x[i] < 0 ? 0 : x[i];
+}
+
+void gate(float* __restrict delta, const float* __restrict y, ptrdiff_t count) {
+    for (ptrdiff_t i = 0; i < count; ++i) delta[i] = y[i] <= 0 ? 0 : delta[i];
 }
 
 struct Pair {
@@ -444,6 +465,7 @@ void normalize_images(const uint8_t* images, const int64_t* chosen, ptrdiff_t co
 }  // namespace
 
 extern const Kernels TOMBOLA_ISA = {TOMBOLA_NAME(TOMBOLA_ISA), linear_vectors * L, conv_vectors* L, gather, correlate,
+                                   pack_features, unpack_features, rectify, gate,
                                    normalize, normalize_gradient, normalize_images};
 
 }  // namespace tombola

@@ -8,11 +8,14 @@
 
 namespace tombola {
 
+constexpr int linear_vectors = 8;  // of samples in a block of a linear layer, or 4, 2, 1 in the last
+
 // A float tensor of shape (batch, channels, height, width) in any layout; strides in elements.
-// `blocks` is the distance between blocks of samples, for a tensor that is packed block by block.
+// `blocks` is the distance between blocks of samples. A packed one holds whole blocks, zero beyond the last sample.
 struct View {
     float* data;
     ptrdiff_t n, c, h, w, blocks;
+    bool packed;
 };
 
 // One pass over a grid of target pixels. Target pixel (i, j) of row r is
@@ -36,16 +39,26 @@ struct Pass {
     const int32_t* offset;                   // of each tap in the packed tile, in lines of one block
 };
 
+// Where the pixels of a pass go: distances between rows, between pixels of a row, between blocks of samples.
+struct Target {
+    float* data;
+    ptrdiff_t row, pixel, blocks;
+};
+
 struct Kernels {
     const char* name;
     int linear_block, conv_block;
-    // target = bias + taps * source; target is (rows, height, width, batch), contiguous. With `keep`, the
-    // packed source of a linear layer is left in workspace, block after block.
-    void (*gather)(const Pass&, const float* values, const float* bias, View source, int batch,
-                   float* target, float* workspace, bool keep);
+    // target = bias + taps * source.
+    void (*gather)(const Pass&, const float* values, const float* bias, View source, int batch, Target target,
+                   float* workspace);
     // gradient[k] = sum of source * delta under tap k; bias_gradient[r] = sum of delta (or null).
     void (*correlate)(const Pass&, View source, View delta, int batch, float* gradient,
                       float* bias_gradient, float* workspace);
+    // (batch, features) in any layout to (blocks, features, block), zero beyond the last sample; and back.
+    void (*pack_features)(View from, int features, int batch, float* to);
+    void (*unpack_features)(const float* from, int features, int batch, View to);
+    void (*rectify)(float* x, ptrdiff_t count);                     // negative numbers become 0
+    void (*gate)(float* delta, const float* y, ptrdiff_t count);    // 0 where y is not above 0
     // Batch normalisation of (channels, count): y = (x - mean) * scale * weight + bias with
     // scale = 1 / sqrt(variance + epsilon); all three statistics are written.
     void (*normalize)(const float* x, int channels, ptrdiff_t count, const float* weight, const float* bias,

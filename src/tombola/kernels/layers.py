@@ -1,4 +1,4 @@
-"""Linear and convolution layers that hold, multiply and train the surviving weights only."""
+"""Layers that hold, multiply and train the surviving weights only: what they share, and convolutions."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ except ImportError:  # built without a C++ compiler
     extension = None
 
 
-def _view(x: Tensor) -> tuple[int, ...]:
+def view(x: Tensor) -> tuple[int, ...]:
     """Address and strides, as the kernels take them."""
     return (x.data_ptr(), *x.stride())
 
@@ -32,7 +32,7 @@ def _strides(shape: Sequence[int]) -> tuple[int, ...]:
     return (1, height * width * batch, width * batch, batch)
 
 
-def _empty(shape: Sequence[int]) -> Tensor:
+def empty(shape: Sequence[int]) -> Tensor:
     """A tensor in the kernels' layout.
 
     Element-wise operations keep these strides, so that neighbouring sparse layers exchange activations as they are.
@@ -40,27 +40,33 @@ def _empty(shape: Sequence[int]) -> Tensor:
     return torch.empty_strided(shape, _strides(shape))
 
 
+def computes(x: Tensor, *weights: Tensor | None) -> bool:
+    """Whether the kernels compute with this input and these weights; PyTorch does, with whatever they do not."""
+    if not x.numel() or x.dtype is not torch.float32 or not x.is_cpu or torch.is_autocast_enabled("cpu"):
+        return False
+    for weight in weights:
+        if weight is not None and not (weight.dtype is torch.float32 and weight.is_cpu and weight.is_contiguous()):
+            return False
+    return True
+
+
+def as_it_is(module: nn.Module) -> bool:
+    """Whether nothing was hooked onto a module or put in the place of its forward pass."""
+    hooked = any(hooks for name, hooks in vars(module).items() if name.endswith("_hooks"))
+    return not hooked and "forward" not in vars(module)
+
+
 class _Product(torch.autograd.Function):
-    """The layer's output as a function of its input, its surviving weights and its bias."""
+    """A convolution's output as a function of its input, its surviving weights and its bias."""
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, values: Tensor, bias: Tensor | None, kernel: Any, shape: tuple[int, ...]
     ) -> Tensor:
-        batch, y, packed = shape[0], _empty(shape), None
-        if x.dim() == 2 and x.stride(0) != 1 and ctx.needs_input_grad[1]:
-            # Transposed once for both passes: backward needs the samples side by side again.
-            packed = torch.empty((-(-batch // kernel.block), x.shape[1], kernel.block))
-        kernel.forward(
-            values.data_ptr(),
-            0 if bias is None else bias.data_ptr(),
-            _view(x),
-            batch,
-            y.data_ptr(),
-            0 if packed is None else packed.data_ptr(),
-        )
-        ctx.save_for_backward(x if packed is None else packed, values)
-        ctx.kernel, ctx.shape = kernel, x.shape
+        y = empty(shape)
+        kernel.forward(values.data_ptr(), 0 if bias is None else bias.data_ptr(), view(x), shape[0], y.data_ptr())
+        ctx.save_for_backward(x, values)
+        ctx.kernel = kernel
         return y
 
     @staticmethod
@@ -68,26 +74,23 @@ class _Product(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, values = ctx.saved_tensors
         needs_input, needs_values, needs_bias = ctx.needs_input_grad[:3]
-        batch = ctx.shape[0]
+        batch = len(x)
         dx = dvalues = dbias = None
         if needs_values or needs_bias:
             dvalues = torch.empty_like(values)
             dbias = torch.empty(dy.shape[1]) if needs_bias else None
-            packed = x.dim() == 3
-            source = (x.data_ptr(), 1, x.stride(1), 0, 0, x.stride(0)) if packed else _view(x)
-            ctx.kernel.weight_gradient(
-                source, _view(dy), batch, dvalues.data_ptr(), 0 if dbias is None else dbias.data_ptr()
-            )
+            bias_gradient = 0 if dbias is None else dbias.data_ptr()
+            ctx.kernel.weight_gradient(view(x), view(dy), batch, dvalues.data_ptr(), bias_gradient)
         if needs_input:
-            dx = _empty(ctx.shape)
-            ctx.kernel.input_gradient(values.data_ptr(), _view(dy), batch, dx.data_ptr())
+            dx = empty(x.shape)
+            ctx.kernel.input_gradient(values.data_ptr(), view(dy), batch, dx.data_ptr())
         return dx, dvalues, dbias, None, None
 
 
 _product: Callable[..., Tensor] = _Product.apply
 
 
-class _Sparse(nn.Module):
+class Sparse(nn.Module):
     """What the sparse layers share: the surviving weights, where they stand, and the kernels made for them."""
 
     values: nn.Parameter
@@ -126,17 +129,12 @@ class _Sparse(nn.Module):
             count *= size
         return count
 
-    def _kernel(self, x: Tensor, values: Tensor) -> Any:
-        """The kernel for pictures of the size of `x`, None where the dense way must be taken."""
-        if x.dtype is not torch.float32 or values.dtype is not torch.float32 or not x.is_cpu or not x.numel():
-            return None
-        if torch.is_autocast_enabled("cpu") or not values.is_contiguous():
-            return None
-        size = x.shape[1:]
+    def kernel(self, size: Sequence[int]) -> Any:
+        """The kernel for samples of this size, None if they do not fit or the package was built without kernels."""
         if size not in self._kernels:
             if len(self._kernels) == 4:  # pictures of ever new sizes must not fill the memory
                 self._kernels.clear()
-            self._kernels[size] = self._make(size) if extension is not None and values.is_cpu else None
+            self._kernels[size] = self._make(size) if extension is not None and self.alive.is_cpu else None
         return self._kernels[size]
 
     def _make(self, size: Sequence[int]) -> Any:
@@ -156,40 +154,7 @@ class _Sparse(nn.Module):
         return self.__dict__ | {"_kernels": {}}  # they are made again where they are needed
 
 
-class SparseLinear(_Sparse):
-    """y = x W^T + b for a W of which only the survivors exist.
-
-    Args:
-        weight: initial weight, (outputs, inputs); only what `mask` keeps is taken.
-        bias: (outputs,) or None.
-        mask: bool, the shape of `weight`.
-        instruction_set: one of `instruction_sets()`; the machine's best by default.
-
-    """
-
-    dimensions = 2
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the layer's outputs, as the dense layer of its weights gives them."""
-        outputs, inputs = self.shape
-        if x.dim() > 2 and x.shape[-1] == inputs:
-            y: Tensor = self(x.flatten(0, -2)).unflatten(0, x.shape[:-1])
-            return y
-        values, bias = self.values, self.bias
-        kernel = self._kernel(x, values) if x.dim() == 2 else None
-        if kernel is None:
-            return functional.linear(x, self.weight, bias)
-        return _product(x, values, bias, kernel, (x.shape[0], outputs))
-
-    def _make(self, size: Sequence[int]) -> Any:
-        return self._layer((1, 1), (1, 1), 1, (0, 0)) if size[0] == self.shape[1] else None
-
-    def extra_repr(self) -> str:
-        """Return shape and density."""
-        return f"{self.shape[1]}, {self.shape[0]}, bias={self.bias is not None}, density={self.density:.4g}"
-
-
-class SparseConv2d(_Sparse):
+class SparseConv2d(Sparse):
     """2-D cross-correlation with zero padding for a kernel of which only the survivors exist.
 
     Args:
@@ -220,7 +185,7 @@ class SparseConv2d(_Sparse):
     def forward(self, x: Tensor) -> Tensor:
         """Return the layer's outputs, as the dense layer of its weights gives them."""
         values, bias = self.values, self.bias
-        kernel = self._kernel(x, values) if x.dim() == 4 else None
+        kernel = self.kernel(x.shape[1:]) if x.dim() == 4 and computes(x, values) else None
         if kernel is None:
             return functional.conv2d(x, self.weight, bias, self.stride, self.padding)
         return _product(x, values, bias, kernel, (x.shape[0], self.shape[0], *self._size(x.shape[1:])))
@@ -253,7 +218,7 @@ class _Normalize(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
         channels = x.shape[1]
-        y, statistics = _empty(x.shape), torch.empty((3, channels))
+        y, statistics = empty(x.shape), torch.empty((3, channels))
         extension.normalize(
             x.data_ptr(), channels, x.numel() // channels, weight.data_ptr(), bias.data_ptr(), epsilon,
             statistics.data_ptr(), y.data_ptr(),
@@ -268,8 +233,8 @@ class _Normalize(torch.autograd.Function):
         x, weight, statistics = ctx.saved_tensors
         channels = x.shape[1]
         if dy.stride() != _strides(x.shape):
-            dy = _empty(x.shape).copy_(dy)
-        dx, dweight, dbias = _empty(x.shape), torch.empty(channels), torch.empty(channels)
+            dy = empty(x.shape).copy_(dy)
+        dx, dweight, dbias = empty(x.shape), torch.empty(channels), torch.empty(channels)
         extension.normalize_gradient(
             x.data_ptr(), dy.data_ptr(), channels, x.numel() // channels, weight.data_ptr(), statistics.data_ptr(),
             dx.data_ptr(), dweight.data_ptr(), dbias.data_ptr(),

@@ -42,6 +42,14 @@ const Kernels& kernels_named(const std::string& name) {
 
 float* pointer(uintptr_t address) { return reinterpret_cast<float*>(address); }
 
+// (address, strides of samples, channels, rows, columns); what is left out is 0.
+View view(const nb::tuple& t) {
+    ptrdiff_t strides[4] = {};
+    for (size_t i = 1; i < t.size(); ++i) strides[i - 1] = nb::cast<ptrdiff_t>(t[i]);
+    const auto [n, c, h, w] = strides;
+    return {pointer(nb::cast<uintptr_t>(t[0])), n, c, h, w, 0, false};
+}
+
 // Memory for packed tiles, kept from call to call by each thread.
 float* workspace(size_t floats) {
     struct Release {
@@ -190,28 +198,22 @@ class Layer {
     }
 
     int block() const { return forward_.pass.block; }
+    int outputs() const { return forward_.pass.rows; }
+    int inputs() const { return forward_.pass.channels; }
+    const Kernels& kernels() const { return kernels_; }
 
-    // With `keep`, packs the source of a linear layer there: (blocks of the batch, features, block).
-    void forward(uintptr_t values, uintptr_t bias, nb::tuple source, int batch, uintptr_t target,
-                 uintptr_t keep) const {
+    void forward(uintptr_t values, uintptr_t bias, nb::tuple source, int batch, uintptr_t target) const {
         const View x = view(source);
         nb::gil_scoped_release unlocked;
-        kernels_.gather(forward_.pass, pointer(values), pointer(bias), x, batch, pointer(target),
-                        keep ? pointer(keep) : workspace(forward_.source_floats), keep);
+        kernels_.gather(forward_.pass, pointer(values), pointer(bias), x, batch,
+                        side_by_side(forward_.pass, batch, pointer(target)), workspace(forward_.source_floats));
     }
 
     void input_gradient(uintptr_t values, nb::tuple delta, int batch, uintptr_t target) const {
         const View d = view(delta);
         nb::gil_scoped_release unlocked;
-        const float* from = pointer(values);
-        float* memory = workspace(order_.size() + backward_floats());
-        for (size_t k = 0; k < order_.size(); ++k) memory[k] = from[order_[k]];
-        const float* ordered = memory;
-        float* packed = memory + (order_.size() + 15) / 16 * 16;
-        for (const Structure& structure : backward_) {
-            kernels_.gather(structure.pass, ordered, nullptr, d, batch, pointer(target), packed, false);
-            ordered += structure.offset.size();
-        }
+        input_gradient(pointer(values), d, batch, side_by_side(backward_[0].pass, batch, pointer(target)),
+                       workspace(gradient_floats()));
     }
 
     void weight_gradient(nb::tuple source, nb::tuple delta, int batch, uintptr_t gradient,
@@ -222,13 +224,34 @@ class Layer {
                            workspace(forward_.source_floats + forward_.target_floats));
     }
 
+    // The same for a linear layer whose source and target are packed: (blocks, features, block).
+    void forward_packed(const float* values, const float* bias, float* source, int batch, float* target) const {
+        kernels_.gather(forward_.pass, values, bias, packed(source, inputs()), batch, packed_target(target, outputs()),
+                        nullptr);
+    }
+
+    void input_gradient_packed(const float* values, float* delta, int batch, float* target, float* memory) const {
+        input_gradient(values, packed(delta, outputs()), batch, packed_target(target, inputs()), memory);
+    }
+
+    void weight_gradient_packed(float* source, float* delta, int batch, float* gradient, float* bias_gradient,
+                                float* memory) const {
+        kernels_.correlate(forward_.pass, packed(source, inputs()), packed(delta, outputs()), batch, gradient,
+                           bias_gradient, memory);
+    }
+
+    // Memory that the gradients need.
+    size_t gradient_floats() const {
+        size_t most = 0;
+        for (const Structure& structure : backward_) most = std::max(most, structure.source_floats);
+        return std::max((order_.size() + 15) / 16 * 16 + most, forward_.source_floats + forward_.target_floats);
+    }
+
   private:
-    // (address, strides of samples, channels, rows, columns, blocks of samples); what is left out is 0 or follows.
     View view(const nb::tuple& t) const {
-        ptrdiff_t strides[5] = {};
-        for (size_t i = 1; i < t.size(); ++i) strides[i - 1] = nb::cast<ptrdiff_t>(t[i]);
-        const auto [n, c, h, w, blocks] = strides;
-        return {pointer(nb::cast<uintptr_t>(t[0])), n, c, h, w, t.size() > 5 ? blocks : n * block()};
+        View v = tombola::view(t);
+        v.blocks = v.n * block();
+        return v;
     }
 
     // Over the taps y of one phase, with shift (at - y) / stride: minus the least shift, and the extent of the shifts.
@@ -245,16 +268,112 @@ class Layer {
         return {-least, most - least + 1};
     }
 
-    size_t backward_floats() const {
-        size_t most = 0;
-        for (const Structure& structure : backward_) most = std::max(most, structure.source_floats);
-        return most + 16;
+    void input_gradient(const float* values, View delta, int batch, Target target, float* memory) const {
+        for (size_t k = 0; k < order_.size(); ++k) memory[k] = values[order_[k]];
+        const float* ordered = memory;
+        float* packed = memory + (order_.size() + 15) / 16 * 16;
+        for (const Structure& structure : backward_) {
+            kernels_.gather(structure.pass, ordered, nullptr, delta, batch, target, packed);
+            ordered += structure.offset.size();
+        }
     }
+
+    // (rows, height, width, batch), contiguous.
+    static Target side_by_side(const Pass& pass, int batch, float* data) {
+        return {data, ptrdiff_t(pass.target_height) * pass.target_width * batch, batch, pass.block};
+    }
+
+    View packed(float* data, int features) const { return {data, 1, block(), 0, 0, ptrdiff_t(features) * block(), true}; }
+
+    Target packed_target(float* data, int features) const { return {data, block(), 0, ptrdiff_t(features) * block()}; }
 
     const Kernels& kernels_;
     Structure forward_;
     std::deque<Structure> backward_;   // by phase
     std::vector<int32_t> order_;       // of the values in the passes of backward_
+};
+
+// Linear layers, each the source of the next, some with a ReLU. What they compute stays packed from layer to layer:
+// `memory` of a forward pass holds source and outputs, one after the other, for the backward pass.
+class Chain {
+  public:
+    Chain(std::vector<const Layer*> layers, std::vector<bool> relus) : layers_(layers), relus_(relus) {
+        if (layers.empty() || layers.size() != relus.size()) throw std::invalid_argument("expected a layer and its ReLU");
+    }
+
+    int inputs() const { return layers_[0]->inputs(); }
+    int outputs() const { return layers_.back()->outputs(); }
+
+    // Of the memory that a batch takes.
+    size_t floats(int batch) const {
+        size_t features = layers_[0]->inputs();
+        for (const Layer* layer : layers_) features += layer->outputs();
+        return features * blocks(batch) * block();
+    }
+
+    // `parameters` are the addresses of the values and the bias (or 0) of each layer in turn.
+    void forward(const std::vector<uintptr_t>& parameters, nb::tuple source, int batch, nb::tuple target,
+                 uintptr_t memory) const {
+        const View from = view(source), to = view(target);
+        nb::gil_scoped_release unlocked;
+        const size_t width = blocks(batch) * block();
+        const int rounded = whole(batch);
+        float* x = pointer(memory);
+        kernels().pack_features(from, layers_[0]->inputs(), batch, x);
+        for (size_t i = 0; i < layers_.size(); ++i) {
+            float* y = x + layers_[i]->inputs() * width;
+            layers_[i]->forward_packed(pointer(parameters[2 * i]), pointer(parameters[2 * i + 1]), x, rounded, y);
+            if (relus_[i]) kernels().rectify(y, layers_[i]->outputs() * width);
+            x = y;
+        }
+        kernels().unpack_features(x, layers_.back()->outputs(), batch, to);
+    }
+
+    // `gradients` are addresses like `parameters`, 0 for what is not wanted; so is the source's `target`.
+    void backward(const std::vector<uintptr_t>& parameters, nb::tuple delta, int batch, uintptr_t memory,
+                  const std::vector<uintptr_t>& gradients, nb::tuple target) const {
+        const View from = view(delta), to = view(target);
+        nb::gil_scoped_release unlocked;
+        const size_t width = blocks(batch) * block();
+        const int rounded = whole(batch);
+        size_t features = 0, own = 0;
+        for (const Layer* layer : layers_) {
+            features = std::max<size_t>({features, size_t(layer->inputs()), size_t(layer->outputs())});
+            own = std::max(own, layer->gradient_floats());
+        }
+        float* deltas = workspace(2 * features * width + own);
+        float *dy = deltas, *dx = deltas + features * width, *scratch = deltas + 2 * features * width;
+        float* y = pointer(memory) + floats(batch) - layers_.back()->outputs() * width;
+        kernels().pack_features(from, layers_.back()->outputs(), batch, dy);
+        for (size_t i = layers_.size(); i-- > 0;) {
+            const Layer& layer = *layers_[i];
+            float* x = y - layer.inputs() * width;
+            if (relus_[i]) kernels().gate(dy, y, layer.outputs() * width);
+            if (gradients[2 * i] || gradients[2 * i + 1])
+                layer.weight_gradient_packed(x, dy, rounded, pointer(gradients[2 * i]), pointer(gradients[2 * i + 1]),
+                                             scratch);
+            if (i > 0 || to.data) layer.input_gradient_packed(pointer(parameters[2 * i]), dy, rounded, dx, scratch);
+            std::swap(dy, dx);
+            y = x;
+        }
+        if (to.data) kernels().unpack_features(dy, layers_[0]->inputs(), batch, to);
+    }
+
+  private:
+    const Kernels& kernels() const { return layers_[0]->kernels(); }
+    size_t block() const { return layers_[0]->block(); }
+    size_t blocks(int batch) const { return (batch + block() - 1) / block(); }
+
+    // The batch with as many samples in its last block as the kernels compute at once.
+    int whole(int batch) const {
+        const int size = static_cast<int>(block()), rest = batch % size;
+        int samples = size;
+        while (rest && samples / 2 >= rest && samples / 2 >= size / linear_vectors) samples /= 2;
+        return rest ? batch - rest + samples : batch;
+    }
+
+    std::vector<const Layer*> layers_;
+    std::vector<bool> relus_;
 };
 
 // Batch normalisation of `count` samples and pixels per channel, side by side; all arguments but the sizes are
@@ -297,10 +416,16 @@ NB_MODULE(_sparse, m) {
                       std::pair<int, int>, std::pair<int, int>, int, std::pair<int, int>, const std::string&>(),
              nb::arg("alive"), nb::arg("outputs"), nb::arg("inputs"), nb::arg("kernel"), nb::arg("picture"),
              nb::arg("stride"), nb::arg("padding"), nb::arg("instruction_set"))
-        .def_prop_ro("block", &Layer::block)
         .def("forward", &Layer::forward)
-        .def("input_gradient", &Layer::input_gradient)
+        .def("input_gradient", nb::overload_cast<uintptr_t, nb::tuple, int, uintptr_t>(&Layer::input_gradient, nb::const_))
         .def("weight_gradient", &Layer::weight_gradient);
+    nb::class_<Chain>(m, "Chain")
+        .def(nb::init<std::vector<const Layer*>, std::vector<bool>>(), nb::keep_alive<1, 2>())
+        .def_prop_ro("inputs", &Chain::inputs)
+        .def_prop_ro("outputs", &Chain::outputs)
+        .def("floats", &Chain::floats)
+        .def("forward", &Chain::forward)
+        .def("backward", &Chain::backward);
     m.def("normalize", normalize);
     m.def("normalize_gradient", normalize_gradient);
     m.def("normalized_images", normalized_images);

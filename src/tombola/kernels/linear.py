@@ -1,0 +1,235 @@
+"""Linear layers of surviving weights, and whole networks of linear layers and ReLUs.
+
+PyTorch spends more time on each layer of a small network, and on finding its gradients, than a sparse layer takes to
+compute, and multiplies slower where the features of a sample lie side by side than where the samples of a feature do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import groupby, pairwise
+from typing import Any, Protocol, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
+
+from tombola.kernels import layers
+from tombola.kernels.layers import Sparse, as_it_is, computes, empty, view
+
+Found: TypeAlias = list[Tensor | None]
+
+
+class _Part(Protocol):
+    """Linear layers in a row, with their ReLUs. Their weights and biases are passed in turn; a bias may be None."""
+
+    def forward(self, x: Tensor, weights: Sequence[Any]) -> tuple[Tensor, list[Tensor]]:
+        """Return the output for x, (batch, inputs), and what `backward` needs to keep."""
+
+    def backward(
+        self, dy: Tensor, weights: Sequence[Any], kept: Sequence[Tensor], needs: Sequence[bool]
+    ) -> tuple[Tensor | None, Found]:
+        """Return the gradients of x and of the weights for that of the output; `needs` says which are needed."""
+
+
+class _Surviving:
+    """Layers of surviving weights.
+
+    Args:
+        kernels: one for each.
+        relus: whether a ReLU follows it.
+
+    """
+
+    def __init__(self, kernels: Sequence[Any], relus: Sequence[bool]) -> None:
+        self.chain = layers.extension.Chain(kernels, relus)
+
+    def forward(self, x: Tensor, weights: Sequence[Any]) -> tuple[Tensor, list[Tensor]]:
+        batch = len(x)
+        y, memory = empty((batch, self.chain.outputs)), torch.empty(self.chain.floats(batch))
+        self.chain.forward(_addresses(weights), view(x), batch, view(y), memory.data_ptr())
+        return y, [memory]
+
+    def backward(
+        self, dy: Tensor, weights: Sequence[Any], kept: Sequence[Tensor], needs: Sequence[bool]
+    ) -> tuple[Tensor | None, Found]:
+        batch = len(dy)
+        dx = empty((batch, self.chain.inputs)) if needs[0] else None
+        wanted = [values or bias for values, bias in zip(needs[1::2], needs[2::2], strict=True) for _ in range(2)]
+        found = [
+            torch.empty_like(weight) if want and weight is not None else None
+            for want, weight in zip(wanted, weights, strict=True)
+        ]
+        to = (0, 0, 0) if dx is None else view(dx)
+        self.chain.backward(_addresses(weights), view(dy), batch, kept[0].data_ptr(), _addresses(found), to)
+        return dx, found
+
+
+def _addresses(tensors: Sequence[Tensor | None]) -> list[int]:
+    return [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+
+
+class _Dense:
+    """A layer of all its weights.
+
+    Args:
+        relu: whether a ReLU follows it.
+
+    """
+
+    def __init__(self, *, relu: bool) -> None:
+        self.relu = relu
+
+    def forward(self, x: Tensor, weights: Sequence[Any]) -> tuple[Tensor, list[Tensor]]:
+        weight, bias = weights
+        y = weight @ x.t() if bias is None else torch.addmm(bias[:, None], weight, x.t())
+        return (y.clamp_min_(0).t(), [x, y]) if self.relu else (y.t(), [x])
+
+    def backward(
+        self, dy: Tensor, weights: Sequence[Any], kept: Sequence[Tensor], needs: Sequence[bool]
+    ) -> tuple[Tensor | None, Found]:
+        delta, x = dy.t(), kept[0]
+        if self.relu:
+            delta = torch.ops.aten.threshold_backward(delta, kept[1], 0)
+        dx = (weights[0].t() @ delta).t() if needs[0] else None
+        return dx, [delta @ x if needs[1] else None, delta.sum(1) if needs[2] else None]
+
+
+class _Product(torch.autograd.Function):
+    """One layer's output as a function of its input, its surviving weights and its bias."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, values: Tensor, bias: Tensor | None, part: _Surviving) -> Tensor:
+        y, kept = part.forward(x, (values, bias))
+        ctx.save_for_backward(values, bias, *kept)
+        ctx.part = part
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        values, bias, *kept = ctx.saved_tensors
+        dx, found = ctx.part.backward(dy, (values, bias), kept, ctx.needs_input_grad[:3])
+        return (dx, *found, None)
+
+
+class SparseLinear(Sparse):
+    """y = x W^T + b for a W of which only the survivors exist.
+
+    Args:
+        weight: initial weight, (outputs, inputs); only what `mask` keeps is taken.
+        bias: (outputs,) or None.
+        mask: bool, the shape of `weight`.
+        instruction_set: one of `instruction_sets()`; the machine's best by default.
+
+    """
+
+    dimensions = 2
+
+    @property
+    def in_features(self) -> int:
+        """The number of inputs."""
+        return self.shape[1]
+
+    @property
+    def out_features(self) -> int:
+        """The number of outputs."""
+        return self.shape[0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the layer's outputs, as the dense layer of its weights gives them."""
+        inputs = self.shape[1]
+        if x.dim() > 2 and x.shape[-1] == inputs:
+            y: Tensor = self(x.flatten(0, -2)).unflatten(0, x.shape[:-1])
+            return y
+        kernel = self.kernel(x.shape[1:]) if x.dim() == 2 and computes(x, self.values, self.bias) else None
+        if kernel is None:
+            return functional.linear(x, self.weight, self.bias)
+        product: Tensor = _Product.apply(x, self.values, self.bias, _Surviving([kernel], [False]))  # type: ignore[no-untyped-call]
+        return product
+
+    def _make(self, size: Sequence[int]) -> Any:
+        return self._layer((1, 1), (1, 1), 1, (0, 0)) if size[0] == self.shape[1] else None
+
+    def extra_repr(self) -> str:
+        """Return shape and density."""
+        return f"{self.shape[1]}, {self.shape[0]}, bias={self.bias is not None}, density={self.density:.4g}"
+
+
+Linear: TypeAlias = nn.Linear | SparseLinear
+
+
+class Row:
+    """A network that is nothing but linear layers in a row, with ReLUs, trained without autograd.
+
+    Args:
+        linear: the layers, each one's outputs the next one's inputs, and whether a ReLU follows.
+        flattens: whether an example may have any shape.
+
+    """
+
+    def __init__(self, linear: Sequence[tuple[Linear, bool]], *, flattens: bool) -> None:
+        self._inputs = linear[0][0].in_features
+        self._flattens = flattens
+        self._one = torch.ones(())
+        self._parts: list[tuple[_Part, list[Any]]] = []  # with weights and biases in turn, some None
+        for sparse, group in groupby(linear, lambda pair: isinstance(pair[0], SparseLinear)):
+            layers, relus = zip(*group, strict=True)
+            if sparse:
+                weights = [weight for layer in layers for weight in (layer.values, layer.bias)]
+                self._parts.append((_Surviving([layer.kernel(layer.shape[1:]) for layer in layers], relus), weights))
+            else:
+                self._parts += [
+                    (_Dense(relu=relu), [layer.weight, layer.bias]) for layer, relu in zip(layers, relus, strict=True)
+                ]
+        self._weights = [weight for _, weights in self._parts for weight in weights]
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Row | None:
+        """Return a plain `nn.Sequential` as a row, None for any other network."""
+        if type(model) is not nn.Sequential or not all(map(as_it_is, model.modules())):
+            return None
+        first, *rest = [*model, None]
+        flattens = type(first) is nn.Flatten and (first.start_dim, first.end_dim) == (1, -1)
+        linear: list[tuple[Linear, bool]] = []
+        for module in rest[:-1] if flattens else [*model]:
+            if type(module) is nn.ReLU and linear:
+                linear[-1] = (linear[-1][0], True)
+            elif type(module) is nn.Linear or (type(module) is SparseLinear and module.kernel(module.shape[1:])):
+                linear.append((module, False))
+            else:
+                return None
+        fitting = all(before.out_features == after.in_features for (before, _), (after, _) in pairwise(linear))
+        shared = len(list(model.parameters())) < len(list(model.named_parameters(remove_duplicate=False)))
+        return cls(linear, flattens=flattens) if linear and fitting and not shared else None
+
+    def takes(self, x: Tensor, labels: Tensor) -> bool:
+        """Whether `cross_entropy` computes what the network and `functional.cross_entropy` do with these."""
+        fitting = (x.dim() == 2 or self._flattens) and x.numel() == len(labels) * self._inputs and len(x) == len(labels)
+        return fitting and labels.dim() == 1 and labels.dtype is torch.int64 and computes(x, *self._weights)
+
+    @torch.no_grad()
+    def cross_entropy(self, x: Tensor, labels: Tensor) -> Tensor:
+        """Return the mean cross-entropy of the outputs for x, (batch, ...), and let the weights have its gradients.
+
+        What autograd would do, by the same functions.
+        """
+        y, kept = x.flatten(1), []
+        for part, weights in self._parts:
+            y, own = part.forward(y, weights)
+            kept.append(own)
+        mean, ignored = 1, -100
+        log_p = torch.log_softmax(y, 1)
+        loss: Tensor
+        loss, total = torch.ops.aten.nll_loss_forward(log_p, labels, None, mean, ignored)
+        dy = torch.ops.aten.nll_loss_backward(self._one, log_p, labels, None, mean, ignored, total)
+        dy = torch.ops.aten._log_softmax_backward_data(dy, log_p, 1, log_p.dtype)
+        for number in reversed(range(len(self._parts))):
+            part, weights = self._parts[number]
+            needs = [weight is not None and weight.requires_grad for weight in weights]
+            dy, found = part.backward(dy, weights, kept[number], [number > 0, *needs])
+            for weight, gradient, needed in zip(weights, found, needs, strict=True):
+                if needed:
+                    weight.grad = gradient
+        return loss
