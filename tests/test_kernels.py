@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import copy
 import pickle
+import subprocess
+import sys
 from collections.abc import Callable
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from tombola import kernels
+from tombola import Mask, Recipe, datasets, kernels, prune, train
+from tombola.importance import magnitude
 from tombola.kernels import BatchNorm2d, Row, SparseConv2d, SparseLinear, layers, linear
 
 needs_kernels = pytest.mark.skipif(not kernels.available(), reason="built without kernels")
@@ -357,8 +361,10 @@ def test_rule() -> None:
     assert not kernels.choose((1000, 1000), 0.46)
     assert kernels.choose((4096, 4096), 0.3)
     assert not kernels.choose((4096, 4096), 0.31)
-    assert kernels.choose((16, 16, 3, 3), 0.3)
-    assert not kernels.choose((16, 16, 3, 3), 0.31)
+    assert kernels.choose((16, 3, 3, 3), 0.6)
+    assert not kernels.choose((16, 3, 3, 3), 0.61)
+    assert kernels.choose((16, 16, 3, 3), 0.4)
+    assert not kernels.choose((16, 16, 3, 3), 0.41)
     assert kernels.choose((300, 784), 0.55, 16)
     assert not kernels.choose((300, 784), 0.01, 15)
     assert kernels.choose((16, 16, 3, 3), 0.1, 63)
@@ -372,6 +378,36 @@ def test_without_kernels_everything_is_dense(monkeypatch: pytest.MonkeyPatch) ->
     assert kernels.instruction_set() is None
     assert set(kernels.choices(model, mask).values()) == {"dense"}
     assert isinstance(kernels.sparsify(model, mask).get_submodule("fc"), nn.Linear)
+
+
+def test_missing_kernels_are_told_once(monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder) -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    ones = Mask.ones_like(model)
+    half = prune(model.state_dict(), ones, magnitude, 0.5)
+    digits, recipe = datasets.load("digits", None), Recipe(iterations=2)
+
+    def told(mask: Mask) -> int:
+        recwarn.clear()
+        train(model, model.state_dict(), mask, digits, recipe, seed=0)
+        return [warning.category for warning in recwarn].count(kernels.NoKernelsWarning)
+
+    kernels.warn_if_missing.cache_clear()
+    assert told(half) == 0 or not kernels.available()
+    monkeypatch.setattr(layers, "extension", None)
+    kernels.warn_if_missing.cache_clear()
+    assert told(ones) == 0, "nothing is lost"
+    assert [told(half), told(half)] == [1, 0]
+    kernels.warn_if_missing.cache_clear()
+
+
+def test_missing_kernels_are_told_by_a_run(tmp_path: Path) -> None:
+    program = (
+        "import sys; sys.modules['tombola.kernels._sparse'] = None; from tombola.cli import main; sys.exit(main())"
+    )
+    study = ["digits", "--importances", "magnitude", "--seeds", "0", "--levels", "1", "--recipe.epochs", "1"]
+    command = [sys.executable, "-c", program, "run", *study, "--store", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stderr.count(kernels.MISSING) == 1
 
 
 @needs_kernels

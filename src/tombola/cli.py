@@ -63,6 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run(options: argparse.Namespace) -> int:
     """Do the trainings of a study that are not done yet, and print the results."""
+    from tombola import kernels
     from tombola.display import show_results, showing
     from tombola.engine.run import run as run_study
     from tombola.problem import try_out
@@ -73,6 +74,8 @@ def run(options: argparse.Namespace) -> int:
     try_out(planner.problem, here)
     planner.store = Store(options.store)
     planner.store.check_writable()
+    if here.device == "cpu" and not kernels.available():
+        print(f"note: {kernels.MISSING}", file=sys.stderr)
     with (
         cli_engine.workers_of(options, planner, _workers(options)) as workers,
         showing(planner) as show,

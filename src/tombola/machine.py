@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from tombola import kernels
+
 _FEATURES = ("avx", "fma", "amx", "sse4", "asimd", "sve", "bf16")
 
 
@@ -20,13 +22,14 @@ def machine() -> dict[str, Any]:
     """Return processor, its features, library versions and tombola's commit, as JSON's types.
 
     >>> sorted(machine())
-    ['commit', 'features', 'instruction_set', 'processor', 'python', 'system', 'versions']
+    ['commit', 'features', 'instruction_set', 'kernels', 'processor', 'python', 'system', 'versions']
     """
     return {
         "system": f"{platform.system()} {platform.machine()}",
         "processor": _cpu("model name") or platform.processor(),
         "features": " ".join(sorted(flag for flag in _cpu("flags").split() if flag.startswith(_FEATURES))),
         "instruction_set": torch.backends.cpu.get_cpu_capability(),
+        "kernels": kernels.instruction_set(),
         "python": platform.python_version(),
         "versions": {name: metadata.version(name) for name in ("tombola", "torch", "numpy")},
         "commit": _commit(),

@@ -172,6 +172,8 @@ def train(
     zero_pruned(model, mask)
     weights = {name for name, _ in model.named_parameters()}
     infinite = {name for name, t in initial.items() if name not in weights and not t.isfinite().all()}  # by design
+    if device == "cpu" and mask.alive < mask.total:
+        kernels.warn_if_missing()
     if sparse_layers(model, mask, recipe, device):
         kernels.sparsify(model, mask, recipe.batch_size)
     usual = device == "cpu" and recipe.precision == "float32" and loss is functional.cross_entropy

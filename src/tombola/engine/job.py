@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -12,6 +13,7 @@ import numpy as np
 import safetensors.torch
 import torch
 
+from tombola.kernels import NoKernelsWarning
 from tombola.machine import machine
 from tombola.mask import Mask
 from tombola.planning import Training
@@ -73,20 +75,22 @@ def perform(job: Job, problem: Problem, resume: Checkpoint | None, watch: Watch)
     """Do a job."""
     clock = _Clock(watch)
     mask = Mask(job.shapes, {name: np.frombuffer(bits, np.uint8) for name, bits in job.bits.items()})
-    trained = train(
-        problem.build(),
-        safetensors.torch.load(job.initial),
-        mask,
-        problem.data,
-        Recipe.model_validate(job.recipe),
-        job.seed,
-        begin=job.begin,
-        end=job.end,
-        loss=problem.loss,
-        device=job.device,
-        resume=resume,
-        watch=clock,
-    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", NoKernelsWarning)  # the run has said so, once for all workers
+        trained = train(
+            problem.build(),
+            safetensors.torch.load(job.initial),
+            mask,
+            problem.data,
+            Recipe.model_validate(job.recipe),
+            job.seed,
+            begin=job.begin,
+            end=job.end,
+            loss=problem.loss,
+            device=job.device,
+            resume=resume,
+            watch=clock,
+        )
     record = {
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "seconds": round(clock.seconds, 3),

@@ -221,6 +221,9 @@ def _train(
     if other := differences({name: driver[name] for name in _MUST_AGREE}, machine()):
         return Failed(job.key, f"a machine of the cluster has other software than this one: {'; '.join(other)}")
 
+    if (driver["kernels"] is None) != (machine()["kernels"] is None):
+        return Failed(job.key, "tombola has its kernels on one machine of the cluster and not on another")
+
     def tell(iteration: int) -> None:
         post.tell.remote(job.key, iteration)
 

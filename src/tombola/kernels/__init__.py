@@ -6,7 +6,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -17,7 +19,9 @@ from tombola.kernels.layers import BatchNorm2d, SparseConv2d, as_it_is
 from tombola.kernels.linear import Row, SparseLinear
 
 __all__ = [
+    "MISSING",
     "BatchNorm2d",
+    "NoKernelsWarning",
     "Row",
     "SparseConv2d",
     "SparseLinear",
@@ -29,12 +33,27 @@ __all__ = [
     "normalized",
     "normalized_images",
     "sparsify",
+    "warn_if_missing",
 ]
+
+
+MISSING = "tombola was built without its kernels (no C++ compiler): sparse networks train no faster than dense ones"
+
+
+class NoKernelsWarning(UserWarning):
+    """Sparse networks train as slowly as dense ones, because the package was built without its kernels."""
 
 
 def available() -> bool:
     """Whether the package was built with its kernels."""
     return layers.extension is not None
+
+
+@functools.cache
+def warn_if_missing() -> None:
+    """Warn, once in a process, where the package was built without its kernels."""
+    if not available():
+        warnings.warn(MISSING, NoKernelsWarning, stacklevel=3)
 
 
 def instruction_set() -> str | None:
@@ -73,15 +92,23 @@ def choose(shape: Sequence[int], density: float, batch_size: int = 128) -> bool:
     #   64 -> 64, 8 x 8      128   .45   .77   .48   .72  1.00
     #   256 -> 256, 8 x 8    128   .23   .55   .59   .73  1.07
     #
-    # Convolutions stop at .3 although some gain beyond: beside a dense neighbour they pay for the change of layout.
+    # Beside a sparse neighbour a convolution saves the change of layout too: a step of ResNet-20 at .02 took .7 of the
+    # time when its first layer and its shortcuts, of densities up to .6, became sparse; one of VGG-16 at .1 took .85
+    # with all that are below .4.
     if batch_size < 16:
         return False
     if len(shape) == 2:
-        return density < 1 and density <= next(most for size, most in _LINEAR if math.prod(shape) <= size)
-    return density <= (0.3 if batch_size >= 64 else 0.1)
+        return density < 1 and density <= _most(_LINEAR, shape)
+    return density <= (_most(_CONVOLUTION, shape) if batch_size >= 64 else 0.1)
 
 
-_LINEAR = ((2**12, 1.0), (2**15, 0.75), (2**18, 0.55), (2**20, 0.45), (math.inf, 0.3))  # up to how many weights
+# Up to how many weights, up to which density.
+_LINEAR = ((2**12, 1.0), (2**15, 0.75), (2**18, 0.55), (2**20, 0.45), (math.inf, 0.3))
+_CONVOLUTION = ((2**11, 0.6), (math.inf, 0.4))
+
+
+def _most(densities: Sequence[tuple[float, float]], shape: Sequence[int]) -> float:
+    return next(density for size, density in densities if math.prod(shape) <= size)
 
 
 def _eligible(module: nn.Module) -> bool:
