@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 
 from tombola import Mask, Recipe, datasets, kernels, prune, train
 from tombola.importance import magnitude
-from tombola.kernels import BatchNorm2d, Row, SparseConv2d, SparseLinear, layers, linear
+from tombola.kernels import BatchNorm2d, MaxPool2d, Row, SparseConv2d, SparseLinear, layers, linear
 
 needs_kernels = pytest.mark.skipif(not kernels.available(), reason="built without kernels")
 SETS: list[str] = layers.extension.instruction_sets() if layers.extension else ["plain"]
@@ -361,14 +362,49 @@ def test_rule() -> None:
     assert not kernels.choose((1000, 1000), 0.46)
     assert kernels.choose((4096, 4096), 0.3)
     assert not kernels.choose((4096, 4096), 0.31)
-    assert kernels.choose((16, 3, 3, 3), 0.6)
-    assert not kernels.choose((16, 3, 3, 3), 0.61)
+    assert kernels.choose((16, 3, 3, 3), 0.85, beside=True)
+    assert not kernels.choose((16, 3, 3, 3), 0.86, beside=True)
+    assert not kernels.choose((16, 3, 3, 3), 0.41)
     assert kernels.choose((16, 16, 3, 3), 0.4)
     assert not kernels.choose((16, 16, 3, 3), 0.41)
     assert kernels.choose((300, 784), 0.55, 16)
     assert not kernels.choose((300, 784), 0.01, 15)
     assert kernels.choose((16, 16, 3, 3), 0.1, 63)
     assert not kernels.choose((16, 16, 3, 3), 0.11, 63)
+
+
+@needs_kernels
+def test_small_convolutions_do_as_their_neighbours() -> None:
+    model = nn.Sequential(*(nn.Conv2d(8, 8, 3) for _ in range(4)))
+    mask = {name: torch.zeros_like(p).bool() for name, p in model.named_parameters() if p.dim() == 4}
+    for name, alive in zip(mask, (460, 460, 230, 500), strict=True):  # of 576
+        mask[name].view(-1)[:alive] = True
+    assert list(kernels.choices(model, mask).values()) == ["dense", "sparse", "sparse", "dense"]
+
+
+@needs_kernels
+@settings(max_examples=30, deadline=None)
+@given(
+    seed=st.integers(0, 2**31),
+    shape=st.tuples(st.sampled_from([1, 7, 64]), st.integers(1, 5), st.integers(2, 9), st.integers(2, 9)),
+    layout=LAYOUTS,
+    how=st.sampled_from([{}, {"stride": 1}, {"padding": 1}, {"ceil_mode": True}, {"return_indices": True}]),
+)
+def test_max_pooling_keeps_layout_and_bits(seed: int, shape: tuple[int, ...], layout: str, how: dict[str, Any]) -> None:
+    torch.manual_seed(seed)
+    dense = nn.MaxPool2d(2, **how)
+    x = in_layout(torch.randn(shape), layout)
+    results = []
+    for pool in (dense, MaxPool2d.of(copy.deepcopy(dense))):
+        inputs = x.detach().requires_grad_()
+        y = pool(inputs)
+        y = y[0] if "return_indices" in how else y
+        y.square().sum().backward()
+        assert inputs.grad is not None
+        results.append((y.detach(), inputs.grad))
+    assert all(map(torch.equal, *results))
+    if x.stride() == layers._strides(x.shape) and "return_indices" not in how:
+        assert results[1][0].stride() == layers._strides(results[1][0].shape)
 
 
 def test_without_kernels_everything_is_dense(monkeypatch: pytest.MonkeyPatch) -> None:

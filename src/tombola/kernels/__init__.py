@@ -15,12 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from tombola.kernels import layers
-from tombola.kernels.layers import BatchNorm2d, SparseConv2d, as_it_is
+from tombola.kernels.layers import BatchNorm2d, MaxPool2d, SparseConv2d, as_it_is
 from tombola.kernels.linear import Row, SparseLinear
 
 __all__ = [
     "MISSING",
     "BatchNorm2d",
+    "MaxPool2d",
     "NoKernelsWarning",
     "Row",
     "SparseConv2d",
@@ -64,13 +65,14 @@ def instruction_set() -> str | None:
     return fastest
 
 
-def choose(shape: Sequence[int], density: float, batch_size: int = 128) -> bool:
+def choose(shape: Sequence[int], density: float, batch_size: int = 128, *, beside: bool = False) -> bool:
     """Whether a layer of this weight shape and density trains faster sparse: a rule, the same on every machine.
 
     Args:
         shape: (outputs, inputs) or (outputs, inputs, height, width).
         density: alive / all connections of the layer.
         batch_size: samples per training step.
+        beside: whether the layer before or after it is sparse.
 
     """
     # Time of forward and both gradients relative to dense, by density; the least of interleaved repetitions on one
@@ -92,23 +94,19 @@ def choose(shape: Sequence[int], density: float, batch_size: int = 128) -> bool:
     #   64 -> 64, 8 x 8      128   .45   .77   .48   .72  1.00
     #   256 -> 256, 8 x 8    128   .23   .55   .59   .73  1.07
     #
-    # Beside a sparse neighbour a convolution saves the change of layout too: a step of ResNet-20 at .02 took .7 of the
-    # time when its first layer and its shortcuts, of densities up to .6, became sparse; one of VGG-16 at .1 took .85
-    # with all that are below .4.
+    # Beside a sparse neighbour a convolution saves the change of layout too. With the first layer and the shortcuts,
+    # which are small and stay the densest, a step of ResNet-20 took .7 of the time; with all below .4, one of VGG-16
+    # at .1 took .85.
     if batch_size < 16:
         return False
     if len(shape) == 2:
-        return density < 1 and density <= _most(_LINEAR, shape)
-    return density <= (_most(_CONVOLUTION, shape) if batch_size >= 64 else 0.1)
+        return density < 1 and density <= next(most for size, most in _LINEAR if math.prod(shape) <= size)
+    if batch_size < 64:
+        return density <= 0.1
+    return density <= (0.85 if beside and math.prod(shape) <= 2**11 else 0.4)
 
 
-# Up to how many weights, up to which density.
-_LINEAR = ((2**12, 1.0), (2**15, 0.75), (2**18, 0.55), (2**20, 0.45), (math.inf, 0.3))
-_CONVOLUTION = ((2**11, 0.6), (math.inf, 0.4))
-
-
-def _most(densities: Sequence[tuple[float, float]], shape: Sequence[int]) -> float:
-    return next(density for size, density in densities if math.prod(shape) <= size)
+_LINEAR = ((2**12, 1.0), (2**15, 0.75), (2**18, 0.55), (2**20, 0.45), (math.inf, 0.3))  # up to how many weights
 
 
 def _eligible(module: nn.Module) -> bool:
@@ -139,20 +137,25 @@ def choices(model: nn.Module, mask: Mapping[str, Tensor], batch_size: int = 128)
     names: dict[int, int] = {}
     for _, parameter in model.named_parameters(remove_duplicate=False):
         names[id(parameter)] = names.get(id(parameter), 0) + 1
-    chosen = {}
+    densities = {}
     for name, alive in mask.items():
         path, _, attribute = name.rpartition(".")
         module = modules.get(path)
-        sparse = (
+        if (
             available()
             and attribute == "weight"
             and module is not None
             and module is not model  # a model that is one layer has no parent to hold the new one
             and _eligible(module)
             and all(names[id(p)] == 1 for p in module.parameters(recurse=False))
-            and choose(alive.shape, float(alive.count_nonzero()) / max(1, alive.numel()), batch_size)
-        )
-        chosen[name] = "sparse" if sparse else "dense"
+        ):
+            densities[name] = float(alive.count_nonzero()) / max(1, alive.numel())
+    alone = [choose(mask[name].shape, density, batch_size) for name, density in densities.items()]
+    chosen = dict.fromkeys(mask, "dense")
+    for number, (name, density) in enumerate(densities.items()):
+        beside = any(alone[max(0, number - 1) : number + 2])
+        if choose(mask[name].shape, density, batch_size, beside=beside):
+            chosen[name] = "sparse"
     return chosen
 
 
@@ -186,6 +189,8 @@ def sparsify(model: nn.Module, mask: Mapping[str, Tensor], batch_size: int = 128
         for path, module in list(model.named_modules()):
             if type(module) is nn.BatchNorm2d and module.affine and path and "forward" not in vars(module):
                 model.set_submodule(path, BatchNorm2d.of(module))
+            elif type(module) is nn.MaxPool2d and path and "forward" not in vars(module):
+                model.set_submodule(path, MaxPool2d.of(module))
     return model
 
 

@@ -283,3 +283,24 @@ class BatchNorm2d(nn.BatchNorm2d):
             if self.num_batches_tracked is not None:
                 self.num_batches_tracked.add_(1)
         return y
+
+
+class MaxPool2d(nn.MaxPool2d):
+    """Max pooling that keeps the kernels' layout.
+
+    With the first two dimensions exchanged that is PyTorch's channels-last, which it is fast on. Left alone it would
+    give its own layout back, and every operation on both layouts is several times slower.
+    """
+
+    @classmethod
+    def of(cls, module: nn.MaxPool2d) -> MaxPool2d:
+        """The same layer: it takes over all that `module` holds."""
+        layer = cls.__new__(cls)
+        layer.__dict__ = module.__dict__
+        return layer
+
+    def forward(self, input: Tensor) -> Any:
+        """Return what the layer gives on any other layout."""
+        if input.dim() != 4 or input.stride() != _strides(input.shape) or self.return_indices:
+            return super().forward(input)
+        return super().forward(input.transpose(0, 1)).transpose(0, 1)
