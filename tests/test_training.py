@@ -182,6 +182,28 @@ def test_golden_streams() -> None:
     assert changes.flips.tolist() == [False, False, True, True]
 
 
+# Rows of linear layers, which are trained without autograd.
+
+
+@pytest.mark.parametrize("fraction", [0.1, 0.5, 0.92])
+@pytest.mark.parametrize("factor", [1, 2])
+def test_a_row_is_trained_like_any_network(fraction: float, factor: int) -> None:
+    """Under a loss of its own it is trained by autograd; a loss of twice the size asks for half the learning rate."""
+    model, initial, mask = _setting(_perceptron, fraction)
+    assert kernels.Row.of(model) is not None
+    recipe = Recipe(optimizer="momentum", lr=0.05, weight_decay=0.0, batch_size=16, iterations=12)
+
+    def loss(outputs: Tensor, labels: Tensor) -> Tensor:
+        return factor * nn.functional.cross_entropy(outputs, labels)
+
+    usual = train(model, initial, mask, IMAGES, recipe, 0)
+    own = train(model, initial, mask, IMAGES, recipe.model_copy(update={"lr": 0.05 / factor}), 0, loss=loss)
+    assert usual.batch_losses.allclose(own.batch_losses / factor, rtol=1e-4)
+    for name, weight in usual.weights.state.items():
+        assert weight.allclose(own.weights.state[name], rtol=1e-3, atol=1e-5), name
+        assert not weight.equal(initial[name]), name
+
+
 # A pure function.
 
 
