@@ -190,10 +190,11 @@ class Row:
         """Return a plain `nn.Sequential` as a row, None for any other network."""
         if type(model) is not nn.Sequential or not all(map(as_it_is, model.modules())):
             return None
-        first, *rest = [*model, None]
+        modules = list(model)
+        first = next(iter(modules), None)
         flattens = type(first) is nn.Flatten and (first.start_dim, first.end_dim) == (1, -1)
         linear: list[tuple[Linear, bool]] = []
-        for module in rest[:-1] if flattens else [*model]:
+        for module in modules[flattens:]:
             if type(module) is nn.ReLU and linear:
                 linear[-1] = (linear[-1][0], True)
             elif type(module) is nn.Linear or (type(module) is SparseLinear and module.kernel(module.shape[1:])):
