@@ -360,16 +360,27 @@ def test_a_study_as_toml_is_the_same_study(name: str, tmp_path: Path) -> None:
     assert tomllib.loads(provenance.as_toml(study))["levels"] == study.levels
 
 
-def test_colours_differ_for_readers_with_any_colour_blindness() -> None:
-    for theme, background in ((look.LIGHT, "#ffffff"), (look.DARK, "#15181c")):
-        for one, other in combinations(theme[:5], 2):
-            for kind in KINDS:
-                assert difference(one, other, kind) > 8, (one, other, kind)
-        for colour in theme:
-            light, dark = sorted(map(luminance, (colour, background)), reverse=True)
-            assert (light + 0.05) / (dark + 0.05) >= 3, colour
-    assert len(set(look.LIGHT)) == len(set(look.DARK)) == 12
-    assert len(look.SHAPES) == len(look.DASHES) == 8
+@pytest.mark.parametrize(("theme", "background"), [(look.LIGHT, "#ffffff"), (look.DARK, "#15181c")])
+def test_colours_differ_for_readers_with_any_colour_blindness(theme: Sequence[str], background: str) -> None:
+    assert len(theme) == 12
+    apart = {
+        (one, other): min(difference(theme[one], theme[other], kind) for kind in KINDS)
+        for one, other in combinations(range(12), 2)
+    }
+    assert min(apart.values()) > 15
+    assert min(distance for (_, other), distance in apart.items() if other < 5) > 24, "the paper's five"
+    for (one, other), distance in apart.items():
+        if look.dash(one) == look.dash(other) or look.shape(one) == look.shape(other):
+            assert distance > 25, (one, other)
+    for colour in theme:
+        light, dark = sorted(map(luminance, (colour, background)), reverse=True)
+        assert (light + 0.05) / (dark + 0.05) >= 3, colour
+
+
+def test_no_two_importances_look_alike() -> None:
+    looks = [(number % 12, *look.dash(number), look.shape(number)) for number in range(60)]
+    assert len(set(looks)) == 60, "with more than twelve, colours come again"
+    assert len({each[1:] for each in looks[:12]}) == 12, "where there is no colour"
 
 
 # the command line

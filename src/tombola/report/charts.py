@@ -13,7 +13,7 @@ import polars as pl
 from altair.utils.schemapi import debug_mode
 
 from tombola.analysis.gather import ALL, DATA_ORDER, IMPORTANCES
-from tombola.report.look import DASHES, SHAPES, Chart
+from tombola.report.look import Chart, dash, shape
 from tombola.report.tables import DENSITY, NOISE, TWO
 
 _HEIGHT = 230
@@ -422,13 +422,12 @@ def _colour(importances: Sequence[str], *, legend: bool = True) -> alt.Color:
 
 
 def _dash(importances: Sequence[str]) -> alt.StrokeDash:
-    dashes = [DASHES[number % len(DASHES)] for number in range(len(importances))]
-    return alt.StrokeDash("importance:N", scale=alt.Scale(domain=list(importances), range=dashes), legend=_LEGEND)
+    scale = alt.Scale(domain=list(importances), range=[dash(number) for number in range(len(importances))])
+    return alt.StrokeDash("importance:N", scale=scale, legend=_LEGEND)
 
 
 def _shape(importances: Sequence[str], *, legend: bool = True) -> alt.Shape:
-    shapes = [SHAPES[number % len(SHAPES)] for number in range(len(importances))]
-    scale = alt.Scale(domain=list(importances), range=shapes)
+    scale = alt.Scale(domain=list(importances), range=[shape(number) for number in range(len(importances))])
     return alt.Shape("importance:N", scale=scale, legend=_LEGEND if legend else None)
 
 
