@@ -63,11 +63,11 @@ def finish(planner: Planner, **how: Any) -> None:
 
 @pytest.fixture(scope="module")
 def planner(tmp_path_factory: pytest.TempPathFactory) -> Planner:
-    """Of a finished study, with a partial reinitialisation at level 2."""
+    """Of a finished study, with partial reinitialisations: two draws at level 2, and of two importances one at 1."""
     torch.set_num_threads(1)
     planner = opened(tmp_path_factory.mktemp("report") / "store")
     finish(planner)
-    for plan in reinit.plans(planner, 2, 2):
+    for plan in [*reinit.plans(planner, 2, 2), *reinit.plans(planner, 1, 1, ["min_max", "l1"], [1])]:
         finish(plan.planner)
     return planner
 
@@ -241,13 +241,50 @@ def test_every_section_tells_what_it_shows_or_how_to_come_by_it(planner: Planner
     some = gather(planner, "s", ["s.toml", "--levels", "3"], level=3)
     absent = {section.name: section.command for section in sections(some) if not section.parts}
     assert absent == {
-        "reinit": "tombola reinit s.toml --level 3 --levels 3",
         "connectivity": "tombola report s.toml --with connectivity --levels 3",
         "functions": "tombola report s.toml --with functions --levels 3",
     }
-    html = page(some)
+    none = dataclasses.replace(some, tables={name: each for name, each in some.tables.items() if name != "reinit"})
+    html = page(none)
     assert "tombola reinit s.toml --level 3 --levels 3" in html
     assert str(planner.store.root) not in html
+
+
+def test_every_partial_reinitialisation_in_the_store_is_shown(planner: Planner, contents: Contents) -> None:
+    (section,) = [section for section in sections(contents) if section.name == "reinit"]
+    assert [part.title for part in section.parts] == [
+        "Level 1, what the tickets of l1 and min_max share; 1 draw, each of 1 seed",
+        "Level 2, what the tickets of all 3 importances share; 2 draws, each of 2 seeds",
+    ]
+    of_two, of_all = (part.table for part in section.parts)
+    assert of_two["importance"].unique(maintain_order=True).to_list() == ["l1", "min_max"]
+    assert of_two["low"].null_count() == len(of_two), "from one draw no interval"
+    expected = tables.reinit(reinit.of_plans(reinit.plans(planner, 2, 2)))
+    assert of_all.equals(expected)
+    chart = section.parts[0].chart
+    assert chart is not None
+    drawn = str(look.on_page(chart))
+    assert "'values': ['l1', 'min_max']" in drawn, "its legend"
+    assert f"'domain': {list(STUDY.importances)}" in drawn, "colours are those of all charts"
+
+
+def test_reinitialisations_of_another_study_are_not_shown(planner: Planner) -> None:
+    fewer = {"importances": ("magnitude", "l1"), "seeds": (0,), "data_seeds": ()}
+    for other in (fewer, {"levels": 1, "seeds": (0,)}, {"recipe": STUDY.recipe.model_copy(update={"lr": 0.2})}):
+        with pytest.raises(UserError, match="no partial reinitialisation is in"):
+            reinit.stored(opened(planner.store.root, STUDY.model_copy(update=other)))
+    seed = reinit.stored(opened(planner.store.root, STUDY.model_copy(update={"seeds": (1,)})))
+    assert seed.select("level", "seed", "draws").unique().sort("level").rows() == [(1, 1, 1), (2, 1, 2)]
+
+
+def test_draws_that_not_every_seed_has_are_left_out(tmp_path: Path) -> None:
+    study = STUDY.model_copy(update={"importances": ("magnitude", "l1"), "data_seeds": (), "levels": 1})
+    half = opened(tmp_path / "store", study)
+    finish(half)
+    first, second = reinit.plans(half, 1, 3)
+    finish(first.planner)
+    finish(second.planner, chains=[chain for chain in second.planner.chains if chain.seed < 3])
+    assert reinit.stored(half).select("seed", "draws").unique().sort("seed").rows() == [(0, 2), (1, 2)]
 
 
 def test_the_level_that_is_shown(planner: Planner) -> None:
@@ -269,6 +306,40 @@ def test_the_numbers_of_the_findings(contents: Contents) -> None:
     assert found["Noise floor"].figure in (f"{100 * floor:.1f} %", f"{100 * floor:.0f} %")
     assert found["Bits confirmed"].figure == f"0 of {len(contents.records)}"
     assert "tombola verify does that" in found["Bits confirmed"].text
+
+
+def test_the_sparsest_ticket_of_each_importance_has_its_sentence(contents: Contents) -> None:
+    seeds = {"dense": (0.98, 0.97), "near": (0.976, 0.97), "far": (0.5, 0.5)}
+    accuracies = {"magnitude": ("dense", "near", "near"), "l1": ("dense", "near", "far"), "min_max": ("dense", "far")}
+    results = [
+        Row(name, seed, level, 0.4**level, accuracy, 8, 0.1, False)
+        for name, levels in accuracies.items()
+        for level, which in enumerate(levels)
+        for seed, accuracy in enumerate(seeds[which])
+    ]
+    found = winners.winning(winners.by_level(results, margin=0.005))
+    shown = dataclasses.replace(contents, results=tuple(results), tables={"winners": found}, margin=0.005)
+    kept = findings.keeps(shown)
+    assert kept is not None
+    assert "at most 0.5 points below the dense network's" in kept.meaning
+    assert [(each.title, each.figure) for each in kept.findings] == [
+        ("magnitude", "16.0 % alive"),
+        ("l1", "40.0 % alive"),
+        ("min_max", "none"),
+    ]
+    assert [each.text for each in kept.findings] == [
+        "magnitude keeps it at level 2, with 16.0 % of the connections (6.2 times fewer): 97.30 % against 97.50 %, a "
+        "difference of −0.20 points (95 % from −2.74 to +2.34, which reaches beyond the margin); no sparser one is "
+        "there.",
+        "l1 keeps it at level 1, with 40.0 % of the connections (2.5 times fewer): 97.30 % against 97.50 %, a "
+        "difference of −0.20 points (95 % from −2.74 to +2.34, which reaches beyond the margin).",
+        "No ticket of min_max keeps it, of those up to level 1.",
+    ]
+    surely = dataclasses.replace(shown, tables={"winners": found.with_columns(surely=True)})
+    assert "within the margin as a whole" in findings.keeps(surely).findings[0].text  # type: ignore[union-attr]
+    none = dataclasses.replace(shown, tables={"winners": found.filter(pl.col("importance") != "l1")})
+    assert findings.keeps(none).findings[1].figure == "–"  # type: ignore[union-attr]
+    assert "l1 keeps it at level 1, with 40.0\u00a0% of" in page(shown)
 
 
 def test_what_collapsed_is_named(contents: Contents) -> None:
@@ -326,7 +397,9 @@ def test_one_seed_has_neither_bands_nor_intervals() -> None:
     assert tables.accuracy(one.results)["sd"].null_count() == 2 * 3
     kept = findings.keeps(one)
     assert kept is not None
-    assert "From one seed no interval can be given" in kept[0]
+    assert "From one seed no interval can be given" in kept.meaning
+    assert all("95 %" not in finding.text for finding in kept.findings)
+    assert not {"95 % from", "95 % to"} & set(kept.table.columns)
     (part, *_) = charted(sections(one))
     assert part.chart is not None
     assert "area" not in str(look.on_page(part.chart))

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import reduce
-from itertools import count
-from operator import and_
+from itertools import count, takewhile
 
 import numpy as np
 import polars as pl
@@ -18,6 +16,7 @@ from tombola.analysis.winners import mean_with_interval
 from tombola.errors import UserError
 from tombola.mask import Mask
 from tombola.planning import Chain, Planner
+from tombola.store import DamagedResultError
 from tombola.streams import derive
 from tombola.training import initial_state
 from tombola.weights import State, Weights
@@ -61,47 +60,87 @@ def plans(
     seeds = planner.study.seeds if seeds is None else seeds
     chains = [chain for chain in chosen(planner, importances, at_least=2) if chain.seed in seeds]
     names = tuple(dict.fromkeys(chain.importance for chain in chains))
-    about = {"reinit": {"level": level, "draws": draws, "importances": list(names)}}
     if level < 1:
         raise UserError("reinit: at level 0 every connection is shared, it needs a level from 1 on")
     if draws < 1:
         raise UserError(f"draws: expected 1 or more, got {draws}")
+    asked = range(1, draws + 1)
+    return [_plan(planner, level, names, seed, kept, asked) for seed, kept in _shared(planner, level, chains).items()]
+
+
+def _shared(planner: Planner, level: int, chains: Sequence[Chain]) -> dict[int, Mask]:
+    """Return the connections that the tickets of these chains share at a level, by seed.
+
+    Raises:
+        UserError: where the level is not there or they share nothing.
+    """
     ((_, tickets),) = by_level(planner, chains, [level])
-    found = []
-    for seed in seeds:
-        kept = reduce(and_, (ticket.mask for chain, ticket in tickets.items() if chain.seed == seed))
+    shared: dict[int, Mask] = {}
+    for chain, ticket in tickets.items():
+        shared[chain.seed] = ticket.mask & shared.get(chain.seed, ticket.mask)
+    for seed, kept in shared.items():
         if not kept.alive:
             raise UserError(f"reinit: the tickets of seed {seed} share no connection at level {level}")
-        theta_0 = planner.initial(seed).state
-        states = {
-            draw: partly_new(theta_0, initial_state(planner.problem.build, new_seed(seed, draw)), kept)
-            for draw in range(1, draws + 1)
-        }
-        initial = {draw: Weights.of(state) for draw, state in states.items()}
-        found.append(Plan(seed, kept, planner.restarted(initial, seed, names, level, about)))
-    return found
+    return shared
 
 
-def stored(planner: Planner, level: int) -> pl.DataFrame:
-    """Return the table of `of_plans` for the draws of all importances whose trainings are in the store: 1, 2 and on.
+def _plan(planner: Planner, level: int, names: Sequence[str], seed: int, kept: Mask, draws: Sequence[int]) -> Plan:
+    """Return the trainings of these draws of one seed."""
+    theta_0 = planner.initial(seed).state
+    states = {
+        draw: partly_new(theta_0, initial_state(planner.problem.build, new_seed(seed, draw)), kept) for draw in draws
+    }
+    initial = {draw: Weights.of(state) for draw, state in states.items()}
+    about = {"reinit": {"level": level, "draws": max(draws), "importances": list(names)}}
+    return Plan(seed, kept, planner.restarted(initial, seed, tuple(names), level, about))
+
+
+def stored(planner: Planner) -> pl.DataFrame:
+    """Return the table of `of_plans` for every partial reinitialisation of a study that is in its store.
+
+    Before its columns comes `compared`: the importances whose tickets were compared, in the study's order. Of each
+    level and set of importances there are the seeds that have a first draw, and the draws that all these have.
 
     Args:
         planner: of the study.
-        level: of the tickets whose shared connections were kept.
 
     Raises:
-        UserError: where no draw is there for every seed, or as of `plans`.
+        UserError: where there is none.
     """
-    found: list[Plan] = []
-    for draws in count(1):
-        more = plans(planner, level, draws)
-        latest = [(plan, chain) for plan in more for chain in plan.planner.chains if chain.seed == draws]
-        if any(plan.planner.progress(chain).waits_for is not None for plan, chain in latest):
-            break
-        found = more
-    if not found:
-        raise UserError(f"no partial reinitialisation at level {level} is in {planner.store.root}")
-    return of_plans(found)
+    study = planner.study
+    records = (planner.store.record(one.name) for one in planner.store.entries() if one.kind == "result")
+    notes = [record["reinit"] for record in records if "reinit" in record]
+    asked = {
+        (note["level"], tuple(name for name in study.importances if name in note["importances"]))
+        for note in notes
+        if note["level"] <= study.levels and set(note["importances"]) <= set(study.importances)
+    }
+    tables = []
+    for level, names in sorted(asked, key=lambda each: (each[0], -len(each[1]), each[1])):
+        there = {seed: found for seed in study.seeds if (found := _draws(planner, level, names, seed))}
+        draws = range(1, 1 + min((number for _, number in there.values()), default=0))
+        complete = [_plan(planner, level, names, seed, kept, draws) for seed, (kept, _) in there.items()]
+        tables += [after(of_plans(complete), compared=list(names))] if there else []
+    if not tables:
+        raise UserError(f"no partial reinitialisation is in {planner.store.root}")
+    return pl.concat(tables)
+
+
+def _draws(planner: Planner, level: int, names: Sequence[str], seed: int) -> tuple[Mask, int] | None:
+    """Return what one seed's reinitialisations keep, and how many draws the store has from the first on; None for 0."""
+    try:
+        kept = _shared(planner, level, [Chain(seed, name) for name in names])[seed]
+    except DamagedResultError:
+        raise
+    except UserError:  # the study has no such tickets: another one asked
+        return None
+
+    def done(draw: int) -> bool:
+        other = _plan(planner, level, names, seed, kept, [draw]).planner
+        return all(len(other.progress(chain).tickets) == level + 1 for chain in other.chains)
+
+    number = sum(1 for _ in takewhile(done, count(1)))
+    return (kept, number) if number else None
 
 
 def new_seed(seed: int, draw: int) -> int:

@@ -13,7 +13,8 @@ import polars as pl
 from altair.utils.schemapi import debug_mode
 
 from tombola.analysis.gather import ALL, DATA_ORDER, IMPORTANCES
-from tombola.report.look import Chart, dash, shape
+from tombola.report import look
+from tombola.report.look import Chart
 from tombola.report.tables import DENSITY, NOISE, TWO
 
 _HEIGHT = 230
@@ -237,7 +238,7 @@ def stability(table: pl.DataFrame, importances: Sequence[str]) -> Chart:
     y = alt.Y("importance:N", sort=list(importances), title=None, scale=alt.Scale(domain=list(importances)))
     offset = alt.YOffset("connections:N", scale=alt.Scale(domain=["shared", "other"]))
     base = alt.Chart(_data(pl.concat(parts)))
-    colour = _colour(importances, legend=False)
+    colour = _colour(importances, legend=None)
     layers: list[alt.Chart] = []
     for group, solid in (("shared", True), ("other", False)):
         own = base.transform_filter(f"datum.connections == '{group}'")
@@ -250,7 +251,7 @@ def stability(table: pl.DataFrame, importances: Sequence[str]) -> Chart:
                 y=y,
                 yOffset=offset,
                 color=colour,
-                shape=_shape(importances, legend=False),
+                shape=_shape(importances, legend=None),
                 tooltip=["importance:N", "connections:N", *_numbers("mean", "25 %", "75 %", form=".4g")],
             )
         )
@@ -343,20 +344,21 @@ def _by_layer(
     """Return a mark for each layer and importance at the value of a column, and a line at 0."""
     names = table["layer"].unique(maintain_order=True).to_list()
     y = _layers_down(names)
+    there = table["importance"].unique(maintain_order=True).to_list()
+    legend = alt.Legend(title=None, symbolOpacity=1, values=there)
+    colour, shape = _colour(importances, legend), _shape(importances, legend)
     base = alt.Chart(_data(table))
     layers: list[alt.Chart] = [alt.Chart(alt.InlineData([{"zero": 0}])).mark_rule().encode(x="zero:Q")]
     if whisker is not None:
         low, high = whisker
         rules = base.transform_filter(f"isValid(datum['{low}'])").mark_rule(opacity=0.6)
-        layers.append(
-            rules.encode(x=alt.X(f"{low}:Q", title=title, scale=scale), x2=f"{high}:Q", y=y, color=_colour(importances))
-        )
+        layers.append(rules.encode(x=alt.X(f"{low}:Q", title=title, scale=scale), x2=f"{high}:Q", y=y, color=colour))
     layers.append(
         base.mark_point(filled=True, opacity=0.9, size=60).encode(
             x=alt.X(f"{column}:Q", title=title, scale=scale),
             y=y,
-            color=_colour(importances),
-            shape=_shape(importances),
+            color=colour,
+            shape=shape,
             tooltip=["importance:N", "layer:N", *_numbers(column, *others, form=".4g")],
         )
     )
@@ -376,7 +378,8 @@ def _distribution(
     place: dict[str, Any] = {"y": y}
     if offset is not None:
         place["yOffset"] = alt.YOffset(f"{offset}:N", sort=list(importances), scale=alt.Scale(domain=list(importances)))
-    colour = _colour(importances, legend=offset is not None)
+    legend = None if offset is None else _LEGEND
+    colour = _colour(importances, legend)
     numbers = _numbers("least", "5 %", "25 %", "median", "75 %", "95 %", "most", form=".4g")
     tooltip = ["importance:N", "layer:N", "connections:Q", *numbers]
 
@@ -397,7 +400,7 @@ def _distribution(
         median.encode(
             x=x("median"),
             color=colour,
-            shape=_shape(importances, legend=offset is not None),
+            shape=_shape(importances, legend),
             tooltip=tooltip,
             **place,
         ),
@@ -416,19 +419,19 @@ def _sparsity() -> alt.X:
     return alt.X(f"{DENSITY}:Q", title=_SPARSER, scale=scale, axis=alt.Axis(format="~g", tickCount=6, grid=False))
 
 
-def _colour(importances: Sequence[str], *, legend: bool = True) -> alt.Color:
+def _colour(importances: Sequence[str], legend: alt.Legend | None = _LEGEND) -> alt.Color:
     scale = alt.Scale(domain=list(importances))
-    return alt.Color("importance:N", scale=scale, legend=_LEGEND if legend else None)
+    return alt.Color("importance:N", scale=scale, legend=legend)
 
 
 def _dash(importances: Sequence[str]) -> alt.StrokeDash:
-    scale = alt.Scale(domain=list(importances), range=[dash(number) for number in range(len(importances))])
+    scale = alt.Scale(domain=list(importances), range=[look.dash(number) for number in range(len(importances))])
     return alt.StrokeDash("importance:N", scale=scale, legend=_LEGEND)
 
 
-def _shape(importances: Sequence[str], *, legend: bool = True) -> alt.Shape:
-    scale = alt.Scale(domain=list(importances), range=[shape(number) for number in range(len(importances))])
-    return alt.Shape("importance:N", scale=scale, legend=_LEGEND if legend else None)
+def _shape(importances: Sequence[str], legend: alt.Legend | None = _LEGEND) -> alt.Shape:
+    scale = alt.Scale(domain=list(importances), range=[look.shape(number) for number in range(len(importances))])
+    return alt.Shape("importance:N", scale=scale, legend=legend)
 
 
 def _layers_down(names: Sequence[str], offset: int = 0) -> alt.Y:

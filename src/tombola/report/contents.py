@@ -131,17 +131,17 @@ def gather(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what cannot be followed is null in the tables, which is shown
         add("winners", lambda: winners.of_study(planner, margin=margin))
-        add("overlap", lambda: overlap.of_study(planner))
         add("layers", lambda: layers.of_study(planner))
         shown = _level(planner, level, tables.get("winners"))
         if shown is not None:
+            add("overlap", lambda: overlap.of_study(planner))
             add("weights", lambda: weights.of_study(planner, levels=[shown]))
             add("stability", lambda: stability.of_study(planner, levels=[shown]))
             if "functions" in costly:
                 add("functions", lambda: functions.of_study(planner, levels=[shown]))
             if "connectivity" in costly:
                 add("connectivity", lambda: connectivity.of_study(planner, levels=[shown]))
-            add("reinit", lambda: reinit.stored(planner, shown))
+        add("reinit", lambda: reinit.stored(planner))
     keys = {training.key for chain in progress for training in planner.trainings(chain)}
     records = tuple(planner.store.record(key) for key in sorted(keys))
     data = planner.problem.data

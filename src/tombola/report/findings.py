@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from dataclasses import dataclass
+from typing import Any
 
 import polars as pl
 
@@ -67,30 +68,40 @@ def dense_accuracies(contents: Contents) -> dict[int, float]:
     return {row.seed: row.test_accuracy for row in contents.results if row.level == 0 and row.test_accuracy is not None}
 
 
-def keeps(contents: Contents) -> tuple[str, pl.DataFrame] | None:
-    """Return what it means to keep the accuracy, and the sparsest ticket of each importance that does."""
+@dataclass(frozen=True)
+class Keeps:
+    """The sparsest ticket of each importance that keeps the accuracy.
+
+    Args:
+        meaning: what it means to keep it.
+        findings: one for each importance of the study, in its order, with its name as title.
+        table: the same in numbers.
+    """
+
+    meaning: str
+    findings: tuple[Finding, ...]
+    table: pl.DataFrame
+
+
+def keeps(contents: Contents) -> Keeps | None:
+    """Return the sparsest ticket of each importance that keeps the accuracy; None where nothing can be compared."""
     winners = contents.tables.get("winners")
     if winners is None:
         return None
     seeds, margin = len(contents.study.seeds), f"{100 * contents.margin:g} points"
-    shown = contents.study.importances
-    text = (
+    meaning = (
         f"A ticket keeps the accuracy here where its mean accuracy is at most {margin} below the dense network's. "
-        f"Named is the sparsest level where that is so, of all that are there for every seed; denser levels may fall "
-        f"short. "
+        "Named is the sparsest level where that is so, of all that are there for every seed; denser levels may fall "
+        "short. "
     )
     if seeds > 1:
-        sure = int(winners["surely"].fill_null(value=False).sum())
-        text += (
-            f"The interval is of the mean difference over {seeds} seeds (95 %, Student's t); it lies within the margin "
-            f"as a whole for {sure} of the {len(shown)}."
-        )
+        meaning += f"Intervals are of the mean difference over {seeds} seeds (95 %, Student's t)."
     else:
-        text += "From one seed no interval can be given: a difference may be chance."
-    dense_only = winners.filter(pl.col("level") == 0)["importance"].to_list()
-    if dense_only:
-        text += f" Level 0 is the dense network: no ticket of {', '.join(dense_only)} keeps its accuracy."
-    table = winners.select(
+        meaning += "From one seed no interval can be given: a difference may be chance."
+    by_name = {row["importance"]: row for row in winners.to_dicts()}
+    there = [name for name in contents.study.importances if name in by_name]
+    found = tuple(_kept(contents, name, by_name.get(name)) for name in contents.study.importances)
+    table = pl.DataFrame([by_name[name] for name in there], winners.schema).select(
         "importance",
         "level",
         (100 * pl.col("density")).alias("alive %"),
@@ -99,8 +110,37 @@ def keeps(contents: Contents) -> tuple[str, pl.DataFrame] | None:
         (100 * pl.col("difference")).alias("difference, points"),
         *([(100 * pl.col("low")).alias("95 % from"), (100 * pl.col("high")).alias("95 % to")] if seeds > 1 else []),
     )
-    order = {name: number for number, name in enumerate(shown)}
-    return text, table.sort(pl.col("importance").replace_strict(order, default=len(order)), maintain_order=True)
+    return Keeps(meaning, found, table)
+
+
+def _kept(contents: Contents, name: str, row: dict[str, Any] | None) -> Finding:
+    """Return what is said of one importance, of its row in the table of `tombola.analysis.winners`."""
+    if row is None:
+        return Finding(name, "–", "Nothing can be compared: the dense accuracy is not there for every seed.")
+    last = max(each.level for each in contents.results if each.importance == name)
+    level, share = row["level"], row["density"]
+    if level == 0:
+        return Finding(name, "none", f"No ticket of {name} keeps it, of those up to level {last}.")
+    text = (
+        f"{name} keeps it at level {level}, with {_percent(100 * share)} of the connections ({1 / share:,.1f} times "
+        f"fewer): {100 * row['accuracy']:.2f} % against {100 * row['dense_accuracy']:.2f} %, a difference of "
+        f"{_points(row['difference'])} points"
+    )
+    if row["low"] is not None:
+        within = "within the margin as a whole" if row["surely"] else "which reaches beyond the margin"
+        text += f" (95 % from {_points(row['low'])} to {_points(row['high'])}, {within})"
+    text += "; no sparser one is there." if level == last else "."
+    return Finding(name, f"{_percent(100 * share)} alive", text)
+
+
+def _points(difference: float) -> str:
+    """Return a difference of accuracies as points, with its sign.
+
+    >>> _points(-0.0022), _points(0.0), _points(-1e-9)
+    ('−0.22', '0.00', '0.00')
+    """
+    text = f"{abs(100 * difference):.2f}"
+    return text if float(text) == 0 else f"{'−' if difference < 0 else '+'}{text}"
 
 
 def overlaps(contents: Contents) -> list[Finding]:

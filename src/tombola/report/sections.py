@@ -6,7 +6,7 @@ import itertools
 import re
 import shlex
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import polars as pl
@@ -71,8 +71,14 @@ class Section:
 
 def sections(contents: Contents) -> list[Section]:
     """Return all sections in the order of the page; those without parts say how to come by them."""
-    makers = (_accuracy, _overlap, _layers, _stability, _reinit, _weights, _connectivity, _functions)
-    return [make(contents) for make in makers]
+    found = [_accuracy(contents)]
+    for name, title, verb, parts, about in _ANALYSES:
+        reading, table = about.format(level=contents.level), contents.tables.get(name)
+        if table is None:
+            found.append(_missing(name, title, reading, contents, verb.format(level=contents.level or 1)))
+        else:
+            found.append(Section(name, title, reading, tuple(parts(contents, table))))
+    return found
 
 
 def _accuracy(contents: Contents) -> Section:
@@ -84,7 +90,7 @@ def _accuracy(contents: Contents) -> Section:
         reading += " Bands are one standard deviation over seeds to either side of the mean."
     names = contents.study.importances
     if not contents.results:
-        return _missing("accuracy", "Accuracy against sparsity", reading, contents, "results", "run")
+        return _missing("accuracy", "Accuracy against sparsity", reading, contents, "run")
     table = tables.accuracy(contents.results)
     accuracies = list(dense_accuracies(contents).values())
     dense = 100 * statistics.fmean(accuracies) if accuracies else None
@@ -104,52 +110,23 @@ def _accuracy(contents: Contents) -> Section:
     return Section("accuracy", "Accuracy against sparsity", reading, tuple(parts))
 
 
-def _overlap(contents: Contents) -> Section:
-    title, k = "Overlap of the tickets", len(contents.study.importances)
-    reading = (
-        "Of a ticket's connections, how many does another ticket of the same seed have too? Chance is what random "
-        "tickets share: with as many connections in each layer (by layers), or with as many in all (overall). The "
-        "noise floor is what two tickets of one importance share that saw the data in two orders."
-    )
-    table = contents.tables.get("overlap")
-    if table is None or contents.level is None:
-        return _missing("overlap", title, reading, contents, "overlap", "overlap")
+def _overlap(contents: Contents, table: pl.DataFrame) -> list[Part]:
+    k = len(contents.study.importances)
+    assert contents.level is not None
     pairs, over_levels = tables.pairs(table), tables.overlap(table, k)
     layers = tables.overlap_by_layer(table, contents.level, k)
     levels = pairs["level"].unique().sort().to_list()
-    if not contents.study.data_seeds:
-        reading += " This study has no second data order, so no noise floor; --data-seeds asks for one."
-    return Section(
-        "overlap",
-        title,
-        reading,
-        (
-            Part(
-                "overlap-matrix",
-                "Every two tickets, in % of a ticket's connections",
-                charts.matrix(pairs, contents.labels, contents.level, levels),
-                pairs,
-            ),
-            Part("overlap", "Over all levels", charts.overlap(over_levels), over_levels),
-            Part(
-                "overlap-by-layer",
-                f"Layer by layer at level {contents.level}; the bars stand where chance is, by layers",
-                charts.overlap_by_layer(layers) if layers["shared %"].is_not_null().any() else None,
-                layers,
-            ),
-        ),
-    )
+    matrix = charts.matrix(pairs, contents.labels, contents.level, levels)
+    by_layer = f"Layer by layer at level {contents.level}; the bars stand where chance is, by layers"
+    there = layers["shared %"].is_not_null().any()
+    return [
+        Part("overlap-matrix", "Every two tickets, in % of a ticket's connections", matrix, pairs),
+        Part("overlap", "Over all levels", charts.overlap(over_levels), over_levels),
+        Part("overlap-by-layer", by_layer, charts.overlap_by_layer(layers) if there else None, layers),
+    ]
 
 
-def _layers(contents: Contents) -> Section:
-    title = "Density of the layers"
-    reading = (
-        "A row is a layer, from the input down to the output; a column is a level. Bright is dense, dark is sparse "
-        "(log scale); × marks a layer that has collapsed in a seed: no connection is left."
-    )
-    table = contents.tables.get("layers")
-    if table is None:
-        return _missing("layers", title, reading, contents, "layers", "layers")
+def _layers(contents: Contents, table: pl.DataFrame) -> list[Part]:
     alive = table.filter(pl.col("density") > 0)["density"]
     least = max(0.01, 100 * float(alive.to_numpy().min()))
     parts = []
@@ -165,60 +142,37 @@ def _layers(contents: Contents) -> Section:
             more["In how many seeds the layer has collapsed"] = tables.by_level(own, "collapsed")
         chart = charts.layers(own, min(least, 50))
         parts.append(Part(f"layers-{number + 1}-{slug(name)}", name, chart, numbers, more))
-    return Section("layers", title, reading, tuple(parts))
+    return parts
 
 
-def _stability(contents: Contents) -> Section:
-    title = "Stability of shared and other connections"
-    reading = (
-        f"For the tickets at level {contents.level}: filled marks are the connections that the tickets of all "
-        "importances share, hollow ones the ticket's others; marks are means, bars the middle half. Beside them, layer "
-        "by layer, the effect (Cliff's delta): left of 0, shared connections have the lower values. Connections of one "
-        "network are not independent, so no p value is given here."
-    )
-    table = contents.tables.get("stability")
-    if table is None:
-        return _missing("stability", title, reading, contents, "stability", "stability")
-    parts = []
+def _stability(contents: Contents, table: pl.DataFrame) -> list[Part]:
+    parts, names = [], contents.study.importances
     for measure, words in MEASURES.items():
         own = tables.stability(table, measure)
-        names = contents.study.importances
         parts.append(Part(f"stability-{slug(measure)}", words, charts.stability(own, names), own))
         if own["effect"].is_not_null().any():
             chart = charts.effects(own, names, "effect: shared lower ← 0 → shared higher")
             shown = own.select("importance", "layer", "effect")
             parts.append(Part(f"effect-{slug(measure)}", f"Effect on: {words}", chart, shown))
-    return Section("stability", title, reading, tuple(parts))
+    return parts
 
 
-def _reinit(contents: Contents) -> Section:
-    title = "Partial reinitialisation"
-    reading = (
-        f"The connections that the tickets share at level {contents.level} keep their initial weights, all others are "
-        "drawn anew, and the tickets are found again. Right of 0, kept connections survive more often than by chance; "
-        "bars are 95 % intervals over draws."
-    )
-    table = contents.tables.get("reinit")
-    if table is None:
-        return _missing("reinit", title, reading, contents, "reinit", f"reinit --level {contents.level or 1}")
-    own = tables.reinit(table)
-    there = own["more than chance, %"].is_not_null().any()
-    chart = charts.reinit(own, contents.study.importances) if there else None
-    return Section("reinit", title, reading, (Part("reinit", "Survival of kept connections", chart, own),))
+def _reinit(contents: Contents, table: pl.DataFrame) -> list[Part]:
+    parts: list[Part] = []
+    for (level, compared), rows in table.group_by("level", "compared", maintain_order=True):
+        own = tables.reinit(rows)
+        there = own["more than chance, %"].is_not_null().any()
+        chart = charts.reinit(own, contents.study.importances) if there else None
+        who = tables.together(len(compared)) if len(compared) == len(contents.study.importances) else listed(compared)
+        title = f"Level {level}, what the tickets of {who} share; {_several(own['draws'][0], 'draw')}"
+        if len(contents.study.seeds) > 1:
+            title += f", each of {_several(own['seeds'][0], 'seed')}"
+        parts.append(Part(f"reinit-{len(parts) + 1}-level-{level}", title, chart, own))
+    return parts
 
 
-def _weights(contents: Contents) -> Section:
-    title = "Weights and importances"
-    reading = (
-        f"For the connections of the tickets at level {contents.level}: thin bars reach from 5 % to 95 % of the "
-        "weights, thick ones hold the middle half, marks are medians; means over seeds. The next round compares the "
-        "importances over all layers and prunes the lowest."
-    )
-    table = contents.tables.get("weights")
-    if table is None:
-        return _missing("weights", title, reading, contents, "weights", "weights")
-    names = contents.study.importances
-    parts = []
+def _weights(contents: Contents, table: pl.DataFrame) -> list[Part]:
+    parts, names = [], contents.study.importances
     for quantity, words in QUANTITIES.items():
         if quantity == "rewind" and not contents.study.recipe.rewind:
             continue  # they are the initial ones
@@ -230,47 +184,75 @@ def _weights(contents: Contents) -> Section:
         shown = own.filter(pl.col("importance") == name).drop("importance")
         chart = charts.scores(own, name, names) if (shown["95 %"].fill_null(0) > 0).any() else None
         parts.append(Part(f"importance-{number + 1}-{slug(name)}", f"Importance: {name}", chart, shown))
-    return Section("weights", title, reading, tuple(parts))
+    return parts
 
 
-def _connectivity(contents: Contents) -> Section:
-    title = "Linear mode connectivity"
-    reading = (
-        f"The test error of networks on the straight line between two trained tickets at level {contents.level}; where "
-        "a line stays flat, the two lie in one basin. The barrier is how far it rises above the line between its ends."
-    )
-    table = contents.tables.get("connectivity")
-    if table is None:
-        return _missing("connectivity", title, reading, contents, "connectivity", "report --with connectivity")
+def _connectivity(_: Contents, table: pl.DataFrame) -> list[Part]:
     own = tables.connectivity(table)
-    return Section(
-        "connectivity", title, reading, (Part("connectivity", "Error between tickets", charts.connectivity(own), own),)
-    )
+    return [Part("connectivity", "Error between tickets", charts.connectivity(own), own)]
 
 
-def _functions(contents: Contents) -> Section:
-    title = "Agreement of predictions"
-    reading = (
-        f"How often two trained tickets at level {contents.level} predict the same class; bars are 95 % intervals "
-        "over test examples, the widest of the seeds. Dense networks that differ in the data order or the seed are "
-        "there to compare with."
-    )
-    table = contents.tables.get("functions")
-    if table is None:
-        return _missing("functions", title, reading, contents, "functions", "report --with functions")
+def _functions(_: Contents, table: pl.DataFrame) -> list[Part]:
     own = tables.functions(table)
-    return Section("functions", title, reading, (Part("functions", "Agreement", charts.functions(own), own),))
+    return [Part("functions", "Agreement", charts.functions(own), own)]
 
 
-def _missing(name: str, title: str, reading: str, contents: Contents, analysis: str, verb: str) -> Section:
-    why = contents.absent.get(analysis, "")
+_ANALYSES: tuple[tuple[str, str, str, Callable[[Contents, pl.DataFrame], list[Part]], str], ...] = (
+    (
+        *("overlap", "Overlap of the tickets", "overlap", _overlap),
+        "Of a ticket's connections, how many does another ticket of the same seed have too? Chance is what random "
+        "tickets share: with as many connections in each layer (by layers), or with as many in all (overall). The "
+        "noise floor is what two tickets of one importance share that saw the data in two orders; it is there where "
+        "the study has a second data order (--data-seeds).",
+    ),
+    (
+        *("layers", "Density of the layers", "layers", _layers),
+        "A row is a layer, from the input down to the output; a column is a level. Bright is dense, dark is sparse "
+        "(log scale); × marks a layer that has collapsed in a seed: no connection is left.",
+    ),
+    (
+        *("stability", "Stability of shared and other connections", "stability", _stability),
+        "For the tickets at level {level}: filled marks are the connections that the tickets of all importances "
+        "share, hollow ones the ticket's others; marks are means, bars the middle half. Beside them, layer by layer, "
+        "the effect (Cliff's delta): left of 0, shared connections have the lower values. Connections of one network "
+        "are not independent, so no p value is given here.",
+    ),
+    (
+        *("reinit", "Partial reinitialisation", "reinit --level {level}", _reinit),
+        "The connections that the tickets of a level share keep their initial weights, all others are drawn anew, and "
+        "the tickets are found again. Right of 0, kept connections survive more often than by chance; bars are 95 % "
+        "intervals over draws.",
+    ),
+    (
+        *("weights", "Weights and importances", "weights", _weights),
+        "For the connections of the tickets at level {level}: thin bars reach from 5 % to 95 % of the weights, thick "
+        "ones hold the middle half, marks are medians; means over seeds. The next round compares the importances over "
+        "all layers and prunes the lowest.",
+    ),
+    (
+        *("connectivity", "Linear mode connectivity", "report --with connectivity", _connectivity),
+        "The test error of networks on the straight line between two trained tickets at level {level}; where a line "
+        "stays flat, the two lie in one basin. The barrier is how far it rises above the line between its ends.",
+    ),
+    (
+        *("functions", "Agreement of predictions", "report --with functions", _functions),
+        "How often two trained tickets at level {level} predict the same class; bars are 95 % intervals over test "
+        "examples, the widest of the seeds. Dense networks that differ in the data order or the seed are there to "
+        "compare with.",
+    ),
+)
+"""Sections that show a table of that name: name, title, what computes it, what makes its parts, how to read it."""
+
+
+def _missing(name: str, title: str, reading: str, contents: Contents, verb: str) -> Section:
+    why = contents.absent.get(name, "")
     if contents.level is None and name != "accuracy":
         why, verb = "no level from 1 on is there for all importances and seeds yet", "run"
     elif len(contents.study.importances) < 2 and name not in ("accuracy", "layers", "weights"):
         own = contents.study.importances[0]
         why = "it compares two importances or more, and the study has one"
         verb = f"run --importances {own} {'magnitude' if own == 'l1' else 'l1'}"
-    elif analysis in COSTLY and not why:
+    elif name in COSTLY and not why:
         why = "it asks the networks for predictions, which takes time, so it is done only when asked for"
     return Section(name, title, reading, (), why, command(contents, verb))
 
@@ -291,6 +273,19 @@ def command(contents: Contents, verb: str) -> str:
         values = itertools.takewhile(lambda each: not each.startswith("--"), overrides[start + 1 :])
         del overrides[start : start + 1 + len(list(values))]
     return shlex.join(["tombola", first, name, *options, *overrides])
+
+
+def listed(names: Sequence[str]) -> str:
+    """Return names as a sentence lists them.
+
+    >>> listed(["l1"]), listed(["magnitude", "l1", "l2"])
+    ('l1', 'magnitude, l1 and l2')
+    """
+    return " and ".join(part for part in (", ".join(names[:-1]), names[-1]) if part)
+
+
+def _several(number: int, what: str) -> str:
+    return f"{number} {what}{'s' if number != 1 else ''}"
 
 
 def slug(text: str) -> str:

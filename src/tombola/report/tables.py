@@ -233,16 +233,18 @@ def weights(table: pl.DataFrame, quantity: str) -> pl.DataFrame:
 def reinit(table: pl.DataFrame) -> pl.DataFrame:
     """Return how often kept connections survive: importance, layer, and their excess over chance in %.
 
-    `low` and `high` are the 95 % interval over draws, `chance low` and `chance high` that of one draw by chance.
+    Counts are means over seeds and draws; `draws` is how many each of the seeds has. `low` and `high` are the 95 %
+    interval over draws, `chance low` and `chance high` that of one draw by chance.
 
     Args:
-        table: of `tombola.analysis.reinit`.
+        table: of `tombola.analysis.reinit`, of one level and one set of importances.
     """
     bounds = ("low", "high", "chance_low", "chance_high")
     return table.group_by("importance", "layer", maintain_order=True).agg(
         pl.col("connections").first(),
         pl.col("kept").mean().round(1),
         pl.col("draws").first(),
+        pl.len().cast(pl.Int64).alias("seeds"),
         pl.col("survived").mean(),
         pl.col("expected").mean().alias("by chance"),
         (100 * pl.col("excess").mean()).alias("more than chance, %"),
