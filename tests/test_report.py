@@ -31,7 +31,7 @@ from tombola.analysis import weights as weights_analysis
 from tombola.cli import main
 from tombola.engine.run import run
 from tombola.mask import Mask
-from tombola.report import findings, look, paper, provenance, tables
+from tombola.report import charts, findings, look, paper, provenance, tables
 from tombola.report.contents import COSTLY, Contents, gather, verified
 from tombola.report.figures import write
 from tombola.report.page import page
@@ -105,6 +105,13 @@ def show(chromium: Browser, folder: Path, html: str, **how: Any) -> float:
 EMPTY_CHARTS = """[...document.querySelectorAll('.chart')].filter(chart =>
   !chart.querySelector('svg .role-mark.mark-rect path, svg .role-mark.mark-symbol path')
   || chart.querySelector('svg').getBoundingClientRect().width < 100).map(chart => chart.id)"""
+CUT_TEXTS = """[...document.querySelectorAll('.chart')].flatMap(chart => {
+  const { left, right } = chart.getBoundingClientRect();
+  return [...chart.querySelectorAll('svg text')].filter(text => {
+    const box = text.getBoundingClientRect();
+    return box.left < left - 1 || box.right > right + 1;
+  }).map(text => chart.id + ": " + text.textContent);
+})"""
 SIDEWAYS = "document.documentElement.scrollWidth > document.documentElement.clientWidth"
 
 
@@ -113,6 +120,7 @@ def drawn_well(chromium: Browser, charts: int) -> None:
     assert len(chromium.requests) == 1, "only the page itself was asked for"
     assert int(chromium("document.documentElement.dataset.drawn")) == charts
     assert chromium(EMPTY_CHARTS) == []
+    assert chromium(CUT_TEXTS) == []
     assert not chromium(SIDEWAYS)
 
 
@@ -201,6 +209,14 @@ def test_twelve_importances_sixty_layers_and_one_seed(chromium: Browser, tmp_pat
     show(chromium, tmp_path, html, width=360)
     drawn_well(chromium, len(charted(sections(large))))
     assert chromium("document.querySelector('#chart-accuracy .mark-area') === null"), "no band from one seed"
+    labels = chromium(
+        "[...document.querySelectorAll('#chart-accuracy .role-legend-label text')].map(t => t.textContent)"
+    )
+    assert labels == list(large.labels)
+    top = "Math.min(...[...{}.querySelectorAll('text')].map(each => each.getBoundingClientRect().top))"
+    place = "document.querySelector('#chart-accuracy')"
+    assert chromium(f"{top.format(place)} >= {place}.getBoundingClientRect().top"), "no row of the legend is cut"
+    assert len(chromium("[...document.querySelectorAll('.kept .card')].map(each => each.textContent)")) == 12
     assert chromium("document.querySelectorAll('#chart-layers-1-importance-0 .mark-rect path').length") >= 60 * 4
 
 
@@ -266,6 +282,16 @@ def test_every_partial_reinitialisation_in_the_store_is_shown(planner: Planner, 
     drawn = str(look.on_page(chart))
     assert "'values': ['l1', 'min_max']" in drawn, "its legend"
     assert f"'domain': {list(STUDY.importances)}" in drawn, "colours are those of all charts"
+
+
+def test_layers_stand_in_their_order_where_an_importance_lacks_one() -> None:
+    rows = [("a", "one", None), ("a", "two", 0.5), ("b", "one", 0.1), ("b", "two", 0.2)]
+    table = pl.DataFrame(rows, ["importance", "layer", "effect"], orient="row")
+    table = table.with_columns(pl.lit(0.0).alias("shared, mean"), pl.lit(0.0).alias("other, mean"))
+    drawn = look.on_page(charts.effects(table, ["a", "b"], "effect"))
+    assert drawn["layer"][1]["encoding"]["y"]["sort"] == ["one", "two"]
+    (values,) = [each for each in drawn["datasets"].values() if "effect" in each[0]]
+    assert len(values) == 3
 
 
 def test_reinitialisations_of_another_study_are_not_shown(planner: Planner) -> None:
@@ -335,6 +361,9 @@ def test_the_sparsest_ticket_of_each_importance_has_its_sentence(contents: Conte
         "difference of −0.20 points (95 % from −2.74 to +2.34, which reaches beyond the margin).",
         "No ticket of min_max keeps it, of those up to level 1.",
     ]
+    alike = found.with_columns(low="difference", high="difference")
+    text = findings.keeps(dataclasses.replace(shown, tables={"winners": alike})).findings[0].text  # type: ignore[union-attr]
+    assert "−0.20 points, the same for every seed, so that no interval can be given" in text
     surely = dataclasses.replace(shown, tables={"winners": found.with_columns(surely=True)})
     assert "within the margin as a whole" in findings.keeps(surely).findings[0].text  # type: ignore[union-attr]
     none = dataclasses.replace(shown, tables={"winners": found.filter(pl.col("importance") != "l1")})

@@ -150,11 +150,11 @@ def overlap(table: pl.DataFrame) -> Chart:
     ).properties(height=_HEIGHT)
 
 
-def _comparison(names: Sequence[str]) -> tuple[alt.Color, alt.Shape]:
+def _comparison(names: Sequence[str], columns: int = 2) -> tuple[alt.Color, alt.Shape]:
     """Return the colours and shapes of comparisons: none of an importance, since they are of several."""
     looks = [_COMPARISONS.get(name, ("#c2571a", "triangle-up")) for name in names]
     colours, shapes = ([each[part] for each in looks] for part in (0, 1))
-    legend = alt.Legend(columns=2, title=None)
+    legend = alt.Legend(columns=columns, title=None)
     return (
         alt.Color("comparison:N", scale=alt.Scale(domain=list(names), range=colours), legend=legend),
         alt.Shape("comparison:N", scale=alt.Scale(domain=list(names), range=shapes), legend=legend),
@@ -172,14 +172,15 @@ _COMPARISONS = {TWO: ("#3d7fb8", "circle"), NOISE: ("#7d8791", "square")}
 def overlap_by_layer(table: pl.DataFrame) -> Chart:
     """Return what tickets share in each layer, beside chance; a table of `tables.overlap_by_layer`."""
     names = table["comparison"].unique(maintain_order=True).to_list()
-    y = _layers_down(table["layer"].unique(maintain_order=True).to_list(), offset=len(names))
+    layers = table["layer"].unique(maintain_order=True).to_list()
+    y = _layers_down(layers, offset=len(names))
     offset = alt.YOffset("comparison:N", sort=names, scale=alt.Scale(domain=names))
     base = alt.Chart(_data(table))
 
     def x(column: str) -> alt.X:
         return alt.X(f"{column}:Q", title="of a ticket's connections, %", scale=alt.Scale(domain=[0, 100]))
 
-    colour, shape = _comparison(names)
+    colour, shape = _comparison(names, columns=1)
     return alt.layer(
         base.mark_tick(thickness=1.5).encode(x=x("chance, by layers %"), y=y, yOffset=offset),
         base.mark_rule().encode(x=x("chance, by layers %"), x2="shared %:Q", y=y, yOffset=offset, color=colour),
@@ -191,7 +192,7 @@ def overlap_by_layer(table: pl.DataFrame) -> Chart:
             shape=shape,
             tooltip=["comparison:N", "layer:N", *_numbers("shared %", "chance, by layers %", "chance, overall %")],
         ),
-    ).properties(height=(12 if table["layer"].n_unique() <= 30 else 8) * len(names) * table["layer"].n_unique())
+    ).properties(height=max(_height(layers), (12 if len(layers) <= 30 else 8) * len(names) * len(layers)))
 
 
 def layers(table: pl.DataFrame, least: float) -> Chart:
@@ -260,17 +261,15 @@ def stability(table: pl.DataFrame, importances: Sequence[str]) -> Chart:
 
 def effects(table: pl.DataFrame, importances: Sequence[str], title: str) -> Chart:
     """Return in each layer whether shared connections have higher values than others; a table of `tables.stability`."""
-    shown = table.filter(pl.col("effect").is_not_null())
     others = ("shared, mean", "other, mean")
-    return _by_layer(shown, importances, "effect", title, others, alt.Scale(domain=[-1, 1]))
+    return _by_layer(table, importances, "effect", title, others, alt.Scale(domain=[-1, 1]))
 
 
 def reinit(table: pl.DataFrame, importances: Sequence[str]) -> Chart:
     """Return in each layer how much more often than by chance kept connections survive; a table of `tables.reinit`."""
     column = "more than chance, %"
-    found = table.filter(pl.col(column).is_not_null())
     title, others = "survivors: more than chance, %", ("survived", "by chance")
-    return _by_layer(found, importances, column, title, others, alt.Scale(), ("low", "high"))
+    return _by_layer(table, importances, column, title, others, alt.Scale(), ("low", "high"))
 
 
 def weights(table: pl.DataFrame, importances: Sequence[str]) -> Chart:
@@ -318,7 +317,7 @@ def functions(table: pl.DataFrame) -> Chart:
     """Return how often every two networks predict the same; a table of `tables.functions`."""
     names = table["compared"].to_list()
     y = alt.Y("compared:N", sort=names, title=None, axis=alt.Axis(labelLimit=190), scale=alt.Scale(domain=names))
-    title = "same prediction, % of test examples"
+    title = "same prediction, %"
     base = alt.Chart(_data(table))
     return alt.layer(
         base.mark_rule(opacity=0.6).encode(
@@ -341,15 +340,16 @@ def _by_layer(
     scale: alt.Scale,
     whisker: tuple[str, str] | None = None,
 ) -> Chart:
-    """Return a mark for each layer and importance at the value of a column, and a line at 0."""
-    names = table["layer"].unique(maintain_order=True).to_list()
+    """Return a mark for each layer and importance at the value of a column, where there is one, and a line at 0."""
+    shown = table.filter(pl.col(column).is_not_null())
+    names = [name for name in table["layer"].unique(maintain_order=True) if name in set(shown["layer"])]
     y = _layers_down(names)
-    there = table["importance"].unique(maintain_order=True).to_list()
+    there = shown["importance"].unique(maintain_order=True).to_list()
     legend = alt.Legend(title=None, symbolOpacity=1, values=there)
     colour, shape = _colour(importances, legend), _shape(importances, legend)
-    base = alt.Chart(_data(table))
+    base = alt.Chart(_data(shown.select("importance", "layer", column, *others, *(whisker or ()))))
     layers: list[alt.Chart] = [alt.Chart(alt.InlineData([{"zero": 0}])).mark_rule().encode(x="zero:Q")]
-    if whisker is not None:
+    if whisker is not None and shown[whisker[0]].is_not_null().any():
         low, high = whisker
         rules = base.transform_filter(f"isValid(datum['{low}'])").mark_rule(opacity=0.6)
         layers.append(rules.encode(x=alt.X(f"{low}:Q", title=title, scale=scale), x2=f"{high}:Q", y=y, color=colour))

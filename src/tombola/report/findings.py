@@ -126,7 +126,9 @@ def _kept(contents: Contents, name: str, row: dict[str, Any] | None) -> Finding:
         f"fewer): {100 * row['accuracy']:.2f} % against {100 * row['dense_accuracy']:.2f} %, a difference of "
         f"{_points(row['difference'])} points"
     )
-    if row["low"] is not None:
+    if row["low"] is not None and row["high"] - row["low"] < 1e-9:
+        text += ", the same for every seed, so that no interval can be given"
+    elif row["low"] is not None:
         within = "within the margin as a whole" if row["surely"] else "which reaches beyond the margin"
         text += f" (95 % from {_points(row['low'])} to {_points(row['high'])}, {within})"
     text += "; no sparser one is there." if level == last else "."

@@ -91,7 +91,9 @@ def _specification(chart: Chart) -> dict[str, Any]:
     return specification | {"autosize": {"type": "fit-x", "contains": "padding"}}
 
 
-def _config(names: dict[str, str], colours: list[str], font: str, size: float, columns: int) -> dict[str, Any]:
+def _config(
+    names: dict[str, str], colours: list[str], font: str, size: float, columns: int | dict[str, str]
+) -> dict[str, Any]:
     line = size / 7
     return {
         "background": "transparent",
@@ -112,6 +114,7 @@ def _config(names: dict[str, str], colours: list[str], font: str, size: float, c
             "labelSeparation": size / 2,
             "titlePadding": size / 2,
         },
+        "axisX": {},
         "axisY": {"domain": False, "ticks": False, "labelPadding": size / 3},
         "legend": {
             "orient": "top",

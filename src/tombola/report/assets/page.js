@@ -8,7 +8,13 @@
   for (const script of document.querySelectorAll("script[data-chart]")) {
     const place = document.getElementById(script.dataset.chart);
     try {
-      const { view } = await vegaEmbed(place, JSON.parse(script.textContent), options);
+      const specification = JSON.parse(script.textContent);
+      if (place.clientWidth < 400) { // legends and titles reach to the left of where the axis begins
+        const { legend, axisX } = specification.config;
+        legend.columns = 2;
+        legend.layout.top.anchor = axisX.titleAnchor = "end";
+      }
+      const { view } = await vegaEmbed(place, specification, options);
       window.views[place.id] = view;
       for (const input of place.querySelectorAll("input")) {
         input.setAttribute("aria-label", place.getAttribute("aria-label") + " " + input.name);
