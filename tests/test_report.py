@@ -209,6 +209,8 @@ def test_twelve_importances_sixty_layers_and_one_seed(chromium: Browser, tmp_pat
     show(chromium, tmp_path, html, width=360)
     drawn_well(chromium, len(charted(sections(large))))
     assert chromium("document.querySelector('#chart-accuracy .mark-area') === null"), "no band from one seed"
+    room = "document.querySelector('#chart-accuracy .mark-group .background').getBoundingClientRect().width"
+    assert chromium(room) > 230, "what is written around leaves room for the chart"
     labels = chromium(
         "[...document.querySelectorAll('#chart-accuracy .role-legend-label text')].map(t => t.textContent)"
     )

@@ -416,7 +416,8 @@ def _data(table: pl.DataFrame) -> alt.InlineData:
 
 def _sparsity() -> alt.X:
     scale = alt.Scale(type="log", reverse=True, nice=False)
-    return alt.X(f"{DENSITY}:Q", title=_SPARSER, scale=scale, axis=alt.Axis(format="~g", tickCount=6, grid=False))
+    axis = alt.Axis(format="~g", tickCount=6, grid=False, titleAnchor="middle")  # its end would be to the left
+    return alt.X(f"{DENSITY}:Q", title=_SPARSER, scale=scale, axis=axis)
 
 
 def _colour(importances: Sequence[str], legend: alt.Legend | None = _LEGEND) -> alt.Color:
