@@ -123,12 +123,21 @@ def test_what_was_begun_here_is_ended_there(tmp_path: Path, cluster: Any, undist
     assert any(record["iterations"] < 990 for record in records(root)), "the checkpoint was not gone on from"
 
 
-def test_other_software_on_a_node_is_said(tmp_path: Path, cluster: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("other", "said"),
+    [
+        ({"python": "3.99"}, r"other software than this one: python: '3\.99' then"),
+        ({"kernels": None}, "its kernels on one machine of the cluster and not on another"),
+    ],
+)
+def test_other_software_on_a_node_is_said(
+    tmp_path: Path, cluster: Any, monkeypatch: pytest.MonkeyPatch, other: dict[str, Any], said: str
+) -> None:
     from tombola.engine import ray as engine
 
     here = engine.machine()
-    monkeypatch.setattr(engine, "machine", lambda: here | {"python": "3.99"})
-    with pytest.raises(UserError, match=r"other software than this one: python: '3\.99' then"):
+    monkeypatch.setattr(engine, "machine", lambda: here | other)
+    with pytest.raises(UserError, match=said):
         run_on_ray(tmp_path / "store")
 
 

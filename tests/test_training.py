@@ -190,7 +190,7 @@ def test_golden_streams() -> None:
 def test_a_row_is_trained_like_any_network(fraction: float, factor: int) -> None:
     """Under a loss of its own it is trained by autograd; a loss of twice the size asks for half the learning rate."""
     model, initial, mask = _setting(_perceptron, fraction)
-    assert kernels.Row.of(model) is not None
+    assert kernels.Perceptron.of(model) is not None
     recipe = Recipe(optimizer="momentum", lr=0.05, weight_decay=0.0, batch_size=16, iterations=12)
 
     def loss(outputs: Tensor, labels: Tensor) -> Tensor:
@@ -202,6 +202,16 @@ def test_a_row_is_trained_like_any_network(fraction: float, factor: int) -> None
     for name, weight in usual.weights.state.items():
         assert weight.allclose(own.weights.state[name], rtol=1e-3, atol=1e-5), name
         assert not weight.equal(initial[name]), name
+
+
+def test_a_row_is_trained_in_the_precision_asked_for() -> None:
+    model, initial, mask = _setting(_perceptron)
+    losses = [
+        train(model, initial, mask, IMAGES, Recipe(batch_size=16, iterations=4, precision=precision), 0).batch_losses
+        for precision in ("float32", "bfloat16")
+    ]
+    assert losses[0].allclose(losses[1], rtol=0.05)
+    assert not losses[0].allclose(losses[1], rtol=1e-4)
 
 
 # A pure function.

@@ -177,7 +177,7 @@ def train(
     if sparse_layers(model, mask, recipe, device):
         kernels.sparsify(model, mask, recipe.batch_size)
     usual = device == "cpu" and recipe.precision == "float32" and loss is functional.cross_entropy
-    row = kernels.Row.of(model) if usual else None
+    perceptron = kernels.Perceptron.of(model) if usual else None
     parameters = dict(model.named_parameters())
     alive = [
         (parameters[name], torch.empty_like(parameters[name], requires_grad=False).copy_(mask[name]))
@@ -208,8 +208,8 @@ def train(
     with ambient(seed), _flushed_denormals(), _deterministic(device):
         for inputs, labels in batches(data, recipe, seed, iteration, end):
             optimizer.forget_gradients()
-            if row is not None and row.takes(inputs, labels):
-                batch_loss = row.cross_entropy(inputs, labels)
+            if perceptron is not None and perceptron.takes(inputs, labels):
+                batch_loss = perceptron.cross_entropy(inputs, labels)
             else:
                 _seed_random_layers(device, derive(seed, "random layers", iteration))
                 with autocast:
@@ -220,7 +220,7 @@ def train(
                     # With no gradient ever, a weight that starts at 0 stays at 0 under momentum and weight decay too.
                     weight.grad.mul_(ones)
             optimizer.step(recipe.lr_at(iteration, examples))
-            latest.append(batch_loss.detach())
+            latest.append(batch_loss.detach().reshape(()))
             iteration += 1
             if iteration % per_epoch == 0 or iteration == end or iteration % _LOOKED_AT_EVERY == 0:
                 note_losses()

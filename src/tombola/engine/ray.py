@@ -220,7 +220,6 @@ def _train(
     torch.set_num_threads(THREADS)
     if other := differences({name: driver[name] for name in _MUST_AGREE}, machine()):
         return Failed(job.key, f"a machine of the cluster has other software than this one: {'; '.join(other)}")
-
     if (driver["kernels"] is None) != (machine()["kernels"] is None):
         return Failed(job.key, "tombola has its kernels on one machine of the cluster and not on another")
 

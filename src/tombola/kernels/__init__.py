@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 import warnings
 from collections.abc import Mapping, Sequence
@@ -16,14 +15,14 @@ from torch import Tensor, nn
 
 from tombola.kernels import layers
 from tombola.kernels.layers import BatchNorm2d, MaxPool2d, SparseConv2d, as_it_is
-from tombola.kernels.linear import Row, SparseLinear
+from tombola.kernels.linear import Perceptron, SparseLinear
 
 __all__ = [
     "MISSING",
     "BatchNorm2d",
     "MaxPool2d",
     "NoKernelsWarning",
-    "Row",
+    "Perceptron",
     "SparseConv2d",
     "SparseLinear",
     "available",
@@ -38,21 +37,20 @@ __all__ = [
 ]
 
 
-MISSING = "tombola was built without its kernels (no C++ compiler): sparse networks train no faster than dense ones"
+MISSING = "tombola has no kernels here (to install them needs a C++ compiler): sparse networks train no faster"
 
 
 class NoKernelsWarning(UserWarning):
-    """Sparse networks train as slowly as dense ones, because the package was built without its kernels."""
+    """Sparse networks train no faster than dense ones, because the package is without its kernels."""
 
 
 def available() -> bool:
-    """Whether the package was built with its kernels."""
+    """Whether the package has its kernels."""
     return layers.extension is not None
 
 
-@functools.cache
 def warn_if_missing() -> None:
-    """Warn, once in a process, where the package was built without its kernels."""
+    """Warn where the package is without its kernels: Python shows it once for each place that trains."""
     if not available():
         warnings.warn(MISSING, NoKernelsWarning, stacklevel=3)
 
@@ -72,11 +70,11 @@ def choose(shape: Sequence[int], density: float, batch_size: int = 128, *, besid
         shape: (outputs, inputs) or (outputs, inputs, height, width).
         density: alive / all connections of the layer.
         batch_size: samples per training step.
-        beside: whether the layer before or after it is sparse.
+        beside: whether the layer before or after it, of those that the kernels can do, is sparse.
 
     """
     # Time of forward and both gradients relative to dense, by density; the least of interleaved repetitions on one
-    # thread with AVX2. Linear layers in the middle of a row (see `Row`; dense: MKL), convolutions alone (dense: oneDNN,
+    # thread with AVX2. Linear layers in the middle of a `Perceptron` (dense: MKL), convolutions alone (dense: oneDNN,
     # channels-last):
     #
     #   layer              batch    .1    .3    .4    .5    .6    .8
@@ -94,9 +92,9 @@ def choose(shape: Sequence[int], density: float, batch_size: int = 128, *, besid
     #   64 -> 64, 8 x 8      128   .45   .77   .48   .72  1.00
     #   256 -> 256, 8 x 8    128   .23   .55   .59   .73  1.07
     #
-    # Beside a sparse neighbour a convolution saves the change of layout too. With the first layer and the shortcuts,
-    # which are small and stay the densest, a step of ResNet-20 took .7 of the time; with all below .4, one of VGG-16
-    # at .1 took .85.
+    # Beside a sparse neighbour a convolution saves the change of layout too. A step of ResNet-20 at density .1 took .7
+    # of the time with its first layer and its shortcuts sparse, which are small and stay the densest; one of VGG-16 .85
+    # of it with all up to .4 and not .3.
     if batch_size < 16:
         return False
     if len(shape) == 2:
@@ -143,13 +141,14 @@ def choices(model: nn.Module, mask: Mapping[str, Tensor], batch_size: int = 128)
         module = modules.get(path)
         if (
             available()
+            and alive.numel()
             and attribute == "weight"
             and module is not None
             and module is not model  # a model that is one layer has no parent to hold the new one
             and _eligible(module)
             and all(names[id(p)] == 1 for p in module.parameters(recurse=False))
         ):
-            densities[name] = float(alive.count_nonzero()) / max(1, alive.numel())
+            densities[name] = float(alive.count_nonzero()) / alive.numel()
     alone = [choose(mask[name].shape, density, batch_size) for name, density in densities.items()]
     chosen = dict.fromkeys(mask, "dense")
     for number, (name, density) in enumerate(densities.items()):

@@ -308,6 +308,7 @@ void correlate(const Pass& pass, View source, View delta, int batch, float* grad
                      pass.grid_width, workspace, row);
                 d.data = workspace;
             }
+            // What is read in place has nothing beyond the samples' vectors, not even zeros.
             const int lanes = count == 1 ? at_most(block, batch - n) : count * block;
             for (int r = 0; bias_gradient && r < pass.rows; ++r) {
                 vec total = {};

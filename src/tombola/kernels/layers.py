@@ -14,7 +14,7 @@ try:
     from tombola.kernels import _sparse
 
     extension: Any = _sparse
-except ImportError:  # built without a C++ compiler
+except ImportError:  # built without a C++ compiler, for one
     extension = None
 
 
@@ -199,7 +199,7 @@ class SparseConv2d(Sparse):
 
     def _make(self, size: Sequence[int]) -> Any:
         _, inputs, *kernel = self.shape
-        if size[0] != inputs or min(self._size(size)) < 1:
+        if size[0] != inputs or 0 in self.shape or min(self._size(size)) < 1:
             return None
         return self._layer((kernel[0], kernel[1]), (size[1], size[2]), self.stride, self.padding)
 

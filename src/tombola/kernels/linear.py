@@ -43,7 +43,7 @@ class _Surviving:
     """
 
     def __init__(self, kernels: Sequence[Any], relus: Sequence[bool]) -> None:
-        self.chain = layers.extension.Chain(kernels, relus)
+        self.chain = layers.extension.Chain(tuple(kernels), relus)
 
     def forward(self, x: Tensor, weights: Sequence[Any]) -> tuple[Tensor, list[Tensor]]:
         batch = len(x)
@@ -56,13 +56,17 @@ class _Surviving:
     ) -> tuple[Tensor | None, Found]:
         batch = len(dy)
         dx = empty((batch, self.chain.inputs)) if needs[0] else None
-        wanted = [values or bias for values, bias in zip(needs[1::2], needs[2::2], strict=True) for _ in range(2)]
-        found = [
-            torch.empty_like(weight) if want and weight is not None else None
-            for want, weight in zip(wanted, weights, strict=True)
-        ]
+        found: Found = []
+        for first in range(0, len(weights), 2):
+            wanted = needs[1 + first] or needs[2 + first]  # the kernel finds both gradients of a layer in one pass
+            found += [
+                torch.empty_like(weight) if wanted and weight is not None else None
+                for weight in weights[first : first + 2]
+            ]
+        scratch = torch.empty(self.chain.scratch_floats(batch))
         to = (0, 0, 0) if dx is None else view(dx)
-        self.chain.backward(_addresses(weights), view(dy), batch, kept[0].data_ptr(), _addresses(found), to)
+        memory = kept[0].data_ptr(), scratch.data_ptr()
+        self.chain.backward(_addresses(weights), view(dy), batch, *memory, _addresses(found), to)
         return dx, found
 
 
@@ -141,8 +145,7 @@ class SparseLinear(Sparse):
         """Return the layer's outputs, as the dense layer of its weights gives them."""
         inputs = self.shape[1]
         if x.dim() > 2 and x.shape[-1] == inputs:
-            y: Tensor = self(x.flatten(0, -2)).unflatten(0, x.shape[:-1])
-            return y
+            return self.forward(x.flatten(0, -2)).view(*x.shape[:-1], self.shape[0])
         kernel = self.kernel(x.shape[1:]) if x.dim() == 2 and computes(x, self.values, self.bias) else None
         if kernel is None:
             return functional.linear(x, self.weight, self.bias)
@@ -150,7 +153,9 @@ class SparseLinear(Sparse):
         return product
 
     def _make(self, size: Sequence[int]) -> Any:
-        return self._layer((1, 1), (1, 1), 1, (0, 0)) if size[0] == self.shape[1] else None
+        if size[0] != self.shape[1] or 0 in self.shape:
+            return None
+        return self._layer((1, 1), (1, 1), 1, (0, 0))
 
     def extra_repr(self) -> str:
         """Return shape and density."""
@@ -160,8 +165,13 @@ class SparseLinear(Sparse):
 Linear: TypeAlias = nn.Linear | SparseLinear
 
 
-class Row:
-    """A network that is nothing but linear layers in a row, with ReLUs, trained without autograd.
+def _kind(layer: Linear) -> tuple[bool, str | None]:
+    """Layers of one kind, one after the other, are computed together."""
+    return isinstance(layer, SparseLinear), layer.instruction_set if isinstance(layer, SparseLinear) else None
+
+
+class Perceptron:
+    """A multilayer perceptron: linear layers in a row, with ReLUs, and nothing else. It is trained without autograd.
 
     Args:
         linear: the layers, each one's outputs the next one's inputs, and whether a ReLU follows.
@@ -174,21 +184,29 @@ class Row:
         self._flattens = flattens
         self._one = torch.ones(())
         self._parts: list[tuple[_Part, list[Any]]] = []  # with weights and biases in turn, some None
-        for sparse, group in groupby(linear, lambda pair: isinstance(pair[0], SparseLinear)):
-            layers, relus = zip(*group, strict=True)
+        for (sparse, _), group in groupby(linear, lambda pair: _kind(pair[0])):
+            row, relus = zip(*group, strict=True)
             if sparse:
-                weights = [weight for layer in layers for weight in (layer.values, layer.bias)]
-                self._parts.append((_Surviving([layer.kernel(layer.shape[1:]) for layer in layers], relus), weights))
+                weights = [weight for layer in row for weight in (layer.values, layer.bias)]
+                self._parts.append((_Surviving([layer.kernel(layer.shape[1:]) for layer in row], relus), weights))
             else:
                 self._parts += [
-                    (_Dense(relu=relu), [layer.weight, layer.bias]) for layer, relu in zip(layers, relus, strict=True)
+                    (_Dense(relu=relu), [layer.weight, layer.bias]) for layer, relu in zip(row, relus, strict=True)
                 ]
         self._weights = [weight for _, weights in self._parts for weight in weights]
 
     @classmethod
-    def of(cls, model: nn.Module) -> Row | None:
-        """Return a plain `nn.Sequential` as a row, None for any other network."""
-        if type(model) is not nn.Sequential or not all(map(as_it_is, model.modules())):
+    def of(cls, model: nn.Module) -> Perceptron | None:
+        """Return what a plain `nn.Sequential` is, None for any other network, or one in which somebody looks on."""
+        parameters = list(model.parameters())
+        if (
+            type(model) is not nn.Sequential
+            or not all(map(as_it_is, model.modules()))
+            or len(parameters) < len(list(model.named_parameters(remove_duplicate=False)))  # some are shared
+            or not any(parameter.requires_grad for parameter in parameters)
+            or any(p._backward_hooks or getattr(p, "_post_accumulate_grad_hooks", None) for p in parameters)
+            or nn.modules.module._has_any_global_hook()  # type: ignore[no-untyped-call]
+        ):
             return None
         modules = list(model)
         first = next(iter(modules), None)
@@ -202,8 +220,7 @@ class Row:
             else:
                 return None
         fitting = all(before.out_features == after.in_features for (before, _), (after, _) in pairwise(linear))
-        shared = len(list(model.parameters())) < len(list(model.named_parameters(remove_duplicate=False)))
-        return cls(linear, flattens=flattens) if linear and fitting and not shared else None
+        return cls(linear, flattens=flattens) if linear and fitting else None
 
     def takes(self, x: Tensor, labels: Tensor) -> bool:
         """Whether `cross_entropy` computes what the network and `functional.cross_entropy` do with these."""

@@ -58,9 +58,11 @@ float* workspace(size_t floats) {
     thread_local std::unique_ptr<float, Release> memory;
     thread_local size_t size = 0;
     if (floats > size) {
-        size = (floats + 1023) / 1024 * 1024;
-        memory.reset(static_cast<float*>(std::aligned_alloc(4096, size * sizeof(float))));
+        const size_t more = (floats + 1023) / 1024 * 1024;
+        size = 0;
+        memory.reset(static_cast<float*>(std::aligned_alloc(4096, more * sizeof(float))));
         if (!memory) throw std::bad_alloc();
+        size = more;
     }
     return memory.get();
 }
@@ -213,7 +215,7 @@ class Layer {
         const View d = view(delta);
         nb::gil_scoped_release unlocked;
         input_gradient(pointer(values), d, batch, side_by_side(backward_[0].pass, batch, pointer(target)),
-                       workspace(gradient_floats()));
+                       workspace(count_in_lines() + backward_floats()));
     }
 
     void weight_gradient(nb::tuple source, nb::tuple delta, int batch, uintptr_t gradient,
@@ -224,7 +226,8 @@ class Layer {
                            workspace(forward_.source_floats + forward_.target_floats));
     }
 
-    // The same for a linear layer whose source and target are packed: (blocks, features, block).
+    // The same for a linear layer whose source and target are packed: (blocks, features, block). `memory` holds the
+    // values in the order of the transposed weight.
     void forward_packed(const float* values, const float* bias, float* source, int batch, float* target) const {
         kernels_.gather(forward_.pass, values, bias, packed(source, inputs()), batch, packed_target(target, outputs()),
                         nullptr);
@@ -234,18 +237,12 @@ class Layer {
         input_gradient(values, packed(delta, outputs()), batch, packed_target(target, inputs()), memory);
     }
 
-    void weight_gradient_packed(float* source, float* delta, int batch, float* gradient, float* bias_gradient,
-                                float* memory) const {
+    void weight_gradient_packed(float* source, float* delta, int batch, float* gradient, float* bias_gradient) const {
         kernels_.correlate(forward_.pass, packed(source, inputs()), packed(delta, outputs()), batch, gradient,
-                           bias_gradient, memory);
+                           bias_gradient, nullptr);
     }
 
-    // Memory that the gradients need.
-    size_t gradient_floats() const {
-        size_t most = 0;
-        for (const Structure& structure : backward_) most = std::max(most, structure.source_floats);
-        return std::max((order_.size() + 15) / 16 * 16 + most, forward_.source_floats + forward_.target_floats);
-    }
+    size_t count() const { return order_.size(); }
 
   private:
     View view(const nb::tuple& t) const {
@@ -271,11 +268,19 @@ class Layer {
     void input_gradient(const float* values, View delta, int batch, Target target, float* memory) const {
         for (size_t k = 0; k < order_.size(); ++k) memory[k] = values[order_[k]];
         const float* ordered = memory;
-        float* packed = memory + (order_.size() + 15) / 16 * 16;
+        float* packed = memory + count_in_lines();
         for (const Structure& structure : backward_) {
             kernels_.gather(structure.pass, ordered, nullptr, delta, batch, target, packed);
             ordered += structure.offset.size();
         }
+    }
+
+    size_t count_in_lines() const { return (order_.size() + 15) / 16 * 16; }
+
+    size_t backward_floats() const {
+        size_t most = 0;
+        for (const Structure& structure : backward_) most = std::max(most, structure.source_floats);
+        return most;
     }
 
     // (rows, height, width, batch), contiguous.
@@ -283,7 +288,9 @@ class Layer {
         return {data, ptrdiff_t(pass.target_height) * pass.target_width * batch, batch, pass.block};
     }
 
-    View packed(float* data, int features) const { return {data, 1, block(), 0, 0, ptrdiff_t(features) * block(), true}; }
+    View packed(float* data, int features) const {
+        return {data, 1, block(), 0, 0, ptrdiff_t(features) * block(), true};
+    }
 
     Target packed_target(float* data, int features) const { return {data, block(), 0, ptrdiff_t(features) * block()}; }
 
@@ -298,7 +305,12 @@ class Layer {
 class Chain {
   public:
     Chain(std::vector<const Layer*> layers, std::vector<bool> relus) : layers_(layers), relus_(relus) {
-        if (layers.empty() || layers.size() != relus.size()) throw std::invalid_argument("expected a layer and its ReLU");
+        if (layers.empty() || layers.size() != relus.size()) throw std::invalid_argument("expected a ReLU or none a layer");
+        for (size_t i = 0; i < layers.size(); ++i)
+            if (!layers[i] || &layers[i]->kernels() != &layers[0]->kernels() ||
+                layers[i]->block() != layers[i]->kernels().linear_block ||
+                (i > 0 && layers[i]->inputs() != layers[i - 1]->outputs()))
+                throw std::invalid_argument("expected linear layers that fit together, of one instruction set");
     }
 
     int inputs() const { return layers_[0]->inputs(); }
@@ -321,28 +333,38 @@ class Chain {
         float* x = pointer(memory);
         kernels().pack_features(from, layers_[0]->inputs(), batch, x);
         for (size_t i = 0; i < layers_.size(); ++i) {
+            const int outputs = layers_[i]->outputs();
             float* y = x + layers_[i]->inputs() * width;
             layers_[i]->forward_packed(pointer(parameters[2 * i]), pointer(parameters[2 * i + 1]), x, rounded, y);
-            if (relus_[i]) kernels().rectify(y, layers_[i]->outputs() * width);
+            if (relus_[i]) kernels().rectify(y, outputs * width);
+            for (int f = 0; f < outputs; ++f)  // a bias makes something of no sample too
+                for (int n = batch; n < rounded; ++n) y[((blocks(batch) - 1) * outputs + f) * block() + n % block()] = 0;
             x = y;
         }
         kernels().unpack_features(x, layers_.back()->outputs(), batch, to);
     }
 
+    // Of the scratch memory of a backward pass: two gradients of activations, and the values of a layer in another order.
+    size_t scratch_floats(int batch) const {
+        size_t features = 0, values = 0;
+        for (const Layer* layer : layers_) {
+            features = std::max<size_t>({features, size_t(layer->inputs()), size_t(layer->outputs())});
+            values = std::max(values, layer->count());
+        }
+        return 2 * features * blocks(batch) * block() + values;
+    }
+
     // `gradients` are addresses like `parameters`, 0 for what is not wanted; so is the source's `target`.
     void backward(const std::vector<uintptr_t>& parameters, nb::tuple delta, int batch, uintptr_t memory,
-                  const std::vector<uintptr_t>& gradients, nb::tuple target) const {
+                  uintptr_t scratch, const std::vector<uintptr_t>& gradients, nb::tuple target) const {
         const View from = view(delta), to = view(target);
         nb::gil_scoped_release unlocked;
         const size_t width = blocks(batch) * block();
         const int rounded = whole(batch);
-        size_t features = 0, own = 0;
-        for (const Layer* layer : layers_) {
-            features = std::max<size_t>({features, size_t(layer->inputs()), size_t(layer->outputs())});
-            own = std::max(own, layer->gradient_floats());
-        }
-        float* deltas = workspace(2 * features * width + own);
-        float *dy = deltas, *dx = deltas + features * width, *scratch = deltas + 2 * features * width;
+        size_t values = 0;
+        for (const Layer* layer : layers_) values = std::max(values, layer->count());
+        float* dy = pointer(scratch);
+        float *dx = dy + (scratch_floats(batch) - values) / 2, *ordered = dy + scratch_floats(batch) - values;
         float* y = pointer(memory) + floats(batch) - layers_.back()->outputs() * width;
         kernels().pack_features(from, layers_.back()->outputs(), batch, dy);
         for (size_t i = layers_.size(); i-- > 0;) {
@@ -350,9 +372,8 @@ class Chain {
             float* x = y - layer.inputs() * width;
             if (relus_[i]) kernels().gate(dy, y, layer.outputs() * width);
             if (gradients[2 * i] || gradients[2 * i + 1])
-                layer.weight_gradient_packed(x, dy, rounded, pointer(gradients[2 * i]), pointer(gradients[2 * i + 1]),
-                                             scratch);
-            if (i > 0 || to.data) layer.input_gradient_packed(pointer(parameters[2 * i]), dy, rounded, dx, scratch);
+                layer.weight_gradient_packed(x, dy, rounded, pointer(gradients[2 * i]), pointer(gradients[2 * i + 1]));
+            if (i > 0 || to.data) layer.input_gradient_packed(pointer(parameters[2 * i]), dy, rounded, dx, ordered);
             std::swap(dy, dx);
             y = x;
         }
@@ -417,13 +438,15 @@ NB_MODULE(_sparse, m) {
              nb::arg("alive"), nb::arg("outputs"), nb::arg("inputs"), nb::arg("kernel"), nb::arg("picture"),
              nb::arg("stride"), nb::arg("padding"), nb::arg("instruction_set"))
         .def("forward", &Layer::forward)
-        .def("input_gradient", nb::overload_cast<uintptr_t, nb::tuple, int, uintptr_t>(&Layer::input_gradient, nb::const_))
+        .def("input_gradient",
+             nb::overload_cast<uintptr_t, nb::tuple, int, uintptr_t>(&Layer::input_gradient, nb::const_))
         .def("weight_gradient", &Layer::weight_gradient);
     nb::class_<Chain>(m, "Chain")
-        .def(nb::init<std::vector<const Layer*>, std::vector<bool>>(), nb::keep_alive<1, 2>())
+        .def(nb::init<std::vector<const Layer*>, std::vector<bool>>(), nb::keep_alive<1, 2>())  // a tuple, which keeps the layers
         .def_prop_ro("inputs", &Chain::inputs)
         .def_prop_ro("outputs", &Chain::outputs)
         .def("floats", &Chain::floats)
+        .def("scratch_floats", &Chain::scratch_floats)
         .def("forward", &Chain::forward)
         .def("backward", &Chain::backward);
     m.def("normalize", normalize);
