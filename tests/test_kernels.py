@@ -311,6 +311,20 @@ def test_what_fills_up_a_block_of_samples_adds_nothing() -> None:
 
 
 @needs_kernels
+def test_what_no_path_leads_from_is_left_out() -> None:
+    """Nobody reads the second unit of the middle layer, so nothing is done with its weights, infinite ones here."""
+    weights = [torch.ones(2, 3), torch.tensor([[1.0, 1.0], [torch.inf, torch.inf]]), torch.tensor([[1.0, 0.0]] * 2)]
+    model = nn.Sequential(*(SparseLinear(w, torch.zeros(2), w != 0) for w in weights))
+    row = Perceptron.of(model)
+    assert row is not None
+    row.cross_entropy(torch.ones(4, 3), torch.tensor([0, 1, 1, 1]))
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    assert all(gradient.isfinite().all() for gradient in gradients)
+    assert gradients[2].tolist()[2:] == [0, 0]
+    assert gradients[3].tolist()[1] == 0
+
+
+@needs_kernels
 def test_rows_side_by_side_in_threads() -> None:
     torch.manual_seed(0)
     x, labels = torch.randn(100, 50), torch.randint(50, (100,))

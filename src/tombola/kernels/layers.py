@@ -141,10 +141,19 @@ class Sparse(nn.Module):
         """The kernel for samples of this size, None if they do not fit."""
         raise NotImplementedError
 
-    def _layer(self, kernel: tuple[int, int], picture: tuple[int, int], stride: int, padding: tuple[int, int]) -> Any:
+    def _layer(
+        self,
+        kernel: tuple[int, int],
+        picture: tuple[int, int],
+        stride: int,
+        padding: tuple[int, int],
+        read: Tensor | None = None,
+    ) -> Any:
         instruction_set = self.instruction_set or extension.instruction_sets()[0]
         outputs, inputs = self.shape[:2]
-        return extension.Layer(self.alive.numpy(), outputs, inputs, kernel, picture, stride, padding, instruction_set)
+        read = torch.ones(outputs, dtype=torch.bool) if read is None else read
+        how = kernel, picture, stride, padding, instruction_set
+        return extension.Layer(self.alive.numpy(), outputs, inputs, *how, read.numpy())
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Any:
         self._kernels.clear()  # the layer may move to where there are none

@@ -155,7 +155,16 @@ class SparseLinear(Sparse):
     def _make(self, size: Sequence[int]) -> Any:
         if size[0] != self.shape[1] or 0 in self.shape:
             return None
-        return self._layer((1, 1), (1, 1), 1, (0, 0))
+        return self.kernel_for(torch.ones(self.shape[0], dtype=torch.bool))
+
+    def kernel_for(self, read: Tensor) -> Any:
+        """The kernel that leaves out what leads to outputs that are not `read`, bool, (outputs,)."""
+        return self._layer((1, 1), (1, 1), 1, (0, 0), read)
+
+    def reading(self, read: Tensor) -> Tensor:
+        """Which inputs, bool, (inputs,), lead to an output that is `read`."""
+        outputs, inputs = self.alive // self.shape[1], self.alive % self.shape[1]
+        return torch.zeros(self.shape[1], dtype=torch.bool).index_fill(0, inputs[read[outputs]], value=True)
 
     def extra_repr(self) -> str:
         """Return shape and density."""
@@ -168,6 +177,19 @@ Linear: TypeAlias = nn.Linear | SparseLinear
 def _kind(layer: Linear) -> tuple[bool, str | None]:
     """Layers of one kind, one after the other, are computed together."""
     return isinstance(layer, SparseLinear), layer.instruction_set if isinstance(layer, SparseLinear) else None
+
+
+def _kernels(row: Sequence[SparseLinear]) -> list[Any]:
+    """The kernels of layers in a row, without what no path leads from to the last one's outputs.
+
+    That is exact: nobody reads those outputs, and their gradients are 0.
+    """
+    kernels: list[Any] = []
+    read = torch.ones(row[-1].shape[0], dtype=torch.bool)
+    for layer in reversed(row):
+        kernels.insert(0, layer.kernel_for(read))
+        read = layer.reading(read)
+    return kernels
 
 
 class Perceptron:
@@ -188,7 +210,7 @@ class Perceptron:
             row, relus = zip(*group, strict=True)
             if sparse:
                 weights = [weight for layer in row for weight in (layer.values, layer.bias)]
-                self._parts.append((_Surviving([layer.kernel(layer.shape[1:]) for layer in row], relus), weights))
+                self._parts.append((_Surviving(_kernels(row), relus), weights))
             else:
                 self._parts += [
                     (_Dense(relu=relu), [layer.weight, layer.bias]) for layer, relu in zip(row, relus, strict=True)

@@ -80,8 +80,9 @@ struct Structure {
     std::vector<int32_t> split, offset;
     size_t source_floats = 0, target_floats = 0;
 
-    // taps[first[r]] to taps[first[r + 1]] are those of row r, by ascending channel.
-    void build(const std::vector<Tap>& taps, const std::vector<int32_t>& first) {
+    // taps[first[r]] to taps[first[r + 1]] are those of row r, by ascending channel; left out where `wanted` says so.
+    template <class Wanted>
+    void build(const std::vector<Tap>& taps, const std::vector<int32_t>& first, const Wanted& wanted) {
         Pass& p = pass;
         const int columns = (p.grid_width - 1) * p.source_step + p.tap_width;
         const size_t line = sizeof(float) * columns * p.block;
@@ -104,6 +105,10 @@ struct Structure {
         offset.resize(taps.size());
         split.reserve(size_t(p.rows) * (p.tiles + 1));
         for (int r = 0; r < p.rows; ++r) {
+            if (!wanted(r)) {
+                split.insert(split.end(), p.tiles + 1, first[r + 1]);
+                continue;
+            }
             int32_t k = first[r];
             for (int tile = 0; tile < p.tiles; ++tile) {
                 split.push_back(k);
@@ -122,12 +127,14 @@ struct Structure {
 
 // What the three products of one layer need to know of its mask, for one size of picture. A linear
 // layer is a convolution of a picture of one pixel. Values and their gradient are in the order of
-// `alive`: the ascending flat indices of the survivors in a weight of shape (outputs, inputs, kernel).
+// `alive`: the ascending flat indices of the survivors in a weight of shape (outputs, inputs, kernel). What leads to
+// outputs that are not `read` is left out of the work: they are their bias, and the gradients of their weights 0.
 class Layer {
   public:
     Layer(nb::ndarray<const int64_t, nb::ndim<1>, nb::c_contig, nb::device::cpu> alive, int outputs, int inputs,
           std::pair<int, int> kernel, std::pair<int, int> picture, int stride, std::pair<int, int> padding,
-          const std::string& instruction_set)
+          const std::string& instruction_set,
+          nb::ndarray<const bool, nb::ndim<1>, nb::c_contig, nb::device::cpu> read)
         : kernels_(kernels_named(instruction_set)) {
         const auto [kernel_height, kernel_width] = kernel;
         const auto [height, width] = picture;
@@ -160,7 +167,7 @@ class Layer {
         f.grid_height = f.target_height = (height + 2 * padding.first - kernel_height) / stride + 1;
         f.grid_width = f.target_width = (width + 2 * padding.second - kernel_width) / stride + 1;
         f.source_step = stride, f.target_step = 1, f.block = block;
-        forward_.build(taps, first);
+        forward_.build(taps, first, [&](int r) { return read.data()[r]; });
 
         // Input pixel (stride * i + a, stride * j + b) is reached by the taps of one phase of the kernel only,
         // and each of these from the output pixel (i, j) plus a constant shift.
@@ -178,7 +185,7 @@ class Layer {
 
                 std::vector<int32_t> start(inputs + 1);
                 const auto in_phase = [&](const Weight& w) {
-                    return (a + padding.first - w.y) % stride == 0 && (b + padding.second - w.x) % stride == 0;
+                    return read.data()[w.output] && (a + padding.first - w.y) % stride == 0 && (b + padding.second - w.x) % stride == 0;
                 };
                 for (const Weight& w : weights)
                     if (in_phase(w)) ++start[w.input + 1];
@@ -195,7 +202,7 @@ class Layer {
                     transposed[at] = {w.output, (a + padding.first - w.y) / stride + p.pad_top,
                                       (b + padding.second - w.x) / stride + p.pad_left};
                 }
-                structure.build(transposed, start);
+                structure.build(transposed, start, [](int) { return true; });
             }
     }
 
@@ -434,9 +441,10 @@ NB_MODULE(_sparse, m) {
     });
     nb::class_<Layer>(m, "Layer")
         .def(nb::init<nb::ndarray<const int64_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>, int, int,
-                      std::pair<int, int>, std::pair<int, int>, int, std::pair<int, int>, const std::string&>(),
+                      std::pair<int, int>, std::pair<int, int>, int, std::pair<int, int>, const std::string&,
+                      nb::ndarray<const bool, nb::ndim<1>, nb::c_contig, nb::device::cpu>>(),
              nb::arg("alive"), nb::arg("outputs"), nb::arg("inputs"), nb::arg("kernel"), nb::arg("picture"),
-             nb::arg("stride"), nb::arg("padding"), nb::arg("instruction_set"))
+             nb::arg("stride"), nb::arg("padding"), nb::arg("instruction_set"), nb::arg("read"))
         .def("forward", &Layer::forward)
         .def("input_gradient",
              nb::overload_cast<uintptr_t, nb::tuple, int, uintptr_t>(&Layer::input_gradient, nb::const_))
