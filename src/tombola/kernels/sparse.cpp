@@ -67,8 +67,12 @@ float* workspace(size_t floats) {
     return memory.get();
 }
 
-// Bytes of each cache for packed activations, and taps that are worth a piece of a row.
-const size_t first_cache = 24 << 10, second_cache = 256 << 10, least_taps = 12;
+// Bytes of a cache for packed activations, and taps that are worth a piece of a row, as measured.
+struct Sizes {
+    size_t first_cache, least_taps;
+};
+constexpr Sizes of_pixels{24 << 10, 12}, of_one_pixel{32 << 10, 40};
+const size_t second_cache = 256 << 10;
 
 struct Tap {
     int channel, y, x;
@@ -90,7 +94,8 @@ struct Structure {
         // The lines that one group of pixels reads should fit the first cache, but a piece of a row costs a load and
         // a store of the accumulators, so it should have some taps; the packed tile should fit the second cache.
         const size_t window = sizeof(float) * p.block * p.tap_height * (p.tap_width + (p.grid_width > 1 ? 3 : 0));
-        const size_t fitting = first_cache / window, worth = least_taps * p.rows * p.channels / (taps.size() + 1);
+        const Sizes sizes = p.grid_height * p.grid_width == 1 ? of_one_pixel : of_pixels;
+        const size_t fitting = sizes.first_cache / window, worth = sizes.least_taps * p.rows * p.channels / (taps.size() + 1);
         size_t channels = std::max({fitting, worth, size_t(1)});
         p.band = p.grid_height;
         while (p.band > 2 && std::min<size_t>(channels, p.channels) * line * height(p.band) > second_cache)
