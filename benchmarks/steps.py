@@ -99,10 +99,11 @@ def _trained_by_hand(
     pruned: list[tuple[nn.Parameter, torch.Tensor]],
     *,
     channels_last: bool = False,
+    batches_ready: Callable[[int], tuple[torch.Tensor, torch.Tensor]] | None = None,
 ) -> list[float]:
     """Train by the loop by hand, masks multiplied into weights before each step; return the time after each."""
     marks: list[float] = []
-    inputs_of = _ready_batches(system)
+    inputs_of = batches_ready or _ready_batches(system)
     for iteration in range(system.recipe.iterations or 0):
         inputs, labels = inputs_of(iteration)
         inputs = inputs.contiguous(memory_format=torch.channels_last) if channels_last else inputs.contiguous()
@@ -149,10 +150,11 @@ def _chain_by_hand(system: System, levels: int) -> None:
     initial = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     weights = [parameter for parameter in model.parameters() if parameter.dim() > 1]
     masks = [torch.ones_like(weight, requires_grad=False) for weight in weights]
+    ready = _ready_batches(system)
     for level in range(levels + 1):
         model.load_state_dict(initial)
         optimizer = torch.optim.SGD(model.parameters(), system.recipe.lr)
-        _trained_by_hand(system, model, optimizer, list(zip(weights, masks, strict=True)))
+        _trained_by_hand(system, model, optimizer, list(zip(weights, masks, strict=True)), batches_ready=ready)
         if level < levels:
             alive = torch.cat([w.detach().abs()[m > 0] for w, m in zip(weights, masks, strict=True)])
             threshold = alive.kthvalue(round(0.2 * len(alive))).values
