@@ -185,11 +185,12 @@ def sparsify(model: nn.Module, mask: Mapping[str, Tensor], batch_size: int = 128
                 layer.get_parameter("bias").requires_grad_(dense.bias.requires_grad)
             model.set_submodule(path, layer)
     if any(isinstance(module, SparseConv2d) for module in model.modules()):
+        in_our_layout: dict[type[nn.Module], type[BatchNorm2d | MaxPool2d]]
+        in_our_layout = {nn.BatchNorm2d: BatchNorm2d, nn.MaxPool2d: MaxPool2d}
         for path, module in list(model.named_modules()):
-            if type(module) is nn.BatchNorm2d and module.affine and path and "forward" not in vars(module):
-                model.set_submodule(path, BatchNorm2d.of(module))
-            elif type(module) is nn.MaxPool2d and path and "forward" not in vars(module):
-                model.set_submodule(path, MaxPool2d.of(module))
+            ours = in_our_layout.get(type(module))
+            if ours is not None and path and "forward" not in vars(module):
+                model.set_submodule(path, ours.of(module))
     return model
 
 

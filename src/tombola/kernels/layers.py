@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,11 @@ try:
     extension: Any = _sparse
 except ImportError:  # built without a C++ compiler, for one
     extension = None
+
+
+def address(x: Tensor | None) -> int:
+    """Where a tensor's numbers lie; 0 for None."""
+    return 0 if x is None else x.data_ptr()
 
 
 def view(x: Tensor) -> tuple[int, ...]:
@@ -64,7 +70,7 @@ class _Product(torch.autograd.Function):
         ctx: Any, x: Tensor, values: Tensor, bias: Tensor | None, kernel: Any, shape: tuple[int, ...]
     ) -> Tensor:
         y = empty(shape)
-        kernel.forward(values.data_ptr(), 0 if bias is None else bias.data_ptr(), view(x), shape[0], y.data_ptr())
+        kernel.forward(values.data_ptr(), address(bias), view(x), shape[0], y.data_ptr())
         ctx.save_for_backward(x, values)
         ctx.kernel = kernel
         return y
@@ -79,8 +85,7 @@ class _Product(torch.autograd.Function):
         if needs_values or needs_bias:
             dvalues = torch.empty_like(values)
             dbias = torch.empty(dy.shape[1]) if needs_bias else None
-            bias_gradient = 0 if dbias is None else dbias.data_ptr()
-            ctx.kernel.weight_gradient(view(x), view(dy), batch, dvalues.data_ptr(), bias_gradient)
+            ctx.kernel.weight_gradient(view(x), view(dy), batch, dvalues.data_ptr(), address(dbias))
         if needs_input:
             dx = empty(x.shape)
             ctx.kernel.input_gradient(values.data_ptr(), view(dy), batch, dx.data_ptr())
@@ -96,7 +101,6 @@ class Sparse(nn.Module):
     values: nn.Parameter
     bias: nn.Parameter | None
     alive: Tensor
-    dimensions: ClassVar[int]
 
     def __init__(self, weight: Tensor, bias: Tensor | None, mask: Tensor, instruction_set: str | None = None) -> None:
         super().__init__()
@@ -119,15 +123,7 @@ class Sparse(nn.Module):
     @property
     def density(self) -> float:
         """Alive / all connections of this layer."""
-        return self.alive.numel() / max(1, self.weight_count)
-
-    @property
-    def weight_count(self) -> int:
-        """The number of connections, dead or alive."""
-        count = 1
-        for size in self.shape:
-            count *= size
-        return count
+        return self.alive.numel() / max(1, math.prod(self.shape))
 
     def kernel(self, size: Sequence[int]) -> Any:
         """The kernel for samples of this size, None if they do not fit or the package was built without kernels."""
@@ -175,8 +171,6 @@ class SparseConv2d(Sparse):
         instruction_set: one of `instruction_sets()`; the machine's best by default.
 
     """
-
-    dimensions = 4
 
     def __init__(
         self,
@@ -254,19 +248,23 @@ class _Normalize(torch.autograd.Function):
 _normalize: Callable[..., tuple[Tensor, Tensor]] = _Normalize.apply
 
 
-class BatchNorm2d(nn.BatchNorm2d):
+class _TakenOver(nn.Module):
+    """A layer of PyTorch's that does the same in another way."""
+
+    @classmethod
+    def of(cls, module: nn.Module) -> Self:
+        """The same layer: it takes over all that `module` holds."""
+        layer = cls.__new__(cls)
+        layer.__dict__ = module.__dict__
+        return layer
+
+
+class BatchNorm2d(_TakenOver, nn.BatchNorm2d):
     """Batch normalisation that trains on the kernels' layout as fast as memory allows.
 
     PyTorch's takes several times longer on these strides than on its own. Everything but training on this layout
     is left to it.
     """
-
-    @classmethod
-    def of(cls, module: nn.BatchNorm2d) -> BatchNorm2d:
-        """The same layer: it takes over all that `module` holds."""
-        layer = cls.__new__(cls)
-        layer.__dict__ = module.__dict__
-        return layer
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the layer's outputs, as the dense layer of its weights gives them."""
@@ -274,6 +272,7 @@ class BatchNorm2d(nn.BatchNorm2d):
         if (
             not self.training
             or self.momentum is None
+            or not self.affine
             or mean is None
             or variance is None
             or x.dim() != 4
@@ -294,19 +293,12 @@ class BatchNorm2d(nn.BatchNorm2d):
         return y
 
 
-class MaxPool2d(nn.MaxPool2d):
+class MaxPool2d(_TakenOver, nn.MaxPool2d):
     """Max pooling that keeps the kernels' layout.
 
     With the first two dimensions exchanged that is PyTorch's channels-last, which it is fast on. Left alone it would
     give its own layout back, and every operation on both layouts is several times slower.
     """
-
-    @classmethod
-    def of(cls, module: nn.MaxPool2d) -> MaxPool2d:
-        """The same layer: it takes over all that `module` holds."""
-        layer = cls.__new__(cls)
-        layer.__dict__ = module.__dict__
-        return layer
 
     def forward(self, input: Tensor) -> Any:
         """Return what the layer gives on any other layout."""

@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from tombola.kernels import layers
-from tombola.kernels.layers import Sparse, as_it_is, computes, empty, view
+from tombola.kernels.layers import Sparse, address, as_it_is, computes, empty, view
 
 Found: TypeAlias = list[Tensor | None]
 
@@ -48,7 +48,7 @@ class _Surviving:
     def forward(self, x: Tensor, weights: Sequence[Any]) -> tuple[Tensor, list[Tensor]]:
         batch = len(x)
         y, memory = empty((batch, self.chain.outputs)), torch.empty(self.chain.floats(batch))
-        self.chain.forward(_addresses(weights), view(x), batch, view(y), memory.data_ptr())
+        self.chain.forward(list(map(address, weights)), view(x), batch, view(y), memory.data_ptr())
         return y, [memory]
 
     def backward(
@@ -66,12 +66,8 @@ class _Surviving:
         scratch = torch.empty(self.chain.scratch_floats(batch))
         to = (0, 0, 0) if dx is None else view(dx)
         memory = kept[0].data_ptr(), scratch.data_ptr()
-        self.chain.backward(_addresses(weights), view(dy), batch, *memory, _addresses(found), to)
+        self.chain.backward(list(map(address, weights)), view(dy), batch, *memory, list(map(address, found)), to)
         return dx, found
-
-
-def _addresses(tensors: Sequence[Tensor | None]) -> list[int]:
-    return [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
 
 
 class _Dense:
@@ -129,8 +125,6 @@ class SparseLinear(Sparse):
 
     """
 
-    dimensions = 2
-
     @property
     def in_features(self) -> int:
         """The number of inputs."""
@@ -155,11 +149,11 @@ class SparseLinear(Sparse):
     def _make(self, size: Sequence[int]) -> Any:
         if size[0] != self.shape[1] or 0 in self.shape:
             return None
-        return self.kernel_for(torch.ones(self.shape[0], dtype=torch.bool))
+        return self._layer((1, 1), (1, 1), 1, (0, 0))
 
     def kernel_for(self, read: Tensor) -> Any:
         """The kernel that leaves out what leads to outputs that are not `read`, bool, (outputs,)."""
-        return self._layer((1, 1), (1, 1), 1, (0, 0), read)
+        return self.kernel(self.shape[1:]) if read.all() else self._layer((1, 1), (1, 1), 1, (0, 0), read)
 
     def reading(self, read: Tensor) -> Tensor:
         """Which inputs, bool, (inputs,), lead to an output that is `read`."""

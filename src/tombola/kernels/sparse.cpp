@@ -95,7 +95,8 @@ struct Structure {
         // a store of the accumulators, so it should have some taps; the packed tile should fit the second cache.
         const size_t window = sizeof(float) * p.block * p.tap_height * (p.tap_width + (p.grid_width > 1 ? 3 : 0));
         const Sizes sizes = p.grid_height * p.grid_width == 1 ? of_one_pixel : of_pixels;
-        const size_t fitting = sizes.first_cache / window, worth = sizes.least_taps * p.rows * p.channels / (taps.size() + 1);
+        const size_t fitting = sizes.first_cache / window;
+        const size_t worth = sizes.least_taps * p.rows * p.channels / (taps.size() + 1);
         size_t channels = std::max({fitting, worth, size_t(1)});
         p.band = p.grid_height;
         while (p.band > 2 && std::min<size_t>(channels, p.channels) * line * height(p.band) > second_cache)
@@ -190,7 +191,8 @@ class Layer {
 
                 std::vector<int32_t> start(inputs + 1);
                 const auto in_phase = [&](const Weight& w) {
-                    return read.data()[w.output] && (a + padding.first - w.y) % stride == 0 && (b + padding.second - w.x) % stride == 0;
+                    return read.data()[w.output] && (a + padding.first - w.y) % stride == 0 &&
+                           (b + padding.second - w.x) % stride == 0;
                 };
                 for (const Weight& w : weights)
                     if (in_phase(w)) ++start[w.input + 1];
@@ -317,7 +319,8 @@ class Layer {
 class Chain {
   public:
     Chain(std::vector<const Layer*> layers, std::vector<bool> relus) : layers_(layers), relus_(relus) {
-        if (layers.empty() || layers.size() != relus.size()) throw std::invalid_argument("expected a ReLU or none a layer");
+        if (layers.empty() || layers.size() != relus.size())
+            throw std::invalid_argument("expected a ReLU or none a layer");
         for (size_t i = 0; i < layers.size(); ++i)
             if (!layers[i] || &layers[i]->kernels() != &layers[0]->kernels() ||
                 layers[i]->block() != layers[i]->kernels().linear_block ||
@@ -350,20 +353,18 @@ class Chain {
             layers_[i]->forward_packed(pointer(parameters[2 * i]), pointer(parameters[2 * i + 1]), x, rounded, y);
             if (relus_[i]) kernels().rectify(y, outputs * width);
             for (int f = 0; f < outputs; ++f)  // a bias makes something of no sample too
-                for (int n = batch; n < rounded; ++n) y[((blocks(batch) - 1) * outputs + f) * block() + n % block()] = 0;
+                for (int n = batch; n < rounded; ++n)
+                    y[((blocks(batch) - 1) * outputs + f) * block() + n % block()] = 0;
             x = y;
         }
         kernels().unpack_features(x, layers_.back()->outputs(), batch, to);
     }
 
-    // Of the scratch memory of a backward pass: two gradients of activations, and the values of a layer in another order.
+    // Of the scratch memory of a backward pass: two gradients of activations, and a layer's values in another order.
     size_t scratch_floats(int batch) const {
-        size_t features = 0, values = 0;
-        for (const Layer* layer : layers_) {
-            features = std::max<size_t>({features, size_t(layer->inputs()), size_t(layer->outputs())});
-            values = std::max(values, layer->count());
-        }
-        return 2 * features * blocks(batch) * block() + values;
+        size_t values = 0;
+        for (const Layer* layer : layers_) values = std::max(values, layer->count());
+        return 2 * delta_floats(batch) + values;
     }
 
     // `gradients` are addresses like `parameters`, 0 for what is not wanted; so is the source's `target`.
@@ -373,10 +374,7 @@ class Chain {
         nb::gil_scoped_release unlocked;
         const size_t width = blocks(batch) * block();
         const int rounded = whole(batch);
-        size_t values = 0;
-        for (const Layer* layer : layers_) values = std::max(values, layer->count());
-        float* dy = pointer(scratch);
-        float *dx = dy + (scratch_floats(batch) - values) / 2, *ordered = dy + scratch_floats(batch) - values;
+        float *dy = pointer(scratch), *dx = dy + delta_floats(batch), *ordered = dx + delta_floats(batch);
         float* y = pointer(memory) + floats(batch) - layers_.back()->outputs() * width;
         kernels().pack_features(from, layers_.back()->outputs(), batch, dy);
         for (size_t i = layers_.size(); i-- > 0;) {
@@ -396,6 +394,13 @@ class Chain {
     const Kernels& kernels() const { return layers_[0]->kernels(); }
     size_t block() const { return layers_[0]->block(); }
     size_t blocks(int batch) const { return (batch + block() - 1) / block(); }
+
+    // Of the gradient of the widest activations.
+    size_t delta_floats(int batch) const {
+        int features = inputs();
+        for (const Layer* layer : layers_) features = std::max(features, layer->outputs());
+        return features * blocks(batch) * block();
+    }
 
     // The batch with as many samples in its last block as the kernels compute at once.
     int whole(int batch) const {
@@ -455,7 +460,7 @@ NB_MODULE(_sparse, m) {
              nb::overload_cast<uintptr_t, nb::tuple, int, uintptr_t>(&Layer::input_gradient, nb::const_))
         .def("weight_gradient", &Layer::weight_gradient);
     nb::class_<Chain>(m, "Chain")
-        .def(nb::init<std::vector<const Layer*>, std::vector<bool>>(), nb::keep_alive<1, 2>())  // a tuple, which keeps the layers
+        .def(nb::init<std::vector<const Layer*>, std::vector<bool>>(), nb::keep_alive<1, 2>())  // a tuple of layers
         .def_prop_ro("inputs", &Chain::inputs)
         .def_prop_ro("outputs", &Chain::outputs)
         .def("floats", &Chain::floats)
