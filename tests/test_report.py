@@ -97,6 +97,14 @@ def chromium() -> Iterator[Browser]:
         yield one
 
 
+def test_commands_do_every_stored_reinitialisation_again(contents: Contents) -> None:
+    found = [command for what, command in provenance.commands(contents) if what == "partial reinitialisation"]
+    assert found == [
+        "tombola reinit nasty.toml --level 1 --draws 1 --importances l1 min_max",
+        "tombola reinit nasty.toml --level 2 --draws 2",
+    ]
+
+
 def show(chromium: Browser, folder: Path, html: str, **how: Any) -> float:
     (folder / "report.html").write_text(html, encoding="utf-8")
     return chromium.open((folder / "report.html").as_uri(), **how)

@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from tombola.report.contents import Contents
+from tombola.report.contents import COSTLY, Contents
 from tombola.report.sections import command
 from tombola.study import Study, fields
 
@@ -16,14 +16,17 @@ from tombola.study import Study, fields
 def commands(contents: Contents) -> list[tuple[str, str]]:
     """Return (what it does, command) of what makes the study's results, checks them and writes this report again."""
     level = [] if contents.level is None else [f"--level {contents.level}"]
-    costly = [name for name in ("functions", "connectivity") if name in contents.tables]
+    costly = [name for name in COSTLY if name in contents.tables]
     options = " ".join(["report", *level, *(["--with", *costly] if costly else [])])
     found = [
         ("does the trainings that are not stored yet", command(contents, "run")),
         ("does stored trainings again and compares every bit", command(contents, "verify")),
     ]
-    if "reinit" in contents.tables:
-        found.append(("partial reinitialisation", command(contents, f"reinit --level {contents.level}")))
+    if (drawn := contents.tables.get("reinit")) is not None:
+        for level, names, draws in drawn.select("level", "compared", "draws").unique(maintain_order=True).rows():
+            whose = "" if len(names) == len(contents.study.importances) else f" --importances {' '.join(names)}"
+            verb = f"reinit --level {level} --draws {draws}{whose}"
+            found.append(("partial reinitialisation", command(contents, verb)))
     return [*found, ("writes this report", command(contents, options))]
 
 

@@ -111,51 +111,49 @@ def overlap(table: pl.DataFrame, importances: int) -> pl.DataFrame:
         importances: how many the study has.
     """
     whole = table.filter(pl.col("layer") == ALL)
-    by_importance, k = pl.col("kind") == IMPORTANCES, pl.col("k")
-    chosen = {
-        TWO: by_importance & (k == 2),
-        together(importances): by_importance & (k == importances) & (importances > 2),
-        NOISE: (pl.col("kind") == DATA_ORDER) & (k == 2),
-    }
     share = 100 * pl.col("shared_of_ticket")
     return pl.concat(
         [
-            whole.filter(rows)
+            whole.filter((pl.col("kind") == kind) & (pl.col("k") == k))
             .group_by("level", maintain_order=True)
             .agg(
                 (100 * (pl.col("alive") / pl.col("connections")).mean()).alias(DENSITY),
                 share.mean().alias("shared %"),
                 share.min().alias("lowest %"),
                 share.max().alias("highest %"),
-                (100 * (pl.col("layers_expected") / pl.col("alive")).mean()).alias("chance, by layers %"),
-                (100 * (pl.col("global_expected") / pl.col("alive")).mean()).alias("chance, overall %"),
+                *_by_chance(),
             )
             .select(pl.lit(name).alias("comparison"), pl.all())
             .sort("level")
-            for name, rows in chosen.items()
+            for name, kind, k in _comparisons(importances)
         ]
     ).with_columns(pl.col(pl.Float64).fill_nan(None))  # where nothing is alive
+
+
+def _comparisons(importances: int) -> list[tuple[str, str, int]]:
+    """Return (name, kind, how many tickets) of what is compared."""
+    every = [(together(importances), IMPORTANCES, importances)] if importances > 2 else []
+    return [(TWO, IMPORTANCES, 2), *every, (NOISE, DATA_ORDER, 2)]
+
+
+def _by_chance() -> tuple[pl.Expr, pl.Expr]:
+    """Return what random tickets share, in % of a ticket."""
+    by_layers, overall = (pl.col(f"{name}_expected") / pl.col("alive") for name in ("layers", "global"))
+    return (100 * by_layers.mean()).alias("chance, by layers %"), (100 * overall.mean()).alias("chance, overall %")
 
 
 def overlap_by_layer(table: pl.DataFrame, level: int, importances: int) -> pl.DataFrame:
     """Return what all importances (or the two) and two data orders share in each layer at a level."""
     chosen = table.filter(pl.col("level") == level)
     parts = []
-    for name, kind, k in (
-        (TWO, IMPORTANCES, 2),
-        (together(importances), IMPORTANCES, importances),
-        (NOISE, DATA_ORDER, 2),
-    ):
-        if name == together(importances) and importances == 2:
-            continue
+    for name, kind, k in _comparisons(importances):
         rows = chosen.filter((pl.col("kind") == kind) & (pl.col("k") == k))
         parts.append(
             rows.group_by("layer", maintain_order=True)
             .agg(
                 pl.col("connections").first(),
                 (100 * pl.col("shared_of_ticket").mean()).alias("shared %"),
-                (100 * (pl.col("layers_expected") / pl.col("alive")).mean()).alias("chance, by layers %"),
-                (100 * (pl.col("global_expected") / pl.col("alive")).mean()).alias("chance, overall %"),
+                *_by_chance(),
             )
             .select(pl.lit(name).alias("comparison"), pl.all())
         )
