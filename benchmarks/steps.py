@@ -14,9 +14,9 @@ from torch import nn
 from torch.nn import functional
 
 from tombola import Augmentation, Dataset, Mask, Recipe, find_tickets, prune, train
-from tombola.batches import batches, normalisation
 from tombola.importance import magnitude
 from tombola.models import lenet_300_100, resnet20, vgg16
+from tombola.training.batches import batches, normalisation
 
 BATCH = 128
 

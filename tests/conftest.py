@@ -51,8 +51,8 @@ def workers_here(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let `tombola run` do its trainings in this process, which needs no time to start others."""
     from tombola.engine.job import Job, Outcome, perform
     from tombola.engine.workers import Failed
-    from tombola.problem import Problem, load_problem
-    from tombola.study import Task
+    from tombola.study.schema import Task
+    from tombola.study.task import Problem, load_problem
 
     class Here:
         count = 1

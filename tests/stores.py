@@ -15,11 +15,11 @@ from tombola.engine.job import Job, perform
 from tombola.engine.local import LocalWorkers
 from tombola.engine.run import Status, run
 from tombola.engine.workers import At, Event
-from tombola.planning import Planner
-from tombola.problem import Problem, load_problem
-from tombola.recipe import Recipe
-from tombola.store import Store
-from tombola.study import Study, Task
+from tombola.store.store import Store
+from tombola.study.planner import Planner
+from tombola.study.schema import Study, Task
+from tombola.study.task import Problem, load_problem
+from tombola.training.recipe import Recipe
 
 TASK = Task(dataset="tiny_task:dataset", model="tiny_task:model")
 

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from tombola import Dataset, Mask, UserError
 from tombola.analysis import connectivity, functions, reinit, stability, weights, winners
+from tombola.analysis.accuracy import Row
 from tombola.importance import l1, random
-from tombola.results import Row
 
 
 def mask(**layers: str) -> Mask:

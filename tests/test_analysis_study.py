@@ -19,8 +19,8 @@ from torch import nn
 from tombola import Planner, Store, UserError, load_problem, load_study, train
 from tombola.analysis import connectivity, functions, layers, overlap, reinit, stability, weights, winners
 from tombola.cli import main
-from tombola.planning import Chain
-from tombola.training import predict
+from tombola.study.planner import Chain
+from tombola.training.evaluation import predict
 
 STUDY = """
 importances = ["magnitude", "l1", "min_max"]

@@ -328,7 +328,7 @@ def test_a_store_that_cannot_be_written_to(refused: Refused, tmp_path: Path, mon
     def read_only(*_: object, **__: object) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("tombola.store.tempfile.mkstemp", read_only)
+    monkeypatch.setattr("tombola.store.store.tempfile.mkstemp", read_only)
     assert refused("run", "digits", "--store", "store") == "store store: it cannot be written to: Permission denied"
 
 

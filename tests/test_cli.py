@@ -27,8 +27,8 @@ from small_study import OVERRIDES, STUDY
 from tombola import Ticket, load_problem, load_study
 from tombola.cli import main
 from tombola.importance import IMPORTANCES
-from tombola.study import presets
-from tombola.training import initial_state
+from tombola.study.schema import presets
+from tombola.training.train import initial_state
 
 Completed = subprocess.CompletedProcess[str]
 Tombola = Callable[..., Completed]

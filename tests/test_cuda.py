@@ -8,7 +8,7 @@ from torch import nn
 
 from tombola import Augmentation, Checkpoint, Dataset, Mask, Recipe, Trained, prune, train
 from tombola.importance import magnitude
-from tombola.training import initial_state
+from tombola.training.train import initial_state
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
 

@@ -18,7 +18,6 @@ import numpy as np
 import pytest
 
 from stores import TASK, InTurn, content, planner, problem, records, results, run_study, study, write_study
-from tombola.claims import Claims
 from tombola.engine import estimate as estimates
 from tombola.engine.estimate import Speed
 from tombola.engine.job import Job, Outcome, perform
@@ -26,9 +25,10 @@ from tombola.engine.local import LocalWorkers
 from tombola.engine.run import Status, run
 from tombola.engine.workers import At, Event, Failed
 from tombola.errors import UserError
-from tombola.mask import Mask
-from tombola.planning import Training
-from tombola.store import Store
+from tombola.pruning.mask import Mask
+from tombola.store.claims import Claims
+from tombola.store.store import Store
+from tombola.study.planner import Training
 
 
 @pytest.fixture(scope="module")
@@ -168,7 +168,7 @@ def test_a_checkpoint_cut_in_half_is_not_used(tmp_path: Path, undisturbed: dict[
         pass
 
     def stop(iteration: int, checkpoint: Any) -> None:
-        from tombola.store import checkpoint_to_bytes
+        from tombola.store.store import checkpoint_to_bytes
 
         if iteration == 5:
             stopped.append(checkpoint_to_bytes(checkpoint()))
@@ -184,7 +184,7 @@ def test_a_checkpoint_cut_in_half_is_not_used(tmp_path: Path, undisturbed: dict[
 
 
 def test_a_checkpoint_is_gone_on_from_to_the_same_bits(tmp_path: Path, undisturbed: dict[str, bytes]) -> None:
-    from tombola.store import checkpoint_to_bytes
+    from tombola.store.store import checkpoint_to_bytes
 
     for level, at in (("rewind point", 3), ("level 0", 31), ("level 1", 45)):
         root = tmp_path / level
@@ -366,7 +366,7 @@ def test_a_claim_dies_with_its_owner(tmp_path: Path) -> None:
     code = f"""
 import sys, time
 from pathlib import Path
-from tombola.claims import Claims
+from tombola.store.claims import Claims
 claims = Claims(Path({str(tmp_path)!r}))
 print(claims.take("key"), flush=True)
 time.sleep(600)

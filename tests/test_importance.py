@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tombola import Mask, Weights, prune
 from tombola.importance import IMPORTANCES, Seeded, l1, l2, lamp, magnitude, min_max, random, softmax
-from tombola.rewinding import prune_round
+from tombola.lottery.rewinding import prune_round
 
 EPSILON = 2.0**-52
 

@@ -682,8 +682,8 @@ def test_a_sample_never_decides(
     weights, mask = drawn
     count = round(fraction * mask.alive)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("tombola.mask._KEPT", kept)
-        patch.setattr("tombola.mask._SAMPLED", sampled)
+        patch.setattr("tombola.pruning.prune._KEPT", kept)
+        patch.setattr("tombola.pruning.prune._SAMPLED", sampled)
         assert prune(weights, mask, magnitude, fraction) == pruned_literally(weights, mask, magnitude, count)
 
 
@@ -691,8 +691,8 @@ def test_a_sample_never_decides(
 @pytest.mark.parametrize("fraction", [0.00001, 0.2, 0.5, 0.99999])
 def test_many_connections(monkeypatch: pytest.MonkeyPatch, order: str, fraction: float) -> None:
     """Also where the connections that are looked at first are not like the others."""
-    monkeypatch.setattr("tombola.mask._KEPT", 0)
-    monkeypatch.setattr("tombola.mask._SAMPLED", 1000)
+    monkeypatch.setattr("tombola.pruning.prune._KEPT", 0)
+    monkeypatch.setattr("tombola.pruning.prune._SAMPLED", 1000)
     draw = torch.Generator().manual_seed(0)
     weights = torch.rand(300_000, generator=draw) + 1
     every = len(weights) // 1000 + 1
@@ -728,6 +728,6 @@ def test_importances_are_computed_once_if_they_are_few_and_twice_if_they_are_man
 
     few = prune(weights, dense(weights), counted, 0.3)
     assert len(calls) == 3
-    monkeypatch.setattr("tombola.mask._KEPT", 0)
+    monkeypatch.setattr("tombola.pruning.prune._KEPT", 0)
     assert prune(weights, dense(weights), counted, 0.3) == few
     assert len(calls) == 3 + 6

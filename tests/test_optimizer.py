@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from tombola import Recipe
-from tombola.optimizer import Optimizer
+from tombola.training.optimizer import Optimizer
 
 Name = Literal["sgd", "momentum", "nesterov", "adam", "adamw"]
 NAMES: tuple[Name, ...] = ("sgd", "momentum", "nesterov", "adam", "adamw")

@@ -15,7 +15,7 @@ from stores import TASK, content, planner, records, results, run_study, study, w
 from tombola.engine.local import LocalWorkers
 from tombola.engine.run import Status, run
 from tombola.errors import UserError
-from tombola.planning import Training
+from tombola.study.planner import Training
 
 ray = pytest.importorskip("ray", reason="ray is not installed: pip install 'tombola[ray]'")
 Cluster = pytest.importorskip("ray.cluster_utils").Cluster

@@ -28,16 +28,16 @@ from stores import InTurn
 from tombola import Planner, Recipe, Store, Study, Task, UserError, load_problem, load_study
 from tombola.analysis import layers, overlap, reinit, winners
 from tombola.analysis import weights as weights_analysis
+from tombola.analysis.accuracy import Row
 from tombola.cli import main
 from tombola.engine.run import run
-from tombola.mask import Mask
+from tombola.pruning.mask import Mask
 from tombola.report import charts, findings, look, paper, provenance, tables
 from tombola.report.contents import COSTLY, Contents, gather, verified
 from tombola.report.figures import write
 from tombola.report.page import page
 from tombola.report.sections import charted, sections
 from tombola.report.watch import ADDRESS, serving
-from tombola.results import Row
 
 TASK = Task(dataset="nasty_task:dataset", model="nasty_task:model")
 STUDY = Study(

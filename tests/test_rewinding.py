@@ -35,10 +35,10 @@ from tombola import (
     train,
 )
 from tombola.importance import IMPORTANCES, l1, magnitude
-from tombola.rewinding import check_levels, prune_round
+from tombola.lottery.rewinding import check_levels, prune_round
 from tombola.streams import generator
-from tombola.training import initial_state
-from tombola.weights import State, masked, state_hash
+from tombola.training.train import initial_state
+from tombola.training.weights import State, masked, state_hash
 
 EXAMPLES = 26  # with batches of 8: 4 iterations an epoch, the last of 2 examples
 

@@ -16,17 +16,11 @@ import torch
 
 from tombola.errors import UserError
 from tombola.files import write_atomically
-from tombola.mask import Mask
-from tombola.store import (
-    DamagedResultError,
-    Store,
-    canonical,
-    checkpoint_from_bytes,
-    checkpoint_to_bytes,
-    name_of,
-)
-from tombola.training import Checkpoint, History, Trained
-from tombola.weights import Weights, masked
+from tombola.pruning.mask import Mask
+from tombola.store.names import canonical, name_of
+from tombola.store.store import DamagedResultError, Store, checkpoint_from_bytes, checkpoint_to_bytes
+from tombola.training.history import Checkpoint, History, Trained
+from tombola.training.weights import Weights, masked
 
 KEY = name_of({"some": "training"})
 MASK = Mask.from_tensors({"a.weight": torch.rand(5, 7, generator=torch.Generator().manual_seed(0)) < 0.4})

@@ -12,10 +12,10 @@ import pytest
 from pydantic import ValidationError
 
 from tombola import Augmentation, Planner, Recipe, Store, Study, Task, UserError, Weights, load_problem, load_study
-from tombola.planning import Training
-from tombola.references import own_modules, resolve, source_hash
-from tombola.store import name_of
-from tombola.study import fields, is_list, presets
+from tombola.store.names import name_of
+from tombola.study.code import own_modules, resolve, source_hash
+from tombola.study.planner import Training
+from tombola.study.schema import fields, is_list, presets
 
 SMALL = """\
 importances = ["l1"]

@@ -17,10 +17,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from tombola import Augmentation, Checkpoint, Dataset, History, Mask, Recipe, Trained, UserError, kernels, prune, train
-from tombola.batches import Changes, batches, normalisation
 from tombola.streams import derive, generator
-from tombola.training import evaluate, initial_state, predict, sparse_layers
-from tombola.weights import State, masked
+from tombola.training.batches import Changes, batches, normalisation
+from tombola.training.evaluation import evaluate, predict
+from tombola.training.train import initial_state, sparse_layers
+from tombola.training.weights import State, masked
 
 Optimizer = Literal["sgd", "momentum", "nesterov", "adam", "adamw"]
 OPTIMIZERS: tuple[Optimizer, ...] = ("sgd", "momentum", "nesterov", "adam", "adamw")

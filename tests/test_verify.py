@@ -15,11 +15,7 @@ import torch
 
 from stores import InTurn, content, planner, results, study, write_study
 from tombola.engine.run import run
-from tombola.mask import Mask
-from tombola.planning import Chain, Planner
-from tombola.store import Store, canonical
-from tombola.training import History
-from tombola.verify import (
+from tombola.engine.verify import (
     Finding,
     first_in_histories,
     first_in_losses,
@@ -30,6 +26,11 @@ from tombola.verify import (
     verify_chains,
     verify_trainings,
 )
+from tombola.pruning.mask import Mask
+from tombola.store.names import canonical
+from tombola.store.store import Store
+from tombola.study.planner import Chain, Planner
+from tombola.training.history import History
 
 STUDY = study(["magnitude", "l1"], levels=2)
 

@@ -16,42 +16,44 @@ if TYPE_CHECKING:
     from tombola import datasets, importance, models
     from tombola.datasets.dataset import Dataset
     from tombola.errors import UserError
-    from tombola.mask import Mask, prunable, prune
-    from tombola.planning import Planner
-    from tombola.problem import Problem, load_problem
-    from tombola.recipe import Augmentation, Recipe
-    from tombola.rewinding import find_tickets, lottery_ticket_rewinding
-    from tombola.store import Store
-    from tombola.study import Study, Task, load_study
-    from tombola.ticket import Ticket
-    from tombola.training import Checkpoint, History, Trained, train
-    from tombola.weights import Weights
+    from tombola.lottery.rewinding import find_tickets, lottery_ticket_rewinding
+    from tombola.lottery.ticket import Ticket
+    from tombola.pruning.mask import Mask, prunable
+    from tombola.pruning.prune import prune
+    from tombola.store.store import Store
+    from tombola.study.planner import Planner
+    from tombola.study.schema import Study, Task, load_study
+    from tombola.study.task import Problem, load_problem
+    from tombola.training.history import Checkpoint, History, Trained
+    from tombola.training.recipe import Augmentation, Recipe
+    from tombola.training.train import train
+    from tombola.training.weights import Weights
 
 __version__ = "0.1.0"
 
 _HOME = {
-    "Augmentation": "recipe",
-    "Checkpoint": "training",
+    "Augmentation": "training.recipe",
+    "Checkpoint": "training.history",
     "Dataset": "datasets.dataset",
-    "History": "training",
-    "Mask": "mask",
-    "Planner": "planning",
-    "Problem": "problem",
-    "Recipe": "recipe",
-    "Store": "store",
-    "Study": "study",
-    "Task": "study",
-    "Ticket": "ticket",
-    "Trained": "training",
+    "History": "training.history",
+    "Mask": "pruning.mask",
+    "Planner": "study.planner",
+    "Problem": "study.task",
+    "Recipe": "training.recipe",
+    "Store": "store.store",
+    "Study": "study.schema",
+    "Task": "study.schema",
+    "Ticket": "lottery.ticket",
+    "Trained": "training.history",
     "UserError": "errors",
-    "Weights": "weights",
-    "find_tickets": "rewinding",
-    "load_problem": "problem",
-    "load_study": "study",
-    "lottery_ticket_rewinding": "rewinding",
-    "prunable": "mask",
-    "prune": "mask",
-    "train": "training",
+    "Weights": "training.weights",
+    "find_tickets": "lottery.rewinding",
+    "load_problem": "study.task",
+    "load_study": "study.schema",
+    "lottery_ticket_rewinding": "lottery.rewinding",
+    "prunable": "pruning.mask",
+    "prune": "pruning.prune",
+    "train": "training.train",
 }
 _MODULES = ("datasets", "importance", "models")
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import sysconfig
+import traceback
 from collections.abc import Iterable
+from pathlib import Path
 
 
 class UserError(ValueError):
@@ -33,3 +36,26 @@ def did_you_mean(name: str, choices: Iterable[str]) -> str:
     near = near or [folded[match] for match in difflib.get_close_matches(name.casefold(), folded, n=3, cutoff=0.6)]
     quoted = ", ".join(repr(choice) for choice in (near or known))
     return f"did you mean {quoted}?" if near else f"choose from {quoted}"
+
+
+def describe_exception(error: BaseException) -> str:
+    """Return what an exception in a user's code says, in one line, and the line of that code which it came from.
+
+    >>> describe_exception(ValueError("no such thing"))
+    'ValueError: no such thing'
+    """
+    text = f"{type(error).__name__}: {' '.join(str(error).split())}".removesuffix(": ")
+    package = Path(__file__).parent
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        path = Path(frame.filename)
+        if path.is_file() and not is_installed(path) and not path.is_relative_to(package):
+            return f"{text} (in {path}, line {frame.lineno})"
+    return text
+
+
+def is_installed(path: Path) -> bool:
+    """Say whether a file belongs to an installed package or to Python itself."""
+    folders = {sysconfig.get_path(kind) for kind in ("purelib", "platlib", "stdlib", "platstdlib")}
+    if {"site-packages", "dist-packages"} & set(path.parts):  # also those of the user, and of another Python's
+        return True
+    return any(path.is_relative_to(folder) for folder in folders)

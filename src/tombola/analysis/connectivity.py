@@ -10,14 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from tombola.analysis.gather import after, chosen, groups, last_level
-from tombola.batches import normalisation
 from tombola.datasets.dataset import Dataset
 from tombola.errors import UserError
-from tombola.planning import Planner
+from tombola.lottery.ticket import Ticket
 from tombola.streams import ambient
-from tombola.ticket import Ticket
-from tombola.training import evaluate
-from tombola.weights import State
+from tombola.study.planner import Planner
+from tombola.training.batches import normalisation
+from tombola.training.evaluation import evaluate
+from tombola.training.weights import State
 
 POINTS = 11
 _EXAMPLES = 10_000  # of the training set, for the statistics of batch norm

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from tombola.analysis.gather import DATA_ORDER, IMPORTANCES, SEEDS, after, chosen, groups, last_level
 from tombola.errors import UserError
-from tombola.planning import Planner
+from tombola.lottery.ticket import Ticket
 from tombola.streams import ambient
-from tombola.ticket import Ticket
-from tombola.training import predict
+from tombola.study.planner import Planner
+from tombola.training.evaluation import predict
 
 _REMEMBERED = 16  # networks whose outputs are held: those of one level
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import polars as pl
 
 from tombola.errors import UserError, did_you_mean
-from tombola.planning import Chain, MissingError, Planner
-from tombola.store import DamagedResultError
-from tombola.ticket import Ticket
+from tombola.lottery.ticket import Ticket
+from tombola.store.store import DamagedResultError
+from tombola.study.planner import Chain, MissingError, Planner
 
 ALL = "(all)"
 """Stands in the column `layer` for all layers together."""

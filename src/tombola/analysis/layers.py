@@ -10,8 +10,8 @@ import polars as pl
 from tombola.analysis.gather import ALL, after, by_level, chosen
 from tombola.analysis.paths import Paths
 from tombola.errors import UserError
-from tombola.mask import Mask
-from tombola.planning import Planner
+from tombola.pruning.mask import Mask
+from tombola.study.planner import Planner
 
 
 def of_study(

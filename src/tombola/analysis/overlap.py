@@ -13,8 +13,8 @@ import polars as pl
 from tombola.analysis.chance import Counts, Numbers, interval, interval_of_two, moments, support
 from tombola.analysis.gather import ALL, after, groups
 from tombola.errors import UserError
-from tombola.mask import Mask
-from tombola.planning import Planner
+from tombola.pruning.mask import Mask
+from tombola.study.planner import Planner
 
 _BLOCK = 1 << 13  # words of 64 connections that are compared in one go: those of 15 masks stay in the cache
 

@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional
 
 from tombola.errors import UserError
-from tombola.mask import Mask
+from tombola.pruning.mask import Mask
 
 _WEIGHTED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _PASSED = (

@@ -14,12 +14,12 @@ from tombola.analysis.chance import interval, interval_of_two, moments, support
 from tombola.analysis.gather import ALL, after, by_level, chosen
 from tombola.analysis.winners import mean_with_interval
 from tombola.errors import UserError
-from tombola.mask import Mask
-from tombola.planning import Chain, Planner
-from tombola.store import DamagedResultError
+from tombola.pruning.mask import Mask
+from tombola.store.store import DamagedResultError
 from tombola.streams import derive
-from tombola.training import initial_state
-from tombola.weights import State, Weights
+from tombola.study.planner import Chain, Planner
+from tombola.training.train import initial_state
+from tombola.training.weights import State, Weights
 
 
 @dataclass(frozen=True)

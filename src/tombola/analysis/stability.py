@@ -15,10 +15,10 @@ from torch import Tensor
 
 from tombola.analysis.gather import ALL, after, by_level, chosen, last_level
 from tombola.errors import UserError
-from tombola.mask import Mask
-from tombola.planning import Planner
-from tombola.ticket import Ticket
-from tombola.weights import State
+from tombola.lottery.ticket import Ticket
+from tombola.pruning.mask import Mask
+from tombola.study.planner import Planner
+from tombola.training.weights import State
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 MEASURES = ("sd", "flips", "flips_from_start", "movement")

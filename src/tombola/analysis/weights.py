@@ -10,11 +10,11 @@ import polars as pl
 
 from tombola.analysis.gather import after, by_level, chosen, last_level
 from tombola.importance import Importance, Seeded
-from tombola.mask import Mask
-from tombola.planning import Planner
-from tombola.problem import resolve_importance
+from tombola.pruning.mask import Mask
 from tombola.streams import derive, generator
-from tombola.weights import State
+from tombola.study.planner import Planner
+from tombola.study.task import resolve_importance
+from tombola.training.weights import State
 
 QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
 

@@ -9,10 +9,10 @@ from collections.abc import Sequence
 import polars as pl
 from scipy import special
 
+from tombola.analysis.accuracy import Row, rows
 from tombola.analysis.gather import chosen
 from tombola.errors import UserError
-from tombola.planning import Planner
-from tombola.results import Row, rows
+from tombola.study.planner import Planner
 
 SCHEMA = {
     "importance": pl.String,

@@ -16,9 +16,9 @@ from tombola.engine.job import Job
 from tombola.engine.local import LocalWorkers
 from tombola.engine.run import remaining
 from tombola.engine.workers import At
-from tombola.mask import Mask
-from tombola.planning import Chain, Planner, Progress
-from tombola.training import predict
+from tombola.pruning.mask import Mask
+from tombola.study.planner import Chain, Planner, Progress
+from tombola.training.evaluation import predict
 
 _TIMED_SECONDS = 1.0
 _PATIENCE = 60.0  # seconds after which a training that has not come far enough to be timed is taken as it is

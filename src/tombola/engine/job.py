@@ -13,15 +13,16 @@ import numpy as np
 import safetensors.torch
 import torch
 
+from tombola.engine.machine import machine
 from tombola.kernels import NoKernelsWarning
-from tombola.machine import machine
-from tombola.mask import Mask
-from tombola.planning import Training
-from tombola.problem import Problem
-from tombola.recipe import Recipe
-from tombola.study import Study
-from tombola.training import Checkpoint, History, Trained, Watch, train
-from tombola.weights import Weights
+from tombola.pruning.mask import Mask
+from tombola.study.planner import Training
+from tombola.study.schema import Study
+from tombola.study.task import Problem
+from tombola.training.history import Checkpoint, History, Trained, Watch
+from tombola.training.recipe import Recipe
+from tombola.training.train import train
+from tombola.training.weights import Weights
 
 
 @dataclass(frozen=True)

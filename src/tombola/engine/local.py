@@ -20,10 +20,10 @@ import torch
 
 from tombola.engine.job import Job, perform
 from tombola.engine.workers import CHECKPOINT_EVERY, TRIES, At, Event, Failed, watching
-from tombola.planning import THREADS
-from tombola.problem import Problem, load_problem
-from tombola.store import Store
-from tombola.study import Task
+from tombola.store.store import Store
+from tombola.study.planner import THREADS
+from tombola.study.schema import Task
+from tombola.study.task import Problem, load_problem
 
 _PRELOADED = ["tombola.engine.local", "torch._dynamo"]  # torch imports the latter at an optimizer's first step
 

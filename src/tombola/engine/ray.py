@@ -25,14 +25,14 @@ from ray import exceptions
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from tombola.engine.job import Job, Outcome, perform
+from tombola.engine.machine import differences, machine
 from tombola.engine.workers import CHECKPOINT_EVERY, TRIES, At, Event, Failed, watching
 from tombola.errors import UserError
-from tombola.machine import differences, machine
-from tombola.planning import THREADS
-from tombola.problem import Problem
-from tombola.references import own_modules
-from tombola.store import Store, checkpoint_from_bytes
-from tombola.study import Study, Task
+from tombola.store.store import Store, checkpoint_from_bytes
+from tombola.study.code import own_modules
+from tombola.study.planner import THREADS
+from tombola.study.schema import Study, Task
+from tombola.study.task import Problem
 
 _MUST_AGREE = ("versions", "commit", "python")
 

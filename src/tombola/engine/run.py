@@ -6,12 +6,12 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from tombola.claims import Claims
 from tombola.engine.job import Job, Outcome
 from tombola.engine.workers import At, Failed, Workers
 from tombola.errors import UserError
-from tombola.planning import Chain, Planner, Progress, Training
-from tombola.store import DamagedResultError
+from tombola.store.claims import Claims
+from tombola.store.store import DamagedResultError
+from tombola.study.planner import Chain, Planner, Progress, Training
 
 _LOOKED_EVERY = 1.0  # seconds after which results and claims of other runs are looked at
 

@@ -8,10 +8,9 @@ from dataclasses import dataclass
 from typing import Protocol, Self, TypeAlias
 
 from tombola.engine.job import Job, Outcome
-from tombola.errors import UserError
-from tombola.references import told
-from tombola.store import checkpoint_to_bytes
-from tombola.training import Checkpoint, Watch
+from tombola.errors import UserError, describe_exception
+from tombola.store.store import checkpoint_to_bytes
+from tombola.training.history import Checkpoint, Watch
 
 CHECKPOINT_EVERY = 30.0
 """Seconds between two checkpoints of a training: the most that is lost with a process."""
@@ -40,7 +39,7 @@ class Failed:
     @classmethod
     def by(cls, key: str, error: Exception) -> Failed:
         """The job raised an error: the user's mistake, or one in the user's code, told with its file and line."""
-        return cls(key, str(error) if isinstance(error, UserError) else told(error))
+        return cls(key, str(error) if isinstance(error, UserError) else describe_exception(error))
 
 
 Event: TypeAlias = At | Outcome | Failed

@@ -12,14 +12,14 @@ import polars as pl
 
 from tombola import __version__
 from tombola.analysis import connectivity, functions, layers, overlap, reinit, stability, weights, winners
+from tombola.analysis.accuracy import Row, rows
 from tombola.analysis.gather import chosen, label, last_level
 from tombola.engine.run import remaining
 from tombola.errors import UserError
-from tombola.planning import Planner
 from tombola.report import paper
-from tombola.results import Row, rows
-from tombola.store import DamagedResultError
-from tombola.study import Study
+from tombola.store.store import DamagedResultError
+from tombola.study.planner import Planner
+from tombola.study.schema import Study
 
 COSTLY = ("functions", "connectivity")
 """Analyses that ask networks for predictions and keep nothing: only where they are asked for."""

@@ -7,7 +7,7 @@ from importlib import resources
 
 import polars as pl
 
-from tombola.study import Study, load_study, presets
+from tombola.study.schema import Study, load_study, presets
 
 CITATION = (
     "B. Vandersmissen and J. Oramas, Considering Layerwise Importance in the Lottery Ticket Hypothesis, "
@@ -24,7 +24,7 @@ def of_study(study: Study) -> pl.DataFrame | None:
     One row for each level and importance that the paper reports, with the columns level, importance, accuracy and sd
     (over three seeds), both in 0..1.
 
-    >>> from tombola.study import load_study
+    >>> from tombola.study.schema import load_study
     >>> of_study(load_study("lenet-mnist", {"levels": 10})).row(0)
     (0, 'magnitude', 0.9811, 0.0008)
     >>> of_study(load_study("resnet20-cifar10-small")) is None

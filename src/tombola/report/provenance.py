@@ -10,7 +10,7 @@ from pydantic import BaseModel
 
 from tombola.report.contents import COSTLY, Contents
 from tombola.report.sections import command
-from tombola.study import Study, fields
+from tombola.study.schema import Study, fields
 
 
 def commands(contents: Contents) -> list[tuple[str, str]]:
@@ -33,7 +33,7 @@ def commands(contents: Contents) -> list[tuple[str, str]]:
 def study_fields(study: Study) -> list[tuple[str, str, str]]:
     """Return (name, value, what it means) of every field of a study.
 
-    >>> from tombola.study import load_study
+    >>> from tombola.study.schema import load_study
     >>> study_fields(load_study("digits"))[0][:2]
     ('task.dataset', '"digits"')
     """
@@ -50,7 +50,7 @@ def study_fields(study: Study) -> list[tuple[str, str, str]]:
 def as_toml(study: Study) -> str:
     """Return a study as a TOML file that `tombola` reads as the same study.
 
-    >>> from tombola.study import load_study
+    >>> from tombola.study.schema import load_study
     >>> print(as_toml(load_study("digits"))[:44])
     importances = ["magnitude", "l1", "l2", "sof
     """

@@ -260,7 +260,7 @@ def _missing(name: str, title: str, reading: str, contents: Contents, verb: str)
 def command(contents: Contents, verb: str) -> str:
     """Return a command about the study: the verb, the study, then the verb's options and what overrides the study.
 
-    >>> from tombola.study import load_study
+    >>> from tombola.study.schema import load_study
     >>> digits = load_study("digits")
     >>> contents = Contents("d", digits, ("digits", "--levels", "3"), {}, (0, 0), (), (), None, 0.0, {}, {})
     >>> command(contents, "reinit --level 2")

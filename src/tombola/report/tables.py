@@ -10,8 +10,8 @@ from collections.abc import Sequence
 
 import polars as pl
 
+from tombola.analysis.accuracy import Row
 from tombola.analysis.gather import ALL, DATA_ORDER, IMPORTANCES
-from tombola.results import Row
 
 DENSITY = "alive %"
 """The heading of the share of all connections that are alive."""

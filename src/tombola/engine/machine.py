@@ -63,14 +63,14 @@ def _cpu(field: str) -> str:
 
 def _commit() -> str | None:
     """Return the commit of tombola's source, with a plus where it was edited since; None where it is no checkout."""
-    here = Path(__file__).parent
+    here = Path(__file__).parents[1]
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(here), *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
 
     try:
-        git("ls-files", "--error-unmatch", Path(__file__).name)  # tombola's own checkout, not one that it lies in
+        git("ls-files", "--error-unmatch", str(Path(__file__)))  # tombola's own checkout, not one that it lies in
         return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--", str(here)) else "")
     except (OSError, subprocess.SubprocessError):
         return None

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tombola.errors import UserError
-from tombola.study import presets
+from tombola.study.schema import presets
 
 if TYPE_CHECKING:
-    from tombola.planning import Planner
     from tombola.report.contents import Contents
-    from tombola.study import Study
+    from tombola.study.planner import Planner
+    from tombola.study.schema import Study
 
 Open = Callable[..., tuple["Planner", "Study"]]
 """Gives the planner and the study that options name."""
@@ -66,7 +66,7 @@ def report(options: argparse.Namespace) -> int:
     """Write one page with all that was found in a study: a file that needs no network."""
     with _installed():
         from tombola.report.page import page
-    from tombola.display import size
+    from tombola.cli.display import size
     from tombola.files import write_atomically
 
     _check(options, options.output.parent)

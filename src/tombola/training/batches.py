@@ -9,8 +9,8 @@ from torch import Tensor
 
 from tombola import kernels
 from tombola.datasets.dataset import Dataset
-from tombola.recipe import Augmentation, Recipe
 from tombola.streams import generator
+from tombola.training.recipe import Augmentation, Recipe
 
 
 def batches(data: Dataset, recipe: Recipe, seed: int, begin: int, end: int) -> Iterator[tuple[Tensor, Tensor]]:

@@ -9,7 +9,7 @@ from tombola.errors import UserError
 
 if TYPE_CHECKING:
     from tombola.engine.workers import Workers
-    from tombola.planning import Planner
+    from tombola.study.planner import Planner
 
 
 def add_options(run: argparse.ArgumentParser) -> None:

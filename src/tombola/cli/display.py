@@ -19,12 +19,12 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from tombola.analysis.accuracy import Cell, Row, Table2, rows, table2
 from tombola.engine.estimate import estimate
 from tombola.engine.run import Status
 from tombola.errors import UserError
-from tombola.planning import Chain, Planner, Training
-from tombola.results import Cell, Row, Table2, rows, table2
-from tombola.ticket import Ticket
+from tombola.lottery.ticket import Ticket
+from tombola.study.planner import Chain, Planner, Training
 
 _NO_STAR = "\ue000"
 """Stands where others have a star; rich would take a space away, and align the rest."""

@@ -12,12 +12,15 @@ from torch.nn import functional
 from tombola.datasets.dataset import Dataset
 from tombola.errors import UserError
 from tombola.importance import Importance
-from tombola.mask import Mask, prune
-from tombola.recipe import Recipe
+from tombola.lottery.ticket import Ticket
+from tombola.pruning.mask import Mask
+from tombola.pruning.prune import prune
 from tombola.streams import derive
-from tombola.ticket import Ticket
-from tombola.training import Loss, Trained, check, train
-from tombola.weights import Weights
+from tombola.training.evaluation import Loss
+from tombola.training.history import Trained
+from tombola.training.recipe import Recipe
+from tombola.training.train import check, train
+from tombola.training.weights import Weights
 
 
 class Train(Protocol):
@@ -53,7 +56,7 @@ def lottery_ticket_rewinding(
     With a training that leaves the weights as they are:
 
     >>> import torch
-    >>> from tombola.training import History
+    >>> from tombola.training.history import History
     >>> theta_0 = Weights.of({"w": torch.tensor([4.0, 1.0, 3.0, 2.0])})
     >>> tickets = lottery_ticket_rewinding(
     ...     lambda initial, mask, begin, end: Trained(initial, History()),

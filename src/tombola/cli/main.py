@@ -11,14 +11,17 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, get_args, get_origin
 
-from tombola import __version__, cli_engine, cli_report, cli_store
-from tombola.cli_analysis import add_analysis_verbs
+from tombola import __version__
+from tombola.cli import engine as cli_engine
+from tombola.cli import report as cli_report
+from tombola.cli import store as cli_store
+from tombola.cli.analysis import add_analysis_verbs
 from tombola.errors import UserError, did_you_mean
-from tombola.study import fields, is_list, load_study, presets
+from tombola.study.schema import fields, is_list, load_study, presets
 
 if TYPE_CHECKING:
-    from tombola.planning import Planner, Progress
-    from tombola.study import Study
+    from tombola.study.planner import Planner, Progress
+    from tombola.study.schema import Study
 
 STORE = Path("tombola-store")
 
@@ -64,10 +67,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def run(options: argparse.Namespace) -> int:
     """Do the trainings of a study that are not done yet, and print the results."""
     from tombola import kernels
-    from tombola.display import show_results, showing
+    from tombola.cli.display import show_results, showing
     from tombola.engine.run import run as run_study
-    from tombola.problem import try_out
-    from tombola.store import Store
+    from tombola.store.store import Store
+    from tombola.study.task import try_out
 
     planner, study = _planner(options)
     here = study if options.engine == "local" else study.model_copy(update={"device": "cpu"})  # GPUs may be elsewhere
@@ -92,8 +95,8 @@ def run(options: argparse.Namespace) -> int:
 
 def plan(options: argparse.Namespace) -> int:
     """Say what a run would train, what exists already, and the time and disk it will take."""
-    from tombola.display import show_plan
-    from tombola.problem import try_out
+    from tombola.cli.display import show_plan
+    from tombola.study.task import try_out
 
     planner, study = _planner(options)
     try_out(planner.problem, study)
@@ -103,7 +106,7 @@ def plan(options: argparse.Namespace) -> int:
 
 def results(options: argparse.Namespace) -> int:
     """Print the accuracy of every ticket: the paper's Table 2."""
-    from tombola.display import show_results
+    from tombola.cli.display import show_results
 
     planner, _ = _planner(options)
     show_results(planner, options.format)
@@ -112,7 +115,7 @@ def results(options: argparse.Namespace) -> int:
 
 def export(options: argparse.Namespace) -> int:
     """Write one ticket as safetensors: its mask, its rewound weights and where it came from."""
-    from tombola.planning import Chain
+    from tombola.study.planner import Chain
 
     if not options.output.parent.is_dir():
         raise UserError(f"--output {options.output}: there is no folder {options.output.parent}; make it first")
@@ -140,7 +143,7 @@ def export(options: argparse.Namespace) -> int:
 
 def importances(options: argparse.Namespace) -> int:
     """List the importances."""
-    from tombola.display import show_table
+    from tombola.cli.display import show_table
     from tombola.importance import IMPORTANCES
 
     if options.format == "table":
@@ -151,7 +154,7 @@ def importances(options: argparse.Namespace) -> int:
 
 def list_presets(options: argparse.Namespace) -> int:
     """List the studies that come with tombola."""
-    from tombola.display import show_table
+    from tombola.cli.display import show_table
 
     lines = []
     for name, path in presets().items():
@@ -176,9 +179,9 @@ def _planner(options: argparse.Namespace) -> tuple[Planner, Study]:
     _find_modules([Path(options.study).resolve().parent, Path.cwd()])
     import torch
 
-    from tombola.planning import THREADS, Planner
-    from tombola.problem import load_problem
-    from tombola.store import Store
+    from tombola.store.store import Store
+    from tombola.study.planner import THREADS, Planner
+    from tombola.study.task import load_problem
 
     torch.set_num_threads(THREADS)
     store = Store(options.store, create=False)  # whether it can be read, before anything is loaded

@@ -15,14 +15,16 @@ from typing import Any
 
 from tombola.errors import UserError
 from tombola.importance import IMPORTANCES
-from tombola.mask import Mask
-from tombola.problem import Problem, resolve_importance
-from tombola.rewinding import check_levels, lottery_ticket_rewinding, prune_round
-from tombola.store import DamagedResultError, Store, name_of
-from tombola.study import Study
-from tombola.ticket import Ticket
-from tombola.training import Trained, initial_state, sparse_layers
-from tombola.weights import Weights
+from tombola.lottery.rewinding import check_levels, lottery_ticket_rewinding, prune_round
+from tombola.lottery.ticket import Ticket
+from tombola.pruning.mask import Mask
+from tombola.store.names import name_of
+from tombola.store.store import DamagedResultError, Store
+from tombola.study.schema import Study
+from tombola.study.task import Problem, resolve_importance
+from tombola.training.history import Trained
+from tombola.training.train import initial_state, sparse_layers
+from tombola.training.weights import Weights
 
 SCHEME = 2
 """Version of how trainings are named and done: to be raised where `train` comes to give other bits."""

@@ -14,9 +14,9 @@ from torch import nn
 
 from tombola.errors import UserError
 from tombola.files import write_atomically
-from tombola.mask import Mask
-from tombola.training import History, Trained
-from tombola.weights import State, Weights, masked, zero_pruned
+from tombola.pruning.mask import Mask
+from tombola.training.history import History, Trained
+from tombola.training.weights import State, Weights, masked, zero_pruned
 
 
 @dataclass(frozen=True)

@@ -7,99 +7,25 @@ import functools
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field, replace
-from typing import Any, TypeAlias
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from tombola import kernels
-from tombola.batches import batches, normalisation
 from tombola.datasets.dataset import Dataset
 from tombola.errors import UserError
-from tombola.mask import Mask
-from tombola.optimizer import Optimizer
-from tombola.recipe import Augmentation, Recipe
+from tombola.pruning.mask import Mask
 from tombola.streams import ambient, derive
-from tombola.weights import State, Weights, masked, zero_pruned
+from tombola.training.batches import batches
+from tombola.training.evaluation import Loss, evaluate
+from tombola.training.history import Checkpoint, History, Trained, Watch
+from tombola.training.optimizer import Optimizer
+from tombola.training.recipe import Augmentation, Recipe
+from tombola.training.weights import State, Weights, masked, zero_pruned
 
-Loss: TypeAlias = Callable[[Tensor, Tensor], Tensor]
-"""(outputs of the model, labels) -> scalar: the mean over the batch."""
-
-_EVALUATED_AT_ONCE = 500
 _LOOKED_AT_EVERY = 50  # iterations after which a training looks whether it has diverged
-
-
-@dataclass(frozen=True)
-class History:
-    """What a training went through.
-
-    Args:
-        losses: the mean training loss of each epoch (of the part that the training saw).
-        test_accuracy: share of the test set that is classified rightly at the end, in 0..1; None if it diverged.
-        test_loss: mean loss over the test set at the end; None if it diverged.
-        diverged_at: the iteration at which loss or weights were seen to be no longer finite; None otherwise.
-
-    >>> History(losses=(0.9, 0.5), test_accuracy=0.8, test_loss=0.6).to_json()["losses"]
-    [0.9, 0.5]
-    """
-
-    losses: tuple[float, ...] = ()
-    test_accuracy: float | None = None
-    test_loss: float | None = None
-    diverged_at: int | None = None
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the history as JSON's types."""
-        return asdict(self) | {"losses": list(self.losses)}
-
-    @classmethod
-    def from_json(cls, document: dict[str, Any]) -> History:
-        """Return the history of which `to_json` gave the document."""
-        return cls(**{**document, "losses": tuple(document["losses"])})
-
-
-@dataclass(frozen=True)
-class Trained:
-    """What a training leads to: the weights at its end, pruned ones exactly 0.0, and its history.
-
-    Args:
-        weights: of all parameters and buffers.
-        history: what it went through.
-        batch_losses: the training loss of every iteration, float32; empty where it was not loaded (see `Store`).
-
-    >>> Trained(Weights.of({"w": torch.zeros(1)}), History(diverged_at=3)).history.test_accuracy is None
-    True
-    """
-
-    weights: Weights
-    history: History
-    batch_losses: Tensor = field(default_factory=lambda: torch.empty(0), compare=False)
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """All that is needed to go on in the middle of a training; every random number follows from the iteration.
-
-    Args:
-        iteration: the next one to do.
-        state: the network's state.
-        optimizer: the optimizer's tensors, by `<parameter's number>.<name>`.
-        batch_losses: as in `Trained`, of the iterations that are done.
-
-    >>> Checkpoint(iteration=3, state={"w": torch.zeros(1)}, batch_losses=torch.ones(3)).iteration
-    3
-    """
-
-    iteration: int
-    state: State
-    optimizer: State = field(default_factory=dict)
-    batch_losses: Tensor = field(default_factory=lambda: torch.empty(0))
-
-
-Watch: TypeAlias = Callable[[int, Callable[[], Checkpoint]], None]
-"""Called after every iteration with the next one and a function that takes a checkpoint."""
 
 
 def initial_state(build: Callable[[], nn.Module], seed: int) -> State:
@@ -276,24 +202,6 @@ def check(recipe: Recipe, data: Dataset) -> None:
         raise UserError(f"recipe.rewind: iteration {recipe.rewind} is not within the training, which has {total}")
     if recipe.augmentation != Augmentation() and data.train_inputs.dtype != torch.uint8:
         raise UserError(f"recipe.augmentation: it is for images (uint8), and {data.name!r} holds other inputs")
-
-
-def evaluate(model: nn.Module, data: Dataset, loss: Loss = functional.cross_entropy) -> tuple[float, float | None]:
-    """Return the share of the test set that the model classifies rightly, and its mean loss (None if not finite)."""
-    outputs = predict(model, data)
-    accuracy = float((outputs.argmax(1) == data.test_labels).double().mean())
-    test_loss = float(loss(outputs, data.test_labels))
-    return accuracy, test_loss if math.isfinite(test_loss) else None
-
-
-def predict(model: nn.Module, data: Dataset) -> Tensor:
-    """Return the model's outputs, shape (test examples, classes), in evaluation mode."""
-    model.eval()
-    normalise = normalisation(data)
-    with torch.inference_mode():
-        parts = torch.split(data.test_inputs, _EVALUATED_AT_ONCE)
-        # A copy: a model may begin with a layer that works in place.
-        return torch.cat([model(normalise(part.clone())).float() for part in parts])
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from tombola.planning import Chain, Planner, Progress
+from tombola.study.planner import Chain, Planner, Progress
 
 
 @dataclass(frozen=True)

@@ -14,14 +14,15 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from tombola import datasets, models
-from tombola.batches import batches, normalisation
 from tombola.datasets.dataset import Dataset
-from tombola.errors import UserError, did_you_mean
+from tombola.errors import UserError, describe_exception, did_you_mean
 from tombola.importance import IMPORTANCES, Importance
-from tombola.references import resolve, source_hash, told
 from tombola.streams import ambient
-from tombola.study import Study, Task
-from tombola.training import Loss, check
+from tombola.study.code import resolve, source_hash
+from tombola.study.schema import Study, Task
+from tombola.training.batches import batches, normalisation
+from tombola.training.evaluation import Loss
+from tombola.training.train import check
 
 Result = TypeVar("Result")
 
@@ -183,7 +184,7 @@ def _guarded(
         except UserError:
             raise
         except Exception as error:
-            raise UserError(f"{what} raised {told(error)}") from error
+            raise UserError(f"{what} raised {describe_exception(error)}") from error
         if kind is not None and not isinstance(result, kind):
             raise UserError(f"{what.removesuffix(' it')}: expected {kind_name}, got {type(result).__name__}")
         return result

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 from tombola.errors import UserError
 
 if TYPE_CHECKING:
-    from tombola.planning import Planner
-    from tombola.store import Entry, Store
-    from tombola.verify import Finding
+    from tombola.engine.verify import Finding
+    from tombola.store.store import Entry, Store
+    from tombola.study.planner import Planner
 
 GetPlanner = Callable[[argparse.Namespace], "Planner"]
 
@@ -63,9 +63,9 @@ def add_verbs(
 
 def verify(options: argparse.Namespace, planner: Planner, workers: int) -> int:
     """Train again what is stored, in fresh processes, and compare every bit; exit status 1 where one differs."""
-    from tombola.display import show_table
+    from tombola.cli.display import show_table
     from tombola.engine.local import LocalWorkers
-    from tombola.verify import sample, stored, verify_chains, verify_trainings
+    from tombola.engine.verify import sample, stored, verify_chains, verify_trainings
 
     chains = [*planner.chains, *planner.repeats]
     plain = options.format == "table"
@@ -130,7 +130,7 @@ def _store(options: argparse.Namespace) -> int:
 
 def ls(options: argparse.Namespace) -> int:
     """List what is in the store, and how much it takes."""
-    from tombola.display import show_table, size
+    from tombola.cli.display import show_table, size
 
     store = _open(options.store)
     found = list(store.entries())
@@ -152,7 +152,7 @@ _FACTS = ("density", "accuracy", "finished", "confirmed")
 
 
 def _described(store: Store, one: Entry) -> list[Any]:
-    from tombola.store import DamagedResultError
+    from tombola.store.store import DamagedResultError
 
     if one.kind != "result":
         return [one.kind, one.name, one.bytes, None, None, None, None]
@@ -178,7 +178,7 @@ def _product(shape: list[int]) -> int:
 
 
 def _totals(found: list[Entry]) -> None:
-    from tombola.display import size
+    from tombola.cli.display import size
 
     for kind in ("result", "mask", "checkpoint"):
         of_kind = [one for one in found if one.kind == kind]
@@ -187,7 +187,7 @@ def _totals(found: list[Entry]) -> None:
 
 def check(options: argparse.Namespace) -> int:
     """Read every byte in the store and compare checksums; exit status 1 where something is damaged."""
-    from tombola.display import show_table, size
+    from tombola.cli.display import show_table, size
 
     store = _open(options.store)
     found = list(store.entries())
@@ -204,7 +204,7 @@ def check(options: argparse.Namespace) -> int:
 
 
 def _damage(store: Store, one: Entry) -> str | None:
-    from tombola.store import DamagedResultError
+    from tombola.store.store import DamagedResultError
 
     if one.kind == "mask":
         return None if store.mask(one.name) is not None else "its bits do not have their checksum"
@@ -219,8 +219,8 @@ def _damage(store: Store, one: Entry) -> str | None:
 
 def gc(options: argparse.Namespace, planners: list[Planner]) -> int:
     """Remove from the store what none of the studies given needs."""
-    from tombola.claims import Claims
-    from tombola.display import show_table, size
+    from tombola.cli.display import show_table, size
+    from tombola.store.claims import Claims
 
     store = planners[0].store
     store.check_writable()
@@ -251,7 +251,7 @@ def gc(options: argparse.Namespace, planners: list[Planner]) -> int:
 
 def _needs(planner: Planner) -> set[str]:
     """Return the names of all results, masks and checkpoints that a study needs and may need next."""
-    from tombola.store import DamagedResultError
+    from tombola.store.store import DamagedResultError
 
     for chain in [*planner.chains, *planner.repeats]:
         try:
@@ -280,7 +280,7 @@ def _reinitialised(planner: Planner, asked: list[dict[str, Any]]) -> set[str]:
 
 
 def _open(root: Path) -> Store:
-    from tombola.store import Store
+    from tombola.store.store import Store
 
     if not (root / "store.json").exists():
         raise UserError(f"store {root}: there is no store; name one with --store")

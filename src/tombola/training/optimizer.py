@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from tombola.recipe import Recipe
-from tombola.weights import State
+from tombola.training.recipe import Recipe
+from tombola.training.weights import State
 
 _BETA1, _BETA2, _EPSILON = 0.9, 0.999, 1e-8  # torch.optim.Adam's own
 

@@ -7,13 +7,11 @@ import hashlib
 import importlib
 import importlib.util
 import sys
-import sysconfig
-import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from tombola.errors import UserError, did_you_mean
+from tombola.errors import UserError, describe_exception, did_you_mean, is_installed
 
 
 def resolve(reference: str, what: str) -> Callable[..., Any]:
@@ -32,17 +30,18 @@ def resolve(reference: str, what: str) -> Callable[..., Any]:
     module_name, _, function_name = reference.partition(":")
     if not module_name or not function_name:
         raise UserError(f"{what} {reference!r}: expected module:function, such as my_module:my_function")
+    failed = f"{what} {reference!r}: importing {module_name!r} raised"
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
-            raise UserError(f"{what} {reference!r}: importing {module_name!r} raised {told(error)}") from error
+            raise UserError(f"{failed} {describe_exception(error)}") from error
         raise UserError(
             f"{what} {reference!r}: there is no module {module_name!r} here or on Python's path; "
             f"expected module:function, with the module in this folder, beside the study or installed"
         ) from error
     except (Exception, SystemExit) as error:
-        raise UserError(f"{what} {reference!r}: importing {module_name!r} raised {told(error)}") from error
+        raise UserError(f"{failed} {describe_exception(error)}") from error
     function = getattr(module, function_name, None)
     if not callable(function):
         where = getattr(module, "__file__", None) or "built into Python"
@@ -52,21 +51,6 @@ def resolve(reference: str, what: str) -> Callable[..., Any]:
             + (f"; {near}" if near.startswith("did") else "")
         )
     return function  # type: ignore[no-any-return]
-
-
-def told(error: BaseException) -> str:
-    """Return what an exception in a user's code says, in one line, and the line of that code which it came from.
-
-    >>> told(ValueError("no such thing"))
-    'ValueError: no such thing'
-    """
-    text = f"{type(error).__name__}: {' '.join(str(error).split())}".removesuffix(": ")
-    package = Path(__file__).parent
-    for frame in reversed(traceback.extract_tb(error.__traceback__)):
-        path = Path(frame.filename)
-        if path.is_file() and not _installed(path) and not path.is_relative_to(package):
-            return f"{text} (in {path}, line {frame.lineno})"
-    return text
 
 
 def source_hash(reference: str) -> str:
@@ -97,7 +81,7 @@ def own_modules(root: str) -> dict[str, Path]:
             continue
         seen.add(name)
         path = _source(name)
-        if path is not None and top != own and _installed(path):
+        if path is not None and top != own and is_installed(path):
             continue
         if path is not None:
             found[name] = path
@@ -122,14 +106,7 @@ def _of_python(top: str) -> bool:
     if top not in sys.stdlib_module_names:
         return False
     path = _source(top)
-    return path is None or _installed(path)
-
-
-def _installed(path: Path) -> bool:
-    folders = {sysconfig.get_path(kind) for kind in ("purelib", "platlib", "stdlib", "platstdlib")}
-    if {"site-packages", "dist-packages"} & set(path.parts):  # also those of the user, and of another Python's
-        return True
-    return any(path.is_relative_to(folder) for folder in folders)
+    return path is None or is_installed(path)
 
 
 def _imports(module: str, path: Path) -> Iterator[str]:

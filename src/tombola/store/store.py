@@ -8,7 +8,7 @@
                              record.json          when, where and how long; no part of the result
     STORE/masks/ab/abcd....safetensors    masks derived before, so that they need not be derived again
     STORE/checkpoints/abcd....safetensors trainings that were stopped in the middle
-    STORE/runs/, STORE/claims/            who works on what: see `tombola.claims`
+    STORE/runs/, STORE/claims/            who works on what: see `tombola.store.claims`
     STORE/tmp/                            what is being written
 
 A result is written into a folder of another name, made to last, then renamed: it is there whole or not at all. What a
@@ -37,9 +37,10 @@ from torch import Tensor
 
 from tombola.errors import UserError
 from tombola.files import sync_folder, write_atomically, write_durably
-from tombola.mask import Mask
-from tombola.training import Checkpoint, History, Trained
-from tombola.weights import State, Weights, state_hash
+from tombola.pruning.mask import Mask
+from tombola.store.names import canonical, name_of
+from tombola.training.history import Checkpoint, History, Trained
+from tombola.training.weights import State, Weights, state_hash
 
 VERSION = 1
 
@@ -67,16 +68,6 @@ class Entry:
     name: str
     path: Path
     bytes: int
-
-
-def canonical(document: Any) -> bytes:
-    """Return the one JSON text of a document: keys sorted, no spaces, no NaN."""
-    return json.dumps(document, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
-
-
-def name_of(document: Any) -> str:
-    """Return SHA-256 of a document's canonical JSON, as 64 hexadecimal digits."""
-    return hashlib.sha256(canonical(document)).hexdigest()
 
 
 class Store:

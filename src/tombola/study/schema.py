@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from pydantic_core import ErrorDetails
 
 from tombola.errors import UserError, did_you_mean
-from tombola.recipe import Count, Recipe
+from tombola.training.recipe import Count, Recipe
 
 Arguments = dict[str, bool | int | float | str | tuple[bool | int | float | str, ...]]
 
@@ -76,7 +76,7 @@ class Study(BaseModel):
 
 def presets() -> dict[str, Path]:
     """Return the studies that come with the package: name -> TOML file."""
-    folder = Path(str(resources.files("tombola") / "presets"))
+    folder = Path(str(resources.files("tombola.study") / "presets"))
     return {path.stem: path for path in sorted(folder.glob("*.toml"), key=lambda path: path.stem)}
 
 

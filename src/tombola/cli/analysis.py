@@ -14,8 +14,8 @@ from tombola.errors import UserError, did_you_mean
 if TYPE_CHECKING:
     import polars as pl
 
-    from tombola.planning import Planner
-    from tombola.study import Study
+    from tombola.study.planner import Planner
+    from tombola.study.schema import Study
 
 Open = Callable[..., tuple["Planner", "Study"]]
 """Gives the planner and the study that options name."""
@@ -147,7 +147,7 @@ def connectivity(options: argparse.Namespace) -> int:
 def reinit(options: argparse.Namespace) -> int:
     """Keep what tickets share, draw all other weights anew, find tickets again; say what survives."""
     from tombola.analysis import reinit
-    from tombola.display import show_plan, showing
+    from tombola.cli.display import show_plan, showing
     from tombola.engine.local import LocalWorkers
     from tombola.engine.run import run
 
@@ -196,7 +196,7 @@ def _opened(options: argparse.Namespace) -> tuple[Planner, list[str] | None]:
 @contextmanager
 def _noted() -> Iterator[None]:
     """Print warnings as notes, and say what to do where a result is damaged."""
-    from tombola.store import DamagedResultError
+    from tombola.store.store import DamagedResultError
 
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -225,7 +225,7 @@ def _show(table: pl.DataFrame, form: str, shown: Callable[[pl.DataFrame], pl.Dat
     """Print a table: as csv or json with all its columns, as a table what fits."""
     import polars as pl
 
-    from tombola.display import show_table
+    from tombola.cli.display import show_table
 
     if form == "table":
         table = shown(table)

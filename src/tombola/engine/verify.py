@@ -15,15 +15,15 @@ import torch
 from torch import Tensor
 
 from tombola.engine.job import Job, Outcome
+from tombola.engine.machine import differences
 from tombola.engine.run import run
 from tombola.engine.workers import Failed, Workers
 from tombola.errors import UserError
-from tombola.machine import differences
-from tombola.mask import Mask
-from tombola.planning import Chain, Planner, Training
-from tombola.store import DamagedResultError, Store
-from tombola.training import History, Trained
-from tombola.weights import State
+from tombola.pruning.mask import Mask
+from tombola.store.store import DamagedResultError, Store
+from tombola.study.planner import Chain, Planner, Training
+from tombola.training.history import History, Trained
+from tombola.training.weights import State
 
 
 @dataclass(frozen=True)

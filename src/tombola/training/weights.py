@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tombola.errors import UserError
-from tombola.mask import Mask
+from tombola.pruning.mask import Mask
 
 State: TypeAlias = dict[str, Tensor]
 """A module's `state_dict()`: parameters and buffers by name."""

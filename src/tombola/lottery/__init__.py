@@ -1,0 +1,1 @@
+"""The lottery ticket procedure: rewinding, and the tickets that it finds."""

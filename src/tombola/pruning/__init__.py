@@ -1,0 +1,1 @@
+"""Pruning: masks, and one round that removes the connections of the lowest importance."""

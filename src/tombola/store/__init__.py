@@ -1,0 +1,1 @@
+"""The store: results, masks, checkpoints and claims, on disk."""

@@ -1,0 +1,1 @@
+"""Training: a pure function of initial state, mask, data, recipe and seed."""
