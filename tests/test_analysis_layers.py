@@ -16,7 +16,7 @@ from tombola.analysis import layers
 from tombola.analysis.paths import Paths
 
 
-def masked(model: nn.Module, **zeros: Tensor) -> Mask:
+def apply_mask(model: nn.Module, **zeros: Tensor) -> Mask:
     """The dense mask with these layers in place of its own."""
     dense = Mask.ones_like(model)
     return Mask.from_tensors({name: zeros.get(name.replace(".", "_"), tensor).bool() for name, tensor in dense.items()})
@@ -38,7 +38,7 @@ def test_a_dead_end_and_a_source_without_input_are_on_no_path() -> None:
     model = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1))
     first = torch.tensor([[1, 0], [0, 0], [1, 1]])  # hidden unit 1 has no input
     second = torch.tensor([[1, 1, 0]])  # hidden unit 2 leads nowhere
-    mask = masked(model, **{"0_weight": first, "2_weight": second})
+    mask = apply_mask(model, **{"0_weight": first, "2_weight": second})
     effective = Paths(model, (2,)).effective(mask)
     assert effective["0.weight"].tolist() == [[True, False], [False, False], [False, False]]
     assert effective["2.weight"].tolist() == [[True, False, False]]
@@ -97,9 +97,9 @@ def test_a_shortcut_keeps_paths_alive_where_the_inner_layer_has_collapsed() -> N
     paths = Paths(model, (1, 4, 4))
     dense = Mask.ones_like(model)
     assert paths.effective(dense) == dense
-    inner_gone = masked(model, inner_weight=torch.zeros(2, 2, 3, 3))
+    inner_gone = apply_mask(model, inner_weight=torch.zeros(2, 2, 3, 3))
     assert paths.effective(inner_gone) == inner_gone
-    both_gone = masked(model, inner_weight=torch.zeros(2, 2, 3, 3), short_weight=torch.zeros(2, 2, 1, 1))
+    both_gone = apply_mask(model, inner_weight=torch.zeros(2, 2, 3, 3), short_weight=torch.zeros(2, 2, 1, 1))
     assert paths.effective(both_gone).alive == 0
 
 
@@ -107,7 +107,7 @@ def test_a_channel_that_only_the_shortcut_reads_counts_through_it_alone() -> Non
     model = Residual()
     short = torch.zeros(2, 2, 1, 1)
     short[0, 1] = 1
-    mask = masked(model, inner_weight=torch.zeros(2, 2, 3, 3), short_weight=short)
+    mask = apply_mask(model, inner_weight=torch.zeros(2, 2, 3, 3), short_weight=short)
     effective = Paths(model, (1, 4, 4)).effective(mask)
     assert effective.counts == {
         "stem.weight": 9,

@@ -49,7 +49,7 @@ def finish(planner: Planner, chains: list[Chain] | None = None) -> int:
         while (training := planner.progress(chain).waits_for) is not None:
             trained = train(
                 planner.problem.build(),
-                training.initial.state,
+                training.initial.load(),
                 training.mask,
                 planner.problem.data,
                 planner.study.recipe,
@@ -106,7 +106,7 @@ def test_the_noise_floor_compares_tickets_of_one_initialisation_and_two_data_ord
     (found,) = figures(overlap.of_study(planner, levels=[2]), seed=1, kind="data order", layer="fc1.weight")
     own = planner.progress(Chain(1, "magnitude")).tickets[2]
     other = planner.progress(Chain(1, "magnitude", 100)).tickets[2]
-    assert own.rewind.state["fc1.weight"].shape == other.rewind.state["fc1.weight"].shape
+    assert own.rewind.load()["fc1.weight"].shape == other.rewind.load()["fc1.weight"].shape
     assert found["shared"] == int((own.mask["fc1.weight"] & other.mask["fc1.weight"]).sum())
     assert own.mask != other.mask
 
@@ -211,7 +211,7 @@ def test_weights_of_a_study(planner: Planner) -> None:
     assert len(table) == 2 * 2 * 4 * 3
     ticket = planner.progress(Chain(1, "l1")).tickets[2]
     assert ticket.trained is not None
-    survivors = ticket.trained.weights.state["fc2.weight"][ticket.mask["fc2.weight"]]
+    survivors = ticket.trained.weights.load()["fc2.weight"][ticket.mask["fc2.weight"]]
     (end,) = figures(table, level=2, seed=1, quantity="end", layer="fc2.weight")
     assert end["max"] == float(survivors.max())
     (score,) = figures(table, level=2, seed=1, quantity="score", layer="fc2.weight")
@@ -229,7 +229,7 @@ def test_stability_of_a_study_in_another_way(planner: Planner) -> None:
     tickets = {name: planner.progress(Chain(1, name)).tickets for name in planner.study.importances}
     masks = [tickets[name][2].mask["fc1.weight"] for name in tickets]
     shared = masks[0] & masks[1] & masks[2]
-    trained = torch.stack([t.trained.weights.state["fc1.weight"] for t in tickets["l1"][:3]])  # type: ignore[union-attr]
+    trained = torch.stack([t.trained.weights.load()["fc1.weight"] for t in tickets["l1"][:3]])  # type: ignore[union-attr]
     (sd,) = figures(table, importance="l1", seed=1, measure="sd")
     assert sd["shared"] == int(shared.sum())
     assert sd["shared_mean"] == pytest.approx(float(trained.double().std(0)[shared].mean()))
@@ -237,7 +237,7 @@ def test_stability_of_a_study_in_another_way(planner: Planner) -> None:
     flipped = (trained[1:].sign() != trained[:-1].sign()).sum(0).double()
     assert flips["other_mean"] == pytest.approx(float(flipped[masks[1] & ~shared].mean()))
     (movement,) = figures(table, importance="l1", seed=1, measure="movement")
-    moved = (trained[2] - planner.initial(1).state["fc1.weight"]).abs()
+    moved = (trained[2] - planner.initial(1).load()["fc1.weight"]).abs()
     assert movement["shared_q50"] == pytest.approx(float(moved[shared].median()), rel=0.05)
 
 
@@ -290,7 +290,7 @@ def test_reinit_keeps_what_is_shared_and_draws_the_rest_anew(planner: Planner) -
     plan = plans[1]
     masks = [planner.progress(Chain(1, name)).tickets[2].mask for name in ("magnitude", "l1")]
     assert plan.kept == masks[0] & masks[1]
-    theta_0, draws = planner.initial(1).state, [plan.planner.initial(draw).state for draw in (1, 2)]
+    theta_0, draws = planner.initial(1).load(), [plan.planner.initial(draw).load() for draw in (1, 2)]
     for name in plan.kept:
         kept = plan.kept[name]
         assert all(draw[name][kept].equal(theta_0[name][kept]) for draw in draws)

@@ -69,10 +69,10 @@ def test_resuming_gives_equal_bits() -> None:
 def test_it_computes_what_the_processor_computes() -> None:
     gpu, cpu = trained(dropout=0.0), trained(dropout=0.0, device="cpu")
     assert torch.allclose(gpu.batch_losses[:3], cpu.batch_losses[:3], rtol=1e-3)
-    assert gpu.weights.state.keys() == cpu.weights.state.keys()
-    assert all(tensor.is_cpu for tensor in gpu.weights.state.values())
+    assert gpu.weights.load().keys() == cpu.weights.load().keys()
+    assert all(tensor.is_cpu for tensor in gpu.weights.load().values())
     layer = "0.weight"
-    assert torch.equal(gpu.weights.state[layer] == 0, cpu.weights.state[layer] == 0), "pruned ones are exactly 0"
+    assert torch.equal(gpu.weights.load()[layer] == 0, cpu.weights.load()[layer] == 0), "pruned ones are exactly 0"
 
 
 def test_settings_are_as_they_were() -> None:

@@ -52,7 +52,7 @@ def test_it_steps_as_torch_does(name: Name, decay: float, steps: list[tuple[floa
         ]
     draw = torch.Generator().manual_seed(2)
     for number, (lr, having) in enumerate(steps):
-        optimizer.forget_gradients()
+        optimizer.zero_grad()
         reference.zero_grad()
         for index in sorted(having):
             gradient = torch.randn(SHAPES[index], generator=draw)

@@ -38,7 +38,7 @@ from tombola.importance import IMPORTANCES, l1, magnitude
 from tombola.lottery.rewinding import check_levels, prune_round
 from tombola.streams import generator
 from tombola.training.train import initial_state
-from tombola.training.weights import State, masked, state_hash
+from tombola.training.weights import State, apply_mask, state_hash
 
 EXAMPLES = 26  # with batches of 8: 4 iterations an epoch, the last of 2 examples
 
@@ -218,7 +218,7 @@ def test_equals_a_loop_by_hand(rewind: int) -> None:
         assert all(ticket.mask[name].equal(alive) for name, alive in masks.items())
         assert ticket.trained is not None
         # The product with the learning rate may be rounded or not before it is subtracted.
-        torch.testing.assert_close(ticket.trained.weights.state, state, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(ticket.trained.weights.load(), state, rtol=1e-5, atol=1e-6)
     assert tickets[-1].mask != tickets[0].mask
 
 
@@ -252,7 +252,7 @@ def test_a_ticket_is_the_rewind_point_and_what_was_trained_from_it() -> None:
     for ticket in _tickets():
         assert ticket.rewind.hash == point.weights.hash
         assert ticket.mask == mask
-        torch.testing.assert_close(ticket.rewound, masked(point.weights.state, mask), rtol=0, atol=0)
+        torch.testing.assert_close(ticket.rewound, apply_mask(point.weights.load(), mask), rtol=0, atol=0)
         trained = train(model, ticket.rewound, ticket.mask, DATA, RECIPE, 0, begin=3)
         assert ticket.trained is not None
         assert ticket.trained.weights.hash == trained.weights.hash
@@ -282,7 +282,7 @@ def test_excluded_layers_stay_dense() -> None:
     assert all(list(ticket.mask) == ["0.weight"] for ticket in tickets)
     assert tickets[-1].mask.alive == round(round(round(72 * 0.8) * 0.8) * 0.8)
     assert tickets[-1].trained is not None
-    assert (tickets[-1].trained.weights.state["2.weight"] != 0).all()
+    assert (tickets[-1].trained.weights.load()["2.weight"] != 0).all()
 
 
 def test_a_loss_of_ones_own() -> None:
@@ -432,8 +432,8 @@ def test_apply() -> None:
     torch.testing.assert_close(dict(model.state_dict()), ticket.rewound, rtol=0, atol=0)
     ticket.apply(model, trained=True)
     assert ticket.trained is not None
-    torch.testing.assert_close(dict(model.state_dict()), ticket.trained.weights.state, rtol=0, atol=0)
-    assert state_hash(ticket.rewind.state) == ticket.rewind.hash, "the ticket is as it was"
+    torch.testing.assert_close(dict(model.state_dict()), ticket.trained.weights.load(), rtol=0, atol=0)
+    assert state_hash(ticket.rewind.load()) == ticket.rewind.hash, "the ticket is as it was"
 
 
 class Tied(nn.Module):

@@ -20,11 +20,11 @@ from tombola.pruning.mask import Mask
 from tombola.store.names import canonical, name_of
 from tombola.store.store import DamagedResultError, Store, checkpoint_from_bytes, checkpoint_to_bytes
 from tombola.training.history import Checkpoint, History, Trained
-from tombola.training.weights import Weights, masked
+from tombola.training.weights import Weights, apply_mask
 
 KEY = name_of({"some": "training"})
 MASK = Mask.from_tensors({"a.weight": torch.rand(5, 7, generator=torch.Generator().manual_seed(0)) < 0.4})
-STATE = masked(
+STATE = apply_mask(
     {
         "a.weight": torch.randn(5, 7, generator=torch.Generator().manual_seed(1)),
         "a.bias": torch.tensor([-0.0, 1e-42, 3.0]),
@@ -55,8 +55,8 @@ def test_what_is_put_comes_back_to_the_bit(store: Store) -> None:
     assert found is not None
     assert found.history == TRAINED.history
     assert found.weights.hash == TRAINED.weights.hash
-    assert found.weights.state.keys() == STATE.keys()
-    for name, tensor in found.weights.state.items():
+    assert found.weights.load().keys() == STATE.keys()
+    for name, tensor in found.weights.load().items():
         assert tensor.dtype == STATE[name].dtype
         assert tensor.numpy().tobytes() == STATE[name].numpy().tobytes()
     assert store.alive(KEY) == MASK
@@ -65,7 +65,7 @@ def test_what_is_put_comes_back_to_the_bit(store: Store) -> None:
 
 def test_only_living_weights_are_stored(store: Store) -> None:
     mask = Mask.from_tensors({"w": torch.arange(100_000).reshape(100, 1000) % 100 == 0})
-    state = masked({"w": torch.ones(100, 1000)}, mask)
+    state = apply_mask({"w": torch.ones(100, 1000)}, mask)
     store.put(KEY, {}, mask, Trained(Weights.of(state), History()), {})
     assert (store.folder(KEY) / "weights.safetensors").stat().st_size < 4 * 1000 + 100_000 / 8 + 1000
 
@@ -215,7 +215,7 @@ def test_damaged_weights_are_not_handed_out(store: Store) -> None:
     found = store.get(KEY)
     assert found is not None
     with pytest.raises(DamagedResultError, match=r"weights\.safetensors"):
-        _ = found.weights.state
+        _ = found.weights.load()
 
 
 def test_a_discarded_result_is_gone_and_can_be_put_again(store: Store) -> None:

@@ -21,7 +21,7 @@ from tombola.streams import derive, generator
 from tombola.training.batches import Changes, batches, normalisation
 from tombola.training.evaluation import evaluate, predict
 from tombola.training.train import initial_state, sparse_layers
-from tombola.training.weights import State, masked
+from tombola.training.weights import State, apply_mask
 
 Optimizer = Literal["sgd", "momentum", "nesterov", "adam", "adamw"]
 OPTIMIZERS: tuple[Optimizer, ...] = ("sgd", "momentum", "nesterov", "adam", "adamw")
@@ -200,8 +200,8 @@ def test_a_row_is_trained_like_any_network(fraction: float, factor: int) -> None
     usual = train(model, initial, mask, IMAGES, recipe, 0)
     own = train(model, initial, mask, IMAGES, recipe.model_copy(update={"lr": 0.05 / factor}), 0, loss=loss)
     assert usual.batch_losses.allclose(own.batch_losses / factor, rtol=1e-4)
-    for name, weight in usual.weights.state.items():
-        assert weight.allclose(own.weights.state[name], rtol=1e-3, atol=1e-5), name
+    for name, weight in usual.weights.load().items():
+        assert weight.allclose(own.weights.load()[name], rtol=1e-3, atol=1e-5), name
         assert not weight.equal(initial[name]), name
 
 
@@ -285,7 +285,7 @@ def test_a_mask_decides_what_is_pruned_in_the_initial_state() -> None:
     model, initial, mask = _setting(_perceptron)
     recipe = Recipe(batch_size=5, epochs=1)
     spoilt = {name: torch.where(mask[name], t, math.nan) if name in mask else t for name, t in initial.items()}
-    for state in (masked(initial, mask), spoilt):
+    for state in (apply_mask(initial, mask), spoilt):
         assert _bits(train(model, state, mask, IMAGES, recipe, 0)) == _bits(
             train(model, initial, mask, IMAGES, recipe, 0)
         )
@@ -318,7 +318,7 @@ def test_pruned_weights_are_exactly_zero_after_every_step(case: Case, optimizer:
     recipe = case.recipe(optimizer=optimizer, lr=0.02, momentum=0.9, weight_decay=0.1)
     trained, taken = _checkpoints(partial(train, model, initial, mask, IMAGES, recipe, 0))
     assert len(taken) == case.iterations
-    for state in (*(checkpoint.state for checkpoint in taken.values()), trained.weights.state):
+    for state in (*(checkpoint.state for checkpoint in taken.values()), trained.weights.load()):
         for name, alive in mask.items():
             assert _is_exactly_zero(state[name][~alive])
             assert (state[name][alive] != 0).all()
@@ -328,7 +328,7 @@ def test_pruned_weights_are_exactly_zero_after_every_step(case: Case, optimizer:
 def test_a_layer_without_connections_stays_so_and_its_bias_learns() -> None:
     model, initial, _ = _setting(_small)
     mask = Mask.from_tensors({"0.weight": torch.zeros(5, 4, dtype=torch.bool), "2.weight": torch.ones(3, 5).bool()})
-    state = train(model, initial, mask, VECTORS, Recipe(batch_size=5, epochs=1), 0).weights.state
+    state = train(model, initial, mask, VECTORS, Recipe(batch_size=5, epochs=1), 0).weights.load()
     assert _is_exactly_zero(state["0.weight"])
     assert not state["0.bias"].equal(initial["0.bias"])
 
@@ -336,7 +336,7 @@ def test_a_layer_without_connections_stays_so_and_its_bias_learns() -> None:
 def test_a_layer_that_is_not_in_the_mask_trains_densely() -> None:
     model, initial, _ = _setting(_small)
     mask = Mask.from_tensors({"2.weight": torch.zeros(3, 5, dtype=torch.bool)})
-    state = train(model, initial, mask, VECTORS, Recipe(batch_size=5, epochs=1), 0).weights.state
+    state = train(model, initial, mask, VECTORS, Recipe(batch_size=5, epochs=1), 0).weights.load()
     assert _is_exactly_zero(state["2.weight"])
     assert state["0.weight"].equal(initial["0.weight"]), "no gradient comes through"
     assert not state["2.bias"].equal(initial["2.bias"])
@@ -362,7 +362,7 @@ def test_pruned_weights_that_layers_share() -> None:
     assert list(mask) == ["first.weight", "last.weight"]
     recipe = Recipe(optimizer="momentum", weight_decay=0.1, batch_size=5, epochs=1)
     trained, taken = _checkpoints(partial(train, model, initial, mask, VECTORS, recipe, 0))
-    for state in (*(checkpoint.state for checkpoint in taken.values()), trained.weights.state):
+    for state in (*(checkpoint.state for checkpoint in taken.values()), trained.weights.load()):
         assert _is_exactly_zero(state["first.weight"][~mask["first.weight"]])
         assert state["second.weight"].equal(state["first.weight"])
 
@@ -371,9 +371,9 @@ def test_a_frozen_weight_keeps_its_value_and_its_mask() -> None:
     model, initial, mask = _setting(_small)
     model.get_parameter("0.weight").requires_grad_(False)
     recipe = Recipe(optimizer="adamw", weight_decay=0.1, batch_size=5, epochs=1)
-    state = train(model, initial, mask, VECTORS, recipe, 0).weights.state
-    assert state["0.weight"].equal(masked(initial, mask)["0.weight"])
-    assert not state["2.weight"].equal(masked(initial, mask)["2.weight"])
+    state = train(model, initial, mask, VECTORS, recipe, 0).weights.load()
+    assert state["0.weight"].equal(apply_mask(initial, mask)["0.weight"])
+    assert not state["2.weight"].equal(apply_mask(initial, mask)["2.weight"])
 
 
 # Resuming.
@@ -442,7 +442,7 @@ def test_data_order_and_learning_rate_go_on_from_the_beginning_iteration(
     whole = train(model, initial, mask, IMAGES, recipe, 0)
     for split in (1, epoch, epoch + 1, 2 * epoch):
         first = train(model, initial, mask, IMAGES, recipe, 0, end=split)
-        second = train(model, first.weights.state, mask, IMAGES, recipe, 0, begin=split)
+        second = train(model, first.weights.load(), mask, IMAGES, recipe, 0, begin=split)
         assert second.weights.hash == whole.weights.hash
         assert second.history.test_accuracy == whole.history.test_accuracy
         assert second.history.test_loss == whole.history.test_loss
@@ -473,7 +473,7 @@ def test_losses_are_means_over_the_batches_of_an_epoch() -> None:
     model, initial, mask = _setting(_small)
     recipe = Recipe(lr=1e-30, batch_size=5, iterations=8)  # nothing is learnt
     history = train(model, initial, mask, VECTORS, recipe, 0).history
-    model.load_state_dict(masked(initial, mask))
+    model.load_state_dict(apply_mask(initial, mask))
     with torch.no_grad():
         each = [float(nn.functional.cross_entropy(model(x), y)) for x, y in batches(VECTORS, recipe, 0, 0, 8)]
     assert history.losses == pytest.approx([sum(each[:5]) / 5, sum(each[5:]) / 3], rel=1e-6)
@@ -487,7 +487,7 @@ def test_a_loss_of_ones_own() -> None:
         return (outputs - nn.functional.one_hot(labels, 3)).square().mean()
 
     trained = train(model, initial, mask, VECTORS, Recipe(batch_size=5, epochs=1), 0, loss=distance)
-    model.load_state_dict(trained.weights.state)
+    model.load_state_dict(trained.weights.load())
     model.eval()
     expected = distance(model(VECTORS.test_inputs), VECTORS.test_labels).item()
     assert trained.history.test_loss == pytest.approx(expected, rel=1e-6)
@@ -704,7 +704,7 @@ def test_predictions_are_in_evaluation_mode_whatever_the_number_of_examples() ->
 
 def test_the_whole_state_comes_out_in_the_usual_layout() -> None:
     model, initial, mask = _setting(_convolutions)
-    state = train(model, initial, mask, IMAGES, Recipe(batch_size=5, epochs=1), 0).weights.state
+    state = train(model, initial, mask, IMAGES, Recipe(batch_size=5, epochs=1), 0).weights.load()
     assert list(state) == list(model.state_dict())
     assert state["1.num_batches_tracked"] == 5
     assert all(tensor.is_contiguous() and not tensor.requires_grad for tensor in state.values())
@@ -718,7 +718,7 @@ def test_history_comes_back_from_json(history: History) -> None:
 def test_a_part_of_no_iterations_is_the_masked_initial_state() -> None:
     model, initial, mask = _setting(_small)
     trained = train(model, initial, mask, VECTORS, Recipe(batch_size=5, epochs=1), 0, begin=3, end=3)
-    torch.testing.assert_close(trained.weights.state, masked(initial, mask), rtol=0, atol=0)
+    torch.testing.assert_close(trained.weights.load(), apply_mask(initial, mask), rtol=0, atol=0)
     assert trained.history.losses == ()
 
 
@@ -738,7 +738,7 @@ def test_divergence_is_a_result_that_says_so(optimizer: Optimizer) -> None:
     assert history.test_loss is None
     assert all(math.isfinite(loss) for loss in history.losses)
     for name, alive in mask.items():
-        assert _is_exactly_zero(trained.weights.state[name][~alive])
+        assert _is_exactly_zero(trained.weights.load()[name][~alive])
     assert History.from_json(history.to_json()) == history
     again = train(model, initial, mask, IMAGES, recipe, 0)
     assert again.history == history
@@ -815,4 +815,4 @@ def test_a_state_or_mask_of_another_network() -> None:
         r"^the mask does not fit the model: it has layer '0.weight' of shape \(4, 5\), the model one of shape \(5, 4\)"
     )
     with pytest.raises(UserError, match=text):
-        train(model, masked(initial, mask), other, VECTORS, recipe, 0)
+        train(model, apply_mask(initial, mask), other, VECTORS, recipe, 0)

@@ -9,7 +9,7 @@ import polars as pl
 import torch
 from torch import Tensor, nn
 
-from tombola.analysis.gather import after, chosen, groups, last_level
+from tombola.analysis.gather import after, groups, last_level, select_chains
 from tombola.datasets.dataset import Dataset
 from tombola.errors import UserError
 from tombola.lottery.ticket import Ticket
@@ -53,7 +53,7 @@ def of_study(
     Raises:
         UserError: where importances or levels are not there.
     """
-    wanted = set(levels) if levels is not None else {last_level(planner, chosen(planner, importances))}
+    wanted = set(levels) if levels is not None else {last_level(planner, select_chains(planner, importances))}
     measure = measured(planner)
     tables = []
     for group in groups(planner, importances, wanted):
@@ -146,4 +146,4 @@ def _between(first: Tensor, second: Tensor, alpha: float) -> Tensor:
 
 def _trained(ticket: Ticket) -> State:
     assert ticket.trained is not None
-    return ticket.trained.weights.state
+    return ticket.trained.weights.load()

@@ -10,7 +10,7 @@ import polars as pl
 import torch
 from torch import Tensor
 
-from tombola.analysis.gather import DATA_ORDER, IMPORTANCES, SEEDS, after, chosen, groups, last_level
+from tombola.analysis.gather import DATA_ORDER, IMPORTANCES, SEEDS, after, groups, last_level, select_chains
 from tombola.errors import UserError
 from tombola.lottery.ticket import Ticket
 from tombola.streams import ambient
@@ -40,7 +40,7 @@ def of_study(
     Raises:
         UserError: where importances or levels are not there.
     """
-    wanted = set(levels) if levels is not None else {last_level(planner, chosen(planner, importances))}
+    wanted = set(levels) if levels is not None else {last_level(planner, select_chains(planner, importances))}
     ask = _Outputs(planner)
     dense: dict[str, Tensor] = {}
     tables = []

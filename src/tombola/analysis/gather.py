@@ -28,7 +28,7 @@ def label(chain: Chain) -> str:
     return chain.importance if chain.data_seed is None else f"{chain.importance}@{chain.data_seed}"
 
 
-def chosen(planner: Planner, importances: Sequence[str] | None, at_least: int = 1) -> list[Chain]:
+def select_chains(planner: Planner, importances: Sequence[str] | None, at_least: int = 1) -> list[Chain]:
     """Return the chains of these importances of the study, or of all.
 
     Raises:
@@ -143,7 +143,7 @@ def groups(
     Raises:
         UserError: where importances or levels are not there.
     """
-    chains = chosen(planner, importances, at_least=2)
+    chains = select_chains(planner, importances, at_least=2)
     names = {chain.importance for chain in chains}
     others = repeats(planner, importances)
     repeated = {chain.importance for chain in others}

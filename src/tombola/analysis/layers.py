@@ -7,7 +7,7 @@ from collections.abc import Collection, Sequence
 
 import polars as pl
 
-from tombola.analysis.gather import ALL, after, by_level, chosen
+from tombola.analysis.gather import ALL, after, by_level, select_chains
 from tombola.analysis.paths import Paths
 from tombola.errors import UserError
 from tombola.pruning.mask import Mask
@@ -30,7 +30,7 @@ def of_study(
     Raises:
         UserError: where importances or levels are not there.
     """
-    chains = chosen(planner, importances)
+    chains = select_chains(planner, importances)
     paths = traced(planner)
     tables = []
     for level, tickets in by_level(planner, chains, levels):

@@ -11,7 +11,7 @@ import polars as pl
 import torch
 
 from tombola.analysis.chance import interval, interval_of_two, moments, support
-from tombola.analysis.gather import ALL, after, by_level, chosen
+from tombola.analysis.gather import ALL, after, by_level, select_chains
 from tombola.analysis.winners import mean_with_interval
 from tombola.errors import UserError
 from tombola.pruning.mask import Mask
@@ -58,7 +58,7 @@ def plans(
         UserError: where level or importances are not there, or the tickets share nothing.
     """
     seeds = planner.study.seeds if seeds is None else seeds
-    chains = [chain for chain in chosen(planner, importances, at_least=2) if chain.seed in seeds]
+    chains = [chain for chain in select_chains(planner, importances, at_least=2) if chain.seed in seeds]
     names = tuple(dict.fromkeys(chain.importance for chain in chains))
     if level < 1:
         raise UserError("reinit: at level 0 every connection is shared, it needs a level from 1 on")
@@ -86,7 +86,7 @@ def _shared(planner: Planner, level: int, chains: Sequence[Chain]) -> dict[int, 
 
 def _plan(planner: Planner, level: int, names: Sequence[str], seed: int, kept: Mask, draws: Sequence[int]) -> Plan:
     """Return the trainings of these draws of one seed."""
-    theta_0 = planner.initial(seed).state
+    theta_0 = planner.initial(seed).load()
     states = {
         draw: partly_new(theta_0, initial_state(planner.problem.build, new_seed(seed, draw)), kept) for draw in draws
     }

@@ -13,7 +13,7 @@ import polars as pl
 from scipy import stats
 from torch import Tensor
 
-from tombola.analysis.gather import ALL, after, by_level, chosen, last_level
+from tombola.analysis.gather import ALL, after, by_level, last_level, select_chains
 from tombola.errors import UserError
 from tombola.lottery.ticket import Ticket
 from tombola.pruning.mask import Mask
@@ -45,7 +45,7 @@ def of_study(
     Raises:
         UserError: where importances, levels or layers are not there.
     """
-    chains = chosen(planner, importances, at_least=2)
+    chains = select_chains(planner, importances, at_least=2)
     wanted = sorted(levels) if levels is not None else [last_level(planner, chains)]
     if wanted[0] < 1:
         raise UserError("stability: it is about how levels differ, so it needs a level from 1 on")
@@ -63,8 +63,8 @@ def of_study(
                 first = next(tickets)
                 table = of_ticket(
                     (_trained(ticket) for ticket in chain_of([first], tickets)),
-                    first.rewind.state,
-                    planner.initial(seed).state,
+                    first.rewind.load(),
+                    planner.initial(seed).load(),
                     masks[level, chain],
                     shared,
                 )
@@ -157,4 +157,4 @@ def _alive(weights: Tensor, alive: Tensor) -> Values:
 
 def _trained(ticket: Ticket) -> State:
     assert ticket.trained is not None
-    return ticket.trained.weights.state
+    return ticket.trained.weights.load()

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 
-from tombola.analysis.gather import after, by_level, chosen, last_level
+from tombola.analysis.gather import after, by_level, last_level, select_chains
 from tombola.importance import Importance, Seeded
 from tombola.pruning.mask import Mask
 from tombola.streams import derive, generator
@@ -38,19 +38,19 @@ def of_study(
     Raises:
         UserError: where importances or levels are not there.
     """
-    chains = chosen(planner, importances)
+    chains = select_chains(planner, importances)
     wanted = sorted(levels) if levels is not None else [last_level(planner, chains)]
     tables = []
     for level, tickets in by_level(planner, chains, wanted):
         for chain, ticket in tickets.items():
             assert ticket.trained is not None
-            end = ticket.trained.weights.state
+            end = ticket.trained.weights.load()
             scores = of_importance(
                 end, ticket.mask, resolve_importance(chain.importance), derive(chain.seed, "pruning", level)
             )
             for quantity, table in (
-                ("initial", of_state(planner.initial(chain.seed).state, ticket.mask)),
-                ("rewind", of_state(ticket.rewind.state, ticket.mask)),
+                ("initial", of_state(planner.initial(chain.seed).load(), ticket.mask)),
+                ("rewind", of_state(ticket.rewind.load(), ticket.mask)),
                 ("end", of_state(end, ticket.mask)),
                 ("score", scores),
             ):

@@ -10,7 +10,7 @@ import polars as pl
 from scipy import special
 
 from tombola.analysis.accuracy import Row, rows
-from tombola.analysis.gather import chosen
+from tombola.analysis.gather import select_chains
 from tombola.errors import UserError
 from tombola.study.planner import Planner
 
@@ -45,7 +45,7 @@ def of_study(
     Raises:
         UserError: where importances or results are not there, or `surely` is asked of a single seed.
     """
-    names = list(dict.fromkeys(chain.importance for chain in chosen(planner, importances)))
+    names = list(dict.fromkeys(chain.importance for chain in select_chains(planner, importances)))
     seeds = len(planner.study.seeds)
     if surely and seeds < 2:
         raise UserError("surely: an interval needs two seeds or more, and the study has one")

@@ -220,7 +220,7 @@ def _testing(planner: Planner) -> float:
 
 def _bytes(planner: Planner, level: int) -> int:
     """Return about how much a result of a level takes: weights alive, a bit a connection, losses, all the rest."""
-    state = planner.initial(planner.study.seeds[0]).state
+    state = planner.initial(planner.study.seeds[0]).load()
     rest = sum(t.nbytes for name, t in state.items() if name not in planner.dense)
     alive = planner.dense.total * (1 - planner.study.fraction) ** level
     losses = 4 * (planner.end - planner.study.recipe.rewind)

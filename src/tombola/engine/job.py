@@ -44,7 +44,7 @@ class Job:
         """Return the job that does a training."""
         return cls(
             training.key,
-            safetensors.torch.save({name: t.contiguous() for name, t in training.initial.state.items()}),
+            safetensors.torch.save({name: t.contiguous() for name, t in training.initial.load().items()}),
             training.mask.shapes,
             {name: bits.tobytes() for name, bits in training.mask.bits.items()},
             study.recipe.model_dump(),
@@ -102,7 +102,7 @@ def perform(job: Job, problem: Problem, resume: Checkpoint | None, watch: Watch)
         "machine": machine(),
     }
     losses = safetensors.torch.save({"losses": trained.batch_losses})
-    return Outcome(job.key, safetensors.torch.save(trained.weights.state), losses, trained.history.to_json(), record)
+    return Outcome(job.key, safetensors.torch.save(trained.weights.load()), losses, trained.history.to_json(), record)
 
 
 class _Clock:

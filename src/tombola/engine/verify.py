@@ -174,9 +174,9 @@ def _compared(
             first_in_masks(store.alive(key), mask)
             or first_in_losses(store.batch_losses(key), again.batch_losses, one.training.begin)
             or first_in_histories(trained.history, again.history)
-            or first_in_states(trained.weights.state, again.weights.state)
+            or first_in_states(trained.weights.load(), again.weights.load())
         )
-        weights = first_in_states(trained.weights.state, again.weights.state)
+        weights = first_in_states(trained.weights.load(), again.weights.load())
         if difference and weights and weights != difference:
             difference += f"; at the end, {weights}"
     except DamagedResultError as damage:

@@ -60,7 +60,7 @@ def lottery_ticket_rewinding(
     >>> theta_0 = Weights.of({"w": torch.tensor([4.0, 1.0, 3.0, 2.0])})
     >>> tickets = lottery_ticket_rewinding(
     ...     lambda initial, mask, begin, end: Trained(initial, History()),
-    ...     lambda weights, mask, level: prune(weights.state, mask, lambda w: w, 0.5),
+    ...     lambda weights, mask, level: prune(weights.load(), mask, lambda w: w, 0.5),
     ...     theta_0, Mask.from_tensors({"w": torch.ones(4, dtype=torch.bool)}), rewind=0, end=1, levels=2)
     >>> [ticket.mask["w"].tolist() for ticket in tickets][1:]
     [[True, False, True, False], [True, False, False, False]]
@@ -118,7 +118,7 @@ def find_tickets(
     check_levels(dense.total, fraction, levels)
 
     def here_and_now(initial: Weights, mask: Mask, begin: int, end: int) -> Trained:
-        return train(model, initial.state, mask, data, recipe, seed, begin=begin, end=end, loss=loss)
+        return train(model, initial.load(), mask, data, recipe, seed, begin=begin, end=end, loss=loss)
 
     yield from lottery_ticket_rewinding(
         here_and_now,
@@ -135,7 +135,7 @@ def prune_round(
     weights: Weights, mask: Mask, level: int, *, importance: Importance, fraction: float, seed: int
 ) -> Mask:
     """Prune by the trained weights of `level`; an importance that draws random numbers draws new ones each level."""
-    return prune(weights.state, mask, importance, fraction, seed=derive(seed, "pruning", level))
+    return prune(weights.load(), mask, importance, fraction, seed=derive(seed, "pruning", level))
 
 
 def check_levels(connections: int, fraction: float, levels: int) -> None:

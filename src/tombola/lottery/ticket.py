@@ -16,7 +16,7 @@ from tombola.errors import UserError
 from tombola.files import write_atomically
 from tombola.pruning.mask import Mask
 from tombola.training.history import History, Trained
-from tombola.training.weights import State, Weights, masked, zero_pruned
+from tombola.training.weights import State, Weights, apply_mask, zero_pruned
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Ticket:
     @property
     def rewound(self) -> State:
         """The state to train the ticket from: the rewind point's, pruned weights 0.0."""
-        return masked(self.rewind.state, self.mask)
+        return apply_mask(self.rewind.load(), self.mask)
 
     def apply(self, model: nn.Module, *, trained: bool = False) -> None:
         """Load the ticket's rewound (or trained) state into `model`, pruned weights 0.0.
@@ -63,7 +63,7 @@ class Ticket:
     def _trained_state(self) -> State:
         if self.trained is None:
             raise UserError(f"the ticket of level {self.level} is known without its trained weights")
-        return self.trained.weights.state
+        return self.trained.weights.load()
 
     def save(self, path: Path, *, trained: bool = False) -> None:
         """Write the ticket as safetensors: `mask.<parameter>` (bool), `rewind.<name>` for every entry of the rewound

@@ -13,7 +13,7 @@ import polars as pl
 from tombola import __version__
 from tombola.analysis import connectivity, functions, layers, overlap, reinit, stability, weights, winners
 from tombola.analysis.accuracy import Row, rows
-from tombola.analysis.gather import chosen, label, last_level
+from tombola.analysis.gather import label, last_level, select_chains
 from tombola.engine.run import remaining
 from tombola.errors import UserError
 from tombola.report import paper
@@ -198,7 +198,7 @@ def verified(records: Sequence[Mapping[str, Any]]) -> Verified:
 def _level(planner: Planner, asked: int | None, winning: pl.DataFrame | None) -> int | None:
     """Return the level of what is shown of one level, see `gather`."""
     try:
-        last = last_level(planner, chosen(planner, None))
+        last = last_level(planner, select_chains(planner, None))
     except DamagedResultError:
         raise
     except UserError:

@@ -196,7 +196,7 @@ class Store:
         files = {
             "result.json": canonical(result),
             "weights.safetensors": safetensors.torch.save(
-                _packed(trained.weights.state, mask) | {"losses": trained.batch_losses}
+                _packed(trained.weights.load(), mask) | {"losses": trained.batch_losses}
             ),
         }
         sums = "".join(f"{hashlib.sha256(content).hexdigest()}  {name}\n" for name, content in files.items())

@@ -41,8 +41,8 @@ class Optimizer:
             like = parameter.detach() if tensor.shape == parameter.shape else tensor
             self._kept[int(number)][name] = torch.empty_like(like, dtype=tensor.dtype).copy_(tensor)
 
-    def forget_gradients(self) -> None:
-        """Let no parameter have a gradient."""
+    def zero_grad(self) -> None:
+        """Set all gradients to None."""
         for parameter in self.parameters:
             parameter.grad = None
 

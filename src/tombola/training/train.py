@@ -23,7 +23,7 @@ from tombola.training.evaluation import Loss, evaluate
 from tombola.training.history import Checkpoint, History, Trained, Watch
 from tombola.training.optimizer import Optimizer
 from tombola.training.recipe import Augmentation, Recipe
-from tombola.training.weights import State, Weights, masked, zero_pruned
+from tombola.training.weights import State, Weights, apply_mask, zero_pruned
 
 _LOOKED_AT_EVERY = 50  # iterations after which a training looks whether it has diverged
 
@@ -133,7 +133,7 @@ def train(
     autocast = torch.autocast(device, torch.bfloat16) if recipe.precision == "bfloat16" else nullcontext()
     with ambient(seed), _flushed_denormals(), _deterministic(device):
         for inputs, labels in batches(data, recipe, seed, iteration, end):
-            optimizer.forget_gradients()
+            optimizer.zero_grad()
             if perceptron is not None and perceptron.takes(inputs, labels):
                 batch_loss = perceptron.cross_entropy(inputs, labels)
             else:
@@ -155,7 +155,7 @@ def train(
                     break
             if watch is not None:
                 watch(iteration, checkpoint)
-        state = masked(kernels.dense_state(model), mask)
+        state = apply_mask(kernels.dense_state(model), mask)
         if diverged_at is None and not all(t.isfinite().all() for n, t in state.items() if n not in infinite):
             diverged_at = iteration - 1
         with autocast:

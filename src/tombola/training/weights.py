@@ -19,7 +19,7 @@ State: TypeAlias = dict[str, Tensor]
 class Weights:
     """A network's state and its hash; the state may lie on disk until it is asked for.
 
-    >>> Weights.of({"w": torch.zeros(2)}).state
+    >>> Weights.of({"w": torch.zeros(2)}).load()
     {'w': tensor([0., 0.])}
     """
 
@@ -33,9 +33,8 @@ class Weights:
         held = dict(state)
         return cls(state_hash(held), lambda: held)
 
-    @property
-    def state(self) -> State:
-        """The state; each access may read it from disk."""
+    def load(self) -> State:
+        """Return the state; it may be read from disk each time."""
         return self._load()
 
 
@@ -49,11 +48,11 @@ def state_hash(state: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def masked(state: Mapping[str, Tensor], mask: Mask) -> State:
+def apply_mask(state: Mapping[str, Tensor], mask: Mask) -> State:
     """Return a copy of the state in which pruned weights are 0.0.
 
     >>> mask = Mask.from_tensors({"w": torch.tensor([True, False])})
-    >>> masked({"w": torch.tensor([1.0, 2.0]), "b": torch.tensor([3.0])}, mask)
+    >>> apply_mask({"w": torch.tensor([1.0, 2.0]), "b": torch.tensor([3.0])}, mask)
     {'w': tensor([1., 0.]), 'b': tensor([3.])}
     """
     return {
