@@ -69,13 +69,16 @@ def _initialised() -> nn.Module:
 class Notebook:
     """Notes the calls of `train` and `prune`; weights are named by what they were trained from."""
 
-    def __init__(self, diverges: str | None = None) -> None:
+    def __init__(self, diverges: str | None = None, missing: str | None = None) -> None:
         self.calls: list[tuple[Any, ...]] = []
         self.diverges = diverges
+        self.missing = missing
 
-    def train(self, initial: Weights, mask: Mask, begin: int, end: int) -> Trained:
+    def train(self, initial: Weights, mask: Mask, begin: int, end: int) -> Trained | None:
         self.calls.append(("train", initial.hash, mask.alive, begin, end))
         name = f"{initial.hash} {mask.alive}:{begin}-{end}"
+        if name == self.missing:
+            return None
         return Trained(_named(name), History(diverged_at=3 if name == self.diverges else None))
 
     def prune(self, weights: Weights, mask: Mask, level: int) -> Mask:
@@ -144,6 +147,23 @@ def test_a_training_that_diverges_ends_it(diverges: str, levels: list[int]) -> N
     assert [ticket.level for ticket in tickets] == levels
     assert [ticket.trained.history.diverged_at for ticket in tickets if ticket.trained] == [None] * levels[-1] + [3]
     assert ("prune", diverges, tickets[-1].mask.alive, levels[-1]) not in notebook.calls
+
+
+@pytest.mark.parametrize(
+    ("missing", "levels"),
+    [
+        ("theta_0 4:0-5", []),
+        ("theta_0 4:0-5 4:5-9", []),
+        ("theta_0 4:0-5 3:5-9", [0]),
+        ("theta_0 4:0-5 2:5-9", [0, 1]),
+    ],
+    ids=["the rewind point", "the dense network", "level 1", "level 2"],
+)
+def test_it_ends_before_a_training_that_there_is_not(missing: str, levels: list[int]) -> None:
+    notebook = Notebook(missing=missing)
+    assert [ticket.level for ticket in notebook.tickets(rewind=5, levels=2)] == levels
+    kind, initial, alive, begin, end = notebook.calls[-1]
+    assert (kind, f"{initial} {alive}:{begin}-{end}") == ("train", missing), "and nothing is done after it"
 
 
 def test_it_is_found_level_by_level() -> None:
