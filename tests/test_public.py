@@ -13,7 +13,7 @@ from types import ModuleType
 import pytest
 
 import tombola
-from tombola.importance import IMPORTANCES, Seeded
+from tombola.importance import IMPORTANCES
 
 
 def _in_a_fresh_process(code: str) -> str:
@@ -89,10 +89,10 @@ def test_every_public_module_is_documented(name: str) -> None:
 
 @pytest.mark.parametrize("name", IMPORTANCES)
 def test_every_importance_is_documented_with_an_example(name: str) -> None:
-    importance = IMPORTANCES[name]
-    text = _documented(importance.function if isinstance(importance, Seeded) else importance)
-    assert text.startswith("Return ")
-    assert "\n>>> " in text
+    for function in (IMPORTANCES[name].score, IMPORTANCES[name].normalise):
+        text = _documented(function)
+        assert text.startswith("Return ")
+        assert "\n>>> " in text
 
 
 @pytest.mark.parametrize("name", OBJECTS)

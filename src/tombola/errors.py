@@ -20,6 +20,10 @@ class UserError(ValueError):
     """
 
 
+class ImportanceError(UserError):
+    """An importance that failed on a layer: it raised, or returned what cannot be compared."""
+
+
 def did_you_mean(name: str, choices: Iterable[str]) -> str:
     """Return a clause that names the choices nearest to `name`, or all of them where none is near.
 

@@ -9,7 +9,7 @@ import numpy.typing as npt
 import polars as pl
 
 from tombola.analysis.gather import after, by_level, last_level, select_chains
-from tombola.importance import Importance, Seeded
+from tombola.importance import Importance, Normalisation, Survivors, as_importance
 from tombola.pruning.mask import Mask
 from tombola.streams import derive, generator
 from tombola.study.planner import Planner
@@ -78,14 +78,14 @@ def of_state(state: State, mask: Mask) -> pl.DataFrame:
     return _table({name: state[name][mask[name]].double().numpy() for name in mask})
 
 
-def of_importance(state: State, mask: Mask, importance: Importance, seed: int = 0) -> pl.DataFrame:
+def of_importance(state: State, mask: Mask, importance: Importance | Normalisation, seed: int = 0) -> pl.DataFrame:
     """Return how an importance is distributed in each layer, over the connections alive; columns as of `of_state`.
 
     Args:
         state: parameter name -> weights.
         mask: which are alive.
         importance: see `tombola.importance`.
-        seed: of a `Seeded` importance's random stream, as in `tombola.prune`.
+        seed: of the random numbers that the importance may draw, as in `tombola.prune`.
 
     >>> import torch
     >>> from tombola.importance import l1
@@ -93,13 +93,10 @@ def of_importance(state: State, mask: Mask, importance: Importance, seed: int = 
     >>> of_importance({"w": torch.tensor([1.0, -3.0, 9.0])}, mask, l1).select("min", "max").rows()
     [(0.25, 0.75)]
     """
-    scores = {}
+    importance, scores = as_importance(importance), {}
     for name in mask:
-        survivors = state[name][mask[name]].double().abs()
-        if isinstance(importance, Seeded):
-            scores[name] = importance.function(survivors, generator(seed, "importance", name)).numpy()
-        else:
-            scores[name] = importance(survivors).numpy()
+        magnitudes = state[name][mask[name]].double().abs()
+        scores[name] = importance.of(Survivors(magnitudes, generator(seed, "importance", name))).numpy()
     return _table(scores)
 
 

@@ -147,8 +147,9 @@ def importances(options: argparse.Namespace) -> int:
     from tombola.importance import IMPORTANCES
 
     if options.format == "table":
-        print("what is compared over all layers; w are the absolute values of one layer's surviving weights")
-    show_table(["importance", "description"], _described(IMPORTANCES), options.format)
+        print("what is compared over all layers; x = |w| are the absolute values of one layer's surviving weights")
+    rows = [[name, importance.description] for name, importance in IMPORTANCES.items()]
+    show_table(["importance", "description"], rows, options.format)
     return 0
 
 
@@ -163,14 +164,6 @@ def list_presets(options: argparse.Namespace) -> int:
         lines.append([name, study.levels, len(study.seeds), len(study.importances), first])
     show_table(["preset", "levels", "seeds", "importances", "description"], lines, options.format)
     return 0
-
-
-def _described(functions: dict[str, Any]) -> list[list[str]]:
-    rows = []
-    for name, function in functions.items():
-        text = function.function.__doc__ if hasattr(function, "function") else function.__doc__
-        rows.append([name, text.strip().splitlines()[0].removeprefix("Return ").rstrip(".")])
-    return rows
 
 
 def _planner(options: argparse.Namespace) -> tuple[Planner, Study]:

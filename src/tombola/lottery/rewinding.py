@@ -11,10 +11,10 @@ from torch.nn import functional
 
 from tombola.datasets.dataset import Dataset
 from tombola.errors import UserError
-from tombola.importance import Importance
+from tombola.importance import Importance, Normalisation
 from tombola.lottery.ticket import Ticket
 from tombola.pruning.mask import Mask
-from tombola.pruning.prune import prune
+from tombola.pruning.prune import check_fraction, count_to_remove, prune
 from tombola.streams import derive
 from tombola.training.evaluation import Loss
 from tombola.training.history import Trained
@@ -90,7 +90,7 @@ def find_tickets(
     model: nn.Module,
     data: Dataset,
     recipe: Recipe,
-    importance: Importance,
+    importance: Importance | Normalisation,
     *,
     levels: int,
     fraction: float = 0.2,
@@ -142,21 +142,28 @@ def find_tickets(
 
 
 def prune_round(
-    weights: Weights, mask: Mask, level: int, *, importance: Importance, fraction: float, seed: int
+    weights: Weights, mask: Mask, level: int, *, importance: Importance | Normalisation, fraction: float, seed: int
 ) -> Mask:
-    """Prune by the trained weights of `level`; an importance that draws random numbers draws new ones each level."""
+    """Prune by the trained weights of `level`, see `tombola.prune`; random numbers differ from level to level."""
     return prune(weights.load(), mask, importance, fraction, seed=derive(seed, "pruning", level))
 
 
 def check_levels(connections: int, fraction: float, levels: int) -> None:
-    """Raise `UserError` where `levels` rounds leave nothing, or come to a round that removes nothing."""
-    if not 0 < fraction < 1:
-        raise UserError(f"fraction must lie between 0 and 1, both excluded, got {fraction}")
+    """Check that each of `levels` rounds removes some of the connections that are alive, and leaves some.
+
+    Raises:
+        UserError: where one does not, or where `fraction` or `levels` is out of range.
+
+    >>> check_levels(connections=100, fraction=0.2, levels=18)
+    Traceback (most recent call last):
+    tombola.errors.UserError: levels: 18 are too many, after level 16 only 2 of 100 connections are alive and ...
+    """
+    check_fraction(fraction)
     if levels < 0:
         raise UserError(f"levels must be 0 or more, got {levels}")
     alive = connections
     for level in range(1, levels + 1):
-        removed = round(fraction * alive)
+        removed = count_to_remove(alive, fraction)
         if removed == 0 or removed == alive:
             raise UserError(
                 f"levels: {levels} are too many, after level {level - 1} only {alive} of {connections} connections "

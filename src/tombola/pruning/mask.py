@@ -160,13 +160,13 @@ class Mask(Mapping[str, Tensor]):
         return self._hash
 
     def __and__(self, other: Mask) -> Mask:
-        return self._combined(other, np.bitwise_and)
+        return self._combine(other, np.bitwise_and)
 
     def __or__(self, other: Mask) -> Mask:
-        return self._combined(other, np.bitwise_or)
+        return self._combine(other, np.bitwise_or)
 
     def __xor__(self, other: Mask) -> Mask:
-        return self._combined(other, np.bitwise_xor)
+        return self._combine(other, np.bitwise_xor)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Mask) and self.hash == other.hash
@@ -177,7 +177,7 @@ class Mask(Mapping[str, Tensor]):
     def __repr__(self) -> str:
         return f"<Mask of {len(self)} layers: {self.alive} of {self.total} connections alive>"
 
-    def _combined(self, other: Mask, operation: Callable[[Bits, Bits], Bits]) -> Mask:
+    def _combine(self, other: Mask, operation: Callable[[Bits, Bits], Bits]) -> Mask:
         if not isinstance(other, Mask):
             return NotImplemented
         if self.shapes != other.shapes:
@@ -187,16 +187,31 @@ class Mask(Mapping[str, Tensor]):
 
 
 def pack(alive: Tensor) -> Bits:
-    """Return a bool tensor's values in flat order, eight a byte, the first in the lowest bit."""
+    """Return a bool tensor's values in flat order, eight a byte, the first in the lowest bit; spare bits are 0.
+
+    >>> pack(torch.tensor([[True, False, True], [True, False, False]])).tolist()
+    [13]
+    """
     return np.packbits(alive.detach().cpu().flatten().numpy(), bitorder="little")
 
 
-def resolve_layers(names: Collection[str], exclude: Collection[str]) -> set[str]:
-    """Return the parameter names that `exclude` means, each given as such or as its layer's name."""
-    by_layer = {name.removesuffix(".weight"): name for name in names}
-    chosen = set()
-    for name in exclude:
-        if name not in names and name not in by_layer:
+def resolve_layers(parameters: Collection[str], layers: Collection[str]) -> set[str]:
+    """Return the names of the parameters that `layers` means: each is the name of a layer or of its parameter.
+
+    Args:
+        parameters: the names of prunable weights, such as `fc.weight`.
+        layers: names that a user gave, such as `fc` or `fc.weight`.
+
+    Raises:
+        UserError: where one of `layers` is not there.
+
+    >>> sorted(resolve_layers(["fc1.weight", "fc2.weight", "fc3.weight"], ["fc1", "fc3.weight"]))
+    ['fc1.weight', 'fc3.weight']
+    """
+    by_layer = {name.removesuffix(".weight"): name for name in parameters}
+    resolved = set()
+    for name in layers:
+        if name not in parameters and name not in by_layer:
             raise UserError(f"exclude: {name!r} is no prunable layer; {did_you_mean(name, list(by_layer))}")
-        chosen.add(name if name in names else by_layer[name])
-    return chosen
+        resolved.add(name if name in parameters else by_layer[name])
+    return resolved

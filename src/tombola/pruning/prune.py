@@ -1,154 +1,133 @@
-"""Pruning of one round: the connections of the lowest importance are removed."""
+"""One round of pruning: score, normalise, select."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from tombola.errors import UserError, describe_exception, did_you_mean
-from tombola.importance import Importance, Seeded
+from tombola.errors import ImportanceError, UserError, describe_exception, did_you_mean
+from tombola.importance import Importance, Normalisation, Survivors, as_importance
 from tombola.pruning.mask import Mask, pack, resolve_layers
+from tombola.pruning.selection import select_lowest
 from tombola.streams import generator
 
 
 def prune(
     weights: Mapping[str, Tensor],
     mask: Mask,
-    importance: Importance,
+    importance: Importance | Normalisation,
     fraction: float,
     *,
     exclude: Collection[str] = (),
     seed: int = 0,
 ) -> Mask:
-    """Return `mask` without the connections of the lowest importance: step 3b and 3c of the paper's Algorithm 2.
+    """Return `mask` without the connections of the lowest importance: steps 3b and 3c of the paper's Algorithm 2.
 
-    Each layer's importances are computed, in float64, from the absolute values of its surviving weights; then exactly
-    round(fraction x alive) connections are removed, those with the lowest importance over all layers. Ties go first
-    to the earlier layer, then to the lower flat index.
+    Algorithm 2 is that of Vandersmissen and Oramas (arXiv 2302.11244). The importance rates each layer's surviving
+    connections, in float64. Exactly round(fraction x alive) connections are removed: those with the lowest importance
+    over all layers. Ties are broken by layer, then by flat index: the lower one is removed.
 
     Args:
         weights: parameter name -> weights; must have every layer of the mask, and may have more.
         mask: the connections that are alive.
-        importance: see `tombola.importance`.
+        importance: a score with its normalisation, or a function of a layer's absolute surviving weights, see
+            `tombola.importance`.
         fraction: of the connections that are alive, in (0, 1).
         exclude: layers to leave alone in this round, by layer or parameter name.
-        seed: of the random stream that a `Seeded` importance draws from.
+        seed: of the random numbers that the importance may draw; every layer has its own stream.
 
     Raises:
-        UserError: naming the layer, where weights are missing, of another shape, NaN or infinite, or where the
-            importance raises, returns another length or NaN; where `fraction` is out of range.
+        ImportanceError: where the importance raises, or returns NaN or anything but one number a connection.
+        UserError: where weights of a layer are missing, of another shape, NaN or infinite; where `fraction` is out of
+            range, or a layer to exclude is not in the mask.
 
     >>> mask = Mask.from_tensors({"w": torch.ones(5, dtype=torch.bool)})
     >>> prune({"w": torch.tensor([0.5, -0.1, 0.3, -0.9, 0.2])}, mask, lambda w: w, 0.4)["w"]
     tensor([ True, False,  True,  True, False])
     """
+    check_fraction(fraction)
+    importance = as_importance(importance)
+    left_out = resolve_layers(mask, exclude)
+    counts = {layer: count for layer, count in mask.counts.items() if layer not in left_out}
+    # One piece of memory for the survivors of all layers: touching new memory takes longer than computing.
+    memory = torch.empty(max(counts.values(), default=0), dtype=torch.float64)
+
+    def compute_importance(layer: str) -> Tensor:
+        magnitudes = _read_magnitudes(weights, mask, layer, memory[: counts[layer]])
+        with _attribute_failure(importance, layer):
+            scores = importance.score(Survivors(magnitudes, generator(seed, "importance", layer)))
+            return _check(importance.normalise(scores), counts[layer])
+
+    with _one_thread(), torch.no_grad():
+        count = count_to_remove(sum(counts.values()), fraction)
+        removed = select_lowest(compute_importance, counts, count)
+        return _remove(mask, removed)
+
+
+def count_to_remove(alive: int, fraction: float) -> int:
+    """Return how many connections a round removes: round(fraction x alive), halves to even.
+
+    >>> count_to_remove(10, 0.2), count_to_remove(5, 0.5)
+    (2, 2)
+    """
+    return round(fraction * alive)
+
+
+def check_fraction(fraction: float) -> None:
+    """Raise `UserError` where a fraction does not lie in (0, 1)."""
     if not 0 < fraction < 1:
         raise UserError(f"fraction must lie between 0 and 1, both excluded, got {fraction}")
-    left_out = resolve_layers(mask, exclude)
-    names = [name for name in mask if name not in left_out]
-    with _one_thread(), torch.no_grad():
-        counts = mask.counts
-        total = sum(counts[name] for name in names)
-        count = round(fraction * total)
-        kept: dict[str, Tensor] = {}
-        # One piece of memory for the survivors of all layers: touching new memory takes longer than computing.
-        buffer = torch.empty(max((counts[name] for name in names), default=0), dtype=torch.float64)
 
-        def scores(name: str) -> Tensor:
-            if name in kept:
-                return kept[name]
-            if total > _KEPT:
-                return _scores(name, weights, mask, importance, seed, buffer)
-            kept[name] = _scores(name, weights, mask, importance, seed, torch.empty(counts[name], dtype=torch.float64))
-            return kept[name]
 
-        sample = np.concatenate(
-            [np.zeros(0), *(scores(name)[:: total // _SAMPLED + 1].numpy().copy() for name in names)]
+def _read_magnitudes(weights: Mapping[str, Tensor], mask: Mask, layer: str, out: Tensor) -> Tensor:
+    """Write the absolute values of a layer's surviving weights, in flat order, to `out`, and return it."""
+    if layer not in weights:
+        raise UserError(f"no weights for layer {layer!r} of the mask; {did_you_mean(layer, weights)}")
+    weight = weights[layer].detach().cpu()
+    if tuple(weight.shape) != mask.shapes[layer]:
+        raise UserError(f"layer {layer!r}: the weights have shape {tuple(weight.shape)}, the mask {mask.shapes[layer]}")
+    alive = mask[layer]
+    out.copy_(weight.flatten() if alive.all() else weight[alive]).abs_()
+    if len(out) and not out.max().isfinite():  # the largest of numbers is NaN where one of them is
+        raise UserError(
+            f"layer {layer!r}: its weights are not all finite (NaN or infinite), so they cannot be compared"
         )
-        if count == 0:
-            return mask
-        for low, high in _intervals(sample, count / total):
-            lower, within = {}, {}
-            for name in names:
-                layer = scores(name)
-                lower[name] = layer < low
-                where = ((layer >= low) & (layer <= high)).nonzero().flatten()
-                within[name] = where, layer[where]
-            candidates = np.concatenate([values.numpy() for _, values in within.values()])
-            missing = count - sum(int(removed.count_nonzero()) for removed in lower.values())
-            if 0 < missing <= len(candidates):
-                break
-        threshold = float(np.partition(candidates, missing - 1)[missing - 1])
-        ties_to_remove = missing - int(np.count_nonzero(candidates < threshold))
-        bits = mask.bits
-        for name in names:
-            removed, (where, values) = lower.pop(name), within.pop(name)
-            ties = where[values == threshold][:ties_to_remove]
-            ties_to_remove -= len(ties)
-            removed[where[values < threshold]] = True
-            removed[ties] = True
-            alive = mask[name]
-            bits[name] = pack(~removed if alive.all() else alive.masked_scatter(alive, ~removed))
-    return Mask(mask.shapes, bits)
+    return out
 
 
-_KEPT = 1 << 24  # importances that are few enough to be kept (128 MiB); more are computed twice, which takes less time
-_SAMPLED = 1 << 20
-
-
-def _intervals(sample: npt.NDArray[np.float64], share: float) -> Iterator[tuple[float, float]]:
-    """Yield the ends of intervals in which the number lies that has this share of all at or below it.
-
-    Probably in the first, which few lie in; certainly in the last, which all lie in.
-    """
-    rank = round(share * len(sample))
-    for margin in (4 * math.isqrt(len(sample)) + 1, len(sample) // 8, len(sample)):
-        ends = rank - margin, rank + margin
-        inside = [end for end in ends if 0 <= end < len(sample)]
-        ordered = np.partition(sample, inside) if inside else sample
-        low, high = (float(ordered[end]) if end in inside else None for end in ends)
-        yield -math.inf if low is None else low, math.inf if high is None else high
-
-
-def _scores(
-    name: str, weights: Mapping[str, Tensor], mask: Mask, importance: Importance, seed: int, buffer: Tensor
-) -> Tensor:
-    """Return the importances, float64 of shape (survivors,), of one layer's surviving weights in flat order.
-
-    They may lie in `buffer`, where the survivors are put.
-    """
-    if name not in weights:
-        raise UserError(f"no weights for layer {name!r} of the mask; {did_you_mean(name, weights)}")
-    weight = weights[name].detach().cpu()
-    if tuple(weight.shape) != mask.shapes[name]:
-        raise UserError(f"layer {name!r}: the weights have shape {tuple(weight.shape)}, the mask {mask.shapes[name]}")
-    alive = mask[name]
-    values = weight.flatten() if alive.all() else weight[alive]
-    length = len(values)
-    survivors = buffer[:length].copy_(values).abs_()
-    if length and not survivors.max().isfinite():
-        raise UserError(f"layer {name!r}: its weights are not all finite (NaN or infinite), so they cannot be compared")
-    label = f"importance {getattr(importance, '__name__', type(importance).__name__)!r}, layer {name!r}"
+@contextmanager
+def _attribute_failure(importance: Importance, layer: str) -> Iterator[None]:
+    """Turn an exception of the importance into one that names it and the layer."""
+    label = f"importance {importance.name!r}, layer {layer!r}"
     try:
-        if isinstance(importance, Seeded):
-            scores = importance.function(survivors, generator(seed, "importance", name))
-        else:
-            scores = importance(survivors)
+        yield
+    except ImportanceError as error:
+        raise ImportanceError(f"{label}: {error}") from error
     except Exception as error:
-        raise UserError(f"{label}: it raised {describe_exception(error)}") from error
-    if not isinstance(scores, Tensor) or tuple(scores.shape) != (length,):
-        got = f"shape {tuple(scores.shape)}" if isinstance(scores, Tensor) else type(scores).__name__
-        raise UserError(f"{label}: expected a tensor of shape ({length},), one number a survivor, got {got}")
-    scores = scores.detach().to("cpu", torch.float64).contiguous()
-    if length and scores.min().isnan():  # the least of numbers is NaN where one of them is
-        raise UserError(f"{label}: it returned NaN")
-    return scores
+        raise ImportanceError(f"{label}: it raised {describe_exception(error)}") from error
+
+
+def _check(values: Tensor, length: int) -> Tensor:
+    """Return what an importance gave as float64 on the CPU; raise `ImportanceError` where it cannot be compared."""
+    if not isinstance(values, Tensor) or tuple(values.shape) != (length,):
+        got = f"shape {tuple(values.shape)}" if isinstance(values, Tensor) else type(values).__name__
+        raise ImportanceError(f"expected a tensor of shape ({length},), one number a survivor, got {got}")
+    values = values.detach().to("cpu", torch.float64).contiguous()
+    if length and values.min().isnan():  # the least of numbers is NaN where one of them is
+        raise ImportanceError("it returned NaN")
+    return values
+
+
+def _remove(mask: Mask, removed: dict[str, Tensor]) -> Mask:
+    """Return `mask` without the alive connections, in flat order, that are True in `removed`, which is used up."""
+    bits = mask.bits
+    for layer in list(removed):
+        stay, alive = ~removed.pop(layer), mask[layer]
+        bits[layer] = pack(stay if alive.all() else alive.masked_scatter(alive, stay))
+    return Mask(mask.shapes, bits)
 
 
 @contextmanager

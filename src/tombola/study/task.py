@@ -16,7 +16,7 @@ from torch.nn import functional
 from tombola import datasets, models
 from tombola.datasets.dataset import Dataset
 from tombola.errors import UserError, describe_exception, did_you_mean
-from tombola.importance import IMPORTANCES, Importance
+from tombola.importance import IMPORTANCES, Importance, as_importance
 from tombola.streams import ambient
 from tombola.study.code import resolve, source_hash
 from tombola.study.schema import Study, Task
@@ -77,11 +77,11 @@ def resolve_importance(name: str) -> Importance:
     Raises:
         UserError: where there is none.
 
-    >>> resolve_importance("l1").__name__
+    >>> resolve_importance("l1").name
     'l1'
     """
     if ":" in name:
-        return resolve(name, "importance")
+        return as_importance(resolve(name, "importance"))
     if name not in IMPORTANCES:
         raise UserError(
             f"importances: unknown importance {name!r}; {did_you_mean(name, IMPORTANCES)} "

@@ -1,0 +1,131 @@
+"""An importance: a score with its normalisation; and those that have a name."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import wraps
+
+import torch
+from torch import Tensor
+
+from tombola.importance import normalisation, scores
+from tombola.importance.normalisation import Normalisation
+from tombola.importance.scores import Score, Survivors
+from tombola.streams import generator
+
+
+@dataclass(frozen=True)
+class Importance:
+    """A score with its normalisation: normalise(score(survivors)), layer by layer.
+
+    Args:
+        score: what a surviving connection of a layer matters, see `tombola.importance.scores`.
+        normalise: makes the scores of different layers comparable, see `tombola.importance.normalisation`.
+
+    >>> importance = Importance(scores.magnitude, normalisation.l1)
+    >>> importance.name
+    'l1'
+    >>> importance(torch.tensor([3.0, 1.0]))
+    tensor([0.7500, 0.2500])
+    """
+
+    score: Score
+    normalise: Normalisation = normalisation.identity
+
+    @property
+    def name(self) -> str:
+        """The name `score/normalisation`; the identity is left out, and so is the magnitude as in the paper.
+
+        >>> Importance(scores.random, normalisation.l1).name, Importance(scores.random).name
+        ('random/l1', 'random')
+        >>> Importance(scores.magnitude, normalisation.l1).name, Importance(scores.magnitude).name
+        ('l1', 'magnitude')
+        """
+        if self.normalise is normalisation.identity:
+            return _name_of(self.score)
+        if self.score is scores.magnitude:
+            return _name_of(self.normalise)
+        return f"{_name_of(self.score)}/{_name_of(self.normalise)}"
+
+    @property
+    def description(self) -> str:
+        """The formula in one line, from the docstrings of the two functions; x are the scores, |w| if not given.
+
+        >>> Importance(scores.magnitude, normalisation.min_max).description
+        '(x - min x) / (max x - min x), in 0..1'
+        >>> Importance(scores.random, normalisation.min_max).description
+        '(x - min x) / (max x - min x), in 0..1, of the score random'
+        """
+        if self.normalise is normalisation.identity:
+            return _first_line_of(self.score)
+        of = "" if self.score is scores.magnitude else f", of the score {_name_of(self.score)}"
+        return _first_line_of(self.normalise) + of
+
+    def of(self, survivors: Survivors) -> Tensor:
+        """Return the importances of a layer's n surviving connections, of shape (n,) in flat order."""
+        return self.normalise(self.score(survivors))
+
+    def __call__(self, magnitudes: Tensor, seed: int = 0) -> Tensor:
+        """Return the importances of connections by their absolute weights alone.
+
+        Args:
+            magnitudes: |w|, of shape (n,).
+            seed: of the random numbers that the score may draw.
+        """
+        return self.of(Survivors(magnitudes, generator(seed, "importance")))
+
+
+def Seeded(function: Callable[[Tensor, torch.Generator], Tensor]) -> Importance:  # noqa: N802 (it was a class)
+    """Return the importance that draws random numbers: `function(magnitudes, generator)`.
+
+    Pruning gives it a generator of its own for each layer and each round, derived from the seed.
+
+    Args:
+        function: (magnitudes, generator) -> importances; magnitudes are |w|, float64 of shape (n,).
+
+    >>> coin = Seeded(lambda w, g: torch.randint(2, w.shape, generator=g))
+    >>> bool((coin(torch.ones(8), seed=1) == coin(torch.ones(8), seed=1)).all())
+    True
+    """
+
+    @wraps(function)
+    def score(survivors: Survivors) -> Tensor:
+        return function(survivors.magnitudes, survivors.generator)
+
+    return Importance(score)
+
+
+def as_importance(importance: Importance | Normalisation) -> Importance:
+    """Return an importance as a score with its normalisation.
+
+    A function of a layer's absolute weights is the normalisation of their magnitude.
+
+    >>> def cubic(weights):
+    ...     return weights**3 / (weights**3).sum()
+    >>> as_importance(cubic) == Importance(scores.magnitude, cubic)
+    True
+    """
+    return importance if isinstance(importance, Importance) else Importance(scores.magnitude, importance)
+
+
+def _name_of(function: Callable[..., Tensor]) -> str:
+    return str(getattr(function, "__name__", type(function).__name__))
+
+
+def _first_line_of(function: Callable[..., Tensor]) -> str:
+    text = inspect.getdoc(function) or _name_of(function)
+    return text.splitlines()[0].removeprefix("Return ").rstrip(".")
+
+
+magnitude = Importance(scores.magnitude)
+l1 = Importance(scores.magnitude, normalisation.l1)
+l2 = Importance(scores.magnitude, normalisation.l2)
+softmax = Importance(scores.magnitude, normalisation.softmax)
+min_max = Importance(scores.magnitude, normalisation.min_max)
+lamp = Importance(scores.magnitude, normalisation.lamp)
+random = Importance(scores.random)
+
+IMPORTANCES = {each.name: each for each in (magnitude, l1, l2, softmax, min_max, lamp, random)}
+"""The importances that can be named on the command line and in studies, by name."""

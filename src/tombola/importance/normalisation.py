@@ -1,0 +1,104 @@
+"""Normalisations: make the scores of different layers comparable (Vandersmissen and Oramas, arXiv 2302.11244).
+
+A normalisation is a function of the scores of one layer. It takes a float64 tensor of shape (n,) and returns another of
+that shape, in the same order. It must depend on nothing else, and it must not change its argument.
+
+In what follows x are the n scores of a layer, finite and not negative. A layer without survivors gives an empty tensor,
+and none of the functions overflows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+Normalisation: TypeAlias = Callable[[Tensor], Tensor]
+
+
+def identity(scores: Tensor) -> Tensor:
+    """Return x, the scores as they are.
+
+    >>> identity(torch.tensor([3.0, 1.0]))
+    tensor([3., 1.])
+    """
+    return scores
+
+
+def l1(scores: Tensor) -> Tensor:
+    """Return x / sum(x), in 0..1; the values of a layer sum to one.
+
+    A layer whose scores are all zero gives 0 throughout.
+
+    >>> l1(torch.tensor([3.0, 1.0]))
+    tensor([0.7500, 0.2500])
+    """
+    total = scores.sum()
+    if 0 < total < torch.inf:
+        return scores / total
+    scaled = _scale_to_one(scores)
+    return scaled / scaled.sum() if scaled.any() else scaled
+
+
+def l2(scores: Tensor) -> Tensor:
+    """Return x^2 / sum(x^2), in 0..1; the values of a layer sum to one.
+
+    A layer whose scores are all zero gives 0 throughout.
+
+    >>> l2(torch.tensor([3.0, 1.0]))
+    tensor([0.9000, 0.1000])
+    """
+    return l1(_scale_to_one(scores).square())
+
+
+def softmax(scores: Tensor) -> Tensor:
+    """Return exp(x) / sum(exp(x)), in 0..1; the values of a layer sum to one.
+
+    Computed as exp(x - max x) / sum(exp(x - max x)), which is the same and cannot overflow.
+
+    >>> softmax(torch.tensor([1.0, 1.0]))
+    tensor([0.5000, 0.5000])
+    """
+    return torch.softmax(scores, dim=0)
+
+
+def min_max(scores: Tensor) -> Tensor:
+    """Return (x - min x) / (max x - min x), in 0..1.
+
+    Every layer has at least one 0 and one 1. A layer whose scores are all equal (one survivor, for example) gives 1
+    throughout.
+
+    >>> min_max(torch.tensor([3.0, 1.0, 2.0]))
+    tensor([1.0000, 0.0000, 0.5000])
+    """
+    if scores.numel() == 0:
+        return scores
+    least, largest = scores.min(), scores.max()
+    if least == largest:
+        return torch.ones_like(scores)
+    return (scores - least) / (largest - least)
+
+
+def lamp(scores: Tensor) -> Tensor:
+    """Return x_j^2 / sum of x_k^2 over all k with x_k >= x_j, in 0..1: LAMP (Lee et al., arXiv 2010.07611).
+
+    Equal scores give equal values. A layer whose scores are all zero gives 0 throughout.
+
+    >>> lamp(torch.tensor([3.0, 1.0, 2.0]))
+    tensor([1.0000, 0.0714, 0.3077])
+    """
+    squares = _scale_to_one(scores).square()
+    descending = squares.sort(descending=True).values
+    # Summed from the largest down: the total minus the sum of the smaller squares would cancel.
+    at_or_above = descending.cumsum(0)
+    last_equal = torch.searchsorted(-descending, -squares, right=True) - 1
+    return torch.where(squares > 0, squares / at_or_above[last_equal], 0.0)
+
+
+def _scale_to_one(scores: Tensor) -> Tensor:
+    """Return x / max(x), so that neither sums nor squares overflow; scores that are all zero stay zero."""
+    if scores.numel() == 0 or not (largest := scores.max()) > 0:
+        return torch.zeros_like(scores)
+    return scores / largest
