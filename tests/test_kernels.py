@@ -187,7 +187,7 @@ def test_batch_norm_equals_torch(seed: int, shape: tuple[int, int, int, int], of
     exact = x.detach().double().requires_grad_()
     delta = torch.randn(shape)
     y, z = ours(x), dense(exact)
-    assert isinstance(y.grad_fn, layers._Normalize._backward_cls)
+    assert isinstance(y.grad_fn, layers._BatchNorm._backward_cls)
     y.backward(delta)
     z.backward(delta.double())
 
@@ -646,6 +646,6 @@ def test_images_are_normalised_with_the_bits_of_torch(
     scale = torch.rand((channels, 1, 1), generator=draw)
     which = torch.tensor(chosen, dtype=torch.int64)
     expected = (images[which].float() - mean) * scale
-    assert torch.equal(kernels.normalized_images(images, which, mean, scale), expected)
+    assert torch.equal(kernels.normalise_images(images, which, mean, scale), expected)
     columns = images.to(memory_format=torch.channels_last)
-    assert torch.equal(kernels.normalized_images(columns, which, mean, scale), expected)
+    assert torch.equal(kernels.normalise_images(columns, which, mean, scale), expected)
