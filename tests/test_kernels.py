@@ -134,7 +134,7 @@ def test_linear_equals_masked_dense(
     batch=st.sampled_from([1, 7, 16, 33, 130]),
     channels=st.sampled_from([(1, 1), (3, 5), (50, 4), (4, 50)]),
     kernel=st.tuples(st.integers(1, 3), st.integers(1, 4)),
-    picture=st.tuples(st.integers(1, 9), st.integers(1, 11)),
+    image=st.tuples(st.integers(1, 9), st.integers(1, 11)),
     stride=st.integers(1, 3),
     padding=st.tuples(st.integers(0, 2), st.integers(0, 2)),
     kind=KINDS,
@@ -143,22 +143,22 @@ def test_linear_equals_masked_dense(
 )
 def test_convolution_equals_masked_dense(
     instruction_set: str, seed: int, batch: int, channels: tuple[int, int], kernel: tuple[int, int],
-    picture: tuple[int, int], stride: int, padding: tuple[int, int], kind: str, layout: str, delta_layout: str
+    image: tuple[int, int], stride: int, padding: tuple[int, int], kind: str, layout: str, delta_layout: str
 ) -> None:  # fmt: skip
     torch.manual_seed(seed)
-    picture = (max(picture[0], kernel[0] - 2 * padding[0]), max(picture[1], kernel[1] - 2 * padding[1]))
+    image = (max(image[0], kernel[0] - 2 * padding[0]), max(image[1], kernel[1] - 2 * padding[1]))
     check(
         lambda w, b, m: SparseConv2d(w, b, m, stride, padding, instruction_set),
         lambda x, w, b: F.conv2d(x, w, b, stride, padding),
         a_mask((channels[1], channels[0], *kernel), kind),
-        torch.randn(batch, channels[0], *picture),
+        torch.randn(batch, channels[0], *image),
         layout,
         delta_layout,
     )
 
 
 @needs_kernels
-def test_pictures_larger_than_the_cache() -> None:
+def test_images_larger_than_the_cache() -> None:
     torch.manual_seed(0)
     check(
         lambda w, b, m: SparseConv2d(w, b, m, 2, (1, 1)),
@@ -187,7 +187,7 @@ def test_batch_norm_equals_torch(seed: int, shape: tuple[int, int, int, int], of
     exact = x.detach().double().requires_grad_()
     delta = torch.randn(shape)
     y, z = ours(x), dense(exact)
-    assert isinstance(y.grad_fn, layers._Normalize._backward_cls)
+    assert isinstance(y.grad_fn, layers._BatchNorm._backward_cls)
     y.backward(delta)
     z.backward(delta.double())
 
@@ -629,6 +629,294 @@ def test_mask_of_another_shape_is_an_error() -> None:
         SparseLinear(torch.randn(4, 3), None, torch.ones(3, 4, dtype=torch.bool))
 
 
+# The boundary: whatever Python could get wrong is an exception, never memory.
+
+
+OUTPUTS, INPUTS, KERNEL, IMAGE = 4, 3, (2, 2), (5, 6)
+"""Of the convolution below: a stride of 1, no padding, images out of 4 x 5."""
+
+
+def a_convolution(alive: Tensor | None = None, **changes: Any) -> Any:
+    """The kernel of a convolution with every second weight alive."""
+    weights = OUTPUTS * INPUTS * KERNEL[0] * KERNEL[1]
+    how: dict[str, Any] = {
+        "alive": torch.arange(0, weights, 2) if alive is None else alive,
+        "outputs": OUTPUTS,
+        "inputs": INPUTS,
+        "kernel": KERNEL,
+        "image": IMAGE,
+        "stride": 1,
+        "padding": (0, 0),
+        "instruction_set": None,
+        "read": torch.ones(OUTPUTS, dtype=torch.bool),
+    }
+    return layers.extension.Layer(**(how | changes))
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"alive": torch.tensor([0, 48])}, "alive: expected ascending indices from 0 to 47, got 48 at position 1"),
+        ({"alive": torch.tensor([-1, 3])}, "alive: expected ascending indices from 0 to 47, got -1 at position 0"),
+        ({"alive": torch.tensor([3, 1])}, "alive: expected ascending indices from 0 to 47, got 1 at position 1"),
+        ({"alive": torch.tensor([3, 3])}, "alive: expected ascending indices from 0 to 47, got 3 at position 1"),
+        ({"alive": torch.tensor([1], dtype=torch.int32)}, "alive: expected a tensor of int64 .* got torch.int32"),
+        ({"alive": torch.arange(8)[::2]}, r"alive: .* contiguous, of shape \(any,\), got .* strides \(2,\)"),
+        ({"alive": [1, 2]}, "alive: expected a tensor, got list"),
+        ({"read": torch.ones(3).bool()}, r"read: .* of shape \(4,\), got torch.bool of shape \(3,\)"),
+        ({"read": torch.ones(4)}, "read: expected a tensor of bool .* got torch.float32"),
+        ({"outputs": 0}, "outputs: expected from 1 to 2147483646, got 0"),
+        ({"inputs": -3}, "inputs: expected from 1 to 2147483646, got -3"),
+        ({"kernel": (0, 2)}, "kernel: expected from 1 to 32768, got 0"),
+        ({"image": (1, 6)}, "image: expected from 2 to 1048576, got 1"),
+        ({"image": (5, 2**21)}, "image: expected from 1 to 1048576, got 2097152|from 2 to 1048576, got 2097152"),
+        ({"stride": 0}, "stride: expected from 1 to 1048576, got 0"),
+        ({"padding": (0, -1)}, "padding: expected from 0 to 1048576, got -1"),
+        ({"instruction_set": "mmx"}, "instruction_set: expected one of this machine's, got 'mmx'"),
+    ],
+)
+def test_a_layer_refuses_what_is_no_mask_of_its_weight(changes: dict[str, Any], message: str) -> None:
+    a_convolution()
+    with pytest.raises((ValueError, TypeError), match=message):
+        a_convolution(**changes)
+
+
+@needs_kernels
+def test_a_layer_refuses_tiles_too_large_to_count() -> None:
+    with pytest.raises(ValueError, match="image: the tiles of so large an image are too large"):
+        a_convolution(image=(2**20, 2**20), kernel=(2**15, 2**15), inputs=1, alive=torch.tensor([0]))
+
+
+WRONG: dict[str, tuple[Callable[[Tensor], Any], str]] = {
+    "float64": (lambda x: x.double(), "on the CPU, got torch.float64"),
+    "bfloat16": (lambda x: x.bfloat16(), "on the CPU, got torch.bfloat16"),
+    "meta": (lambda x: x.to("meta"), "on the CPU, got .* on meta"),
+    "no tensor": (lambda x: x.numpy(), "expected a tensor, got ndarray"),
+    "none": (lambda x: None, "expected a tensor, got NoneType|incompatible|with that of its bias"),
+    "number": (lambda x: x.data_ptr(), "expected a tensor, got int"),
+    "too short": (lambda x: x[..., :-1].clone(), "of shape .*, got"),
+    "too long": (lambda x: torch.cat((x, x), -1), "of shape .*, got"),
+    "a dimension more": (lambda x: x[None], "of shape .*, got"),
+    "five dimensions more": (lambda x: x[None, None, None, None, None], "of shape .*, got"),
+    "freed": (lambda x: _freed(x), "with memory, got|of shape"),
+}
+GAPS = {"gaps": (lambda x: torch.stack((x, x), -1)[..., 0], "contiguous|varying fastest")}
+
+
+def _freed(x: Tensor) -> Tensor:
+    x = x.clone()
+    x.untyped_storage().resize_(0)
+    return x
+
+
+def refuse_each(call: Callable[..., object], right: dict[str, Any], optional: set[str], strided: set[str]) -> None:
+    """Give one wrong argument after the other to a call that goes well with the right ones."""
+    call(**right)
+    for name, tensor in right.items():
+        if not isinstance(tensor, Tensor):
+            continue
+        for kind, (change, message) in (WRONG | ({} if name in strided else GAPS)).items():
+            if kind == "none" and name in optional:
+                call(**(right | {name: None}))
+                continue
+            with pytest.raises((ValueError, TypeError), match=message) as refused:
+                call(**(right | {name: change(tensor)}))
+            if not isinstance(refused.value, TypeError):
+                assert str(refused.value).partition(": expected ")[0] in {*right, "gradients"}, (name, kind)
+
+
+@needs_kernels
+def test_a_layer_refuses_every_wrong_tensor() -> None:
+    kernel, batch = a_convolution(), 7
+    x, y = layers.empty((batch, INPUTS, *IMAGE)).fill_(1), layers.empty((batch, OUTPUTS, 4, 5)).fill_(1)
+    values, bias = torch.ones(24), torch.ones(OUTPUTS)
+    refuse_each(kernel.forward, {"values": values, "bias": bias, "source": x, "target": y}, {"bias"}, {"source"})
+    refuse_each(kernel.input_gradient, {"values": values, "delta": y, "target": x}, set(), {"delta"})
+    refuse_each(
+        kernel.weight_gradient,
+        {"source": x, "delta": y, "gradient": values, "bias_gradient": bias},
+        {"bias_gradient"},
+        {"source", "delta"},
+    )
+    more = layers.empty((batch + 1, *x.shape[1:])).fill_(1)
+    with pytest.raises(
+        ValueError, match=r"target: .* of shape \(8, 4, 4, 5\), got torch.float32 of shape \(7, 4, 4, 5\)"
+    ):
+        kernel.forward(values, bias, more, y)
+    with pytest.raises(ValueError, match="delta: expected 8 samples like source, got 7"):
+        kernel.weight_gradient(more, y, values, bias)
+    with pytest.raises(ValueError, match=r"target: .* its first dimension varying fastest"):
+        kernel.forward(values, bias, x, y.contiguous())
+
+
+@needs_kernels
+def test_a_layer_refuses_images_of_another_size_and_buffers_of_another_layer() -> None:
+    kernel, other = a_convolution(), a_convolution(image=(6, 6))
+    x, y = layers.empty((7, INPUTS, *IMAGE)).fill_(1), layers.empty((7, OUTPUTS, 4, 5)).fill_(1)
+    values, bias = torch.ones(24), torch.ones(OUTPUTS)
+    with pytest.raises(
+        ValueError, match=r"source: .* of shape \(any, 3, 6, 6\), got torch.float32 of shape \(7, 3, 5, 6\)"
+    ):
+        other.forward(values, bias, x, y)
+    fewer = a_convolution(torch.tensor([1, 2, 40]))
+    with pytest.raises(ValueError, match=r"values: .* of shape \(3,\), got torch.float32 of shape \(24,\)"):
+        fewer.forward(values, bias, x, y)
+    with pytest.raises(ValueError, match=r"gradient: .* of shape \(3,\), got torch.float32 of shape \(24,\)"):
+        fewer.weight_gradient(x, y, values, bias)
+    kernel.forward(values, bias, x, y)
+
+
+@needs_kernels
+def test_a_chain_refuses_every_wrong_tensor() -> None:
+    masks = [torch.rand(5, 3) < 2, torch.rand(2, 5) < 2]
+    sparse = [SparseLinear(torch.ones(mask.shape), torch.ones(len(mask)), mask) for mask in masks]
+    chain = layers.extension.Chain(tuple(layer.kernel(layer.shape[1:]) for layer in sparse), [True, False])
+    x, y, memory = torch.ones(7, 3), layers.empty((7, 2)), torch.empty(chain.floats(7))
+    names = ["values", "bias", "values2", "bias2"]
+
+    def forward(source: Any, target: Any, memory: Any, **weights: Any) -> None:
+        chain.forward(tuple(weights.values()), source, target, memory)
+
+    def backward(delta: Any, memory: Any, target: Any, **tensors: Any) -> None:
+        both = tuple(tensors.values())
+        chain.backward(both[:4], delta, memory, both[4:], target)
+
+    weights = dict(zip(names, [w.detach() for layer in sparse for w in (layer.values, layer.bias)], strict=True))
+    first = {name: w for name, w in weights.items() if name in ("values", "bias")}
+    one = layers.extension.Chain((sparse[0].kernel((3,)),), [True])
+    own, hidden = torch.empty(one.floats(7)), layers.empty((7, 5))
+    with pytest.raises(ValueError, match="weights: expected values and bias of 1 layers, got 4 tensors"):
+        one.forward(tuple(weights.values()), x, hidden, own)
+
+    def forward_one(source: Any, target: Any, memory: Any, values: Any, bias: Any) -> None:
+        one.forward((values, bias), source, target, memory)
+
+    def backward_one(**t: Any) -> None:
+        one.backward(
+            (t["values"], t["bias"]), t["delta"], t["memory"], (t["gradient"], t["bias_gradient"]), t["target"]
+        )
+
+    right = {"source": x, "target": hidden, "memory": own}
+    refuse_each(forward_one, right | first, {"bias"}, {"source", "target"})
+    gradients = {"gradient": torch.empty(15), "bias_gradient": torch.empty(5)}
+    right = {"delta": hidden.fill_(1), "memory": own, "target": layers.empty((7, 3))}
+    refuse_each(backward_one, right | first | gradients, {"bias", "bias_gradient", "target"}, {"delta", "target"})
+    with pytest.raises(ValueError, match="gradients: expected that of a layer's values with that of its bias"):
+        backward_one(**right, **first, **(gradients | {"gradient": None}))
+
+    forward(x, y, memory, **weights)
+    given = {f"d{name}": torch.empty_like(w) for name, w in weights.items()}
+    backward(y, memory, None, **weights, **given)
+    with pytest.raises(ValueError, match="gradients: expected values and bias of 2 layers, got 3 tensors"):
+        backward(y, memory, None, **weights, **dict(list(given.items())[1:]))
+    with pytest.raises(ValueError, match=r"values: .* of shape \(15,\), got torch.float32 of shape \(10,\)"):
+        forward(x, y, memory, **dict(zip(names, [*weights.values()][2:] + [*weights.values()][:2], strict=True)))
+    with pytest.raises(ValueError, match=r"memory: .* of shape \(640,\), got torch.float32 of shape \(512,\)"):
+        forward(x, y, own, **weights) if len(own) == 512 else pytest.fail("another block")
+    with pytest.raises(ValueError, match=r"target: .* of shape \(7, 2\), got torch.float32 of shape \(8, 2\)"):
+        forward(x, layers.empty((8, 2)), memory, **weights)
+    with pytest.raises(ValueError, match="batch: expected 0 or more, got -1"):
+        chain.floats(-1)
+
+
+@needs_kernels
+def test_batch_norm_refuses_every_wrong_tensor() -> None:
+    x, three = layers.empty((7, 3, 4, 5)).normal_(), torch.ones(3)
+    y, statistics = layers.empty(x.shape).fill_(1), torch.empty(3, 3)
+
+    def forward(**tensors: Any) -> None:
+        layers.extension.batch_norm(epsilon=1e-5, **tensors)
+
+    right = {"x": x, "weight": three, "bias": three.clone(), "statistics": statistics, "y": y}
+    refuse_each(forward, right, set(), set())
+    right = {"x": x, "delta": y, "weight": three, "statistics": statistics, "gradient": layers.empty(x.shape)}
+    right |= {"weight_gradient": torch.empty(3), "bias_gradient": torch.empty(3)}
+    refuse_each(layers.extension.batch_norm_gradient, right, set(), set())
+
+
+@needs_kernels
+def test_normalising_images_refuses_every_wrong_tensor() -> None:
+    images, indices = torch.zeros((5, 2, 3, 4), dtype=torch.uint8), torch.tensor([0, 4, 2])
+    mean = torch.ones(2, 1, 1)
+    target = torch.empty((3, 2, 3, 4))
+    right = {"images": images, "indices": indices, "mean": mean, "scale": mean.clone(), "target": target}
+    refuse_each(layers.extension.normalise_images, right, set(), set())
+
+
+@pytest.mark.parametrize("wrong", [-1, 5, 2**40])
+def test_images_out_of_range_are_an_error(wrong: int) -> None:
+    images, ones = torch.zeros((5, 1, 3, 4), dtype=torch.uint8), torch.ones(1, 1, 1)
+    for layout in (images, images.expand(5, 2, 3, 4)[:, :1].transpose(2, 3)):
+        with pytest.raises(IndexError, match="ind"):
+            kernels.normalise_images(layout, torch.tensor([0, wrong]), ones, ones)
+    if kernels.available():
+        with pytest.raises(
+            IndexError, match=f"indices: expected numbers of 5 images, from 0, got {wrong} at position 1"
+        ):
+            kernels.normalise_images(images, torch.tensor([0, wrong]), ones, ones)
+
+
+def test_a_layer_with_what_the_kernels_cannot_do_is_computed_by_torch() -> None:
+    torch.manual_seed(0)
+    convolution = SparseConv2d(torch.randn(4, 3, 2, 2), torch.randn(4), torch.rand(4, 3, 2, 2) < 0.5)
+    x = torch.randn(16, 3, 5, 6)
+    assert convolution.bias is not None
+    convolution.bias.data = convolution.bias.data.double()
+    with pytest.raises(RuntimeError, match=r"(?i)type"):  # torch's own: never silently a wrong output
+        convolution(x)
+    linear = SparseLinear(torch.randn(4, 3), torch.randn(4), torch.rand(4, 3) < 0.5)
+    turned = torch.randn(16, 3, dtype=torch.complex64).conj().imag
+    assert turned.is_neg()
+    assert torch.allclose(linear(turned), F.linear(turned, linear.weight, linear.bias), atol=1e-6)
+
+
+@needs_kernels
+def test_values_that_do_not_belong_to_the_mask_are_an_error() -> None:
+    layer = SparseLinear(torch.randn(4, 3), torch.randn(4), torch.ones(4, 3).bool())
+    for count in (11, 13):
+        with pytest.raises(ValueError, match=rf"values: .* of shape \(12,\), got torch.float32 of shape \({count},\)"):
+            torch.func.functional_call(layer, {"values": torch.ones(count)}, torch.ones(16, 3))
+
+
+@needs_kernels
+@pytest.mark.parametrize("instruction_set", SETS)
+@pytest.mark.parametrize("batch", [64, 128])
+def test_images_of_one_pixel_with_padding(instruction_set: str, batch: int) -> None:
+    torch.manual_seed(0)
+    check(
+        lambda w, b, m: SparseConv2d(w, b, m, 1, (1, 1), instruction_set),
+        lambda x, w, b: F.conv2d(x, w, b, 1, 1),
+        a_mask((5, 4, 1, 1), "0.9"),
+        torch.randn(batch, 4, 1, 1),
+        "batch last",
+        "batch last",
+    )
+
+
+@needs_kernels
+@pytest.mark.parametrize("instruction_set", SETS)
+@pytest.mark.parametrize("shape", [(7, 3, 5, 9), (130, 2, 3, 4), (2, 1, 40, 60)])
+def test_every_instruction_set_normalises(instruction_set: str, shape: tuple[int, int, int, int]) -> None:
+    """What a machine's best instruction set does is tested above; its others do the same, to rounding."""
+    torch.manual_seed(0)
+    x, channels = layers.empty(shape).normal_(), shape[1]
+    weight, bias, delta = torch.randn(channels), torch.randn(channels), layers.empty(shape).normal_()
+    y, statistics = layers.empty(shape), torch.empty(3, channels)
+    layers.extension.batch_norm(x, weight, bias, 1e-5, statistics, y, instruction_set)
+    dx, dweight, dbias = layers.empty(shape), torch.empty(channels), torch.empty(channels)
+    layers.extension.batch_norm_gradient(x, delta, weight, statistics, dx, dweight, dbias, instruction_set)
+    exact = [t.double().requires_grad_() for t in (x, weight, bias)]
+    expected = F.batch_norm(exact[0], None, None, exact[1], exact[2], True, 0, 1e-5)
+    gradients = torch.autograd.grad(expected, exact, delta.double())
+    for ours, wanted in zip((y, dx, dweight, dbias), (expected, *gradients), strict=True):
+        assert torch.allclose(ours.double(), wanted, rtol=1e-4, atol=1e-4)
+    images, indices = torch.randint(256, shape, dtype=torch.uint8), torch.tensor([1, 0, 1])
+    mean, scale, target = torch.rand(channels, 1, 1), torch.rand(channels, 1, 1), torch.empty((3, *shape[1:]))
+    layers.extension.normalise_images(images, indices, mean, scale, target, instruction_set)
+    assert torch.equal(target, (images[indices].float() - mean) * scale)
+
+
 @settings(deadline=None)
 @given(
     st.integers(1, 4),
@@ -646,6 +934,6 @@ def test_images_are_normalised_with_the_bits_of_torch(
     scale = torch.rand((channels, 1, 1), generator=draw)
     which = torch.tensor(chosen, dtype=torch.int64)
     expected = (images[which].float() - mean) * scale
-    assert torch.equal(kernels.normalized_images(images, which, mean, scale), expected)
+    assert torch.equal(kernels.normalise_images(images, which, mean, scale), expected)
     columns = images.to(memory_format=torch.channels_last)
-    assert torch.equal(kernels.normalized_images(columns, which, mean, scale), expected)
+    assert torch.equal(kernels.normalise_images(columns, which, mean, scale), expected)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from tombola.kernels import layers
-from tombola.kernels.layers import BatchNorm2d, MaxPool2d, SparseConv2d, as_it_is
+from tombola.kernels.layers import BatchNorm2d, MaxPool2d, SparseConv2d, is_plain
 from tombola.kernels.linear import Perceptron, SparseLinear
 
 __all__ = [
@@ -30,8 +30,8 @@ __all__ = [
     "choose",
     "dense_state",
     "instruction_set",
-    "normalized",
-    "normalized_images",
+    "normalise",
+    "normalise_images",
     "sparsify",
     "warn_if_missing",
 ]
@@ -109,7 +109,7 @@ _LINEAR = ((2**12, 1.0), (2**15, 0.75), (2**18, 0.55), (2**20, 0.45), (math.inf,
 
 def _eligible(module: nn.Module) -> bool:
     """Whether a sparse layer computes exactly what this module does."""
-    if not as_it_is(module):
+    if not is_plain(module):
         return False
     if type(module) is nn.Conv2d:
         if (
@@ -207,27 +207,26 @@ def dense_state(model: nn.Module) -> dict[str, Tensor]:
     return state
 
 
-def normalized(images: Tensor, mean: Tensor, scale: Tensor) -> Tensor:
+def normalise(images: Tensor, mean: Tensor, scale: Tensor) -> Tensor:
     """Return `(images - mean) * scale` in float32."""
     return images.to(torch.float32).sub_(mean).mul_(scale)
 
 
-def normalized_images(images: Tensor, chosen: Tensor, mean: Tensor, scale: Tensor) -> Tensor:
-    """Return `(images[chosen] - mean) * scale` in one pass over memory; without kernels in three, of the same bits.
+def normalise_images(images: Tensor, indices: Tensor, mean: Tensor, scale: Tensor) -> Tensor:
+    """Return `(images[indices] - mean) * scale` in one pass over memory; without kernels in three, of the same bits.
 
     Args:
         images: uint8, (n, channels, height, width).
-        chosen: int64, (m,), numbers of images.
+        indices: int64, (m,), each from 0 to n - 1.
         mean, scale: float32, (channels, 1, 1).
 
+    Raises:
+        IndexError: where an index is out of range.
+
     """
-    tensors = (images, chosen, mean, scale)
+    tensors = (images, indices, mean, scale)
     if layers.extension is None or not all(t.is_cpu and t.is_contiguous() for t in tensors):
-        return normalized(images.index_select(0, chosen), mean, scale)
-    count, (_, channels, height, width) = len(chosen), images.shape
-    result = torch.empty((count, channels, height, width))
-    addresses = [t.data_ptr() for t in (mean, scale, result)]
-    layers.extension.normalized_images(
-        images.data_ptr(), chosen.data_ptr(), count, channels, height * width, *addresses
-    )
+        return normalise(images.index_select(0, indices), mean, scale)
+    result = torch.empty((len(indices), *images.shape[1:]))
+    layers.extension.normalise_images(images, indices, mean, scale, result)
     return result

@@ -1,23 +1,24 @@
 from collections.abc import Sequence
-from typing import Any
+
+from torch import Tensor
 
 class Layer:
     def __init__(
         self,
-        alive: Any,
+        alive: Tensor,
         outputs: int,
         inputs: int,
         kernel: tuple[int, int],
-        picture: tuple[int, int],
+        image: tuple[int, int],
         stride: int,
         padding: tuple[int, int],
-        instruction_set: str,
-        read: Any,
+        instruction_set: str | None,
+        read: Tensor,
     ) -> None: ...
-    def forward(self, values: int, bias: int, source: Sequence[int], batch: int, target: int) -> None: ...
-    def input_gradient(self, values: int, delta: Sequence[int], batch: int, target: int) -> None: ...
+    def forward(self, values: Tensor, bias: Tensor | None, source: Tensor, target: Tensor) -> None: ...
+    def input_gradient(self, values: Tensor, delta: Tensor, target: Tensor) -> None: ...
     def weight_gradient(
-        self, source: Sequence[int], delta: Sequence[int], batch: int, gradient: int, bias_gradient: int
+        self, source: Tensor, delta: Tensor, gradient: Tensor, bias_gradient: Tensor | None
     ) -> None: ...
 
 class Chain:
@@ -27,36 +28,36 @@ class Chain:
     @property
     def outputs(self) -> int: ...
     def floats(self, batch: int) -> int: ...
-    def scratch_floats(self, batch: int) -> int: ...
-    def forward(
-        self, parameters: Sequence[int], source: Sequence[int], batch: int, target: Sequence[int], memory: int
-    ) -> None: ...
+    def forward(self, weights: tuple[Tensor | None, ...], source: Tensor, target: Tensor, memory: Tensor) -> None: ...
     def backward(
         self,
-        parameters: Sequence[int],
-        delta: Sequence[int],
-        batch: int,
-        memory: int,
-        scratch: int,
-        gradients: Sequence[int],
-        target: Sequence[int],
+        weights: tuple[Tensor | None, ...],
+        delta: Tensor,
+        memory: Tensor,
+        gradients: tuple[Tensor | None, ...],
+        target: Tensor | None,
     ) -> None: ...
 
 def instruction_sets() -> list[str]: ...
-def normalize(
-    x: int, channels: int, count: int, weight: int, bias: int, epsilon: float, statistics: int, y: int
+def batch_norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    epsilon: float,
+    statistics: Tensor,
+    y: Tensor,
+    instruction_set: str | None = None,
 ) -> None: ...
-def normalize_gradient(
-    x: int,
-    delta: int,
-    channels: int,
-    count: int,
-    weight: int,
-    statistics: int,
-    gradient: int,
-    weight_gradient: int,
-    bias_gradient: int,
+def batch_norm_gradient(
+    x: Tensor,
+    delta: Tensor,
+    weight: Tensor,
+    statistics: Tensor,
+    gradient: Tensor,
+    weight_gradient: Tensor,
+    bias_gradient: Tensor,
+    instruction_set: str | None = None,
 ) -> None: ...
-def normalized_images(
-    images: int, chosen: int, count: int, channels: int, pixels: int, mean: int, scale: int, target: int
+def normalise_images(
+    images: Tensor, indices: Tensor, mean: Tensor, scale: Tensor, target: Tensor, instruction_set: str | None = None
 ) -> None: ...

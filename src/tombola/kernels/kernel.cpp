@@ -109,7 +109,7 @@ void pack_transposed(const float* from, ptrdiff_t sample, int samples, int block
     }
 }
 
-// Packs a box of the view as (channel, row, column, block), zero outside of the view's picture and
+// Packs a box of the view as (channel, row, column, block), zero outside of the view's image and
 // beyond its last sample. Packed channels lie `channel` apart.
 void pack(View from, int height, int width, int samples, int block, int channels, int top, int rows, int left,
           int columns, float* to, ptrdiff_t channel) {
@@ -294,7 +294,8 @@ void correlate(const Pass& pass, View source, View delta, int batch, float* grad
                float* workspace) {
     const int block = pass.block;
     float* const packed = workspace + ptrdiff_t(pass.rows) * pass.band * pass.grid_width * block;
-    std::memset(gradient, 0, sizeof(float) * pass.split[ptrdiff_t(pass.rows) * (pass.tiles + 1) - 1]);
+    const int32_t count_of_taps = pass.split[ptrdiff_t(pass.rows) * (pass.tiles + 1) - 1];
+    if (count_of_taps) std::memset(gradient, 0, sizeof(float) * count_of_taps);
     if (bias_gradient) std::memset(bias_gradient, 0, sizeof(float) * pass.rows);
     for (int y = 0; y < pass.grid_height; y += pass.band) {
         const int grid_rows = at_most(pass.band, pass.grid_height - y), count = grid_rows * pass.grid_width;
@@ -392,7 +393,7 @@ inline void store_first(float* p, vec v, int lanes) {
 
 constexpr ptrdiff_t chunk = 2048;  // fits the first cache
 
-void normalize(const float* x, int channels, ptrdiff_t count, const float* weight, const float* bias, float epsilon,
+void batch_norm(const float* x, int channels, ptrdiff_t count, const float* weight, const float* bias, float epsilon,
                float* mean, float* variance, float* scale, float* y) {
     for (int c = 0; c < channels; ++c, x += count, y += count) {
         double center = 0, squares = 0;  // of all before the chunk: their mean, their squared deviations from it
@@ -423,7 +424,7 @@ void normalize(const float* x, int channels, ptrdiff_t count, const float* weigh
     }
 }
 
-void normalize_gradient(const float* x, const float* delta, int channels, ptrdiff_t count, const float* weight,
+void batch_norm_gradient(const float* x, const float* delta, int channels, ptrdiff_t count, const float* weight,
                         const float* mean, const float* scale, float* gradient, float* weight_gradient,
                         float* bias_gradient) {
     for (int c = 0; c < channels; ++c, x += count, delta += count, gradient += count) {
@@ -447,15 +448,15 @@ void normalize_gradient(const float* x, const float* delta, int channels, ptrdif
     }
 }
 
-void normalize_images(const uint8_t* images, const int64_t* chosen, ptrdiff_t count, int channels, ptrdiff_t pixels,
+void normalise_images(const uint8_t* images, const int64_t* indices, ptrdiff_t count, int channels, ptrdiff_t pixels,
                       const float* mean, const float* scale, float* target) {
     constexpr ptrdiff_t ahead = 2;  // images: they lie anywhere in memory
     const ptrdiff_t size = channels * pixels;
     for (ptrdiff_t n = 0; n < count; ++n) {
         if (n + ahead < count)
-            for (ptrdiff_t i = 0; i < size; i += 64) __builtin_prefetch(images + chosen[n + ahead] * size + i);
+            for (ptrdiff_t i = 0; i < size; i += 64) __builtin_prefetch(images + indices[n + ahead] * size + i);
         for (int c = 0; c < channels; ++c, target += pixels) {
-            const uint8_t* __restrict from = images + chosen[n] * size + c * pixels;
+            const uint8_t* __restrict from = images + indices[n] * size + c * pixels;
             float* __restrict to = target;
             const float center = mean[c], slope = scale[c];
             for (ptrdiff_t i = 0; i < pixels; ++i) to[i] = (float(from[i]) - center) * slope;
@@ -467,6 +468,6 @@ void normalize_images(const uint8_t* images, const int64_t* chosen, ptrdiff_t co
 
 extern const Kernels TOMBOLA_ISA = {TOMBOLA_NAME(TOMBOLA_ISA), linear_vectors * L, conv_vectors* L, gather, correlate,
                                    pack_features, unpack_features, rectify, gate,
-                                   normalize, normalize_gradient, normalize_images};
+                                   batch_norm, batch_norm_gradient, normalise_images};
 
 }  // namespace tombola

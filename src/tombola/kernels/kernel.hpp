@@ -61,13 +61,13 @@ struct Kernels {
     void (*gate)(float* delta, const float* y, ptrdiff_t count);    // 0 where y is not above 0
     // Batch normalisation of (channels, count): y = (x - mean) * scale * weight + bias with
     // scale = 1 / sqrt(variance + epsilon); all three statistics are written.
-    void (*normalize)(const float* x, int channels, ptrdiff_t count, const float* weight, const float* bias,
+    void (*batch_norm)(const float* x, int channels, ptrdiff_t count, const float* weight, const float* bias,
                       float epsilon, float* mean, float* variance, float* scale, float* y);
-    void (*normalize_gradient)(const float* x, const float* delta, int channels, ptrdiff_t count,
+    void (*batch_norm_gradient)(const float* x, const float* delta, int channels, ptrdiff_t count,
                                const float* weight, const float* mean, const float* scale, float* gradient,
                                float* weight_gradient, float* bias_gradient);
-    // target[n] = (images[chosen[n]] - mean) * scale, images of (channels, pixels).
-    void (*normalize_images)(const uint8_t* images, const int64_t* chosen, ptrdiff_t count, int channels,
+    // target[n] = (images[indices[n]] - mean) * scale, images of (channels, pixels).
+    void (*normalise_images)(const uint8_t* images, const int64_t* indices, ptrdiff_t count, int channels,
                              ptrdiff_t pixels, const float* mean, const float* scale, float* target);
 };
 

@@ -19,16 +19,6 @@ except ImportError:  # built without a C++ compiler, for one
     extension = None
 
 
-def address(x: Tensor | None) -> int:
-    """Where a tensor's numbers lie; 0 for None."""
-    return 0 if x is None else x.data_ptr()
-
-
-def view(x: Tensor) -> tuple[int, ...]:
-    """Address and strides, as the kernels take them."""
-    return (x.data_ptr(), *x.stride())
-
-
 def _strides(shape: Sequence[int]) -> tuple[int, ...]:
     """Strides of the kernels' layout: of (batch, channels, height, width), the batch varies fastest."""
     batch = shape[0]
@@ -46,9 +36,9 @@ def empty(shape: Sequence[int]) -> Tensor:
     return torch.empty_strided(shape, _strides(shape))
 
 
-def computes(x: Tensor, *weights: Tensor | None) -> bool:
-    """Whether the kernels compute with this input and these weights; PyTorch does, with whatever they do not."""
-    if not x.numel() or x.dtype is not torch.float32 or not x.is_cpu or torch.is_autocast_enabled("cpu"):
+def can_compute(x: Tensor, *weights: Tensor | None) -> bool:
+    """Whether the kernels can compute with this input and these weights; PyTorch computes with all others."""
+    if not x.numel() or x.dtype is not torch.float32 or not x.is_cpu or torch.is_autocast_enabled("cpu") or x.is_neg():
         return False
     for weight in weights:
         if weight is not None and not (weight.dtype is torch.float32 and weight.is_cpu and weight.is_contiguous()):
@@ -56,8 +46,8 @@ def computes(x: Tensor, *weights: Tensor | None) -> bool:
     return True
 
 
-def as_it_is(module: nn.Module) -> bool:
-    """Whether nothing was hooked onto a module or put in the place of its forward pass."""
+def is_plain(module: nn.Module) -> bool:
+    """Whether a module has no hooks and its class's own forward pass."""
     hooked = any(hooks for name, hooks in vars(module).items() if name.endswith("_hooks"))
     return not hooked and "forward" not in vars(module)
 
@@ -70,7 +60,7 @@ class _Product(torch.autograd.Function):
         ctx: Any, x: Tensor, values: Tensor, bias: Tensor | None, kernel: Any, shape: tuple[int, ...]
     ) -> Tensor:
         y = empty(shape)
-        kernel.forward(values.data_ptr(), address(bias), view(x), shape[0], y.data_ptr())
+        kernel.forward(values, bias, x, y)
         ctx.save_for_backward(x, values)
         ctx.kernel = kernel
         return y
@@ -80,15 +70,14 @@ class _Product(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, values = ctx.saved_tensors
         needs_input, needs_values, needs_bias = ctx.needs_input_grad[:3]
-        batch = len(x)
         dx = dvalues = dbias = None
         if needs_values or needs_bias:
             dvalues = torch.empty_like(values)
             dbias = torch.empty(dy.shape[1]) if needs_bias else None
-            ctx.kernel.weight_gradient(view(x), view(dy), batch, dvalues.data_ptr(), address(dbias))
+            ctx.kernel.weight_gradient(x, dy, dvalues, dbias)
         if needs_input:
             dx = empty(x.shape)
-            ctx.kernel.input_gradient(values.data_ptr(), view(dy), batch, dx.data_ptr())
+            ctx.kernel.input_gradient(values, dy, dx)
         return dx, dvalues, dbias, None, None
 
 
@@ -128,7 +117,7 @@ class Sparse(nn.Module):
     def kernel(self, size: Sequence[int]) -> Any:
         """The kernel for samples of this size, None if they do not fit or the package was built without kernels."""
         if size not in self._kernels:
-            if len(self._kernels) == 4:  # pictures of ever new sizes must not fill the memory
+            if len(self._kernels) == 4:  # images of ever new sizes must not fill the memory
                 self._kernels.clear()
             self._kernels[size] = self._make(size) if extension is not None and self.alive.is_cpu else None
         return self._kernels[size]
@@ -140,16 +129,15 @@ class Sparse(nn.Module):
     def _layer(
         self,
         kernel: tuple[int, int],
-        picture: tuple[int, int],
+        image: tuple[int, int],
         stride: int,
         padding: tuple[int, int],
         read: Tensor | None = None,
     ) -> Any:
-        instruction_set = self.instruction_set or extension.instruction_sets()[0]
         outputs, inputs = self.shape[:2]
         read = torch.ones(outputs, dtype=torch.bool) if read is None else read
-        how = kernel, picture, stride, padding, instruction_set
-        return extension.Layer(self.alive.numpy(), outputs, inputs, *how, read.numpy())
+        how = kernel, image, stride, padding, self.instruction_set
+        return extension.Layer(self.alive, outputs, inputs, *how, read)
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Any:
         self._kernels.clear()  # the layer may move to where there are none
@@ -188,7 +176,7 @@ class SparseConv2d(Sparse):
     def forward(self, x: Tensor) -> Tensor:
         """Return the layer's outputs, as the dense layer of its weights gives them."""
         values, bias = self.values, self.bias
-        kernel = self.kernel(x.shape[1:]) if x.dim() == 4 and computes(x, values) else None
+        kernel = self.kernel(x.shape[1:]) if x.dim() == 4 and can_compute(x, values, bias) else None
         if kernel is None:
             return functional.conv2d(x, self.weight, bias, self.stride, self.padding)
         return _product(x, values, bias, kernel, (x.shape[0], self.shape[0], *self._size(x.shape[1:])))
@@ -215,17 +203,13 @@ class SparseConv2d(Sparse):
         )
 
 
-class _Normalize(torch.autograd.Function):
+class _BatchNorm(torch.autograd.Function):
     """Batch normalisation by the statistics of the batch, which it also returns: (3, channels)."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
-        channels = x.shape[1]
-        y, statistics = empty(x.shape), torch.empty((3, channels))
-        extension.normalize(
-            x.data_ptr(), channels, x.numel() // channels, weight.data_ptr(), bias.data_ptr(), epsilon,
-            statistics.data_ptr(), y.data_ptr(),
-        )  # fmt: skip
+        y, statistics = empty(x.shape), torch.empty((3, x.shape[1]))
+        extension.batch_norm(x, weight, bias, epsilon, statistics, y)
         ctx.save_for_backward(x, weight, statistics)
         ctx.mark_non_differentiable(statistics)
         return y, statistics
@@ -238,17 +222,14 @@ class _Normalize(torch.autograd.Function):
         if dy.stride() != _strides(x.shape):
             dy = empty(x.shape).copy_(dy)
         dx, dweight, dbias = empty(x.shape), torch.empty(channels), torch.empty(channels)
-        extension.normalize_gradient(
-            x.data_ptr(), dy.data_ptr(), channels, x.numel() // channels, weight.data_ptr(), statistics.data_ptr(),
-            dx.data_ptr(), dweight.data_ptr(), dbias.data_ptr(),
-        )  # fmt: skip
+        extension.batch_norm_gradient(x, dy, weight, statistics, dx, dweight, dbias)
         return dx, dweight, dbias, None
 
 
-_normalize: Callable[..., tuple[Tensor, Tensor]] = _Normalize.apply
+_batch_norm: Callable[..., tuple[Tensor, Tensor]] = _BatchNorm.apply
 
 
-class _TakenOver(nn.Module):
+class _Replacement(nn.Module):
     """A layer of PyTorch's that does the same in another way."""
 
     @classmethod
@@ -259,7 +240,7 @@ class _TakenOver(nn.Module):
         return layer
 
 
-class BatchNorm2d(_TakenOver, nn.BatchNorm2d):
+class BatchNorm2d(_Replacement, nn.BatchNorm2d):
     """Batch normalisation that trains on the kernels' layout as fast as memory allows.
 
     PyTorch's takes several times longer on these strides than on its own. Everything but training on this layout
@@ -277,14 +258,13 @@ class BatchNorm2d(_TakenOver, nn.BatchNorm2d):
             or variance is None
             or x.dim() != 4
             or x.stride() != _strides(x.shape)
-            or any(t.dtype is not torch.float32 or not t.is_cpu for t in (x, weight, mean))
-            or torch.is_autocast_enabled("cpu")
+            or not can_compute(x, weight, bias, mean, variance)
         ):
             return super().forward(x)
         count = x.numel() // x.shape[1]
         if count < 2:
             return super().forward(x)
-        y, statistics = _normalize(x, weight, bias, self.eps)
+        y, statistics = _batch_norm(x, weight, bias, self.eps)
         with torch.no_grad():
             mean.lerp_(statistics[0], self.momentum)
             variance.lerp_(statistics[1] * (count / (count - 1)), self.momentum)
@@ -293,7 +273,7 @@ class BatchNorm2d(_TakenOver, nn.BatchNorm2d):
         return y
 
 
-class MaxPool2d(_TakenOver, nn.MaxPool2d):
+class MaxPool2d(_Replacement, nn.MaxPool2d):
     """Max pooling that keeps the kernels' layout.
 
     With the first two dimensions exchanged that is PyTorch's channels-last, which it is fast on. Left alone it would

@@ -16,9 +16,9 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from tombola.kernels import layers
-from tombola.kernels.layers import Sparse, address, as_it_is, computes, empty, view
+from tombola.kernels.layers import Sparse, can_compute, empty, is_plain
 
-Found: TypeAlias = list[Tensor | None]
+Gradients: TypeAlias = list[Tensor | None]
 
 
 class _Part(Protocol):
@@ -29,7 +29,7 @@ class _Part(Protocol):
 
     def backward(
         self, dy: Tensor, weights: Sequence[Any], kept: Sequence[Tensor], needs: Sequence[bool]
-    ) -> tuple[Tensor | None, Found]:
+    ) -> tuple[Tensor | None, Gradients]:
         """Return the gradients of x and of the weights for that of the output; `needs` says which are needed."""
 
 
@@ -48,26 +48,23 @@ class _Surviving:
     def forward(self, x: Tensor, weights: Sequence[Any]) -> tuple[Tensor, list[Tensor]]:
         batch = len(x)
         y, memory = empty((batch, self.chain.outputs)), torch.empty(self.chain.floats(batch))
-        self.chain.forward(list(map(address, weights)), view(x), batch, view(y), memory.data_ptr())
+        self.chain.forward(tuple(weights), x, y, memory)
         return y, [memory]
 
     def backward(
         self, dy: Tensor, weights: Sequence[Any], kept: Sequence[Tensor], needs: Sequence[bool]
-    ) -> tuple[Tensor | None, Found]:
+    ) -> tuple[Tensor | None, Gradients]:
         batch = len(dy)
         dx = empty((batch, self.chain.inputs)) if needs[0] else None
-        found: Found = []
+        gradients: Gradients = []
         for first in range(0, len(weights), 2):
             wanted = needs[1 + first] or needs[2 + first]  # the kernel finds both gradients of a layer in one pass
-            found += [
+            gradients += [
                 torch.empty_like(weight) if wanted and weight is not None else None
                 for weight in weights[first : first + 2]
             ]
-        scratch = torch.empty(self.chain.scratch_floats(batch))
-        to = (0, 0, 0) if dx is None else view(dx)
-        memory = kept[0].data_ptr(), scratch.data_ptr()
-        self.chain.backward(list(map(address, weights)), view(dy), batch, *memory, list(map(address, found)), to)
-        return dx, found
+        self.chain.backward(tuple(weights), dy, kept[0], tuple(gradients), dx)
+        return dx, gradients
 
 
 class _Dense:
@@ -88,7 +85,7 @@ class _Dense:
 
     def backward(
         self, dy: Tensor, weights: Sequence[Any], kept: Sequence[Tensor], needs: Sequence[bool]
-    ) -> tuple[Tensor | None, Found]:
+    ) -> tuple[Tensor | None, Gradients]:
         delta, x = dy.t(), kept[0]
         if self.relu:
             delta = torch.ops.aten.threshold_backward(delta, kept[1], 0)
@@ -110,8 +107,8 @@ class _Product(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         values, bias, *kept = ctx.saved_tensors
-        dx, found = ctx.part.backward(dy, (values, bias), kept, ctx.needs_input_grad[:3])
-        return (dx, *found, None)
+        dx, gradients = ctx.part.backward(dy, (values, bias), kept, ctx.needs_input_grad[:3])
+        return (dx, *gradients, None)
 
 
 class SparseLinear(Sparse):
@@ -140,7 +137,7 @@ class SparseLinear(Sparse):
         inputs = self.shape[1]
         if x.dim() > 2 and x.shape[-1] == inputs:
             return self.forward(x.flatten(0, -2)).view(*x.shape[:-1], self.shape[0])
-        kernel = self.kernel(x.shape[1:]) if x.dim() == 2 and computes(x, self.values, self.bias) else None
+        kernel = self.kernel(x.shape[1:]) if x.dim() == 2 and can_compute(x, self.values, self.bias) else None
         if kernel is None:
             return functional.linear(x, self.weight, self.bias)
         product: Tensor = _Product.apply(x, self.values, self.bias, _Surviving([kernel], [False]))  # type: ignore[no-untyped-call]
@@ -155,7 +152,7 @@ class SparseLinear(Sparse):
         """The kernel that leaves out what leads to outputs that are not `read`, bool, (outputs,)."""
         return self.kernel(self.shape[1:]) if read.all() else self._layer((1, 1), (1, 1), 1, (0, 0), read)
 
-    def reading(self, read: Tensor) -> Tensor:
+    def read_inputs(self, read: Tensor) -> Tensor:
         """Which inputs, bool, (inputs,), lead to an output that is `read`."""
         outputs, inputs = self.alive // self.shape[1], self.alive % self.shape[1]
         return torch.zeros(self.shape[1], dtype=torch.bool).index_fill(0, inputs[read[outputs]], value=True)
@@ -182,7 +179,7 @@ def _kernels(row: Sequence[SparseLinear]) -> list[Any]:
     read = torch.ones(row[-1].shape[0], dtype=torch.bool)
     for layer in reversed(row):
         kernels.insert(0, layer.kernel_for(read))
-        read = layer.reading(read)
+        read = layer.read_inputs(read)
     return kernels
 
 
@@ -217,7 +214,7 @@ class Perceptron:
         parameters = list(model.parameters())
         if (
             type(model) is not nn.Sequential
-            or not all(map(as_it_is, model.modules()))
+            or not all(map(is_plain, model.modules()))
             or len(parameters) < len(list(model.named_parameters(remove_duplicate=False)))  # some are shared
             or not any(parameter.requires_grad for parameter in parameters)
             or any(p._backward_hooks or getattr(p, "_post_accumulate_grad_hooks", None) for p in parameters)
@@ -241,7 +238,7 @@ class Perceptron:
     def takes(self, x: Tensor, labels: Tensor) -> bool:
         """Whether `cross_entropy` computes what the network and `functional.cross_entropy` do with these."""
         fitting = (x.dim() == 2 or self._flattens) and x.numel() == len(labels) * self._inputs and len(x) == len(labels)
-        return fitting and labels.dim() == 1 and labels.dtype is torch.int64 and computes(x, *self._weights)
+        return fitting and labels.dim() == 1 and labels.dtype is torch.int64 and can_compute(x, *self._weights)
 
     @torch.no_grad()
     def cross_entropy(self, x: Tensor, labels: Tensor) -> Tensor:
@@ -262,8 +259,8 @@ class Perceptron:
         for number in reversed(range(len(self._parts))):
             part, weights = self._parts[number]
             needs = [weight is not None and weight.requires_grad for weight in weights]
-            dy, found = part.backward(dy, weights, kept[number], [number > 0, *needs])
-            for weight, gradient, needed in zip(weights, found, needs, strict=True):
+            dy, gradients = part.backward(dy, weights, kept[number], [number > 0, *needs])
+            for weight, gradient, needed in zip(weights, gradients, needs, strict=True):
                 if needed:
                     weight.grad = gradient
         return loss

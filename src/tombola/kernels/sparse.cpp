@@ -1,14 +1,16 @@
 // The extension module: index structures of a mask, and dispatch to the kernels of this machine.
 #include <nanobind/nanobind.h>
-#include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
 #include <algorithm>
+#include <climits>
 #include <cstdlib>
 #include <deque>
 #include <memory>
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <tuple>
@@ -16,8 +18,7 @@
 #include <vector>
 
 #include "kernel.hpp"
-
-namespace nb = nanobind;
+#include "tensor.hpp"
 
 namespace tombola {
 namespace {
@@ -34,20 +35,33 @@ std::vector<const Kernels*> supported() {
     return found;
 }
 
-const Kernels& kernels_named(const std::string& name) {
-    for (const Kernels* k : supported())
-        if (name == k->name) return *k;
-    throw std::invalid_argument("this machine has no instruction set '" + name + "'");
+// The instruction set of this name, or the fastest for none.
+using Name = std::optional<std::string>;
+const Kernels& kernels_named(const Name& name) {
+    static const std::vector<const Kernels*> all = supported();
+    for (const Kernels* k : all)
+        if (!name || *name == k->name) return *k;
+    throw std::invalid_argument("instruction_set: expected one of this machine's, got '" + *name + "'");
 }
 
-float* pointer(uintptr_t address) { return reinterpret_cast<float*>(address); }
+// A batch of samples that Python holds, in any layout.
+struct Batch {
+    View view;
+    int samples;
+};
 
-// (address, strides of samples, channels, rows, columns); what is left out is 0.
-View view(const nb::tuple& t) {
-    ptrdiff_t strides[4] = {};
-    for (size_t i = 1; i < t.size(); ++i) strides[i - 1] = nb::cast<ptrdiff_t>(t[i]);
-    const auto [n, c, h, w] = strides;
-    return {pointer(nb::cast<uintptr_t>(t[0])), n, c, h, w, 0, false};
+// The tensor `name` as a batch, whose shape is given with `any` for the number of samples.
+Batch batch_of(const char* name, nb::handle tensor, std::initializer_list<ptrdiff_t> shape) {
+    const auto [data, size, step] = Tensor<float>(name, tensor).strided(shape);
+    if (size.at[0] > INT_MAX / 2)
+        throw std::invalid_argument(std::string(name) + ": expected at most 2^30 samples, got " +
+                                    std::to_string(size.at[0]));
+    return {{data, step.at[0], step.at[1], step.at[2], step.at[3], 0, false}, static_cast<int>(size.at[0])};
+}
+
+// The address of a contiguous tensor, null for None.
+float* contiguous_or_null(const char* name, nb::handle tensor, std::initializer_list<ptrdiff_t> shape) {
+    return tensor.is_none() ? nullptr : Tensor<float>(name, tensor).contiguous(shape);
 }
 
 // Memory for packed tiles, kept from call to call by each thread.
@@ -56,7 +70,11 @@ float* workspace(size_t floats) {
         void operator()(float* p) const { std::free(p); }
     };
     thread_local std::unique_ptr<float, Release> memory;
-    thread_local size_t size = 0;
+    [[maybe_unused]] thread_local size_t size = 0;
+#if defined(__SANITIZE_ADDRESS__)
+    memory.reset(static_cast<float*>(std::malloc(floats * sizeof(float))));  // not a byte more
+    if (!memory) throw std::bad_alloc();
+#else
     if (floats > size) {
         const size_t more = (floats + 1023) / 1024 * 1024;
         size = 0;
@@ -64,6 +82,7 @@ float* workspace(size_t floats) {
         if (!memory) throw std::bad_alloc();
         size = more;
     }
+#endif
     return memory.get();
 }
 
@@ -107,6 +126,7 @@ struct Structure {
         p.tiles = (p.channels + p.tile_channels - 1) / p.tile_channels;
 
         source_floats = line / sizeof(float) * height(p.band) * p.tile_channels;
+        if (source_floats > INT32_MAX) throw std::invalid_argument("image: the tiles of so large an image are too large");
         target_floats = size_t(p.rows) * p.band * p.grid_width * p.block;
         offset.resize(taps.size());
         split.reserve(size_t(p.rows) * (p.tiles + 1));
@@ -131,21 +151,33 @@ struct Structure {
     }
 };
 
-// What the three products of one layer need to know of its mask, for one size of picture. A linear
-// layer is a convolution of a picture of one pixel. Values and their gradient are in the order of
+// What the three products of one layer need to know of its mask, for images of one size. A linear
+// layer is a convolution of an image of one pixel. Values and their gradient are in the order of
 // `alive`: the ascending flat indices of the survivors in a weight of shape (outputs, inputs, kernel). What leads to
 // outputs that are not `read` is left out of the work: they are their bias, and the gradients of their weights 0.
 class Layer {
   public:
-    Layer(nb::ndarray<const int64_t, nb::ndim<1>, nb::c_contig, nb::device::cpu> alive, int outputs, int inputs,
-          std::pair<int, int> kernel, std::pair<int, int> picture, int stride, std::pair<int, int> padding,
-          const std::string& instruction_set,
-          nb::ndarray<const bool, nb::ndim<1>, nb::c_contig, nb::device::cpu> read)
+    Layer(nb::handle alive_tensor, int outputs, int inputs, std::pair<int, int> kernel, std::pair<int, int> image,
+          int stride, std::pair<int, int> padding, const Name& instruction_set, nb::handle read_tensor)
         : kernels_(kernels_named(instruction_set)) {
         const auto [kernel_height, kernel_width] = kernel;
-        const auto [height, width] = picture;
-        const int count = static_cast<int>(alive.shape(0)), kernel_size = kernel_height * kernel_width;
-        const bool linear = kernel_size == 1 && height * width == 1;
+        const auto [height, width] = image;
+        check_sizes({{"outputs", outputs, 1, INT_MAX - 1},
+                     {"inputs", inputs, 1, INT_MAX - 1},
+                     {"kernel", kernel_height, 1, most_taps},
+                     {"kernel", kernel_width, 1, most_taps},
+                     {"padding", padding.first, 0, most_pixels},
+                     {"padding", padding.second, 0, most_pixels},
+                     {"stride", stride, 1, most_pixels},
+                     {"image", height, std::max(1, kernel_height - 2 * padding.first), most_pixels},
+                     {"image", width, std::max(1, kernel_width - 2 * padding.second), most_pixels}});
+        const bool* const read = Tensor<const bool>("read", read_tensor).contiguous({outputs});
+        const auto [indices, sizes, step] = Tensor<const int64_t>("alive", alive_tensor).strided({any});
+        Tensor<const int64_t>("alive", alive_tensor).contiguous({any});
+        const int kernel_size = kernel_height * kernel_width;
+        const int count = check_indices(indices, sizes.at[0], outputs, int64_t(inputs) * kernel_size);
+        count_ = count;
+        const bool linear = kernel_size == 1 && height == 1 && width == 1 && padding == std::pair(0, 0);
         const int block = linear ? kernels_.linear_block : kernels_.conv_block;
 
         struct Weight {
@@ -154,7 +186,7 @@ class Layer {
         std::vector<Weight> weights;
         weights.reserve(count);
         for (int k = 0; k < count; ++k) {
-            const int64_t flat = alive.data()[k];
+            const int64_t flat = indices[k];
             const int tap = static_cast<int>(flat % kernel_size), channel = static_cast<int>(flat / kernel_size);
             weights.push_back({channel / inputs, channel % inputs, tap / kernel_width, tap % kernel_width});
         }
@@ -173,7 +205,7 @@ class Layer {
         f.grid_height = f.target_height = (height + 2 * padding.first - kernel_height) / stride + 1;
         f.grid_width = f.target_width = (width + 2 * padding.second - kernel_width) / stride + 1;
         f.source_step = stride, f.target_step = 1, f.block = block;
-        forward_.build(taps, first, [&](int r) { return read.data()[r]; });
+        forward_.build(taps, first, [&](int r) { return read[r]; });
 
         // Input pixel (stride * i + a, stride * j + b) is reached by the taps of one phase of the kernel only,
         // and each of these from the output pixel (i, j) plus a constant shift.
@@ -191,7 +223,7 @@ class Layer {
 
                 std::vector<int32_t> start(inputs + 1);
                 const auto in_phase = [&](const Weight& w) {
-                    return read.data()[w.output] && (a + padding.first - w.y) % stride == 0 &&
+                    return read[w.output] && (a + padding.first - w.y) % stride == 0 &&
                            (b + padding.second - w.x) % stride == 0;
                 };
                 for (const Weight& w : weights)
@@ -218,27 +250,37 @@ class Layer {
     int inputs() const { return forward_.pass.channels; }
     const Kernels& kernels() const { return kernels_; }
 
-    void forward(uintptr_t values, uintptr_t bias, nb::tuple source, int batch, uintptr_t target) const {
-        const View x = view(source);
+    void forward(nb::handle values, nb::handle bias, nb::handle source, nb::handle target) const {
+        const float *w = values_of(values), *b = bias_of(bias);
+        const auto [x, samples] = source_of(source);
+        const Target y = target_of("target", target, forward_.pass, samples);
         nb::gil_scoped_release unlocked;
-        kernels_.gather(forward_.pass, pointer(values), pointer(bias), x, batch,
-                        side_by_side(forward_.pass, batch, pointer(target)), workspace(forward_.source_floats));
+        kernels_.gather(forward_.pass, w, b, x, samples, y, workspace(forward_.source_floats));
     }
 
-    void input_gradient(uintptr_t values, nb::tuple delta, int batch, uintptr_t target) const {
-        const View d = view(delta);
+    void input_gradient(nb::handle values, nb::handle delta, nb::handle target) const {
+        const float* w = values_of(values);
+        const auto [d, samples] = delta_of(delta);
+        const Target dx = target_of("target", target, backward_[0].pass, samples);
         nb::gil_scoped_release unlocked;
-        input_gradient(pointer(values), d, batch, side_by_side(backward_[0].pass, batch, pointer(target)),
-                       workspace(count_in_lines() + backward_floats()));
+        input_gradient(w, d, samples, dx, workspace(count_in_lines() + backward_floats()));
     }
 
-    void weight_gradient(nb::tuple source, nb::tuple delta, int batch, uintptr_t gradient,
-                         uintptr_t bias_gradient) const {
-        const View x = view(source), d = view(delta);
+    void weight_gradient(nb::handle source, nb::handle delta, nb::handle gradient, nb::handle bias_gradient) const {
+        const auto [x, samples] = source_of(source);
+        const auto [d, deltas] = delta_of(delta);
+        if (deltas != samples)
+            throw std::invalid_argument("delta: expected " + std::to_string(samples) + " samples like source, got " +
+                                        std::to_string(deltas));
+        float *dw = Tensor<float>("gradient", gradient).contiguous({count_}),
+              *db = contiguous_or_null("bias_gradient", bias_gradient, {outputs()});
         nb::gil_scoped_release unlocked;
-        kernels_.correlate(forward_.pass, x, d, batch, pointer(gradient), pointer(bias_gradient),
+        kernels_.correlate(forward_.pass, x, d, samples, dw, db,
                            workspace(forward_.source_floats + forward_.target_floats));
     }
+
+    const float* values_of(nb::handle tensor) const { return Tensor<float>("values", tensor).contiguous({count_}); }
+    const float* bias_of(nb::handle tensor) const { return contiguous_or_null("bias", tensor, {outputs()}); }
 
     // The same for a linear layer whose source and target are packed: (blocks, features, block). `memory` holds the
     // values in the order of the transposed weight.
@@ -256,13 +298,53 @@ class Layer {
                            bias_gradient, nullptr);
     }
 
-    size_t count() const { return order_.size(); }
+    int count() const { return count_; }        // of the values
+    size_t ordered() const { return order_.size(); }  // of those that lead to outputs that are read
 
   private:
-    View view(const nb::tuple& t) const {
-        View v = tombola::view(t);
-        v.blocks = v.n * block();
-        return v;
+    static constexpr int most_pixels = 1 << 20, most_taps = 1 << 15;  // of a side: sums and products fit an int
+
+    struct Size {
+        const char* name;
+        int size, least, most;
+    };
+
+    static void check_sizes(std::initializer_list<Size> sizes) {
+        for (const auto& [name, size, least, most] : sizes)
+            if (size < least || size > most)
+                throw std::invalid_argument(std::string(name) + ": expected from " + std::to_string(least) + " to " +
+                                            std::to_string(most) + ", got " + std::to_string(size));
+    }
+
+    // The number of indices, each of which must be above the one before it and one of the weight's.
+    static int check_indices(const int64_t* indices, ptrdiff_t count, int outputs, int64_t row) {
+        if (count > INT_MAX - 1 || row > INT_MAX)
+            throw std::invalid_argument("alive: expected at most 2^31 - 2 indices, and as many weights an output");
+        const int64_t end = outputs * row;
+        for (ptrdiff_t k = 0; k < count; ++k)
+            if (indices[k] < (k ? indices[k - 1] + 1 : 0) || indices[k] >= end)
+                throw std::invalid_argument("alive: expected ascending indices from 0 to " + std::to_string(end - 1) +
+                                            ", got " + std::to_string(indices[k]) + " at position " +
+                                            std::to_string(k));
+        return static_cast<int>(count);
+    }
+
+    Batch source_of(nb::handle tensor) const { return batch("source", tensor, forward_.pass); }
+
+    // The gradient of a target is what a pass backward reads.
+    Batch delta_of(nb::handle tensor) const { return batch("delta", tensor, backward_[0].pass); }
+
+    Batch batch(const char* name, nb::handle tensor, const Pass& pass) const {
+        Batch found = batch_of(name, tensor, {any, pass.channels, pass.height, pass.width});
+        found.view.blocks = found.view.n * block();
+        return found;
+    }
+
+    // (rows, height, width, batch) in memory.
+    static Target target_of(const char* name, nb::handle tensor, const Pass& pass, int samples) {
+        const ptrdiff_t height = pass.target_height, width = pass.target_width;
+        float* data = Tensor<float>(name, tensor).batch_fastest({samples, pass.rows, height, width});
+        return {data, height * width * samples, samples, pass.block};
     }
 
     // Over the taps y of one phase, with shift (at - y) / stride: minus the least shift, and the extent of the shifts.
@@ -297,11 +379,6 @@ class Layer {
         return most;
     }
 
-    // (rows, height, width, batch), contiguous.
-    static Target side_by_side(const Pass& pass, int batch, float* data) {
-        return {data, ptrdiff_t(pass.target_height) * pass.target_width * batch, batch, pass.block};
-    }
-
     View packed(float* data, int features) const {
         return {data, 1, block(), 0, 0, ptrdiff_t(features) * block(), true};
     }
@@ -309,6 +386,7 @@ class Layer {
     Target packed_target(float* data, int features) const { return {data, block(), 0, ptrdiff_t(features) * block()}; }
 
     const Kernels& kernels_;
+    int count_ = 0;
     Structure forward_;
     std::deque<Structure> backward_;   // by phase
     std::vector<int32_t> order_;       // of the values in the passes of backward_
@@ -333,24 +411,26 @@ class Chain {
 
     // Of the memory that a batch takes.
     size_t floats(int batch) const {
+        if (batch < 0) throw std::invalid_argument("batch: expected 0 or more, got " + std::to_string(batch));
         size_t features = layers_[0]->inputs();
         for (const Layer* layer : layers_) features += layer->outputs();
         return features * blocks(batch) * block();
     }
 
-    // `parameters` are the addresses of the values and the bias (or 0) of each layer in turn.
-    void forward(const std::vector<uintptr_t>& parameters, nb::tuple source, int batch, nb::tuple target,
-                 uintptr_t memory) const {
-        const View from = view(source), to = view(target);
+    // `weights` are the values and the bias (or None) of each layer in turn.
+    void forward(const nb::tuple& weights, nb::handle source, nb::handle target, nb::handle memory) const {
+        const std::vector<Weights> parameters = weights_of(weights);
+        const auto [from, batch] = batch_of("source", source, {any, inputs()});
+        const View to = batch_of("target", target, {batch, outputs()}).view;
+        float* x = memory_of(memory, batch);
         nb::gil_scoped_release unlocked;
         const size_t width = blocks(batch) * block();
         const int rounded = whole(batch);
-        float* x = pointer(memory);
         kernels().pack_features(from, layers_[0]->inputs(), batch, x);
         for (size_t i = 0; i < layers_.size(); ++i) {
             const int outputs = layers_[i]->outputs();
             float* y = x + layers_[i]->inputs() * width;
-            layers_[i]->forward_packed(pointer(parameters[2 * i]), pointer(parameters[2 * i + 1]), x, rounded, y);
+            layers_[i]->forward_packed(parameters[i].values, parameters[i].bias, x, rounded, y);
             if (relus_[i]) kernels().rectify(y, outputs * width);
             for (int f = 0; f < outputs; ++f)  // a bias makes something of no sample too
                 for (int n = batch; n < rounded; ++n)
@@ -360,30 +440,27 @@ class Chain {
         kernels().unpack_features(x, layers_.back()->outputs(), batch, to);
     }
 
-    // Of the scratch memory of a backward pass: two gradients of activations, and a layer's values in another order.
-    size_t scratch_floats(int batch) const {
-        size_t values = 0;
-        for (const Layer* layer : layers_) values = std::max(values, layer->count());
-        return 2 * delta_floats(batch) + values;
-    }
-
-    // `gradients` are addresses like `parameters`, 0 for what is not wanted; so is the source's `target`.
-    void backward(const std::vector<uintptr_t>& parameters, nb::tuple delta, int batch, uintptr_t memory,
-                  uintptr_t scratch, const std::vector<uintptr_t>& gradients, nb::tuple target) const {
-        const View from = view(delta), to = view(target);
+    // `gradients` are tensors like `weights`, None for both of a layer that are not wanted; so is the source's `target`.
+    void backward(const nb::tuple& weights, nb::handle delta, nb::handle memory, const nb::tuple& gradients,
+                  nb::handle target) const {
+        const std::vector<Weights> parameters = weights_of(weights);
+        const auto [from, batch] = batch_of("delta", delta, {any, outputs()});
+        const View to = target.is_none() ? View{} : batch_of("target", target, {batch, inputs()}).view;
+        float* const kept = memory_of(memory, batch);
+        const std::vector<Gradients> found = gradients_of(gradients);
         nb::gil_scoped_release unlocked;
         const size_t width = blocks(batch) * block();
         const int rounded = whole(batch);
-        float *dy = pointer(scratch), *dx = dy + delta_floats(batch), *ordered = dx + delta_floats(batch);
-        float* y = pointer(memory) + floats(batch) - layers_.back()->outputs() * width;
+        float *dy = workspace(scratch_floats(batch)), *dx = dy + delta_floats(batch), *ordered = dx + delta_floats(batch);
+        float* y = kept + floats(batch) - layers_.back()->outputs() * width;
         kernels().pack_features(from, layers_.back()->outputs(), batch, dy);
         for (size_t i = layers_.size(); i-- > 0;) {
             const Layer& layer = *layers_[i];
             float* x = y - layer.inputs() * width;
             if (relus_[i]) kernels().gate(dy, y, layer.outputs() * width);
-            if (gradients[2 * i] || gradients[2 * i + 1])
-                layer.weight_gradient_packed(x, dy, rounded, pointer(gradients[2 * i]), pointer(gradients[2 * i + 1]));
-            if (i > 0 || to.data) layer.input_gradient_packed(pointer(parameters[2 * i]), dy, rounded, dx, ordered);
+            if (found[i].wanted)
+                layer.weight_gradient_packed(x, dy, rounded, found[i].values, found[i].bias);
+            if (i > 0 || to.data) layer.input_gradient_packed(parameters[i].values, dy, rounded, dx, ordered);
             std::swap(dy, dx);
             y = x;
         }
@@ -391,14 +468,61 @@ class Chain {
     }
 
   private:
+    struct Weights {
+        const float *values, *bias;
+    };
+    struct Gradients {
+        bool wanted;
+        float *values, *bias;
+    };
+
+    std::vector<Weights> weights_of(const nb::tuple& tensors) const {
+        check_count("weights", tensors);
+        std::vector<Weights> all;
+        for (size_t i = 0; i < layers_.size(); ++i)
+            all.push_back({layers_[i]->values_of(tensors[2 * i]), layers_[i]->bias_of(tensors[2 * i + 1])});
+        return all;
+    }
+
+    std::vector<Gradients> gradients_of(const nb::tuple& tensors) const {
+        check_count("gradients", tensors);
+        std::vector<Gradients> all;
+        for (size_t i = 0; i < layers_.size(); ++i) {
+            const nb::handle values = tensors[2 * i], bias = tensors[2 * i + 1];
+            if (values.is_none() && !bias.is_none())
+                throw std::invalid_argument("gradients: expected that of a layer's values with that of its bias");
+            all.push_back({!values.is_none(), contiguous_or_null("gradient", values, {layers_[i]->count()}),
+                           contiguous_or_null("bias_gradient", bias, {layers_[i]->outputs()})});
+        }
+        return all;
+    }
+
+    void check_count(const char* name, const nb::tuple& tensors) const {
+        if (tensors.size() != 2 * layers_.size())
+            throw std::invalid_argument(std::string(name) + ": expected values and bias of " +
+                                        std::to_string(layers_.size()) + " layers, got " +
+                                        std::to_string(tensors.size()) + " tensors");
+    }
+
+    float* memory_of(nb::handle tensor, int batch) const {
+        return Tensor<float>("memory", tensor).contiguous({static_cast<ptrdiff_t>(floats(batch))});
+    }
+
+    // Two gradients of activations, and a layer's values in another order.
+    size_t scratch_floats(int batch) const {
+        size_t values = 0;
+        for (const Layer* layer : layers_) values = std::max(values, layer->ordered());
+        return 2 * delta_floats(batch) + values;
+    }
+
     const Kernels& kernels() const { return layers_[0]->kernels(); }
     size_t block() const { return layers_[0]->block(); }
     size_t blocks(int batch) const { return (batch + block() - 1) / block(); }
 
     // Of the gradient of the widest activations.
     size_t delta_floats(int batch) const {
-        int features = inputs();
-        for (const Layer* layer : layers_) features = std::max(features, layer->outputs());
+        size_t features = inputs();
+        for (const Layer* layer : layers_) features = std::max<size_t>(features, layer->outputs());
         return features * blocks(batch) * block();
     }
 
@@ -414,35 +538,80 @@ class Chain {
     std::vector<bool> relus_;
 };
 
-// Batch normalisation of `count` samples and pixels per channel, side by side; all arguments but the sizes are
-// addresses. The statistics are (3, channels): mean, biased variance, 1 / sqrt(variance + epsilon).
-void normalize(uintptr_t x, int channels, ptrdiff_t count, uintptr_t weight, uintptr_t bias, float epsilon,
-               uintptr_t statistics, uintptr_t y) {
+// The size of images of which the samples lie side by side.
+struct Images {
+    int channels;
+    ptrdiff_t count;  // of samples and pixels of a channel
+    Numbers size;
+
+    Images(const char* name, nb::handle tensor) : size(Tensor<float>(name, tensor).sizes()) {
+        if (size.count != 4 || size.at[1] > INT_MAX)
+            Tensor<float>(name, tensor).refuse(", of shape (batch, channels, height, width)");
+        channels = static_cast<int>(size.at[1]);
+        count = size.at[0] * size.at[2] * size.at[3];
+    }
+
+    // Of a tensor of this size.
+    float* address(const char* name, nb::handle tensor) const {
+        return Tensor<float>(name, tensor).batch_fastest({size.at[0], size.at[1], size.at[2], size.at[3]});
+    }
+};
+
+// Batch normalisation of a batch of images, (batch, channels, height, width), whose samples lie side by side. The
+// statistics are (3, channels): mean, biased variance, 1 / sqrt(variance + epsilon).
+void batch_norm(nb::handle x, nb::handle weight, nb::handle bias, float epsilon, nb::handle statistics, nb::handle y,
+                const Name& instruction_set) {
+    const Kernels& kernels = kernels_named(instruction_set);
+    const Images images("x", x);
+    const int channels = images.channels;
+    const float *w = Tensor<float>("weight", weight).contiguous({channels}),
+                *b = Tensor<float>("bias", bias).contiguous({channels}), *from = images.address("x", x);
+    float *mean = Tensor<float>("statistics", statistics).contiguous({3, channels}), *to = images.address("y", y);
     nb::gil_scoped_release unlocked;
-    float* mean = pointer(statistics);
-    supported()[0]->normalize(pointer(x), channels, count, pointer(weight), pointer(bias), epsilon, mean,
-                              mean + channels, mean + 2 * channels, pointer(y));
+    kernels.batch_norm(from, channels, images.count, w, b, epsilon, mean, mean + channels, mean + 2 * channels, to);
 }
 
-void normalize_gradient(uintptr_t x, uintptr_t delta, int channels, ptrdiff_t count, uintptr_t weight,
-                        uintptr_t statistics, uintptr_t gradient, uintptr_t weight_gradient, uintptr_t bias_gradient) {
+void batch_norm_gradient(nb::handle x, nb::handle delta, nb::handle weight, nb::handle statistics, nb::handle gradient,
+                         nb::handle weight_gradient, nb::handle bias_gradient, const Name& instruction_set) {
+    const Kernels& kernels = kernels_named(instruction_set);
+    const Images images("x", x);
+    const int channels = images.channels;
+    const float *from = images.address("x", x), *d = images.address("delta", delta),
+                *w = Tensor<float>("weight", weight).contiguous({channels}),
+                *mean = Tensor<float>("statistics", statistics).contiguous({3, channels});
+    float *dx = images.address("gradient", gradient),
+          *dw = Tensor<float>("weight_gradient", weight_gradient).contiguous({channels}),
+          *db = Tensor<float>("bias_gradient", bias_gradient).contiguous({channels});
     nb::gil_scoped_release unlocked;
-    const float* mean = pointer(statistics);
-    supported()[0]->normalize_gradient(pointer(x), pointer(delta), channels, count, pointer(weight), mean,
-                                       mean + 2 * channels, pointer(gradient), pointer(weight_gradient),
-                                       pointer(bias_gradient));
+    kernels.batch_norm_gradient(from, d, channels, images.count, w, mean, mean + 2 * channels, dx, dw, db);
 }
 
-// The chosen images, (pixel - mean) * scale for each channel; all arguments but the sizes are addresses.
-void normalized_images(uintptr_t images, uintptr_t chosen, ptrdiff_t count, int channels, ptrdiff_t pixels,
-                       uintptr_t mean, uintptr_t scale, uintptr_t target) {
+// The images of these indices, (pixel - mean) * scale for each channel.
+void normalise_images(nb::handle images, nb::handle indices, nb::handle mean, nb::handle scale, nb::handle target,
+                      const Name& instruction_set) {
+    const Kernels& kernels = kernels_named(instruction_set);
+    const Tensor<const uint8_t> pixels("images", images);
+    const Numbers size = pixels.sizes();
+    const uint8_t* const from = pixels.contiguous({any, any, any, any});
+    const ptrdiff_t all = size.at[0], channels = size.at[1], height = size.at[2], width = size.at[3];
+    const auto [which, sizes, step] = Tensor<const int64_t>("indices", indices).strided({any});
+    Tensor<const int64_t>("indices", indices).contiguous({any});
+    const ptrdiff_t count = sizes.at[0];
+    if (channels > INT_MAX) throw std::invalid_argument("images: expected fewer than 2^31 channels");
+    for (ptrdiff_t k = 0; k < count; ++k)
+        if (which[k] < 0 || which[k] >= all)
+            throw nb::index_error(("indices: expected numbers of " + std::to_string(all) + " images, from 0, got " +
+                                   std::to_string(which[k]) + " at position " + std::to_string(k))
+                                      .c_str());
+    const float *center = Tensor<float>("mean", mean).contiguous({channels, 1, 1}),
+                *slope = Tensor<float>("scale", scale).contiguous({channels, 1, 1});
+    float* const to = Tensor<float>("target", target).contiguous({count, channels, height, width});
     nb::gil_scoped_release unlocked;
-    supported()[0]->normalize_images(reinterpret_cast<const uint8_t*>(images),
-                                     reinterpret_cast<const int64_t*>(chosen), count, channels, pixels, pointer(mean),
-                                     pointer(scale), pointer(target));
+    kernels.normalise_images(from, which, count, static_cast<int>(channels), height * width, center, slope, to);
 }
 
 NB_MODULE(_sparse, m) {
+    torch() = new Torch;
     nb::set_leak_warnings(false);  // layers that live until the interpreter ends are no leak
     m.def("instruction_sets", [] {
         std::vector<std::string> names;
@@ -450,26 +619,32 @@ NB_MODULE(_sparse, m) {
         return names;
     });
     nb::class_<Layer>(m, "Layer")
-        .def(nb::init<nb::ndarray<const int64_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>, int, int,
-                      std::pair<int, int>, std::pair<int, int>, int, std::pair<int, int>, const std::string&,
-                      nb::ndarray<const bool, nb::ndim<1>, nb::c_contig, nb::device::cpu>>(),
-             nb::arg("alive"), nb::arg("outputs"), nb::arg("inputs"), nb::arg("kernel"), nb::arg("picture"),
-             nb::arg("stride"), nb::arg("padding"), nb::arg("instruction_set"), nb::arg("read"))
-        .def("forward", &Layer::forward)
+        .def(nb::init<nb::handle, int, int, std::pair<int, int>, std::pair<int, int>, int, std::pair<int, int>,
+                      const Name&, nb::handle>(),
+             nb::arg("alive"), nb::arg("outputs"), nb::arg("inputs"), nb::arg("kernel"), nb::arg("image"),
+             nb::arg("stride"), nb::arg("padding"), nb::arg("instruction_set").none(), nb::arg("read"))
+        .def("forward", &Layer::forward, nb::arg("values"), nb::arg("bias").none(), nb::arg("source"),
+             nb::arg("target"))
         .def("input_gradient",
-             nb::overload_cast<uintptr_t, nb::tuple, int, uintptr_t>(&Layer::input_gradient, nb::const_))
-        .def("weight_gradient", &Layer::weight_gradient);
+             nb::overload_cast<nb::handle, nb::handle, nb::handle>(&Layer::input_gradient, nb::const_),
+             nb::arg("values"), nb::arg("delta"), nb::arg("target"))
+        .def("weight_gradient", &Layer::weight_gradient, nb::arg("source"), nb::arg("delta"), nb::arg("gradient"),
+             nb::arg("bias_gradient").none());
     nb::class_<Chain>(m, "Chain")
         .def(nb::init<std::vector<const Layer*>, std::vector<bool>>(), nb::keep_alive<1, 2>())  // a tuple of layers
         .def_prop_ro("inputs", &Chain::inputs)
         .def_prop_ro("outputs", &Chain::outputs)
-        .def("floats", &Chain::floats)
-        .def("scratch_floats", &Chain::scratch_floats)
-        .def("forward", &Chain::forward)
-        .def("backward", &Chain::backward);
-    m.def("normalize", normalize);
-    m.def("normalize_gradient", normalize_gradient);
-    m.def("normalized_images", normalized_images);
+        .def("floats", &Chain::floats, nb::arg("batch"))
+        .def("forward", &Chain::forward, nb::arg("weights"), nb::arg("source"), nb::arg("target"), nb::arg("memory"))
+        .def("backward", &Chain::backward, nb::arg("weights"), nb::arg("delta"), nb::arg("memory"),
+             nb::arg("gradients"), nb::arg("target").none());
+    m.def("batch_norm", batch_norm, nb::arg("x"), nb::arg("weight"), nb::arg("bias"), nb::arg("epsilon"),
+          nb::arg("statistics"), nb::arg("y"), nb::arg("instruction_set") = nb::none());
+    m.def("batch_norm_gradient", batch_norm_gradient, nb::arg("x"), nb::arg("delta"), nb::arg("weight"),
+          nb::arg("statistics"), nb::arg("gradient"), nb::arg("weight_gradient"), nb::arg("bias_gradient"),
+          nb::arg("instruction_set") = nb::none());
+    m.def("normalise_images", normalise_images, nb::arg("images"), nb::arg("indices"), nb::arg("mean"),
+          nb::arg("scale"), nb::arg("target"), nb::arg("instruction_set") = nb::none());
 }
 
 }  // namespace

@@ -33,9 +33,9 @@ def batches(data: Dataset, recipe: Recipe, seed: int, begin: int, end: int) -> I
         chosen = order[step * recipe.batch_size : (step + 1) * recipe.batch_size].to(data.train_inputs.device)
         if changes is not None:
             changed = changes.apply(data.train_inputs.index_select(0, chosen), chosen)
-            inputs = kernels.normalized(changed, mean, scale)
+            inputs = kernels.normalise(changed, mean, scale)
         elif images:
-            inputs = kernels.normalized_images(data.train_inputs, chosen, mean, scale)
+            inputs = kernels.normalise_images(data.train_inputs, chosen, mean, scale)
         else:
             inputs = data.train_inputs.index_select(0, chosen)
         yield inputs, data.train_labels.index_select(0, chosen)
@@ -79,7 +79,7 @@ def normalisation(data: Dataset) -> Callable[[Tensor], Tensor]:
     if data.train_inputs.dtype != torch.uint8:
         return lambda inputs: inputs
     mean, scale = _mean_and_scale(data)
-    return lambda inputs: kernels.normalized(inputs, mean, scale)
+    return lambda inputs: kernels.normalise(inputs, mean, scale)
 
 
 def _mean_and_scale(data: Dataset) -> tuple[Tensor, Tensor]:
