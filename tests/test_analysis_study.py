@@ -182,7 +182,7 @@ def test_a_warning_says_why_effective_sparsity_is_left_out(planner: Planner, mon
     problem = planner.problem
     monkeypatch.setattr(planner, "problem", replace(problem, build=Squared))
     with pytest.warns(UserWarning, match="effective sparsity is left out: the paths of Squared .* it calls 'mul'"):
-        assert layers.traced(planner) is None
+        assert layers.trace_paths(planner) is None
 
 
 def test_winners_of_a_study_follow_from_its_results(planner: Planner) -> None:

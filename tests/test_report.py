@@ -33,11 +33,11 @@ from tombola.cli import main
 from tombola.engine.run import run
 from tombola.pruning.mask import Mask
 from tombola.report import charts, findings, look, paper, provenance, tables
-from tombola.report.contents import COSTLY, Contents, gather, verified
+from tombola.report.contents import COSTLY, Contents, count_verified, gather
 from tombola.report.figures import write
 from tombola.report.page import page
-from tombola.report.sections import charted, sections
-from tombola.report.watch import ADDRESS, serving
+from tombola.report.sections import sections, select_charts
+from tombola.report.watch import ADDRESS, serve
 
 TASK = Task(dataset="nasty_task:dataset", model="nasty_task:model")
 STUDY = Study(
@@ -53,7 +53,7 @@ STUDY = Study(
 in_browser = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium to open the page in")
 
 
-def opened(root: Path, study: Study = STUDY) -> Planner:
+def open_planner(root: Path, study: Study = STUDY) -> Planner:
     return Planner(study, load_problem(study.task), Store(root))
 
 
@@ -65,7 +65,7 @@ def finish(planner: Planner, **how: Any) -> None:
 def planner(tmp_path_factory: pytest.TempPathFactory) -> Planner:
     """Of a finished study, with partial reinitialisations: two draws at level 2, and of two importances one at 1."""
     torch.set_num_threads(1)
-    planner = opened(tmp_path_factory.mktemp("report") / "store")
+    planner = open_planner(tmp_path_factory.mktemp("report") / "store")
     finish(planner)
     for plan in [*reinit.plans(planner, 2, 2), *reinit.plans(planner, 1, 1, ["min_max", "l1"], [1])]:
         finish(plan.planner)
@@ -123,7 +123,7 @@ CUT_TEXTS = """[...document.querySelectorAll('.chart')].flatMap(chart => {
 SIDEWAYS = "document.documentElement.scrollWidth > document.documentElement.clientWidth"
 
 
-def drawn_well(chromium: Browser, charts: int) -> None:
+def check_drawn(chromium: Browser, charts: int) -> None:
     assert chromium.errors == []
     assert len(chromium.requests) == 1, "only the page itself was asked for"
     assert int(chromium("document.documentElement.dataset.drawn")) == charts
@@ -144,7 +144,7 @@ def test_every_chart_is_drawn_and_nothing_is_asked_for(
     show(chromium, tmp_path, html, width=width, dark=dark)
     found = sections(contents)
     assert all(section.parts for section in found), "nothing was left out"
-    drawn_well(chromium, len(charted(found)))
+    check_drawn(chromium, len(select_charts(found)))
     background = chromium("getComputedStyle(document.body).backgroundColor")
     assert background == ("rgb(21, 24, 28)" if dark else "rgb(255, 255, 255)")
     numbers = "[...document.querySelectorAll('figure')].every(each => each.querySelector('details table tbody td'))"
@@ -163,7 +163,7 @@ def test_names_are_shown_and_never_run(chromium: Browser, contents: Contents, ht
     assert f"{NASTY}.weight" in chromium("document.querySelector('#layers table').textContent")
     shown = chromium("document.querySelector('#layers svg').textContent")
     assert "<script>" in shown
-    assert chromium("document.querySelectorAll('script').length") == 2 + len(charted(sections(contents)))
+    assert chromium("document.querySelectorAll('script').length") == 2 + len(select_charts(sections(contents)))
     cell = chromium(
         "(({x, y, width, height}) => [x + width / 2, y + height / 2])"
         "(document.querySelector('#layers svg .mark-rect path').getBoundingClientRect())"
@@ -211,11 +211,11 @@ def test_the_slider_changes_the_matrix_by_keyboard(
 
 @in_browser
 def test_twelve_importances_sixty_layers_and_one_seed(chromium: Browser, tmp_path: Path) -> None:
-    large = synthetic([f"importance_{number}" for number in range(12)], layer_count=60, levels=4)
+    large = synthetic_contents([f"importance_{number}" for number in range(12)], layer_count=60, levels=4)
     html = page(large)
     assert len(html.encode()) < 6e6
     show(chromium, tmp_path, html, width=360)
-    drawn_well(chromium, len(charted(sections(large))))
+    check_drawn(chromium, len(select_charts(sections(large))))
     assert chromium("document.querySelector('#chart-accuracy .mark-area') === null"), "no band from one seed"
     room = "document.querySelector('#chart-accuracy .mark-group .background').getBoundingClientRect().width"
     assert chromium(room) > 230, "what is written around leaves room for the chart"
@@ -232,7 +232,7 @@ def test_twelve_importances_sixty_layers_and_one_seed(chromium: Browser, tmp_pat
 
 @in_browser
 def test_tickets_without_a_connection_are_shown(chromium: Browser, tmp_path: Path) -> None:
-    empty = synthetic(["magnitude", "l1", "l2"], layer_count=1, levels=24)
+    empty = synthetic_contents(["magnitude", "l1", "l2"], layer_count=1, levels=24)
     assert not empty.results[-1].alive
     show(chromium, tmp_path, page(empty))
     assert chromium.errors == []
@@ -242,8 +242,8 @@ def test_tickets_without_a_connection_are_shown(chromium: Browser, tmp_path: Pat
 
 @in_browser
 def test_a_page_that_is_served_loads_itself_anew(chromium: Browser) -> None:
-    small = synthetic(["magnitude", "l1"], layer_count=2, levels=1)
-    with serving(0) as served:
+    small = synthetic_contents(["magnitude", "l1"], layer_count=2, levels=1)
+    with serve(0) as served:
         served.show(page(dataclasses.replace(small, name="first"), refreshed=ADDRESS))
         chromium.open(served.url)
         assert chromium("document.querySelector('h1').textContent") == "first"
@@ -308,14 +308,14 @@ def test_reinitialisations_of_another_study_are_not_shown(planner: Planner) -> N
     fewer = {"importances": ("magnitude", "l1"), "seeds": (0,), "data_seeds": ()}
     for other in (fewer, {"levels": 1, "seeds": (0,)}, {"recipe": STUDY.recipe.model_copy(update={"lr": 0.2})}):
         with pytest.raises(UserError, match="no partial reinitialisation is in"):
-            reinit.stored(opened(planner.store.root, STUDY.model_copy(update=other)))
-    seed = reinit.stored(opened(planner.store.root, STUDY.model_copy(update={"seeds": (1,)})))
+            reinit.stored(open_planner(planner.store.root, STUDY.model_copy(update=other)))
+    seed = reinit.stored(open_planner(planner.store.root, STUDY.model_copy(update={"seeds": (1,)})))
     assert seed.select("level", "seed", "draws").unique().sort("level").rows() == [(1, 1, 1), (2, 1, 2)]
 
 
 def test_draws_that_not_every_seed_has_are_left_out(tmp_path: Path) -> None:
     study = STUDY.model_copy(update={"importances": ("magnitude", "l1"), "data_seeds": (), "levels": 1})
-    half = opened(tmp_path / "store", study)
+    half = open_planner(tmp_path / "store", study)
     finish(half)
     first, second = reinit.plans(half, 1, 3)
     finish(first.planner)
@@ -401,13 +401,13 @@ def test_what_verifying_has_found_is_told(contents: Contents) -> None:
         },
         {},
     ]
-    found = findings.verification(dataclasses.replace(contents, verified=verified(records)))
+    found = findings.verification(dataclasses.replace(contents, verified=count_verified(records)))
     assert found.figure == "2 of 4"
     assert "last on 2026-01-04 10:00 UTC. 1 gave other bits when last done again, on another machine" in found.text
 
 
 def test_a_study_that_is_not_finished_says_so(tmp_path: Path) -> None:
-    planner = opened(tmp_path / "store")
+    planner = open_planner(tmp_path / "store")
     nothing = gather(planner, "s", ["s"])
     assert nothing.level is None
     assert "0 of 32 tickets are there" in page(nothing)
@@ -423,7 +423,9 @@ def test_a_study_that_is_not_finished_says_so(tmp_path: Path) -> None:
 
 def test_one_importance_has_nothing_to_compare_with(planner: Planner) -> None:
     alone = STUDY.model_copy(update={"importances": ("l1",), "seeds": (0,), "data_seeds": ()})
-    one = gather(opened(planner.store.root, alone), "s", ["s", "--importances", "l1", "--seeds", "0", "--data-seeds"])
+    one = gather(
+        open_planner(planner.store.root, alone), "s", ["s", "--importances", "l1", "--seeds", "0", "--data-seeds"]
+    )
     absent = {section.name: section for section in sections(one) if not section.parts}
     assert set(absent) == {"overlap", "stability", "reinit", "connectivity", "functions"}
     expected = "tombola run s --importances l1 magnitude --seeds 0 --data-seeds"
@@ -432,14 +434,14 @@ def test_one_importance_has_nothing_to_compare_with(planner: Planner) -> None:
 
 
 def test_one_seed_has_neither_bands_nor_intervals() -> None:
-    one = synthetic(["magnitude", "l1"], layer_count=3, levels=2)
+    one = synthetic_contents(["magnitude", "l1"], layer_count=3, levels=2)
     assert tables.accuracy(one.results)["sd"].null_count() == 2 * 3
     kept = findings.keeps(one)
     assert kept is not None
     assert "From one seed no interval can be given" in kept.meaning
     assert all("95 %" not in finding.text for finding in kept.findings)
     assert not {"95 % from", "95 % to"} & set(kept.table.columns)
-    (part, *_) = charted(sections(one))
+    (part, *_) = select_charts(sections(one))
     assert part.chart is not None
     assert "area" not in str(look.on_page(part.chart))
 
@@ -455,7 +457,7 @@ def test_the_papers_points_are_shown_for_its_presets_alone() -> None:
 
 
 def test_the_papers_points_stand_beside_ours() -> None:
-    one = synthetic(["magnitude", "mine:own"], layer_count=1, levels=5)
+    one = synthetic_contents(["magnitude", "mine:own"], layer_count=1, levels=5)
     shown = dataclasses.replace(one, paper=paper.of_study(load_study("lenet-mnist")))
     parts = {part.name: part for part in sections(shown)[0].parts}
     assert parts["paper"].table["level"].to_list() == [0, 5]
@@ -517,13 +519,13 @@ def test_the_verbs_of_a_finished_study(
 
 
 def test_figures_have_the_width_of_a_column(contents: Contents, tmp_path: Path) -> None:
-    written = write(charted(sections(contents)), tmp_path / "new", ["svg"], look.COLUMN)
-    assert len(written) == len(set(written)) == len(charted(sections(contents)))
+    written = write(select_charts(sections(contents)), tmp_path / "new", ["svg"], look.COLUMN)
+    assert len(written) == len(set(written)) == len(select_charts(sections(contents)))
     for path in written:
         width = re.search(r'<svg [^>]*?width="([0-9.]+)"', path.read_text(encoding="utf-8"))
         assert width is not None
         assert abs(float(width[1]) - 3.3 * 72) < 1, path.name
-    (png,) = write(charted(sections(contents))[:1], tmp_path / "new", ["png"], look.BOTH_COLUMNS)
+    (png,) = write(select_charts(sections(contents))[:1], tmp_path / "new", ["png"], look.BOTH_COLUMNS)
     assert png.read_bytes().startswith(b"\x89PNG")
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="the folder cannot be made"):
@@ -589,7 +591,7 @@ def test_watching_serves_the_loopback_alone_and_ends_by_ctrl_c(study_file: list[
 
 
 def test_the_server_answers_under_its_own_name_alone() -> None:
-    with serving(0) as served:
+    with serve(0) as served:
         served.show("<p>one</p>")
 
         def status(path: str, host: str | None = None) -> int:
@@ -614,7 +616,7 @@ def test_a_page_is_the_same_for_the_same_contents(contents: Contents, html: str)
 # what tests are made of
 
 
-def synthetic(importances: Sequence[str], layer_count: int, levels: int) -> Contents:
+def synthetic_contents(importances: Sequence[str], layer_count: int, levels: int) -> Contents:
     """Return contents of one seed, of random masks and weights."""
     generator = torch.Generator().manual_seed(0)
     names = [f"block{number}.conv.weight" for number in range(layer_count)]

@@ -21,7 +21,7 @@ Counts: TypeAlias = npt.NDArray[np.int64]
 LEVEL = 0.95
 """The probability that the intervals of two sets hold at least; those of more are near it, see `interval`."""
 
-_SUMMED = 2500  # the largest variance of a hypergeometric distribution that is summed up
+_MOST_SUMMED = 2500  # the largest variance of a hypergeometric distribution that is summed up
 
 
 def moments(size: npt.ArrayLike, sets: npt.ArrayLike) -> tuple[Numbers, Numbers]:
@@ -109,14 +109,14 @@ def interval_of_two(size: npt.ArrayLike, sets: npt.ArrayLike) -> tuple[Counts, C
     total, first, second = n[0].ravel(), s[0].ravel(), s[1].ravel()
     mean, variance = moments(total, [first, second])
     low, high = interval(mean, variance, *support(total, [first, second]))
-    summed = np.argsort(variance)[: np.count_nonzero(variance <= _SUMMED)]
+    summed = np.argsort(variance)[: np.count_nonzero(variance <= _MOST_SUMMED)]
     for start in range(0, len(summed), 256):
         rows = summed[start : start + 256]
-        low[rows], high[rows] = _summed(total[rows], first[rows], second[rows], float(variance[rows[-1]]))
+        low[rows], high[rows] = _sum_exactly(total[rows], first[rows], second[rows], float(variance[rows[-1]]))
     return low.reshape(s.shape[1:]), high.reshape(s.shape[1:])
 
 
-def _summed(n: Counts, first: Counts, second: Counts, variance: float) -> tuple[Counts, Counts]:
+def _sum_exactly(n: Counts, first: Counts, second: Counts, variance: float) -> tuple[Counts, Counts]:
     """Return the exact interval of hypergeometric distributions whose variances are at most `variance`.
 
     P(x + 1) / P(x) = (s_1 - x) (s_2 - x) / ((x + 1) (n - s_1 - s_2 + x + 1)), from 8 standard deviations below the mean

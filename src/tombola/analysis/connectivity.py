@@ -54,11 +54,11 @@ def of_study(
         UserError: where importances or levels are not there.
     """
     wanted = set(levels) if levels is not None else {last_level(planner, select_chains(planner, importances))}
-    measure = measured(planner)
+    measure = build_measure(planner)
     tables = []
     for group in groups(planner, importances, wanted):
         for pair in combinations(group.tickets, 2):
-            first, second = (_trained(group.tickets[name]) for name in pair)
+            first, second = (_load_trained(group.tickets[name]) for name in pair)
             table = along_line(first, second, measure, points)
             named = table.select(pl.Series("tickets", [list(pair)] * len(table)), pl.all())
             tables.append(after(named, level=group.level, seed=group.seed, kind=group.kind))
@@ -104,7 +104,7 @@ def along_line(first: State, second: State, measure: Measure, points: int = POIN
     return pl.DataFrame(lines, schema, orient="row").with_columns(barrier=pl.lit(barrier))
 
 
-def measured(planner: Planner) -> Measure:
+def build_measure(planner: Planner) -> Measure:
     """Return the function that gives a state's error and loss on the study's test set."""
     with ambient(0):
         model = planner.problem.build()
@@ -144,6 +144,6 @@ def _between(first: Tensor, second: Tensor, alpha: float) -> Tensor:
     return second if alpha == 1 else torch.lerp(first, second, alpha)
 
 
-def _trained(ticket: Ticket) -> State:
+def _load_trained(ticket: Ticket) -> State:
     assert ticket.trained is not None
     return ticket.trained.weights.load()

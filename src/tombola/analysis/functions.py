@@ -49,9 +49,9 @@ def of_study(
             dense[f"seed {group.seed}"] = ask(next(iter(group.tickets.values())))
         if group.level in wanted or group.kind == DATA_ORDER:
             outputs = {name: ask(ticket) for name, ticket in group.tickets.items()}
-            tables.append(after(ask.compared(outputs), level=group.level, seed=group.seed, kind=group.kind))
+            tables.append(after(ask.compare(outputs), level=group.level, seed=group.seed, kind=group.kind))
     if len(dense) > 1:
-        tables.append(after(ask.compared(dense), level=0, seed=None, kind=SEEDS))
+        tables.append(after(ask.compare(dense), level=0, seed=None, kind=SEEDS))
     return pl.concat([table.with_columns(pl.col("seed").cast(pl.Int64)) for table in tables]).sort(
         "level", maintain_order=True
     )
@@ -146,6 +146,6 @@ class _Outputs:
                 del self._known[oldest]
         return self._known[name]
 
-    def compared(self, outputs: Mapping[str, Tensor]) -> pl.DataFrame:
+    def compare(self, outputs: Mapping[str, Tensor]) -> pl.DataFrame:
         """Return the table of `of_outputs` for outputs on the test set."""
         return of_outputs(outputs, self._data.test_labels)

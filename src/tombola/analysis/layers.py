@@ -31,7 +31,7 @@ def of_study(
         UserError: where importances or levels are not there.
     """
     chains = select_chains(planner, importances)
-    paths = traced(planner)
+    paths = trace_paths(planner)
     tables = []
     for level, tickets in by_level(planner, chains, levels):
         for chain, ticket in tickets.items():
@@ -88,7 +88,7 @@ def of_mask(mask: Mask, paths: Paths | None = None) -> pl.DataFrame:
     )
 
 
-def traced(planner: Planner) -> Paths | None:
+def trace_paths(planner: Planner) -> Paths | None:
     """Return the graph of a study's network; None, with a warning that says why, where it cannot be followed."""
     try:
         return Paths(planner.problem.build(), planner.problem.data.input_shape)

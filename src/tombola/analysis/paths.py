@@ -115,8 +115,8 @@ class _Follower(fx.Interpreter):
         if isinstance(module, _WEIGHTED):
             weight = self._alive.get(self._names[id(module.weight)], torch.ones_like(module.weight).double())
             if isinstance(module, nn.Linear):
-                return _reached(functional.linear(args[0], weight))
-            return _reached(module._conv_forward(args[0], weight, None))
+                return _reach(functional.linear(args[0], weight))
+            return _reach(module._conv_forward(args[0], weight, None))
         if isinstance(module, _PASSED):
             return args[0]
         if isinstance(module, nn.modules.pooling._MaxPoolNd) and not module.return_indices:
@@ -153,7 +153,7 @@ class _Follower(fx.Interpreter):
         raise UserError(f"it calls {name!r}")
 
 
-def _reached(values: Tensor) -> Tensor:
+def _reach(values: Tensor) -> Tensor:
     reached: Tensor = _Reached.apply(values)  # type: ignore[no-untyped-call]
     return reached
 

@@ -62,7 +62,7 @@ def of_study(
                 tickets = (ts[chain] for _, ts in by_level(planner, [chain], range(level + 1)))
                 first = next(tickets)
                 table = of_ticket(
-                    (_trained(ticket) for ticket in chain_of([first], tickets)),
+                    (_load_trained(ticket) for ticket in chain_of([first], tickets)),
                     first.rewind.load(),
                     planner.initial(seed).load(),
                     masks[level, chain],
@@ -100,7 +100,7 @@ def of_ticket(trained: Iterable[State], rewind: State, initial: State, mask: Mas
         mask: the ticket's.
         shared: the connections alive in all tickets that are compared; part of the mask.
     """
-    at_first = {name: _alive(rewind[name], mask[name]) for name in mask}
+    at_first = {name: _select_alive(rewind[name], mask[name]) for name in mask}
     before: dict[str, Values] = {}
     mean = {name: np.zeros(len(values)) for name, values in at_first.items()}
     squares = {name: np.zeros(len(values)) for name, values in at_first.items()}
@@ -110,7 +110,7 @@ def of_ticket(trained: Iterable[State], rewind: State, initial: State, mask: Mas
     for state in trained:
         count += 1
         for name in mask:
-            values = _alive(state[name], mask[name])
+            values = _select_alive(state[name], mask[name])
             delta = values - mean[name]
             mean[name] += delta / count  # Welford's: one level's weights are held at a time
             squares[name] += delta * (values - mean[name])
@@ -122,20 +122,20 @@ def of_ticket(trained: Iterable[State], rewind: State, initial: State, mask: Mas
         "sd": {name: np.sqrt(each / max(1, count - 1)) for name, each in squares.items()},
         "flips": flips,
         "flips_from_start": from_start,
-        "movement": {name: np.abs(each - _alive(initial[name], mask[name])) for name, each in before.items()},
+        "movement": {name: np.abs(each - _select_alive(initial[name], mask[name])) for name, each in before.items()},
     }
     is_shared = {name: shared[name][mask[name]].numpy() for name in mask}
     whole = np.concatenate(list(is_shared.values()))
     lines = []
     for measure, by_layer in measures.items():
         for name, values in by_layer.items():
-            lines.append({"layer": name, "measure": measure} | _compared(values, is_shared[name]))
+            lines.append({"layer": name, "measure": measure} | _compare(values, is_shared[name]))
         together = np.concatenate(list(by_layer.values()))
-        lines.append({"layer": ALL, "measure": measure} | _compared(together, whole))
+        lines.append({"layer": ALL, "measure": measure} | _compare(together, whole))
     return pl.DataFrame(lines, infer_schema_length=None)
 
 
-def _compared(values: Values, is_shared: npt.NDArray[np.bool_]) -> dict[str, float | None]:
+def _compare(values: Values, is_shared: npt.NDArray[np.bool_]) -> dict[str, float | None]:
     groups = {"shared": values[is_shared], "other": values[~is_shared]}
     line: dict[str, float | None] = {name: len(group) for name, group in groups.items()}
     for name, group in groups.items():
@@ -150,11 +150,11 @@ def _compared(values: Values, is_shared: npt.NDArray[np.bool_]) -> dict[str, flo
     return line | {"effect": effect, "p": p}
 
 
-def _alive(weights: Tensor, alive: Tensor) -> Values:
+def _select_alive(weights: Tensor, alive: Tensor) -> Values:
     values: Values = weights[alive].double().numpy()
     return values
 
 
-def _trained(ticket: Ticket) -> State:
+def _load_trained(ticket: Ticket) -> State:
     assert ticket.trained is not None
     return ticket.trained.weights.load()

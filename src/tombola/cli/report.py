@@ -85,7 +85,7 @@ def figures(options: argparse.Namespace) -> int:
     with _installed():
         from tombola.report.figures import write
     from tombola.report.look import BOTH_COLUMNS, COLUMN
-    from tombola.report.sections import charted, sections
+    from tombola.report.sections import sections, select_charts
 
     _check(options)
     planner, _ = options.open_study(options)
@@ -93,7 +93,7 @@ def figures(options: argparse.Namespace) -> int:
     if not contents.results:
         raise UserError(f"no result of this study is in {planner.store.root}; `tombola run` does its trainings")
     inches = COLUMN if options.columns == 1 else BOTH_COLUMNS
-    paths = write(charted(sections(contents)), options.output, list(dict.fromkeys(options.format)), inches)
+    paths = write(select_charts(sections(contents)), options.output, list(dict.fromkeys(options.format)), inches)
     print("\n".join(map(str, paths)))
     return 0
 
@@ -102,7 +102,7 @@ def watch(options: argparse.Namespace) -> int:
     """Serve the page of a study to this machine alone, and keep it fresh while the study runs."""
     with _installed():
         from tombola.report.page import page
-    from tombola.report.watch import ADDRESS, keep_fresh, serving
+    from tombola.report.watch import ADDRESS, keep_fresh, serve
 
     _check(options)
     planner, _ = options.open_study(options)
@@ -117,7 +117,7 @@ def watch(options: argparse.Namespace) -> int:
     def make() -> str:
         return page(_contents(options, planner), refreshed=ADDRESS)
 
-    with serving(options.port) as served:
+    with serve(options.port) as served:
         try:
             served.show(make())
             print(f"{served.url} shows the study as it is; Ctrl-C ends this", flush=True)

@@ -73,7 +73,7 @@ Fill = Callable[[int], None]
 """Writes all pixels to a file, given its descriptor, that has the right size already."""
 
 
-def cached(
+def load_cached(
     source: Path, directory: Path | None, variant: str, stamp: str, make: Callable[[], tuple[About, Fill]]
 ) -> Dataset:
     """Return a data set of pictures from the cache, into which it is first written where it is not there.
@@ -98,7 +98,7 @@ def cached(
         dataset = _open(cache / folder)
         if dataset:
             return dataset
-    cache = home / FOLDER if _writable(home) else cache_folder() / "pictures"
+    cache = home / FOLDER if _is_writable(home) else cache_folder() / "pictures"
     try:
         cache.mkdir(parents=True, exist_ok=True)
         with FileLock(cache / f"{name}.lock"):
@@ -124,7 +124,7 @@ def _write(cache: Path, folder: str, about: About, fill: Fill) -> None:
             reserve(pixels.fileno(), about.bytes)
             fill(pixels.fileno())
             os.fsync(pixels.fileno())
-            about, fingerprint = _measured(about, pixels)
+            about, fingerprint = _measure(about, pixels)
         with (partial / "about.json").open("w") as file:
             json.dump(asdict(about) | {"fingerprint": fingerprint}, file)
             file.flush()
@@ -176,7 +176,7 @@ def reserve(pixels: int, size: int) -> None:
         os.posix_fallocate(pixels, 0, size)
 
 
-def _measured(about: About, pixels: BinaryIO) -> tuple[About, str]:
+def _measure(about: About, pixels: BinaryIO) -> tuple[About, str]:
     """Return what is known of a data set, with mean and sd, and its fingerprint, in one pass over the pixels."""
     shape = about.shape
     totals, squares = np.zeros(shape[0], np.int64), np.zeros(shape[0], np.int64)
@@ -226,7 +226,7 @@ def _chunks(count: int, most: int) -> list[int]:
     return [min(most, count - start) for start in range(0, count, most)]
 
 
-def _writable(directory: Path) -> bool:
+def _is_writable(directory: Path) -> bool:
     """Tell whether the cache can be in this directory; one that nobody may write to is left alone by root as well."""
     folder = directory / FOLDER if (directory / FOLDER).is_dir() else directory
     return bool(folder.stat().st_mode & 0o222) and os.access(folder, os.W_OK | os.X_OK)

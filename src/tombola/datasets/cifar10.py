@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from tombola.datasets.cache import About, Fill, cached
+from tombola.datasets.cache import About, Fill, load_cached
 from tombola.datasets.dataset import Dataset
 from tombola.datasets.files import find_or_download, folders
 from tombola.datasets.tree import Tree, open_tree, stamp
@@ -54,7 +54,7 @@ def cifar10(directory: Path | None = None) -> Dataset:
                 )
     source = find_or_download("cifar10", directory, NAMES, TRAIN[0], URL, SHA256)
     files = {*TRAIN, *TEST}
-    return cached(source, directory, "", stamp(source, files), lambda: _read(open_tree(source, files)))
+    return load_cached(source, directory, "", stamp(source, files), lambda: _read(open_tree(source, files)))
 
 
 def _read(tree: Tree) -> tuple[About, Fill]:

@@ -62,7 +62,7 @@ def size_of(content: bytes) -> tuple[int, int]:
     Raises:
         TroubleError: where it is not a picture.
     """
-    with _opened(content) as image:
+    with _open_image(content) as image:
         return image.height, image.width
 
 
@@ -79,7 +79,7 @@ def decode(content: bytes, form: Form) -> bytes:
     Raises:
         TroubleError: where it is not a whole picture or does not have the right form.
     """
-    with _opened(content) as image:
+    with _open_image(content) as image:
         if image.mode not in MODES:
             raise TroubleError(f"has pixels of the kind {image.mode}, expected eight bits a channel")
         size = form.width, form.height
@@ -143,7 +143,7 @@ def receive(file: IO[bytes]) -> Iterator[tuple[int, bytes]]:
         yield place, file.read(length)
 
 
-def _opened(content: bytes) -> Image.Image:
+def _open_image(content: bytes) -> Image.Image:
     try:
         return Image.open(io.BytesIO(content), formats=("JPEG", "PNG"))
     except UnidentifiedImageError as error:

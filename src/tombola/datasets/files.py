@@ -67,7 +67,7 @@ def find_or_download(
     try:
         return download(url, sha256, download_folder(directory, name))
     except UserError as error:
-        raise missing(name, looked, error, [url.rpartition("/")[2]], looked[0]) from error
+        raise absence_error(name, looked, error, [url.rpartition("/")[2]], looked[0]) from error
 
 
 def download_folder(directory: Path | None, name: str) -> Path:
@@ -100,7 +100,7 @@ def download(url: str, sha256: str, folder: Path) -> Path:
         raise UserError(f"{url} could not be downloaded into {folder} ({_brief(error)})") from error
 
 
-def missing(name: str, looked: Iterable[Path], reason: UserError, files: Iterable[str], into: Path) -> UserError:
+def absence_error(name: str, looked: Iterable[Path], reason: UserError, files: Iterable[str], into: Path) -> UserError:
     """Return the error of a user whose data set is neither here nor can be had: which files to put where."""
     *others, last = map(str, looked)
     places = f"{', '.join(others)} or {last}" if others else last

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from tombola.datasets.dataset import Dataset
-from tombola.datasets.files import download, download_folder, folders, missing
+from tombola.datasets.files import absence_error, download, download_folder, folders
 from tombola.errors import UserError
 
 FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
@@ -221,7 +221,7 @@ def _find(source: _Source, directory: Path | None) -> list[Path]:
         except UserError as error:
             absent = [f"{each}.gz" for each in FILES if each not in found]
             into = folder if found else looked[0]
-            raise missing(source.name, [folder] if found else looked, error, absent, into) from error
+            raise absence_error(source.name, [folder] if found else looked, error, absent, into) from error
     return [found[name] for name in FILES]
 
 

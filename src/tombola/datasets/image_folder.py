@@ -56,7 +56,9 @@ def list_classes(tree: Tree) -> Listing:
     train, test = _split(tree, "train"), _split(tree, "test")
     for one, other, has, lacks in ((train, test, "train", "test"), (test, train, "test", "train")):
         if one.keys() - other.keys():
-            raise UserError(f"{tree.path}: {has!r} has {_named(one.keys() - other.keys())}, which {lacks!r} has not")
+            raise UserError(
+                f"{tree.path}: {has!r} has {_describe_classes(one.keys() - other.keys())}, which {lacks!r} has not"
+            )
     classes = tuple(sorted(train))
     parts = ([(name, label) for label, each in enumerate(classes) for name in part[each]] for part in (train, test))
     return Listing(classes, *parts)
@@ -83,11 +85,11 @@ def _split(tree: Tree, split: str) -> dict[str, list[str]]:
         raise UserError(f"{tree.path}: expected pictures as {split}/<class>/<picture>, found no class in {split!r}")
     empty = {each for each, names in classes.items() if not names}
     if empty:
-        raise UserError(f"{tree.path}: {_named(empty)} in {split!r} holds no picture (.png, .jpg or .jpeg)")
+        raise UserError(f"{tree.path}: {_describe_classes(empty)} in {split!r} holds no picture (.png, .jpg or .jpeg)")
     return classes
 
 
-def _named(classes: Iterable[str]) -> str:
+def _describe_classes(classes: Iterable[str]) -> str:
     """Return up to three classes' names for a sentence."""
     first, *others = sorted(classes)
     return f"the class {first!r}" + (f" (and {len(others)} more)" if others else "")

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from tombola.datasets import decoder
-from tombola.datasets.cache import About, Fill, cached
+from tombola.datasets.cache import About, Fill, load_cached
 from tombola.datasets.dataset import Dataset
 from tombola.datasets.decoder import Form, TroubleError
 from tombola.datasets.progress import Bar
@@ -80,7 +80,7 @@ def picture_set(
         about = About(name, (channels, form.height, form.width), train, test, listed.classes)
         return about, lambda pixels: _decode_all(tree, names, form, pixels)
 
-    return cached(source, directory, f"{size} {fit} {channels}", stamp(source, entries), make)
+    return load_cached(source, directory, f"{size} {fit} {channels}", stamp(source, entries), make)
 
 
 def is_picture(name: str) -> bool:

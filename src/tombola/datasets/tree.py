@@ -56,7 +56,7 @@ class Tree:
         try:
             yield from self._read_tar(files) if self.ranges else self._read_zip(files)
         except _DAMAGED as error:
-            raise _damaged(self.path, error) from error
+            raise _damage_error(self.path, error) from error
 
     def contents(self, files: Collection[str]) -> Iterator[tuple[str, bytes]]:
         """Yield each of `files` once, with its bytes.
@@ -74,7 +74,7 @@ class Tree:
         members = {self.top + name: name for name in files}
         with zipfile.ZipFile(self.path) as archive:
             for info in sorted(archive.infolist(), key=lambda info: info.header_offset):
-                name = members.get(_normal(info.filename))
+                name = members.get(_clean_name(info.filename))
                 if name is not None:
                     yield name, archive.read(info)
 
@@ -100,13 +100,13 @@ def open_tree(path: Path, entries: Collection[str]) -> Tree:
     if path.is_dir():
         return Tree(path, "", tuple(sorted(name for name, _ in _walk(path, entries))))
     try:
-        listed = [(_checked(path, name), span) for name, span in (_list_zip if _is_zip(path) else _list_tar)(path)]
+        listed = [(_check_name(path, name), span) for name, span in (_list_zip if _is_zip(path) else _list_tar)(path)]
     except _DAMAGED as error:
-        raise _damaged(path, error) from error
+        raise _damage_error(path, error) from error
     for name, count in Counter(name for name, _ in listed).items():
         if count > 1 and not name.endswith("/"):
             raise UserError(f"{path}: this archive holds {name!r} {count} times")
-    spans = {name: span for name, span in sorted(listed) if not _hidden(name)}
+    spans = {name: span for name, span in sorted(listed) if not _is_hidden(name)}
     tops = {name.partition("/")[0] for name in spans}
     top = f"{tops.pop()}/" if len(tops) == 1 and not tops & set(entries) else ""
     inside = {name.removeprefix(top): span for name, span in spans.items()}
@@ -134,7 +134,7 @@ def _walk(root: Path, entries: Collection[str]) -> Iterator[tuple[str, os.stat_r
     def below(folder: Path, prefix: str, depth: int) -> Iterator[tuple[str, os.stat_result | None]]:
         with os.scandir(folder) as children:
             for child in children:
-                if _hidden(child.name) or (depth == 0 and child.name not in entries):
+                if _is_hidden(child.name) or (depth == 0 and child.name not in entries):
                     continue
                 name = prefix + child.name
                 if not child.is_dir():
@@ -154,7 +154,7 @@ def _list_zip(path: Path) -> Iterator[tuple[str, None]]:
     with zipfile.ZipFile(path) as archive:
         for info in archive.infolist():
             if stat.S_IFMT(info.external_attr >> 16) not in (0, stat.S_IFREG, stat.S_IFDIR):
-                raise _link(path, info.filename)
+                raise _link_error(path, info.filename)
             yield info.filename, None
 
 
@@ -163,7 +163,7 @@ def _list_tar(path: Path) -> Iterator[tuple[str, tuple[int, int] | None]]:
     with tarfile.open(path) as archive:
         for info in archive:
             if not (info.isdir() or info.isreg()) or info.issparse():
-                raise _link(path, info.name)
+                raise _link_error(path, info.name)
             yield (f"{info.name}/", None) if info.isdir() else (info.name, (info.offset_data, info.size))
         assert archive.fileobj is not None
         archive.fileobj.seek(archive.offset)
@@ -178,28 +178,28 @@ def _is_zip(path: Path) -> bool:
         return file.read(2) == b"PK"
 
 
-def _normal(name: str) -> str:
+def _clean_name(name: str) -> str:
     """Return a member's name without './' and doubled slashes; a folder's still ends with a slash."""
     return str(PurePosixPath(name)) + "/" * name.endswith("/")
 
 
-def _checked(path: Path, name: str) -> str:
+def _check_name(path: Path, name: str) -> str:
     """Return a member's name, which must not lead out of the archive."""
     if name.startswith(("/", "\\")) or re.match(r"[A-Za-z]:[/\\]", name) or ".." in re.split(r"[/\\]", name):
         raise UserError(f"{path}: this archive is refused, the name {name!r} in it leads out of it")
-    return _normal(name)
+    return _clean_name(name)
 
 
-def _hidden(name: str) -> bool:
+def _is_hidden(name: str) -> bool:
     """Tell whether a name, or a folder in it, is one that file managers add and hide."""
     return any(part.startswith(".") or part in ("__MACOSX", "Thumbs.db") for part in name.split("/"))
 
 
-def _link(path: Path, name: str) -> UserError:
+def _link_error(path: Path, name: str) -> UserError:
     return UserError(f"{path}: this archive is refused, {name!r} in it is a link or a special file, not a plain file")
 
 
-def _damaged(path: Path, error: Exception) -> UserError:
+def _damage_error(path: Path, error: Exception) -> UserError:
     if isinstance(error, tarfile.ReadError):
         return UserError(f"{path}: neither a folder nor a whole .tar, .tar.gz, .tar.xz or .zip archive")
     return UserError(f"{path}: this archive is damaged or cut short: {error}")

@@ -168,16 +168,16 @@ def gather(
         expected=len(progress) * (planner.study.levels + 1),
         trainings_left=remaining(list(progress.values())),
         stopped={str(chain): each.stopped for chain, each in progress.items() if each.stopped},
-        verified=verified(records),
+        verified=count_verified(records),
         records=records,
         made=datetime.now(UTC).isoformat(timespec="seconds"),
     )
 
 
-def verified(records: Sequence[Mapping[str, Any]]) -> Verified:
+def count_verified(records: Sequence[Mapping[str, Any]]) -> Verified:
     """Return what the records of stored trainings say of verification.
 
-    >>> verified([{"confirmed": [{"when": "2026-01-02"}]}, {}])
+    >>> count_verified([{"confirmed": [{"when": "2026-01-02"}]}, {}])
     Verified(trainings=2, confirmed=1, contradicted=0, when='2026-01-02', elsewhere=False)
     """
     confirmed = contradicted = 0

@@ -42,12 +42,12 @@ def write(parts: Sequence[Part], folder: Path, formats: Sequence[str], inches: f
         specification = json.dumps(on_paper(part.chart, inches))
         for name in formats:
             path = folder / f"{part.name}.{name}"
-            write_atomically(path, _drawn(specification, name))
+            write_atomically(path, _draw(specification, name))
             written.append(path)
     return written
 
 
-def _drawn(specification: str, form: str) -> bytes:
+def _draw(specification: str, form: str) -> bytes:
     draw: dict[str, Callable[..., Any]] = {
         "pdf": vl_convert.vegalite_to_pdf,
         "svg": vl_convert.vegalite_to_svg,

@@ -100,7 +100,7 @@ def keeps(contents: Contents) -> Keeps | None:
         meaning += "From one seed no interval can be given: a difference may be chance."
     by_name = {row["importance"]: row for row in winners.to_dicts()}
     there = [name for name in contents.study.importances if name in by_name]
-    found = tuple(_kept(contents, name, by_name.get(name)) for name in contents.study.importances)
+    found = tuple(_describe_kept(contents, name, by_name.get(name)) for name in contents.study.importances)
     table = pl.DataFrame([by_name[name] for name in there], winners.schema).select(
         "importance",
         "level",
@@ -113,7 +113,7 @@ def keeps(contents: Contents) -> Keeps | None:
     return Keeps(meaning, found, table)
 
 
-def _kept(contents: Contents, name: str, row: dict[str, Any] | None) -> Finding:
+def _describe_kept(contents: Contents, name: str, row: dict[str, Any] | None) -> Finding:
     """Return what is said of one importance, of its row in the table of `tombola.analysis.winners`."""
     if row is None:
         return Finding(name, "–", "Nothing can be compared: the dense accuracy is not there for every seed.")

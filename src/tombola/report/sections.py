@@ -75,7 +75,7 @@ def sections(contents: Contents) -> list[Section]:
     for name, title, verb, parts, about in _ANALYSES:
         reading, table = about.format(level=contents.level), contents.tables.get(name)
         if table is None:
-            found.append(_missing(name, title, reading, contents, verb.format(level=contents.level or 1)))
+            found.append(_absent_section(name, title, reading, contents, verb.format(level=contents.level or 1)))
         else:
             found.append(Section(name, title, reading, tuple(parts(contents, table))))
     return found
@@ -90,7 +90,7 @@ def _accuracy(contents: Contents) -> Section:
         reading += " Bands are one standard deviation over seeds to either side of the mean."
     names = contents.study.importances
     if not contents.results:
-        return _missing("accuracy", "Accuracy against sparsity", reading, contents, "run")
+        return _absent_section("accuracy", "Accuracy against sparsity", reading, contents, "run")
     table = tables.accuracy(contents.results)
     accuracies = list(dense_accuracies(contents).values())
     dense = 100 * statistics.fmean(accuracies) if accuracies else None
@@ -163,7 +163,9 @@ def _reinit(contents: Contents, table: pl.DataFrame) -> list[Part]:
         own = tables.reinit(rows)
         there = own["more than chance, %"].is_not_null().any()
         chart = charts.reinit(own, contents.study.importances) if there else None
-        who = tables.together(len(compared)) if len(compared) == len(contents.study.importances) else listed(compared)
+        who = (
+            tables.together(len(compared)) if len(compared) == len(contents.study.importances) else join_names(compared)
+        )
         title = f"Level {level}, what the tickets of {who} share; {_several(own['draws'][0], 'draw')}"
         if len(contents.study.seeds) > 1:
             title += f", each of {_several(own['seeds'][0], 'seed')}"
@@ -244,7 +246,7 @@ _ANALYSES: tuple[tuple[str, str, str, Callable[[Contents, pl.DataFrame], list[Pa
 """Sections that show a table of that name: name, title, what computes it, what makes its parts, how to read it."""
 
 
-def _missing(name: str, title: str, reading: str, contents: Contents, verb: str) -> Section:
+def _absent_section(name: str, title: str, reading: str, contents: Contents, verb: str) -> Section:
     why = contents.absent.get(name, "")
     if contents.level is None and name != "accuracy":
         why, verb = "no level from 1 on is there for all importances and seeds yet", "run"
@@ -275,10 +277,10 @@ def command(contents: Contents, verb: str) -> str:
     return shlex.join(["tombola", first, name, *options, *overrides])
 
 
-def listed(names: Sequence[str]) -> str:
+def join_names(names: Sequence[str]) -> str:
     """Return names as a sentence lists them.
 
-    >>> listed(["l1"]), listed(["magnitude", "l1", "l2"])
+    >>> join_names(["l1"]), join_names(["magnitude", "l1", "l2"])
     ('l1', 'magnitude, l1 and l2')
     """
     return " and ".join(part for part in (", ".join(names[:-1]), names[-1]) if part)
@@ -297,6 +299,6 @@ def slug(text: str) -> str:
     return re.sub("[^a-z0-9]+", "-", text.lower()).strip("-")[:40]
 
 
-def charted(found: Sequence[Section]) -> list[Part]:
+def select_charts(found: Sequence[Section]) -> list[Part]:
     """Return the parts of all sections that have a chart."""
     return [part for section in found for part in section.parts if part.chart is not None]

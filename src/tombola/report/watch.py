@@ -17,7 +17,7 @@ ADDRESS = "/version"
 """Where the server says which version of the page it has."""
 
 
-class Served:
+class ServedPage:
     """A page under a URL on the loopback; `show` puts another in its place."""
 
     def __init__(self, url: str, show: Callable[[str], None]) -> None:
@@ -25,7 +25,7 @@ class Served:
 
 
 @contextmanager
-def serving(port: int) -> Iterator[Served]:
+def serve(port: int) -> Iterator[ServedPage]:
     """Serve a page on 127.0.0.1 and nowhere else, until the context ends.
 
     Args:
@@ -74,7 +74,7 @@ def serving(port: int) -> Iterator[Served]:
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.1}, daemon=True)
     thread.start()
     try:
-        yield Served(f"http://{LOOPBACK}:{server.server_port}/", show)
+        yield ServedPage(f"http://{LOOPBACK}:{server.server_port}/", show)
     finally:
         server.shutdown()
         server.server_close()
