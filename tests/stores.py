@@ -6,7 +6,6 @@ import functools
 import json
 import shutil
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,12 +20,19 @@ from tombola.study.schema import Study, Task
 from tombola.study.task import Problem, load_problem
 from tombola.training.recipe import Recipe
 
+MANY = 1000
+"""Times that a run may ask workers without a job for news."""
+
 TASK = Task(dataset="tiny_task:dataset", model="tiny_task:model")
 
 
+def problem(task: Task = TASK) -> Problem:
+    return _problem(task.model_dump_json())
+
+
 @functools.cache
-def problem() -> Problem:
-    return load_problem(TASK)
+def _problem(task: str) -> Problem:
+    return load_problem(Task.model_validate_json(task))
 
 
 def study(
@@ -45,7 +51,8 @@ def study(
 
 
 def planner(root: Path, of: Study | None = None) -> Planner:
-    return Planner(of or study(), problem(), Store(root))
+    of = of or study()
+    return Planner(of, problem(of.task), Store(root))
 
 
 def run_study(root: Path, of: Study | None = None, workers: int = 2, **how: Any) -> Status:
@@ -63,6 +70,7 @@ class InTurn:
         self._jobs: list[Job] = []
         self._problem = works_on or problem()
         self._last_first = last_first
+        self._looks = 0
         self.order: list[str] = []
 
     def __enter__(self) -> InTurn:
@@ -80,26 +88,35 @@ class InTurn:
 
     def events(self, timeout: float) -> Iterator[Event]:
         if self._jobs:
+            self._looks = 0
             job = self._jobs.pop(-1 if self._last_first else 0)
             self.order.append(job.key)
             yield At(job.key, job.begin)
             yield perform(job, self._problem, None, lambda *_: None)
         else:
-            time.sleep(min(timeout, 0.02))
+            self._looks += 1
+            assert self._looks < MANY, "a run waits for what nobody does"
 
 
 def write_study(folder: Path, of: Study | None = None) -> list[str]:
     """Write a study and its task's module into a folder; return the command that runs it there."""
     of = of or study()
-    shutil.copy(Path(__file__).with_name("tiny_task.py"), folder)
+    for module in ("tiny_task.py", "gated_task.py"):
+        shutil.copy(Path(__file__).with_name(module), folder)
     lists = {name: json.dumps(list(getattr(of, name))) for name in ("importances", "seeds")}
     lines = [f"{name} = {value}" for name, value in lists.items()]
     lines += [f"levels = {of.levels}", f"fraction = {of.fraction}", "[task]"]
-    lines += [f"{name} = {json.dumps(value)}" for name, value in TASK.model_dump(exclude_defaults=True).items()]
+    lines += [f"{name} = {_as_toml(value)}" for name, value in of.task.model_dump(exclude_defaults=True).items()]
     lines += ["[recipe]"]
     lines += [f"{name} = {json.dumps(value)}" for name, value in of.recipe.model_dump(exclude_defaults=True).items()]
     (folder / "small.toml").write_text("\n".join(lines))
     return [str(Path(sys.executable).with_name("tombola")), "run", "small.toml"]
+
+
+def _as_toml(value: Any) -> str:
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{name} = {_as_toml(one)}" for name, one in value.items()) + "}"
+    return json.dumps(value)
 
 
 def content(root: Path) -> dict[str, bytes]:

@@ -3,32 +3,36 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
-import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
-from multiprocessing import forkserver
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
+from gate import Arrival, Gate
+from processes import LONG, fork, parent_of, status_of, until, wait_for_end
 from stores import TASK, InTurn, content, planner, problem, records, results, run_study, study, write_study
 from tombola.engine import estimate as estimates
 from tombola.engine.estimate import Speed
 from tombola.engine.job import Job, Outcome, perform
 from tombola.engine.local import LocalWorkers
 from tombola.engine.run import Status, run
-from tombola.engine.workers import At, Event, Failed
+from tombola.engine.workers import At, Event, Failed, watching
 from tombola.errors import UserError
 from tombola.pruning.mask import Mask
 from tombola.store.claims import Claims
 from tombola.store.store import Store
 from tombola.study.planner import Training
+from tombola.training.history import Checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -37,12 +41,6 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     root = tmp_path_factory.mktemp("undisturbed") / "store"
     run_study(root, workers=1)
     return content(root)
-
-
-def workers_of(server: int | None = None) -> list[int]:
-    """The processes of workers: the children of the process that they are copies of."""
-    server = server or forkserver._forkserver._forkserver_pid
-    return [int(pid) for pid in Path(f"/proc/{server}/task/{server}/children").read_text().split()]
 
 
 def test_the_number_of_workers_changes_no_bit(tmp_path: Path, undisturbed: dict[str, bytes]) -> None:
@@ -104,58 +102,55 @@ def test_time_zone_locale_and_hash_seed_change_no_bit(tmp_path: Path, undisturbe
         )
         for number, surroundings in enumerate(SURROUNDINGS)
     ]
-    assert [process.wait() for process in runs] == [0, 0]
+    assert [process.wait(LONG) for process in runs] == [0, 0]
     for number in range(2):
         assert content(tmp_path / str(number)) == undisturbed
 
 
-def test_a_killed_worker_is_replaced_and_its_job_goes_on_from_its_checkpoint(
-    tmp_path: Path,
-) -> None:
+def test_a_killed_worker_is_replaced_and_its_job_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
     root = tmp_path / "store"
-    long = study(["magnitude"], levels=0, iterations=6000)
-    plan = planner(root, long)
+    gate = Gate()
+    of = gate.before(study(["magnitude"], levels=0))
     killed: list[int] = []
 
-    def kill(status: Status, _: Training | None) -> None:
-        stopped = {path.stem for path in (root / "checkpoints").glob("*")}
-        running = {key for key, (training, _) in status.running.items() if training.end == plan.end}
-        for pid in [worker.process.pid or 0 for worker in workers._workers]:
-            if len(killed) < 2 and pid not in killed and stopped & running:
-                killed.append(pid)
-                os.kill(pid, signal.SIGKILL)
+    def kill_twice(arrival: Arrival) -> None:
+        """Once 20 iterations after level 0 has begun, and once 15 after it has gone on."""
+        if len(killed) < 2 and arrival.iteration == (20, 15)[len(killed)]:
+            killed.append(arrival.pid)
+            arrival.die()
+        else:
+            arrival.go()
 
-    with LocalWorkers(1, TASK, None, root, checkpoint_every=0.01) as workers:
-        run(plan, workers, kill)
-    assert len(killed) == 2
-    run_study(tmp_path / "undisturbed", long, workers=1)
+    with gate.answered(kill_twice):
+        run_study(root, of, workers=1, checkpoint_every=0)
+    assert len(set(killed)) == 2
+    run_study(tmp_path / "undisturbed", of, workers=1)
     assert content(root) == content(tmp_path / "undisturbed")
-    length = max(record["iterations"] for record in records(tmp_path / "undisturbed"))
-    assert all(record["iterations"] < length for record in records(root)), "nothing went on from a checkpoint"
+    assert sorted(record["iterations"] for record in records(root)) == [10, 50 - 20 - 15]
+    assert sorted(record["iterations"] for record in records(tmp_path / "undisturbed")) == [10, 50]
 
 
 def test_a_job_that_kills_every_worker_is_given_up_with_a_sentence(tmp_path: Path) -> None:
     root = tmp_path / "store"
-    run(planner(root, study(["l1"], levels=0)), InTurn(last_first=False), lambda *_: None)
+    gate = Gate()
+    killed: list[int] = []
 
-    def kill(status: Status, _: Training | None) -> None:
-        for pid in workers_of():
-            os.kill(pid, signal.SIGKILL)
+    def kill_level_0(arrival: Arrival) -> None:
+        if arrival.iteration == 15:  # the rewind point has 10
+            killed.append(arrival.pid)
+            arrival.die()
+        else:
+            arrival.go()
 
-    with LocalWorkers(1, TASK, None, root) as workers:
-        before = content(root)
-        with pytest.raises(
-            UserError, match=r"level 0 failed: its process was ended by SIGKILL, 3 times; is there enough"
-        ):
-            run(
-                planner(
-                    root,
-                    study(["l1"], iterations=10_000, levels=1).model_copy(),
-                ),
-                workers,
-                kill,
-            )
-        assert before.items() <= content(root).items()
+    with (
+        gate.answered(kill_level_0),
+        pytest.raises(
+            UserError, match=r"level 0 failed: its process was ended by SIGKILL, 3 times; is there enough memory\?$"
+        ),
+    ):
+        run_study(root, gate.before(study(["l1"])), workers=1)
+    assert len(set(killed)) == 3
+    assert [record["iterations"] for record in records(root)] == [10], "what was done is kept"
 
 
 def test_a_checkpoint_cut_in_half_is_not_used(tmp_path: Path, undisturbed: dict[str, bytes]) -> None:
@@ -231,49 +226,28 @@ def test_a_flipped_byte_is_found_said_and_done_again(tmp_path: Path, undisturbed
 
 
 def test_workers_end_by_themselves_when_the_parent_is_gone(tmp_path: Path) -> None:
-    driver = f"""
-import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})
-from pathlib import Path
-from stores import *
-from multiprocessing import forkserver
-said = []
-def say(status, _):
-    if status.running and not said:
-        print(forkserver._forkserver._forkserver_pid, flush=True)
-        said.append(1)
-root = Path({str(tmp_path / "store")!r})
-plan = planner(root, study(iterations=1_000_000, rewind=0))
-with LocalWorkers(1, TASK, None, root) as workers:
-    run(plan, workers, say)
-"""
-    process = subprocess.Popen([sys.executable, "-c", driver], stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    server = int(process.stdout.readline())
-    while not (orphans := workers_of(server)):
-        time.sleep(0.05)
-    process.kill()
-    process.wait()
-    process.stdout.close()
-    began = time.monotonic()
-    while any(_running(pid) for pid in [server, *orphans]):
-        assert time.monotonic() - began < 5, "an orphan goes on"
-        time.sleep(0.05)
-
-
-def _running(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
+    """In the middle of a training; and so does the process that they are copies of."""
+    gate = Gate()
+    command = [*write_study(tmp_path, gate.before(study())), "--workers", "1"]
+    with gate.opened():
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, cwd=tmp_path)
+        arrival = gate.next()
+        while arrival.pid == process.pid:  # it tries the model out
+            arrival.go()
+            arrival = gate.next()
+        server = parent_of(arrival.pid)
+        assert server != process.pid
+        process.kill()
+        process.wait(LONG)
+        wait_for_end(arrival.pid, server)
+        arrival.go()
 
 
 def test_what_a_user_did_wrong_is_said_by_the_worker(tmp_path: Path) -> None:
     plan = planner(tmp_path / "store")
     with (
         LocalWorkers(1, TASK.model_copy(update={"model": "no_such_model"}), None, None) as workers,
-        pytest.raises(
-            UserError, match=r"rewind point failed: task\.model: unknown model 'no_such_model'|level 0 failed"
-        ),
+        pytest.raises(UserError, match=r"rewind point failed: task\.model: unknown model 'no_such_model'"),
     ):
         run(plan, workers, lambda *_: None)
 
@@ -327,20 +301,37 @@ class _Slow(InTurn):
             yield from super().events(timeout)
 
 
-def test_two_commands_at_once_share_the_work(tmp_path: Path) -> None:
-    both = study(["magnitude", "l1", "l2"], seeds=(0, 1))
-    command = [*write_study(tmp_path, both), "--workers", "1"]
-    orders = (["magnitude", "l1", "l2"], ["l2", "l1", "magnitude"])
-    together = [
-        subprocess.Popen([*command, "--importances", *order], stdout=subprocess.PIPE, text=True, cwd=tmp_path)
-        for order in orders
-    ]
-    outputs = [process.communicate()[0] for process in together]
-    assert [process.returncode for process in together] == [0, 0]
-    lines = [line for output in outputs for line in output.splitlines() if line.startswith("[")]
-    assert len(lines) == len(results(tmp_path / "tombola-store")) == 10, "a training was done twice"
-    run(planner(tmp_path / "alone", both), InTurn(last_first=False), lambda *_: None)
-    assert content(tmp_path / "alone") == content(tmp_path / "tombola-store")
+def test_two_processes_at_once_share_the_work(tmp_path: Path) -> None:
+    gate = Gate()
+    of = gate.before(study(["magnitude", "l1", "l2"], seeds=(0, 1)))
+    run_study(tmp_path / "alone", of)
+
+    def share(name: str, order: list[str]) -> None:
+        """Do a part of the study, and write down which."""
+
+        def note(status: Status, finished: Training | None) -> None:
+            if finished is not None:
+                (tmp_path / name / finished.key).touch()
+
+        (tmp_path / name).mkdir()
+        plan = planner(tmp_path / "store", of.model_copy(update={"importances": tuple(order)}))
+        with LocalWorkers(1, of.task, None, None) as workers:
+            run(plan, workers, note)
+
+    with gate.opened():
+        together = [fork(partial(share, name, order)) for name, order in ORDERS.items()]
+        first, second = gate.next(), gate.next()
+        assert first.pid != second.pid, "both are in the middle of a training, each in one of its own"
+        first.go()
+        second.go()
+    assert [status_of(pid) for pid in together] == [0, 0]
+    shares = [[path.name for path in (tmp_path / name).iterdir()] for name in ORDERS]
+    assert all(shares), "one has done all of it"
+    assert sorted(shares[0] + shares[1]) == sorted(path.name for path in results(tmp_path / "store"))
+    assert content(tmp_path / "store") == content(tmp_path / "alone")
+
+
+ORDERS = {"one": ["magnitude", "l1", "l2"], "other": ["l2", "l1", "magnitude"]}
 
 
 def test_a_claim_is_for_one(tmp_path: Path) -> None:
@@ -364,21 +355,23 @@ def test_a_claim_is_for_one(tmp_path: Path) -> None:
 
 def test_a_claim_dies_with_its_owner(tmp_path: Path) -> None:
     code = f"""
-import sys, time
+import sys
 from pathlib import Path
 from tombola.store.claims import Claims
 claims = Claims(Path({str(tmp_path)!r}))
 print(claims.take("key"), flush=True)
-time.sleep(600)
+sys.stdin.read()
 """
-    other = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    other = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert other.stdin is not None
     assert other.stdout is not None
     assert other.stdout.readline() == "True\n"
     with Claims(tmp_path) as ours:
         assert not ours.take("key")
         assert not ours.alone()
         other.kill()
-        other.wait()
+        other.wait(LONG)
+        other.stdin.close()
         other.stdout.close()
         assert ours.take("key")
         assert ours.alone()
@@ -386,21 +379,50 @@ time.sleep(600)
 
 def test_a_claim_on_another_machine_dies_with_its_heartbeat(tmp_path: Path) -> None:
     """No lock is looked at between machines: only whether the file goes on changing, by the reader's own clock."""
-    with Claims(tmp_path, host="here", heartbeat=600, patience=0.5) as ours:
-        theirs = Claims(tmp_path, host="there", heartbeat=0.05)
+    now = 1000.0
+    with (
+        Claims(tmp_path, host="here", heartbeat=LONG, patience=60, clock=lambda: now) as ours,
+        Claims(tmp_path, host="there", heartbeat=LONG) as theirs,
+    ):
         assert theirs.take("key")
-        os.utime(theirs._handle, (0, 0))  # a clock of 1970
-        for _ in range(15):
-            assert not ours.take("key")
-            time.sleep(0.1)
-        theirs._over.set()
-        theirs._beating.join()
-        assert not ours.take("key")
-        time.sleep(0.7)
+        for beat in range(5):
+            os.utime(theirs._handle, (beat, beat))  # a clock of 1970
+            assert not ours.take("key"), "it has changed"
+            now += 59
+            assert not ours.take("key"), "it has changed less than a minute ago"
+        now += 1
         assert ours.take("key")
-        assert not theirs.take("another") or theirs._file.exists()  # it finds itself buried, and begins anew
-        theirs.__exit__()
-        assert not ours.take("another") or ours.owner("another")
+        assert ours.alone(), "the run is buried too"
+        assert not theirs._file.exists()
+        assert not theirs.take("key")
+        assert theirs.take("another"), "it finds itself buried, and begins anew"
+        assert theirs._file.exists()
+        assert not ours.take("another")
+        assert not ours.alone()
+        theirs.release("key")  # it is not theirs any more
+        assert not theirs.take("key")
+    assert not list((tmp_path / "runs").iterdir())
+    assert not list((tmp_path / "claims").iterdir())
+
+
+def test_a_run_beats(tmp_path: Path) -> None:
+    with Claims(tmp_path, heartbeat=0.001) as claims:
+        for _ in range(2):
+            os.utime(claims._handle, (0, 0))
+            until(lambda: os.fstat(claims._handle).st_mtime > 0, "the run touches its file")
+
+
+def test_a_training_tells_and_keeps_by_the_clock() -> None:
+    now = 0.0
+    told: list[int] = []
+    kept: list[float] = []
+    checkpoint = Checkpoint(1, {}, {}, torch.zeros(0))
+    watch = watching(told.append, lambda _: kept.append(now), 1.0, clock=lambda: now)
+    for iteration in range(1, 26):
+        now = iteration / 8
+        watch(iteration, lambda: checkpoint)
+    assert told == list(range(2, 26, 2)), "the first after more than a fifth of a second"
+    assert kept == [1.0, 2.0, 3.0]
 
 
 def test_a_file_system_without_hard_links_still_works(
@@ -493,9 +515,38 @@ def test_speeds_come_from_records_and_by_density(tmp_path: Path) -> None:
     assert expected.critical[1] == pytest.approx(2 * expected.seconds_each)
 
 
-def test_a_study_that_was_never_run_is_timed(tmp_path: Path) -> None:
+def test_a_study_that_was_never_run_is_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By workers that take 2 seconds to come and 0.01 seconds for an iteration, twice that where all is dense."""
+    now = 0.0
+
+    class Steady(InTurn):
+        count = 1
+
+        def __init__(self, *_: object) -> None:
+            super().__init__(last_first=False)
+            self._at = 0
+
+        def events(self, timeout: float) -> Iterator[Event]:
+            nonlocal now
+            (job,) = self._jobs
+            mask = Mask(job.shapes, {name: np.frombuffer(bits, np.uint8) for name, bits in job.bits.items()})
+            each = 0.02 if mask.density == 1 else 0.01
+            now += 20 * each if self._at else 2 + 20 * each
+            self._at += 20
+            yield At(job.key, self._at)
+
+    monkeypatch.setattr(estimates, "LocalWorkers", Steady)
+    monkeypatch.setattr(estimates, "time", SimpleNamespace(perf_counter=lambda: now))
     expected = estimates.estimate(planner(tmp_path / "store", study(["l1"], levels=1)), 1)
     assert expected.source == "from a few iterations timed now"
-    assert 0.001 < expected.seconds_each < 30
-    assert expected.seconds > 3 * expected.seconds_each
+    assert expected.seconds_each == pytest.approx((10 * 0.02 + 50 * 0.02 + 50 * 0.01) / 3)
+    assert expected.seconds == pytest.approx(3 * expected.seconds_each + 2)
+    assert not results(tmp_path / "store")
+
+
+def test_a_study_is_timed_in_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(estimates, "_TIMED_SECONDS", 0.0)  # as soon as two iterations are told of
+    expected = estimates.estimate(planner(tmp_path / "store", study(["l1"], levels=1)), 1)
+    assert expected.source == "from a few iterations timed now"
+    assert 0 < 3 * expected.seconds_each <= expected.seconds < math.inf
     assert not results(tmp_path / "store")

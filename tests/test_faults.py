@@ -8,129 +8,164 @@ import random
 import resource
 import signal
 import subprocess
-import time
-import warnings
+import sys
+from collections.abc import Callable
 from contextlib import suppress
-from multiprocessing import forkserver
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from stores import TASK, content, planner, records, results, run_study, study, write_study
+from gate import Gate
+from processes import LONG, fork, kill, run_command, status_of, wait_for_end, workers_of
+from stores import content, planner, records, results, run_study, study, write_study
 from tombola.engine.local import LocalWorkers
 from tombola.engine.run import run
+from tombola.store.store import Store
 
-KILLS = 20
-STUDY = study(["magnitude", "l1", "l2"], seeds=(0, 1), levels=2, iterations=100, rewind=20)
+GATE = Gate()
+STUDY = GATE.before(study(["magnitude", "l1", "l2"], seeds=(0, 1), levels=2))
 
 
-def drive(root: Path) -> int:
-    """Run the study in a process of its own, with a checkpoint every few milliseconds; return its number.
+def drive(root: Path, writes: int = 0, workers: int = 2) -> int:
+    """Run the study in a process of its own, with a checkpoint after each iteration; return its number.
 
-    It is a copy of this process, and so are its workers copies of one that has imported all they need: to start costs
-    nothing. Otherwise it is a process like any other, and dies like one.
+    After SIGUSR1 the process writes so many times more to the disk, and is killed at the next time.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        pid = os.fork()
-    if pid:
-        return pid
-    status = 1
-    try:
-        forkserver._forkserver.ensure_running = lambda: (
-            None
-        )  # it runs, as a child of the process that this is a copy of
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-        plan = planner(root, STUDY)
-        with LocalWorkers(2, TASK, None, root, checkpoint_every=0.005) as workers:
-            run(plan, workers, lambda *_: None)
-        status = 0
-    finally:
-        os._exit(status)
+
+    def work() -> None:
+        signal.signal(signal.SIGUSR1, lambda *_: _die_writing(writes))
+        with LocalWorkers(workers, STUDY.task, None, root, checkpoint_every=0) as processes:
+            run(planner(root, STUDY), processes, lambda *_: None)
+
+    return fork(work)
 
 
-def workers() -> list[int]:
-    server = forkserver._forkserver._forkserver_pid
-    return [int(pid) for pid in Path(f"/proc/{server}/task/{server}/children").read_text().split()]
+def _die_writing(writes: int) -> None:
+    """Have this process killed when it has written some times more to the disk."""
+    real, left = os.fsync, writes
 
+    def fsync(handle: int) -> None:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        real(handle)
 
-def ended(pid: int) -> bool:
-    return os.waitpid(pid, os.WNOHANG) != (0, 0)
+    os.fsync = fsync
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, bytes], float]:
-    """The study's store, and how long it takes."""
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """The study's store."""
     root = tmp_path_factory.mktemp("undisturbed") / "store"
-    run_study(root, study(levels=0))  # from here on the process that workers are copies of is there
-    began = time.monotonic()
-    assert os.waitpid(drive(root.with_name("timed")), 0)[1] == 0
-    return content(root.with_name("timed")), time.monotonic() - began
+    run_study(root, STUDY)  # from here on the process that workers are copies of is there
+    return content(root)
 
 
-@pytest.mark.parametrize("seed", range(4))
-def test_kills_at_random_moments_change_no_byte(
-    tmp_path: Path, undisturbed: tuple[dict[str, bytes], float], seed: int
-) -> None:
-    """Five kills in a row, of the parent, a worker or both; the same command again after each of the parent."""
-    expected, seconds = undisturbed
+def kill_worker(gate: Gate, parent: int) -> None:
+    """Kill a worker in the middle of a training."""
+    arrival = gate.next()
+    arrival.die()
+    wait_for_end(arrival.pid)
+
+
+def kill_writing_worker(gate: Gate, parent: int) -> None:
+    """Kill a worker in the middle of writing a checkpoint."""
+    arrival = gate.next()
+    arrival.die_writing()
+    wait_for_end(arrival.pid)
+
+
+def kill_parent(gate: Gate, parent: int) -> None:
+    """Kill the parent while a worker of it is in the middle of a training."""
+    arrival = gate.next()
+    kill(parent)
+    arrival.go()  # it ends by itself
+
+
+def kill_writing_parent(gate: Gate, parent: int) -> None:
+    """Kill the parent in the middle of storing a result."""
+    os.kill(parent, signal.SIGUSR1)
+    while arrival := gate.next_before_end_of(parent):
+        arrival.go()
+    assert status_of(parent) == -signal.SIGKILL
+
+
+def kill_both(gate: Gate, parent: int) -> None:
+    """Kill the parent, and a worker at the same time."""
+    arrival = gate.next()
+    arrival.die()
+    kill(parent)
+
+
+KILLS: list[Callable[[Gate, int], None]] = [
+    kill_worker,
+    kill_writing_worker,
+    kill_parent,
+    kill_writing_parent,
+    kill_both,
+]
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_kills_change_no_byte(tmp_path: Path, undisturbed: dict[str, bytes], seed: int) -> None:
+    """Ten kills in a row, of the parent, a worker or both; the same command again after each of the parent."""
     chance = random.Random(seed)
-    kills = stores = 0
-    while kills < KILLS // 4:  # more than one study, where one is faster than that
-        root = tmp_path / f"store{stores}"
-        stores += 1
-        parent = drive(root)
-        while True:
-            time.sleep(chance.uniform(0, seconds / 3))
-            whom = chance.choice(["parent", "worker", "both"])
-            if kills == KILLS // 4 or ended(parent):
-                break
-            doomed = workers() if whom != "parent" else []
-            if doomed:
-                os.kill(chance.choice(doomed), signal.SIGKILL)
-            if whom != "worker" or not doomed:
-                os.kill(parent, signal.SIGKILL)
-                os.waitpid(parent, 0)
-                parent = drive(root)
-            kills += 1
-        with suppress(ChildProcessError):  # it has been waited for
-            os.waitpid(parent, 0)
-        assert content(root) == expected
-        assert all(record for record in records(root))
-
-
-def test_work_is_kept_over_a_kill(tmp_path: Path, undisturbed: tuple[dict[str, bytes], float]) -> None:
-    """A study is killed as soon as there is a checkpoint of a training far on: it is gone on from there."""
     root = tmp_path / "store"
-    parent = drive(root)
-    while not list((root / "checkpoints").glob("*")) or len(results(root)) < 2:
-        time.sleep(0.001)
-    os.kill(parent, signal.SIGKILL)
-    os.waitpid(parent, 0)
-    finished = len(results(root))
-    began = time.monotonic()
-    while workers():
-        assert time.monotonic() - began < 5, "a worker outlives its parent"
-        time.sleep(0.01)
+    kills = chance.sample(2 * KILLS, 2 * len(KILLS))
+    with GATE.opened() as gate:
+        parent = drive(root, writes=chance.randrange(12))
+        for how in kills:
+            for _ in range(chance.randrange(2, 25)):
+                arrival = gate.next_before_end_of(parent)
+                assert arrival is not None, "the study is over before the last kill"
+                arrival.go()
+            before = workers_of()
+            how(gate, parent)
+            if how not in (kill_worker, kill_writing_worker):
+                wait_for_end(*before)  # of themselves: their parent is gone
+                parent = drive(root, writes=chance.randrange(12))
+    assert status_of(parent) == 0
+    assert content(root) == undisturbed
+    assert all(records(root))
+
+
+def test_work_is_kept_over_a_kill(tmp_path: Path, undisturbed: dict[str, bytes]) -> None:
+    """A study is killed in the middle of its third training, which goes on from where it was."""
+    root = tmp_path / "store"
+    with GATE.opened() as gate:
+        parent = drive(root, workers=1)
+        while arrival := gate.next_before_end_of(parent):
+            if len(results(root)) == 2 and arrival.iteration == 20:
+                break
+            arrival.go()
+        assert arrival is not None
+        kill(parent)
+        arrival.go()
+        wait_for_end(arrival.pid)
+    stored = {path.name for path in results(root)}
+    (checkpoint,) = (root / "checkpoints").iterdir()
+    assert checkpoint.stem not in stored
     status = run_study(root, STUDY)
-    assert status.done == len(results(root)) - finished
-    assert content(root) == undisturbed[0]
-    assert any(record["iterations"] < 80 for record in records(root)), "nothing went on from a checkpoint"
+    assert status.done == len(results(root)) - len(stored)
+    assert content(root) == undisturbed
+    lengths = {path.name: Store(root).record(path.name)["iterations"] for path in results(root)}
+    assert lengths.pop(checkpoint.stem) == 50 - 20
+    assert sorted(lengths.values()) == [10] * 2 + [50] * 13, "every other training was done from its beginning"
 
 
-def _limited_to(size: int) -> None:
+def _limit_files(size: int) -> None:
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
 
 def test_a_full_disk_is_said_and_when_there_is_room_the_same_command_goes_on(tmp_path: Path) -> None:
     command = [*write_study(tmp_path), "--workers", "1"]
-    full = subprocess.run(
-        command, capture_output=True, text=True, cwd=tmp_path, preexec_fn=lambda: _limited_to(2500), check=False
-    )
-    assert full.returncode == 2
-    assert "cannot be written: File too large; what was stored before is kept, the same command goes on" in full.stderr
-    assert "Traceback" not in full.stderr
+    status, errors = run_command(tmp_path, command, before=partial(_limit_files, 2500))
+    assert status == 2
+    assert "cannot be written: File too large; what was stored before is kept, the same command goes on" in errors
+    assert "Traceback" not in errors
     store = tmp_path / "tombola-store"
     assert not results(store)
     run_study(store)
@@ -166,16 +201,28 @@ def test_a_disk_that_fills_in_the_middle_loses_nothing(tmp_path: Path, monkeypat
 def test_a_read_only_store_is_refused_with_a_sentence(tmp_path: Path) -> None:
     run_study(tmp_path / "tombola-store")
     before = content(tmp_path / "tombola-store")
-    command = write_study(tmp_path)
-    mount = 'mount --bind tombola-store tombola-store && mount -o remount,ro,bind tombola-store && exec "$@"'
-    private = ["unshare", "--mount", "sh", "-c", mount, "sh"]
-    if subprocess.run([*private, "true"], cwd=tmp_path, capture_output=True, check=False).returncode:
-        pytest.skip("no file system can be mounted here")
-    done = subprocess.run([*private, *command], cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 2
+    _, _, file = write_study(tmp_path)
+    code = f"""
+from tombola.cli import main
+assert main(["run", {file!r}]) == 2
+assert main(["results", {file!r}]) == 0
+"""
+    done = subprocess.run(
+        [*_read_only(tmp_path / "tombola-store"), sys.executable, "-c", code],
+        cwd=tmp_path, capture_output=True, text=True, check=False, timeout=LONG,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
     assert done.stderr.strip().endswith("it cannot be written to: Read-only file system")
-    command[1] = "results"
-    done = subprocess.run([*private, *command], cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 0
     assert "magnitude" in done.stdout
     assert content(tmp_path / "tombola-store") == before
+
+
+def _read_only(folder: Path) -> list[str]:
+    """Return what runs a command to which a folder is a file system that cannot be written to."""
+    mount = 'mount --bind "$0" "$0" && mount -o remount,ro,bind "$0" && exec "$@"'
+    for private in (["unshare", "--mount"], ["unshare", "--user", "--map-root-user", "--mount"]):
+        command = [*private, "sh", "-c", mount, str(folder)]
+        with suppress(FileNotFoundError):
+            if subprocess.run([*command, "true"], capture_output=True, check=False, timeout=LONG).returncode == 0:
+                return command
+    pytest.skip("no file system can be mounted here; to run it: as root, or where a user may unshare namespaces")

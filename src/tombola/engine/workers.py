@@ -69,18 +69,30 @@ class Workers(Protocol):
         """Stop what is running."""
 
 
-def watching(tell: Callable[[int], None], keep: Callable[[bytes], None] | None, checkpoint_every: float) -> Watch:
-    """Return a function that tells of a training's progress, and gives its checkpoints to `keep`, by time."""
-    said = kept = time.monotonic()
+def watching(
+    tell: Callable[[int], None],
+    keep: Callable[[bytes], None] | None,
+    checkpoint_every: float,
+    clock: Callable[[], float] = time.monotonic,
+) -> Watch:
+    """Return a function that tells of a training's progress, and gives its checkpoints to `keep`, by time.
+
+    Args:
+        tell: is given the iteration, five times a second.
+        keep: is given checkpoints; None for none.
+        checkpoint_every: seconds between two checkpoints; 0: after each iteration.
+        clock: tells the seconds.
+    """
+    said = kept = clock()
 
     def watch(iteration: int, checkpoint: Callable[[], Checkpoint]) -> None:
         nonlocal said, kept
-        now = time.monotonic()
+        now = clock()
         if now - said > _TOLD_EVERY:
             tell(iteration)
             said = now
-        if keep is not None and now - kept > checkpoint_every:
+        if keep is not None and now - kept >= checkpoint_every:
             keep(checkpoint_to_bytes(checkpoint()))
-            kept = time.monotonic()
+            kept = clock()
 
     return watch

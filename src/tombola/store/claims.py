@@ -25,6 +25,7 @@ import socket
 import threading
 import time
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -44,14 +45,22 @@ class Claims:
         heartbeat: see `HEARTBEAT`.
         patience: see `PATIENCE`.
         host: the machine, as far as locks reach: one running kernel.
+        clock: tells the seconds by which patience is measured.
     """
 
     def __init__(
-        self, root: Path, *, heartbeat: float = HEARTBEAT, patience: float = PATIENCE, host: str | None = None
+        self,
+        root: Path,
+        *,
+        heartbeat: float = HEARTBEAT,
+        patience: float = PATIENCE,
+        host: str | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._runs, self._claims = root / "runs", root / "claims"
         self._patience = patience
         self._host = host or _this_host()
+        self._clock = clock
         self._seen: dict[int, tuple[int, float]] = {}  # inode -> time of change, and since when we see that one
         self._held: set[str] = set()
         self._over = threading.Event()
@@ -152,9 +161,9 @@ class Claims:
                 return True
             changed, since = self._seen.get(status.st_ino, (None, 0.0))
             if changed != status.st_mtime_ns:
-                self._seen[status.st_ino] = status.st_mtime_ns, time.monotonic()
+                self._seen[status.st_ino] = status.st_mtime_ns, self._clock()
                 return True
-            return time.monotonic() - since < self._patience
+            return self._clock() - since < self._patience
         finally:
             os.close(handle)
 

@@ -1,0 +1,108 @@
+"""Processes that tests start, stop at a point and kill: waited for by events, and only for so long.
+
+No test depends on how long something takes. `LONG` is no expectation: it only ends a test that would hang.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import signal
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Sequence
+from multiprocessing import forkserver
+from pathlib import Path
+
+from tombola.cli import main
+
+LONG = 300.0
+"""Seconds after which a test gives up waiting for something that must come."""
+
+
+def until(condition: Callable[[], bool], what: str) -> None:
+    """Wait until a condition holds that no event tells of; fail where it does not come to hold."""
+    give_up = time.monotonic() + LONG
+    while not condition():
+        assert time.monotonic() < give_up, f"waited {LONG:g} s in vain: {what}"
+        time.sleep(0.01)  # between two looks
+
+
+def wait_for_end(*pids: int) -> None:
+    """Wait until processes have ended, children or not."""
+    for pid in pids:
+        try:
+            handle = os.pidfd_open(pid)
+        except ProcessLookupError:
+            continue
+        try:
+            assert select.select([handle], [], [], LONG)[0], f"process {pid} goes on"
+        finally:
+            os.close(handle)
+
+
+def status_of(pid: int) -> int:
+    """Wait for the end of a child; return its exit status, or minus the number of the signal that ended it."""
+    wait_for_end(pid)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def kill(pid: int) -> None:
+    """Kill a child, and wait for its end."""
+    os.kill(pid, signal.SIGKILL)
+    assert status_of(pid) == -signal.SIGKILL
+
+
+def fork(work: Callable[[], object]) -> int:
+    """Do some work in a copy of this process; return the copy's number.
+
+    The workers that it starts are copies of the process of which this one's workers are copies, which has imported all
+    that they need. So nothing has to be imported again. Otherwise it is a process like any other, and dies like one.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of threads, which are not copied
+        pid = os.fork()
+    if pid:
+        return pid
+    status = 1
+    try:
+        forkserver._forkserver.ensure_running = lambda: None  # it runs, but is no child of this process
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        work()
+        status = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(status)
+
+
+def run_command(folder: Path, command: Sequence[str], before: Callable[[], object] = lambda: None) -> tuple[int, str]:
+    """Run the command line in a copy of this process; return its exit status and what it wrote as errors.
+
+    Args:
+        folder: where.
+        command: `tombola` and its arguments.
+        before: is called in the copy, first.
+    """
+
+    def work() -> None:
+        os.chdir(folder)
+        with (folder / "errors").open("w") as errors, contextlib.redirect_stderr(errors):
+            before()
+            status = main(command[1:])
+        os._exit(status)
+
+    status = status_of(fork(work))
+    return status, (folder / "errors").read_text()
+
+
+def workers_of(server: int | None = None) -> list[int]:
+    """Return the processes of workers: the children of the process that they are copies of, by default of ours."""
+    server = server or forkserver._forkserver._forkserver_pid
+    return [int(pid) for pid in Path(f"/proc/{server}/task/{server}/children").read_text().split()]
+
+
+def parent_of(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
