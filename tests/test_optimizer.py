@@ -11,8 +11,6 @@ from torch import nn
 from tombola import Recipe
 from tombola.training.optimizer import Optimizer
 
-Name = Literal["sgd", "momentum", "nesterov", "adam", "adamw"]
-NAMES: tuple[Name, ...] = ("sgd", "momentum", "nesterov", "adam", "adamw")
 SHAPES = [(3, 4), (5,), (2, 3, 3, 3), (0, 2)]
 
 
