@@ -125,7 +125,7 @@ def load_study(name: str, overrides: Mapping[str, Any] | None = None) -> Study:
     for field, value in overrides.items():
         _set(document, field.split("."), value)
     if isinstance(document.get("recipe"), dict):
-        _rewrite_old_optimizer(document["recipe"], name)
+        document["recipe"] = _rewrite_old_optimizer(document["recipe"], name)
     try:
         return Study.model_validate(document)
     except ValidationError as error:
@@ -161,20 +161,20 @@ def _drop_unused_momentum(recipe: dict[str, Any], optimizer: str) -> None:
         recipe.pop("nesterov", None)
 
 
-def _rewrite_old_optimizer(recipe: dict[str, Any], source: str) -> None:
-    """Turn the optimizers `momentum` and `nesterov` of tombola's first version into today's fields, with a warning."""
+def _rewrite_old_optimizer(recipe: dict[str, Any], study: str) -> dict[str, Any]:
+    """Return a recipe in today's fields, with a warning where it has an optimizer of tombola's first version."""
     old = recipe.get("optimizer")
     if old not in ("momentum", "nesterov"):
-        return
-    momentum = recipe.setdefault("momentum", 0.9)
-    recipe.update(optimizer="sgd", nesterov=old == "nesterov" and momentum != 0)
-    fields = ["optimizer = 'sgd'", f"momentum = {momentum}", *(["nesterov = true"] if recipe["nesterov"] else [])]
+        return recipe
+    momentum = recipe.get("momentum", 0.9)
+    today = {"optimizer": "sgd", "momentum": momentum} | ({"nesterov": True} if old == "nesterov" and momentum else {})
+    sentence = ", ".join(f"{field} = {_as_toml(value)}" for field, value in today.items())
     warnings.warn(
-        f"study {source}: optimizer = {old!r} will not be read by the next version; in [recipe] write "
-        f"{', '.join(fields)}",
+        f"study {study}: the next version will not read optimizer = {old!r}; write {sentence}",
         OldFieldWarning,
         stacklevel=3,
     )
+    return recipe | today
 
 
 def _explain(error: ValidationError, document: Mapping[str, Any]) -> str:
