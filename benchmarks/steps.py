@@ -44,7 +44,7 @@ def lenet(iterations: int = 200, images: int = 30_000) -> System:
 def convolutional(build: Callable[[], nn.Module], iterations: int) -> System:
     """A network on images of CIFAR-10's shape, with the paper's recipe."""
     recipe = Recipe(
-        optimizer="momentum",
+        momentum=0.9,
         weight_decay=1e-4,
         iterations=iterations,
         batch_size=BATCH,
@@ -85,8 +85,7 @@ def by_hand(system: System, mask: Mask, *, channels_last: bool = False) -> float
     if channels_last:
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     recipe = system.recipe
-    momentum = 0.0 if recipe.optimizer == "sgd" else recipe.momentum
-    optimizer = torch.optim.SGD(model.parameters(), recipe.lr, momentum, weight_decay=recipe.weight_decay)
+    optimizer = torch.optim.SGD(model.parameters(), recipe.lr, recipe.momentum, weight_decay=recipe.weight_decay)
     parameters = dict(model.named_parameters())
     pruned = [(parameters[name], alive.float()) for name, alive in mask.items() if not alive.all()]
     return _step(_trained_by_hand(system, model, optimizer, pruned, channels_last=channels_last))

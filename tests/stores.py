@@ -39,7 +39,7 @@ def study(
     importances: Sequence[str] = ("magnitude", "l1"), seeds: Sequence[int] = (0,), levels: int = 1, **recipe: Any
 ) -> Study:
     """Return a study whose trainings take a tenth of a second; with momentum, so that a checkpoint must hold it."""
-    recipe = {"optimizer": "momentum", "batch_size": 32, "iterations": 60, "rewind": 10, "lr": 0.05} | recipe
+    recipe = {"momentum": 0.9, "batch_size": 32, "iterations": 60, "rewind": 10, "lr": 0.05} | recipe
     return Study(
         task=TASK,
         recipe=Recipe(**recipe),

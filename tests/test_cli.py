@@ -99,7 +99,7 @@ def test_a_run_says_what_it_did_and_prints_its_results_in_plain_text(finished_ru
     dense = [line for line in lines if "level 0, density 100.00 %" in line]
     assert len(dense) == 2
     assert all("(magnitude, l1)" in line for line in dense)
-    assert "test accuracy in % on digits, mean ± sd over 2 seeds; best *\n" in run.stdout
+    assert "test accuracy in % on digits, mean ± std over 2 seeds; best *\n" in run.stdout
     assert re.search(r"^    2     36\.00 +\d\d\.\d\d±\d+\.\d\d", run.stdout, re.MULTILINE)
 
 

@@ -13,7 +13,7 @@ from tombola.training.train import initial_state
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
 
 RECIPE = Recipe(
-    optimizer="momentum",
+    momentum=0.9,
     lr=0.05,
     weight_decay=1e-4,
     epochs=2,

@@ -108,14 +108,14 @@ def test_digits_are_split_once_and_for_all():
     assert sorted(together) == sorted(original)
 
 
-def test_digits_are_balanced_and_their_mean_and_sd_are_those_of_the_train_set():
+def test_digits_are_balanced_and_their_mean_and_std_are_those_of_the_train_set():
     data = load("digits", None)
     shares = torch.bincount(data.test_labels) / torch.bincount(torch.cat([data.train_labels, data.test_labels]))
     assert shares.min() > 0.24
     assert shares.max() < 0.26
     pixels = data.train_inputs.double() / 255
     assert data.mean == pytest.approx((pixels.mean().item(),), abs=5e-5)
-    assert data.sd == pytest.approx((pixels.std(correction=0).item(),), abs=5e-5)
+    assert data.std == pytest.approx((pixels.std(correction=0).item(),), abs=5e-5)
 
 
 # Subsets
@@ -135,7 +135,7 @@ def test_a_subset_keeps_the_first_of_each_class_in_their_order():
         kept = sorted(index for label in range(10) for index in (labels == label).nonzero()[:count].flatten().tolist())
         assert torch.equal(getattr(part, f"{split}_inputs"), inputs[kept])
         assert torch.equal(getattr(part, f"{split}_labels"), labels[kept])
-    assert (part.mean, part.sd) == (whole.mean, whole.sd)
+    assert (part.mean, part.std) == (whole.mean, whole.std)
     assert part.fingerprint != whole.fingerprint
     assert subset(whole) is whole
 
@@ -175,8 +175,8 @@ def test_a_subset_larger_than_a_class_is_refused():
         ),
         ({"train_labels": torch.tensor([0, 2])}, "label 2 of example 1 is out of range, expected 0..1 for 2 classes"),
         ({"test_labels": torch.tensor([-1])}, "test set: label -1 of example 0 is out of range"),
-        ({"mean": (0.5, 0.5)}, "expected 1 means and positive sds, one a channel"),
-        ({"sd": (0.0,)}, "expected 1 means and positive sds, one a channel"),
+        ({"mean": (0.5, 0.5)}, "expected 1 means and positive stds, one a channel"),
+        ({"std": (0.0,)}, "expected 1 means and positive stds, one a channel"),
     ],
 )
 def test_parts_that_do_not_fit_together_are_refused(changes, said):
@@ -200,7 +200,7 @@ def test_inputs_of_another_kind_are_refused(dtype, shape, said):
 
 def test_ready_made_inputs_may_have_any_shape():
     inputs = torch.zeros(2, 3)
-    assert small(train_inputs=inputs, test_inputs=inputs[:1], mean=(), sd=()).input_shape == (3,)
+    assert small(train_inputs=inputs, test_inputs=inputs[:1], mean=(), std=()).input_shape == (3,)
 
 
 # The fingerprint
@@ -215,7 +215,7 @@ def small(**changes):
         "test_labels": torch.tensor([0]),
         "classes": ("a", "b"),
         "mean": (0.5,),
-        "sd": (0.5,),
+        "std": (0.5,),
     }
     return Dataset(**fields | changes)
 
@@ -230,7 +230,7 @@ def small(**changes):
         {"test_labels": torch.tensor([1])},
         {"classes": ("a", "b", "c")},
         {"mean": (0.4,)},
-        {"sd": (0.4,)},
+        {"std": (0.4,)},
     ],
     ids=lambda changes: next(iter(changes)),
 )
@@ -327,14 +327,14 @@ def test_mnist_is_found_in_the_data_directory(tmp_path, folder, zipped):
     arrays = make_idx(tmp_path / "data" / folder, zipped=zipped)
     data = load("mnist", tmp_path / "data")
     assert_holds(data, arrays)
-    assert (data.mean, data.sd, data.classes) == ((0.1307,), (0.3081,), tuple("0123456789"))
+    assert (data.mean, data.std, data.classes) == ((0.1307,), (0.3081,), tuple("0123456789"))
 
 
-def test_fashion_mnist_has_its_own_classes_mean_and_sd(tmp_path):
+def test_fashion_mnist_has_its_own_classes_mean_and_std(tmp_path):
     arrays = make_idx(tmp_path / "fashion-mnist")
     data = load("fashion-mnist", tmp_path)
     assert_holds(data, arrays)
-    assert (data.mean, data.sd, data.classes[9]) == ((0.286,), (0.353,), "Ankle boot")
+    assert (data.mean, data.std, data.classes[9]) == ((0.286,), (0.353,), "Ankle boot")
 
 
 def test_the_data_sets_own_folder_comes_first(tmp_path):

@@ -21,7 +21,7 @@ from rich.console import Console
 
 from tombola.datasets import cache as cache_module
 from tombola.datasets import decoder, files, load, pictures, progress, tree
-from tombola.datasets.cache import mean_and_sd
+from tombola.datasets.cache import mean_and_std
 from tombola.datasets.decoder import Form, TroubleError, decode
 from tombola.errors import UserError
 
@@ -107,7 +107,7 @@ def test_a_folder_is_read_as_it_is(tmp_path):
     assert data.classes == ("cat", "dog")
     flat = parts[0].transpose(1, 0, 2, 3).reshape(3, -1) / 255
     assert data.mean == pytest.approx(flat.mean(1).tolist(), abs=1e-12)
-    assert data.sd == pytest.approx(flat.std(1).tolist(), abs=1e-12)
+    assert data.std == pytest.approx(flat.std(1).tolist(), abs=1e-12)
 
 
 def test_the_stored_fingerprint_is_that_of_the_content(tmp_path):
@@ -207,11 +207,11 @@ def test_a_picture_cut_anywhere_is_refused_or_whole(kind):
 
 
 @given(st.lists(st.integers(0, 255), min_size=1, max_size=30))
-def test_mean_and_sd_agree_with_numpy(values):
+def test_mean_and_std_agree_with_numpy(values):
     array = np.array(values)
-    (mean,), (sd,) = mean_and_sd([int(array.sum())], [int((array**2).sum())], len(values))
+    (mean,), (std,) = mean_and_std([int(array.sum())], [int((array**2).sum())], len(values))
     assert mean == pytest.approx((array / 255).mean())
-    assert sd == pytest.approx(array.std() / 255 or 1.0)
+    assert std == pytest.approx(array.std() / 255 or 1.0)
 
 
 # The cache
@@ -293,6 +293,21 @@ def test_a_damaged_entry_is_written_again(tmp_path, damage):
     damage(tmp_path / ".tombola-cache" / entries(tmp_path)[0])
     assert_holds(load("image-folder", tmp_path, path="pets"), parts)
     assert len(entries(tmp_path)) == 1
+
+
+def test_an_entry_of_the_first_version_is_read(tmp_path):
+    parts = make_folder(tmp_path / "pets")
+    before = load("image-folder", tmp_path, path="pets")
+    (entry,) = entries(tmp_path)
+    about = tmp_path / ".tombola-cache" / entry / "about.json"
+    content = json.loads(about.read_text())
+    content["sd"] = content.pop("std")
+    about.write_text(json.dumps(content))
+    written = about.stat().st_mtime_ns
+    after = load("image-folder", tmp_path, path="pets")
+    assert_holds(after, parts)
+    assert (after.std, after.fingerprint) == (before.std, before.fingerprint)
+    assert about.stat().st_mtime_ns == written, "the entry is used, and not written again"
 
 
 def test_entries_of_another_scheme_are_not_used(tmp_path, monkeypatch):
@@ -726,7 +741,7 @@ def test_cifar10_is_read_from_its_folder(tmp_path, where):
     parts = make_cifar10(tmp_path / "data" / where)
     data = load("cifar10", tmp_path / "data")
     assert_holds(data, parts)
-    assert (data.mean, data.sd) == ((0.4914, 0.4822, 0.4465), (0.247, 0.2435, 0.2616))
+    assert (data.mean, data.std) == ((0.4914, 0.4822, 0.4465), (0.247, 0.2435, 0.2616))
     assert data.classes[:2] == ("airplane", "automobile")
     assert dataclasses.replace(data).fingerprint == data.fingerprint
 

@@ -1,6 +1,11 @@
-"""Optimizers: the bits of torch.optim's, whichever parameters have gradients, and going on from a copy."""
+"""Optimizers: the bits of torch.optim's, whichever parameters have gradients, and going on from a copy.
 
-from typing import Literal
+`make test-torch` runs this file with the oldest and the newest torch that pyproject.toml allows.
+"""
+
+from __future__ import annotations
+
+from typing import Any
 
 import pytest
 import torch
@@ -11,20 +16,25 @@ from torch import nn
 from tombola import Recipe
 from tombola.training.optimizer import Optimizer
 
-Name = Literal["sgd", "momentum", "nesterov", "adam", "adamw"]
-NAMES: tuple[Name, ...] = ("sgd", "momentum", "nesterov", "adam", "adamw")
+OPTIMIZERS: dict[str, dict[str, Any]] = {
+    "sgd": {},
+    "momentum": {"momentum": 0.9},
+    "nesterov": {"momentum": 0.7, "nesterov": True},
+    "adam": {"optimizer": "adam"},
+    "adamw": {"optimizer": "adamw"},
+}
 SHAPES = [(3, 4), (5,), (2, 3, 3, 3), (0, 2)]
 
 
 def of_torch(recipe: Recipe, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    """Return the public optimizer that a recipe names."""
+    decay = recipe.weight_decay
     if recipe.optimizer == "adam":
-        return torch.optim.Adam(parameters, recipe.lr, weight_decay=recipe.weight_decay, fused=True)
+        return torch.optim.Adam(parameters, recipe.lr, weight_decay=decay, fused=True)
     if recipe.optimizer == "adamw":
-        return torch.optim.AdamW(parameters, recipe.lr, weight_decay=recipe.weight_decay, fused=True)
-    momentum, nesterov = 0.0 if recipe.optimizer == "sgd" else recipe.momentum, recipe.optimizer == "nesterov"
-    return torch.optim.SGD(
-        parameters, recipe.lr, momentum, weight_decay=recipe.weight_decay, nesterov=nesterov, fused=True
-    )
+        return torch.optim.AdamW(parameters, recipe.lr, weight_decay=decay, fused=True)
+    momentum, nesterov = recipe.momentum, recipe.nesterov
+    return torch.optim.SGD(parameters, recipe.lr, momentum, weight_decay=decay, nesterov=nesterov, fused=True)
 
 
 def parameters() -> list[nn.Parameter]:
@@ -34,26 +44,19 @@ def parameters() -> list[nn.Parameter]:
     return made
 
 
-@settings(deadline=None)
-@given(
-    st.sampled_from(NAMES),
-    st.sampled_from([0.0, 0.1]),
-    st.lists(st.tuples(st.floats(0, 1), st.sets(st.integers(0, len(SHAPES) - 1))), min_size=1, max_size=5),
-    st.integers(0, 5),
-)
-def test_it_steps_as_torch_does(name: Name, decay: float, steps: list[tuple[float, set[int]]], copied_at: int) -> None:
-    """Also where some parameters have no gradient in some steps, and where it goes on from a copy of its tensors."""
-    recipe = Recipe(epochs=1, optimizer=name, lr=0.1, weight_decay=decay)
+Steps = list[tuple[float, set[int]]]
+"""The learning rate of each step, and which parameters have a gradient."""
+
+
+def compare(recipe: Recipe, steps: Steps, copied_at: int | None = None) -> None:
+    """Assert that our steps have the bits of torch's, also where ours goes on from a copy of its state."""
     ours, theirs = parameters(), parameters()
     optimizer, reference = Optimizer(recipe, ours), of_torch(recipe, theirs)
-    if name in ("momentum", "nesterov"):  # torch's fused one begins with all parameters at once
-        steps = [
-            (lr, set(range(len(SHAPES))) - (without if number else set())) for number, (lr, without) in enumerate(steps)
-        ]
     draw = torch.Generator().manual_seed(2)
     for number, (lr, having) in enumerate(steps):
         optimizer.zero_grad()
         reference.zero_grad()
+        before = [parameter.detach().clone() for parameter in ours]
         for index in sorted(having):
             gradient = torch.randn(SHAPES[index], generator=draw)
             for each in (ours[index], theirs[index]):
@@ -64,12 +67,41 @@ def test_it_steps_as_torch_does(name: Name, decay: float, steps: list[tuple[floa
         for group in reference.param_groups:
             group["lr"] = lr
         reference.step()
-        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+        for index, (one, other) in enumerate(zip(ours, theirs, strict=True)):
+            assert torch.equal(one, other), (number, index)
+            moved = bool(lr) and index in having and one.numel() > 0
+            assert torch.equal(one, before[index]) != moved, (number, index)
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+@pytest.mark.parametrize("fields", OPTIMIZERS.values(), ids=list(OPTIMIZERS))
+def test_first_and_later_steps_have_the_bits_of_torch(fields: dict[str, Any], decay: float) -> None:
+    everything = set(range(len(SHAPES)))
+    rates = [0.1, 0.1, 0.05, 0.01, 0.3, 0.2]
+    compare(Recipe(epochs=1, weight_decay=decay, **fields), [(lr, everything) for lr in rates])
+
+
+@settings(deadline=None)
+@given(
+    st.sampled_from(list(OPTIMIZERS)),
+    st.sampled_from([0.0, 0.1]),
+    st.lists(st.tuples(st.floats(0.001, 1), st.sets(st.integers(0, len(SHAPES) - 1))), min_size=1, max_size=5),
+    st.integers(0, 5),
+)
+def test_steps_have_the_bits_of_torch_whichever_parameters_have_gradients(
+    name: str, decay: float, steps: Steps, copied_at: int
+) -> None:
+    recipe = Recipe(epochs=1, weight_decay=decay, **OPTIMIZERS[name])
+    if recipe.momentum:  # torch's fused one begins with all parameters at once
+        steps = [
+            (lr, set(range(len(SHAPES))) - (without if number else set())) for number, (lr, without) in enumerate(steps)
+        ]
+    compare(recipe, steps, copied_at)
 
 
 @pytest.mark.parametrize("name", ["momentum", "nesterov"])
-def test_momentum_of_a_parameter_begins_with_its_first_gradient(name: Name) -> None:
-    recipe = Recipe(epochs=1, optimizer=name, lr=0.1, momentum=0.5)
+def test_momentum_of_a_parameter_begins_with_its_first_gradient(name: str) -> None:
+    recipe = Recipe(epochs=1, **OPTIMIZERS[name])
     late, alone = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
     other = nn.Parameter(torch.ones(2))
     both, one = Optimizer(recipe, [other, late]), Optimizer(recipe, [alone])
@@ -83,13 +115,13 @@ def test_momentum_of_a_parameter_begins_with_its_first_gradient(name: Name) -> N
     assert not torch.equal(late, other)
 
 
-def test_what_it_keeps_is_copied() -> None:
+def test_its_state_is_copied() -> None:
     weight = nn.Parameter(torch.ones(2))
-    optimizer = Optimizer(Recipe(epochs=1, optimizer="momentum"), [weight])
+    optimizer = Optimizer(Recipe(epochs=1, momentum=0.9), [weight])
     weight.grad = torch.ones(2)
     optimizer.step(0.1)
-    kept = optimizer.tensors()
-    assert list(kept) == ["0.momentum_buffer"]
+    state = optimizer.tensors()
+    assert list(state) == ["0.momentum_buffer"]
     optimizer.step(0.1)
-    assert kept["0.momentum_buffer"].tolist() == [1.0, 1.0]
+    assert state["0.momentum_buffer"].tolist() == [1.0, 1.0]
     assert optimizer.tensors()["0.momentum_buffer"].tolist() != [1.0, 1.0]

@@ -31,12 +31,12 @@ FOUND = [
 def test_a_cell_is_the_mean_and_the_standard_deviation_over_seeds() -> None:
     cell = table2(FOUND, ["l1", "l2"]).cells[0, "l2"]
     assert cell.mean == statistics.fmean([0.90, 0.94])
-    assert cell.sd == statistics.stdev([0.90, 0.94])
+    assert cell.std == statistics.stdev([0.90, 0.94])
 
 
 def test_a_cell_of_one_seed_has_no_standard_deviation_and_one_without_results_no_mean() -> None:
     table = table2(FOUND, ["l1", "l2", "softmax"])
-    assert (table.cells[1, "l1"].mean, table.cells[1, "l1"].sd) == (0.80, None)
+    assert (table.cells[1, "l1"].mean, table.cells[1, "l1"].std) == (0.80, None)
     assert table.cells[1, "softmax"].mean is None
 
 
@@ -108,7 +108,7 @@ def shown(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -
 
 def test_the_plain_table(shown: Callable[..., str]) -> None:
     assert shown(FOUND) == (
-        "test accuracy in % on digits, mean ± sd over 2 seeds; best *\n"
+        "test accuracy in % on digits, mean ± std over 2 seeds; best *\n"
         "level  sparsity               l1           l2\n"
         "─────────────────────────────────────────────\n"
         "    0      0.00      91.00±1.41   92.00±2.83*\n"

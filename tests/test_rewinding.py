@@ -244,7 +244,7 @@ def test_equals_a_loop_by_hand(rewind: int) -> None:
 
 # Tickets of a network.
 
-RECIPE = Recipe(optimizer="momentum", lr=0.05, batch_size=8, epochs=2, rewind=3)
+RECIPE = Recipe(momentum=0.9, lr=0.05, batch_size=8, epochs=2, rewind=3)
 
 
 def _tickets(**changes: Any) -> list[Ticket]:

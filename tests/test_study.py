@@ -15,7 +15,7 @@ from tombola import Augmentation, Planner, Recipe, Store, Study, Task, UserError
 from tombola.store.names import name_of
 from tombola.study.code import own_modules, resolve, source_hash
 from tombola.study.planner import Training
-from tombola.study.schema import fields, is_list, presets
+from tombola.study.schema import OldFieldWarning, fields, is_list, presets
 
 SMALL = """\
 importances = ["l1"]
@@ -66,7 +66,7 @@ PAPER: dict[str, dict[str, Any]] = {
         "task.model": "resnet20",
         "recipe.epochs": 160,
         "recipe.batch_size": 128,
-        "recipe.optimizer": "momentum",
+        "recipe.optimizer": "sgd",
         "recipe.lr": 0.1,
         "recipe.momentum": 0.9,
         "recipe.weight_decay": 1e-4,
@@ -81,7 +81,7 @@ PAPER: dict[str, dict[str, Any]] = {
         "task.model": "vgg16",
         "recipe.epochs": 160,
         "recipe.batch_size": 128,
-        "recipe.optimizer": "momentum",
+        "recipe.optimizer": "sgd",
         "recipe.lr": 0.1,
         "recipe.momentum": 0.9,
         "recipe.weight_decay": 1e-4,
@@ -96,7 +96,7 @@ PAPER: dict[str, dict[str, Any]] = {
         "task.model": "resnet18",
         "recipe.epochs": 200,
         "recipe.batch_size": 256,
-        "recipe.optimizer": "momentum",
+        "recipe.optimizer": "sgd",
         "recipe.lr": 0.2,
         "recipe.momentum": 0.9,
         "recipe.weight_decay": 1e-4,
@@ -193,6 +193,66 @@ def test_overriding_the_length_replaces_it(write: Write, one: str, other: str) -
     assert (getattr(study.recipe, one), getattr(study.recipe, other)) == (5, None)
 
 
+@pytest.mark.parametrize("optimizer", ["adam", "adamw"])
+def test_overriding_the_optimizer_replaces_its_momentum(write: Write, optimizer: str) -> None:
+    name = write(SMALL + "momentum = 0.9\nnesterov = true\n")
+    assert load_study(name, {"recipe.optimizer": optimizer}).recipe == Recipe.model_validate(
+        {"epochs": 1, "optimizer": optimizer}
+    )
+    with pytest.raises(UserError, match="recipe: momentum belongs to optimizer = 'sgd', and 'adam' does not use it"):
+        load_study(name, {"recipe.optimizer": "adam", "recipe.momentum": 0.5})
+
+
+@pytest.mark.parametrize(
+    ("lines", "recipe", "sentence"),
+    [
+        ("optimizer = 'momentum'", {"momentum": 0.9}, "write optimizer = 'sgd', momentum = 0.9"),
+        (
+            "optimizer = 'nesterov'\nmomentum = 0.8",
+            {"momentum": 0.8, "nesterov": True},
+            "write optimizer = 'sgd', momentum = 0.8, nesterov = true",
+        ),
+        ("optimizer = 'nesterov'\nmomentum = 0.0", {}, "write optimizer = 'sgd', momentum = 0.0"),
+    ],
+)
+def test_old_optimizers_are_read_with_a_sentence(
+    write: Write, lines: str, recipe: dict[str, Any], sentence: str
+) -> None:
+    name = write(SMALL + lines)
+    with pytest.warns(OldFieldWarning) as caught:
+        study = load_study(name)
+    old = lines.split("=")[1].split()[0]
+    assert [str(each.message) for each in caught] == [
+        f"study {name}: the next version will not read optimizer = {old}; {sentence}"
+    ]
+    assert study.recipe == Recipe(epochs=1, **recipe)
+    with pytest.warns(OldFieldWarning):
+        assert load_study(write(SMALL), {"recipe.optimizer": "momentum"}).recipe == Recipe(epochs=1, momentum=0.9)
+
+
+def test_an_old_optimizer_in_an_override_is_not_changed(write: Write) -> None:
+    overrides = {"recipe": {"optimizer": "momentum", "epochs": 1}}
+    with pytest.warns(OldFieldWarning):
+        load_study(write(SMALL), overrides)
+    assert overrides == {"recipe": {"optimizer": "momentum", "epochs": 1}}
+
+
+def test_lists_may_stand_for_tuples_in_python() -> None:
+    arguments: dict[str, Any] = {"sizes": [1, 2]}
+    fields: dict[str, Any] = {"importances": ["l1"], "seeds": [0, 1], "data_seeds": [7], "exclude": ["fc"]}
+    task = Task(dataset="digits", model="m", model_arguments=arguments)
+    recipe = Recipe(epochs=3, schedule="milestones", milestones=[1, 2])  # type: ignore[arg-type]
+    study = Study(task=task, recipe=recipe, levels=2, **fields)
+    assert (study.importances, study.seeds, study.data_seeds, study.exclude) == (("l1",), (0, 1), (7,), ("fc",))
+    assert (study.recipe.milestones, study.task.model_arguments) == ((1, 2), {"sizes": (1, 2)})
+    for wrong in ({"seeds": [0.0]}, {"seeds": {0}}, {"importances": "l1"}, {"seeds": ["0"]}, {"exclude": iter("fc")}):
+        with pytest.raises(ValidationError):
+            Study(task=task, recipe=recipe, levels=2, **(fields | wrong))
+    for wrong in ({"milestones": [1.0]}, {"milestones": "1"}, {"lr": "0.1"}, {"epochs": 3.0}, {"nesterov": 1}):
+        with pytest.raises(ValidationError):
+            Recipe.model_validate({"epochs": 3, "schedule": "milestones", "milestones": [1], **wrong})
+
+
 def test_overrides_are_not_changed(write: Write) -> None:
     overrides: dict[str, Any] = {"task.model_arguments": {"inputs": [1]}, "task.model": "x"}
     load_study(write(SMALL), overrides)
@@ -257,6 +317,21 @@ def test_fields_are_the_leaves() -> None:
         ("epochs = 1", "epochs = 1\nlr = 0.0", "recipe.lr: expected a number above 0, got 0.0"),
         ("epochs = 1", "epochs = 1\nlr = inf", "recipe.lr: expected a finite number, got inf"),
         ("epochs = 1", "epochs = 1\nmomentum = 1.0", "recipe.momentum: expected a number below 1, got 1.0"),
+        (
+            "epochs = 1",
+            "epochs = 1\noptimizer = 'adam'\nmomentum = 0.9",
+            "recipe: momentum belongs to optimizer = 'sgd', and 'adam' does not use it: remove it",
+        ),
+        (
+            "epochs = 1",
+            "epochs = 1\noptimizer = 'adamw'\nnesterov = true",
+            "recipe: nesterov belongs to optimizer = 'sgd', and 'adamw' does not use it: remove it",
+        ),
+        (
+            "epochs = 1",
+            "epochs = 1\nnesterov = true",
+            "recipe: nesterov is a form of momentum, and momentum is 0: set momentum, or remove nesterov",
+        ),
         ("epochs = 1", "epochs = 1\nrewind = -1", "recipe.rewind: expected a number from 0, got -1"),
         ("epochs = 1", "epochs = 1\noptimizer = 'sdg'", "recipe.optimizer: unknown 'sdg'; did you mean 'sgd'?"),
         (
@@ -400,6 +475,56 @@ def test_identity_is_frozen(tmp_path: Path) -> None:
     }
     assert training.key == name_of(training.identity)
     assert training.key == "79f659f2b583fdd7c90e4efb8a5d8aa29c47efe286cc379b3b0b1885911ce22f"
+
+
+RECIPES: dict[str, tuple[Recipe, str]] = {
+    "sgd": (
+        Recipe(epochs=20, batch_size=64),
+        "1fec88312eec3438f10bf978a9a0a82266782898ad4619440b3b01397f9118ac",
+    ),
+    "momentum": (
+        Recipe(epochs=160, momentum=0.9, weight_decay=1e-4, schedule="milestones", milestones=(80, 120), rewind=1000),
+        "a159a0b827187774164682ae68eb9f9efc8ca784a7ec4c8bee6a440bbe5f9817",
+    ),
+    "nesterov": (
+        Recipe(iterations=500, momentum=0.8, nesterov=True, precision="bfloat16"),
+        "0182c224269379b1b73345cc2a19eeb15c183208783da5e6d948d47bbb9cd956",
+    ),
+    "adam": (
+        Recipe(epochs=3, optimizer="adam", lr=0.001, schedule="cosine", warmup=10),
+        "9dbfcf4781fbc2cb32572bbbb5d9252ae05fe6108860fea61bace3be826d7091",
+    ),
+    "adamw": (
+        Recipe(epochs=3, optimizer="adamw", lr=0.001, weight_decay=0.01),
+        "075ac4e0983ee3d500f4b42bfbe469a62683cd0c1675f3b0bc971ac9070df591",
+    ),
+    "lenet-mnist": (
+        load_study("lenet-mnist").recipe,
+        "c260e5e5eac769879a98b09dfd579413ef788400ebc0648fb39fd31689c6846f",
+    ),
+    "resnet20-cifar10": (
+        load_study("resnet20-cifar10").recipe,
+        "3949219874e7a4ca72a0162becb2b2762d49b0efdb757239deb3029ef2089fb4",
+    ),
+    "vgg16-cifar10": (
+        load_study("vgg16-cifar10").recipe,
+        "0aeea5d033daaf0c2fc79213cb5676ca06df935c414fd39367e1fb821e4708b1",
+    ),
+    "resnet18-tinyimagenet": (
+        load_study("resnet18-tinyimagenet").recipe,
+        "b252973aa682357528dac23f7e28ded68cff87591de1a0e05abf13912fc3ad9f",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_identity_of_a_recipe_is_frozen(name: str) -> None:
+    """These are the hashes of tombola's first version, whose recipes had other fields for the optimizer.
+
+    The document is a part of every training's name. A change here loses users the results that they have stored.
+    """
+    recipe, expected = RECIPES[name]
+    assert name_of(recipe.identity()) == expected
 
 
 OTHER_TRAININGS: list[dict[str, Any]] = [

@@ -20,11 +20,17 @@ from tombola import Augmentation, Checkpoint, Dataset, History, Mask, Recipe, Tr
 from tombola.streams import derive, generator
 from tombola.training.batches import Changes, batches, normalisation
 from tombola.training.evaluation import evaluate, predict
-from tombola.training.train import initial_state, sparse_layers
+from tombola.training.train import initial_state
 from tombola.training.weights import State, apply_mask
 
-Optimizer = Literal["sgd", "momentum", "nesterov", "adam", "adamw"]
-OPTIMIZERS: tuple[Optimizer, ...] = ("sgd", "momentum", "nesterov", "adam", "adamw")
+OPTIMIZERS: dict[str, dict[str, Any]] = {
+    "sgd": {},
+    "momentum": {"momentum": 0.9},
+    "nesterov": {"momentum": 0.9, "nesterov": True},
+    "adam": {"optimizer": "adam"},
+    "adamw": {"optimizer": "adamw"},
+}
+optimizers = pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=list(OPTIMIZERS))
 
 EXAMPLES = 22  # with batches of 5: 5 iterations an epoch, the last of 2 examples
 
@@ -97,7 +103,7 @@ class Case:
         model, initial, mask = _setting(self.build, self.fraction)
         if self.sparse and not kernels.available():
             pytest.skip("tombola was built without its kernels")
-        assert bool(sparse_layers(model, mask, self.recipe())) == self.sparse
+        assert bool(kernels.sparse_layers(model, mask, batch_size=self.batch_size)) == self.sparse
         return model, initial, mask
 
     def recipe(self, **fields: Any) -> Recipe:
@@ -168,7 +174,7 @@ def test_golden_bits(name: str) -> None:
         pytest.skip(f"no golden bits are known for the instruction set {instructions}")
     model, initial, mask = CASES[name].setting()
     fields: dict[str, Any] = {"schedule": "cosine", "warmup": 4, "augmentation": AUGMENTED}
-    recipe = CASES[name].recipe(optimizer="momentum", lr=0.05, weight_decay=1e-3, epochs=3, **fields)
+    recipe = CASES[name].recipe(momentum=0.9, lr=0.05, weight_decay=1e-3, epochs=3, **fields)
     trained = train(model, initial, mask, IMAGES, recipe, seed=7)
     losses = tuple(loss.hex() for loss in trained.history.losses)
     assert (losses, trained.weights.hash) == GOLDEN[instructions][name]
@@ -192,7 +198,7 @@ def test_a_row_is_trained_like_any_network(fraction: float, factor: int) -> None
     """Under a loss of its own it is trained by autograd; a loss of twice the size asks for half the learning rate."""
     model, initial, mask = _setting(_perceptron, fraction)
     assert kernels.Perceptron.of(model) is not None
-    recipe = Recipe(optimizer="momentum", lr=0.05, weight_decay=0.0, batch_size=16, iterations=12)
+    recipe = Recipe(momentum=0.9, lr=0.05, weight_decay=0.0, batch_size=16, iterations=12)
 
     def loss(outputs: Tensor, labels: Tensor) -> Tensor:
         return factor * nn.functional.cross_entropy(outputs, labels)
@@ -218,10 +224,10 @@ def test_a_row_is_trained_in_the_precision_asked_for() -> None:
 # A pure function.
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
-def test_nothing_that_goes_in_is_changed(optimizer: Optimizer) -> None:
+@pytest.mark.parametrize("optimizer", [OPTIMIZERS["sgd"], OPTIMIZERS["adam"]], ids=["sgd", "adam"])
+def test_nothing_that_goes_in_is_changed(optimizer: dict[str, Any]) -> None:
     model, initial, mask = _setting(_convolutions)
-    recipe = Recipe(optimizer=optimizer, batch_size=5, epochs=2, augmentation=AUGMENTED)
+    recipe = Recipe(batch_size=5, epochs=2, augmentation=AUGMENTED, **optimizer)
     _, taken = _checkpoints(partial(train, model, initial, mask, IMAGES, recipe, 0))
     model.eval()
     inputs: list[Any] = [model.state_dict(), initial, _tensors(IMAGES), vars(taken[4])]
@@ -252,7 +258,7 @@ def test_data_are_not_changed_by_a_model_that_works_in_place() -> None:
 @cases
 def test_equal_arguments_give_equal_bits(case: Case) -> None:
     model, initial, mask = case.setting()
-    recipe = case.recipe(optimizer="momentum", augmentation=AUGMENTED)
+    recipe = case.recipe(momentum=0.9, augmentation=AUGMENTED)
     expected = _bits(train(model, initial, mask, IMAGES, recipe, 5))
     for state_of_the_world in range(3):
         torch.manual_seed(state_of_the_world)
@@ -311,11 +317,11 @@ def _is_exactly_zero(values: Tensor) -> bool:
     return bool((values.view(torch.int32) == 0).all())  # not even -0.0
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@optimizers
 @cases
-def test_pruned_weights_are_exactly_zero_after_every_step(case: Case, optimizer: Optimizer) -> None:
+def test_pruned_weights_are_exactly_zero_after_every_step(case: Case, optimizer: dict[str, Any]) -> None:
     model, initial, mask = case.setting()
-    recipe = case.recipe(optimizer=optimizer, lr=0.02, momentum=0.9, weight_decay=0.1)
+    recipe = case.recipe(lr=0.02, weight_decay=0.1, **optimizer)
     trained, taken = _checkpoints(partial(train, model, initial, mask, IMAGES, recipe, 0))
     assert len(taken) == case.iterations
     for state in (*(checkpoint.state for checkpoint in taken.values()), trained.weights.load()):
@@ -360,7 +366,7 @@ class Tied(nn.Module):
 def test_pruned_weights_that_layers_share() -> None:
     model, initial, mask = _setting(Tied)
     assert list(mask) == ["first.weight", "last.weight"]
-    recipe = Recipe(optimizer="momentum", weight_decay=0.1, batch_size=5, epochs=1)
+    recipe = Recipe(momentum=0.9, weight_decay=0.1, batch_size=5, epochs=1)
     trained, taken = _checkpoints(partial(train, model, initial, mask, VECTORS, recipe, 0))
     for state in (*(checkpoint.state for checkpoint in taken.values()), trained.weights.load()):
         assert _is_exactly_zero(state["first.weight"][~mask["first.weight"]])
@@ -388,12 +394,12 @@ def _stored(checkpoint: Checkpoint) -> Checkpoint:
     )
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@optimizers
 @pytest.mark.parametrize("case", [CASES["convolutions"], CASES["sparse convolutions"]], ids=["dense", "sparse"])
-def test_resuming_at_any_iteration_gives_equal_bits(case: Case, optimizer: Optimizer) -> None:
+def test_resuming_at_any_iteration_gives_equal_bits(case: Case, optimizer: dict[str, Any]) -> None:
     model, initial, mask = case.setting()
     fields: dict[str, Any] = {"schedule": "cosine", "warmup": 3, "augmentation": AUGMENTED}
-    recipe = case.recipe(optimizer=optimizer, lr=0.05, weight_decay=0.01, **fields)
+    recipe = case.recipe(lr=0.05, weight_decay=0.01, **optimizer, **fields)
     run = partial(train, model, initial, mask, IMAGES, recipe, 0, begin=1)
     expected, taken = _checkpoints(run)
     assert list(taken) == list(range(2, case.iterations + 1))
@@ -404,7 +410,7 @@ def test_resuming_at_any_iteration_gives_equal_bits(case: Case, optimizer: Optim
 
 def test_resuming_a_resumed_training() -> None:
     model, initial, mask = _setting(_perceptron)
-    recipe = Recipe(optimizer="nesterov", batch_size=5, epochs=3)
+    recipe = Recipe(momentum=0.9, nesterov=True, batch_size=5, epochs=3)
     run = partial(train, model, initial, mask, IMAGES, recipe, 0)
     expected, first = _checkpoints(run)
     _, second = _checkpoints(partial(run, resume=first[3]))
@@ -457,10 +463,10 @@ def test_data_order_and_learning_rate_go_on_from_the_beginning_iteration(
             assert first.history.losses + second.history.losses == whole.history.losses
 
 
-@pytest.mark.parametrize("optimizer", ["momentum", "adam"])
-def test_the_optimizer_starts_fresh(optimizer: Optimizer) -> None:
+@pytest.mark.parametrize("optimizer", [OPTIMIZERS["momentum"], OPTIMIZERS["adam"]], ids=["momentum", "adam"])
+def test_the_optimizer_starts_fresh(optimizer: dict[str, Any]) -> None:
     model, initial, mask = _setting(_small)
-    recipe = Recipe(optimizer=optimizer, batch_size=5, epochs=2)
+    recipe = Recipe(batch_size=5, epochs=2, **optimizer)
     whole = train(model, initial, mask, VECTORS, recipe, 0)
     _, taken = _checkpoints(partial(train, model, initial, mask, VECTORS, recipe, 0, end=4))
     parts = train(model, taken[4].state, mask, VECTORS, recipe, 0, begin=4)
@@ -725,10 +731,10 @@ def test_a_part_of_no_iterations_is_the_masked_initial_state() -> None:
 # Divergence.
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_divergence_is_a_result_that_says_so(optimizer: Optimizer) -> None:
+@optimizers
+def test_divergence_is_a_result_that_says_so(optimizer: dict[str, Any]) -> None:
     model, initial, mask = _setting(_perceptron)
-    recipe = Recipe(optimizer=optimizer, lr=1e30, batch_size=5, epochs=40)
+    recipe = Recipe(lr=1e30, batch_size=5, epochs=40, **optimizer)
     trained, taken = _checkpoints(partial(train, model, initial, mask, IMAGES, recipe, 0))
     history = trained.history
     assert history.diverged_at is not None

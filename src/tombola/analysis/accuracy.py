@@ -94,7 +94,7 @@ class Cell:
         return statistics.fmean(self.accuracies) if self.accuracies else None
 
     @property
-    def sd(self) -> float | None:
+    def std(self) -> float | None:
         """The standard deviation over seeds (n - 1); None for fewer than two."""
         return statistics.stdev(self.accuracies) if len(self.accuracies) > 1 else None
 

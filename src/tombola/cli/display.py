@@ -93,7 +93,7 @@ def show_results(planner: Planner, form: str) -> None:
 def _print_results(planner: Planner, found: Sequence[Row]) -> None:
     study = planner.study
     table = table2(found, study.importances)
-    seeds = f"mean ± sd over {len(study.seeds)} seeds" if len(study.seeds) > 1 else f"seed {study.seeds[0]}"
+    seeds = f"mean ± std over {len(study.seeds)} seeds" if len(study.seeds) > 1 else f"seed {study.seeds[0]}"
     best = "; best " + ("bold" if sys.stdout.isatty() else "*") if len(study.importances) > 1 else ""
     print(f"test accuracy in % on {planner.problem.data.name}, {seeds}{best}")
     _print_table2(table, study.importances, len(study.seeds))
@@ -134,7 +134,7 @@ def _cell(cell: Cell, best: bool, plain: bool, seeds: int) -> Text:
     count = len(cell.accuracies)
     if cell.mean is None:
         return Text(("diverged" if cell.diverged else "-") + (_NO_STAR if plain else ""))
-    text = f"{100 * cell.mean:.2f}" + (f"±{100 * cell.sd:.2f}" if cell.sd is not None else "")
+    text = f"{100 * cell.mean:.2f}" + (f"±{100 * cell.std:.2f}" if cell.std is not None else "")
     text += f" ({count} of {seeds})" if count < seeds else ""
     return Text(text + (("*" if best else _NO_STAR) if plain else ""), style="bold" if best else "")
 

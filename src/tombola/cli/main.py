@@ -7,6 +7,7 @@ import os
 import shlex
 import sys
 import tomllib
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, get_args, get_origin
@@ -17,7 +18,7 @@ from tombola.cli import report as cli_report
 from tombola.cli import store as cli_store
 from tombola.cli.analysis import add_analysis_verbs
 from tombola.errors import UserError, did_you_mean
-from tombola.study.schema import fields, is_list, load_study, presets
+from tombola.study.schema import OldFieldWarning, fields, is_list, load_study, presets
 
 if TYPE_CHECKING:
     from tombola.study.planner import Planner, Progress
@@ -168,7 +169,11 @@ def list_presets(options: argparse.Namespace) -> int:
 
 def _planner(options: argparse.Namespace) -> tuple[Planner, Study]:
     """Return the planner of the study that the options name, and the study; a store that is not there is not made."""
-    study = load_study(options.study, _overrides(options))
+    with warnings.catch_warnings(record=True) as notes:
+        warnings.simplefilter("always", OldFieldWarning)
+        study = load_study(options.study, _overrides(options))
+    for note in notes:
+        print(f"note: {note.message}", file=sys.stderr)
     _find_modules([Path(options.study).resolve().parent, Path.cwd()])
     import torch
 

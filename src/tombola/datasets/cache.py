@@ -46,7 +46,7 @@ class About:
         shape: of a picture: channels, height, width.
         train_labels, test_labels: one a picture.
         classes: the classes' names.
-        mean, sd: one number a channel; empty where they are to be computed from the train set.
+        mean, std: one number a channel; empty where they are to be computed from the train set.
     """
 
     name: str
@@ -55,7 +55,7 @@ class About:
     test_labels: tuple[int, ...]
     classes: tuple[str, ...]
     mean: tuple[float, ...] = ()
-    sd: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
 
     @property
     def picture_bytes(self) -> int:
@@ -148,6 +148,8 @@ def _open(entry: Path) -> Dataset | None:
     try:
         content = json.loads((entry / "about.json").read_text())
         fingerprint = content.pop("fingerprint")
+        if "sd" in content:  # its name in entries of tombola's first version
+            content["std"] = content.pop("sd")
         fields: dict[str, Any] = {key: tuple(value) if key != "name" else value for key, value in content.items()}
         about = About(**fields)
         if (entry / "pixels").stat().st_size != about.bytes:
@@ -165,7 +167,7 @@ def _open(entry: Path) -> Dataset | None:
         torch.tensor(about.test_labels),
         classes=about.classes,
         mean=about.mean,
-        sd=about.sd,
+        std=about.std,
     ).remember(fingerprint)
 
 
@@ -177,7 +179,7 @@ def reserve(pixels: int, size: int) -> None:
 
 
 def _measure(about: About, pixels: BinaryIO) -> tuple[About, str]:
-    """Return what is known of a data set, with mean and sd, and its fingerprint, in one pass over the pixels."""
+    """Return what is known of a data set, with mean and std, and its fingerprint, in one pass over the pixels."""
     shape = about.shape
     totals, squares = np.zeros(shape[0], np.int64), np.zeros(shape[0], np.int64)
     digests = []
@@ -194,12 +196,12 @@ def _measure(about: About, pixels: BinaryIO) -> tuple[About, str]:
         inputs = [str(torch.uint8), str((len(labels), *shape)), digest.hexdigest()]
         digests += [inputs, digest_of(torch.tensor(labels))]
     if not about.mean:
-        mean, sd = mean_and_sd(totals.tolist(), squares.tolist(), len(about.train_labels) * shape[1] * shape[2])
-        about = replace(about, mean=mean, sd=sd)
-    return about, fingerprint_of(len(about.classes), about.mean, about.sd, digests)
+        mean, std = mean_and_std(totals.tolist(), squares.tolist(), len(about.train_labels) * shape[1] * shape[2])
+        about = replace(about, mean=mean, std=std)
+    return about, fingerprint_of(len(about.classes), about.mean, about.std, digests)
 
 
-def mean_and_sd(
+def mean_and_std(
     totals: Sequence[int], squares: Sequence[int], count: int
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Return the mean and the standard deviation of pixels on the scale 0..1, exact but for one rounding each.
@@ -212,13 +214,13 @@ def mean_and_sd(
     Returns:
         One number a channel; the standard deviation of a channel whose pixels are all equal is given as 1.
 
-    >>> mean_and_sd([255], [255 * 255], 2)
+    >>> mean_and_std([255], [255 * 255], 2)
     ((0.5,), (0.5,))
     """
     pairs = list(zip(totals, squares, strict=True))
     mean = tuple(total / (255 * count) for total, _ in pairs)
-    sd = tuple(math.sqrt(count * square - total * total) / (255 * count) or 1.0 for total, square in pairs)
-    return mean, sd
+    std = tuple(math.sqrt(count * square - total * total) / (255 * count) or 1.0 for total, square in pairs)
+    return mean, std
 
 
 def _chunks(count: int, most: int) -> list[int]:

@@ -19,12 +19,12 @@ class Dataset:
 
     Args:
         name: what to call it.
-        train_inputs: shape (n, ...). uint8 means images (n, channels, height, width), which `mean` and `sd`
+        train_inputs: shape (n, ...). uint8 means images (n, channels, height, width), which `mean` and `std`
             normalise when a batch is made; floating point means ready-made inputs, used as they are.
         train_labels: shape (n,), int64, each in 0..len(classes)-1.
         test_inputs, test_labels: the same for the test set.
         classes: the classes' names.
-        mean, sd: one number a channel, on the scale where a pixel lies in 0..1; uint8 inputs only.
+        mean, std: one number a channel, on the scale where a pixel lies in 0..1; uint8 inputs only.
 
     Raises:
         UserError: where the parts do not fit together.
@@ -43,7 +43,7 @@ class Dataset:
     test_labels: Tensor
     classes: tuple[str, ...]
     mean: tuple[float, ...] = ()
-    sd: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         for split in ("train", "test"):
@@ -78,8 +78,8 @@ class Dataset:
                     f"data set {self.name!r}: uint8 inputs are images and have the shape "
                     f"(n, channels, height, width), got {tuple(self.train_inputs.shape)}; give other inputs as floats"
                 )
-            if len(self.mean) != channels or len(self.sd) != channels or not all(s > 0 for s in self.sd):
-                raise UserError(f"data set {self.name!r}: expected {channels} means and positive sds, one a channel")
+            if len(self.mean) != channels or len(self.std) != channels or not all(s > 0 for s in self.std):
+                raise UserError(f"data set {self.name!r}: expected {channels} means and positive stds, one a channel")
         elif not self.train_inputs.is_floating_point():
             raise UserError(f"data set {self.name!r}: inputs are uint8 images or floats, got {self.train_inputs.dtype}")
 
@@ -92,7 +92,7 @@ class Dataset:
     def fingerprint(self) -> str:
         """SHA-256 of everything in the data set that can decide a training's bits."""
         tensors = (self.train_inputs, self.train_labels, self.test_inputs, self.test_labels)
-        return fingerprint_of(len(self.classes), self.mean, self.sd, [digest_of(tensor) for tensor in tensors])
+        return fingerprint_of(len(self.classes), self.mean, self.std, [digest_of(tensor) for tensor in tensors])
 
     def remember(self, fingerprint: str) -> Dataset:
         """Return this data set, which from now on knows its fingerprint, found when it was written to disk.
@@ -104,7 +104,7 @@ class Dataset:
 
 
 def subset(dataset: Dataset, train_per_class: int | None = None, test_per_class: int | None = None) -> Dataset:
-    """Return the first examples of each class, in the data set's own order, with its mean and sd unchanged.
+    """Return the first examples of each class, in the data set's own order, with its mean and std unchanged.
 
     Args:
         dataset: the whole data set; it is returned itself where nothing is to be left out.
@@ -151,9 +151,9 @@ def digest_of(tensor: Tensor) -> list[str]:
     return [str(tensor.dtype), str(tuple(tensor.shape)), hashlib.sha256(content).hexdigest()]
 
 
-def fingerprint_of(classes: int, mean: tuple[float, ...], sd: tuple[float, ...], digests: list[list[str]]) -> str:
+def fingerprint_of(classes: int, mean: tuple[float, ...], std: tuple[float, ...], digests: list[list[str]]) -> str:
     """Return a data set's fingerprint from the digests of its four tensors: train inputs and labels, then test."""
-    return hashlib.sha256(json.dumps([classes, mean, sd, digests]).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([classes, mean, std, digests]).encode()).hexdigest()
 
 
 def _first(dataset: Dataset, split: str, per_class: int | None) -> Tensor | slice:

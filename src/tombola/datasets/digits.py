@@ -9,7 +9,7 @@ import torch
 
 from tombola.datasets.dataset import Dataset, rank_in_class
 
-MEAN, SD = (0.3049,), (0.3756,)
+MEAN, STD = (0.3049,), (0.3756,)
 """Of the train set, on the scale where a pixel lies in 0..1."""
 
 
@@ -39,5 +39,5 @@ def digits(directory: Path | None = None) -> Dataset:
         labels[is_test],
         classes=tuple("0123456789"),
         mean=MEAN,
-        sd=SD,
+        std=STD,
     )

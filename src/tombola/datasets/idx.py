@@ -43,7 +43,7 @@ class _Source:
     """Of the official train labels, to tell the two data sets, whose files have the same names, apart."""
     classes: tuple[str, ...]
     mean: float
-    sd: float
+    std: float
     elsewhere: tuple[Path, ...] = ()
 
 
@@ -60,7 +60,7 @@ MNIST = _Source(
     labels_sha256="1feba77c54802fa5339a11837ea4b2866434b83314ec45192930f1df69120c13",
     classes=tuple("0123456789"),
     mean=0.1307,
-    sd=0.3081,
+    std=0.3081,
 )
 
 FASHION_MNIST = _Source(
@@ -87,7 +87,7 @@ FASHION_MNIST = _Source(
         "Ankle boot",
     ),
     mean=0.2860,
-    sd=0.3530,
+    std=0.3530,
     elsewhere=(Path("/usr/share/datasets/fashion-mnist"),),  # Debian's package dataset-fashion-mnist
 )
 
@@ -182,7 +182,7 @@ def _load(source: _Source, directory: Path | None) -> Dataset:
         test_labels,
         classes=source.classes,
         mean=(source.mean,),
-        sd=(source.sd,),
+        std=(source.std,),
     )
 
 

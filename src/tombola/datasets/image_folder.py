@@ -17,7 +17,7 @@ OTHER_PICTURES = (".gif", ".bmp", ".webp", ".tif", ".tiff", ".avif", ".heic", ".
 def image_folder(directory: Path | None, *, path: str, size: int | None = None, channels: int = 3) -> Dataset:
     """Return the pictures `train/<class>/*` and `test/<class>/*`, PNG or JPEG, as uint8 of shape (channels, h, w).
 
-    The examples are in the order of the classes' names, within a class in that of the files' names. Mean and sd are
+    The examples are in the order of the classes' names, within a class in that of the files' names. Mean and std are
     those of the train set.
 
     Args:

@@ -26,7 +26,7 @@ def tiny_imagenet(directory: Path | None = None) -> Dataset:
     """Return TinyImageNet: 100,000 and 10,000 pictures, uint8 of shape (3, 64, 64).
 
     The test set is the official validation set, as the official test set comes without labels. A class is called by
-    its WordNet number, and the classes are in the order of these. Grey pictures become grey colours. Mean and sd are
+    its WordNet number, and the classes are in the order of these. Grey pictures become grey colours. Mean and std are
     those of the train set.
 
     Args:

@@ -1,30 +1,42 @@
-"""Training that gets cheaper as the ticket gets sparser, on the CPU.
+"""Training that takes less time as a network gets sparser, on the CPU.
 
-`choices` says which layers of a model gain, `sparsify` replaces them by layers of their surviving weights, and
-`dense_state` gives the state back under the names and shapes of the model as it was.
+`accelerate` is the door: it gives a model's training step, as fast as a mask allows. Behind it, `choices` says which
+layers are faster sparse, `sparsify` replaces them by layers of their surviving weights, and `dense_state` gives the
+state back under the names and shapes of the model as it was.
 """
 
 from __future__ import annotations
 
-import math
-import warnings
-from collections.abc import Mapping, Sequence
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tombola.kernels import layers
-from tombola.kernels.layers import BatchNorm2d, MaxPool2d, SparseConv2d, is_plain
+from tombola.kernels.choice import (
+    MISSING,
+    NoKernelsWarning,
+    available,
+    choices,
+    choose,
+    instruction_set,
+    warn_if_missing,
+)
+from tombola.kernels.door import Loss, Precision, Step, accelerate, sparse_layers
+from tombola.kernels.layers import BatchNorm2d, MaxPool2d, SparseConv2d
 from tombola.kernels.linear import Perceptron, SparseLinear
+from tombola.kernels.replace import dense_state, sparsify
 
 __all__ = [
     "MISSING",
     "BatchNorm2d",
+    "Loss",
     "MaxPool2d",
     "NoKernelsWarning",
     "Perceptron",
+    "Precision",
     "SparseConv2d",
     "SparseLinear",
+    "Step",
+    "accelerate",
     "available",
     "choices",
     "choose",
@@ -32,179 +44,10 @@ __all__ = [
     "instruction_set",
     "normalise",
     "normalise_images",
+    "sparse_layers",
     "sparsify",
     "warn_if_missing",
 ]
-
-
-MISSING = "tombola has no kernels here (to install them needs a C++ compiler): sparse networks train no faster"
-
-
-class NoKernelsWarning(UserWarning):
-    """Sparse networks train no faster than dense ones, because the package is without its kernels."""
-
-
-def available() -> bool:
-    """Whether the package has its kernels."""
-    return layers.extension is not None
-
-
-def warn_if_missing() -> None:
-    """Warn where the package is without its kernels: Python shows it once for each place that trains."""
-    if not available():
-        warnings.warn(MISSING, NoKernelsWarning, stacklevel=3)
-
-
-def instruction_set() -> str | None:
-    """The instruction set that the kernels use on this machine, None without kernels."""
-    if layers.extension is None:
-        return None
-    fastest: str = layers.extension.instruction_sets()[0]
-    return fastest
-
-
-def choose(shape: Sequence[int], density: float, batch_size: int = 128, *, beside: bool = False) -> bool:
-    """Whether a layer of this weight shape and density trains faster sparse: a rule, the same on every machine.
-
-    Args:
-        shape: (outputs, inputs) or (outputs, inputs, height, width).
-        density: alive / all connections of the layer.
-        batch_size: samples per training step.
-        beside: whether the layer before or after it, of those that the kernels can do, is sparse.
-
-    """
-    # Time of forward and both gradients relative to dense, by density; the least of interleaved repetitions on one
-    # thread with AVX2. Linear layers in the middle of a `Perceptron` (dense: MKL), convolutions alone (dense: oneDNN,
-    # channels-last):
-    #
-    #   layer              batch    .1    .3    .4    .5    .6    .8
-    #   100 -> 100            32   .46   .50   .52   .54   .56   .59
-    #   300 -> 100           128   .34   .51   .58   .65   .73   .85
-    #   784 -> 300           128   .29   .57   .67   .84   .97  1.19
-    #   784 -> 300          1000   .29   .58   .68   .82   .97  1.21
-    #   784 -> 300            32   .36   .63   .76   .88  1.02  1.25
-    #   784 -> 300            16   .43   .73   .87  1.05  1.17  1.46
-    #   512 -> 512           128   .27   .58   .76   .87   .98  1.18
-    #   1000 -> 1000         128   .27   .69   .84   .93  1.13  1.45
-    #   2000 -> 2000         128   .37   .89  1.11  1.27  1.40  1.82
-    #   16 -> 16, 32 x 32    128   .67   .95  1.03  1.22  1.40
-    #   32 -> 32, 16 x 16    128   .41   .63   .89   .87  1.02
-    #   64 -> 64, 8 x 8      128   .45   .77   .48   .72  1.00
-    #   256 -> 256, 8 x 8    128   .23   .55   .59   .73  1.07
-    #
-    # Beside a sparse neighbour a convolution saves the change of layout too. A step of ResNet-20 at density .1 took .7
-    # of the time with its first layer and its shortcuts sparse, which are small and stay the densest; one of VGG-16 .85
-    # of it with all up to .4 and not .3.
-    if batch_size < 16:
-        return False
-    if len(shape) == 2:
-        return density < 1 and density <= next(most for size, most in _LINEAR if math.prod(shape) <= size)
-    if batch_size < 64:
-        return density <= 0.1
-    return density <= (0.85 if beside and math.prod(shape) <= 2**11 else 0.4)
-
-
-_LINEAR = ((2**12, 1.0), (2**15, 0.75), (2**18, 0.55), (2**20, 0.45), (math.inf, 0.3))  # up to how many weights
-
-
-def _eligible(module: nn.Module) -> bool:
-    """Whether a sparse layer computes exactly what this module does."""
-    if not is_plain(module):
-        return False
-    if type(module) is nn.Conv2d:
-        if (
-            module.groups != 1
-            or module.dilation != (1, 1)
-            or module.stride[0] != module.stride[1]
-            or module.padding_mode != "zeros"
-            or isinstance(module.padding, str)
-        ):
-            return False
-    elif type(module) is not nn.Linear:
-        return False
-    return all(p.dtype == torch.float32 and p.device.type == "cpu" for p in module.parameters(recurse=False))
-
-
-def choices(model: nn.Module, mask: Mapping[str, Tensor], batch_size: int = 128) -> dict[str, str]:
-    """Parameter name of `mask` -> "dense" or "sparse": what `sparsify` will do.
-
-    The choice decides rounding, so it belongs to what a training is identified by. It depends on nothing but the
-    arguments and on whether the kernels are there.
-    """
-    modules = dict(model.named_modules())
-    names: dict[int, int] = {}
-    for _, parameter in model.named_parameters(remove_duplicate=False):
-        names[id(parameter)] = names.get(id(parameter), 0) + 1
-    densities = {}
-    for name, alive in mask.items():
-        path, _, attribute = name.rpartition(".")
-        module = modules.get(path)
-        if (
-            available()
-            and alive.numel()
-            and attribute == "weight"
-            and module is not None
-            and module is not model  # a model that is one layer has no parent to hold the new one
-            and _eligible(module)
-            and all(names[id(p)] == 1 for p in module.parameters(recurse=False))
-        ):
-            densities[name] = float(alive.count_nonzero()) / alive.numel()
-    alone = [choose(mask[name].shape, density, batch_size) for name, density in densities.items()]
-    chosen = dict.fromkeys(mask, "dense")
-    for number, (name, density) in enumerate(densities.items()):
-        beside = any(alone[max(0, number - 1) : number + 2])
-        if choose(mask[name].shape, density, batch_size, beside=beside):
-            chosen[name] = "sparse"
-    return chosen
-
-
-def sparsify(model: nn.Module, mask: Mapping[str, Tensor], batch_size: int = 128) -> nn.Module:
-    """Replaces, in place, the layers that `choices` calls sparse, and returns the model.
-
-    Args:
-        model: its weights are the initial values; pass a copy if it is needed as it is.
-        mask: parameter name -> bool tensor of the weight's shape.
-        batch_size: samples per training step.
-
-    """
-    for name, choice in choices(model, mask, batch_size).items():
-        if choice == "sparse":
-            path = name.removesuffix(".weight")
-            dense = model.get_submodule(path)
-            layer: nn.Module
-            if isinstance(dense, nn.Linear):
-                layer = SparseLinear(dense.weight, dense.bias, mask[name])
-            else:
-                assert isinstance(dense, nn.Conv2d)
-                assert not isinstance(dense.padding, str)
-                rows, columns = dense.padding
-                layer = SparseConv2d(dense.weight, dense.bias, mask[name], dense.stride[0], (rows, columns))
-            layer.train(dense.training)
-            layer.get_parameter("values").requires_grad_(dense.weight.requires_grad)
-            if dense.bias is not None:
-                layer.get_parameter("bias").requires_grad_(dense.bias.requires_grad)
-            model.set_submodule(path, layer)
-    if any(isinstance(module, SparseConv2d) for module in model.modules()):
-        in_our_layout: dict[type[nn.Module], type[BatchNorm2d | MaxPool2d]]
-        in_our_layout = {nn.BatchNorm2d: BatchNorm2d, nn.MaxPool2d: MaxPool2d}
-        for path, module in list(model.named_modules()):
-            ours = in_our_layout.get(type(module))
-            if ours is not None and path and "forward" not in vars(module):
-                model.set_submodule(path, ours.of(module))
-    return model
-
-
-def dense_state(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict of the model before `sparsify`: dense weights, exactly 0.0 where pruned."""
-    sparse = {name: module for name, module in model.named_modules() if isinstance(module, layers.Sparse)}
-    state = {}
-    for name, tensor in model.state_dict().items():
-        path, _, attribute = name.rpartition(".")
-        if path in sparse and attribute == "values":
-            state[f"{path}.weight"] = sparse[path].weight.detach()
-        else:
-            state[name] = tensor
-    return state
 
 
 def normalise(images: Tensor, mean: Tensor, scale: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from tombola.streams import derive
 from tombola.training.evaluation import Loss
 from tombola.training.history import Trained
 from tombola.training.recipe import Recipe
-from tombola.training.train import check, train
+from tombola.training.train import check_recipe_fits, train
 from tombola.training.weights import Weights
 
 
@@ -123,7 +123,7 @@ def find_tickets(
     1 0.8
     2 0.64
     """
-    check(recipe, data)
+    check_recipe_fits(recipe, data)
     dense = Mask.ones_like(model, exclude)
     check_levels(dense.total, fraction, levels)
 

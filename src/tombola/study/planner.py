@@ -15,6 +15,7 @@ from typing import Any
 
 from tombola.errors import UserError
 from tombola.importance import IMPORTANCES
+from tombola.kernels import sparse_layers
 from tombola.lottery.rewinding import check_levels, lottery_ticket_rewinding, prune_round
 from tombola.lottery.ticket import Ticket
 from tombola.pruning.mask import Mask
@@ -23,7 +24,7 @@ from tombola.store.store import DamagedResultError, Store
 from tombola.study.schema import Study
 from tombola.study.task import Problem, resolve_importance
 from tombola.training.history import Trained
-from tombola.training.train import initial_state, sparse_layers
+from tombola.training.train import initial_state
 from tombola.training.weights import Weights
 
 SCHEME = 2
@@ -252,18 +253,22 @@ class Planner:
         return trained
 
     def _training(self, seed: int, initial: Weights, mask: Mask, begin: int, end: int) -> Training:
+        recipe, device = self.study.recipe, self.study.device
+        sparse = sparse_layers(
+            self._model, mask, batch_size=recipe.batch_size, precision=recipe.precision, device=device
+        )
         identity = {
             "scheme": SCHEME,
             **self.problem.identity,
-            "recipe": self.study.recipe.model_dump(mode="json"),
+            "recipe": recipe.identity(),
             "seed": seed,
             "initial": initial.hash,
             "mask": mask.hash,
             "begin": begin,
             "end": end,
             "threads": THREADS,
-            "device": self.study.device,
-            "sparse": sparse_layers(self._model, mask, self.study.recipe, self.study.device),
+            "device": device,
+            "sparse": sparse,
         }
         return Training(name_of(identity), identity, initial, mask, seed, begin, end)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import tomllib
+import warnings
 from collections.abc import Iterator, Mapping
 from importlib import resources
 from pathlib import Path
@@ -13,9 +14,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from pydantic_core import ErrorDetails
 
 from tombola.errors import UserError, did_you_mean
-from tombola.training.recipe import Count, Recipe
+from tombola.training.recipe import Count, Recipe, Tuple
 
-Arguments = dict[str, bool | int | float | str | tuple[bool | int | float | str, ...]]
+Arguments = dict[str, bool | int | float | str | Tuple[bool | int | float | str]]
+
+
+class OldFieldWarning(UserWarning):
+    """A study is written with fields of tombola's first version; the next version will not read them."""
 
 
 class Task(BaseModel):
@@ -45,18 +50,18 @@ class Study(BaseModel):
 
     task: Task
     recipe: Recipe
-    importances: Annotated[tuple[str, ...], Field(min_length=1)] = Field(
+    importances: Annotated[Tuple[str], Field(min_length=1)] = Field(
         description="names of importances, or module:function of your own"
     )
-    seeds: Annotated[tuple[Count, ...], Field(min_length=1)] = Field(description="one chain of tickets each")
+    seeds: Annotated[Tuple[Count], Field(min_length=1)] = Field(description="one chain of tickets each")
     levels: Count = Field(description="rounds of pruning; level 0 is the dense network")
     fraction: Annotated[float, Field(gt=0, lt=1)] = Field(
         default=0.2, description="of the connections alive, removed in each round"
     )
-    data_seeds: tuple[Count, ...] = Field(
+    data_seeds: Tuple[Count] = Field(
         default=(), description="further data orders for the first importance: the noise floor of overlaps"
     )
-    exclude: tuple[str, ...] = Field(default=(), description="layers that are never pruned")
+    exclude: Tuple[str] = Field(default=(), description="layers that are never pruned")
     device: Literal["cpu", "cuda"] = Field(default="cpu", description="where to train: cpu or cuda")
 
     @field_validator("importances", "seeds", "data_seeds", "exclude")
@@ -83,12 +88,18 @@ def presets() -> dict[str, Path]:
 def load_study(name: str, overrides: Mapping[str, Any] | None = None) -> Study:
     """Return the study of a preset's name or a TOML file, with some fields overridden.
 
+    An override of `recipe.epochs` replaces the file's `iterations` and the other way round; one of `recipe.optimizer`
+    by Adam or AdamW replaces the file's `momentum` and `nesterov` too.
+
     Args:
         name: a preset's name, or the path of a TOML file (with a slash, or ending in `.toml`).
         overrides: dotted field -> value, such as `{"recipe.epochs": 2}`.
 
     Raises:
         UserError: naming the file and the field, what was expected and the nearest names.
+
+    Warns:
+        OldFieldWarning: where the study has fields of tombola's first version; it says what to write instead.
 
     >>> load_study("digits", {"recipe.epochs": 2}).recipe.epochs
     2
@@ -105,16 +116,20 @@ def load_study(name: str, overrides: Mapping[str, Any] | None = None) -> Study:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: is not valid TOML: {error}") from error
-    source = name
-    for one, other in (("epochs", "iterations"), ("iterations", "epochs")):
-        if f"recipe.{one}" in (overrides or {}) and isinstance(document.get("recipe"), dict):
-            document["recipe"].pop(other, None)
-    for field, value in (overrides or {}).items():
+    overrides, recipe = overrides or {}, document.get("recipe")
+    if isinstance(recipe, dict):
+        for one, other in (("epochs", "iterations"), ("iterations", "epochs")):
+            if f"recipe.{one}" in overrides:
+                recipe.pop(other, None)
+        _drop_unused_momentum(recipe, str(overrides.get("recipe.optimizer")))
+    for field, value in overrides.items():
         _set(document, field.split("."), value)
+    if isinstance(document.get("recipe"), dict):
+        document["recipe"] = _rewrite_old_optimizer(document["recipe"], name)
     try:
-        return Study.model_validate(_tuples(document))
+        return Study.model_validate(document)
     except ValidationError as error:
-        raise UserError(f"study {source}: {_explain(error, document)}") from None
+        raise UserError(f"study {name}: {_explain(error, document)}") from None
 
 
 def fields(model: type[BaseModel] = Study, prefix: str = "") -> Iterator[tuple[str, Any, str]]:
@@ -139,13 +154,27 @@ def _set(document: dict[str, Any], path: list[str], value: Any) -> None:
     document[path[-1]] = value
 
 
-def _tuples(value: Any) -> Any:
-    """Turn TOML's arrays into tuples, the type of a frozen model's sequences."""
-    if isinstance(value, list):
-        return tuple(_tuples(item) for item in value)
-    if isinstance(value, dict):
-        return {key: _tuples(item) for key, item in value.items()}
-    return value
+def _drop_unused_momentum(recipe: dict[str, Any], optimizer: str) -> None:
+    """Remove the momentum of a file's optimizer where an override replaces it by one that has none."""
+    if optimizer in ("adam", "adamw"):
+        recipe.pop("momentum", None)
+        recipe.pop("nesterov", None)
+
+
+def _rewrite_old_optimizer(recipe: dict[str, Any], study: str) -> dict[str, Any]:
+    """Return a recipe in today's fields, with a warning where it has an optimizer of tombola's first version."""
+    old = recipe.get("optimizer")
+    if old not in ("momentum", "nesterov"):
+        return recipe
+    momentum = recipe.get("momentum", 0.9)
+    today = {"optimizer": "sgd", "momentum": momentum} | ({"nesterov": True} if old == "nesterov" and momentum else {})
+    sentence = ", ".join(f"{field} = {_as_toml(value)}" for field, value in today.items())
+    warnings.warn(
+        f"study {study}: the next version will not read optimizer = {old!r}; write {sentence}",
+        OldFieldWarning,
+        stacklevel=3,
+    )
+    return recipe | today
 
 
 def _explain(error: ValidationError, document: Mapping[str, Any]) -> str:

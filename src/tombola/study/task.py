@@ -22,7 +22,7 @@ from tombola.study.code import resolve, source_hash
 from tombola.study.schema import Study, Task
 from tombola.training.batches import batches, normalisation
 from tombola.training.evaluation import Loss
-from tombola.training.train import check
+from tombola.training.train import check_recipe_fits
 
 Result = TypeVar("Result")
 
@@ -97,7 +97,7 @@ def try_out(problem: Problem, study: Study) -> None:
     examples of the test set forward.
     """
     task, recipe, data = study.task, study.recipe, problem.data
-    check(recipe, data)
+    check_recipe_fits(recipe, data)
     if study.device == "cuda" and not torch.cuda.is_available():
         raise UserError("device: 'cuda' was asked for, and torch finds no GPU here; use --device cpu")
     last = len(data.train_inputs) % recipe.batch_size or recipe.batch_size

@@ -73,7 +73,7 @@ class Changes:
 def normalisation(data: Dataset) -> Callable[[Tensor], Tensor]:
     """Return the function that makes inputs of a data set ready for a network.
 
-    uint8 images become float32, (pixel / 255 - mean) / sd for each channel; other inputs stay as they are. It is done
+    uint8 images become float32, (pixel / 255 - mean) / std for each channel; other inputs stay as they are. It is done
     batch by batch: bytes are gathered faster than floats, by more than it takes to convert them.
     """
     if data.train_inputs.dtype != torch.uint8:
@@ -86,4 +86,4 @@ def _mean_and_scale(data: Dataset) -> tuple[Tensor, Tensor]:
     """Return what is subtracted from the pixels of each channel, and what they are multiplied by, (channels, 1, 1)."""
     device = data.train_inputs.device
     mean = torch.tensor(data.mean, device=device)[:, None, None] * 255
-    return mean, 1 / (torch.tensor(data.sd, device=device)[:, None, None] * 255)
+    return mean, 1 / (torch.tensor(data.std, device=device)[:, None, None] * 255)

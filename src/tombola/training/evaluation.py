@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from tombola import kernels
 from tombola.datasets.dataset import Dataset
 from tombola.training.batches import normalisation
 
-Loss: TypeAlias = Callable[[Tensor, Tensor], Tensor]
+Loss: TypeAlias = kernels.Loss
 """(outputs of the model, labels) -> scalar: the mean over the batch."""
 
-_EVALUATED_AT_ONCE = 500
+_BATCH_SIZE = 500  # examples; it decides the order of sums
 
 
 def evaluate(model: nn.Module, data: Dataset, loss: Loss = functional.cross_entropy) -> tuple[float, float | None]:
-    """Return the share of the test set that the model classifies rightly, and its mean loss (None if not finite)."""
+    """Return the accuracy on the test set, in 0..1, and the mean loss over it (None if it is not finite)."""
     outputs = predict(model, data)
     accuracy = float((outputs.argmax(1) == data.test_labels).double().mean())
     test_loss = float(loss(outputs, data.test_labels))
@@ -32,6 +32,6 @@ def predict(model: nn.Module, data: Dataset) -> Tensor:
     model.eval()
     normalise = normalisation(data)
     with torch.inference_mode():
-        parts = torch.split(data.test_inputs, _EVALUATED_AT_ONCE)
+        parts = torch.split(data.test_inputs, _BATCH_SIZE)
         # A copy: a model may begin with a layer that works in place.
         return torch.cat([model(normalise(part.clone())).float() for part in parts])

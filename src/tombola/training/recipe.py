@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 Count = Annotated[int, Field(ge=0)]
 Positive = Annotated[int, Field(ge=1)]
 
+_Item = TypeVar("_Item")
+
+
+def _tuple_of_list(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+Tuple = Annotated[tuple[_Item, ...], BeforeValidator(_tuple_of_list)]
+"""A tuple of any length, for which a list may be given too."""
+
 
 class Augmentation(BaseModel):
-    """Random changes of training images, decided by (seed, epoch, example) alone.
+    """Random changes of training images, determined by seed, epoch and example alone.
 
     >>> Augmentation(flip=True, crop=4).crop
     4
@@ -20,8 +30,8 @@ class Augmentation(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
-    flip: bool = Field(default=False, description="turn half of the images left to right")
-    crop: Count = Field(default=0, description="pad images by this many zero pixels, crop them at random")
+    flip: bool = Field(default=False, description="mirror half of the images left to right")
+    crop: Count = Field(default=0, description="pad images by this many zero pixels, then crop them at random")
 
 
 class Recipe(BaseModel):
@@ -37,23 +47,22 @@ class Recipe(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
-    optimizer: Literal["sgd", "momentum", "nesterov", "adam", "adamw"] = Field(
-        default="sgd", description="plain SGD, SGD with (Nesterov's) momentum, Adam, or AdamW"
+    optimizer: Literal["sgd", "adam", "adamw"] = Field(
+        default="sgd", description="stochastic gradient descent, Adam, or AdamW"
     )
     lr: Annotated[float, Field(gt=0)] = Field(default=0.1, description="learning rate")
-    momentum: Annotated[float, Field(ge=0, lt=1)] = Field(
-        default=0.9, description="momentum, where the optimizer is momentum or nesterov"
-    )
+    momentum: Annotated[float, Field(ge=0, lt=1)] = Field(default=0.0, description="momentum of sgd; 0 is plain SGD")
+    nesterov: bool = Field(default=False, description="use Nesterov's form of momentum")
     weight_decay: Annotated[float, Field(ge=0)] = Field(default=0.0, description="weight decay of every parameter")
     schedule: Literal["constant", "milestones", "cosine"] = Field(
-        default="constant", description="how the learning rate goes on"
+        default="constant", description="learning-rate schedule"
     )
-    milestones: tuple[Positive, ...] = Field(
+    milestones: Tuple[Positive] = Field(
         default=(), description="epochs at which the learning rate is multiplied by gamma"
     )
     gamma: Annotated[float, Field(gt=0)] = Field(default=0.1, description="factor at each milestone")
     warmup: Count = Field(default=0, description="iterations over which the learning rate rises from 0")
-    batch_size: Positive = Field(default=128, description="examples an iteration")
+    batch_size: Positive = Field(default=128, description="examples in an iteration")
     epochs: Positive | None = Field(default=None, description="length in epochs (or give iterations)")
     iterations: Positive | None = Field(default=None, description="length in iterations (or give epochs)")
     rewind: Count = Field(default=0, description="the iteration to whose weights tickets are rewound")
@@ -70,7 +79,32 @@ class Recipe(BaseModel):
             raise ValueError("milestones and schedule = 'milestones' go together: give both or neither")
         if list(self.milestones) != sorted(set(self.milestones)):
             raise ValueError("milestones must rise")
+        if self.optimizer != "sgd" and (self.momentum or self.nesterov):
+            field = "momentum" if self.momentum else "nesterov"
+            raise ValueError(f"{field} belongs to optimizer = 'sgd', and {self.optimizer!r} does not use it: remove it")
+        if self.nesterov and not self.momentum:
+            raise ValueError("nesterov is a form of momentum, and momentum is 0: set momentum, or remove nesterov")
         return self
+
+    def identity(self) -> dict[str, Any]:
+        """Return the recipe as the document, of JSON's types, that a training's name is made from.
+
+        It has the fields of tombola's first version, so that results which are stored are found again: there an
+        optimizer was `sgd`, `momentum`, `nesterov`, `adam` or `adamw`, and an unused momentum was 0.9.
+
+        >>> recipe = Recipe(epochs=1, momentum=0.8, nesterov=True)
+        >>> [recipe.identity()[field] for field in ("optimizer", "momentum")]
+        ['nesterov', 0.8]
+        >>> [Recipe(epochs=1).identity()[field] for field in ("optimizer", "momentum")]
+        ['sgd', 0.9]
+        """
+        document = self.model_dump(mode="json")
+        nesterov = document.pop("nesterov")
+        if self.momentum:
+            document["optimizer"] = "nesterov" if nesterov else "momentum"
+        else:
+            document["momentum"] = 0.9
+        return document
 
     def iterations_per_epoch(self, examples: int) -> int:
         """The number of batches that hold every one of `examples` once; the last may be smaller."""

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
-import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -17,15 +15,15 @@ from tombola import kernels
 from tombola.datasets.dataset import Dataset
 from tombola.errors import UserError
 from tombola.pruning.mask import Mask
-from tombola.streams import ambient, derive
+from tombola.streams import ambient
 from tombola.training.batches import batches
+from tombola.training.determinism import deterministic_algorithms, flush_denormals, seed_random_layers
 from tombola.training.evaluation import Loss, evaluate
 from tombola.training.history import Checkpoint, History, Trained, Watch
+from tombola.training.losses import Losses
 from tombola.training.optimizer import Optimizer
 from tombola.training.recipe import Augmentation, Recipe
 from tombola.training.weights import State, Weights, apply_mask, zero_pruned
-
-_LOOKED_AT_EVERY = 50  # iterations after which a training looks whether it has diverged
 
 
 def initial_state(build: Callable[[], nn.Module], seed: int) -> State:
@@ -55,25 +53,25 @@ def train(
 ) -> Trained:
     """Train the connections that are alive from the state `initial`, iterations begin..end-1 of the recipe.
 
-    The optimizer starts fresh; learning rate and data order are those of iteration `begin` and on. A pruned weight is
-    exactly 0.0 after every iteration. Equal arguments give equal bits on one kind of machine with one number of
-    threads.
+    The optimizer starts without state; learning rate and data order are those of iteration `begin` and later. A pruned
+    weight is exactly 0.0 after every iteration. Equal arguments give equal bits on one kind of machine with one number
+    of threads.
 
     Args:
-        model: says how outputs are computed; it is copied, and its own weights do not matter.
+        model: defines how outputs are computed; it is copied, and its own weights do not matter.
         initial: the state to start from.
         mask: the connections that are alive.
-        data: what to train and test on.
-        recipe: how.
+        data: the data set to train and test on.
+        recipe: how to train.
         seed: of data order, augmentation and random layers such as dropout.
         begin, end: iterations; by default the whole training.
         loss: of outputs and labels, mean over the batch.
-        device: where to train, "cpu" or "cuda"; on a GPU the data set lives there too.
-        resume: where to go on; a training that is stopped and resumed ends with the same bits.
-        watch: see `Watch`; for progress and checkpoints.
+        device: where to train, "cpu" or "cuda"; on a GPU the data set is kept there too.
+        resume: the checkpoint to go on from; a training that is stopped and resumed ends with the same bits.
+        watch: called after every iteration, for progress and checkpoints; see `Watch`.
 
     Raises:
-        UserError: where recipe and data do not fit together, or the state does not fit the model.
+        UserError: where recipe and data do not fit together, or the state or the mask does not fit the model.
 
     >>> from tombola import datasets, models
     >>> digits = datasets.load("digits", None)
@@ -83,115 +81,50 @@ def train(
     >>> trained.history.test_accuracy > 0.5
     True
     """
+    check_recipe_fits(recipe, data)
     examples = len(data.train_inputs)
     end = recipe.total_iterations(examples) if end is None else end
-    check(recipe, data)
-    model = copy.deepcopy(model).to(device)
-    data = _on(data, device)
-    at = resume or Checkpoint(begin, initial)
-    try:
-        model.load_state_dict(at.state)
-    except RuntimeError as error:
-        raise UserError(f"the state does not fit the model: {' '.join(str(error).split())}") from error
-    if any(isinstance(module, nn.Conv2d) for module in model.modules()):
-        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload] # the fast one on CPU and GPU
-    zero_pruned(model, mask)
-    weights = {name for name, _ in model.named_parameters()}
-    infinite = {name for name, t in initial.items() if name not in weights and not t.isfinite().all()}  # by design
-    if device == "cpu" and mask.alive < mask.total:
-        kernels.warn_if_missing()
-    if sparse_layers(model, mask, recipe, device):
-        kernels.sparsify(model, mask, recipe.batch_size)
-    usual = device == "cpu" and recipe.precision == "float32" and loss is functional.cross_entropy
-    perceptron = kernels.Perceptron.of(model) if usual else None
-    parameters = dict(model.named_parameters())
-    alive = [
-        (parameters[name], torch.empty_like(parameters[name], requires_grad=False).copy_(mask[name]))
-        for name in mask
-        if name in parameters and not mask[name].all()
-    ]
-    optimizer = Optimizer(recipe, [p for p in model.parameters() if p.requires_grad], at.optimizer)
-    per_epoch = recipe.iterations_per_epoch(examples)
-    iteration = at.iteration
-    batch_losses = torch.empty(end - begin, device=device)
-    batch_losses[: iteration - begin] = at.batch_losses
-    latest: list[Tensor] = []
-    diverged_at = None
-
-    def note_losses() -> None:
-        if latest:
-            done = iteration - begin
-            batch_losses[done - len(latest) : done] = torch.stack(latest)
-            latest.clear()
+    start = resume or Checkpoint(begin, initial)
+    data = _move_data(data, device)
+    model = _load_model(model, start.state, mask, device)
+    batch_size, precision = recipe.batch_size, recipe.precision
+    step = kernels.accelerate(model, mask, batch_size=batch_size, precision=precision, device=device, loss=loss)
+    masked = _dense_masks(model, mask)
+    optimizer = Optimizer(recipe, [p for p in model.parameters() if p.requires_grad], start.optimizer)
+    losses = Losses(begin, end, recipe.iterations_per_epoch(examples), device)
+    losses.resume(start.iteration, start.batch_losses)
+    diverged = False
 
     def checkpoint() -> Checkpoint:
-        note_losses()
-        state = {name: t.detach().to("cpu", copy=True) for name, t in kernels.dense_state(model).items()}
-        return Checkpoint(iteration, state, optimizer.tensors(), batch_losses[: iteration - begin].to("cpu", copy=True))
+        state = {name: tensor.detach().to("cpu", copy=True) for name, tensor in step.state().items()}
+        return Checkpoint(losses.iteration, state, optimizer.tensors(), losses.recorded().to("cpu", copy=True))
 
     model.train()
-    autocast = torch.autocast(device, torch.bfloat16) if recipe.precision == "bfloat16" else nullcontext()
-    with ambient(seed), _flushed_denormals(), _deterministic(device):
-        for inputs, labels in batches(data, recipe, seed, iteration, end):
+    with ambient(seed), flush_denormals(), deterministic_algorithms(device):
+        for inputs, labels in batches(data, recipe, seed, start.iteration, end):
             optimizer.zero_grad()
-            if perceptron is not None and perceptron.takes(inputs, labels):
-                batch_loss = perceptron.cross_entropy(inputs, labels)
-            else:
-                _seed_random_layers(device, derive(seed, "random layers", iteration))
-                with autocast:
-                    batch_loss = loss(model(inputs), labels)
-                batch_loss.backward()  # type: ignore[no-untyped-call]
-            for weight, ones in alive:
-                if weight.grad is not None:
-                    # With no gradient ever, a weight that starts at 0 stays at 0 under momentum and weight decay too.
-                    weight.grad.mul_(ones)
-            optimizer.step(recipe.lr_at(iteration, examples))
-            latest.append(batch_loss.detach().reshape(()))
-            iteration += 1
-            if iteration % per_epoch == 0 or iteration == end or iteration % _LOOKED_AT_EVERY == 0:
-                note_losses()
-                if not batch_losses[: iteration - begin].isfinite().all():
-                    diverged_at = iteration - 1
-                    break
+            if step.draws_random_numbers:
+                seed_random_layers(seed, losses.iteration, device)
+            batch_loss = step(inputs, labels)
+            _mask_gradients(masked)
+            optimizer.step(recipe.lr_at(losses.iteration, examples))
+            losses.append(batch_loss)
+            if diverged := losses.have_diverged():
+                break
             if watch is not None:
-                watch(iteration, checkpoint)
-        state = apply_mask(kernels.dense_state(model), mask)
-        if diverged_at is None and not all(t.isfinite().all() for n, t in state.items() if n not in infinite):
-            diverged_at = iteration - 1
-        with autocast:
-            accuracy, test_loss = evaluate(model, data, loss) if diverged_at is None else (None, None)
-    state = {name: tensor.cpu().contiguous() for name, tensor in state.items()}
-    batch_losses = batch_losses[: iteration - begin].cpu()
-    losses = tuple(_epoch_means(batch_losses.tolist(), begin, end, per_epoch))
-    return Trained(Weights.of(state), History(losses, accuracy, test_loss, diverged_at), batch_losses)
+                watch(losses.iteration, checkpoint)
+        state = apply_mask(step.state(), mask)
+        diverged = diverged or not _is_finite(state, model, initial)
+        with step.autocast:
+            accuracy, test_loss = (None, None) if diverged else evaluate(model, data, loss)
+    diverged_at = losses.iteration - 1 if diverged else None
+    history = History(losses.epoch_means(), accuracy, test_loss, diverged_at)
+    weights = Weights.of({name: tensor.cpu().contiguous() for name, tensor in state.items()})
+    return Trained(weights, history, losses.recorded().cpu())
 
 
-def _epoch_means(batch_losses: list[float], begin: int, end: int, per_epoch: int) -> Iterator[float]:
-    """Yield the mean loss of each epoch between `begin` and `end`, up to one that was not finished or diverged."""
-    first = begin
-    while first < end:
-        after = min((first // per_epoch + 1) * per_epoch, end)
-        epoch = batch_losses[first - begin : after - begin]
-        if len(epoch) < after - first or not all(map(math.isfinite, epoch)):
-            return
-        yield sum(epoch) / len(epoch)
-        first = after
-
-
-def sparse_layers(model: nn.Module, mask: Mask, recipe: Recipe, device: str = "cpu") -> list[str]:
-    """Return the weights whose layers are trained by the sparse kernels: a part of a training's name.
-
-    They sum in another order than dense layers do. Which they are follows from shapes, density and batch size, see
-    `tombola.kernels.choose`; none on a GPU, in bfloat16, or where the package was built without its kernels.
-    """
-    if device != "cpu" or recipe.precision != "float32":
-        return []
-    chosen = kernels.choices(model, mask, recipe.batch_size)
-    return [name for name, choice in chosen.items() if choice == "sparse"]
-
-
-def check(recipe: Recipe, data: Dataset) -> None:
-    """Raise `UserError` where a recipe and a data set do not fit together."""
+def check_recipe_fits(recipe: Recipe, data: Dataset) -> None:
+    """Raise `UserError` where a recipe does not fit a data set: its batches, its rewind point or its augmentation."""
     examples = len(data.train_inputs)
     total = recipe.total_iterations(examples)
     if recipe.batch_size > examples:
@@ -204,48 +137,55 @@ def check(recipe: Recipe, data: Dataset) -> None:
         raise UserError(f"recipe.augmentation: it is for images (uint8), and {data.name!r} holds other inputs")
 
 
-@contextmanager
-def _flushed_denormals() -> Iterator[None]:
-    """Take numbers below the normal range as 0 inside the block: they are slow, and no training needs them."""
-    before = float(torch.tensor(1e-40) * 1.0) == 0.0
-    torch.set_flush_denormal(True)
+def _load_model(model: nn.Module, state: State, mask: Mask, device: str) -> nn.Module:
+    """Return a copy of the model on the device, in this state, with pruned weights at 0.0.
+
+    Convolutional networks are stored channels-last, which is the faster layout on CPUs and GPUs.
+    """
+    model = copy.deepcopy(model).to(device)
     try:
-        yield
-    finally:
-        torch.set_flush_denormal(before)
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        raise UserError(f"the state does not fit the model: {' '.join(str(error).split())}") from error
+    if any(isinstance(module, nn.Conv2d) for module in model.modules()):
+        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    zero_pruned(model, mask)
+    return model
 
 
-def _on(data: Dataset, device: str) -> Dataset:
-    return data if device == "cpu" else _moved(data, device)
+def _dense_masks(model: nn.Module, mask: Mask) -> list[tuple[nn.Parameter, Tensor]]:
+    """Return each dense parameter of which some weights are pruned, with its mask as 0.0 and 1.0 in the same layout."""
+    parameters = dict(model.named_parameters())
+    return [
+        (parameters[name], torch.empty_like(parameters[name], requires_grad=False).copy_(mask[name]))
+        for name in mask
+        if name in parameters and not mask[name].all()
+    ]
+
+
+def _mask_gradients(masked: list[tuple[nn.Parameter, Tensor]]) -> None:
+    """Set the gradients of pruned weights to 0.0.
+
+    A weight that starts at 0.0 and whose gradients are 0.0 stays at 0.0, also under momentum and weight decay.
+    """
+    for weight, mask in masked:
+        if weight.grad is not None:
+            weight.grad.mul_(mask)
+
+
+def _is_finite(state: State, model: nn.Module, initial: State) -> bool:
+    """Whether a state is finite, but for buffers that are infinite by design: those that were so initially."""
+    buffers = {name for name, _ in model.named_buffers() if name in initial and not initial[name].isfinite().all()}
+    return all(bool(tensor.isfinite().all()) for name, tensor in state.items() if name not in buffers)
+
+
+def _move_data(data: Dataset, device: str) -> Dataset:
+    """Return the data set with its tensors on the device."""
+    return data if device == "cpu" else _copy_data(data, device)
 
 
 @functools.lru_cache(maxsize=1)
-def _moved(data: Dataset, device: str) -> Dataset:
+def _copy_data(data: Dataset, device: str) -> Dataset:
+    """Copy a data set to a GPU; the last copy is kept, since many trainings use the same data."""
     tensors = ("train_inputs", "train_labels", "test_inputs", "test_labels")
     return replace(data, **{name: getattr(data, name).to(device) for name in tensors})
-
-
-def _seed_random_layers(device: str, seed: int) -> None:
-    torch.default_generator.manual_seed(seed)
-    if device == "cuda":
-        torch.cuda.manual_seed(seed)
-
-
-@contextmanager
-def _deterministic(device: str) -> Iterator[None]:
-    """On a GPU, let only such algorithms be used inside the block as give equal bits each time, in full float32.
-
-    cuBLAS takes its workspace from the environment when it is first used: see `tombola/__init__.py`.
-    """
-    if device != "cuda":
-        yield
-        return
-    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
-    before = cudnn.benchmark, cudnn.allow_tf32, matmul.allow_tf32, torch.are_deterministic_algorithms_enabled()
-    cudnn.benchmark, cudnn.allow_tf32, matmul.allow_tf32 = False, False, False
-    torch.use_deterministic_algorithms(True)
-    try:
-        yield
-    finally:
-        cudnn.benchmark, cudnn.allow_tf32, matmul.allow_tf32 = before[:3]
-        torch.use_deterministic_algorithms(before[3])

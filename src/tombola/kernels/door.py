@@ -1,0 +1,125 @@
+"""The door to the kernels: one training step of a model, as fast as its mask allows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Literal, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from tombola.kernels.choice import choices, warn_if_missing
+from tombola.kernels.linear import Perceptron
+from tombola.kernels.replace import dense_state, sparsify
+from tombola.pruning.mask import Mask
+
+Loss: TypeAlias = Callable[[Tensor, Tensor], Tensor]
+"""(outputs of the model, labels) -> scalar: the mean over the batch."""
+
+Precision: TypeAlias = Literal["float32", "bfloat16"]
+
+
+class Step:
+    """One step of gradient descent without the update: from a batch to its loss and its gradients.
+
+    Args:
+        model: what is trained, in the layers that compute it fastest; see `accelerate`.
+        sparse: names of the weights whose layers hold surviving weights only.
+        loss: of outputs and labels, mean over the batch.
+        perceptron: the same model as a row of linear layers under the cross-entropy, which needs no autograd; or None.
+        autocast: the context in which the model's outputs have the precision asked for.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        sparse: list[str],
+        loss: Loss,
+        perceptron: Perceptron | None,
+        autocast: AbstractContextManager[object],
+    ) -> None:
+        self.model = model
+        self.sparse = sparse
+        self.autocast = autocast
+        self._loss = loss
+        self._perceptron = perceptron
+
+    def __call__(self, inputs: Tensor, labels: Tensor) -> Tensor:
+        """Return the loss of a batch, a scalar, and add its gradients to the parameters, whose gradients are None."""
+        if self._perceptron is not None and self._perceptron.takes(inputs, labels):
+            return self._perceptron.cross_entropy(inputs, labels)
+        with self.autocast:
+            loss = self._loss(self.model(inputs), labels)
+        loss.backward()  # type: ignore[no-untyped-call]
+        return loss.detach()
+
+    @property
+    def draws_random_numbers(self) -> bool:
+        """Whether a step may draw random numbers, as dropout does; a row of linear layers never does."""
+        return self._perceptron is None
+
+    def state(self) -> dict[str, Tensor]:
+        """Return the state of the model under the names and shapes it had before: pruned weights are exactly 0.0."""
+        return dense_state(self.model)
+
+
+def accelerate(
+    model: nn.Module,
+    mask: Mask,
+    *,
+    batch_size: int = 128,
+    precision: Precision = "float32",
+    device: str = "cpu",
+    loss: Loss = functional.cross_entropy,
+) -> Step:
+    """Return the training step of a model, as fast as its mask allows.
+
+    Layers that are faster sparse are replaced in the model, in place. What is chosen depends on the arguments alone
+    (see `choose`), since it decides the order of sums.
+
+    Args:
+        model: its weights are the initial values; those that are pruned are 0.0.
+        mask: the connections that are alive.
+        batch_size: examples in a step.
+        precision: of activations; weights are float32.
+        device: where the model is, "cpu" or "cuda".
+        loss: of outputs and labels, mean over the batch.
+
+    Warns:
+        NoKernelsWarning: where the mask would allow a faster step, and the package is without its kernels.
+
+    >>> model = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 2))
+    >>> step = accelerate(model, Mask.ones_like(model), batch_size=4)
+    >>> loss = step(torch.ones(4, 2), torch.tensor([0, 1, 0, 1]))
+    >>> [tuple(parameter.grad.shape) for parameter in step.model.parameters()]
+    [(3, 2), (3,), (2, 3), (2,)]
+    """
+    if device == "cpu" and mask.alive < mask.total:
+        warn_if_missing(stacklevel=4)
+    sparse = sparse_layers(model, mask, batch_size=batch_size, precision=precision, device=device)
+    if sparse:
+        sparsify(model, mask, batch_size)
+    has_kernels = device == "cpu" and precision == "float32" and loss is functional.cross_entropy
+    perceptron = Perceptron.of(model) if has_kernels else None
+    autocast = torch.autocast(device, torch.bfloat16) if precision == "bfloat16" else nullcontext()
+    return Step(model, sparse, loss, perceptron, autocast)
+
+
+def sparse_layers(
+    model: nn.Module, mask: Mask, *, batch_size: int = 128, precision: Precision = "float32", device: str = "cpu"
+) -> list[str]:
+    """Return the names of the weights whose layers `accelerate` makes sparse.
+
+    Sparse layers sum in another order than dense ones, so these names are a part of what a training is identified by.
+    They follow from shapes, densities and the batch size (see `choose`). There are none on a GPU, in bfloat16, or where
+    the package was installed without its compiled kernels.
+
+    >>> model = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 2))
+    >>> sparse_layers(model, Mask.ones_like(model))
+    []
+    """
+    if device != "cpu" or precision != "float32":
+        return []
+    return [name for name, choice in choices(model, mask, batch_size).items() if choice == "sparse"]

@@ -1,0 +1,61 @@
+"""Replaces the layers of a model by layers of their surviving weights, and gives the dense state back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+
+from tombola.kernels import layers
+from tombola.kernels.choice import choices
+from tombola.kernels.layers import BatchNorm2d, MaxPool2d, SparseConv2d
+from tombola.kernels.linear import SparseLinear
+
+
+def sparsify(model: nn.Module, mask: Mapping[str, Tensor], batch_size: int = 128) -> nn.Module:
+    """Replaces, in place, the layers that `choices` calls sparse, and returns the model.
+
+    Args:
+        model: its weights are the initial values; pass a copy if it is needed as it is.
+        mask: parameter name -> bool tensor of the weight's shape.
+        batch_size: samples per training step.
+
+    """
+    for name, choice in choices(model, mask, batch_size).items():
+        if choice == "sparse":
+            path = name.removesuffix(".weight")
+            dense = model.get_submodule(path)
+            layer: nn.Module
+            if isinstance(dense, nn.Linear):
+                layer = SparseLinear(dense.weight, dense.bias, mask[name])
+            else:
+                assert isinstance(dense, nn.Conv2d)
+                assert not isinstance(dense.padding, str)
+                rows, columns = dense.padding
+                layer = SparseConv2d(dense.weight, dense.bias, mask[name], dense.stride[0], (rows, columns))
+            layer.train(dense.training)
+            layer.get_parameter("values").requires_grad_(dense.weight.requires_grad)
+            if dense.bias is not None:
+                layer.get_parameter("bias").requires_grad_(dense.bias.requires_grad)
+            model.set_submodule(path, layer)
+    if any(isinstance(module, SparseConv2d) for module in model.modules()):
+        in_our_layout: dict[type[nn.Module], type[BatchNorm2d | MaxPool2d]]
+        in_our_layout = {nn.BatchNorm2d: BatchNorm2d, nn.MaxPool2d: MaxPool2d}
+        for path, module in list(model.named_modules()):
+            ours = in_our_layout.get(type(module))
+            if ours is not None and path and "forward" not in vars(module):
+                model.set_submodule(path, ours.of(module))
+    return model
+
+
+def dense_state(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict of the model before `sparsify`: dense weights, exactly 0.0 where pruned."""
+    sparse = {name: module for name, module in model.named_modules() if isinstance(module, layers.Sparse)}
+    state = {}
+    for name, tensor in model.state_dict().items():
+        path, _, attribute = name.rpartition(".")
+        if path in sparse and attribute == "values":
+            state[f"{path}.weight"] = sparse[path].weight.detach()
+        else:
+            state[name] = tensor
+    return state

@@ -1,0 +1,49 @@
+"""What makes a training repeatable to the last bit: seeds of random layers, and settings of torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from tombola.streams import derive
+
+
+def seed_random_layers(seed: int, iteration: int, device: str) -> None:
+    """Seed torch's global generators, which dropout draws from, for one iteration of a training."""
+    number = derive(seed, "random layers", iteration)
+    torch.default_generator.manual_seed(number)
+    if device == "cuda":
+        torch.cuda.manual_seed(number)
+
+
+@contextmanager
+def flush_denormals() -> Iterator[None]:
+    """Replace numbers below float32's normal range by 0 inside the block: they are slow, and no training needs them."""
+    before = float(torch.tensor(1e-40) * 1.0) == 0.0
+    torch.set_flush_denormal(True)
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(before)
+
+
+@contextmanager
+def deterministic_algorithms(device: str) -> Iterator[None]:
+    """On a GPU, allow inside the block only algorithms that give equal bits each time, in full float32.
+
+    cuBLAS reads the setting of its workspace from the environment when it is first used: see `tombola/__init__.py`.
+    """
+    if device != "cuda":
+        yield
+        return
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = cudnn.benchmark, cudnn.allow_tf32, matmul.allow_tf32, torch.are_deterministic_algorithms_enabled()
+    cudnn.benchmark, cudnn.allow_tf32, matmul.allow_tf32 = False, False, False
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        cudnn.benchmark, cudnn.allow_tf32, matmul.allow_tf32 = before[:3]
+        torch.use_deterministic_algorithms(before[3])

@@ -1,0 +1,72 @@
+"""The losses of a training: recorded for every iteration, averaged over epochs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+_CHECK_EVERY = 50  # iterations between two looks at whether the loss is finite
+
+
+class Losses:
+    """The training loss of every iteration so far.
+
+    Losses stay on the device where they were computed until they are needed: to read one waits for a GPU.
+
+    Args:
+        begin, end: iterations of the training.
+        per_epoch: iterations in an epoch.
+        device: where losses are computed.
+
+    >>> losses = Losses(begin=0, end=3, per_epoch=2)
+    >>> for loss in (3.0, 1.0, 0.5):
+    ...     losses.append(torch.tensor(loss))
+    >>> losses.iteration, losses.epoch_means()
+    (3, (2.0, 0.5))
+    """
+
+    def __init__(self, begin: int, end: int, per_epoch: int, device: str = "cpu") -> None:
+        self.begin, self.end, self.per_epoch = begin, end, per_epoch
+        self.iteration = begin  # the next one
+        self._recorded = torch.empty(end - begin, device=device)
+        self._latest: list[Tensor] = []
+
+    def resume(self, iteration: int, batch_losses: Tensor) -> None:
+        """Go on at an iteration, with the losses of those before it."""
+        self.iteration = iteration
+        self._recorded[: iteration - self.begin] = batch_losses
+
+    def append(self, loss: Tensor) -> None:
+        """Record the loss of the next iteration, a tensor of one element."""
+        self._latest.append(loss.detach().reshape(()))
+        self.iteration += 1
+
+    def recorded(self) -> Tensor:
+        """Return the losses of all iterations so far, float32, on the device; a view."""
+        done = self.iteration - self.begin
+        if self._latest:
+            self._recorded[done - len(self._latest) : done] = torch.stack(self._latest)
+            self._latest.clear()
+        return self._recorded[:done]
+
+    def have_diverged(self) -> bool:
+        """Whether a loss is seen not to be finite; it is looked for after each epoch and every 50 iterations."""
+        due = self.iteration % self.per_epoch == 0 or self.iteration == self.end or self.iteration % _CHECK_EVERY == 0
+        return due and not bool(self.recorded().isfinite().all())
+
+    def epoch_means(self) -> tuple[float, ...]:
+        """Return the mean loss of each epoch, up to the first that is incomplete or holds a loss that is not finite."""
+        return tuple(self._epoch_means(self.recorded().tolist()))
+
+    def _epoch_means(self, losses: list[float]) -> Iterator[float]:
+        first = self.begin
+        while first < self.end:
+            after = min((first // self.per_epoch + 1) * self.per_epoch, self.end)
+            epoch = losses[first - self.begin : after - self.begin]
+            if len(epoch) < after - first or not all(map(math.isfinite, epoch)):
+                return
+            yield sum(epoch) / len(epoch)
+            first = after
