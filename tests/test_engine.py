@@ -19,7 +19,7 @@ import pytest
 
 from stores import TASK, InTurn, content, planner, problem, records, results, run_study, study, write_study
 from tombola.engine import estimate as estimates
-from tombola.engine.estimate import Speed
+from tombola.engine.forecast import Speed
 from tombola.engine.job import Job, Outcome, perform
 from tombola.engine.local import LocalWorkers
 from tombola.engine.run import Status, run
