@@ -17,6 +17,7 @@ import numpy as np
 from tombola.study.planner import Chain, Planner, Progress, Training
 
 _RECOMPUTED_EVERY = 1.0  # seconds
+_SAME_DENSITY = 0.01  # relative: a level's density is a round number of connections
 _OBSERVED_FOR = 1.0  # seconds of a training from which its iterations can be timed
 
 
@@ -72,8 +73,10 @@ class Timing:
 def refine(speed: Speed, timings: Iterable[Timing]) -> Speed:
     """Return a speed that agrees with trainings of the study, and follows the earlier one at other densities.
 
-    At the densities of the trainings it is the median of their seconds. At the others it is what `speed` says, times
-    the ratio of the two, interpolated between the densities of the trainings.
+    At the densities of the trainings it is the median of their seconds. At the others that `speed` knows, it is what
+    `speed` says, times the ratio of the two. This ratio is taken where both are known, interpolated between: elsewhere
+    it would be wrong by what lies between two densities that `speed` knows, where a network may change to sparse
+    layers.
 
     >>> before = Speed({1.0: 10.0, 0.1: 2.0}, beside=1.0, start=0.0, source="timed")
     >>> refine(before, [Timing(1.0, 5.0, 3.0)])
@@ -88,9 +91,15 @@ def refine(speed: Speed, timings: Iterable[Timing]) -> Speed:
     if not found:
         return speed
     medians = {density: statistics.median(found[density]) for density in sorted(found)}
-    ratios = [each / speed.iteration_at(density) if speed.iteration else 1.0 for density, each in medians.items()]
+    ratios = {
+        density: medians[near] / each
+        for density, each in sorted(speed.iteration.items())
+        for near in medians
+        if abs(near / density - 1) < _SAME_DENSITY
+    }
     followed = {
-        density: each * float(np.interp(density, list(medians), ratios)) for density, each in speed.iteration.items()
+        density: each * float(np.interp(density, list(ratios), list(ratios.values()))) if ratios else each
+        for density, each in speed.iteration.items()
     }
     return replace(
         speed, iteration={**followed, **medians}, beside=statistics.median(beside) if beside else speed.beside
