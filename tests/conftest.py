@@ -83,4 +83,6 @@ def workers_here(monkeypatch: pytest.MonkeyPatch) -> None:
                     yield Failed.by(job.key, error)
 
     monkeypatch.setattr("tombola.engine.local.LocalWorkers", Here)
-    monkeypatch.setattr("tombola.engine.estimate._timed", lambda *_: (0.001, 0.1))  # seconds an iteration, and before
+    monkeypatch.setattr(
+        "tombola.engine.estimate._time_iterations", lambda *_: (0.001, 0.1)
+    )  # seconds an iteration, and before

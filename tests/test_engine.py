@@ -22,7 +22,7 @@ from gate import Arrival, Gate
 from processes import LONG, fork, parent_of, status_of, until, wait_for_end
 from stores import TASK, InTurn, content, planner, problem, records, results, run_study, study, write_study
 from tombola.engine import estimate as estimates
-from tombola.engine.estimate import Speed
+from tombola.engine.forecast import Speed
 from tombola.engine.job import Job, Outcome, perform
 from tombola.engine.local import LocalWorkers
 from tombola.engine.run import Status, run

@@ -13,7 +13,8 @@ import pytest
 from small_study import OVERRIDES
 from tombola import Planner, Store, load_problem, load_study
 from tombola.analysis.accuracy import Row, rows, table2
-from tombola.cli.display import duration, show_results, size
+from tombola.cli.results import show_results
+from tombola.cli.tables import duration, size
 
 
 def row(importance: str, seed: int, level: int, accuracy: float | None, **more: Any) -> Row:
@@ -93,7 +94,7 @@ def shown(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -
     """A function that returns Table 2 as it is printed for given rows of a study of two levels."""
 
     def show(found: list[Row], importances: tuple[str, ...] = ("l1", "l2"), seeds: tuple[int, ...] = (0, 1)) -> str:
-        monkeypatch.setattr("tombola.cli.display.rows", lambda planner: found)
+        monkeypatch.setattr("tombola.analysis.accuracy.rows", lambda planner: found)
         planner = SimpleNamespace(
             study=SimpleNamespace(importances=importances, seeds=seeds, levels=1),
             problem=SimpleNamespace(data=SimpleNamespace(name="digits")),

@@ -104,6 +104,20 @@ def along_line(first: State, second: State, measure: Measure, points: int = POIN
     return pl.DataFrame(lines, schema, orient="row").with_columns(barrier=pl.lit(barrier))
 
 
+def summarise(table: pl.DataFrame) -> pl.DataFrame:
+    """Return one row for each line of a table of `of_study`.
+
+    The columns, after level, seed, kind and tickets: first and second, the error of the two tickets; highest, the
+    highest error on the line; barrier.
+
+    Args:
+        table: of `of_study`, or a part of it.
+    """
+    error = pl.col("error")
+    lines = table.group_by("level", "seed", "kind", "tickets", maintain_order=True)
+    return lines.agg(first=error.first(), second=error.last(), highest=error.max(), barrier=pl.col("barrier").first())
+
+
 def build_measure(planner: Planner) -> Measure:
     """Return the function that gives a state's error and loss on the study's test set."""
     with ambient(0):

@@ -88,6 +88,25 @@ def of_mask(mask: Mask, paths: Paths | None = None) -> pl.DataFrame:
     )
 
 
+def summarise(table: pl.DataFrame) -> pl.DataFrame:
+    """Return the means over seeds of a table of `of_study`: one row for each level, importance and layer.
+
+    The columns, after level, importance and layer:
+
+    - connections, and the means of density, ahead and effective_density.
+    - seeds: how many there are. collapsed: in how many of them nothing is alive; in any layer, where the row is of all.
+
+    Args:
+        table: of `of_study`, or a part of it.
+    """
+    return table.group_by("level", "importance", "layer", maintain_order=True).agg(
+        pl.col("connections").first(),
+        pl.col("density", "ahead", "effective_density").mean(),
+        pl.len().cast(pl.Int64).alias("seeds"),
+        pl.col("collapsed").sum().cast(pl.Int64),
+    )
+
+
 def trace_paths(planner: Planner) -> Paths | None:
     """Return the graph of a study's network; None, with a warning that says why, where it cannot be followed."""
     try:

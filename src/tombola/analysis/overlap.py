@@ -90,6 +90,52 @@ def of_masks(masks: Mapping[str, Mask]) -> pl.DataFrame:
     return _compare(masks, together=True)
 
 
+def relative_to_ticket(table: pl.DataFrame) -> pl.DataFrame:
+    """Return a table of `of_study` or `of_masks` in which the counts that chance gives are shares of a ticket.
+
+    That is, `layers_expected`, `layers_low`, `layers_high` and the same of `global` are divided by `alive`, as
+    `shared_of_ticket` is; null where nothing is alive.
+    """
+    bounds = [f"{name}_{bound}" for name in ("layers", "global") for bound in ("expected", "low", "high")]
+    return table.with_columns((pl.col(*bounds) / pl.col("alive")).fill_nan(None))
+
+
+def summarise(table: pl.DataFrame, *by: str) -> pl.DataFrame:
+    """Return the means over seeds and comparisons of a table of `of_study`: one row for each value of `by`.
+
+    The columns, after those of `by`, in the order in which they first occur:
+
+    - connections: of the layer. density: the mean of alive / connections. comparisons: how many rows there were.
+    - shared_of_ticket, lowest, highest: mean, least and greatest `shared_of_ticket`.
+    - layers_expected, global_expected: the means of what chance gives, as shares of a ticket, see `relative_to_ticket`.
+    - jaccard, layers_jaccard: their means.
+
+    Args:
+        table: of `of_study`, or a part of it.
+        by: the columns whose values are kept apart.
+
+    >>> import torch
+    >>> a = Mask.from_tensors({"w": torch.tensor([1, 1, 0, 0]).bool()})
+    >>> b = Mask.from_tensors({"w": torch.tensor([0, 1, 1, 0]).bool()})
+    >>> summarise(of_masks({"a": a, "b": b}), "layer").select("layer", "density", "layers_expected").rows()
+    [('w', 0.5, 0.5), ('(all)', 0.5, 0.5)]
+    """
+    share = pl.col("shared_of_ticket")
+    return (
+        relative_to_ticket(table)
+        .group_by(*by, maintain_order=True)
+        .agg(
+            pl.col("connections").first(),
+            (pl.col("alive") / pl.col("connections")).mean().alias("density"),
+            pl.len().cast(pl.Int64).alias("comparisons"),
+            share.mean(),
+            share.min().alias("lowest"),
+            share.max().alias("highest"),
+            pl.col("layers_expected", "global_expected", "jaccard", "layers_jaccard").mean(),
+        )
+    )
+
+
 def _compare(masks: Mapping[str, Mask], *, together: bool) -> pl.DataFrame:
     """Return the table of `of_masks`, with all of them together or only every two."""
     if len(masks) < 2:

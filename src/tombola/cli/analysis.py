@@ -1,4 +1,4 @@
-"""The command line's verbs of analysis: each prints one table of `tombola.analysis`."""
+"""The verbs that analyse a study's tickets: each prints one table of `tombola.analysis`."""
 
 from __future__ import annotations
 
@@ -6,184 +6,182 @@ import argparse
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Protocol
+from contextlib import contextmanager, redirect_stdout
+from typing import TYPE_CHECKING
 
+from tombola.cli.options import Verbs, add_margin, count_workers, open_planner, whole_number
 from tombola.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
     import polars as pl
 
     from tombola.study.planner import Planner
-    from tombola.study.schema import Study
-
-Open = Callable[..., tuple["Planner", "Study"]]
-"""Gives the planner and the study that options name."""
 
 
-class AddVerb(Protocol):
-    """Adds a verb to the command line."""
-
-    def __call__(self, name: str, function: Callable[[argparse.Namespace], int], *parents: Any) -> Any:
-        """Return the verb's parser."""
-
-
-def add_analysis_verbs(verb: AddVerb, study: Any, listing: Any, open_study: Open, workers: Any) -> None:
-    """Add the verbs of analysis.
-
-    Args:
-        verb: adds one.
-        study, listing: parents of their parsers, with the options of a study and of a table.
-        open_study: gives the planner of the study that the options name.
-        workers: gives the number of workers that the options name.
-    """
-    for function in (overlap, layers, stability, winners, weights, functions, connectivity, reinit):
-        added = verb(function.__name__, function, study, listing)
-        added.set_defaults(open_study=open_study, count_workers=workers)
-        if function is reinit:
+def add_verbs(verbs: Verbs) -> None:
+    """Add the verbs to the command line."""
+    for verb in (overlap, layers, stability, winners, weights, functions, connectivity, reinit):
+        added = verbs.add(verb.__name__, verb, verbs.study, verbs.table)
+        if verb is reinit:
             added.add_argument(
-                "--level", type=int, required=True, metavar="N", help="whose shared connections are kept"
+                "--level",
+                type=whole_number(0),
+                required=True,
+                metavar="N",
+                help="the level whose shared connections are kept",
             )
-            added.add_argument("--draws", type=int, default=3, metavar="N", help="of the other weights (%(default)s)")
-            added.add_argument("--plan", action="store_true", help="say what would be trained, and train nothing")
-        elif function is not winners:
-            added.add_argument("--level", type=int, nargs="+", metavar="N", help="which levels")
-        if function is winners:
             added.add_argument(
-                "--margin", type=float, default=0.5, metavar="X", help="points of accuracy in %% (%(default)s)"
+                "--draws",
+                type=whole_number(1),
+                default=3,
+                metavar="N",
+                help="reinitialisations of each seed (%(default)s)",
             )
-            added.add_argument("--surely", action="store_true", help="the whole 95 %% interval must lie within it")
-        if function is stability:
-            added.add_argument("--layer", nargs="+", metavar="NAME", help="only of these layers")
-        if function is connectivity:
-            added.add_argument("--points", type=int, default=11, metavar="N", help="on each line (%(default)s)")
+            added.add_argument("--plan", action="store_true", help="show what would be trained, and train nothing")
+        elif verb is not winners:
+            added.add_argument("--level", type=whole_number(0), nargs="+", metavar="N", help="only these levels")
+        if verb is winners:
+            add_margin(added)
+            added.add_argument(
+                "--surely", action="store_true", help="require the whole 95 %% interval to be within the margin"
+            )
+        if verb is stability:
+            added.add_argument("--layer", nargs="+", metavar="NAME", help="only these layers")
+        if verb is connectivity:
+            added.add_argument(
+                "--points", type=whole_number(2), default=11, metavar="N", help="points on each line (%(default)s)"
+            )
 
 
 def overlap(options: argparse.Namespace) -> int:
-    """Say how many connections tickets share, against chance and the noise floor."""
+    """Show how many connections tickets share, compared with chance and with the noise floor."""
     from tombola.analysis import overlap
 
-    planner, names = _opened(options)
-    with _noted():
+    planner, names = _open(options)
+    with _warnings_as_notes():
         table = overlap.of_study(planner, names, options.level)
     if options.format == "table" and not planner.repeats:
-        _note("no noise floor: the study has no other data order; ask for one with --data-seeds")
+        _print_note("no noise floor: the study has one data order; add others with --data-seeds")
     elif options.format == "table" and not (table["kind"] == "data order").any():
-        _note("no noise floor yet: the other data orders are not there; find them with: tombola run")
-    _show(table, options.format, _overlap_by_level if options.level is None else _overlap_at_level)
+        _print_note("no noise floor: the tickets of other data orders are missing; find them with `tombola run`")
+    _show(table, options.format, _overlap_by_level if options.level is None else _overlap_at_levels)
     return 0
 
 
 def layers(options: argparse.Namespace) -> int:
-    """Say how dense each layer of each ticket is, what has collapsed, and what lies on no path."""
+    """Show the density of each layer, the collapsed layers, and the share of connections on paths."""
     from tombola.analysis import layers
 
-    planner, names = _opened(options)
-    with _noted():
+    planner, names = _open(options)
+    with _warnings_as_notes():
         table = layers.of_study(planner, names, options.level)
     _show(table, options.format, _layers)
     return 0
 
 
 def stability(options: argparse.Namespace) -> int:
-    """Say whether shared connections change less from level to level than others."""
+    """Show how much shared and other connections change from one level to the next."""
     from tombola.analysis import stability
 
-    planner, names = _opened(options)
-    with _noted():
+    planner, names = _open(options)
+    with _warnings_as_notes():
         table = stability.of_study(planner, names, options.level, options.layer)
     _show(table, options.format, _stability)
     return 0
 
 
 def winners(options: argparse.Namespace) -> int:
-    """Say which is the sparsest ticket of each importance that keeps the dense network's accuracy."""
+    """Show the sparsest ticket of each importance that keeps the accuracy of the dense network."""
     from tombola.analysis import winners
 
-    if not 0 <= options.margin <= 100:
-        raise UserError(f"--margin: expected points of accuracy in %, 0 to 100, got {options.margin:g}")
-    planner, names = _opened(options)
-    with _noted():
+    planner, names = _open(options)
+    with _warnings_as_notes():
         table = winners.of_study(planner, names, margin=options.margin / 100, surely=options.surely)
     if options.format == "table" and len(planner.study.seeds) < 2:
-        _note("no interval: the study has one seed, it needs two or more")
+        _print_note("no interval: the study has one seed, and an interval needs two or more")
     _show(table, options.format, _winners)
     return 0
 
 
 def weights(options: argparse.Namespace) -> int:
-    """Say how weights and importances are distributed in each layer."""
+    """Show the distribution of weights and importances in each layer."""
     from tombola.analysis import weights
 
-    planner, names = _opened(options)
-    with _noted():
+    planner, names = _open(options)
+    with _warnings_as_notes():
         table = weights.of_study(planner, names, options.level)
     _show(table, options.format, _weights)
     return 0
 
 
 def functions(options: argparse.Namespace) -> int:
-    """Say how alike tickets are in what they predict."""
+    """Show how often two tickets make the same prediction."""
     from tombola.analysis import functions
 
-    planner, names = _opened(options)
-    with _noted():
+    planner, names = _open(options)
+    with _warnings_as_notes():
         table = functions.of_study(planner, names, options.level)
     _show(table, options.format, _functions)
     return 0
 
 
 def connectivity(options: argparse.Namespace) -> int:
-    """Say how high the error rises on the line between two tickets."""
+    """Show how high the test error rises on the line between the weights of two tickets."""
     from tombola.analysis import connectivity
 
-    planner, names = _opened(options)
-    with _noted():
+    planner, names = _open(options)
+    with _warnings_as_notes():
         table = connectivity.of_study(planner, names, options.level, options.points)
     _show(table, options.format, _connectivity)
     return 0
 
 
 def reinit(options: argparse.Namespace) -> int:
-    """Keep what tickets share, draw all other weights anew, find tickets again; say what survives."""
+    """Keep the shared connections, reinitialise the others, find tickets again, and show what survives."""
     from tombola.analysis import reinit
-    from tombola.cli.display import show_plan, showing
+    from tombola.cli.progress import show_progress
+    from tombola.cli.run import show_plan
+    from tombola.engine.estimate import estimate, prior_speed
     from tombola.engine.local import LocalWorkers
     from tombola.engine.run import run
 
-    planner, names = _opened(options)
-    with _noted():
+    planner, names = _open(options)
+    with _warnings_as_notes():
         plans = reinit.plans(planner, options.level, options.draws, names)
-    count = options.count_workers(options)
+    count = count_workers(options)
     if options.plan:
         for plan in plans:
             print(f"seed {plan.seed}: {plan.kept.alive} of {plan.kept.total} connections kept")
-            show_plan(plan.planner, count, options.format)
+            show_plan(plan.planner, estimate(plan.planner, count, options.data), count, options.format)
         return 0
+    speed = prior_speed(planner, count, options.data)
     with LocalWorkers(count, planner.study.task, options.data, planner.store.root) as workers:
         for plan in plans:
-            with showing(plan.planner) as show, _printing_to(sys.stderr if options.format != "table" else sys.stdout):
-                run(plan.planner, workers, show)
-    with _noted():
+            with (
+                redirect_stdout(sys.stderr if options.format != "table" else sys.stdout),
+                show_progress(plan.planner, count) as show,
+            ):
+                run(plan.planner, workers, show, speed=speed)
+    with _warnings_as_notes():
         table = reinit.of_plans(plans)
     _show(table, options.format, _reinit)
     return 0
 
 
-def _opened(options: argparse.Namespace) -> tuple[Planner, list[str] | None]:
+def _open(options: argparse.Namespace) -> tuple[Planner, list[str] | None]:
     """Return the planner and the importances to compare: those asked for, None for all of the study's.
 
     What `--importances` names is compared, out of the study's. The study may also have been run with others than its
     file says; then they are in the store.
     """
     names, options.importances = options.importances, None
-    planner, study = options.open_study(options)
-    others = [name for name in names or () if name not in study.importances]
+    planner = open_planner(options)
+    known = planner.study.importances
+    others = [name for name in names or () if name not in known]
     if not others:
         return planner, names or None
-    known = study.importances
     options.importances = [*known, *others]
-    planner, study = options.open_study(options)
+    planner = open_planner(options)
     for name in others:
         if not any(len(planner.progress(chain).tickets) > 1 for chain in planner.chains if chain.importance == name):
             raise UserError(
@@ -194,169 +192,95 @@ def _opened(options: argparse.Namespace) -> tuple[Planner, list[str] | None]:
 
 
 @contextmanager
-def _noted() -> Iterator[None]:
-    """Print warnings as notes, and say what to do where a result is damaged."""
-    from tombola.store.store import DamagedResultError
-
+def _warnings_as_notes() -> Iterator[None]:
+    """Print warnings as notes, each on one line."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        try:
-            yield
-        except DamagedResultError as damage:
-            raise UserError(f"{damage}; `tombola run` does it again") from damage
+        yield
     for warning in caught:
-        _note(str(warning.message))
+        _print_note(str(warning.message))
 
 
-def _note(text: str) -> None:
+def _print_note(text: str) -> None:
     print(f"tombola: {text}", file=sys.stderr)
 
 
-@contextmanager
-def _printing_to(stream: Any) -> Iterator[None]:
-    before, sys.stdout = sys.stdout, stream
-    try:
-        yield
-    finally:
-        sys.stdout = before
-
-
-def _show(table: pl.DataFrame, form: str, shown: Callable[[pl.DataFrame], pl.DataFrame]) -> None:
+def _show(table: pl.DataFrame, form: str, view: Callable[[pl.DataFrame], pl.DataFrame]) -> None:
     """Print a table: as csv or json with all its columns, as a table what fits."""
-    import polars as pl
+    from tombola.cli.tables import show_frame
 
-    from tombola.cli.display import show_table
-
-    if form == "table":
-        table = shown(table)
-        columns = [_aligned(series) for series in table]
-        show_table([name.replace("_", " ") for name in table.columns], list(zip(*columns, strict=True)), form)
-        return
-    if form == "csv":
-        table = table.with_columns(pl.col(pl.List(pl.String)).list.join(" & "))
-    show_table(table.columns, table.rows(), form)
-
-
-def _aligned(series: pl.Series) -> list[str]:
-    """Return a column as text, numbers to the right, `-` for what is not known."""
-    cells = ["-" if value is None else str(value) for value in series]
-    width = max(map(len, cells), default=0)
-    return cells if series.name in _WORDS else [cell.rjust(width) for cell in cells]
-
-
-_WORDS = {"importance", "kind", "tickets", "layer", "measure", "quantity", "collapsed"}
-
-
-def _percent(column: str, digits: int = 2, *, sign: bool = False) -> pl.Expr:
-    import polars as pl
-
-    form = f"{{:{'+' if sign else ''}.{digits}f}}"
-    return (pl.col(column) * 100).map_elements(form.format, return_dtype=pl.String)
-
-
-def _number(column: str, form: str = "{:.3f}") -> pl.Expr:
-    import polars as pl
-
-    return pl.col(column).map_elements(form.format, return_dtype=pl.String)
-
-
-def _range(low: str, high: str, form: str = "{:.2f}") -> pl.Expr:
-    import polars as pl
-
-    def text(pair: dict[str, Any]) -> str:
-        first, last = pair.values()
-        if first is None or last is None:
-            return "-"
-        return form.format(first) + " .. " + form.format(last)
-
-    return pl.struct(low, high).map_elements(text, return_dtype=pl.String)
+    show_frame(view(table) if form == "table" else table, form)
 
 
 def _overlap_by_level(table: pl.DataFrame) -> pl.DataFrame:
-    """One line a level, means over seeds: all tickets together, the pairs, the noise floor; each with its chance."""
+    """One line for each level: all tickets together, the pairs, the noise floor; each with its chance."""
     import polars as pl
 
-    whole = table.filter(pl.col("layer") == "(all)")
-    by_importance = whole.filter(pl.col("kind") == "importances")
+    from tombola.analysis import overlap
+    from tombola.analysis.gather import ALL, DATA_ORDER, IMPORTANCES
+    from tombola.cli.tables import percent
+
+    means = overlap.summarise(table.filter(pl.col("layer") == ALL), "kind", "k", "level")
+    by_importance = means.filter(pl.col("kind") == IMPORTANCES)
     largest = max(by_importance["k"].to_list(), default=0)
     together = by_importance.filter(pl.col("k") == largest)
-    parts = [
-        together.group_by("level", maintain_order=True).agg(
-            sparsity=1 - (pl.col("alive") / pl.col("connections")).mean(),
-            together=pl.col("shared_of_ticket").mean(),
-            by_layers=(pl.col("layers_expected") / pl.col("alive")).mean(),
-            by_density=(pl.col("global_expected") / pl.col("alive")).mean(),
-        )
-    ]
-    for name, rows in (
-        ("pairs", by_importance.filter(pl.col("k") == 2)),
-        ("floor", whole.filter((pl.col("kind") == "data order") & (pl.col("k") == 2))),
-    ):
-        parts.append(
-            rows.group_by("level").agg(
-                pl.col("jaccard").mean().alias(name), pl.col("layers_jaccard").mean().alias(f"{name}_chance")
-            )
-        )
-    joined = parts[1].join(parts[0], on="level", how="left").join(parts[2], on="level", how="left").sort("level")
-    return joined.select(
+    pairs = by_importance.filter(pl.col("k") == 2)
+    floor = means.filter((pl.col("kind") == DATA_ORDER) & (pl.col("k") == 2))
+    jaccard = ("level", "jaccard", "layers_jaccard")
+    lines = (
+        together.drop("jaccard", "layers_jaccard")
+        .join(pairs.select(*jaccard), on="level", how="right")
+        .join(floor.select(*jaccard), on="level", how="left", suffix="_floor")
+        .sort("level")
+        .with_columns(sparsity=1 - pl.col("density"))
+    )
+    return lines.select(
         pl.col("level"),
-        _percent("sparsity").alias("sparsity %"),
-        _percent("together").alias(f"% of a ticket shared by {largest}"),
-        _percent("by_layers").alias("chance: layers"),
-        _percent("by_density").alias("chance: density"),
-        _percent("pairs").alias("Jaccard % of two importances"),
-        _percent("pairs_chance").alias("chance"),
-        _percent("floor").alias("noise floor: of two data orders"),
-        _percent("floor_chance").alias("chance "),
+        percent("sparsity").alias("sparsity %"),
+        percent("shared_of_ticket").alias(f"% of a ticket shared by {largest}"),
+        percent("layers_expected").alias("chance: layers"),
+        percent("global_expected").alias("chance: density"),
+        percent("jaccard").alias("Jaccard % of two importances"),
+        percent("layers_jaccard").alias("chance"),
+        percent("jaccard_floor").alias("noise floor: of two data orders"),
+        percent("layers_jaccard_floor").alias("chance "),
     )
 
 
-def _overlap_at_level(table: pl.DataFrame) -> pl.DataFrame:
+def _overlap_at_levels(table: pl.DataFrame) -> pl.DataFrame:
     """Every comparison in total; layer by layer what all share, and the noise floor."""
     import polars as pl
 
-    largest = max(table.filter(pl.col("kind") == "importances")["k"].to_list(), default=0)
-    detailed = (pl.col("k") == largest) | (pl.col("kind") == "data order")
-    shown = table.filter((pl.col("layer") == "(all)") | detailed)
-    for side in ("layers_low", "layers_high", "global_low", "global_high", "layers_expected", "global_expected"):
-        shown = shown.with_columns((pl.col(side) * 100 / pl.col("alive")).fill_nan(None))
-    return shown.select(
-        "level",
-        "seed",
-        "kind",
-        pl.col("tickets").list.join(" & "),
-        "layer",
-        "connections",
-        "shared",
-        _percent("shared_of_ticket").alias("% of a ticket"),
-        _number("layers_expected", "{:.2f}").alias("chance: layers"),
-        _range("layers_low", "layers_high").alias("95 %"),
-        _number("global_expected", "{:.2f}").alias("chance: density"),
-        _range("global_low", "global_high").alias("95 % "),
-        _percent("jaccard").alias("Jaccard %"),
-        _number("kappa").alias("kappa"),
+    from tombola.analysis import overlap
+    from tombola.analysis.gather import ALL, DATA_ORDER, IMPORTANCES
+    from tombola.cli.tables import number, percent, percent_range
+
+    largest = max(table.filter(pl.col("kind") == IMPORTANCES)["k"].to_list(), default=0)
+    detailed = (pl.col("k") == largest) | (pl.col("kind") == DATA_ORDER)
+    return overlap.relative_to_ticket(table.filter((pl.col("layer") == ALL) | detailed)).select(
+        *("level", "seed", "kind", "tickets", "layer", "connections", "shared"),
+        percent("shared_of_ticket").alias("% of a ticket"),
+        percent("layers_expected").alias("chance: layers"),
+        percent_range("layers_low", "layers_high").alias("95 %"),
+        percent("global_expected").alias("chance: density"),
+        percent_range("global_low", "global_high").alias("95 % "),
+        percent("jaccard").alias("Jaccard %"),
+        number("kappa").alias("kappa"),
     )
 
 
 def _layers(table: pl.DataFrame) -> pl.DataFrame:
-    """One line a ticket and layer, means over seeds."""
+    """One line for each ticket and layer, means over seeds."""
     import polars as pl
 
-    means = table.group_by("level", "importance", "layer", maintain_order=True).agg(
-        pl.col("density", "ahead", "effective_density").mean(),
-        pl.col("connections").first(),
-        pl.col("alive").mean(),
-        pl.col("collapsed").sum(),
-        pl.len().alias("seeds"),
-    )
-    return means.select(
-        "level",
-        "importance",
-        "layer",
-        "connections",
-        _percent("density").alias("density %"),
-        _percent("ahead", sign=True).alias("ahead of the whole, points"),
-        _percent("effective_density").alias("effective density %"),
+    from tombola.analysis import layers
+    from tombola.cli.tables import percent
+
+    return layers.summarise(table).select(
+        *("level", "importance", "layer", "connections"),
+        percent("density").alias("density %"),
+        percent("ahead", sign=True).alias("sparser than the network, points"),
+        percent("effective_density").alias("effective density %"),
         pl.when(pl.col("collapsed") > 0)
         .then(pl.format("{} of {} seeds", "collapsed", "seeds"))
         .otherwise(pl.lit(""))
@@ -365,95 +289,80 @@ def _layers(table: pl.DataFrame) -> pl.DataFrame:
 
 
 def _stability(table: pl.DataFrame) -> pl.DataFrame:
+    from tombola.cli.tables import number
+
     return table.select(
-        "level",
-        "importance",
-        "seed",
-        "layer",
-        "measure",
-        "shared",
-        "other",
-        _number("shared_mean", "{:.4g}"),
-        _number("other_mean", "{:.4g}"),
-        _number("shared_q50", "{:.4g}").alias("shared median"),
-        _number("other_q50", "{:.4g}").alias("other median"),
-        _number("effect", "{:+.3f}"),
-        _number("p", "{:.2g}"),
+        *("level", "importance", "seed", "layer", "measure", "shared", "other"),
+        number("shared_mean", "{:.4g}"),
+        number("other_mean", "{:.4g}"),
+        number("shared_q50", "{:.4g}").alias("shared median"),
+        number("other_q50", "{:.4g}").alias("other median"),
+        number("effect", "{:+.3f}"),
+        number("p", "{:.2g}"),
     )
 
 
 def _winners(table: pl.DataFrame) -> pl.DataFrame:
     import polars as pl
 
-    table = table.with_columns(pl.col("low") * 100, pl.col("high") * 100, sparsity=1 - pl.col("density"))
-    return table.select(
-        "importance",
-        "level",
-        _percent("sparsity").alias("sparsity %"),
+    from tombola.cli.tables import percent, percent_range
+
+    return table.with_columns(sparsity=1 - pl.col("density")).select(
+        *("importance", "level"),
+        percent("sparsity").alias("sparsity %"),
         "seeds",
-        _percent("dense_accuracy").alias("dense accuracy %"),
-        _percent("accuracy").alias("accuracy %"),
-        _percent("difference", sign=True).alias("difference, points"),
-        _range("low", "high", "{:+.2f}").alias("95 %"),
+        percent("dense_accuracy").alias("dense accuracy %"),
+        percent("accuracy").alias("accuracy %"),
+        percent("difference", sign=True).alias("difference, points"),
+        percent_range("low", "high", sign=True).alias("95 %"),
         pl.when("surely").then(pl.lit("yes")).otherwise(pl.lit("no")).alias("surely within the margin"),
     )
 
 
 def _weights(table: pl.DataFrame) -> pl.DataFrame:
+    from tombola.cli.tables import number
+
     figures = ("min", "q05", "q25", "q50", "q75", "q95", "max")
     return table.select(
-        "level", "importance", "seed", "quantity", "layer", "count", *(_number(name, "{:.4g}") for name in figures)
+        *("level", "importance", "seed", "quantity", "layer", "count"), *(number(name, "{:.4g}") for name in figures)
     )
 
 
 def _functions(table: pl.DataFrame) -> pl.DataFrame:
-    import polars as pl
+    from tombola.cli.tables import number, percent, percent_range
 
-    return table.with_columns(pl.col("low") * 100, pl.col("high") * 100).select(
-        "level",
-        "seed",
-        "kind",
-        pl.col("tickets").list.join(" & "),
-        _percent("agreement").alias("agreement %"),
-        _range("low", "high").alias("95 %"),
-        _number("kappa"),
-        _percent("accuracy").alias("mean accuracy %"),
-        _percent("ensemble_accuracy").alias("of the ensemble %"),
+    return table.select(
+        *("level", "seed", "kind", "tickets"),
+        percent("agreement").alias("agreement %"),
+        percent_range("low", "high").alias("95 %"),
+        number("kappa"),
+        percent("accuracy").alias("mean accuracy %"),
+        percent("ensemble_accuracy").alias("ensemble accuracy %"),
     )
 
 
 def _connectivity(table: pl.DataFrame) -> pl.DataFrame:
-    import polars as pl
+    """One line for each pair of tickets."""
+    from tombola.analysis import connectivity
+    from tombola.cli.tables import percent
 
-    lines = (
-        table.with_columns(pl.col("tickets").list.join(" & "))
-        .group_by("level", "seed", "kind", "tickets", maintain_order=True)
-        .agg(
-            first=pl.col("error").first(),
-            second=pl.col("error").last(),
-            highest=pl.col("error").max(),
-            barrier=pl.col("barrier").first(),
-        )
-    )
-    return lines.select(
+    return connectivity.summarise(table).select(
         *("level", "seed", "kind", "tickets"),
-        _percent("first").alias("error of the first %"),
-        _percent("second").alias("of the second %"),
-        _percent("highest").alias("highest on the line %"),
-        _percent("barrier").alias("barrier, points"),
+        percent("first").alias("error of the first %"),
+        percent("second").alias("error of the second %"),
+        percent("highest").alias("highest on the line %"),
+        percent("barrier").alias("barrier, points"),
     )
 
 
 def _reinit(table: pl.DataFrame) -> pl.DataFrame:
-    import polars as pl
+    from tombola.cli.tables import number, percent, percent_range
 
-    for side in ("low", "high", "chance_low", "chance_high"):
-        table = table.with_columns(pl.col(side) * 100)
     return table.select(
         *("level", "importance", "seed", "layer", "connections", "kept", "draws"),
-        _number("survived", "{:.1f}"),
-        _number("expected", "{:.1f}").alias("by chance"),
-        _percent("excess", 1, sign=True).alias("more than chance, %"),
-        _range("low", "high", "{:+.1f}").alias("95 %"),
-        _range("chance_low", "chance_high", "{:+.1f}").alias("one draw by chance, 95 %"),
+        number("survived", "{:.1f}"),
+        number("expected", "{:.1f}").alias("by chance"),
+        percent("excess", 1, sign=True).alias("more than chance, %"),
+        percent_range("low", "high", 1, sign=True).alias("95 %"),
+        percent_range("chance_low", "chance_high", 1, sign=True).alias("one draw by chance, 95 %"),
     )

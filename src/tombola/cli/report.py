@@ -1,41 +1,28 @@
-"""The command line's verbs that show a study as a whole: `report`, `figures` and `watch`."""
+"""The verbs that show a study as a whole: `report`, `figures` and `watch`."""
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from tombola.errors import UserError
+from tombola.cli.options import Verbs, add_margin, flags, open_planner, overrides, whole_number
+from tombola.errors import NothingStoredError, UserError
 from tombola.study.schema import presets
 
 if TYPE_CHECKING:
     from tombola.report.contents import Contents
     from tombola.study.planner import Planner
-    from tombola.study.schema import Study
-
-Open = Callable[..., tuple["Planner", "Study"]]
-"""Gives the planner and the study that options name."""
 
 
-def add_verbs(
-    verb: Callable[..., Any], study: Any, open_study: Open, overrides: Callable[[argparse.Namespace], dict[str, Any]]
-) -> None:
-    """Add the verbs to the command line.
-
-    Args:
-        verb: adds one: (name, function, *parents) -> its parser.
-        study: the options of a verb that is about a study.
-        open_study: gives the planner of the study that the options name.
-        overrides: gives the fields of the study that the options override.
-    """
-    for function in (report, figures, watch):
-        added = verb(function.__name__, function, study)
-        added.set_defaults(open_study=open_study, overrides=overrides)
-        added.add_argument("--level", type=int, metavar="N", help="of what is shown of one level")
+def add_verbs(verbs: Verbs) -> None:
+    """Add the verbs to the command line."""
+    for verb in (report, figures, watch):
+        added = verbs.add(verb.__name__, verb, verbs.study)
+        added.add_argument("--level", type=whole_number(0), metavar="N", help="the level of the tables of one level")
         added.add_argument(
             "--with",
             dest="costly",
@@ -43,37 +30,42 @@ def add_verbs(
             choices=("functions", "connectivity"),
             default=[],
             metavar="NAME",
-            help="also functions or connectivity, which take time",
+            help="include functions or connectivity, which take time",
         )
-        added.add_argument(
-            "--margin", type=float, default=0.5, metavar="X", help="points of accuracy in %% to keep it (%(default)s)"
-        )
-        if function is report:
-            added.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="where to write it")
-        if function is figures:
-            added.add_argument("-o", "--output", type=Path, required=True, metavar="DIR", help="where to write them")
+        add_margin(added)
+        if verb is report:
+            added.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="the file to write")
+        if verb is figures:
+            added.add_argument("-o", "--output", type=Path, required=True, metavar="DIR", help="the folder to write to")
             added.add_argument(
-                "--format", nargs="+", choices=("pdf", "svg", "png"), default=["pdf"], help="(pdf)", metavar="NAME"
+                "--format",
+                nargs="+",
+                choices=("pdf", "svg", "png"),
+                default=["pdf"],
+                help="the formats of the files (pdf)",
+                metavar="NAME",
             )
             added.add_argument(
-                "--columns", type=int, choices=(1, 2), default=1, help="of a two-column paper's width (%(default)s)"
+                "--columns",
+                type=int,
+                choices=(1, 2),
+                default=1,
+                help="width in columns of a two-column paper (%(default)s)",
             )
-        if function is watch:
-            added.add_argument("--port", type=int, default=0, metavar="N", help="where to serve it (any that is free)")
+        if verb is watch:
+            added.add_argument("--port", type=int, default=0, metavar="N", help="the port to serve on (any free port)")
 
 
 def report(options: argparse.Namespace) -> int:
-    """Write one page with all that was found in a study: a file that needs no network."""
-    with _installed():
+    """Write a report on a study: one HTML file that needs no network."""
+    with _check_installed():
         from tombola.report.page import page
-    from tombola.cli.display import size
+    from tombola.cli.tables import size
     from tombola.files import write_atomically
 
-    _check(options, options.output.parent)
-    planner, _ = options.open_study(options)
-    contents = _contents(options, planner)
-    if not contents.results:
-        raise UserError(f"no result of this study is in {planner.store.root}; `tombola run` does its trainings")
+    _check_output(options.output)
+    planner = open_planner(options)
+    contents = _gather_results(options, planner)
     content = page(contents).encode()
     write_atomically(options.output, content)
     print(f"{options.output}: {size(len(content))}, {contents.tickets} of {contents.expected} tickets")
@@ -81,17 +73,13 @@ def report(options: argparse.Namespace) -> int:
 
 
 def figures(options: argparse.Namespace) -> int:
-    """Write the charts of a study as files, sized for a paper of two columns."""
-    with _installed():
+    """Write the charts of a study as files, in the widths of a two-column paper."""
+    with _check_installed():
         from tombola.report.figures import write
     from tombola.report.look import BOTH_COLUMNS, COLUMN
     from tombola.report.sections import sections, select_charts
 
-    _check(options)
-    planner, _ = options.open_study(options)
-    contents = _contents(options, planner)
-    if not contents.results:
-        raise UserError(f"no result of this study is in {planner.store.root}; `tombola run` does its trainings")
+    contents = _gather_results(options, open_planner(options))
     inches = COLUMN if options.columns == 1 else BOTH_COLUMNS
     paths = write(select_charts(sections(contents)), options.output, list(dict.fromkeys(options.format)), inches)
     print("\n".join(map(str, paths)))
@@ -99,81 +87,69 @@ def figures(options: argparse.Namespace) -> int:
 
 
 def watch(options: argparse.Namespace) -> int:
-    """Serve the page of a study to this machine alone, and keep it fresh while the study runs."""
-    with _installed():
+    """Serve the report of a study on this machine, and update it while the study runs."""
+    with _check_installed():
         from tombola.report.page import page
     from tombola.report.watch import ADDRESS, keep_fresh, serve
 
-    _check(options)
-    planner, _ = options.open_study(options)
+    planner = open_planner(options)
 
     def state() -> object:
-        """The names of the study's results, and of whatever else has been written about them."""
+        """Return the names of the study's results, and of whatever else has been written about them."""
         chains = [*planner.chains, *planner.repeats]
         keys = {training.key for chain in chains for training in planner.trainings(chain)}
         records = [planner.store.folder(key) / "record.json" for key in sorted(keys)]
         return [(path.parent.name, path.stat().st_mtime_ns) for path in records if path.exists()]
 
     def make() -> str:
-        return page(_contents(options, planner), refreshed=ADDRESS)
+        return page(_gather(options, planner), refreshed=ADDRESS)
 
     with serve(options.port) as served:
         try:
             served.show(make())
-            print(f"{served.url} shows the study as it is; Ctrl-C ends this", flush=True)
+            print(f"{served.url} shows the current state of the study; press Ctrl-C to stop", flush=True)
             keep_fresh(state, make, served.show, seconds=2.0)
         except KeyboardInterrupt:
             print(file=sys.stderr)
     return 0
 
 
-def _contents(options: argparse.Namespace, planner: Planner) -> Contents:
+def _gather(options: argparse.Namespace, planner: Planner) -> Contents:
     from tombola.report.contents import gather
 
     name = options.study if options.study in presets() else Path(options.study).name
-    command = [name, *_flags(options.overrides(options))]
     return gather(
         planner,
         name.removesuffix(".toml"),
-        command,
+        [name, *flags(overrides(options))],
         costly=options.costly,
         level=options.level,
         margin=options.margin / 100,
     )
 
 
-def _flags(overrides: dict[str, Any]) -> list[str]:
-    """Return the options that override these fields of a study.
+def _gather_results(options: argparse.Namespace, planner: Planner) -> Contents:
+    """Gather what there is of a study.
 
-    >>> _flags({"levels": 3, "seeds": [0, 1], "task.model_arguments": {"width": 8}})
-    ['--levels', '3', '--seeds', '0', '1', '--task.model-arguments', 'width=8']
+    Raises:
+        NothingStoredError: where there is no result.
     """
-    flags = []
-    for name, value in overrides.items():
-        flags.append(f"--{name.replace('_', '-')}")
-        if isinstance(value, dict):
-            flags += [f"{key}={_plain(each)}" for key, each in value.items()]
-        else:
-            flags += [_plain(each) for each in (value if isinstance(value, (list, tuple)) else [value])]
-    return flags
+    contents = _gather(options, planner)
+    if not contents.results:
+        raise NothingStoredError(f"no result of this study is in {planner.store.root}")
+    return contents
 
 
-def _plain(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
-
-
-def _check(options: argparse.Namespace, folder: Path | None = None) -> None:
-    """Raise `UserError` for what can be known to be wrong before anything is loaded."""
-    if not 0 <= options.margin <= 100:
-        raise UserError(f"--margin: expected points of accuracy in %, 0 to 100, got {options.margin:g}")
-    if folder is not None and not folder.is_dir():
-        raise UserError(f"--output {options.output}: there is no folder {folder}; make it first")
-    if folder is not None and options.output.is_dir():
-        raise UserError(f"--output {options.output}: is a folder; name a file in it")
+def _check_output(path: Path) -> None:
+    """Raise `UserError` where this file cannot be written, before anything is loaded."""
+    if not path.parent.is_dir():
+        raise UserError(f"--output {path}: there is no folder {path.parent}; make it first")
+    if path.is_dir():
+        raise UserError(f"--output {path}: is a folder; name a file in it")
 
 
 @contextmanager
-def _installed() -> Iterator[None]:
+def _check_installed() -> Iterator[None]:
     """Say what to install where the charting library is not there."""
     try:
         yield

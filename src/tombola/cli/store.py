@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tombola.cli.options import Verbs, count_workers, open_planner, whole_number
 from tombola.errors import UserError
 
 if TYPE_CHECKING:
@@ -17,73 +19,49 @@ if TYPE_CHECKING:
     from tombola.store.store import Entry, Store
     from tombola.study.planner import Planner
 
-GetPlanner = Callable[[argparse.Namespace], "Planner"]
+
+def add_verbs(verbs: Verbs) -> None:
+    """Add the verbs to the command line."""
+    verifying = verbs.add("verify", verify, verbs.study, verbs.table)
+    verifying.add_argument(
+        "--sample", type=whole_number(1), metavar="N", help="only N of the trainings, or of the chains"
+    )
+    verifying.add_argument("--chains", action="store_true", help="repeat whole chains, from their initial weights on")
+    parts = verbs.add_group("store", store, "ls|check|gc")
+    parts.add("store ls", ls, parts.store, parts.table)
+    parts.add("store check", check, parts.store, parts.table)
+    removing = parts.add("store gc", gc, parts.study, parts.table)
+    removing.usage = "tombola store gc STUDY [STUDY ...] [option ...]"
+    removing.add_argument(
+        "more", nargs="*", metavar="STUDY", help="further studies to keep; the options apply to all studies"
+    )
+    removing.add_argument("--dry-run", action="store_true", help="only show what would be removed")
 
 
-def add_verbs(
-    verb: Callable[..., Any], study: Any, listing: Any, planner: GetPlanner, workers: Any, root: Path
-) -> None:
-    """Add the verbs `verify` and `store` to the command line.
-
-    Args:
-        verb: adds one: (name, function, *parents) -> its parser.
-        study: the options of a verb that is about a study.
-        listing: the options of a verb that lists something.
-        planner: makes the planner of the study that options name.
-        workers: how many trainings go side by side, by the options.
-        root: the default store.
-    """
-
-    def verify_with(options: argparse.Namespace) -> int:
-        return verify(options, planner(options), workers(options))
-
-    def gc_with(options: argparse.Namespace) -> int:
-        named = [argparse.Namespace(**vars(options) | {"study": name}) for name in [options.study, *options.more]]
-        return gc(options, [planner(one) for one in named])
-
-    verify_with.__doc__, gc_with.__doc__ = verify.__doc__, gc.__doc__
-    verifying = verb("verify", verify_with, study, listing)
-    verifying.add_argument("--sample", type=_from_one, metavar="N", help="only N of the trainings (or chains)")
-    verifying.add_argument("--chains", action="store_true", help="whole chains, each from its initial weights on")
-    storing = verb("store", _store)
-    storing.usage = "tombola store ls|check|gc [option ...]"
-    parts = storing.add_subparsers(required=True, metavar="ls|check|gc", parser_class=type(storing))
-    where = type(storing)(add_help=False)
-    where.add_argument("--store", type=Path, default=root, metavar="DIR", help="where results lie (%(default)s)")
-    for name, function, parents in (("ls", ls, [where, listing]), ("check", check, [where, listing])):
-        text = (function.__doc__ or "").strip()
-        part = parts.add_parser(name, parents=parents, help=text, description=text, allow_abbrev=False)
-        part.set_defaults(verb=function)
-    text = (gc.__doc__ or "").strip().splitlines()[0]
-    removing = parts.add_parser("gc", parents=[study, listing], help=text, description=text, allow_abbrev=False)
-    removing.add_argument("more", nargs="*", metavar="STUDY", help="further studies to keep; overrides are for all")
-    removing.add_argument("--dry-run", action="store_true", help="only say what would be removed")
-    removing.set_defaults(verb=gc_with)
-
-
-def verify(options: argparse.Namespace, planner: Planner, workers: int) -> int:
-    """Train again what is stored, in fresh processes, and compare every bit; exit status 1 where one differs."""
-    from tombola.cli.display import show_table
+def verify(options: argparse.Namespace) -> int:
+    """Repeat stored trainings in new processes and compare every bit; the exit status is 1 if any bit differs."""
+    from tombola.cli.tables import show_table
     from tombola.engine.local import LocalWorkers
     from tombola.engine.verify import sample, stored, verify_chains, verify_trainings
 
+    planner = open_planner(options)
     chains = [*planner.chains, *planner.repeats]
     plain = options.format == "table"
-    with LocalWorkers(workers, planner.study.task, options.data, None) as fresh:
+    with LocalWorkers(count_workers(options), planner.study.task, options.data, None) as fresh:
         if options.chains:
             there = [chain for chain in chains if planner.progress(chain).tickets]
             stored(planner, there)
-            with _counting(plain) as tell:
+            with _show_count(plain) as tell:
                 findings = list(verify_chains(planner, sample(there, options.sample), fresh, tell))
         else:
             chosen = sample(stored(planner, chains), options.sample)
-            with _counting(plain) as tell:
+            with _show_count(plain) as tell:
                 findings = []
                 for finding in verify_trainings(planner, chosen, fresh):
                     findings.append(finding)
                     tell(len(findings), len(chosen))
     if plain:
-        _say(findings)
+        _print_findings(findings)
     else:
         header = ["training", "key", "equal", "difference", "machine"]
         lines = [[f.what, f.key, f.difference is None, f.difference, "; ".join(f.machine)] for f in findings]
@@ -91,7 +69,9 @@ def verify(options: argparse.Namespace, planner: Planner, workers: int) -> int:
     return 1 if any(finding.difference for finding in findings) else 0
 
 
-def _say(findings: list[Finding]) -> None:
+def _print_findings(findings: list[Finding]) -> None:
+    from tombola.cli.tables import count
+
     unequal = [finding for finding in findings if finding.difference]
     for finding in unequal:
         print(f"{finding.what} ({finding.key[:12]}) differs: {finding.difference}")
@@ -99,19 +79,17 @@ def _say(findings: list[Finding]) -> None:
     for finding in findings:
         for phrase in finding.machine:
             elsewhere[phrase] = elsewhere.get(phrase, 0) + 1
-    for phrase, count in elsewhere.items():
-        print(f"recorded on another machine, {count} of {len(findings)}: {phrase}")
+    for phrase, number in elsewhere.items():
+        print(f"recorded on another machine, {number} of {len(findings)}: {phrase}")
     if unequal and not elsewhere:
-        print("the machine is the one recorded, as far as is known")
-    if unequal:
-        print(f"{len(unequal)} of {len(findings)} trainings done again differ from what is stored")
-    else:
-        print(f"{len(findings)} trainings done again: every bit of weights, masks and histories is as stored")
+        print("no difference between this machine and the recorded one is known")
+    print(f"re-ran {count(len(findings), 'training')}: ", end="")
+    print(f"{len(unequal)} differ from the stored results" if unequal else "all bit-identical")
 
 
 @contextmanager
-def _counting(shown: bool) -> Iterator[Callable[[int, int], None]]:
-    """Show a counter on a terminal."""
+def _show_count(shown: bool) -> Iterator[Callable[[int, int], None]]:
+    """Give a function that shows on a terminal how many trainings are verified, of how many."""
     live = shown and sys.stderr.isatty()
 
     def tell(done: int, total: int) -> None:
@@ -123,35 +101,35 @@ def _counting(shown: bool) -> Iterator[Callable[[int, int], None]]:
         print(file=sys.stderr)
 
 
-def _store(options: argparse.Namespace) -> int:
-    """Look after the store: list what is in it, check it, remove what is not needed."""
-    raise UserError("store: say what to do, ls, check or gc")
+def store(options: argparse.Namespace) -> int:
+    """List, check or clean the store."""
+    raise UserError("store: name what to do: ls, check or gc")
 
 
 def ls(options: argparse.Namespace) -> int:
-    """List what is in the store, and how much it takes."""
-    from tombola.cli.display import show_table, size
+    """List the contents of the store and their sizes."""
+    from tombola.cli.tables import show_table, size
 
     store = _open(options.store)
     found = list(store.entries())
     if options.format != "table":
-        show_table(["kind", "name", "bytes", *_FACTS], [_described(store, one) for one in found], options.format)
+        show_table(["kind", "name", "bytes", *_FACTS], [_facts(store, one) for one in found], options.format)
         return 0
     lines = []
     for one in found:
         if one.kind == "result":
-            _, _, taken, *facts = _described(store, one)
+            _, _, taken, *facts = _facts(store, one)
             lines.append([one.name[:12], size(taken), *("" if fact is None else fact for fact in facts)])
     if lines:
         show_table(["result", "size", *_FACTS], lines, "table")
-    _totals(found)
+    _print_totals(found)
     return 0
 
 
 _FACTS = ("density", "accuracy", "finished", "confirmed")
 
 
-def _described(store: Store, one: Entry) -> list[Any]:
+def _facts(store: Store, one: Entry) -> list[Any]:
     from tombola.store.store import DamagedResultError
 
     if one.kind != "result":
@@ -165,20 +143,13 @@ def _described(store: Store, one: Entry) -> list[Any]:
         document = None
     if document is None:
         return [one.kind, one.name, one.bytes, None, "damaged", *when]
-    total = sum(_product(shape) for _, shape in document["mask"])
+    total = sum(math.prod(shape) for _, shape in document["mask"])
     density = round(sum(document["alive"].values()) / total, 6) if total else None
     return [one.kind, one.name, one.bytes, density, document["history"]["test_accuracy"], *when]
 
 
-def _product(shape: list[int]) -> int:
-    product = 1
-    for length in shape:
-        product *= length
-    return product
-
-
-def _totals(found: list[Entry]) -> None:
-    from tombola.cli.display import size
+def _print_totals(found: list[Entry]) -> None:
+    from tombola.cli.tables import size
 
     for kind in ("result", "mask", "checkpoint"):
         of_kind = [one for one in found if one.kind == kind]
@@ -186,8 +157,8 @@ def _totals(found: list[Entry]) -> None:
 
 
 def check(options: argparse.Namespace) -> int:
-    """Read every byte in the store and compare checksums; exit status 1 where something is damaged."""
-    from tombola.cli.display import show_table, size
+    """Read the whole store and compare checksums; the exit status is 1 if anything is damaged."""
+    from tombola.cli.tables import show_table, size
 
     store = _open(options.store)
     found = list(store.entries())
@@ -199,7 +170,7 @@ def check(options: argparse.Namespace) -> int:
     for one, reason in damaged:
         print(f"{one.kind} {one.name[:12]} is damaged: {reason}")
     print(f"{len(found)} results, masks and checkpoints read, {size(sum(one.bytes for one in found))}: ", end="")
-    print(f"{len(damaged)} are damaged; `tombola run` does them again" if damaged else "every checksum is right")
+    print(f"{len(damaged)} are damaged; `tombola run` does them again" if damaged else "all checksums are right")
     return 1 if damaged else 0
 
 
@@ -217,16 +188,18 @@ def _damage(store: Store, one: Entry) -> str | None:
     return None
 
 
-def gc(options: argparse.Namespace, planners: list[Planner]) -> int:
-    """Remove from the store what none of the studies given needs."""
-    from tombola.cli.display import show_table, size
+def gc(options: argparse.Namespace) -> int:
+    """Remove everything from the store that none of the given studies needs."""
+    from tombola.cli.tables import show_table, size
     from tombola.store.claims import Claims
 
+    named = [argparse.Namespace(**vars(options) | {"study": name}) for name in [options.study, *options.more]]
+    planners = [open_planner(one) for one in named]
     store = planners[0].store
     store.check_writable()
     with Claims(store.root) as claims:
         if not claims.alone():
-            raise UserError(f"store {store.root}: another tombola is at work in it; remove nothing until that is done")
+            raise UserError(f"store {store.root}: another run of tombola uses it; wait until that has finished")
         needed: set[str] = set()
         for planner in planners:
             needed |= _needs(planner)
@@ -244,8 +217,10 @@ def gc(options: argparse.Namespace, planners: list[Planner]) -> int:
         show_table(["kind", "name", "bytes"], lines, options.format)
         return 0
     freed, kept = (sum(one.bytes for one in some) for some in (removed, [one for one in found if one not in removed]))
-    does = "would be removed" if options.dry_run else "removed"
-    print(f"{len(removed)} of {len(found)} results, masks and checkpoints {does}, {size(freed)}; {size(kept)} are kept")
+    action = "would be removed" if options.dry_run else "removed"
+    print(
+        f"{len(removed)} of {len(found)} results, masks and checkpoints {action}, {size(freed)}; {size(kept)} are kept"
+    )
     return 0
 
 
@@ -283,11 +258,5 @@ def _open(root: Path) -> Store:
     from tombola.store.store import Store
 
     if not (root / "store.json").exists():
-        raise UserError(f"store {root}: there is no store; name one with --store")
+        raise UserError(f"store {root}: there is no store; choose another folder with --store")
     return Store(root, create=False)
-
-
-def _from_one(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number from 1 on, got {text!r}")
-    return int(text)

@@ -1,28 +1,30 @@
-"""Estimates: how long a study will take and how much disk."""
+"""Estimates: how long a study takes and how much disk, before it is run."""
 
 from __future__ import annotations
 
-import heapq
 import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
 import torch
 
+from tombola.engine.forecast import Speed, Timing, makespan, refine, steps_ahead
 from tombola.engine.job import Job
 from tombola.engine.local import LocalWorkers
 from tombola.engine.run import remaining
 from tombola.engine.workers import At
 from tombola.pruning.mask import Mask
-from tombola.study.planner import Chain, Planner, Progress
+from tombola.store.store import DamagedResultError
+from tombola.study.planner import Chain, Planner
 from tombola.training.evaluation import predict
 
 _TIMED_SECONDS = 1.0
 _PATIENCE = 60.0  # seconds after which a training that has not come far enough to be timed is taken as it is
 _MOST_TIMED_AT_ONCE = 8
+_WORTH_TIMING = 60.0  # seconds of a run for which some seconds of timing are little
+_STEP_OF_FORWARD = 3.0  # times a forward pass, about what a training step of a dense network takes
 
 
 @dataclass(frozen=True)
@@ -50,36 +52,6 @@ class Estimate:
     bytes: int
 
 
-@dataclass(frozen=True)
-class Speed:
-    """How fast trainings are.
-
-    Args:
-        iteration: seconds of one, by density.
-        beside: seconds of a training beside its iterations: loading, testing, storing.
-        start: seconds until workers are there.
-        source: how that is known.
-    """
-
-    iteration: dict[float, float]
-    beside: float
-    start: float
-    source: str
-
-    def training(self, density: float, iterations: int) -> float:
-        """Return the seconds of a training; between densities that are known, speed changes evenly."""
-        known = sorted(self.iteration)
-        return self.beside + iterations * float(np.interp(density, known, [self.iteration[one] for one in known]))
-
-
-@dataclass(frozen=True)
-class Step:
-    """A training to come: `name` is the same for chains that share it."""
-
-    name: tuple[str, int]
-    seconds: float
-
-
 def estimate(planner: Planner, workers: int, directory: Path | None = None) -> Estimate:
     """Estimate a study's run from the trainings of it that are done, or from a few iterations timed now.
 
@@ -95,7 +67,7 @@ def estimate(planner: Planner, workers: int, directory: Path | None = None) -> E
     if not to_train:
         return Estimate(chains, len(keys), 0, 0.0, "nothing to do", 0.0, None, 0)
     speed = _speed(planner, list(progress), workers, directory)
-    ahead = {chain: _ahead(planner, chain, p, speed) for chain, p in progress.items() if p.waits_for is not None}
+    ahead = {chain: steps_ahead(planner, chain, p, speed) for chain, p in progress.items() if p.waits_for is not None}
     total = sum(step.seconds for step in {step.name: step for steps in ahead.values() for step in steps}.values())
     longest = max(ahead, key=lambda chain: sum(step.seconds for step in ahead[chain]))
     seconds = speed.start + makespan(list(ahead.values()), workers)
@@ -107,72 +79,69 @@ def estimate(planner: Planner, workers: int, directory: Path | None = None) -> E
     return Estimate(chains, len(keys), to_train, total / to_train, speed.source, seconds, critical, sizes)
 
 
-def makespan(chains: Sequence[Sequence[Step]], workers: int) -> float:
-    """Return the seconds that workers take for chains of steps, each begun as `run` begins them: longest chain first.
+def prior_speed(planner: Planner, workers: int, directory: Path | None = None) -> Speed | None:
+    """Return what is known of the speed of a study's trainings before it runs; None where nothing is to be done.
 
-    >>> a, b, c = (Step((name, 0), 1.0) for name in "abc")
-    >>> makespan([[a, b], [a, c]], 1), makespan([[a, b], [a, c]], 2), makespan([[a, b], [a, c]], 9)
-    (3.0, 2.0, 2.0)
+    It comes from the trainings of the study that are done, or from a few iterations that are timed now. A study that
+    takes less than about a minute is not delayed by that: then the speed says nothing of iterations.
+
+    Args:
+        planner: of the study.
+        workers: how many.
+        directory: where data sets lie.
     """
-    place = [0] * len(chains)
-    running: list[tuple[float, tuple[str, int]]] = []
-    begun: set[tuple[str, int]] = set()
-    now = 0.0
-    while True:
-        ready = {
-            chain[at].name: (len(chain) - at, chain[at].seconds)
-            for chain, at in sorted(zip(chains, place, strict=True), key=lambda pair: len(pair[0]) - pair[1])
-            if at < len(chain) and chain[at].name not in begun
-        }
-        for name, (_, seconds) in sorted(ready.items(), key=lambda item: -item[1][0])[: workers - len(running)]:
-            begun.add(name)
-            heapq.heappush(running, (now + seconds, name))
-        if not running:
-            return now
-        now, done = heapq.heappop(running)
-        place = [at + (at < len(chain) and chain[at].name == done) for chain, at in zip(chains, place, strict=True)]
-
-
-def _ahead(planner: Planner, chain: Chain, progress: Progress, speed: Speed) -> list[Step]:
-    """Return the trainings that a chain still needs, in order."""
-    assert progress.waits_for is not None
-    rewind, end = planner.study.recipe.rewind, planner.end
-    first = planner.study.levels + 1 - progress.remaining  # level of the first, or -1 for the rewind point
-    steps = []
-    for number, level in enumerate(range(first, planner.study.levels + 1)):
-        name = (progress.waits_for.key, number) if number < progress.shared else (str(chain), level)
-        density = (1 - planner.study.fraction) ** max(0, level)
-        steps.append(Step(name, speed.training(density, end - rewind if level >= 0 else rewind)))
-    return steps
+    chains = [*planner.chains, *planner.repeats]
+    try:
+        to_train = remaining([planner.progress(chain) for chain in chains])
+    except DamagedResultError:  # which the run does again
+        to_train = 1
+    if not to_train:
+        return None
+    if recorded := _recorded_speed(planner, chains):
+        return recorded
+    testing = _time_testing(planner)
+    step = _STEP_OF_FORWARD * testing * planner.study.recipe.batch_size / len(planner.problem.data.test_inputs)
+    if to_train * planner.end * step / workers < _WORTH_TIMING:
+        return Speed({}, testing, 0.0, "not known yet")
+    return _timed_speed(planner, workers, directory, testing)
 
 
 def _speed(planner: Planner, chains: Sequence[Chain], workers: int, directory: Path | None) -> Speed:
-    """Find out how fast trainings are: from those of the study that are done, or by timing a few iterations."""
-    by_density: dict[float, list[float]] = {}
-    beside = []
-    seen: set[str] = set()
+    """Return the speed of trainings: from those of the study that are done, or from a few iterations timed now."""
+    if recorded := _recorded_speed(planner, chains):
+        _, start = _time_iterations(planner, planner.dense, 1, directory)
+        return replace(recorded, start=start)
+    return _timed_speed(planner, workers, directory, _time_testing(planner))
+
+
+def _recorded_speed(planner: Planner, chains: Sequence[Chain]) -> Speed | None:
+    """Return the speed of the trainings that are done, from their records; None where there is none."""
+    timings: dict[str, Timing] = {}
     for chain in chains:
-        for training in planner.trainings(chain):
-            record = planner.store.record(training.key)
-            each = record.get("seconds_per_iteration")
-            if each is not None and training.key not in seen:
-                seen.add(training.key)
-                by_density.setdefault(training.mask.density, []).append(each)
-                beside.append(max(0.0, record["seconds"] - each * record["iterations"]))
-    if by_density:
-        _, start = _timed(planner, planner.dense, 1, directory)
-        known = {density: statistics.median(times) for density, times in by_density.items()}
-        return Speed(known, statistics.median(beside), start, f"from the {len(seen)} that are done")
+        try:
+            trainings = planner.trainings(chain)
+        except DamagedResultError:
+            continue
+        for training in trainings:
+            timing = Timing.of(training.mask.density, planner.store.record(training.key))
+            if timing is not None:
+                timings[training.key] = timing
+    source = f"from the {len(timings)} that are done"
+    return refine(Speed({}, 0.0, 0.0, source), timings.values()) if timings else None
+
+
+def _timed_speed(planner: Planner, workers: int, directory: Path | None, testing: float) -> Speed:
+    """Return the speed of trainings from iterations that are timed now, at some of the levels."""
     known, start = {}, 0.0
     count = min(workers, _MOST_TIMED_AT_ONCE)
     for level in sorted({0, planner.study.levels // 2, planner.study.levels}):
         density = (1 - planner.study.fraction) ** level
-        known[density], started = _timed(planner, _thinned(planner.dense, density), count, directory)
+        known[density], started = _time_iterations(planner, _thin(planner.dense, density), count, directory)
         start = max(start, started)  # the first time: then the process that workers are copies of is there
-    return Speed(known, _testing(planner), start, "from a few iterations timed now")
+    return Speed(known, testing, start, "from a few iterations timed now")
 
 
-def _timed(planner: Planner, mask: Mask, count: int, directory: Path | None) -> tuple[float, float]:
+def _time_iterations(planner: Planner, mask: Mask, count: int, directory: Path | None) -> tuple[float, float]:
     """Return the seconds of an iteration where `count` trainings go side by side, and those until they go."""
     seed = planner.study.seeds[0]
     endless = 10**9
@@ -198,7 +167,7 @@ def _timed(planner: Planner, mask: Mask, count: int, directory: Path | None) -> 
     return seconds, max(0.0, statistics.median(starts)) if starts else 0.0
 
 
-def _thinned(mask: Mask, density: float) -> Mask:
+def _thin(mask: Mask, density: float) -> Mask:
     """Return a mask in which about this share of the connections is alive, at random."""
     generator = torch.Generator().manual_seed(0)
     return Mask.from_tensors(
@@ -206,7 +175,7 @@ def _thinned(mask: Mask, density: float) -> Mask:
     )
 
 
-def _testing(planner: Planner) -> float:
+def _time_testing(planner: Planner) -> float:
     """Return the seconds that testing takes after a training, from a part of the test set."""
     data = planner.problem.data
     few = min(500, len(data.test_inputs))

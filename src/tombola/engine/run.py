@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from tombola.engine.forecast import Forecast, Speed
 from tombola.engine.job import Job, Outcome
 from tombola.engine.workers import At, Failed, Workers
 from tombola.errors import UserError
@@ -42,6 +43,7 @@ def run(
     workers: Workers,
     show: Callable[[Status, Training | None], None],
     chains: Sequence[Chain] | None = None,
+    speed: Speed | None = None,
 ) -> Status:
     """Have every training done that the study needs and the store does not have.
 
@@ -52,13 +54,16 @@ def run(
         workers: do the trainings.
         show: called now and then with how far the run is, and with the training that was just done, if one was.
         chains: which; by default all of the study's.
+        speed: what is known of how fast the trainings are, see `tombola.engine.estimate.prior_speed`; the estimate of
+            the time left begins with it.
 
     Raises:
         UserError: where a training cannot be done. What was done is in the store.
     """
     with Claims(planner.store.root) as claims:
         planner.store.sweep(claims.alone)
-        status = _run(planner, workers, claims, show, [*planner.chains, *planner.repeats] if chains is None else chains)
+        wanted = [*planner.chains, *planner.repeats] if chains is None else chains
+        status = _run(planner, workers, claims, show, wanted, speed)
         planner.store.sweep(claims.alone)  # what killed workers have left
         return status
 
@@ -69,13 +74,15 @@ def _run(
     claims: Claims,
     show: Callable[[Status, Training | None], None],
     chains: Sequence[Chain],
+    speed: Speed | None,
 ) -> Status:
     status = Status(0)
     for chain in chains:
         _follow(planner, chain, status)
     _check(planner, status)
     status.total = remaining(list(status.chains.values()))
-    began = time.monotonic()
+    forecast = Forecast(planner, workers.count, speed)
+    status.seconds_left = forecast.seconds_left(status.chains, status.running)
     looked = 0.0
     show(status, None)  # before workers are started, which takes a while
     while waiting := _waiting(status):
@@ -110,10 +117,11 @@ def _run(
                     planner.store.discard_checkpoint(training.key)
                     claims.release(training.key)
                     del status.running[training.key]
+                    forecast.add(training, record)
                     _go_on(planner, training.key, status)
                     finished = training
             status.done = status.total - remaining(list(status.chains.values()))
-            _estimate(status, time.monotonic() - began, workers.count)
+            status.seconds_left = forecast.seconds_left(status.chains, status.running)
             show(status, finished)
         status.done = status.total - remaining(list(status.chains.values()))
         show(status, None)
@@ -193,15 +201,3 @@ def _describe(training: Training, status: Status) -> str:
         if progress.waits_for is not None and progress.waits_for.key == training.key:
             return f"of {chain}, level {len(progress.tickets)}"
     return training.key[:12]
-
-
-def _estimate(status: Status, elapsed: float, workers: int) -> None:
-    """Estimate the time left: the work divided among the workers, but not less than the longest chain takes."""
-    begun = sum(iteration - training.begin for training, iteration in status.running.values())
-    length = max((t.end - t.begin for t in _waiting(status).values()), default=1)
-    finished = status.done + begun / length
-    if finished > 0 and elapsed > 0:
-        each = elapsed * min(workers, max(1, len(status.running))) / finished
-        longest = max((p.remaining for p in status.chains.values()), default=0)
-        left = status.total - finished
-        status.seconds_left = max(left / workers, longest - begun / length / max(1, len(status.running))) * each

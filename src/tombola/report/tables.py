@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import polars as pl
 
+from tombola import analysis
 from tombola.analysis.accuracy import Row
 from tombola.analysis.gather import ALL, DATA_ORDER, IMPORTANCES
 
@@ -87,15 +88,15 @@ def pairs(overlap: pl.DataFrame, level: int | None = None) -> pl.DataFrame:
     )
     both = pl.concat([found, found.with_columns(ticket="other", other="ticket")])
     return (
-        both.group_by("level", "ticket", "other", maintain_order=True)
-        .agg(
-            (100 * pl.col("shared_of_ticket").mean()).alias("shared %"),
-            (100 * (pl.col("layers_expected") / pl.col("alive")).mean()).alias("by chance %"),
-            (100 * pl.col("jaccard").mean()).alias("Jaccard %"),
-            pl.len().cast(pl.Int64).alias("seeds"),
-        )
+        analysis.overlap.summarise(both, "level", "ticket", "other")
         .sort("level", maintain_order=True)
-        .with_columns(pl.col(pl.Float64).fill_nan(None))
+        .select(
+            *("level", "ticket", "other"),
+            (100 * pl.col("shared_of_ticket")).alias("shared %"),
+            (100 * pl.col("layers_expected")).alias("by chance %"),
+            (100 * pl.col("jaccard")).alias("Jaccard %"),
+            pl.col("comparisons").alias("seeds"),
+        )
     )
 
 
@@ -110,24 +111,21 @@ def overlap(table: pl.DataFrame, importances: int) -> pl.DataFrame:
         table: of `tombola.analysis.overlap`.
         importances: how many the study has.
     """
-    whole = table.filter(pl.col("layer") == ALL)
-    share = 100 * pl.col("shared_of_ticket")
+    means = analysis.overlap.summarise(table.filter(pl.col("layer") == ALL), "kind", "k", "level")
     return pl.concat(
-        [
-            whole.filter((pl.col("kind") == kind) & (pl.col("k") == k))
-            .group_by("level", maintain_order=True)
-            .agg(
-                (100 * (pl.col("alive") / pl.col("connections")).mean()).alias(DENSITY),
-                share.mean().alias("shared %"),
-                share.min().alias("lowest %"),
-                share.max().alias("highest %"),
-                *_by_chance(),
-            )
-            .select(pl.lit(name).alias("comparison"), pl.all())
-            .sort("level")
-            for name, kind, k in _comparisons(importances)
-        ]
-    ).with_columns(pl.col(pl.Float64).fill_nan(None))  # where nothing is alive
+        means.filter((pl.col("kind") == kind) & (pl.col("k") == k))
+        .sort("level")
+        .select(
+            pl.lit(name).alias("comparison"),
+            "level",
+            (100 * pl.col("density")).alias(DENSITY),
+            (100 * pl.col("shared_of_ticket")).alias("shared %"),
+            (100 * pl.col("lowest")).alias("lowest %"),
+            (100 * pl.col("highest")).alias("highest %"),
+            *_BY_CHANCE,
+        )
+        for name, kind, k in _comparisons(importances)
+    )
 
 
 def _comparisons(importances: int) -> list[tuple[str, str, int]]:
@@ -136,28 +134,26 @@ def _comparisons(importances: int) -> list[tuple[str, str, int]]:
     return [(TWO, IMPORTANCES, 2), *every, (NOISE, DATA_ORDER, 2)]
 
 
-def _by_chance() -> tuple[pl.Expr, pl.Expr]:
-    """Return what random tickets share, in % of a ticket."""
-    by_layers, overall = (pl.col(f"{name}_expected") / pl.col("alive") for name in ("layers", "global"))
-    return (100 * by_layers.mean()).alias("chance, by layers %"), (100 * overall.mean()).alias("chance, overall %")
+_BY_CHANCE = (
+    (100 * pl.col("layers_expected")).alias("chance, by layers %"),
+    (100 * pl.col("global_expected")).alias("chance, overall %"),
+)
+"""What random tickets share, in % of a ticket."""
 
 
 def overlap_by_layer(table: pl.DataFrame, level: int, importances: int) -> pl.DataFrame:
     """Return what all importances (or the two) and two data orders share in each layer at a level."""
-    chosen = table.filter(pl.col("level") == level)
-    parts = []
-    for name, kind, k in _comparisons(importances):
-        rows = chosen.filter((pl.col("kind") == kind) & (pl.col("k") == k))
-        parts.append(
-            rows.group_by("layer", maintain_order=True)
-            .agg(
-                pl.col("connections").first(),
-                (100 * pl.col("shared_of_ticket").mean()).alias("shared %"),
-                *_by_chance(),
-            )
-            .select(pl.lit(name).alias("comparison"), pl.all())
+    means = analysis.overlap.summarise(table.filter(pl.col("level") == level), "kind", "k", "layer")
+    return pl.concat(
+        means.filter((pl.col("kind") == kind) & (pl.col("k") == k)).select(
+            pl.lit(name).alias("comparison"),
+            "layer",
+            "connections",
+            (100 * pl.col("shared_of_ticket")).alias("shared %"),
+            *_BY_CHANCE,
         )
-    return pl.concat(parts).with_columns(pl.col(pl.Float64).fill_nan(None))
+        for name, kind, k in _comparisons(importances)
+    )
 
 
 def layers(table: pl.DataFrame, importance: str) -> pl.DataFrame:
@@ -169,15 +165,14 @@ def layers(table: pl.DataFrame, importance: str) -> pl.DataFrame:
         table: of `tombola.analysis.layers`.
         importance: whose.
     """
-    return (
-        table.filter((pl.col("importance") == importance) & (pl.col("layer") != ALL))
-        .group_by("layer", "level", maintain_order=True)
-        .agg(
-            (100 * pl.col("density").mean()).alias(DENSITY),
-            (100 * pl.col("effective_density").mean()).alias("on paths %"),
-            pl.col("collapsed").sum().cast(pl.Int64),
-            pl.len().cast(pl.Int64).alias("seeds"),
-        )
+    own = table.filter((pl.col("importance") == importance) & (pl.col("layer") != ALL))
+    return analysis.layers.summarise(own).select(
+        "layer",
+        "level",
+        (100 * pl.col("density")).alias(DENSITY),
+        (100 * pl.col("effective_density")).alias("on paths %"),
+        "collapsed",
+        "seeds",
     )
 
 

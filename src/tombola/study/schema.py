@@ -32,10 +32,10 @@ class Task(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
-    dataset: str = Field(description="a data set's name, or module:function that returns a tombola.Dataset")
-    dataset_arguments: Arguments = Field(default={}, description="arguments for it")
-    model: str = Field(description="a model's name, or module:function that returns a torch module")
-    model_arguments: Arguments = Field(default={}, description="arguments for it")
+    dataset: str = Field(description="name of a data set, or module:function that returns a tombola.Dataset")
+    dataset_arguments: Arguments = Field(default={}, description="arguments of the dataset function")
+    model: str = Field(description="name of a model, or module:function that returns a torch module")
+    model_arguments: Arguments = Field(default={}, description="arguments of the model function")
     loss: str = Field(default="cross_entropy", description="cross_entropy, or module:function of (outputs, labels)")
 
 
@@ -53,16 +53,18 @@ class Study(BaseModel):
     importances: Annotated[Tuple[str], Field(min_length=1)] = Field(
         description="names of importances, or module:function of your own"
     )
-    seeds: Annotated[Tuple[Count], Field(min_length=1)] = Field(description="one chain of tickets each")
-    levels: Count = Field(description="rounds of pruning; level 0 is the dense network")
+    seeds: Annotated[Tuple[Count], Field(min_length=1)] = Field(
+        description="random seeds; each gives one chain of tickets per importance"
+    )
+    levels: Count = Field(description="number of pruning rounds; level 0 is the dense network")
     fraction: Annotated[float, Field(gt=0, lt=1)] = Field(
-        default=0.2, description="of the connections alive, removed in each round"
+        default=0.2, description="share of the connections alive that each round prunes"
     )
     data_seeds: Tuple[Count] = Field(
-        default=(), description="further data orders for the first importance: the noise floor of overlaps"
+        default=(), description="seeds of further data orders for the first importance, which give the noise floor"
     )
     exclude: Tuple[str] = Field(default=(), description="layers that are never pruned")
-    device: Literal["cpu", "cuda"] = Field(default="cpu", description="where to train: cpu or cuda")
+    device: Literal["cpu", "cuda"] = Field(default="cpu", description="device to train on: cpu or cuda")
 
     @field_validator("importances", "seeds", "data_seeds", "exclude")
     @classmethod

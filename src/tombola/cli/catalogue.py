@@ -1,0 +1,42 @@
+"""The verbs that list what comes with tombola: `importances` and `presets`."""
+
+from __future__ import annotations
+
+import argparse
+
+from tombola.cli.options import Verbs
+from tombola.study.schema import load_study
+from tombola.study.schema import presets as preset_files
+
+
+def add_verbs(verbs: Verbs) -> None:
+    """Add the verbs to the command line."""
+    verbs.add("importances", importances, verbs.table)
+    verbs.add("presets", presets, verbs.table)
+
+
+def importances(options: argparse.Namespace) -> int:
+    """List the importances."""
+    from tombola.cli.tables import show_table
+    from tombola.importance import IMPORTANCES
+
+    lines = [[name, importance.description] for name, importance in IMPORTANCES.items()]
+    if options.format == "table":
+        print(
+            "A round of pruning compares these values over all layers; x = |w|: absolute values of a layer's surviving weights"
+        )
+    show_table(["importance", "description"], lines, options.format)
+    return 0
+
+
+def presets(options: argparse.Namespace) -> int:
+    """List the studies that come with tombola."""
+    from tombola.cli.tables import show_table
+
+    lines = []
+    for name, path in preset_files().items():
+        study = load_study(name)
+        first = path.read_text(encoding="utf-8").splitlines()[0].lstrip("# ")
+        lines.append([name, study.levels, len(study.seeds), len(study.importances), first])
+    show_table(["preset", "levels", "seeds", "importances", "description"], lines, options.format)
+    return 0

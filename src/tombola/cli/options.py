@@ -1,0 +1,299 @@
+"""Options: the parser, the types of options, and what the options of a study name."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import tomllib
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, get_args, get_origin
+
+from tombola.errors import UserError, did_you_mean
+from tombola.study.schema import OldFieldWarning, fields, is_list, load_study
+
+if TYPE_CHECKING:
+    from tombola.study.planner import Planner
+
+STORE = Path("tombola-store")
+
+Verb = Callable[[argparse.Namespace], int]
+"""Does what the options say and returns the exit status."""
+
+_FIELDS = {name: (annotation, text) for name, annotation, text in fields()}
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one sentence that names the nearest verbs and options."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse, and refuse what is not known: here, where this verb's own options are."""
+        options, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            name = unknown[0].split("=")[0]
+            if not name.startswith("-"):
+                self.error(f"unexpected argument {name!r}")
+            known = [option for action in self._actions for option in action.option_strings]
+            near = did_you_mean(name, known)
+            self.error(f"unknown option {name!r}" + (f"; {near}" if near.startswith("did") else ""))
+        return options, unknown
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            what = action.option_strings[0] if action.option_strings else str(action.metavar).lower()
+            self.error(f"unknown {what} {value!r}; {did_you_mean(value, [str(choice) for choice in action.choices])}")
+
+    def error(self, message: str) -> NoReturn:
+        """Raise the one exception that stands for a user's mistake."""
+        missing = message.removeprefix("the following arguments are required: ")
+        if missing != message:
+            message = f"{missing} {'are' if ',' in missing else 'is'} missing"
+            if "STUDY" in missing:
+                message += ", it comes first, before the options"
+        raise UserError(f"{message.removeprefix('argument ')} (see {self.prog} --help)")
+
+
+def study_options() -> Parser:
+    """Return the options of a verb that is about a study."""
+    parser = Parser(add_help=False)
+    parser.add_argument("study", metavar="STUDY", help="the name of a preset (see `tombola presets`) or a TOML file")
+    add_store(parser)
+    parser.add_argument(
+        "--data", type=Path, metavar="DIR", help="the folder of the data sets (data/, then the user's cache)"
+    )
+    parser.add_argument(
+        "--workers", type=whole_number(1), metavar="N", help="trainings at the same time (one per processor core)"
+    )
+    overrides = parser.add_argument_group("fields of the study", "Each replaces the value in the study's file.")
+    for name, (annotation, text) in _FIELDS.items():
+        kind: dict[str, Any] = {"type": parse_value}
+        if get_origin(annotation) is dict:
+            kind = {"nargs": "+", "action": Arguments}
+        elif is_list(annotation):
+            kind = {"nargs": "*", "type": parse_value}
+        flag = f"--{name.replace('_', '-')}"
+        overrides.add_argument(flag, dest=name, metavar=metavar(annotation), help=text, **kind)
+    return parser
+
+
+def table_options() -> Parser:
+    """Return the options of a verb that prints a table."""
+    parser = Parser(add_help=False)
+    parser.add_argument(
+        "--format", choices=("table", "csv", "json"), default="table", help="the format of the output (%(default)s)"
+    )
+    return parser
+
+
+def store_options() -> Parser:
+    """Return the options of a verb that is about a store."""
+    parser = Parser(add_help=False)
+    add_store(parser)
+    return parser
+
+
+def add_store(parser: argparse.ArgumentParser) -> None:
+    """Add the option `--store`."""
+    parser.add_argument(
+        "--store", type=Path, default=STORE, metavar="DIR", help="the folder of the store (%(default)s)"
+    )
+
+
+def add_margin(parser: argparse.ArgumentParser) -> None:
+    """Add the option `--margin`."""
+    parser.add_argument(
+        "--margin",
+        type=percentage_points,
+        default=0.5,
+        metavar="X",
+        help="a ticket keeps the accuracy if it loses at most this many percentage points (%(default)s)",
+    )
+
+
+@dataclass(frozen=True)
+class Verbs:
+    """The verbs of the command line, to which each module adds its own.
+
+    Args:
+        parsers: where argparse keeps them.
+        study: the options of a verb that is about a study.
+        table: the options of a verb that prints a table.
+        store: the options of a verb that is about a store.
+    """
+
+    parsers: Any
+    study: Parser = field(default_factory=study_options)
+    table: Parser = field(default_factory=table_options)
+    store: Parser = field(default_factory=store_options)
+
+    def add(self, name: str, verb: Verb, *parents: Parser) -> Parser:
+        """Add a verb with the options of `parents`; its help is its docstring. Return its parser."""
+        text = (verb.__doc__ or "").strip()
+        study = " STUDY" if self.study in parents else ""
+        parser: Parser = self.parsers.add_parser(
+            name.rpartition(" ")[2],
+            prog=f"tombola {name}",
+            parents=parents,
+            usage=f"tombola {name}{study} [option ...]",
+            help=text,
+            description=text,
+            allow_abbrev=False,
+        )
+        parser.set_defaults(verb=verb)
+        return parser
+
+    def add_group(self, name: str, verb: Verb, choices: str) -> Verbs:
+        """Add a verb that has verbs of its own; return these. `verb` runs where none of them is named."""
+        parser = self.add(name, verb)
+        parser.usage = f"tombola {name} {choices} [option ...]"
+        parsers = parser.add_subparsers(required=True, metavar=choices, parser_class=Parser)
+        return Verbs(parsers, self.study, self.table, self.store)
+
+
+def open_planner(options: argparse.Namespace) -> Planner:
+    """Return the planner of the study that the options name; a store that is not there is not made."""
+    with warnings.catch_warnings(record=True) as notes:
+        warnings.simplefilter("always", OldFieldWarning)
+        study = load_study(options.study, overrides(options))
+    for note in notes:
+        print(f"note: {note.message}", file=sys.stderr)
+    _find_modules([Path(options.study).resolve().parent, Path.cwd()])
+    import torch
+
+    from tombola.store.store import Store
+    from tombola.study.planner import THREADS, Planner
+    from tombola.study.task import load_problem
+
+    torch.set_num_threads(THREADS)
+    store = Store(options.store, create=False)  # whether it can be read, before anything is loaded
+    return Planner(study, load_problem(study.task, options.data), store)
+
+
+def overrides(options: argparse.Namespace) -> dict[str, Any]:
+    """Return the fields of the study that the options override."""
+    return {name: value for name, value in vars(options).items() if name in _FIELDS and value is not None}
+
+
+def flags(fields: dict[str, Any]) -> list[str]:
+    """Return the options that override these fields of a study.
+
+    >>> flags({"levels": 3, "seeds": [0, 1], "task.model_arguments": {"width": 8}})
+    ['--levels', '3', '--seeds', '0', '1', '--task.model-arguments', 'width=8']
+    """
+    words = []
+    for name, value in fields.items():
+        words.append(f"--{name.replace('_', '-')}")
+        if isinstance(value, dict):
+            words += [f"{key}={_word(each)}" for key, each in value.items()]
+        else:
+            words += [_word(each) for each in (value if isinstance(value, (list, tuple)) else [value])]
+    return words
+
+
+def count_workers(options: argparse.Namespace) -> int:
+    """Return how many trainings run at the same time: as asked for, or one per core that this process may use."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return options.workers or cores or 1
+
+
+class Arguments(argparse.Action):
+    """Collects NAME=VALUE."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        """Set the dict of names and values."""
+        collected = {}
+        for item in values:
+            name, equals, value = item.partition("=")
+            if not equals or not name:
+                raise argparse.ArgumentError(self, f"expected NAME=VALUE, got {item!r}")
+            collected[name] = parse_value(value)
+        setattr(namespace, self.dest, collected)
+
+
+def with_dashes(argument: str) -> str:
+    """Return an option spelt with dashes; TOML's spelling of a field, `--recipe.batch_size`, is as good.
+
+    >>> with_dashes("--recipe.batch_size=64"), with_dashes("--task.model=my_models:mlp"), with_dashes("min_max")
+    ('--recipe.batch-size=64', '--task.model=my_models:mlp', 'min_max')
+    """
+    if not argument.startswith("--"):
+        return argument
+    option, equals, value = argument.partition("=")
+    return option.replace("_", "-") + equals + value
+
+
+def parse_value(text: str) -> Any:
+    """Read a value as TOML would; what TOML would not take is a number as Python writes it, or a string.
+
+    >>> parse_value("[1, 2]"), parse_value("1e-3"), parse_value(".5"), parse_value("l1")
+    ([1, 2], 0.001, 0.5, 'l1')
+    """
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        for number in (int, float):
+            try:
+                return number(text)
+            except ValueError:
+                pass
+        return text
+    return value if isinstance(value, (bool, int, float, str, list, dict)) else text
+
+
+def whole_number(least: int) -> Callable[[str], int]:
+    """Return the type of an option that is a whole number, `least` or more.
+
+    >>> whole_number(1)("12")
+    12
+    """
+
+    def parse(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"expected a whole number from {least} on, got {text!r}")
+        return int(text)
+
+    return parse
+
+
+def percentage_points(text: str) -> float:
+    """Read a difference of accuracies in percentage points, from 0 to 100.
+
+    >>> percentage_points("0.5")
+    0.5
+    """
+    try:
+        points = float(text)
+    except ValueError:
+        points = -1.0
+    if not 0 <= points <= 100:
+        raise argparse.ArgumentTypeError(f"expected percentage points of accuracy, 0 to 100, got {text!r}")
+    return points
+
+
+def metavar(annotation: Any) -> str:
+    """Return what stands for a field's value in the help.
+
+    >>> metavar(int | None), metavar(tuple[str, ...]), metavar(Literal["cpu", "cuda"])
+    ('N', 'NAME', '{cpu,cuda}')
+    """
+    if get_origin(annotation) is Literal:
+        return f"{{{','.join(get_args(annotation))}}}"
+    if get_origin(annotation) is dict:
+        return "NAME=VALUE"
+    if arguments := get_args(annotation):
+        return metavar(arguments[0])
+    return {int: "N", float: "X", bool: "true|false"}.get(annotation, "NAME")
+
+
+def _word(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _find_modules(folders: list[Path]) -> None:
+    """Let a user's own modules be found in these folders: after the standard library, before installed packages."""
+    installed = ("site-packages", "dist-packages")
+    place = next((i for i, entry in enumerate(sys.path) if entry.endswith(installed)), len(sys.path))
+    sys.path[place:place] = [str(folder) for folder in dict.fromkeys(folders) if str(folder) not in sys.path]

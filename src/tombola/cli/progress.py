@@ -1,0 +1,127 @@
+"""Progress of a run: live on a terminal, otherwise one line for each training."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Group
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+
+from tombola.cli.tables import count, duration, empty_table, open_console
+from tombola.engine.run import Status
+from tombola.lottery.ticket import Ticket
+from tombola.study.planner import Chain, Planner, Training
+
+Show = Callable[[Status, Training | None], None]
+"""Shows how far a run is, and the training that has just finished, if one has."""
+
+
+@contextmanager
+def show_progress(planner: Planner, workers: int) -> Iterator[Show]:
+    """Show the progress of a run.
+
+    Args:
+        planner: of the study.
+        workers: how many do its trainings.
+    """
+    printed = 0
+
+    def print_notes(status: Status) -> None:
+        nonlocal printed
+        for note in status.notes[printed:]:
+            print(f"tombola: {note}", file=sys.stderr)
+        printed = len(status.notes)
+
+    if not sys.stdout.isatty():
+        begun = False
+
+        def print_lines(status: Status, finished: Training | None) -> None:
+            nonlocal begun
+            print_notes(status)
+            if not begun and (text := expectation(status, workers)):
+                print(text, flush=True)
+            begun = True
+            if finished is not None:
+                print(line(status, finished, planner), flush=True)
+
+        yield print_lines
+        return
+    console = open_console()
+    with Live(console=console, refresh_per_second=4, transient=True) as live:
+
+        def draw(status: Status, finished: Training | None) -> None:
+            print_notes(status)
+            live.update(picture(status, planner, console.height, workers))
+
+        yield draw
+
+
+def expectation(status: Status, workers: int) -> str:
+    """Return how long a run will take, as far as that is known; empty where nothing is to be done."""
+    if status.seconds_left is None or not status.total:
+        return ""
+    return f"{count(status.total, 'training')}: about {duration(status.seconds_left)} on {count(workers, 'worker')}"
+
+
+def line(status: Status, finished: Training, planner: Planner) -> str:
+    """Return the line about a training that has just finished."""
+    done = f"[{status.done}/{status.total}]"
+    left = f", {duration(status.seconds_left)} left" if status.seconds_left and status.done < status.total else ""
+    found = {}
+    for chain, progress in status.chains.items():
+        seed = chain.seed if chain.data_seed is None else chain.data_seed
+        for ticket in progress.tickets[-1:]:
+            arguments = ticket.mask, ticket.rewind.hash, seed, planner.end
+            if arguments == (finished.mask, finished.initial.hash, finished.seed, finished.end):
+                found[chain] = ticket
+    if not found:
+        return f"{done} seed {finished.seed}: rewind point{left}"
+    chain, ticket = next(iter(found.items()))
+    names = ", ".join(chain.importance for chain in found)
+    order = "" if chain.data_seed is None else f", data order {chain.data_seed}"
+    where = f"seed {chain.seed}{order}, level {ticket.level}, density {100 * ticket.mask.density:.2f} %"
+    return f"{done} {where}: {_accuracy(ticket)} ({names}){left}"
+
+
+def picture(status: Status, planner: Planner, height: int, workers: int) -> Group:
+    """Return the live display: trainings done of all, and of each chain the last ticket and what is under way.
+
+    Where there are more chains than lines on the terminal, those at work come first and the rest is left out.
+    """
+    bar = Table.grid(padding=(0, 1))
+    left = f"about {duration(status.seconds_left)} left" if status.seconds_left is not None else ""
+    progress_bar = ProgressBar(total=max(1, status.total), completed=status.done, width=20)
+    on = f"on {count(workers, 'worker')}" if left else ""
+    bar.add_row(f"{status.done} of {status.total} trainings", progress_bar, left, on)
+    table = empty_table()
+    for title in ("importance", "seed", "level", "last ticket", "now"):
+        table.add_column(title, justify="right" if title in ("seed", "level") else "left", no_wrap=True)
+    chains = list(status.chains)
+    lines = max(1, height - 5)
+    if len(chains) > lines:
+        chains.sort(key=lambda chain: not _state(status, chain))
+    for chain in chains[:lines]:
+        tickets = status.chains[chain].tickets
+        order = "" if chain.data_seed is None else f", order {chain.data_seed}"
+        level = f"{tickets[-1].level} of {planner.study.levels}" if tickets else "-"
+        last = _accuracy(tickets[-1]) if tickets else "-"
+        table.add_row(chain.importance + order, str(chain.seed), level, last, _state(status, chain))
+    return Group(bar, table)
+
+
+def _accuracy(ticket: Ticket) -> str:
+    accuracy = ticket.trained.history.test_accuracy if ticket.trained else None
+    return "diverged" if accuracy is None else f"accuracy {100 * accuracy:.2f} %"
+
+
+def _state(status: Status, chain: Chain) -> str:
+    """Return how far the training is that a chain waits for; empty where it does not run."""
+    waits_for = status.chains[chain].waits_for
+    if waits_for is None or waits_for.key not in status.running:
+        return ""
+    training, iteration = status.running[waits_for.key]
+    return f"training: {100 * (iteration - training.begin) // max(1, training.end - training.begin)} %"

@@ -1,0 +1,135 @@
+"""The verbs that run a study: `run` and `plan`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from typing import TYPE_CHECKING
+
+from tombola.cli.options import Verbs, count_workers, open_planner, whole_number
+from tombola.errors import UserError
+
+if TYPE_CHECKING:
+    from tombola.engine.estimate import Estimate
+    from tombola.engine.workers import Workers
+    from tombola.study.planner import Planner
+
+
+def add_verbs(verbs: Verbs) -> None:
+    """Add the verbs to the command line."""
+    engine = verbs.add("run", run, verbs.study).add_argument_group("engine", "where the trainings run")
+    engine.add_argument(
+        "--engine", choices=("local", "ray"), default="local", help="this machine or a Ray cluster (%(default)s)"
+    )
+    engine.add_argument(
+        "--address", metavar="HOST:PORT", help="the Ray cluster (RAY_ADDRESS, or Ray is started on this machine)"
+    )
+    engine.add_argument(
+        "--per-gpu", type=whole_number(1), default=1, metavar="N", help="trainings at the same time on one GPU"
+    )
+    verbs.add("plan", plan, verbs.study, verbs.table)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Run the trainings of a study that the store does not have, and show the accuracy of every ticket."""
+    from tombola import kernels
+    from tombola.cli.progress import show_progress
+    from tombola.cli.results import show_results
+    from tombola.engine.estimate import prior_speed
+    from tombola.engine.run import run as run_study
+    from tombola.store.store import Store
+    from tombola.study.task import try_out
+
+    planner = open_planner(options)
+    study, local = planner.study, options.engine == "local"
+    here = study if local else study.model_copy(update={"device": "cpu"})  # GPUs may be elsewhere
+    try_out(planner.problem, here)
+    planner.store = Store(options.store)
+    planner.store.check_writable()
+    if here.device == "cpu" and not kernels.available():
+        print(f"note: {kernels.MISSING}", file=sys.stderr)
+    speed = prior_speed(planner, count_workers(options), options.data) if local else None
+    with open_workers(options, planner) as workers, show_progress(planner, workers.count) as show:
+        status = run_study(planner, workers, show, speed=speed)
+    stopped = {f"{chain}: {progress.stopped}" for chain, progress in status.chains.items() if progress.stopped}
+    if status.done == 0 and not stopped:
+        print(f"every training of this study is in {planner.store.root} already; nothing was trained")
+    show_results(planner, "table")
+    if stopped:
+        raise UserError("; ".join(sorted(stopped)) + "; all other results are kept")
+    return 0
+
+
+def plan(options: argparse.Namespace) -> int:
+    """Show what a run would train, what the store has already, and the time and disk space that a run takes."""
+    from tombola.engine.estimate import estimate
+    from tombola.study.task import try_out
+
+    planner = open_planner(options)
+    try_out(planner.problem, planner.study)
+    workers = count_workers(options)
+    show_plan(planner, estimate(planner, workers, options.data), workers, options.format)
+    return 0
+
+
+def show_plan(planner: Planner, expected: Estimate, workers: int, form: str) -> None:
+    """Print what a run would train, what exists, and the time and disk it takes."""
+    from tombola.cli.tables import count, duration, show_table, size
+
+    lines = [
+        [chain.importance, chain.seed, chain.seed if chain.data_seed is None else chain.data_seed, there, to_find]
+        for chain, there, to_find in expected.chains
+    ]
+    header = ["importance", "seed", "data seed", "tickets there", "tickets to find"]
+    if form == "json":
+        keys = [title.replace(" ", "_") for title in header]
+        document = {
+            "existing": expected.existing,
+            "to_train": expected.to_train,
+            "seconds_per_training": expected.seconds_each,
+            "seconds": expected.seconds,
+            "critical_seconds": expected.critical[1] if expected.critical else 0.0,
+            "critical_chain": str(expected.critical[0]) if expected.critical else None,
+            "workers": workers,
+            "bytes": expected.bytes,
+            "chains": [dict(zip(keys, line, strict=True)) for line in lines],
+        }
+        print(json.dumps(document, indent=1))
+        return
+    show_table(header, lines, form)
+    if form == "csv":
+        return
+    if not expected.to_train:
+        print(f"all {expected.existing} trainings are in {planner.store.root}: nothing is left to do")
+        return
+    print(f"{count(expected.to_train, 'training')} to do, {expected.existing} in {planner.store.root} already")
+    print(f"time: about {duration(expected.seconds)} on {count(workers, 'worker')}, ", end="")
+    print(f"{duration(expected.seconds_each)} per training ({expected.source})")
+    if expected.critical:
+        chain, seconds = expected.critical
+        print(f"critical path: {chain}, {duration(seconds)} with any number of workers")
+    print(f"disk: about {size(expected.bytes)}")
+
+
+def open_workers(options: argparse.Namespace, planner: Planner) -> Workers:
+    """Return the workers that the options ask for.
+
+    Args:
+        options: of the command line.
+        planner: of the study.
+    """
+    task, store = planner.study.task, planner.store
+    if options.engine == "local":
+        if options.address is not None:
+            raise UserError("--address is for --engine ray")
+        from tombola.engine.local import LocalWorkers
+
+        return LocalWorkers(count_workers(options), task, options.data, store.root)
+    try:
+        from tombola.engine.ray import RayWorkers
+    except ImportError as error:
+        raise UserError(f"--engine ray: {error}; install it with: pip install 'tombola[ray]'") from error
+    return RayWorkers(
+        options.workers, planner.problem, planner.study, store, address=options.address, per_gpu=options.per_gpu
+    )

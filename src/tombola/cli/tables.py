@@ -1,0 +1,158 @@
+"""Tables, on a terminal or plain, as csv or json; and how numbers are written in them."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from rich import box
+from rich.console import Console
+from rich.measure import Measurement
+from rich.table import Table
+
+if TYPE_CHECKING:
+    import polars as pl
+
+BLANK = "\ue000"
+"""Takes the place of a star where others have one; rich would take a space away, and align the rest."""
+
+
+def open_console() -> Console:
+    """Return a console that is as wide as the terminal, or as whatever is printed needs where there is none."""
+    width = None if sys.stdout.isatty() else 10_000
+    return Console(file=sys.stdout, width=width, highlight=False, markup=False, emoji=False)
+
+
+def empty_table() -> Table:
+    """Return a table without columns."""
+    return Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+
+
+def print_table(table: Table) -> None:
+    """Print a table without empty lines and trailing spaces."""
+    console = open_console()
+    with console.capture() as captured:
+        console.print(table)
+    lines = captured.get().replace(BLANK, " ").splitlines()
+    print("\n".join(line.rstrip().removeprefix(" ") for line in lines if line.strip()))
+
+
+def too_wide(table: Table) -> bool:
+    """Say whether a table is wider than the terminal."""
+    console = open_console()
+    return Measurement.get(console, console.options.update(max_width=10_000), table).maximum > console.width
+
+
+def show_table(header: Sequence[str], lines: Sequence[Sequence[Any]], form: str) -> None:
+    """Print a table as a table, csv or json; csv and json have the header's words joined by `_`."""
+    keys = [title.replace(" ", "_") for title in header]
+    if form == "json":
+        print(json.dumps([dict(zip(keys, line, strict=True)) for line in lines], indent=1))
+    elif form == "csv":
+        out = io.StringIO()
+        csv.writer(out, lineterminator="\n").writerows([keys, *([_in_csv(value) for value in line] for line in lines)])
+        print(out.getvalue(), end="")
+    else:
+        table = empty_table()
+        for title, values in zip(header, zip(*lines, strict=True), strict=True):
+            table.add_column(title, justify="right" if all(isinstance(value, int) for value in values) else "left")
+        for line in lines:
+            table.add_row(*map(str, line))
+        print_table(table)
+
+
+def _in_csv(value: Any) -> Any:
+    if isinstance(value, (tuple, list)):
+        return " ".join(value)
+    return str(value).lower() if isinstance(value, bool) else value
+
+
+_WORDS = {"importance", "kind", "tickets", "layer", "measure", "quantity", "collapsed"}
+"""Columns of text; all others are numbers, which are aligned to the right."""
+
+
+def show_frame(table: pl.DataFrame, form: str) -> None:
+    """Print a table of polars: lists of names are joined by `&`, and `-` stands for what is not known."""
+    import polars as pl
+
+    if form != "json":
+        table = table.with_columns(pl.col(pl.List(pl.String)).list.join(" & "))
+    if form != "table":
+        show_table(table.columns, table.rows(), form)
+        return
+    columns = []
+    for series in table:
+        cells = ["-" if value is None else str(value) for value in series]
+        width = 0 if series.name in _WORDS else max(map(len, cells), default=0)
+        columns.append([cell.rjust(width) for cell in cells])
+    show_table([name.replace("_", " ") for name in table.columns], list(zip(*columns, strict=True)), form)
+
+
+def percent(column: str, digits: int = 2, *, sign: bool = False) -> pl.Expr:
+    """Return a column of shares in 0..1 as text, in %."""
+    import polars as pl
+
+    form = f"{{:{'+' if sign else ''}.{digits}f}}"
+    return (pl.col(column) * 100).map_elements(form.format, return_dtype=pl.String)
+
+
+def number(column: str, form: str = "{:.3f}") -> pl.Expr:
+    """Return a column of numbers as text."""
+    import polars as pl
+
+    return pl.col(column).map_elements(form.format, return_dtype=pl.String)
+
+
+def percent_range(low: str, high: str, digits: int = 2, *, sign: bool = False) -> pl.Expr:
+    """Return two columns of shares in 0..1 as the text of a range, in %."""
+    import polars as pl
+
+    form = f"{{:{'+' if sign else ''}.{digits}f}}"
+
+    def text(pair: dict[str, Any]) -> str:
+        first, last = pair.values()
+        if first is None or last is None:
+            return "-"
+        return form.format(100 * first) + " .. " + form.format(100 * last)
+
+    return pl.struct(low, high).map_elements(text, return_dtype=pl.String)
+
+
+def count(number: int, what: str) -> str:
+    """Return a number of things.
+
+    >>> count(1, "worker"), count(2, "worker")
+    ('1 worker', '2 workers')
+    """
+    return f"{number} {what}" + ("s" if number != 1 else "")
+
+
+def duration(seconds: float) -> str:
+    """Return a duration as people say it.
+
+    >>> duration(3.21), duration(75), duration(7320), duration(200000)
+    ('3.2 s', '1 min 15 s', '2 h 2 min', '2 d 7 h')
+    """
+    if seconds < 60:
+        return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
+    for big, small, length, part in (("d", "h", 86400, 3600), ("h", "min", 3600, 60), ("min", "s", 60, 1)):
+        if seconds >= length:
+            return f"{int(seconds // length)} {big} {int(seconds % length // part)} {small}"
+    raise AssertionError
+
+
+def size(count: float) -> str:
+    """Return a number of bytes as people say it.
+
+    >>> size(1_234_567)
+    '1.2 MB'
+    """
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "bytes" or count >= 100 else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"

@@ -1,0 +1,277 @@
+"""Forecasts: how long trainings take by density, and when workers are done with chains of them.
+
+Pure functions of speeds and of how far chains are; `tombola.engine.estimate` finds the speeds out.
+"""
+
+from __future__ import annotations
+
+import heapq
+import statistics
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from tombola.study.planner import Chain, Planner, Progress, Training
+
+_RECOMPUTED_EVERY = 1.0  # seconds
+_SAME_DENSITY = 0.01  # relative: a level's density is a round number of connections
+_OBSERVED_FOR = 1.0  # seconds of a training from which its iterations can be timed
+
+
+@dataclass(frozen=True)
+class Speed:
+    """How fast trainings are.
+
+    Args:
+        iteration: seconds of one iteration, by density in 0..1.
+        beside: seconds of a training beside its iterations: loading, testing, storing.
+        start: seconds until the workers' processes run.
+        source: how that is known.
+    """
+
+    iteration: Mapping[float, float]
+    beside: float
+    start: float
+    source: str
+
+    def iteration_at(self, density: float) -> float:
+        """Return the seconds of an iteration: linear in the density between those known, constant beyond them."""
+        known = sorted(self.iteration)
+        return float(np.interp(density, known, [self.iteration[one] for one in known]))
+
+    def training(self, density: float, iterations: int) -> float:
+        """Return the seconds of a training."""
+        return self.beside + iterations * self.iteration_at(density)
+
+
+@dataclass(frozen=True)
+class Timing:
+    """What one training has taken.
+
+    Args:
+        density: of its mask, in 0..1.
+        iteration: seconds of an iteration.
+        beside: seconds beside its iterations; None where that is not known yet.
+    """
+
+    density: float
+    iteration: float
+    beside: float | None = None
+
+    @classmethod
+    def of(cls, density: float, record: Mapping[str, Any]) -> Timing | None:
+        """Return what the record of a training says; None where it has no time of an iteration."""
+        each = record.get("seconds_per_iteration")
+        if each is None:
+            return None
+        return cls(density, each, max(0.0, record["seconds"] - each * record["iterations"]))
+
+
+def refine(speed: Speed, timings: Iterable[Timing]) -> Speed:
+    """Return a speed that agrees with trainings of the study, and follows the earlier one at other densities.
+
+    At the densities of the trainings it is the median of their seconds. At the others that `speed` knows, it is what
+    `speed` says, times the ratio of the two. This ratio is taken where both are known, interpolated between: elsewhere
+    it would be wrong by what lies between two densities that `speed` knows, where a network may change to sparse
+    layers.
+
+    >>> before = Speed({1.0: 10.0, 0.1: 2.0}, beside=1.0, start=0.0, source="timed")
+    >>> refine(before, [Timing(1.0, 5.0, 3.0)])
+    Speed(iteration={1.0: 5.0, 0.1: 1.0}, beside=3.0, start=0.0, source='timed')
+    """
+    found: dict[float, list[float]] = {}
+    beside = []
+    for timing in timings:
+        found.setdefault(timing.density, []).append(timing.iteration)
+        if timing.beside is not None:
+            beside.append(timing.beside)
+    if not found:
+        return speed
+    medians = {density: statistics.median(found[density]) for density in sorted(found)}
+    ratios = {
+        density: medians[near] / each
+        for density, each in sorted(speed.iteration.items())
+        for near in medians
+        if abs(near / density - 1) < _SAME_DENSITY
+    }
+    followed = {
+        density: each * float(np.interp(density, list(ratios), list(ratios.values()))) if ratios else each
+        for density, each in speed.iteration.items()
+    }
+    return replace(
+        speed, iteration={**followed, **medians}, beside=statistics.median(beside) if beside else speed.beside
+    )
+
+
+@dataclass(frozen=True)
+class Step:
+    """A training to come: `name` is the same for chains that share it."""
+
+    name: tuple[str, int]
+    seconds: float
+
+
+def steps_ahead(planner: Planner, chain: Chain, progress: Progress, speed: Speed) -> list[Step]:
+    """Return the trainings that a chain still needs, in order."""
+    if progress.waits_for is None:
+        return []
+    levels, rewind = planner.study.levels, planner.study.recipe.rewind
+    first = levels + 1 - progress.remaining  # level of the first, or -1 for the rewind point
+    steps = []
+    for number, level in enumerate(range(first, levels + 1)):
+        name = (progress.waits_for.key, number) if number < progress.shared else (str(chain), level)
+        density = (1 - planner.study.fraction) ** max(0, level)
+        steps.append(Step(name, speed.training(density, planner.end - rewind if level >= 0 else rewind)))
+    return steps
+
+
+def makespan(
+    chains: Sequence[Sequence[Step]], workers: int, running: Mapping[tuple[str, int], float] | None = None
+) -> float:
+    """Return the seconds that workers take for chains of steps, each begun as `run` begins them: longest chain first.
+
+    Args:
+        chains: the steps of each chain that are not done, in order.
+        workers: how many there are.
+        running: the steps that have begun, and the seconds that each still takes.
+
+    >>> a, b, c = (Step((name, 0), 1.0) for name in "abc")
+    >>> makespan([[a, b], [a, c]], 1), makespan([[a, b], [a, c]], 2), makespan([[a, b], [a, c]], 9)
+    (3.0, 2.0, 2.0)
+    >>> makespan([[a, b], [a, c]], 2, {("a", 0): 0.25})
+    1.25
+    """
+    at_work = [(seconds, name) for name, seconds in (running or {}).items()]
+    heapq.heapify(at_work)
+    begun = {name for _, name in at_work}
+    waiting: dict[tuple[str, int], list[int]] = {}  # the chains whose next step it is
+    place = [0] * len(chains)
+    ready: list[tuple[int, int, float, tuple[str, int]]] = []
+
+    def wait(group: Iterable[int]) -> None:
+        """Let chains wait for the steps at which they are."""
+        for number in group:
+            if place[number] < len(chains[number]):
+                step = chains[number][place[number]]
+                waiting.setdefault(step.name, []).append(number)
+                if step.name not in begun:
+                    length = len(chains[number]) - place[number]
+                    heapq.heappush(ready, (-length, number, step.seconds, step.name))
+
+    wait(range(len(chains)))
+    now = 0.0
+    while True:
+        while ready and len(at_work) < workers:
+            _, _, seconds, name = heapq.heappop(ready)
+            if name not in begun:
+                begun.add(name)
+                heapq.heappush(at_work, (now + seconds, name))
+        if not at_work:
+            return now
+        now, done = heapq.heappop(at_work)
+        group = waiting.pop(done, [])
+        for number in group:
+            place[number] += 1
+        wait(group)
+
+
+@dataclass
+class _Mark:
+    """How far a running training was when it was first and last seen to have advanced."""
+
+    begin: int
+    began: float
+    first: tuple[int, float] | None = None
+    last: tuple[int, float] | None = None
+
+    def advance(self, iteration: int, now: float) -> None:
+        """Note that it has come to an iteration."""
+        if iteration > (self.last[0] if self.last else self.begin):
+            self.last = iteration, now
+            self.first = self.first or self.last
+
+    def iteration(self) -> float | None:
+        """Return the seconds of an iteration; None where it was not seen for long enough."""
+        if self.first is None or self.last is None or self.last[1] - self.first[1] < _OBSERVED_FOR:
+            return None
+        return (self.last[1] - self.first[1]) / (self.last[0] - self.first[0])
+
+
+class Forecast:
+    """The time that a run still takes; it learns from each training that is done or has run for a while.
+
+    Args:
+        planner: of the study.
+        workers: how many do the trainings.
+        speed: what is known of the trainings' speed before the run; None where nothing is.
+        clock: gives the time in seconds.
+    """
+
+    def __init__(
+        self, planner: Planner, workers: int, speed: Speed | None, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._planner = planner
+        self._workers = workers
+        self._prior = speed or Speed({}, 0.0, 0.0, "nothing is known yet")
+        self._clock = clock
+        self._timings: list[Timing] = []
+        self._marks: dict[str, _Mark] = {}
+        self._begun = False
+        self._computed: tuple[float, float] | None = None  # when, and the seconds left then
+
+    def add(self, training: Training, record: Mapping[str, Any]) -> None:
+        """Learn from a training that is done.
+
+        Args:
+            training: which.
+            record: when and how long it ran, as it is stored.
+        """
+        if timing := Timing.of(training.mask.density, record):
+            self._timings.append(timing)
+        self._computed = None
+
+    def seconds_left(
+        self, chains: Mapping[Chain, Progress], running: Mapping[str, tuple[Training, int]]
+    ) -> float | None:
+        """Return the seconds until all chains are at their ends; None where no speed is known yet.
+
+        Args:
+            chains: how far each is.
+            running: the trainings that run, and the iteration that each has come to, by their keys.
+        """
+        now = self._clock()
+        self._watch(running, now)
+        if self._computed is not None and now - self._computed[0] < _RECOMPUTED_EVERY:
+            return max(0.0, self._computed[1] - (now - self._computed[0]))
+        speed = refine(self._prior, [*self._timings, *self._observed(running)])
+        if not speed.iteration:
+            return None
+        at_work = {(key, 0): self._left(key, training, speed, now) for key, (training, _) in running.items()}
+        ahead = [steps_ahead(self._planner, chain, progress, speed) for chain, progress in chains.items()]
+        seconds = makespan(ahead, self._workers, at_work) + (0.0 if self._begun else speed.start)
+        self._computed = now, seconds
+        return seconds
+
+    def _watch(self, running: Mapping[str, tuple[Training, int]], now: float) -> None:
+        """Note how far the running trainings are."""
+        if running.keys() != self._marks.keys():
+            self._computed = None
+        self._begun = self._begun or bool(running)
+        self._marks = {key: self._marks.get(key) or _Mark(iteration, now) for key, (_, iteration) in running.items()}
+        for key, (_, iteration) in running.items():
+            self._marks[key].advance(iteration, now)
+
+    def _observed(self, running: Mapping[str, tuple[Training, int]]) -> list[Timing]:
+        """Return the speeds of running trainings."""
+        rates = ((training, self._marks[key].iteration()) for key, (training, _) in running.items())
+        return [Timing(training.mask.density, rate) for training, rate in rates if rate is not None]
+
+    def _left(self, key: str, training: Training, speed: Speed, now: float) -> float:
+        """Return the seconds that a running training still takes."""
+        mark = self._marks[key]
+        iteration, since = mark.last or (mark.begin, mark.began)
+        whole = speed.training(training.mask.density, training.end - iteration)
+        return max(0.0, whole - (now - since))
