@@ -22,9 +22,7 @@ def importances(options: argparse.Namespace) -> int:
 
     lines = [[name, importance.description] for name, importance in IMPORTANCES.items()]
     if options.format == "table":
-        print(
-            "A round of pruning compares these values over all layers; x = |w|: absolute values of a layer's surviving weights"
-        )
+        print("Pruning compares these values over all layers; x = |w| of the surviving weights of one layer")
     show_table(["importance", "description"], lines, options.format)
     return 0
 
