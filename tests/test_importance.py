@@ -12,10 +12,24 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
 from tombola import Mask, Weights, prune
-from tombola.importance import IMPORTANCES, Seeded, l1, l2, lamp, magnitude, min_max, random, softmax
+from tombola.importance import (
+    IMPORTANCES,
+    Importance,
+    Seeded,
+    as_importance,
+    l1,
+    l2,
+    lamp,
+    magnitude,
+    min_max,
+    normalisation,
+    random,
+    scores,
+    softmax,
+)
 from tombola.lottery.rewinding import prune_round
 
 EPSILON = 2.0**-52
@@ -282,6 +296,43 @@ def test_degenerate_layers(name: str, weights: list[float], expected: list[float
 @pytest.mark.parametrize("case", DEGENERATE)
 def test_degenerate_layers_are_defined_for_every_importance(case: str) -> None:
     assert set(DEGENERATE[case][1]) | {"random"} == set(IMPORTANCES)
+
+
+# Names.
+
+
+@pytest.mark.parametrize("name", IMPORTANCES)
+def test_names(name: str) -> None:
+    assert IMPORTANCES[name].name == name
+
+
+def own(x: Tensor) -> Tensor:
+    return x
+
+
+@pytest.mark.parametrize(
+    ("importance", "name", "description"),
+    [
+        (Importance(scores.magnitude), "magnitude", "|w|, the usual score of the lottery ticket hypothesis "
+                                                    "(Frankle and Carbin, arXiv 1803.03635)"),
+        (l1, "l1", "x / sum(x), in 0..1; the values of a layer sum to one"),
+        (Importance(scores.random, normalisation.softmax), "random/softmax",
+         "exp(x) / sum(exp(x)), in 0..1; the values of a layer sum to one, of the score random"),
+        (as_importance(own), "own", "own"),
+        (Importance(scores.random, own), "random/own", "own, of the score random"),
+        (Seeded(lambda w, g: w), "<lambda>", "<lambda>"),
+        (as_importance(nn.Identity()), "Identity", None),
+    ],
+)  # fmt: skip
+def test_names_and_descriptions_of_combinations(importance: Importance, name: str, description: str | None) -> None:
+    assert importance.name == name
+    if description is not None:
+        assert importance.description == description
+
+
+def test_an_importance_stays_as_it_is() -> None:
+    assert as_importance(l1) is l1
+    assert as_importance(own) == Importance(scores.magnitude, own)
 
 
 # Random numbers.

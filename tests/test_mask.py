@@ -18,7 +18,9 @@ from torch import Tensor, nn
 from torch.nn.utils import prune as torch_prune
 
 from tombola import Mask, UserError, prunable, prune
-from tombola.importance import IMPORTANCES, Seeded, l1, magnitude
+from tombola.errors import ImportanceError
+from tombola.importance import IMPORTANCES, Importance, Seeded, l1, magnitude, normalisation, scores
+from tombola.pruning.selection import select_lowest
 
 often = settings(deadline=None, max_examples=50)
 
@@ -549,9 +551,50 @@ def seeded_wrongly(weights: Tensor, draw: torch.Generator) -> Tensor:
 )  # fmt: skip
 def test_importances_that_do_not_keep_to_the_contract(importance: Callable[[Tensor], Any], text: str) -> None:
     weights = {"fc.weight": torch.tensor([[1.0, 2.0], [3.0, 4.0]])}
-    with pytest.raises(UserError) as error:
+    with pytest.raises(ImportanceError) as error:
         prune(weights, dense(weights), importance, 0.5)
     assert str(error.value).startswith(f"importance {text}")
+
+
+def test_a_normalisation_that_fails_is_named_with_its_score() -> None:
+    weights = {"w": torch.ones(3)}
+    with pytest.raises(
+        ImportanceError, match=r"^importance 'random/raising', layer 'w': it raised KeyError: 'missing'"
+    ):
+        prune(weights, dense(weights), Importance(scores.random, raising), 0.5)
+
+
+def test_an_importance_that_says_itself_what_failed() -> None:
+    def demanding(weights: Tensor) -> Tensor:
+        raise ImportanceError("it needs two weights or more")
+
+    weights = {"w": torch.ones(3)}
+    with pytest.raises(ImportanceError, match=r"^importance 'demanding', layer 'w': it needs two weights or more$"):
+        prune(weights, dense(weights), demanding, 0.5)
+
+
+@pytest.mark.parametrize("kept", [0, 1 << 24])
+def test_an_importance_that_returns_its_own_buffer(monkeypatch: pytest.MonkeyPatch, kept: int) -> None:
+    """What it gave for the layers before stays as it was, though the buffer is used again."""
+    monkeypatch.setattr("tombola.pruning.selection._KEPT", kept)
+    buffer = torch.zeros(10, dtype=torch.float64)
+
+    def lazy(weights: Tensor) -> Tensor:
+        return buffer[: len(weights)].copy_(weights)
+
+    weights = {"a": torch.tensor([5.0, 1.0, 4.0]), "b": torch.tensor([2.0, 6.0]), "c": torch.tensor([3.0, 7.0, 8.0])}
+    assert prune(weights, dense(weights), lazy, 0.5) == alive(a=[1, 0, 0], b=[0, 1], c=[0, 1, 1])
+
+
+def test_a_score_with_a_normalisation_of_ones_choice() -> None:
+    weights = {"a": torch.tensor([1.0, 2.0, 3.0]), "b": torch.tensor([10.0, 30.0])}
+    assert prune(weights, dense(weights), Importance(scores.magnitude, normalisation.l1), 0.4) == prune(
+        weights, dense(weights), l1, 0.4
+    )
+    # Within a layer the order of random numbers stays, whatever their normalisation.
+    pruned = [prune(weights, dense(weights), Importance(scores.random, n), 0.4, seed=2, exclude=["b"])
+              for n in (normalisation.identity, normalisation.l2)]  # fmt: skip
+    assert pruned[0] == pruned[1]
 
 
 def in_place(weights: Tensor) -> Tensor:
@@ -601,8 +644,9 @@ def test_infinite_importances_are_the_least_and_the_most() -> None:
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_weights_that_are_not_finite(value: float) -> None:
     weights = {"a": torch.ones(3), "b": torch.tensor([1.0, value, 0.0])}
-    with pytest.raises(UserError, match=r"^layer 'b': its weights are not all finite \(NaN or infinite\)"):
+    with pytest.raises(UserError, match=r"^layer 'b': its weights are not all finite \(NaN or infinite\)") as error:
         prune(weights, dense(weights), magnitude, 0.5)
+    assert not isinstance(error.value, ImportanceError), "the importance is not to blame"
 
 
 def test_weights_that_are_missing_or_of_another_shape() -> None:
@@ -730,3 +774,36 @@ def test_importances_are_computed_once_if_they_are_few_and_twice_if_they_are_man
     monkeypatch.setattr("tombola.pruning.selection._KEPT", 0)
     assert prune(weights, dense(weights), counted, 0.3) == few
     assert len(calls) == 3 + 6
+
+
+# Selection alone.
+
+values = st.sampled_from([-math.inf, -1.0, -0.0, 0.0, 0.25, 0.5, 1.0, math.inf]) | st.floats(allow_nan=False)
+rated = st.dictionaries(
+    st.sampled_from(["c", "a", "b"]), st.lists(values, max_size=12).map(lambda x: torch.tensor(x, dtype=torch.float64))
+)
+
+
+@pytest.mark.parametrize(("kept", "sampled"), [(0, 1), (0, 4), (1 << 24, 1 << 20)])
+@often
+@given(layers=rated, draw=st.data())
+def test_select_lowest_sorts_by_score_layer_and_index(
+    kept: int, sampled: int, layers: dict[str, Tensor], draw: st.DataObject
+) -> None:
+    sizes = {layer: len(x) for layer, x in layers.items()}
+    count = draw.draw(st.integers(0, sum(sizes.values())))
+    shared = torch.zeros(12, dtype=torch.float64)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tombola.pruning.selection._KEPT", kept)
+        patch.setattr("tombola.pruning.selection._SAMPLED", sampled)
+        selected = select_lowest(lambda layer: shared[: sizes[layer]].copy_(layers[layer]), sizes, count)
+    ranked = sorted(
+        (float(x), number, index, layer)
+        for number, (layer, of_layer) in enumerate(layers.items())
+        for index, x in enumerate(of_layer)
+    )
+    lowest = {(layer, index) for _, _, index, layer in ranked[:count]}
+    assert list(selected) == list(layers)
+    for layer, size in sizes.items():
+        assert selected[layer].dtype == torch.bool
+        assert selected[layer].tolist() == [(layer, index) in lowest for index in range(size)]
