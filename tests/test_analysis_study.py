@@ -367,7 +367,7 @@ def test_without_other_data_orders_a_note_says_how_to_get_the_noise_floor(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert command(folder, "overlap", "--data-seeds") == 0
-    assert "no noise floor: the study has no other data order; ask for one with --data-seeds" in capsys.readouterr().err
+    assert "no noise floor: the study has one data order; add others with --data-seeds" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -377,11 +377,11 @@ def test_without_other_data_orders_a_note_says_how_to_get_the_noise_floor(
         (["overlap", "--importances", "l1"], "at least 2 are compared, got l1"),
         (["overlap", "--importances", "l1", "lamp"], "the study has no importance 'lamp'"),
         (["overlap", "--importances", "l1", "nonsense"], "unknown importance 'nonsense'"),
-        (["winners", "--margin", "-1"], "--margin: expected points of accuracy in %, 0 to 100, got -1"),
+        (["winners", "--margin", "-1"], "--margin: expected percentage points of accuracy, 0 to 100, got '-1'"),
         (["winners", "--surely", "--seeds", "0"], "an interval needs two seeds or more"),
         (["stability", "--level", "0"], "it needs a level from 1 on"),
         (["stability", "--layer", "fc7"], "there is no layer 'fc7'"),
-        (["connectivity", "--points", "1"], "points: expected 2 or more, got 1"),
+        (["connectivity", "--points", "1"], "--points: expected a whole number from 2 on, got '1'"),
         (["reinit", "--level", "5"], "level 5 is not one of the study's"),
         (["functions", "--seeds", "0", "7"], "level 0 is not there for every seed"),
     ],

@@ -136,7 +136,7 @@ def test_mistakes_on_the_command_line(refused: Refused) -> None:
     assert "unknown option '--recipe.epoch'; did you mean '--recipe.epochs'" in refused(
         "run", "digits", "--recipe.epoch=3"
     )
-    assert refused("plan", "digits", "extra") == "'extra' is one too many (see tombola plan --help)"
+    assert refused("plan", "digits", "extra") == "unexpected argument 'extra' (see tombola plan --help)"
     assert refused("run", "digits", "--levels", "many") == "study digits: levels: expected a whole number, got 'many'"
     assert "--workers: expected a whole number from 1 on, got '0'" in refused("run", "digits", "--workers", "0")
     assert "unknown --format 'yaml'; choose from 'table', 'csv', 'json'" in refused(
@@ -353,4 +353,4 @@ def test_exports_of_what_is_not_there(changes: dict[str, str], sentence: str, re
 
 def test_results_of_what_is_not_there(refused: Refused, finished: Path) -> None:
     sentence = refused("results", *STUDY, "--recipe.lr", "0.3", "--store", str(finished))
-    assert sentence == f"no result of this study is in {finished}; `tombola run` does its trainings"
+    assert sentence == f"no result of this study is in {finished}; do the missing trainings with `tombola run`"

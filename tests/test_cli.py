@@ -116,6 +116,7 @@ def test_an_extended_study_trains_only_what_is_new(copied: Path, here: Here) -> 
     wider = ["digits", "--levels", "3", "--recipe.epochs", "1", "--data-seeds", "--seeds", "0"]
     said = here("run", *wider, "--importances", "magnitude", "l1", "l2")
     assert len(trained(said)) == 5  # level 3 of magnitude and l1, levels 1 to 3 of l2
+    assert re.search(r"^5 trainings: about .+ s on 1 worker$", said, re.MULTILINE)
     assert not [line for line in trained(said) if "level 0" in line]
     after = {path.name for path in (copied / "results").glob("*/*")}
     assert before < after
@@ -150,7 +151,7 @@ def test_results_as_csv_and_json_say_the_same(copied: Path, here: Here) -> None:
 def test_results_of_an_unfinished_study_are_those_that_are_there(copied: Path, here: Here) -> None:
     said = here("results", *STUDY, "--levels", "3", "--seeds", "0", "1", "2", "--importances", "magnitude", "l2")
     assert re.search(r"^    1 +20\.00 +\d\d\.\d\d±\d+\.\d\d \(2 of 3\) +- *$", said, re.MULTILINE)
-    assert said.endswith("8 of 24 tickets are there\n")
+    assert said.endswith("the store has 8 of 24 tickets\n")
 
 
 def test_a_damaged_result_is_said_to_be_and_done_again(copied: Path, here: Here) -> None:
@@ -413,7 +414,7 @@ def test_a_training_that_diverges_ends_its_chain_and_the_study_goes_on(here: Her
     study = [*STUDY, "--seeds", "0"]
     said = here("run", *study, "--recipe.lr", "1e30")
     assert "diverged (magnitude, l1)" in said
-    assert "diverged, l1: level 0 (1 of 1 seeds); there is nothing to prune by after that" in said
+    assert "diverged, l1: level 0 (1 of 1 seeds); these chains end there" in said
     assert trained(here("run", *study, "--recipe.lr", "1e30")) == []
     lines = list(csv.DictReader(io.StringIO(here("results", *study, "--recipe.lr", "1e30", "--format", "csv"))))
     assert [(line["level"], line["test_accuracy"], line["diverged"]) for line in lines] == [("0", "", "true")] * 2
@@ -466,7 +467,7 @@ def test_ctrl_c_stops_at_once_says_how_to_go_on_and_keeps_what_is_done(tmp_path:
         assert time.monotonic() - began < 3  # it takes a tenth of a second where nothing else runs
         error = process.stderr.read()
     again = "tombola run digits --recipe.epochs 8 --levels 30 --workers 2"
-    assert error == f"\ntombola: stopped; what is done is kept, go on with: {again}\n"
+    assert error == f"\ntombola: stopped; finished trainings are kept, continue with: {again}\n"
     assert json.loads(here("plan", *study, "--format", "json"))["existing"] >= 1
 
 

@@ -538,7 +538,7 @@ def test_figures_have_the_width_of_a_column(contents: Contents, tmp_path: Path) 
         (["report", "digits", "-o", "nowhere/report.html"], "there is no folder nowhere; make it first"),
         (["report", "digits", "-o", "."], "is a folder; name a file in it"),
         (["report", "digits"], "-o/--output is missing"),
-        (["report", "digits", "-o", "r.html", "--margin", "-1"], "--margin: expected points of accuracy"),
+        (["report", "digits", "-o", "r.html", "--margin", "-1"], "--margin: expected percentage points of accuracy"),
         (["report", "digits", "-o", "r.html", "--with", "overlap"], "unknown --with 'overlap'"),
         (["report", "digits", "-o", "r.html"], "no result of this study is in tombola-store"),
         (["figures", "digits", "-o", "figures", "--format", "jpg"], "unknown --format 'jpg'"),

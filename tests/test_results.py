@@ -114,7 +114,7 @@ def test_the_plain_table(shown: Callable[..., str]) -> None:
         "─────────────────────────────────────────────\n"
         "    0      0.00      91.00±1.41   92.00±2.83*\n"
         "    1     50.00  80.00 (1 of 2)   70.50±0.71*\n"
-        "diverged, l1: level 1 (1 of 2 seeds); there is nothing to prune by after that\n"
+        "diverged, l1: level 1 (1 of 2 seeds); these chains end there\n"
     )
 
 
@@ -128,7 +128,7 @@ def test_the_table_of_one_seed_and_one_importance_has_neither_deviations_nor_a_b
 def test_the_table_says_which_layers_collapsed_and_what_is_not_there_yet(shown: Callable[..., str]) -> None:
     text = shown([row("l1", 0, 0, 0.9), row("l1", 0, 1, 0.1, collapsed=("fc1.weight", "fc.weight"))])
     assert "collapsed layers, l1: fc.weight from level 1, fc1.weight from level 1\n" in text
-    assert text.endswith("2 of 8 tickets are there\n")
+    assert text.endswith("the store has 2 of 8 tickets\n")
 
 
 @pytest.mark.parametrize(

@@ -212,7 +212,7 @@ def test_the_command_line_verifies_in_fresh_processes_and_looks_after_the_store(
 
     done = tombola("verify", "small.toml", "--sample", "2")
     assert done.returncode == 0
-    assert done.stdout == "2 trainings done again: every bit of weights, masks and histories is as stored\n"
+    assert done.stdout == "re-ran 2 trainings: all bit-identical\n"
 
     key = plan.trainings(Chain(0, "l1"))[-1].key
 
