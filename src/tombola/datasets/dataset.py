@@ -167,7 +167,7 @@ def _first(dataset: Dataset, split: str, per_class: int | None) -> Tensor | slic
     if int(counts.min()) < per_class:
         fewest = int(counts.argmin())
         raise UserError(
-            f"{split}_per_class = {per_class} is too large: data set {dataset.name!r} has "
+            f"{split}_per_class = {per_class} asks for more examples than there are: data set {dataset.name!r} has "
             f"{int(counts[fewest])} {split} examples of class {dataset.classes[fewest]!r}"
         )
     return (rank_in_class(labels) < per_class).nonzero().squeeze(1)
