@@ -181,7 +181,7 @@ def test_a_warning_says_why_effective_sparsity_is_left_out(planner: Planner, mon
 
     problem = planner.problem
     monkeypatch.setattr(planner, "problem", replace(problem, build=Squared))
-    with pytest.warns(UserWarning, match="effective sparsity is left out: the paths of Squared .* it calls 'mul'"):
+    with pytest.warns(UserWarning, match="effective sparsity is not computed: the paths of Squared .* it calls 'mul'"):
         assert layers.trace_paths(planner) is None
 
 

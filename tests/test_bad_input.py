@@ -217,7 +217,7 @@ def test_a_users_model_that_fails(code: str, sentence: str, refused: Refused, tm
          "  return tombola.Dataset('own', x, y, x, y, ('a', 'b', 'c'))",
          "data set 'own', train set: label 9 of example 3 is out of range, expected 0..2 for 3 classes"),
         ("def f():\n  x, y = torch.zeros(4, 64), torch.zeros(4)\n  return tombola.Dataset('own', x, y, x, y, ('a',))",
-         "data set 'own', train set: expected int64 labels of shape (4,), one an input, got torch.float32"),
+         "data set 'own', train set: expected int64 labels of shape (4,), one per input, got torch.float32"),
     ],
 )  # fmt: skip
 def test_a_users_data_that_fail(code: str, sentence: str, refused: Refused, tmp_path: Path) -> None:

@@ -162,7 +162,7 @@ def test_a_subset_larger_than_a_class_is_refused():
         ({"train_inputs": torch.zeros(0, 1, 4, 4)}, "train set: it holds no example"),
         (
             {"train_labels": torch.tensor([0])},
-            r"expected int64 labels of shape (2,), one an input, got torch.int64 of shape (1,)",
+            r"expected int64 labels of shape (2,), one per input, got torch.int64 of shape (1,)",
         ),
         ({"train_labels": torch.tensor([0.0, 1.0])}, "got torch.float32 of shape (2,)"),
         (
@@ -175,8 +175,8 @@ def test_a_subset_larger_than_a_class_is_refused():
         ),
         ({"train_labels": torch.tensor([0, 2])}, "label 2 of example 1 is out of range, expected 0..1 for 2 classes"),
         ({"test_labels": torch.tensor([-1])}, "test set: label -1 of example 0 is out of range"),
-        ({"mean": (0.5, 0.5)}, "expected 1 means and positive stds, one a channel"),
-        ({"std": (0.0,)}, "expected 1 means and positive stds, one a channel"),
+        ({"mean": (0.5, 0.5)}, "expected 1 means and positive stds, one per channel"),
+        ({"std": (0.0,)}, "expected 1 means and positive stds, one per channel"),
     ],
 )
 def test_parts_that_do_not_fit_together_are_refused(changes, said):
@@ -463,7 +463,7 @@ def test_a_download_with_another_checksum_leaves_nothing(tmp_path, official, dam
     _, folder, _ = official
     path = folder / f"{TRAIN_IMAGES}.gz"
     path.write_bytes(damage(path.read_bytes()))
-    with pytest.raises(UserError, match=r"data set 'mnist' is not whole in .*does not match"):
+    with pytest.raises(UserError, match=r"data set 'mnist' is not complete in .*does not match"):
         load("mnist", tmp_path / "data")
     assert not (tmp_path / "data").exists()
 
@@ -486,7 +486,7 @@ def test_without_a_network_one_sentence_says_which_files_to_put_where(tmp_path):
     with pytest.raises(UserError) as caught:
         load("mnist", tmp_path / "data")
     said = str(caught.value)
-    assert said.startswith(f"data set 'mnist' is not whole in {tmp_path / 'data' / 'mnist'}")
+    assert said.startswith(f"data set 'mnist' is not complete in {tmp_path / 'data' / 'mnist'}")
     assert said.endswith(f"put {', '.join(f'{name}.gz' for name in idx.FILES)} into {tmp_path / 'data' / 'mnist'}")
     assert "out of reach ([Errno 111] Connection refused)" in said
     assert "\n" not in said

@@ -279,8 +279,8 @@ def test_every_section_tells_what_it_shows_or_how_to_come_by_it(planner: Planner
 def test_every_partial_reinitialisation_in_the_store_is_shown(planner: Planner, contents: Contents) -> None:
     (section,) = [section for section in sections(contents) if section.name == "reinit"]
     assert [part.title for part in section.parts] == [
-        "Level 1, what the tickets of l1 and min_max share; 1 draw, each of 1 seed",
-        "Level 2, what the tickets of all 3 importances share; 2 draws, each of 2 seeds",
+        "Level 1, connections shared by the tickets of l1 and min_max; 1 draw for each of 1 seed",
+        "Level 2, connections shared by the tickets of all 3 importances; 2 draws for each of 2 seeds",
     ]
     of_two, of_all = (part.table for part in section.parts)
     assert of_two["importance"].unique(maintain_order=True).to_list() == ["l1", "min_max"]
@@ -327,7 +327,7 @@ def test_the_level_that_is_shown(planner: Planner) -> None:
     table = winners.of_study(planner, margin=1.0)
     assert table["level"].to_list() == [3, 3, 3], "a margin that everything keeps"
     assert gather(planner, "s", ["s"], margin=1.0).level == 3
-    with pytest.raises(UserError, match=r"--level: expected a level from 1 on .* levels 1 to 3 are there"):
+    with pytest.raises(UserError, match=r"level 4: expected a level from 1 on .* levels 1 to 3 are$"):
         gather(planner, "s", ["s"], level=4)
 
 
@@ -341,7 +341,7 @@ def test_the_numbers_of_the_findings(contents: Contents) -> None:
     floor = whole.filter(pl.col("kind") == "data order")["shared_of_ticket"].to_numpy().mean()
     assert found["Noise floor"].figure in (f"{100 * floor:.1f} %", f"{100 * floor:.0f} %")
     assert found["Bits confirmed"].figure == f"0 of {len(contents.records)}"
-    assert "tombola verify does that" in found["Bits confirmed"].text
+    assert "tombola verify does this" in found["Bits confirmed"].text
 
 
 def test_the_sparsest_ticket_of_each_importance_has_its_sentence(contents: Contents) -> None:
@@ -364,21 +364,21 @@ def test_the_sparsest_ticket_of_each_importance_has_its_sentence(contents: Conte
         ("min_max", "none"),
     ]
     assert [each.text for each in kept.findings] == [
-        "magnitude keeps it at level 2, with 16.0 % of the connections (6.2 times fewer): 97.30 % against 97.50 %, a "
-        "difference of −0.20 points (95 % from −2.74 to +2.34, which reaches beyond the margin); no sparser one is "
-        "there.",
-        "l1 keeps it at level 1, with 40.0 % of the connections (2.5 times fewer): 97.30 % against 97.50 %, a "
-        "difference of −0.20 points (95 % from −2.74 to +2.34, which reaches beyond the margin).",
-        "No ticket of min_max keeps it, of those up to level 1.",
+        "magnitude keeps the accuracy at level 2 with 16.0 % of the connections (6.2 times fewer): 97.30 %, and "
+        "97.50 % for the dense network. The difference is −0.20 points (95 % interval −2.74 to +2.34, partly outside "
+        "the margin). No sparser ticket is stored.",
+        "l1 keeps the accuracy at level 1 with 40.0 % of the connections (2.5 times fewer): 97.30 %, and 97.50 % for "
+        "the dense network. The difference is −0.20 points (95 % interval −2.74 to +2.34, partly outside the margin).",
+        "No ticket of min_max up to level 1 keeps the accuracy.",
     ]
     alike = found.with_columns(low="difference", high="difference")
     text = findings.keeps(dataclasses.replace(shown, tables={"winners": alike})).findings[0].text  # type: ignore[union-attr]
-    assert "−0.20 points, the same for every seed, so that no interval can be given" in text
+    assert "−0.20 points, the same for every seed, so no interval can be given" in text
     surely = dataclasses.replace(shown, tables={"winners": found.with_columns(surely=True)})
-    assert "within the margin as a whole" in findings.keeps(surely).findings[0].text  # type: ignore[union-attr]
+    assert "fully within the margin" in findings.keeps(surely).findings[0].text  # type: ignore[union-attr]
     none = dataclasses.replace(shown, tables={"winners": found.filter(pl.col("importance") != "l1")})
     assert findings.keeps(none).findings[1].figure == "–"  # type: ignore[union-attr]
-    assert "l1 keeps it at level 1, with 40.0\u00a0% of" in page(shown)
+    assert "l1 keeps the accuracy at level 1 with 40.0\u00a0% of" in page(shown)
 
 
 def test_what_collapsed_is_named(contents: Contents) -> None:
@@ -403,21 +403,23 @@ def test_what_verifying_has_found_is_told(contents: Contents) -> None:
     ]
     found = findings.verification(dataclasses.replace(contents, verified=count_verified(records)))
     assert found.figure == "2 of 4"
-    assert "last on 2026-01-04 10:00 UTC. 1 gave other bits when last done again, on another machine" in found.text
+    assert "last on 2026-01-04 10:00 UTC. 1 gave other bits when last repeated, on another machine" in found.text
 
 
 def test_a_study_that_is_not_finished_says_so(tmp_path: Path) -> None:
     planner = open_planner(tmp_path / "store")
     nothing = gather(planner, "s", ["s"])
     assert nothing.level is None
-    assert "0 of 32 tickets are there" in page(nothing)
+    assert "0 of 32 tickets are stored" in page(nothing)
     assert {section.command for section in sections(nothing)} == {"tombola run s"}
     finish(planner, chains=[chain for chain in planner.chains if chain.importance == "l1"])
     half = gather(planner, "s", ["s"])
     assert half.trainings_left > 0
     text = findings.progress(half)
     assert text is not None
-    assert "This study is not finished: 12 of 32 tickets are there" in text or "not finished" in text
+    stored = sum(len(list(planner.tickets(chain))) for chain in planner.chains if chain.importance == "l1")
+    assert f"This study is not finished: {half.tickets} of 32 tickets are stored" in text
+    assert half.tickets >= stored == 8
     assert page(half)
 
 
@@ -528,7 +530,7 @@ def test_figures_have_the_width_of_a_column(contents: Contents, tmp_path: Path) 
     (png,) = write(select_charts(sections(contents))[:1], tmp_path / "new", ["png"], look.BOTH_COLUMNS)
     assert png.read_bytes().startswith(b"\x89PNG")
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="the folder cannot be made"):
+    with pytest.raises(UserError, match="the folder cannot be created"):
         write([], tmp_path / "file", ["svg"], look.COLUMN)
 
 
@@ -542,7 +544,7 @@ def test_figures_have_the_width_of_a_column(contents: Contents, tmp_path: Path) 
         (["report", "digits", "-o", "r.html", "--with", "overlap"], "unknown --with 'overlap'"),
         (["report", "digits", "-o", "r.html"], "no result of this study is in tombola-store"),
         (["figures", "digits", "-o", "figures", "--format", "jpg"], "unknown --format 'jpg'"),
-        (["watch", "digits", "--port", "99999"], "--port 99999: cannot be served on"),
+        (["watch", "digits", "--port", "99999"], "port 99999 cannot be used"),
     ],
 )
 def test_what_cannot_be_done_is_said_in_one_sentence(
@@ -580,7 +582,7 @@ def test_watching_serves_the_loopback_alone_and_ends_by_ctrl_c(study_file: list[
         found = re.search(r"http://127\.0\.0\.1:(\d+)/", line)
         assert found is not None, line
         with urllib.request.urlopen(found[0], timeout=10) as answer:
-            assert b"What was found" in answer.read()
+            assert b"Findings" in answer.read()
             assert answer.headers["Cache-Control"] == "no-store"
         os.kill(process.pid, signal.SIGINT)
         _, errors = process.communicate(timeout=20)

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all."""
+"""Atomic writes: a file is written completely or not at all."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from tombola.errors import UserError
 
 
 def write_atomically(path: Path, content: bytes, within: Path | None = None) -> None:
-    """Write a file so that at any moment it is there whole or, as before, not at all.
+    """Replace a file atomically: at any moment, the path holds either the complete new content or what it held before.
 
     Args:
         path: the file.
-        content: what it is to hold.
-        within: a folder on the same file system for the unfinished file; by default the one that `path` is in.
+        content: the new content.
+        within: folder for the unfinished file, on the same file system; by default, the folder of `path`.
 
     Raises:
-        UserError: where the folder cannot be written to.
+        UserError: if the folder cannot be written to.
     """
     try:
         handle, temporary = tempfile.mkstemp(dir=within or path.parent, prefix=f".{path.name[:40]}.")
@@ -38,7 +38,7 @@ def write_atomically(path: Path, content: bytes, within: Path | None = None) -> 
 
 
 def write_durably(handle: int, content: bytes) -> None:
-    """Write to an open file, and wait until that is on the disk."""
+    """Write to an open file and fsync it."""
     left = memoryview(content)
     while left:
         left = left[os.write(handle, left) :]
@@ -46,7 +46,7 @@ def write_durably(handle: int, content: bytes) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make the names in a folder last."""
+    """Sync a folder to disk (fsync), so that renames in it survive a crash."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)

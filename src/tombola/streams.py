@@ -1,4 +1,4 @@
-"""Independent random streams, each derived from one seed by its name."""
+"""Independent random streams, derived from one seed by name."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import torch
 def derive(seed: int, *name: str | int) -> int:
     """Return the 63-bit seed of the stream `name` of `seed`.
 
-    The first 8 bytes of SHA-256 of the seed and the name's parts, so streams with different names are independent,
-    and a stream does not depend on which others are used.
+    It consists of the first 8 bytes of the SHA-256 of the seed and the parts of the name. Streams with different names
+    are therefore independent, and no stream depends on which other streams are used.
 
     >>> derive(0, "order", 3) == derive(0, "order", 3) != derive(0, "order", 4)
     True
@@ -29,9 +29,9 @@ def generator(seed: int, *name: str | int) -> torch.Generator:
 
 @contextmanager
 def ambient(seed: int, *name: str | int) -> Iterator[None]:
-    """Let torch's own (global) generator be the stream `name` of `seed` inside the block, and as it was after it.
+    """Seed torch's global generator with the stream `name` of `seed` inside the block, and restore it afterwards.
 
-    For code that cannot be handed a generator: the constructors of modules.
+    This is for code that takes no generator, such as the constructors of modules.
     """
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(derive(seed, *name))

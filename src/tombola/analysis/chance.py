@@ -1,4 +1,4 @@
-"""Chance: how many connections independent random masks share.
+"""Chance: the number of connections that independent random masks share.
 
 A random mask of a layer is a uniformly random set of s of its n connections. Of k independent ones with s_1..s_k
 connections the number X in common has the factorial moments E[X (X-1) .. (X-r+1)] = (n)_r prod_i (s_i)_r / (n)_r, with
@@ -19,19 +19,19 @@ Numbers: TypeAlias = npt.NDArray[np.float64]
 Counts: TypeAlias = npt.NDArray[np.int64]
 
 LEVEL = 0.95
-"""The probability that the intervals of two sets hold at least; those of more are near it, see `interval`."""
+"""Least coverage of the intervals for two sets; for more sets it is approximate, see `interval`."""
 
-_MOST_SUMMED = 2500  # the largest variance of a hypergeometric distribution that is summed up
+_MOST_SUMMED = 2500  # largest variance of a hypergeometric distribution for which probabilities are summed
 
 
 def moments(size: npt.ArrayLike, sets: npt.ArrayLike) -> tuple[Numbers, Numbers]:
-    """Return mean and variance of the number of elements that k independent random sets have in common; exact.
+    """Return the exact mean and variance of the number of elements that k independent random sets have in common.
 
     mean = n prod_i (s_i / n), variance = E[X (X-1)] + mean - mean^2.
 
     Args:
-        size: n, the elements there are; shape (...), each at least 1.
-        sets: s_1..s_k, the elements in each set, in 0..n; shape (k, ...).
+        size: n, number of all elements, 1 or more; shape (...).
+        sets: s_1..s_k, number of elements of each set, in 0..n; shape (k, ...).
 
     >>> mean, variance = moments(10, [5, 4])
     >>> float(mean), round(float(variance), 4)
@@ -41,10 +41,10 @@ def moments(size: npt.ArrayLike, sets: npt.ArrayLike) -> tuple[Numbers, Numbers]
     s = np.asarray(sets, dtype=np.float64)
     mean = n * np.prod(s / n, axis=0)
     with np.errstate(divide="ignore", invalid="ignore"):
-        # E[X (X-1)] / mean^2 as 1 + expm1(...): the difference to mean^2 would cancel where all is alive.
+        # E[X (X-1)] / mean^2 = 1 + expm1(...), without cancellation when almost everything is alive.
         ratio = np.log1p(-1 / n) + np.log1p(-(n - s) / (s * (n - 1))).sum(axis=0)
         variance = mean * (1 + mean * np.expm1(ratio))
-    settled = (mean == 0) | (np.sum(s < n, axis=0) <= 1)  # a set is empty, or all but one hold everything
+    settled = (mean == 0) | (np.sum(s < n, axis=0) <= 1)  # a set is empty, or all but one contain everything
     return mean, np.where(settled, 0.0, np.maximum(variance, 0.0))
 
 
@@ -59,13 +59,14 @@ def support(size: npt.ArrayLike, sets: npt.ArrayLike) -> tuple[Counts, Counts]:
 
 
 def interval(mean: Numbers, variance: Numbers, least: Counts, largest: Counts) -> tuple[Counts, Counts]:
-    """Return the central 95 % interval of a number of common elements, by the binomial of the same two moments.
+    """Return the central 95 % interval of the number of common elements, from a binomial of equal mean and variance.
 
-    The binomial has n' = mean / p', p' = 1 - variance / mean, where n' need not be whole: its distribution function is
-    the regularised incomplete beta function, I_{1-p'}(n' - x, x + 1). A sum of independent indicators, which the
-    hypergeometric and sums of it are, is near a binomial with its moments (Ehm, Statistics & Probability Letters 11,
-    1991); so is the number common to more than two sets. Either bound is at most one element off that of the exact
-    distribution, which matters only where a handful of elements is common: there an interval may hold less than 95 %.
+    The binomial has p' = 1 - variance / mean and n' = mean / p', which need not be an integer. Its distribution
+    function is the regularised incomplete beta function, I_{1-p'}(n' - x, x + 1). Hypergeometric variables and their
+    sums are sums of independent indicators, whose distribution is close to that binomial (Ehm, Statistics & Probability
+    Letters 11, 1991). The same holds for the number common to more than two sets. Each bound differs by at most one
+    element from that of the exact distribution. This matters only if the expected number is small: the coverage may
+    then be below 95 %.
 
     Args:
         mean, variance: see `moments`; those of independent layers add up. Any shape.
@@ -95,8 +96,8 @@ def interval(mean: Numbers, variance: Numbers, least: Counts, largest: Counts) -
 def interval_of_two(size: npt.ArrayLike, sets: npt.ArrayLike) -> tuple[Counts, Counts]:
     """Return the central 95 % interval of the number of elements that two random sets have in common.
 
-    Low and high are the smallest x with P(X <= x) >= 0.025 and 0.975, X hypergeometric: exact for a standard deviation
-    of up to 50; above, where the sum would be long, that of `interval`, which is at most one element off.
+    Low and high are the smallest x with P(X <= x) >= 0.025 and 0.975 for a hypergeometric X. They are exact for
+    standard deviations up to 50. Above, they are those of `interval`, which differ by at most one element.
 
     Args:
         size: n, shape (...).

@@ -20,11 +20,11 @@ from tombola.training.evaluation import evaluate
 from tombola.training.weights import State
 
 POINTS = 11
-_EXAMPLES = 10_000  # of the training set, for the statistics of batch norm
+_EXAMPLES = 10_000  # number of training examples for the statistics of batch norm
 _AT_ONCE = 500
 
 Measure = Callable[[State], tuple[float, float | None]]
-"""Test error, in 0..1, and test loss of a state."""
+"""A function that returns the test error, in 0..1, and the test loss of a state."""
 
 
 def of_study(
@@ -33,25 +33,25 @@ def of_study(
     levels: Collection[int] | None = None,
     points: int = POINTS,
 ) -> pl.DataFrame:
-    """Return the error along the line between every two trained tickets of a seed and level.
+    """Return the error along the line between each pair of trained tickets of a seed and level.
 
-    The columns of `along_line`, after these:
+    These columns come before those of `along_line`:
 
     - level, seed: of the tickets.
-    - kind: what differs between them: "importances" or "data order".
-    - tickets: the two.
+    - kind: what differs between the tickets: "importances" or "data order".
+    - tickets: names of the two.
 
-    The statistics of batch norm are computed anew at every point, the ends too, from (the first 10,000 examples of) the
-    training set without augmentation.
+    The statistics of batch norm are recomputed at every point, including the ends, from the first 10,000 examples of
+    the training set (or all, if there are fewer) without augmentation.
 
     Args:
-        planner: of the study.
-        importances: which to compare, two or more; by default all.
-        levels: which; by default the last that all have.
-        points: on the line, both ends among them.
+        planner: planner of the study.
+        importances: the importances to compare, two or more; by default all.
+        levels: the levels; by default the last that all have.
+        points: number of points on the line, including both ends.
 
     Raises:
-        UserError: where importances or levels are not there.
+        UserError: if importances or levels are not in the study, or not stored.
     """
     wanted = set(levels) if levels is not None else {last_level(planner, select_chains(planner, importances))}
     measure = build_measure(planner)
@@ -63,7 +63,7 @@ def of_study(
             named = table.select(pl.Series("tickets", [list(pair)] * len(table)), pl.all())
             tables.append(after(named, level=group.level, seed=group.seed, kind=group.kind))
     if not tables:
-        raise UserError(f"no two of these tickets are in {planner.store.root} yet; finish them with: tombola run")
+        raise UserError(f"{planner.store.root}: no two of these tickets are stored yet; the study must run first")
     return pl.concat(tables)
 
 
@@ -72,18 +72,18 @@ def along_line(first: State, second: State, measure: Measure, points: int = POIN
 
     One row for each point, with the columns
 
-    - alpha: in 0..1. error: of the test set, in 0..1. loss: the test loss; null where it is not finite.
-    - barrier: in every row the same, the largest over alpha of error(alpha) - ((1 - alpha) error(0) + alpha error(1)),
-      at least 0, which it is at both ends (Entezari et al., arXiv 2110.06296; where both ends have the same error it is
-      the instability of Frankle et al., arXiv 1912.05671).
+    - alpha: position on the line, in 0..1. error: test error, in 0..1. loss: test loss; null if it is not finite.
+    - barrier: the maximum over alpha of error(alpha) - ((1 - alpha) error(0) + alpha error(1)), the same in every row.
+      It is at least 0, its value at both ends (Entezari et al., arXiv 2110.06296). If both ends have the same error, it
+      is the instability of Frankle et al. (arXiv 1912.05671).
 
     Args:
-        first, second: states of one network. What is no floating-point number is taken from `first`.
-        measure: gives error and loss of a state.
-        points: how many, both ends among them.
+        first, second: states of one network. Tensors that are not floating point are taken from `first`.
+        measure: returns error and loss of a state.
+        points: number of points, including both ends.
 
     Raises:
-        UserError: where the states are of different networks, or points are fewer than two.
+        UserError: if the states belong to different networks, or there are fewer than two points.
 
     >>> one, other = {"w": torch.tensor(0.0)}, {"w": torch.tensor(1.0)}
     >>> along_line(one, other, lambda state: (float(state["w"] * (1 - state["w"])), 0.0), points=3)["barrier"].to_list()
@@ -92,7 +92,7 @@ def along_line(first: State, second: State, measure: Measure, points: int = POIN
     if points < 2:
         raise UserError(f"points: expected 2 or more, got {points}")
     if {name: t.shape for name, t in first.items()} != {name: t.shape for name, t in second.items()}:
-        raise UserError("connectivity: the two states are of different networks")
+        raise UserError("connectivity: the two states belong to different networks")
     lines = []
     for number in range(points):
         alpha = number / (points - 1)
@@ -119,7 +119,7 @@ def summarise(table: pl.DataFrame) -> pl.DataFrame:
 
 
 def build_measure(planner: Planner) -> Measure:
-    """Return the function that gives a state's error and loss on the study's test set."""
+    """Return a function that computes the error and the loss of a state on the study's test set."""
     with ambient(0):
         model = planner.problem.build()
 
@@ -141,7 +141,7 @@ def recompute_statistics(model: nn.Module, data: Dataset) -> None:
     model.eval()
     for norm in norms:
         norm.reset_running_stats()
-        norm.momentum = None  # a plain mean over batches
+        norm.momentum = None  # the plain mean over batches
         norm.train()
     inputs, normalise = data.train_inputs[:_EXAMPLES], normalisation(data)
     with torch.inference_mode():

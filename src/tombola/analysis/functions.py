@@ -1,4 +1,4 @@
-"""Functions: how alike tickets are in what they predict."""
+"""Functions: how often tickets make the same prediction."""
 
 from __future__ import annotations
 
@@ -17,28 +17,28 @@ from tombola.streams import ambient
 from tombola.study.planner import Planner
 from tombola.training.evaluation import predict
 
-_REMEMBERED = 16  # networks whose outputs are held: those of one level
+_REMEMBERED = 16  # number of networks whose outputs are kept: those of one level
 
 
 def of_study(
     planner: Planner, importances: Sequence[str] | None = None, levels: Collection[int] | None = None
 ) -> pl.DataFrame:
-    """Return how alike the trained tickets of each seed and level are in what they predict on the test set.
+    """Return how often the trained tickets of each seed and level make the same prediction on the test set.
 
-    The columns of `of_outputs`, after these:
+    These columns come before those of `of_outputs`:
 
-    - level, seed: of the tickets; seed is null where the tickets are of different ones.
-    - kind: what differs between the tickets: "importances", "data order" (the same importance and initialisation) or,
-      for level 0, "seeds". At level 0, which is always there to compare with, the tickets are the dense networks: of
-      one seed they are the same for all importances.
+    - level, seed: of the tickets; seed is null if the tickets have different seeds.
+    - kind: what differs between the tickets: "importances", "data order" (the same importance and initial weights) or,
+      for level 0, "seeds". Level 0 is always included for comparison. Its tickets are the dense networks, of which a
+      seed has only one for all importances.
 
     Args:
-        planner: of the study.
-        importances: which to compare, two or more; by default all.
-        levels: which; by default the last that all have.
+        planner: planner of the study.
+        importances: the importances to compare, two or more; by default all.
+        levels: the levels; by default the last that all have.
 
     Raises:
-        UserError: where importances or levels are not there.
+        UserError: if importances or levels are not in the study, or not stored.
     """
     wanted = set(levels) if levels is not None else {last_level(planner, select_chains(planner, importances))}
     ask = _Outputs(planner)
@@ -58,24 +58,25 @@ def of_study(
 
 
 def of_outputs(outputs: Mapping[str, Tensor], labels: Tensor) -> pl.DataFrame:
-    """Return how alike networks are in what they predict: every two, and all together.
+    """Return how often networks make the same prediction: each pair, and all together.
 
     One row for each comparison, with the columns
 
-    - tickets: the names of the networks compared; k: how many. examples: in the test set.
+    - tickets: names of the compared networks. k: their number. examples: number of test examples.
     - agreement: share of the examples for which all k predict the same class, in 0..1. low, high: its 95 % interval
       over examples (Wilson, Journal of the American Statistical Association 22, 1927).
-    - expected: what independence gives, the sum over classes of the product of the shares with which each predicts it.
-    - kappa: (agreement - expected) / (1 - expected), Cohen's (1960) for two; null where expected is 1.
-    - accuracy: the mean of the k accuracies, in 0..1.
-    - ensemble_accuracy: of the class with the highest mean of the k predicted probabilities (softmax), in 0..1.
+    - expected: the agreement of independent predictions: sum over classes of the product of the shares of examples for
+      which each network predicts the class.
+    - kappa: (agreement - expected) / (1 - expected), Cohen's kappa (1960) for two; null if expected is 1.
+    - accuracy: mean of the k accuracies, in 0..1.
+    - ensemble_accuracy: accuracy of the mean of the k predicted probabilities (softmax), in 0..1.
 
     Args:
         outputs: name -> outputs before softmax, shape (examples, classes); two or more.
-        labels: shape (examples,).
+        labels: the true classes, shape (examples,).
 
     Raises:
-        UserError: where there are fewer than two, or their shapes differ.
+        UserError: if there are fewer than two outputs, or their shapes differ.
 
     >>> one, other = torch.eye(4), torch.eye(4)[[0, 1, 2, 2]]
     >>> of_outputs({"a": one, "b": other}, torch.arange(4)).select("agreement", "accuracy").rows()
@@ -115,7 +116,7 @@ def of_outputs(outputs: Mapping[str, Tensor], labels: Tensor) -> pl.DataFrame:
 
 
 def wilson(successes: int, trials: int) -> tuple[float, float]:
-    """Return the 95 % interval of a probability, of `successes` in `trials` (Wilson 1927).
+    """Return the 95 % interval of a probability from `successes` in `trials` (Wilson 1927).
 
     >>> tuple(round(bound, 4) for bound in wilson(8, 10))
     (0.4902, 0.9433)
@@ -128,7 +129,7 @@ def wilson(successes: int, trials: int) -> tuple[float, float]:
 
 
 class _Outputs:
-    """Gives the outputs of trained tickets on the test set; those of the last few networks are remembered."""
+    """Computes the outputs of trained tickets on the test set, and keeps those of the last few networks."""
 
     def __init__(self, planner: Planner) -> None:
         self._data = planner.problem.data

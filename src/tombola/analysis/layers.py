@@ -1,4 +1,4 @@
-"""Layers: how dense each layer of a ticket is, against the whole, and how much of it lies on paths."""
+"""Layers: the density of each layer of a ticket, and the share of it that lies on paths from input to output."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from tombola.study.planner import Planner
 def of_study(
     planner: Planner, importances: Sequence[str] | None = None, levels: Collection[int] | None = None
 ) -> pl.DataFrame:
-    """Return how dense each layer of each ticket is.
+    """Return the density of each layer of each ticket.
 
-    The columns of `of_mask`, after level, importance and seed. Where the paths of the network cannot be followed, the
-    effective ones are null and a warning says why.
+    The columns are level, importance and seed, then those of `of_mask`. If the graph of the network cannot be traced,
+    the effective counts are null and a warning gives the reason.
 
     Args:
-        planner: of the study.
-        importances: which; by default all.
-        levels: which; by default all that are there.
+        planner: planner of the study.
+        importances: the importances; by default all.
+        levels: the levels; by default all that are stored.
 
     Raises:
-        UserError: where importances or levels are not there.
+        UserError: if importances or levels are not in the study, or not stored.
     """
     chains = select_chains(planner, importances)
     paths = trace_paths(planner)
@@ -41,20 +41,19 @@ def of_study(
 
 
 def of_mask(mask: Mask, paths: Paths | None = None) -> pl.DataFrame:
-    """Return how dense each layer of a mask is.
+    """Return the density of each layer of a mask.
 
-    One row for each layer, and one for all ("(all)"), with the columns
+    One row for each layer, and one for all layers ("(all)"), with the columns
 
-    - layer: its parameter's name. connections: how many it has. alive: of these.
+    - layer: name of the parameter. connections: number of its connections. alive: number of those that are alive.
     - density: alive / connections, in 0..1.
-    - ahead: density of the whole - density of the layer, in -1..1: how far the layer's sparsity is ahead of the global
-      sparsity; below 0 it is behind.
-    - collapsed: whether nothing is alive; in the last row, whether any layer has collapsed.
-    - effective: connections alive that lie on a path from input to output. effective_density: effective / connections.
+    - ahead: density of the network - density of the layer, in -1..1; positive if the layer is sparser than the network.
+    - collapsed: whether no connection is alive; in the last row, whether any layer has collapsed.
+    - effective: alive connections that lie on a path from input to output. effective_density: effective / connections.
       Null without `paths`. 1 - effective_density is the effective sparsity of Vysogorets and Kempe (arXiv 2107.02306).
 
     Args:
-        mask: of a ticket.
+        mask: the mask of a ticket.
         paths: the network's graph, see `Paths`.
 
     >>> import torch
@@ -108,9 +107,9 @@ def summarise(table: pl.DataFrame) -> pl.DataFrame:
 
 
 def trace_paths(planner: Planner) -> Paths | None:
-    """Return the graph of a study's network; None, with a warning that says why, where it cannot be followed."""
+    """Return the graph of a study's network. If it cannot be traced, warn with the reason and return None."""
     try:
         return Paths(planner.problem.build(), planner.problem.data.input_shape)
     except UserError as error:
-        warnings.warn(f"effective sparsity is left out: {error}", stacklevel=2)
+        warnings.warn(f"effective sparsity is not computed: {error}", stacklevel=2)
         return None

@@ -16,29 +16,29 @@ from tombola.errors import UserError
 from tombola.pruning.mask import Mask
 from tombola.study.planner import Planner
 
-_BLOCK = 1 << 13  # words of 64 connections that are compared in one go: those of 15 masks stay in the cache
+_BLOCK = 1 << 13  # words of 64 connections per step, so that those of 15 masks fit in the cache
 
 
 def of_study(
     planner: Planner, importances: Sequence[str] | None = None, levels: Collection[int] | None = None
 ) -> pl.DataFrame:
-    """Return how much the tickets of each seed and level overlap: every two, and all together.
+    """Return the overlap of the tickets of each seed and level: of each pair, and of all together.
 
-    The columns of `of_masks`, after these:
+    These columns come before those of `of_masks`:
 
-    - level, seed: whose tickets.
-    - kind: what differs between them. "importances", or "data order": the noise floor, two or more tickets of the same
-      importance and the same initial weights that saw the data in other orders (`data_seeds` of the study).
+    - level, seed: of the tickets.
+    - kind: what differs between the tickets: "importances", or "data order". The latter is the noise floor: tickets of
+      the same importance and the same initial weights that saw the data in different orders (the study's `data_seeds`).
 
-    Tickets are called by their importance; `l1@100` is that of l1 in data order 100.
+    A ticket has the name of its importance; `l1@100` is the ticket of l1 in data order 100.
 
     Args:
-        planner: of the study.
-        importances: which to compare, two or more; by default all.
-        levels: which; by default all that are there.
+        planner: planner of the study.
+        importances: the importances to compare, two or more; by default all.
+        levels: the levels; by default all that are stored.
 
     Raises:
-        UserError: where importances or levels are not there.
+        UserError: if importances or levels are not in the study, or not stored.
     """
     tables = []
     for group in groups(planner, importances, levels):
@@ -46,40 +46,42 @@ def of_study(
         where = {"level": group.level, "seed": group.seed, "kind": group.kind}
         tables.append(after(_compare(masks, together=group.complete), **where))
     if not tables:
-        raise UserError(f"no two of these tickets are in {planner.store.root} yet; finish them with: tombola run")
+        raise UserError(f"{planner.store.root}: no two of these tickets are stored yet; the study must run first")
     return pl.concat(tables)
 
 
 def of_masks(masks: Mapping[str, Mask]) -> pl.DataFrame:
-    """Return how much masks overlap: every two, and all together; layer by layer and in total.
+    """Return the overlap of masks: of each pair, and of all together; in each layer and in total.
 
     One row for each comparison and layer, with the columns
 
-    - tickets: the names of the masks compared; k: how many.
-    - layer: its parameter's name; "(all)" for the total. connections: how many it has.
-    - alive: connections alive in a mask (the mean over the k masks).
+    - tickets: names of the compared masks. k: their number.
+    - layer: name of the parameter; "(all)" for the total. connections: number of connections of the layer.
+    - alive: connections alive in a mask (mean over the k masks).
     - shared: connections alive in all k masks.
     - shared_of_all: shared / connections, in 0..1.
-    - shared_of_ticket: shared / alive, in 0..1; null where nothing is alive.
-    - jaccard: shared / (connections alive in any), in 0..1; null where nothing is alive.
-    - kappa: (A - E) / (1 - E) with A the share of connections on which two masks agree (both alive or both pruned), E
-      what independence with the same densities gives, both averaged over all pairs of the k masks: Cohen's kappa
+    - shared_of_ticket: shared / alive, in 0..1; null if no connection is alive.
+    - jaccard: shared / (connections alive in any mask), in 0..1; null if no connection is alive.
+    - kappa: (A - E) / (1 - E), where A is the share of connections on which two masks agree (both alive or both
+      pruned), and E the expectation of A for independent masks of the same densities. Both are averaged over all pairs
+      of the k masks: Cohen's kappa
       (Educational and Psychological Measurement 20, 1960) for two, Conger's (Psychological Bulletin 88, 1980) for more.
-      1 for equal masks, 0 for chance; null where E = 1.
-    - layers_expected, layers_low, layers_high, layers_jaccard: what chance gives with the same layer densities, that is
-      for independent uniformly random masks with as many connections alive in each layer: the expected `shared`, its
-      central 95 % interval, and expected shared / expected alive in any.
-    - global_expected, global_low, global_high, global_jaccard: the same with the global density alone, that is for
-      masks with as many connections alive anywhere in the network.
+      1 for equal masks, 0 for chance; null if E = 1.
+    - layers_expected, layers_low, layers_high, layers_jaccard: chance with the same layer densities, that is, for
+      independent uniformly random masks with the same number of alive connections in each layer: the expectation of
+      `shared`, its central 95 % interval, and expected shared / expected alive in any.
+    - global_expected, global_low, global_high, global_jaccard: chance with the same global density, that is, for masks
+      with the same number of alive connections in the whole network.
 
-    Expectations are exact. So are the intervals for two masks, of a layer by its densities and of the total by the
-    global density: hypergeometric. The others have exact first two moments, see `tombola.analysis.chance.interval`.
+    Expectations are exact. Intervals are exact (hypergeometric) for two masks, for a layer by its densities and for the
+    total by the global density. All other intervals have the exact mean and variance, see
+    `tombola.analysis.chance.interval`.
 
     Args:
         masks: name -> mask, two or more, of the same layers.
 
     Raises:
-        UserError: where there are fewer than two, or they are of different networks.
+        UserError: if there are fewer than two masks, or they belong to different networks.
 
     >>> import torch
     >>> a = Mask.from_tensors({"w": torch.tensor([1, 1, 1, 0, 0, 0, 0, 0]).bool()})
@@ -137,13 +139,13 @@ def summarise(table: pl.DataFrame, *by: str) -> pl.DataFrame:
 
 
 def _compare(masks: Mapping[str, Mask], *, together: bool) -> pl.DataFrame:
-    """Return the table of `of_masks`, with all of them together or only every two."""
+    """Return the table of `of_masks`, for pairs only or also for all masks together."""
     if len(masks) < 2:
-        raise UserError(f"overlap: at least two masks are compared, got {len(masks)}")
+        raise UserError(f"overlap: expected at least two masks, got {len(masks)}")
     names, held = list(masks), list(masks.values())
     for other in held[1:]:
         if other.shapes != held[0].shapes:
-            held[0] & other  # says in which layers they differ
+            held[0] & other  # raises an error that names the layers that differ
     layers = [*held[0], ALL]
     sizes = np.array(list(held[0].sizes.values()), dtype=np.int64)
     common, in_all, in_any = _count(held)
@@ -166,7 +168,7 @@ def _compare(masks: Mapping[str, Mask], *, together: bool) -> pl.DataFrame:
 
 
 def _count(masks: Sequence[Mask]) -> tuple[Counts, Counts, Counts]:
-    """Count for each layer the connections alive in masks i and j, (k, k, layers), in all and in any, (layers,)."""
+    """Count alive connections per layer: in masks i and j, (k, k, layers); in all and in any mask, (layers,)."""
     k, layers = len(masks), list(masks[0])
     common = np.zeros((k, k, len(layers)), dtype=np.int64)
     in_all, in_any = np.zeros((2, len(layers)), dtype=np.int64)
@@ -196,13 +198,13 @@ def _bits_set(words: npt.NDArray[np.uint64]) -> Counts:
 def _columns(
     sizes: Counts, members: Counts, shared: Counts, in_any: Counts, shared_by_two: npt.NDArray[Any]
 ) -> dict[str, npt.NDArray[Any]]:
-    """Return the numbers of some comparisons, each of shape (comparisons, layers + 1), the total last.
+    """Return the columns of several comparisons, each of shape (comparisons, layers + 1); the total is last.
 
     Args:
         sizes: connections of each layer, (layers,).
         members: connections alive in each of the k masks, (k, comparisons, layers).
-        shared, in_any: connections alive in all and in any of them, (comparisons, layers).
-        shared_by_two: connections alive in two of them, the mean over pairs, (comparisons, layers).
+        shared, in_any: connections alive in all and in any of the masks, (comparisons, layers).
+        shared_by_two: connections alive in both masks of a pair, mean over pairs, (comparisons, layers).
     """
     k = len(members)
     size = np.broadcast_to(_with_total(sizes), (members.shape[1], len(sizes) + 1))
@@ -211,7 +213,7 @@ def _columns(
     mean, variance = moments(sizes, members)
     low, high = _intervals(sizes, members, mean, variance)
     everywhere = np.broadcast_to(sets[..., -1:], sets.shape)  # the total of each mask, for every layer
-    with_layer = np.concatenate([size[None], everywhere])  # a layer is one more set of the network's connections
+    with_layer = np.concatenate([size[None], everywhere])  # a layer is a further set of connections of the network
     network = size[:, -1:]
     global_mean, global_variance = moments(network, with_layer)
     bounds = support(np.broadcast_to(network, size.shape), with_layer)
@@ -246,7 +248,7 @@ def _columns(
 
 
 def _intervals(sizes: Counts, members: Counts, mean: Numbers, variance: Numbers) -> tuple[Counts, Counts]:
-    """Return the intervals by the layers' densities, (comparisons, layers + 1)."""
+    """Return the intervals for the densities of the layers, (comparisons, layers + 1)."""
     least, largest = support(sizes, members)
     low, high = interval(*map(_with_total, (mean, variance, least, largest)))
     if len(members) == 2:

@@ -1,4 +1,4 @@
-"""Paths: which connections lie on a path of connections alive from the network's input to its output."""
+"""Paths: which connections lie on a path of alive connections from the input to the output of the network."""
 
 from __future__ import annotations
 
@@ -34,15 +34,15 @@ _KEPT_NAMES = {
 
 
 class Paths:
-    """A network's graph, along which connections are followed from input to output.
+    """The graph of a network, for finding the connections on paths from input to output.
 
     Args:
-        model: made of linear and convolution layers, element-wise activations, batch norm, dropout, pooling, sums,
-            concatenations and changes of shape, in any order that `torch.fx` can trace.
-        input_shape: of one example.
+        model: a network of linear and convolution layers, element-wise activations, batch norm, dropout, pooling,
+            sums, concatenations and changes of shape, which `torch.fx` can trace.
+        input_shape: shape of one example.
 
     Raises:
-        UserError: where the graph cannot be traced or has something else in it, which it names.
+        UserError: if the graph cannot be traced or contains an unsupported operation, which it names.
     """
 
     def __init__(self, model: nn.Module, input_shape: tuple[int, ...]) -> None:
@@ -56,18 +56,19 @@ class Paths:
             reason = " ".join(str(error).split())
             raise UserError(f"the graph of {self._name} cannot be traced: {reason}") from error
         self._names = {id(parameter): name for name, parameter in model.named_parameters()}
-        self.effective(Mask.ones_like(model))  # whether all in it is known
+        self.effective(Mask.ones_like(model))  # raises an error for an unsupported operation
 
     def effective(self, mask: Mask) -> Mask:
         """Return the connections that lie on a path from input to output, all of whose connections are alive.
 
         These are the *activated* connections of Vysogorets and Kempe (Journal of Machine Learning Research 24, 2023,
-        arXiv 2107.02306). Biases make no path. A weight of a convolution lies on a path if it does at any position of
-        the picture. Computed with 1 for a weight that is alive and for every input, and sums cut to 0 or 1: where a
-        weight is alive, what comes into it and the gradient of what goes out of it are both positive on a path.
+        arXiv 2107.02306). Biases do not create paths. A weight of a convolution lies on a path if it does at any
+        position of the image. The network is evaluated with 1 for every alive weight and every input, and sums are
+        clipped to 0 or 1. An alive weight lies on a path if its gradient is positive, that is, if its input and the
+        gradient of its output are positive.
 
         Args:
-            mask: a weight that it has not counts as alive.
+            mask: the mask; weights without a mask count as alive.
 
         >>> mask = Mask.from_tensors({"0.weight": torch.tensor([[True], [False]]), "1.weight": torch.ones(1, 2).bool()})
         >>> Paths(nn.Sequential(nn.Linear(1, 2), nn.Linear(2, 1)), (1,)).effective(mask)["1.weight"]
@@ -83,14 +84,14 @@ class Paths:
             reason = " ".join(str(error.__cause__ or error).split())
             raise UserError(f"the paths of {self._name} cannot be followed: {reason}") from error
         if not isinstance(output, Tensor):
-            raise UserError(f"the paths of {self._name} cannot be followed: its output is no tensor")
+            raise UserError(f"the paths of {self._name} cannot be followed: its output is not a tensor")
         output.sum().backward()  # type: ignore[no-untyped-call]
         on_path = {name: (w.grad > 0 if w.grad is not None else w.detach() < 0) for name, w in alive.items()}
         return mask & Mask.from_tensors(on_path)
 
 
 class _Reached(torch.autograd.Function):
-    """1 where something positive arrives, in either direction."""
+    """1 for positive values and 0 otherwise, forward and backward."""
 
     @staticmethod
     def forward(ctx: Any, values: Tensor) -> Tensor:
@@ -102,7 +103,7 @@ class _Reached(torch.autograd.Function):
 
 
 class _Follower(fx.Interpreter):
-    """Runs a graph with masks in place of weights, and in place of the rest what lets every path through."""
+    """Runs a graph with masks instead of weights; all other modules and functions pass every path on."""
 
     def __init__(self, graph: fx.GraphModule, names: dict[int, str], alive: dict[str, Tensor]) -> None:
         super().__init__(graph)
@@ -143,11 +144,11 @@ class _Follower(fx.Interpreter):
     def _call(self, name: str, target: Any, call: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         tensors = [each for each in args if isinstance(each, Tensor)]
         if not tensors and all(isinstance(each, int) for each in args):
-            return call(target, args, kwargs)  # of sizes
+            return call(target, args, kwargs)  # arithmetic on sizes
         if name in _PASSED_NAMES and tensors:
             return tensors[0]
         if name in ("add", "iadd", "add_") and len(tensors) < 2:
-            return tensors[0]  # a constant makes no path
+            return tensors[0]  # a constant does not create a path
         if name in _KEPT_NAMES:
             return call(target, args, kwargs)
         raise UserError(f"it calls {name!r}")
@@ -167,7 +168,7 @@ def _any_of(
     ceil_mode: bool = False,
     return_indices: bool = False,
 ) -> Tensor:
-    """Pool by the mean, which is positive where the largest can be any of some."""
+    """Replace max-pooling by mean-pooling: the mean is positive if any of the inputs is."""
     if return_indices or not {dilation} <= {1, (1,), (1, 1), (1, 1, 1)}:
         raise UserError("its max-pooling is dilated or returns indices")
     pool = getattr(functional, f"avg_pool{inputs.ndim - 2}d")

@@ -1,4 +1,4 @@
-"""Stability: how much the trained weights of shared and of other connections change from level to level."""
+"""Stability: how much trained weights change from level to level, for shared and for other connections."""
 
 from __future__ import annotations
 
@@ -32,23 +32,24 @@ def of_study(
     levels: Collection[int] | None = None,
     layers: Collection[str] | None = None,
 ) -> pl.DataFrame:
-    """Return how stable the connections of each ticket are that all compared tickets share, against its others.
+    """Return how stable the shared connections of each ticket are, compared with its other connections.
 
-    The columns of `of_ticket`, after level, importance and seed.
+    Shared connections are alive in all compared tickets. The columns are level, importance and seed, then those of
+    `of_ticket`.
 
     Args:
-        planner: of the study.
-        importances: whose tickets are compared, two or more; by default all.
-        levels: of the tickets, 1 or more; by default the last that all have.
-        layers: which to tell of, by parameter name; by default each, and all together.
+        planner: planner of the study.
+        importances: the importances to compare, two or more; by default all.
+        levels: the levels of the tickets, 1 or more; by default the last that all have.
+        layers: the layers to return, by parameter name; by default each, and all together.
 
     Raises:
-        UserError: where importances, levels or layers are not there.
+        UserError: if importances, levels or layers are not in the study, or not stored.
     """
     chains = select_chains(planner, importances, at_least=2)
     wanted = sorted(levels) if levels is not None else [last_level(planner, chains)]
     if wanted[0] < 1:
-        raise UserError("stability: it is about how levels differ, so it needs a level from 1 on")
+        raise UserError("stability: it compares levels, so it needs a level from 1 on")
     for layer in layers or ():
         if layer not in [*planner.dense, ALL]:
             raise UserError(f"layers: there is no layer {layer!r}, there are {', '.join(planner.dense)}")
@@ -74,31 +75,32 @@ def of_study(
 
 
 def of_ticket(trained: Iterable[State], rewind: State, initial: State, mask: Mask, shared: Mask) -> pl.DataFrame:
-    """Return how stable a ticket's shared connections are, against its others.
+    """Return how stable a ticket's shared connections are, compared with its other connections.
 
-    One row for each layer (and one for all, "(all)") and measure, with the columns
+    One row for each measure and layer (and one for all layers, "(all)"), with the columns
 
     - layer; measure, of a connection:
-      - sd: the standard deviation (n - 1) of its trained weight over the levels 0 up to the ticket's.
-      - flips: how often its trained weight has another sign than at the level before; in 0..level.
-      - flips_from_start: at how many levels its trained weight has another sign than the rewind point's weight, from
-        which each of these trainings began; in 0..level + 1.
+      - sd: the standard deviation (n - 1) of its trained weight over levels 0 to the ticket's.
+      - flips: number of levels at which its trained weight has another sign than at the level before; in 0..level.
+      - flips_from_start: number of levels at which its trained weight has another sign than its weight at the rewind
+        point, where each of these trainings began; in 0..level + 1.
       - movement: |trained weight of the ticket - initial weight|.
       A weight of exactly 0 has the sign 0.
-    - shared, other: how many connections of the ticket are alive in all compared, and how many are not.
-    - shared_mean, shared_q05, q25, q50, q75, q95, and the same of other: of the measure; null without connections.
-    - effect: Cliff's delta (Psychological Bulletin 114, 1993), P(shared > other) - P(shared < other) for one of each
-      drawn at random; in -1..1, below 0 where shared ones have the lower values.
-    - p: of the Mann-Whitney U test, two-sided (Annals of Mathematical Statistics 18, 1947). It takes connections for
-      independent, which those of one network are not: read the effect first.
-      Both are null where either group is empty.
+    - shared, other: number of connections of the ticket that are alive in all compared tickets, and of the others.
+    - shared_mean, shared_q05, q25, q50, q75, q95, and the same for other: mean and quantiles of the measure; null
+      without connections.
+    - effect: Cliff's delta (Psychological Bulletin 114, 1993), P(shared > other) - P(shared < other) for one
+      random connection of each group; in -1..1, negative if shared connections have lower values.
+    - p: p value of the two-sided Mann-Whitney U test (Annals of Mathematical Statistics 18, 1947). The test assumes
+      independent connections. Those of one network are not independent, so prefer the effect.
+      Both are null if one of the groups is empty.
 
     Args:
-        trained: the trained weights of levels 0, 1, .. up to the ticket's.
-        rewind: the rewind point's.
-        initial: the initial ones.
-        mask: the ticket's.
-        shared: the connections alive in all tickets that are compared; part of the mask.
+        trained: trained weights of levels 0, 1, .. up to the ticket's.
+        rewind: weights at the rewind point.
+        initial: initial weights.
+        mask: mask of the ticket.
+        shared: connections alive in all compared tickets; a subset of the mask.
     """
     at_first = {name: _select_alive(rewind[name], mask[name]) for name in mask}
     before: dict[str, Values] = {}
@@ -112,7 +114,7 @@ def of_ticket(trained: Iterable[State], rewind: State, initial: State, mask: Mas
         for name in mask:
             values = _select_alive(state[name], mask[name])
             delta = values - mean[name]
-            mean[name] += delta / count  # Welford's: one level's weights are held at a time
+            mean[name] += delta / count  # Welford's algorithm keeps the weights of one level in memory
             squares[name] += delta * (values - mean[name])
             from_start[name] += np.sign(values) != np.sign(at_first[name])
             if count > 1:
@@ -146,7 +148,7 @@ def _compare(values: Values, is_shared: npt.NDArray[np.bool_]) -> dict[str, floa
     if all(len(group) for group in groups.values()):
         test = stats.mannwhitneyu(*groups.values())
         effect = float(2 * test.statistic / (len(groups["shared"]) * len(groups["other"])) - 1)
-        p = float(test.pvalue) if np.isfinite(test.pvalue) else 1.0  # all values alike
+        p = float(test.pvalue) if np.isfinite(test.pvalue) else 1.0  # all values are equal
     return line | {"effect": effect, "p": p}
 
 

@@ -1,4 +1,4 @@
-"""Weights: how the weights and the importances of each layer are distributed."""
+"""Weights: the distributions of weights and importances in each layer."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
 def of_study(
     planner: Planner, importances: Sequence[str] | None = None, levels: Collection[int] | None = None
 ) -> pl.DataFrame:
-    """Return how weights and importances are distributed in each layer of each ticket.
+    """Return the distributions of weights and importances in each layer of each ticket.
 
-    The columns of `of_state`, after these:
+    These columns come before those of `of_state`:
 
     - level, importance, seed: of the ticket.
     - quantity: "initial", "rewind" or "end": the weights at initialisation, at the rewind point and at the end of the
-      ticket's training; or "score": the importance of each weight at the end, which the next round prunes by.
+      ticket's training; or "score": the importance of each weight at the end, by which the next round prunes.
 
     Args:
-        planner: of the study.
-        importances: which; by default all.
-        levels: which; by default the last that all have.
+        planner: planner of the study.
+        importances: the importances; by default all.
+        levels: the levels; by default the last that all have.
 
     Raises:
-        UserError: where importances or levels are not there.
+        UserError: if importances or levels are not in the study, or not stored.
     """
     chains = select_chains(planner, importances)
     wanted = sorted(levels) if levels is not None else [last_level(planner, chains)]
@@ -60,15 +60,15 @@ def of_study(
 
 
 def of_state(state: State, mask: Mask) -> pl.DataFrame:
-    """Return how the weights of a mask's connections are distributed.
+    """Return the distribution of the weights of a mask's alive connections.
 
-    One row for each layer, with the columns layer, count (of connections alive), mean, sd (n - 1), min, q01, q05, q25,
-    q50, q75, q95, q99 and max; null where there are no weights. Quantiles are interpolated linearly (type 7 of Hyndman
+    One row for each layer, with the columns layer, count (of alive connections), mean, sd (n - 1), min, q01, q05, q25,
+    q50, q75, q95, q99 and max; null if there are no weights. Quantiles are interpolated linearly (type 7 of Hyndman
     and Fan, The American Statistician 50, 1996).
 
     Args:
         state: parameter name -> weights.
-        mask: which of them.
+        mask: selects the weights.
 
     >>> import torch
     >>> mask = Mask.from_tensors({"w": torch.tensor([True, True, True, False])})
@@ -79,13 +79,13 @@ def of_state(state: State, mask: Mask) -> pl.DataFrame:
 
 
 def of_importance(state: State, mask: Mask, importance: Importance | Normalisation, seed: int = 0) -> pl.DataFrame:
-    """Return how an importance is distributed in each layer, over the connections alive; columns as of `of_state`.
+    """Return the distribution of an importance over the alive connections of each layer; columns as in `of_state`.
 
     Args:
         state: parameter name -> weights.
-        mask: which are alive.
+        mask: selects the alive connections.
         importance: see `tombola.importance`.
-        seed: of the random numbers that the importance may draw, as in `tombola.prune`.
+        seed: seed of the random stream that the importance may draw from, as in `tombola.prune`.
 
     >>> import torch
     >>> from tombola.importance import l1

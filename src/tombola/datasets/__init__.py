@@ -25,9 +25,9 @@ DATASETS: dict[str, Callable[..., Dataset]] = {
     "tiny-imagenet": tiny_imagenet,
     "image-folder": image_folder,
 }
-"""What there is, by name. Each takes the data directory and, by keyword, its own arguments.
+"""The data sets by name. Each function takes the data directory and, by keyword, its own arguments.
 
-To add a data set, write one function that returns a `Dataset` and enter it here.
+To add a data set, write a function that returns a `Dataset`, and add it here.
 """
 
 _SUBSET = ("train_per_class", "test_per_class")
@@ -39,11 +39,11 @@ def load(name: str, directory: str | Path | None = None, **arguments: Any) -> Da
     Args:
         name: one of `DATASETS`.
         directory: the data directory; None means `data/` in the current folder, then the user's cache folder.
-        arguments: those of the data set's own function, and for every data set `train_per_class` and
-            `test_per_class`, which keep the first so many examples of each class (see `subset`).
+        arguments: arguments of the data set's function. Every data set also accepts `train_per_class` and
+            `test_per_class`, the number of examples of each class to keep (see `subset`).
 
     Raises:
-        UserError: for an unknown name or argument, a missing argument, and whatever is wrong with the data.
+        UserError: for an unknown name or argument, a missing argument, or data that cannot be read.
 
     >>> load("digits", train_per_class=5).train_inputs.shape
     torch.Size([50, 1, 8, 8])
@@ -62,5 +62,5 @@ def load(name: str, directory: str | Path | None = None, **arguments: Any) -> Da
     limits = {key: arguments.pop(key) for key in _SUBSET if key in arguments}
     try:
         return subset(DATASETS[name](None if directory is None else Path(directory), **arguments), **limits)
-    except OSError as error:  # such as a folder that may not be looked into
+    except OSError as error:  # such as a folder without read permission
         raise UserError(f"data set {name!r}: {error.filename or directory}: {error.strerror or error}") from error

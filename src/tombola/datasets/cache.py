@@ -31,10 +31,10 @@ SCHEME = 1
 """Version of the files' layout and of how pictures are decoded: an entry of another one is never used."""
 
 FOLDER = ".tombola-cache"
-"""What the cache is called in a data directory."""
+"""Name of the cache folder in a data directory."""
 
 CHUNK = 4 << 20
-"""Bytes that are in memory at a time where the pixels are gone through."""
+"""Bytes per read when all pixels are read in sequence."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class About:
 
 
 Fill = Callable[[int], None]
-"""Writes all pixels to a file, given its descriptor, that has the right size already."""
+"""A function that writes all pixels to a file of the right size, given its descriptor."""
 
 
 def load_cached(
@@ -82,9 +82,9 @@ def load_cached(
         source: the folder or archive that the pictures come from.
         directory: the data directory, None for the folder that the source is in; the cache is in it where it can be
             written to, else in the user's cache folder.
-        variant: what was asked for; entries for one source that differ in it stand side by side.
-        stamp: tells the source's state; an entry for another state is replaced.
-        make: called where there is no entry, says what belongs into it.
+        variant: identifies the options; one source may have several entries that differ in it.
+        stamp: identifies the state of the source; an entry for another state is replaced.
+        make: returns the content of a new entry; called only if there is no entry.
 
     Raises:
         UserError: where the cache cannot be written, as on a full disk, and whatever `make` raises. Nothing is left of
@@ -117,7 +117,7 @@ def load_cached(
 
 
 def _write(cache: Path, folder: str, about: About, fill: Fill) -> None:
-    """Write an entry, whole or not at all."""
+    """Write an entry atomically."""
     partial = Path(tempfile.mkdtemp(dir=cache, prefix=f"{folder}-", suffix=".partial"))
     try:
         with (partial / "pixels").open("w+b") as pixels:
@@ -144,7 +144,7 @@ def _write(cache: Path, folder: str, about: About, fill: Fill) -> None:
 
 
 def _open(entry: Path) -> Dataset | None:
-    """Map an entry's pixels into memory; None where there is no whole entry."""
+    """Map an entry's pixels into memory; None if there is no complete entry."""
     try:
         content = json.loads((entry / "about.json").read_text())
         fingerprint = content.pop("fingerprint")
@@ -172,14 +172,14 @@ def _open(entry: Path) -> Dataset | None:
 
 
 def reserve(pixels: int, size: int) -> None:
-    """Give a file its size and, where the system can, its room on the disk, so that a full disk is noticed at once."""
+    """Set the size of a file and, if the system supports it, allocate its disk space: a full disk fails at once."""
     os.truncate(pixels, size)
     if hasattr(os, "posix_fallocate"):
         os.posix_fallocate(pixels, 0, size)
 
 
 def _measure(about: About, pixels: BinaryIO) -> tuple[About, str]:
-    """Return what is known of a data set, with mean and std, and its fingerprint, in one pass over the pixels."""
+    """Return `about` with mean and std, and the fingerprint of the data set, in one pass over the pixels."""
     shape = about.shape
     totals, squares = np.zeros(shape[0], np.int64), np.zeros(shape[0], np.int64)
     digests = []
@@ -204,15 +204,15 @@ def _measure(about: About, pixels: BinaryIO) -> tuple[About, str]:
 def mean_and_std(
     totals: Sequence[int], squares: Sequence[int], count: int
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Return the mean and the standard deviation of pixels on the scale 0..1, exact but for one rounding each.
+    """Return mean and standard deviation of pixels on the scale 0..1, computed exactly and rounded once.
 
     Args:
-        totals: the sum of the values 0..255 of each channel.
-        squares: the sum of their squares.
-        count: how many pixels each channel has.
+        totals: sum of the values 0..255 of each channel.
+        squares: sum of the squares of these values, for each channel.
+        count: number of pixels of each channel.
 
     Returns:
-        One number a channel; the standard deviation of a channel whose pixels are all equal is given as 1.
+        One number per channel. The standard deviation of a channel whose pixels are all equal is 1.
 
     >>> mean_and_std([255], [255 * 255], 2)
     ((0.5,), (0.5,))
@@ -229,7 +229,7 @@ def _chunks(count: int, most: int) -> list[int]:
 
 
 def _is_writable(directory: Path) -> bool:
-    """Tell whether the cache can be in this directory; one that nobody may write to is left alone by root as well."""
+    """Return whether the cache can be in this directory. Root, too, respects a directory without write permission."""
     folder = directory / FOLDER if (directory / FOLDER).is_dir() else directory
     return bool(folder.stat().st_mode & 0o222) and os.access(folder, os.W_OK | os.X_OK)
 

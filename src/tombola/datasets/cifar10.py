@@ -22,7 +22,7 @@ URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
 SHA256 = "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd"
 
 PICKLED = ("cifar-10-batches-py", "cifar-10-python.tar.gz", "data_batch_1")
-"""What the version for Python consists of."""
+"""Names of the files of the version for Python."""
 
 TRAIN, TEST = tuple(f"data_batch_{number}.bin" for number in range(1, 6)), ("test_batch.bin",)
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -41,8 +41,8 @@ def cifar10(directory: Path | None = None) -> Dataset:
             cache folder, and downloads into it.
 
     Raises:
-        UserError: for files that are missing and cannot be downloaded or are damaged, and for the version for Python,
-            which is pickled: a pickle can run any program, so none is ever loaded.
+        UserError: for files that are damaged, or missing and cannot be downloaded, and for the version for Python.
+            That version consists of pickles, which are never loaded, because a pickle can run any program.
     """
     looked = folders(directory, "cifar10")
     if not any((folder / name).exists() for folder in looked for name in (*NAMES, TRAIN[0])):
@@ -58,7 +58,7 @@ def cifar10(directory: Path | None = None) -> Dataset:
 
 
 def _read(tree: Tree) -> tuple[About, Fill]:
-    """Return what the binary version holds."""
+    """Read the binary version."""
     lacking = {*TRAIN, *TEST} - set(tree.names)
     if lacking:
         raise UserError(f"{tree.path}: {min(lacking)!r} is missing, expected the binary version of CIFAR-10")

@@ -15,19 +15,19 @@ from tombola.errors import UserError
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """A labelled data set for classification, whole in memory.
+    """A labelled data set for classification, held in memory.
 
     Args:
-        name: what to call it.
+        name: its name.
         train_inputs: shape (n, ...). uint8 means images (n, channels, height, width), which `mean` and `std`
-            normalise when a batch is made; floating point means ready-made inputs, used as they are.
+            normalise when a batch is made; floating point means inputs that are used unchanged.
         train_labels: shape (n,), int64, each in 0..len(classes)-1.
         test_inputs, test_labels: the same for the test set.
         classes: the classes' names.
-        mean, std: one number a channel, on the scale where a pixel lies in 0..1; uint8 inputs only.
+        mean, std: one number per channel, for pixels in 0..1; uint8 inputs only.
 
     Raises:
-        UserError: where the parts do not fit together.
+        UserError: if the parts do not match.
 
     >>> import torch
     >>> data = Dataset("two", torch.zeros(4, 1, 2, 2, dtype=torch.uint8), torch.tensor([0, 1, 0, 1]),
@@ -55,7 +55,7 @@ class Dataset:
                 raise UserError(f"{where}: it holds no example")
             if labels.shape != (len(inputs),) or labels.dtype != torch.int64:
                 raise UserError(
-                    f"{where}: expected int64 labels of shape ({len(inputs)},), one an input, "
+                    f"{where}: expected int64 labels of shape ({len(inputs)},), one per input, "
                     f"got {labels.dtype} of shape {tuple(labels.shape)}"
                 )
             if inputs.shape[1:] != self.train_inputs.shape[1:] or inputs.dtype != self.train_inputs.dtype:
@@ -79,7 +79,7 @@ class Dataset:
                     f"(n, channels, height, width), got {tuple(self.train_inputs.shape)}; give other inputs as floats"
                 )
             if len(self.mean) != channels or len(self.std) != channels or not all(s > 0 for s in self.std):
-                raise UserError(f"data set {self.name!r}: expected {channels} means and positive stds, one a channel")
+                raise UserError(f"data set {self.name!r}: expected {channels} means and positive stds, one per channel")
         elif not self.train_inputs.is_floating_point():
             raise UserError(f"data set {self.name!r}: inputs are uint8 images or floats, got {self.train_inputs.dtype}")
 
@@ -90,16 +90,16 @@ class Dataset:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 of everything in the data set that can decide a training's bits."""
+        """SHA-256 of everything in the data set that affects the bits of a training."""
         tensors = (self.train_inputs, self.train_labels, self.test_inputs, self.test_labels)
         return fingerprint_of(len(self.classes), self.mean, self.std, [digest_of(tensor) for tensor in tensors])
 
     def remember(self, fingerprint: str) -> Dataset:
-        """Return this data set, which from now on knows its fingerprint, found when it was written to disk.
+        """Set the fingerprint, which was computed when the data set was written to disk, and return the data set.
 
         Copies with other contents (`dataclasses.replace`) do not inherit it.
         """
-        self.__dict__["fingerprint"] = fingerprint  # where `cached_property` keeps what it has computed
+        self.__dict__["fingerprint"] = fingerprint  # where `cached_property` stores its value
         return self
 
 
@@ -107,12 +107,12 @@ def subset(dataset: Dataset, train_per_class: int | None = None, test_per_class:
     """Return the first examples of each class, in the data set's own order, with its mean and std unchanged.
 
     Args:
-        dataset: the whole data set; it is returned itself where nothing is to be left out.
-        train_per_class: how many examples of each class stay in the train set; None keeps all.
+        dataset: the whole data set; it is returned unchanged if nothing is to be removed.
+        train_per_class: number of examples of each class to keep in the train set; None keeps all.
         test_per_class: the same for the test set.
 
     Raises:
-        UserError: for a number below 1 or above what a class has.
+        UserError: for a number below 1, or above the number of examples of a class.
 
     >>> from tombola.datasets.digits import digits
     >>> len(subset(digits(), train_per_class=10).train_inputs)
@@ -132,7 +132,7 @@ def subset(dataset: Dataset, train_per_class: int | None = None, test_per_class:
 
 
 def rank_in_class(labels: Tensor) -> Tensor:
-    """Return for each example how many of its class come before it: shape (n,), int64.
+    """Return for each example the number of earlier examples of its class: shape (n,), int64.
 
     >>> rank_in_class(torch.tensor([0, 1, 0, 0, 1])).tolist()
     [0, 0, 1, 2, 1]
@@ -146,7 +146,7 @@ def rank_in_class(labels: Tensor) -> Tensor:
 
 
 def digest_of(tensor: Tensor) -> list[str]:
-    """Return what tells a tensor from any other: its type, its shape and the SHA-256 of its bytes."""
+    """Return what identifies a tensor: its type, its shape and the SHA-256 of its bytes."""
     content = tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy().data
     return [str(tensor.dtype), str(tuple(tensor.shape)), hashlib.sha256(content).hexdigest()]
 
@@ -167,7 +167,7 @@ def _first(dataset: Dataset, split: str, per_class: int | None) -> Tensor | slic
     if int(counts.min()) < per_class:
         fewest = int(counts.argmin())
         raise UserError(
-            f"{split}_per_class = {per_class} asks for more than there are: data set {dataset.name!r} has "
+            f"{split}_per_class = {per_class} asks for more examples than there are: data set {dataset.name!r} has "
             f"{int(counts[fewest])} {split} examples of class {dataset.classes[fewest]!r}"
         )
     return (rank_in_class(labels) < per_class).nonzero().squeeze(1)

@@ -89,7 +89,7 @@ def decode(content: bytes, form: Form) -> bytes:
             )
         try:
             if form.fit:
-                image.draft(None, (2 * form.width, 2 * form.height))  # skips detail that fitting would throw away
+                image.draft(None, (2 * form.width, 2 * form.height))  # skip detail that fitting would discard
             pixels = image.convert("RGB" if form.channels == 3 else "L")
         except Exception as error:
             raise TroubleError(f"is damaged or cut short: {error}") from error
@@ -111,7 +111,7 @@ def work(pictures: Iterable[tuple[int, bytes]], pixels: int, form: Form) -> dict
         the error number "disk" of a file that cannot be written.
     """
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Pillow's remarks on odd but readable files
+        warnings.simplefilter("ignore")  # Pillow's warnings about unusual but readable files
         for place, content in pictures:
             try:
                 raw = decode(content, form)
@@ -137,7 +137,7 @@ def send(file: IO[bytes], place: int, content: bytes) -> None:
 
 
 def receive(file: IO[bytes]) -> Iterator[tuple[int, bytes]]:
-    """Yield what was sent, to the end."""
+    """Yield everything that `send` sends, until the end of the file."""
     while header := file.read(HEADER.size):
         place, length = HEADER.unpack(header)
         yield place, file.read(length)
@@ -155,5 +155,5 @@ def _open_image(content: bytes) -> Image.Image:
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the end of the standard input ends this process
     answer = work(receive(sys.stdin.buffer), int(sys.argv[1]), Form(**json.loads(sys.argv[2])))
-    with suppress(BrokenPipeError):  # whoever asked may be gone
+    with suppress(BrokenPipeError):  # the parent process may have ended
         os.write(sys.stdout.fileno(), json.dumps(answer).encode())

@@ -1,4 +1,4 @@
-"""Where the files of data sets are looked for, and how missing ones are downloaded."""
+"""Search for the files of data sets, and download missing ones."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ from tombola.datasets.progress import Bar
 from tombola.errors import UserError
 
 SECONDS_TO_ANSWER = 6.0
-"""A server that has not answered by then is out of reach."""
+"""A server that takes longer to answer counts as unreachable."""
 
 SECONDS_OF_SILENCE = 30.0
-"""A download of which nothing more comes for so long is given up."""
+"""A download that receives nothing for this time is stopped."""
 
 
 def cache_folder() -> Path:
-    """Return the user's cache folder of this program; nothing is created."""
+    """Return this program's cache folder of the user, without creating it."""
     import pooch
 
     return Path(pooch.os_cache("tombola"))
 
 
 def folders(directory: Path | None, *names: str) -> list[Path]:
-    """Return the folders in which a data set's files are looked for, the first choice first.
+    """Return the folders in which a data set's files are searched, in this order.
 
     Args:
         directory: the data directory; None means `data/` in the current folder, then the user's cache folder.
-        names: the subfolders that the data set may have there; the directory itself comes after them.
+        names: possible subfolders of the data set; they come before the directory itself.
 
     >>> [folder.as_posix() for folder in folders(Path("data"), "mnist")]
     ['data/mnist', 'data']
@@ -45,17 +45,17 @@ def folders(directory: Path | None, *names: str) -> list[Path]:
 def find_or_download(
     name: str, directory: Path | None, choices: Collection[str], inside: str, url: str, sha256: str
 ) -> Path:
-    """Return where a data set that is one folder or archive is.
+    """Return the path of a data set that is one folder or archive, after a download if it is missing.
 
     Args:
-        name: the data set's, and that of the subfolder that it may be in.
+        name: name of the data set, and of the subfolder that it may be in.
         directory: the data directory, see `folders`.
-        choices: the names that the folder or the archive may have.
-        inside: a file of the folder; a folder of another name that holds it is taken as well.
-        url, sha256: of what is downloaded where there is nothing.
+        choices: possible names of the folder or the archive.
+        inside: a file of the folder; a folder with another name is accepted if it contains this file.
+        url, sha256: of the file to download if nothing is found.
 
     Raises:
-        UserError: where there is nothing and nothing can be downloaded: what to put where.
+        UserError: if nothing is found and the download fails; it says which files to put into which folder.
     """
     looked = folders(directory, name)
     for folder in looked:
@@ -76,11 +76,11 @@ def download_folder(directory: Path | None, name: str) -> Path:
 
 
 def download(url: str, sha256: str, folder: Path) -> Path:
-    """Download one file into `folder`, whole and with the right checksum or not at all.
+    """Download one file into `folder`. The file exists afterwards only if it is complete and its checksum is right.
 
     Raises:
-        UserError: where there is no network, the server answers otherwise, the checksum is another or the folder
-            cannot be written: a clause that says which.
+        UserError: if there is no network, the server refuses, the checksum differs or the folder cannot be written.
+            Its text is a clause that says which.
     """
     import pooch
 
@@ -101,16 +101,16 @@ def download(url: str, sha256: str, folder: Path) -> Path:
 
 
 def absence_error(name: str, looked: Iterable[Path], reason: UserError, files: Iterable[str], into: Path) -> UserError:
-    """Return the error of a user whose data set is neither here nor can be had: which files to put where."""
+    """Return the error for a data set that is not found and cannot be downloaded: which files to put where."""
     *others, last = map(str, looked)
     places = f"{', '.join(others)} or {last}" if others else last
-    return UserError(f"data set {name!r} is not whole in {places}, and {reason}: put {', '.join(files)} into {into}")
+    return UserError(f"data set {name!r} is not complete in {places}, and {reason}: put {', '.join(files)} into {into}")
 
 
 def _out_of_reach(url: str) -> str:
-    """Return why `url` cannot be reached, '' where its server answers; never takes longer than SECONDS_TO_ANSWER.
+    """Return why `url` cannot be reached, or '' if its server answers, within SECONDS_TO_ANSWER.
 
-    The question is asked in a thread of its own, as nothing bounds the time that looking up a name may take.
+    The request runs in its own thread, because a name look-up has no timeout.
     """
     answers: queue.SimpleQueue[str] = queue.SimpleQueue()
 
@@ -119,7 +119,7 @@ def _out_of_reach(url: str) -> str:
             with urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=SECONDS_TO_ANSWER):
                 answers.put("")
         except urllib.error.HTTPError:
-            answers.put("")  # an answer all the same; the download itself tells what is wrong
+            answers.put("")  # this is an answer, too; the download itself reports the error
         except (OSError, ValueError, http.client.HTTPException) as error:
             answers.put(_brief(error))
 
@@ -131,6 +131,6 @@ def _out_of_reach(url: str) -> str:
 
 
 def _brief(error: Exception) -> str:
-    """Return the first line of what an error says."""
+    """Return the first line of an error's text."""
     reason = error.reason if isinstance(error, urllib.error.URLError) else error
     return (str(reason).strip() or type(error).__name__).splitlines()[0]

@@ -1,7 +1,7 @@
 """MNIST and Fashion-MNIST, from the official IDX files.
 
-The format, big-endian: two zero bytes, one byte that tells the type of the numbers (8: unsigned byte), one that tells
-how many dimensions there are, four bytes for the length of each dimension, then the numbers. A file may be gzipped.
+The format, big-endian: two zero bytes, one byte for the type of the numbers (8: unsigned byte), one byte for the number
+of dimensions, four bytes for the length of each dimension, then the numbers. A file may be gzipped.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3
 """The official names, the same for both data sets; '.gz' may follow."""
 
 UNSIGNED_BYTE = 8
-"""How an IDX file says that its numbers are unsigned bytes."""
+"""The code for unsigned bytes in an IDX file."""
 
 
 @dataclass(frozen=True)
 class _Source:
-    """One data set in IDX files: what it is called, where it comes from, what is in it."""
+    """One data set in IDX files: its names, its source and its contents."""
 
     name: str
     subfolders: tuple[str, ...]
     url: str
     sha256: Mapping[str, str]
-    """Of the official gzipped files, which holds for downloads; a user's own files need not have it."""
+    """Of the official gzipped files. Downloads must have it; the user's own files need not."""
     labels_sha256: str
-    """Of the official train labels, to tell the two data sets, whose files have the same names, apart."""
+    """Of the official train labels. It distinguishes the two data sets, whose files have the same names."""
     classes: tuple[str, ...]
     mean: float
     std: float
@@ -123,10 +123,10 @@ def read_idx(path: Path, dimensions: int) -> npt.NDArray[np.uint8]:
 
     Args:
         path: the file.
-        dimensions: how many the array must have: 3 for images (n, height, width), 1 for labels (n,).
+        dimensions: required number of dimensions: 3 for images (n, height, width), 1 for labels (n,).
 
     Raises:
-        UserError: where the file is not exactly that: it names the file, what was expected and what came.
+        UserError: if the file is not such a file; it names the file, what was expected and what was found.
     """
     raw = _read(path)
     header = 4 + 4 * dimensions
@@ -149,7 +149,7 @@ def read_idx(path: Path, dimensions: int) -> npt.NDArray[np.uint8]:
 
 
 def _read(path: Path) -> bytes:
-    """Return a file's bytes, unzipped where they are gzipped."""
+    """Return a file's bytes, decompressed if it is gzipped."""
     try:
         raw = path.read_bytes()
     except OSError as error:
@@ -208,9 +208,11 @@ def _read_split(source: _Source, images_path: Path, labels_path: Path) -> tuple[
 
 
 def _find(source: _Source, directory: Path | None) -> list[Path]:
-    """Return the paths of the four files, after a download where some are missing."""
+    """Return the paths of the four files, after a download if some are missing."""
     looked = [*folders(directory, *source.subfolders), *source.elsewhere]
-    best = max(looked, key=lambda folder: len(_present(folder)))  # the first of those that hold most of the four
+    best = max(
+        looked, key=lambda folder: len(_present(folder))
+    )  # the first folder among those with most of the four files
     found = _present(best)
     folder = best if found else download_folder(directory, source.name)
     for name in FILES:

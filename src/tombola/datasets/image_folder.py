@@ -22,7 +22,7 @@ def image_folder(directory: Path | None, *, path: str, size: int | None = None, 
 
     Args:
         directory: the data directory; None means `data/` in the current folder, then the current folder.
-        path: the folder, or a .tar, .tar.gz, .tar.xz or .zip archive of it, in the data directory or anywhere.
+        path: the folder, or a .tar, .tar.gz, .tar.xz or .zip archive of it, in the data directory or absolute.
         size: height and width in pixels. A picture of another size is scaled until its shorter side fits and its
             longer side is cut to the middle. None takes the pictures as they are, all of one size.
         channels: 3 for colours (grey pictures become grey colours), 1 for grey. Transparency is ignored.
@@ -90,6 +90,6 @@ def _split(tree: Tree, split: str) -> dict[str, list[str]]:
 
 
 def _describe_classes(classes: Iterable[str]) -> str:
-    """Return up to three classes' names for a sentence."""
+    """Return the first class for a sentence, and the number of the others."""
     first, *others = sorted(classes)
     return f"the class {first!r}" + (f" (and {len(others)} more)" if others else "")

@@ -1,4 +1,4 @@
-"""Progress on the terminal: bars on standard error, and nothing at all where that is not a terminal."""
+"""Progress bars on standard error; nothing is printed if that is not a terminal."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progres
 
 
 class Bar:
-    """A bar that counts to `total`, of pieces or of bytes; it is shown while its context lasts.
+    """A bar that counts items or bytes up to `total`, shown while its context is open.
 
-    The fetcher of files drives a bar of bytes itself: it sets `total`, then calls `update`, `reset` and `close`.
+    pooch's downloader drives a bar of bytes itself: it sets `total`, then calls `update`, `reset` and `close`.
 
     >>> with Bar("decoding", total=2) as bar:
     ...     bar.update(2)
@@ -36,7 +36,7 @@ class Bar:
 
     @property
     def total(self) -> float:
-        """How many there are in all."""
+        """The number of items or bytes at the end."""
         return self._progress.tasks[0].total or 0
 
     @total.setter
@@ -44,13 +44,13 @@ class Bar:
         self._progress.update(self._task, total=total)
 
     def update(self, count: float) -> None:
-        """Count `count` more as done."""
+        """Advance by `count`."""
         self._progress.update(self._task, advance=count)
 
     def reset(self) -> None:
-        """Count nothing as done."""
+        """Go back to 0."""
         self._progress.update(self._task, completed=0)
 
     def close(self) -> None:
-        """Take the bar away."""
+        """Remove the bar."""
         self._progress.stop()

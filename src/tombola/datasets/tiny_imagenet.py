@@ -16,7 +16,7 @@ SHA256 = "6198c8ae015e2b3e007c7841da39ec069199b9aa3bfa943a462022fe5e43c821"
 SIZE = 64
 
 CLASSES = "wnids.txt"
-"""The classes' names, one a line."""
+"""Names of the classes, one per line."""
 
 ANNOTATIONS = "val/val_annotations.txt"
 """A line for each validation picture: its name, a tab, its class, and four numbers that are not used."""

@@ -1,6 +1,6 @@
-"""A tree of files to read from: a folder, or a .tar, .tar.gz, .tar.xz or .zip archive that is read like one.
+"""A tree of files: a folder, or a .tar, .tar.gz, .tar.xz or .zip archive that is read like a folder.
 
-Nothing is ever unpacked to disk, and an archive with links or with names that lead out of it is refused all the same.
+Nothing is unpacked to disk. Still, an archive is refused if it contains links, or names that lead out of the archive.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ from pathlib import Path, PurePosixPath
 from tombola.errors import UserError
 
 DEEPEST = 6
-"""Folders below folders that are looked into; an end for links that lead back up."""
+"""Maximum depth of folders. It stops at links that lead back to a parent folder."""
 
 _DAMAGED = (OSError, EOFError, tarfile.TarError, zipfile.BadZipFile, lzma.LZMAError, zlib.error, RuntimeError)
-"""What reading a damaged or locked archive may raise."""
+"""Exceptions that a damaged or encrypted archive may raise."""
 
 
 @dataclass(frozen=True)
 class Tree:
-    """What a folder or an archive holds.
+    """The contents of a folder or an archive.
 
     Args:
         path: the folder or the archive.
-        top: the one folder of an archive in which everything lies, with a slash; '' where there is none.
-        names: what lies in it, sorted, with slashes between the parts; the names of folders end with a slash. Hidden
-            files are left out.
-        ranges: in a .tar archive, where each file begins and how many bytes it has.
+        top: the folder of an archive that contains everything else, with a slash; '' if there is none.
+        names: sorted names, with slashes between the parts; the names of folders end with a slash. Hidden files are
+            omitted.
+        ranges: in a .tar archive, offset and size in bytes of each file.
     """
 
     path: Path
@@ -62,7 +62,7 @@ class Tree:
         """Yield each of `files` once, with its bytes.
 
         Raises:
-            UserError: where one cannot be read.
+            UserError: if a file cannot be read.
         """
         for name, content in self.read(files):
             try:
@@ -88,14 +88,14 @@ class Tree:
 
 
 def open_tree(path: Path, entries: Collection[str]) -> Tree:
-    """List what a folder or an archive holds.
+    """List the contents of a folder or an archive.
 
     Args:
         path: the folder or the archive.
-        entries: the files and folders of interest in it; the others are left out.
+        entries: the files and folders to list at the top; others are omitted.
 
     Raises:
-        UserError: for a path that is neither, and an archive that is damaged, holds links or leads out of itself.
+        UserError: if the path is neither, or the archive is damaged, or contains links or names that lead out of it.
     """
     if path.is_dir():
         return Tree(path, "", tuple(sorted(name for name, _ in _walk(path, entries))))
@@ -115,10 +115,10 @@ def open_tree(path: Path, entries: Collection[str]) -> Tree:
 
 
 def stamp(path: Path, entries: Collection[str]) -> str:
-    """Return a hash that changes whenever anything in a folder or an archive does.
+    """Return a hash that changes whenever a file in a folder or an archive changes.
 
-    It is made of each file's name, size and times. One of these is the time at which the file system last changed
-    anything about the file, so that a file replaced by another of equal size and date is noticed too.
+    It covers the name, the size and the times of each file. One of these times is the change time of the file system
+    (ctime), which also changes when a file is replaced by another one of equal size and date.
     """
     found = _walk(path, entries) if path.is_dir() else [("", path.stat())]
     lines = sorted(
@@ -159,7 +159,7 @@ def _list_zip(path: Path) -> Iterator[tuple[str, None]]:
 
 
 def _list_tar(path: Path) -> Iterator[tuple[str, tuple[int, int] | None]]:
-    """Yield the name of each member and, for a file, where it begins and how many bytes it has."""
+    """Yield the name of each member and, for a file, its offset and its size in bytes."""
     with tarfile.open(path) as archive:
         for info in archive:
             if not (info.isdir() or info.isreg()) or info.issparse():
@@ -169,7 +169,7 @@ def _list_tar(path: Path) -> Iterator[tuple[str, tuple[int, int] | None]]:
         archive.fileobj.seek(archive.offset)
         if archive.fileobj.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:
             raise EOFError("it ends before its end marker")
-        while archive.fileobj.read(1 << 20):  # to the very end, where compressed files keep their checksums
+        while archive.fileobj.read(1 << 20):  # to the end, where compressed files have their checksums
             pass
 
 
@@ -179,19 +179,19 @@ def _is_zip(path: Path) -> bool:
 
 
 def _clean_name(name: str) -> str:
-    """Return a member's name without './' and doubled slashes; a folder's still ends with a slash."""
+    """Return a member's name without './' and doubled slashes; the name of a folder keeps its final slash."""
     return str(PurePosixPath(name)) + "/" * name.endswith("/")
 
 
 def _check_name(path: Path, name: str) -> str:
-    """Return a member's name, which must not lead out of the archive."""
+    """Return a member's name; raise `UserError` if it leads out of the archive."""
     if name.startswith(("/", "\\")) or re.match(r"[A-Za-z]:[/\\]", name) or ".." in re.split(r"[/\\]", name):
         raise UserError(f"{path}: this archive is refused, the name {name!r} in it leads out of it")
     return _clean_name(name)
 
 
 def _is_hidden(name: str) -> bool:
-    """Tell whether a name, or a folder in it, is one that file managers add and hide."""
+    """Return whether a path is hidden or was added by a file manager, or is in such a folder."""
     return any(part.startswith(".") or part in ("__MACOSX", "Thumbs.db") for part in name.split("/"))
 
 

@@ -16,6 +16,6 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "vgg16": vgg16,
     "resnet18": resnet18,
 }
-"""The networks by name. To add one, write a function that returns a module and enter it here."""
+"""The networks by name. To add one, write a function that returns a module, and add it here."""
 
 __all__ = ["MODELS", "lenet_300_100", "resnet18", "resnet20", "vgg16"]

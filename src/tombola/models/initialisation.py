@@ -6,7 +6,7 @@ from torch import nn
 
 
 def kaiming(model: nn.Module) -> None:
-    """Draw every linear and convolution weight from N(0, 2 / fan_in) (He et al., arXiv 1502.01852); leave the rest."""
+    """Initialise linear and convolution weights with N(0, 2 / fan_in) (He et al., arXiv 1502.01852), nothing else."""
     for module in model.modules():
         if isinstance(module, (nn.Linear, nn.Conv2d)):
             nn.init.kaiming_normal_(module.weight)

@@ -13,8 +13,8 @@ def lenet_300_100(inputs: int = 784, classes: int = 10) -> nn.Sequential:
     Three linear layers with ReLU between them; inputs of any shape (n, ...) are flattened.
 
     Args:
-        inputs: numbers an example.
-        classes: outputs.
+        inputs: number of inputs per example.
+        classes: number of outputs.
 
     >>> sum(p.numel() for p in lenet_300_100().parameters())
     266610

@@ -32,7 +32,10 @@ class Block(nn.Module):
 
 
 class ResNet(nn.Module):
-    """A 3x3 stride-1 stem, stages of blocks of which each but the first halves the image, mean over pixels, linear."""
+    """A 3x3 stem of stride 1, stages of blocks, mean over pixels, and a linear layer.
+
+    Each stage except the first halves height and width.
+    """
 
     def __init__(self, widths: Sequence[int], blocks: Sequence[int], classes: int) -> None:
         super().__init__()
@@ -61,8 +64,8 @@ def resnet20(classes: int = 10, width: int = 16) -> ResNet:
     272,474 parameters, 270,896 of them prunable in 22 tensors.
 
     Args:
-        classes: outputs.
-        width: channels of the first stage; the next have twice and four times as many.
+        classes: number of outputs.
+        width: channels of the first stage; the next two have twice and four times as many.
 
     >>> sum(p.numel() for p in resnet20().parameters())
     272474
@@ -76,7 +79,7 @@ def resnet18(classes: int = 200, width: int = 64) -> ResNet:
     Its stem is one 3x3 convolution of stride 1 without max-pooling, the field's usual choice for such images.
 
     Args:
-        classes: outputs.
+        classes: number of outputs.
         width: channels of the first stage; each of the next three has twice as many as the one before.
 
     >>> sum(p.numel() for p in resnet18().parameters())

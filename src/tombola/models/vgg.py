@@ -39,8 +39,8 @@ def vgg16(classes: int = 10, width: int = 64) -> VGG:
     14,728,266 parameters, 14,715,584 of them prunable in 14 tensors; Kaiming-normal weights.
 
     Args:
-        classes: outputs.
-        width: channels of the first stage; the later have up to 8 times as many.
+        classes: number of outputs.
+        width: channels of the first stage; later stages have up to 8 times as many.
 
     >>> sum(p.numel() for p in vgg16().parameters())
     14728266

@@ -1,6 +1,6 @@
-"""Charts: each a pure function of one of the tables of `tombola.report.tables`.
+"""Charts: each chart is a pure function of one table of `tombola.report.tables`.
 
-They have neither width nor colours: `tombola.report.look` gives them those of a page or of paper.
+A chart has no width and no colours. `tombola.report.look` adds those of a page or of paper.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ def accuracy(
     paper: pl.DataFrame | None = None,
     within: float | None = None,
 ) -> Chart:
-    """Return accuracy against density: a line with marks for each importance, its band over seeds, the dense line.
+    """Chart accuracy against density: for each importance a line with marks and a band over seeds; the dense network.
 
     Args:
-        table: of `tables.accuracy`.
-        importances: of the study, in its order.
-        dense: the dense network's accuracy in %.
-        paper: of `tables.paper`, whose points are shown hollow.
-        within: show only what is at most so many points below the dense accuracy.
+        table: from `tables.accuracy`.
+        importances: those of the study, in its order.
+        dense: accuracy of the dense network in %.
+        paper: from `tables.paper`; shown as hollow marks.
+        within: show only accuracies at most this many points below the dense network's.
     """
     x = _sparsity()
     scale, clip = alt.Scale(zero=False, nice=True), False
@@ -82,13 +82,13 @@ def accuracy(
 
 
 def matrix(table: pl.DataFrame, tickets: Sequence[str], level: int, levels: Sequence[int] = ()) -> Chart:
-    """Return what every two tickets share at a level, as a matrix; with a slider where there are several levels.
+    """Chart the share in common of each pair of tickets as a matrix, with a slider if there are several levels.
 
     Args:
-        table: of `tables.pairs`.
-        tickets: what they are called, in order.
-        level: the one that is shown at first.
-        levels: those to choose from.
+        table: from `tables.pairs`.
+        tickets: names of the tickets, in order.
+        level: the level that is shown first.
+        levels: the levels of the slider.
     """
     base: alt.Chart = alt.Chart(_data(table))
     if len(levels) > 1:
@@ -121,7 +121,7 @@ def matrix(table: pl.DataFrame, tickets: Sequence[str], level: int, levels: Sequ
 
 
 def overlap(table: pl.DataFrame) -> Chart:
-    """Return what tickets share against density, beside chance; a table of `tables.overlap`."""
+    """Chart the share in common against density, with chance; takes a table of `tables.overlap`."""
     names = table["comparison"].unique(maintain_order=True).to_list()
     x, table = _sparsity(), table.filter(pl.col(DENSITY) > 0)
     long = table.unpivot(
@@ -131,7 +131,7 @@ def overlap(table: pl.DataFrame) -> Chart:
         value_name="share",
     ).filter((pl.col("what") == "shared %") | (pl.col("comparison") != NOISE))
     long = long.with_columns(pl.col("what").replace_strict(_KINDS))
-    y = alt.Y("share:Q", title="of a ticket's connections, %", scale=alt.Scale(domain=[0, 100]))
+    y = alt.Y("share:Q", title="share of a ticket's connections, %", scale=alt.Scale(domain=[0, 100]))
     comparison, shape = _comparison(names)
     dash = alt.StrokeDash(
         "what:N",
@@ -140,7 +140,7 @@ def overlap(table: pl.DataFrame) -> Chart:
     )
     base = alt.Chart(_data(long))
     points = alt.Chart(_data(table))
-    shared = alt.Y("shared %:Q", title="of a ticket's connections, %", scale=alt.Scale(domain=[0, 100]))
+    shared = alt.Y("shared %:Q", title="share of a ticket's connections, %", scale=alt.Scale(domain=[0, 100]))
     columns = ("shared %", "lowest %", "highest %", "chance, by layers %", "chance, overall %")
     return alt.layer(
         base.mark_line().encode(x=x, y=y, color=comparison, strokeDash=dash),
@@ -151,7 +151,7 @@ def overlap(table: pl.DataFrame) -> Chart:
 
 
 def _comparison(names: Sequence[str], columns: int = 2) -> tuple[alt.Color, alt.Shape]:
-    """Return the colours and shapes of comparisons: none of an importance, since they are of several."""
+    """Return the colours and shapes of comparisons. They differ from those of importances, which are compared."""
     looks = [_COMPARISONS.get(name, ("#c2571a", "triangle-up")) for name in names]
     colours, shapes = ([each[part] for each in looks] for part in (0, 1))
     legend = alt.Legend(columns=columns, title=None)
@@ -163,14 +163,14 @@ def _comparison(names: Sequence[str], columns: int = 2) -> tuple[alt.Color, alt.
 
 _KINDS = {
     "shared %": "shared",
-    "chance, by layers %": "by chance, by layers",
-    "chance, overall %": "by chance, overall",
+    "chance, by layers %": "chance, by layers",
+    "chance, overall %": "chance, overall",
 }
 _COMPARISONS = {TWO: ("#3d7fb8", "circle"), NOISE: ("#7d8791", "square")}
 
 
 def overlap_by_layer(table: pl.DataFrame) -> Chart:
-    """Return what tickets share in each layer, beside chance; a table of `tables.overlap_by_layer`."""
+    """Chart the share in common in each layer, with chance; takes a table of `tables.overlap_by_layer`."""
     names = table["comparison"].unique(maintain_order=True).to_list()
     layers = table["layer"].unique(maintain_order=True).to_list()
     y = _layers_down(layers, offset=len(names))
@@ -178,7 +178,7 @@ def overlap_by_layer(table: pl.DataFrame) -> Chart:
     base = alt.Chart(_data(table))
 
     def x(column: str) -> alt.X:
-        return alt.X(f"{column}:Q", title="of a ticket's connections, %", scale=alt.Scale(domain=[0, 100]))
+        return alt.X(f"{column}:Q", title="share of a ticket's connections, %", scale=alt.Scale(domain=[0, 100]))
 
     colour, shape = _comparison(names, columns=1)
     return alt.layer(
@@ -196,11 +196,11 @@ def overlap_by_layer(table: pl.DataFrame) -> Chart:
 
 
 def layers(table: pl.DataFrame, least: float) -> Chart:
-    """Return how dense each layer is at each level, as a heat map; a cross where it has collapsed.
+    """Chart the density of each layer at each level as a heat map; a cross marks a collapsed layer.
 
     Args:
-        table: of `tables.layers`.
-        least: the lower end of the scale of colours, in %; the same for all importances of a study.
+        table: from `tables.layers`.
+        least: lower end of the colour scale, in %; the same for all importances of a study.
     """
     names = table["layer"].unique(maintain_order=True).to_list()
     levels = table["level"].unique().sort().to_list()
@@ -225,11 +225,11 @@ def layers(table: pl.DataFrame, least: float) -> Chart:
 
 
 def stability(table: pl.DataFrame, importances: Sequence[str]) -> Chart:
-    """Return a measure's mean and middle half, of shared (filled) and other connections (hollow), by importance.
+    """Chart mean and middle half of a measure for shared (filled) and other (hollow) connections of each importance.
 
     Args:
-        table: of `tables.stability`.
-        importances: of the study, in its order.
+        table: from `tables.stability`.
+        importances: those of the study, in its order.
     """
     whole = table.filter(pl.col("layer") == ALL)
     parts = []
@@ -260,24 +260,24 @@ def stability(table: pl.DataFrame, importances: Sequence[str]) -> Chart:
 
 
 def effects(table: pl.DataFrame, importances: Sequence[str], title: str) -> Chart:
-    """Return in each layer whether shared connections have higher values than others; a table of `tables.stability`."""
+    """Chart the effect size in each layer, shared against other connections; takes a table of `tables.stability`."""
     others = ("shared, mean", "other, mean")
     return _by_layer(table, importances, "effect", title, others, alt.Scale(domain=[-1, 1]))
 
 
 def reinit(table: pl.DataFrame, importances: Sequence[str]) -> Chart:
-    """Return in each layer how much more often than by chance kept connections survive; a table of `tables.reinit`."""
+    """Chart the survival of kept connections above chance in each layer; takes a table of `tables.reinit`."""
     column = "more than chance, %"
-    title, others = "survivors: more than chance, %", ("survived", "by chance")
+    title, others = "survival above chance, %", ("survived", "by chance")
     return _by_layer(table, importances, column, title, others, alt.Scale(), ("low", "high"))
 
 
 def weights(table: pl.DataFrame, importances: Sequence[str]) -> Chart:
-    """Return how weights are distributed in each layer: 5 % to 95 % thin, the middle half thick, the median marked.
+    """Chart the distribution of weights in each layer: 5 % to 95 % as a thin bar, middle half thick, median marked.
 
     Args:
-        table: of `tables.weights`.
-        importances: of the study, in its order.
+        table: from `tables.weights`.
+        importances: those of the study, in its order.
     """
     names = table["layer"].unique(maintain_order=True).to_list()
     y, rows = _layers_down(names, offset=len(importances)), len(names) * len(importances)
@@ -287,7 +287,7 @@ def weights(table: pl.DataFrame, importances: Sequence[str]) -> Chart:
 
 
 def scores(table: pl.DataFrame, importance: str, importances: Sequence[str]) -> Chart:
-    """Return how one importance is distributed in each layer, on a log scale; what is not above 0 is not drawn."""
+    """Chart the distribution of one importance in each layer on a log scale, without values of 0 or below."""
     own = table.filter(pl.col("importance") == importance)
     quantiles = ("5 %", "25 %", "median", "75 %", "95 %")
     own = own.with_columns(pl.when(pl.col(name) > 0).then(pl.col(name)).alias(name) for name in quantiles)
@@ -297,10 +297,10 @@ def scores(table: pl.DataFrame, importance: str, importances: Sequence[str]) -> 
 
 
 def connectivity(table: pl.DataFrame) -> Chart:
-    """Return the error on the line between every two tickets; a table of `tables.connectivity`."""
+    """Chart the test error on the line between each pair of tickets; takes a table of `tables.connectivity`."""
     domain = [IMPORTANCES, DATA_ORDER]
     scale = alt.Scale(domain=domain, range=[_COMPARISONS[TWO][0], _COMPARISONS[NOISE][0]])
-    x = alt.X("position:Q", title="position between the two tickets")
+    x = alt.X("position:Q", title="position on the line between the two tickets")
     y = alt.Y("error %:Q", title="test error, %", scale=alt.Scale(zero=True))
     what = alt.Color("what differs:N", scale=scale)
     dash = alt.StrokeDash("what differs:N", scale=alt.Scale(domain=domain, range=[[1, 0], [6, 3]]))
@@ -314,7 +314,7 @@ def connectivity(table: pl.DataFrame) -> Chart:
 
 
 def functions(table: pl.DataFrame) -> Chart:
-    """Return how often every two networks predict the same; a table of `tables.functions`."""
+    """Chart how often two networks make the same prediction; takes a table of `tables.functions`."""
     names = table["compared"].to_list()
     y = alt.Y("compared:N", sort=names, title=None, axis=alt.Axis(labelLimit=190), scale=alt.Scale(domain=names))
     title = "same prediction, %"
@@ -340,7 +340,7 @@ def _by_layer(
     scale: alt.Scale,
     whisker: tuple[str, str] | None = None,
 ) -> Chart:
-    """Return a mark for each layer and importance at the value of a column, where there is one, and a line at 0."""
+    """Chart a column that may have nulls: one mark per layer and importance, and a line at 0."""
     shown = table.filter(pl.col(column).is_not_null())
     names = [name for name in table["layer"].unique(maintain_order=True) if name in set(shown["layer"])]
     y = _layers_down(names)
@@ -373,14 +373,14 @@ def _distribution(
     title: str | None,
     offset: str | None = "importance",
 ) -> Chart:
-    """Return quantiles as bars and medians as marks; by `offset` side by side within a row."""
+    """Chart quantiles as bars and medians as marks; the column `offset` places them next to each other in a row."""
     base = alt.Chart(_data(table))
     place: dict[str, Any] = {"y": y}
     if offset is not None:
         place["yOffset"] = alt.YOffset(f"{offset}:N", sort=list(importances), scale=alt.Scale(domain=list(importances)))
     legend = None if offset is None else _LEGEND
     colour = _colour(importances, legend)
-    numbers = _numbers("least", "5 %", "25 %", "median", "75 %", "95 %", "most", form=".4g")
+    numbers = _numbers("minimum", "5 %", "25 %", "median", "75 %", "95 %", "maximum", form=".4g")
     tooltip = ["importance:N", "layer:N", "connections:Q", *numbers]
 
     def x(column: str) -> alt.X:
@@ -408,15 +408,17 @@ def _distribution(
 
 
 def _data(table: pl.DataFrame) -> alt.InlineData:
-    """Return a table's rows; numbers with seven digits, which is more than a chart can show."""
+    """Return a table's rows, with numbers rounded to seven significant digits: more than a chart can show."""
     short = table.with_columns(pl.col(pl.Float64).round_sig_figs(7).fill_nan(None))
-    with debug_mode(False):  # checking every row against the schema of charts takes seconds
+    with debug_mode(False):  # validating every row against the schema takes seconds
         return alt.InlineData(short.to_dicts())
 
 
 def _sparsity() -> alt.X:
     scale = alt.Scale(type="log", reverse=True, nice=False)
-    axis = alt.Axis(format="~g", tickCount=6, grid=False, titleAnchor="middle")  # its end would be to the left
+    axis = alt.Axis(
+        format="~g", tickCount=6, grid=False, titleAnchor="middle"
+    )  # the end of a reversed axis is on the left
     return alt.X(f"{DENSITY}:Q", title=_SPARSER, scale=scale, axis=axis)
 
 
@@ -441,7 +443,7 @@ def _layers_down(names: Sequence[str], offset: int = 0) -> alt.Y:
 
 
 def _height(layers: Sequence[str], least: int = 0) -> int:
-    """Return the height of a chart with a row for each layer, in points: lower rows where there are many."""
+    """Return the height of a chart with one row per layer, in points; many layers get lower rows."""
     return max(least, 22 if len(layers) <= 8 else 16 if len(layers) <= 30 else 12) * max(1, len(layers))
 
 

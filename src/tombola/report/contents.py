@@ -1,4 +1,4 @@
-"""Contents: all that a report tells of a study, gathered from its store."""
+"""Contents: all the data that a report shows about a study, gathered from its store."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ from tombola.study.planner import Planner
 from tombola.study.schema import Study
 
 COSTLY = ("functions", "connectivity")
-"""Analyses that ask networks for predictions and keep nothing: only where they are asked for."""
+"""Analyses that evaluate the networks and store nothing; a report computes them only on request."""
 
 
 @dataclass(frozen=True)
 class Verified:
-    """What `tombola verify` has found of a study's stored trainings.
+    """What verification has found about a study's stored trainings.
 
     Args:
-        trainings: how many are stored.
-        confirmed: how many were done again with the same bits, and not with others since.
-        contradicted: how many gave other bits when they were last done again.
-        when: the last time that one was done again, in ISO format; None where none was.
-        elsewhere: whether one that gave other bits was done again on another machine than the first time.
+        trainings: number of stored trainings.
+        confirmed: number of trainings that gave the same bits when they were last repeated.
+        contradicted: number of trainings that gave other bits when they were last repeated.
+        when: time of the last repetition, in ISO format; None if there was none.
+        elsewhere: whether a training that gave other bits was repeated on another machine than the first time.
     """
 
     trainings: int = 0
@@ -46,28 +46,28 @@ class Verified:
 
 @dataclass(frozen=True)
 class Contents:
-    """What a report tells of a study.
+    """All the data that a report shows about a study.
 
     Args:
-        name: the study's.
-        study: all of it.
-        command: of the command line, how the study is named there: its name and what overrides it, without a verb.
+        name: the name of the study.
+        study: the study itself.
+        command: how the command line names the study: its name and the options that override fields, without a verb.
         about_data: name, classes and the numbers of examples for training and testing.
-        parameters: of the network, those that may be pruned and all.
-        labels: what tickets are called: the importances, and those of other data orders.
-        results: every ticket's.
-        level: the one that is shown of what is shown of one level; None where no level from 1 on is there.
-        margin: by how much accuracy may be lower where a ticket keeps it, on the scale 0..1.
+        parameters: number of the network's parameters that can be pruned, and of all its parameters.
+        labels: names of the tickets: the importances, and those with other data orders.
+        results: one row per ticket.
+        level: the level of all charts that show a single level; None if no level from 1 on is stored.
+        margin: a ticket keeps the accuracy if it loses at most this much; on the scale 0..1.
         tables: the analyses' tables by name; see `tombola.analysis`.
-        absent: why an analysis is not among them.
+        absent: for analyses without a table, the reason.
         paper: see `tombola.report.paper.of_study`.
-        tickets, expected: how many tickets are there, and how many the study has, other data orders among them.
-        trainings_left: how many trainings are still to be done.
-        stopped: chains that cannot go on, and why.
+        tickets, expected: number of stored tickets, and of all tickets of the study, including other data orders.
+        trainings_left: number of trainings that remain.
+        stopped: chains that cannot continue, with the reason.
         verified: see `Verified`.
         records: when, where and how long each stored training ran.
-        version: tombola's own.
-        made: when this was gathered.
+        version: version of tombola.
+        made: when the contents were gathered, in ISO format.
     """
 
     name: str
@@ -101,19 +101,19 @@ def gather(
     level: int | None = None,
     margin: float = 0.005,
 ) -> Contents:
-    """Gather what is there of a study; a study may be half done, or not begun.
+    """Gather what is stored of a study, which may be unfinished or not begun.
 
     Args:
         planner: of the study.
-        name: what the study is called.
+        name: the name of the study.
         command: how the command line names it, see `Contents`.
-        costly: of `COSTLY`, which analyses to do all the same.
-        level: of what is shown of one level; by default the sparsest at which every importance keeps the dense
-            network's accuracy, or where there is none the last that all have.
+        costly: those of the analyses in `COSTLY` that are to be computed.
+        level: the level of all charts that show a single level. By default, the sparsest level at which every
+            importance keeps the dense network's accuracy; if there is none, the last level that all have.
         margin: see `tombola.analysis.winners`.
 
     Raises:
-        UserError: where the level is not there or a stored result is damaged.
+        UserError: if the level is not stored, or a stored result is damaged.
     """
     progress = {chain: planner.progress(chain) for chain in [*planner.chains, *planner.repeats]}
     results = tuple(rows(planner))
@@ -129,7 +129,7 @@ def gather(
             absent[analysis] = str(error).replace(str(planner.store.root), "the store")
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what cannot be followed is null in the tables, which is shown
+        warnings.simplefilter("ignore")  # a network whose graph cannot be traced has nulls in the tables
         add("winners", lambda: winners.of_study(planner, margin=margin))
         add("layers", lambda: layers.of_study(planner))
         shown = _level(planner, level, tables.get("winners"))
@@ -175,7 +175,7 @@ def gather(
 
 
 def count_verified(records: Sequence[Mapping[str, Any]]) -> Verified:
-    """Return what the records of stored trainings say of verification.
+    """Count what the records of stored trainings say about verification.
 
     >>> count_verified([{"confirmed": [{"when": "2026-01-02"}]}, {}])
     Verified(trainings=2, confirmed=1, contradicted=0, when='2026-01-02', elsewhere=False)
@@ -196,7 +196,7 @@ def count_verified(records: Sequence[Mapping[str, Any]]) -> Verified:
 
 
 def _level(planner: Planner, asked: int | None, winning: pl.DataFrame | None) -> int | None:
-    """Return the level of what is shown of one level, see `gather`."""
+    """Return the level of the charts that show a single level, see `gather`."""
     try:
         last = last_level(planner, select_chains(planner, None))
     except DamagedResultError:
@@ -205,8 +205,10 @@ def _level(planner: Planner, asked: int | None, winning: pl.DataFrame | None) ->
         last = 0
     if asked is not None:
         if not 1 <= asked <= last:
-            there = f"levels 1 to {last} are" if last else "none is"
-            raise UserError(f"--level: expected a level from 1 on that all importances and seeds have; {there} there")
+            there = f"levels 1 to {last} are" if last else "no level is"
+            raise UserError(
+                f"level {asked}: expected a level from 1 on that is stored for all importances and seeds; {there}"
+            )
         return asked
     if last < 1:
         return None

@@ -1,4 +1,4 @@
-"""Figures: the report's charts as files, for a paper of two columns."""
+"""Figures: the charts of a report as files, for a paper with two columns."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ from tombola.report.page import VEGA_LITE
 from tombola.report.sections import Part
 
 FORMATS = ("pdf", "svg", "png")
-_DOTS = 600  # an inch, of png: what journals ask of line drawings
+_DOTS = 600  # resolution of PNG files in dots per inch, as journals require it for line drawings
 
 
 def write(parts: Sequence[Part], folder: Path, formats: Sequence[str], inches: float) -> list[Path]:
-    """Write each chart in each format, and return the files.
+    """Write each chart in each format, and return the paths.
 
     Args:
-        parts: those with a chart, see `tombola.report.sections`.
-        folder: made where it is not there.
-        formats: of `FORMATS`.
-        inches: how wide a figure is.
+        parts: parts that have a chart, see `tombola.report.sections`.
+        folder: created if it does not exist.
+        formats: some of `FORMATS`.
+        inches: width of a figure.
 
     Raises:
-        UserError: where the folder cannot be written to.
+        UserError: if the folder cannot be created or written to.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"{folder}: the folder cannot be made: {error.strerror or error}") from error
+        raise UserError(f"{folder}: the folder cannot be created: {error.strerror or error}") from error
     written = []
     for part in parts:
         assert part.chart is not None

@@ -1,4 +1,4 @@
-"""Findings: what was found in a study, in numbers and a sentence each, and nothing that the numbers do not show."""
+"""Findings: the main results of a study, each as a number with a short text that states only what the number shows."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from tombola.report.tables import NOISE, TWO
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was found.
+    """One result.
 
     Args:
-        title: what it is about.
+        title: the subject.
         figure: the number.
-        text: what that is, in a sentence or more.
+        text: one or more sentences that explain the number.
     """
 
     title: str
@@ -30,7 +30,7 @@ class Finding:
 
 
 def findings(contents: Contents) -> list[Finding]:
-    """Return what was found, the most important first; what is not there is left out."""
+    """Return the findings, the most important first, without those that cannot be computed yet."""
     if not contents.results:
         return [verification(contents)]
     found = [dense(contents), *overlaps(contents), collapse(contents), verification(contents)]
@@ -38,24 +38,24 @@ def findings(contents: Contents) -> list[Finding]:
 
 
 def dense(contents: Contents) -> Finding | None:
-    """Return the dense network's accuracy, with its spread over seeds and the error of a test set of this size."""
+    """Return the accuracy of the dense network, its standard deviation over seeds and its standard error."""
     accuracies = list(dense_accuracies(contents).values())
     if not accuracies:
         return None
     mean, examples = statistics.fmean(accuracies), contents.about_data["test"]
-    text = f"Test accuracy of the dense network, before any pruning: {_of_seeds(len(accuracies))}"
+    text = f"Test accuracy of the dense network, before any pruning, {_of_seeds(len(accuracies))}"
     if len(accuracies) > 1:
         text += f", standard deviation {100 * statistics.stdev(accuracies):.2f} points"
     return Finding(
         "Dense network",
         f"{100 * mean:.2f} %",
-        f"{text}. The standard error of one such accuracy on {examples} test examples is "
-        f"{100 * standard_error(mean, examples):.2f} points.",
+        f"{text}. The standard error of one such accuracy is {100 * standard_error(mean, examples):.2f} points, for "
+        f"{examples} test examples.",
     )
 
 
 def standard_error(accuracy: float, examples: int) -> float:
-    """Return the standard error of a share of right answers, both in 0..1: sqrt(p (1 - p) / n).
+    """Return the standard error of an accuracy p on n examples, both in 0..1: sqrt(p (1 - p) / n).
 
     >>> round(standard_error(0.9, 900), 4)
     0.01
@@ -64,7 +64,7 @@ def standard_error(accuracy: float, examples: int) -> float:
 
 
 def dense_accuracies(contents: Contents) -> dict[int, float]:
-    """Return the dense networks' accuracies in 0..1 by seed; those that diverged are left out."""
+    """Return the accuracy in 0..1 of the dense network of each seed, without those that diverged."""
     return {row.seed: row.test_accuracy for row in contents.results if row.level == 0 and row.test_accuracy is not None}
 
 
@@ -73,7 +73,7 @@ class Keeps:
     """The sparsest ticket of each importance that keeps the accuracy.
 
     Args:
-        meaning: what it means to keep it.
+        meaning: what "keeps the accuracy" means.
         findings: one for each importance of the study, in its order, with its name as title.
         table: the same in numbers.
     """
@@ -84,20 +84,20 @@ class Keeps:
 
 
 def keeps(contents: Contents) -> Keeps | None:
-    """Return the sparsest ticket of each importance that keeps the accuracy; None where nothing can be compared."""
+    """Return the sparsest ticket of each importance that keeps the accuracy; None if nothing can be compared."""
     winners = contents.tables.get("winners")
     if winners is None:
         return None
     seeds, margin = len(contents.study.seeds), f"{100 * contents.margin:g} points"
     meaning = (
-        f"A ticket keeps the accuracy here where its mean accuracy is at most {margin} below the dense network's. "
-        "Named is the sparsest level where that is so, of all that are there for every seed; denser levels may fall "
-        "short. "
+        f"A ticket keeps the accuracy if its mean accuracy is at most {margin} below the dense network's. "
+        "The table shows the sparsest such level among those that are stored for every seed. Some denser levels may "
+        "not keep the accuracy. "
     )
     if seeds > 1:
-        meaning += f"Intervals are of the mean difference over {seeds} seeds (95 %, Student's t)."
+        meaning += f"Intervals are 95 % intervals of the mean difference over {seeds} seeds (Student's t)."
     else:
-        meaning += "From one seed no interval can be given: a difference may be chance."
+        meaning += "From one seed no interval can be given, so a difference may be due to chance."
     by_name = {row["importance"]: row for row in winners.to_dicts()}
     there = [name for name in contents.study.importances if name in by_name]
     found = tuple(_describe_kept(contents, name, by_name.get(name)) for name in contents.study.importances)
@@ -114,29 +114,31 @@ def keeps(contents: Contents) -> Keeps | None:
 
 
 def _describe_kept(contents: Contents, name: str, row: dict[str, Any] | None) -> Finding:
-    """Return what is said of one importance, of its row in the table of `tombola.analysis.winners`."""
+    """Return the finding on one importance, from its row in the table of `tombola.analysis.winners`."""
     if row is None:
-        return Finding(name, "–", "Nothing can be compared: the dense accuracy is not there for every seed.")
+        return Finding(
+            name, "–", "Nothing can be compared: the accuracy of the dense network is not stored for every seed."
+        )
     last = max(each.level for each in contents.results if each.importance == name)
     level, share = row["level"], row["density"]
     if level == 0:
-        return Finding(name, "none", f"No ticket of {name} keeps it, of those up to level {last}.")
+        return Finding(name, "none", f"No ticket of {name} up to level {last} keeps the accuracy.")
     text = (
-        f"{name} keeps it at level {level}, with {_percent(100 * share)} of the connections ({1 / share:,.1f} times "
-        f"fewer): {100 * row['accuracy']:.2f} % against {100 * row['dense_accuracy']:.2f} %, a difference of "
-        f"{_points(row['difference'])} points"
+        f"{name} keeps the accuracy at level {level} with {_percent(100 * share)} of the connections "
+        f"({1 / share:,.1f} times fewer): {100 * row['accuracy']:.2f} %, and {100 * row['dense_accuracy']:.2f} % for "
+        f"the dense network. The difference is {_points(row['difference'])} points"
     )
     if row["low"] is not None and row["high"] - row["low"] < 1e-9:
-        text += ", the same for every seed, so that no interval can be given"
+        text += ", the same for every seed, so no interval can be given"
     elif row["low"] is not None:
-        within = "within the margin as a whole" if row["surely"] else "which reaches beyond the margin"
-        text += f" (95 % from {_points(row['low'])} to {_points(row['high'])}, {within})"
-    text += "; no sparser one is there." if level == last else "."
+        within = "fully within the margin" if row["surely"] else "partly outside the margin"
+        text += f" (95 % interval {_points(row['low'])} to {_points(row['high'])}, {within})"
+    text += ". No sparser ticket is stored." if level == last else "."
     return Finding(name, f"{_percent(100 * share)} alive", text)
 
 
 def _points(difference: float) -> str:
-    """Return a difference of accuracies as points, with its sign.
+    """Return a difference of accuracies in percentage points, with its sign.
 
     >>> _points(-0.0022), _points(0.0), _points(-1e-9)
     ('−0.22', '0.00', '0.00')
@@ -146,7 +148,7 @@ def _points(difference: float) -> str:
 
 
 def overlaps(contents: Contents) -> list[Finding]:
-    """Return what tickets share at the level that is shown, against chance and the noise floor."""
+    """Return the overlap of tickets at the level that the report shows, with chance and the noise floor."""
     overlap, level = contents.tables.get("overlap"), contents.level
     if overlap is None or level is None:
         return []
@@ -159,8 +161,8 @@ def overlaps(contents: Contents) -> list[Finding]:
         if name not in at:
             continue
         row = at[name]
-        who = f"The tickets of {name} have" if name != TWO else "Two tickets of one seed have, on average over pairs,"
-        text = f"{who} this share of their connections in common {where}. " + _chance(row)
+        who = "two tickets of the same seed (mean over pairs)" if name == TWO else f"the tickets of {name}"
+        text = f"Share of a ticket's connections that {who} have in common {where}. " + _chance(row)
         if name == TWO and row["lowest %"] != row["highest %"]:
             text += f" Pairs range from {_percent(row['lowest %'])} to {_percent(row['highest %'])}."
         title = "Shared by all" if name != TWO else "Shared by two importances"
@@ -168,26 +170,27 @@ def overlaps(contents: Contents) -> list[Finding]:
     if NOISE in at:
         row = at[NOISE]
         text = (
-            f"What two tickets of {contents.study.importances[0]} share {where} that differ in the data order alone. "
-            f"{_chance(row)}"
+            f"Share of a ticket's connections that two tickets of {contents.study.importances[0]} have in common "
+            f"{where} if they differ only in the data order. {_chance(row)}"
         )
         if TWO in at:
             two = at[TWO]["shared %"]
             order = "less than" if two < row["shared %"] else "more than" if two > row["shared %"] else "as much as"
-            text += f" Two importances share {order} that ({_percent(two)})."
+            text += f" Two importances share {order} this ({_percent(two)})."
         found.append(Finding("Noise floor", _percent(row["shared %"]), text))
     return found
 
 
 def _chance(row: dict[str, float]) -> str:
     return (
-        f"Random tickets with as many connections in each layer would share {_percent(row['chance, by layers %'])}, "
-        f"with as many in all {_percent(row['chance, overall %'])}."
+        f"Random tickets with the same number of connections in each layer would share "
+        f"{_percent(row['chance, by layers %'])}; with the same number in the whole network, "
+        f"{_percent(row['chance, overall %'])}."
     )
 
 
 def collapse(contents: Contents) -> Finding | None:
-    """Return which layers have lost all connections, and when."""
+    """Return which layers have lost all their connections, and at which level."""
     first: dict[str, dict[str, int]] = {}
     for row in contents.results:
         for layer in row.collapsed:
@@ -196,7 +199,7 @@ def collapse(contents: Contents) -> Finding | None:
     last = max(row.level for row in contents.results)
     names = [name for name in contents.study.importances if name in first]
     if not names:
-        return Finding("Collapsed layers", "0", f"No layer has lost all its connections, up to level {last}.")
+        return Finding("Collapsed layers", "0", f"Up to level {last}, no layer has lost all its connections.")
     parts = []
     for name in names:
         ordered = sorted(first[name].items(), key=lambda item: item[1])
@@ -204,53 +207,53 @@ def collapse(contents: Contents) -> Finding | None:
         parts.append(f"{name}: {listed}" + (f" and {len(ordered) - 3} more" if len(ordered) > 3 else ""))
     collapsed = {layer for layers in first.values() for layer in layers}
     without = [name for name in contents.study.importances if name not in first]
-    text = "Layers that lose all their connections in some seed. " + "; ".join(parts) + "."
+    text = "Layers that have lost all their connections in at least one seed. " + "; ".join(parts) + "."
     if without:
-        text += f" None for {', '.join(without)}, as far as their levels are there."
+        text += f" None for {', '.join(without)} in the levels that are stored."
     return Finding("Collapsed layers", str(len(collapsed)), text)
 
 
 def verification(contents: Contents) -> Finding:
-    """Return whether trainings were done again with the same bits, and when."""
+    """Return how many stored trainings were repeated with the same bits, and when."""
     found = contents.verified
     title, figure = "Bits confirmed", f"{found.confirmed} of {found.trainings}"
     if found.when is None:
         return Finding(
-            title, figure, "No stored training was done again to compare its bits; tombola verify does that."
+            title, figure, "No stored training has been repeated to compare its bits; tombola verify does this."
         )
     text = (
-        f"{found.confirmed} of {found.trainings} stored trainings were done again by tombola verify and gave the same "
-        f"bits of weights, mask and history; last on {_day(found.when)}."
+        f"tombola verify repeated {found.confirmed} of {found.trainings} stored trainings with the same bits of "
+        f"weights, mask and history; last on {_day(found.when)}."
     )
     if found.contradicted:
-        text += f" {found.contradicted} gave other bits when last done again"
-        text += ", on another machine or with other versions than were recorded." if found.elsewhere else "."
+        text += f" {found.contradicted} gave other bits when last repeated"
+        text += ", on another machine or with other versions than recorded." if found.elsewhere else "."
     return Finding(title, figure, text)
 
 
 def progress(contents: Contents) -> str | None:
-    """Return how much of a study is done, where it is not finished."""
+    """Return how much of a study is done; None if it is finished."""
     parts = []
     if contents.trainings_left:
         share = 100 * contents.tickets // max(1, contents.expected)
         parts.append(
-            f"This study is not finished: {contents.tickets} of {contents.expected} tickets are there ({share} %), "
-            f"{contents.trainings_left} trainings are still to be done. What follows is of those that are there"
+            f"This study is not finished: {contents.tickets} of {contents.expected} tickets are stored ({share} %), "
+            f"and {contents.trainings_left} trainings remain. This page shows the tickets that are stored"
         )
     if contents.stopped:
         stopped = "; ".join(f"{chain}: {why}" for chain, why in contents.stopped.items())
-        parts.append(f"Some tickets cannot be found ({stopped})")
+        parts.append(f"Some tickets cannot be computed ({stopped})")
     if diverged := sum(row.diverged for row in contents.results):
         parts.append(f"{diverged} {'training' if diverged == 1 else 'trainings'} diverged and ended its chain")
     return ". ".join(parts) + "." if parts else None
 
 
 def _of_seeds(count: int) -> str:
-    return f"the mean of {count} seeds" if count > 1 else "one seed"
+    return f"mean of {count} seeds" if count > 1 else "from one seed"
 
 
 def _percent(value: float) -> str:
-    """Return a percentage with three digits at least where it is small.
+    """Return a percentage with at least three significant digits.
 
     >>> _percent(98.314), _percent(0.1234), _percent(100.0), _percent(1e-9), _percent(0.0)
     ('98.3 %', '0.123 %', '100 %', 'less than 0.001 %', '0 %')

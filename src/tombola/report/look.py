@@ -1,10 +1,14 @@
-"""Look: the colours, dashes, shapes and letters of charts.
+"""Look: the colours, dashes, shapes and fonts of charts.
 
-The n-th importance of a study has the n-th colour, dash and shape in every chart. The colours were found by a search
-that drew twelve as far apart as it could, for readers with normal vision, protanopia, deuteranopia and tritanopia
-(simulated; Machado, Oliveira and Fernandes, IEEE TVCG 15, 2009), each with a contrast of 3 or more to the page. Of any
-two, the distance in CIELAB that such a reader sees is at least 24 among the first five (26 on a dark page) and 16
-among all twelve (15). Two that have the dash or the shape in common are at least 25 apart.
+The n-th importance of a study has the n-th colour, dash and shape in every chart. A search found the
+twelve colours: it made their smallest distance as large as possible for readers with normal vision, protanopia,
+deuteranopia and tritanopia (simulated; Machado, Oliveira and Fernandes, IEEE TVCG 15, 2009). Each colour has a contrast
+of 3 or more to the page. Smallest distances in CIELAB, for the least favourable vision:
+
+    colours                              light page    dark page
+    the first five                       24            26
+    all twelve                           16            15
+    with the same dash or the same shape 25            25
 """
 
 from __future__ import annotations
@@ -31,7 +35,7 @@ ALARM = {"light": "#c1121f", "dark": "#ff6b6b"}
 
 Chart: TypeAlias = alt.Chart | alt.LayerChart | alt.FacetChart
 
-_SIZE = 12  # of letters on a page, in points
+_SIZE = 12  # font size on a page, in points
 
 COLUMN, BOTH_COLUMNS = 3.3, 6.9
 """Widths in inches: of one of a paper's two columns, and of both."""
@@ -43,7 +47,7 @@ def dash(number: int) -> list[int]:
 
 
 def shape(number: int) -> str:
-    """Return the shape of the n-th importance, from 0: another one where dashes begin anew.
+    """Return the shape of the n-th importance, from 0. When the dashes repeat, the shapes differ.
 
     >>> [(dash(number), shape(number)) for number in (0, 8)]
     [([1, 0], 'circle'), ([1, 0], 'square')]
@@ -52,7 +56,7 @@ def shape(number: int) -> str:
 
 
 def css() -> str:
-    """Return the CSS variables that charts on a page take their colours from, light and dark.
+    """Return the CSS variables with the colours of charts on a page, light and dark.
 
     >>> css().count("--c11:")
     2
@@ -68,7 +72,7 @@ def css() -> str:
 
 
 def on_page(chart: Chart) -> dict[str, Any]:
-    """Return a chart as a Vega-Lite specification, as wide as the page has room, in the page's colours."""
+    """Return a chart as a Vega-Lite specification with the width of its container and the colours of the page."""
     colours = [f"var(--c{number})" for number in range(len(LIGHT))]
     names = {name: f"var(--{name})" for name in ("ink", "quiet", "grid", "alarm")}
     config = _config(names, colours, "system-ui, sans-serif", _SIZE, 3)
@@ -76,7 +80,7 @@ def on_page(chart: Chart) -> dict[str, Any]:
 
 
 def on_paper(chart: Chart, inches: float) -> dict[str, Any]:
-    """Return a chart as a Vega-Lite specification of a width in inches of 72 points, with letters of 7 to 8 points."""
+    """Return a chart as a Vega-Lite specification of this width (1 inch = 72 points), with text of 7 to 8 points."""
     names = {"ink": INK["light"], "quiet": QUIET["light"], "grid": GRID["light"], "alarm": ALARM["light"]}
     columns, size = 3 if inches < 5 else 6, 7.5
     config = _config(names, list(LIGHT), "Liberation Sans, Arial, sans-serif", size, columns)
@@ -86,7 +90,9 @@ def on_paper(chart: Chart, inches: float) -> dict[str, Any]:
 
 
 def _specification(chart: Chart) -> dict[str, Any]:
-    specification: dict[str, Any] = chart.to_dict(validate=False)  # takes seconds; a browser tells as much, in tests
+    specification: dict[str, Any] = chart.to_dict(
+        validate=False
+    )  # validation takes seconds; tests draw every chart in a browser
     specification.pop("config", None)
     return specification | {"autosize": {"type": "fit-x", "contains": "padding"}}
 

@@ -1,7 +1,7 @@
-"""The page: one HTML file that holds all it needs, so that it opens anywhere and no request leaves it.
+"""The page: one HTML file that contains everything it needs, so that it works offline and sends no request.
 
-The template escapes all that is shown. What a browser may do with the page is said by its content security policy:
-run the scripts whose hashes it names, and load nothing.
+The template escapes all text. The content security policy of the page allows a browser to run the scripts whose hashes
+it lists, and to load nothing.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from tombola.report.contents import Contents
 from tombola.report.sections import sections
 
 VEGA_LITE = "6.4"
-"""The version of the charts' language that both the page and the figures are drawn with."""
+"""The version of Vega-Lite that draws both the page and the figures."""
 
 
 def page(contents: Contents, *, refreshed: str = "") -> str:
-    """Return the page.
+    """Return the page as HTML.
 
     Args:
-        contents: what it tells.
-        refreshed: where the page is served: an address on the same server whose text changes with the contents. The
-            page asks for it now and then, and loads itself anew.
+        contents: the data that the page shows.
+        refreshed: for a page that is served: a path on the same server whose text changes with the contents. The page
+            requests it regularly, and reloads itself when it has changed.
     """
     scripts = [_library(), _asset("page.js")]
     policy = (
@@ -60,7 +60,7 @@ def page(contents: Contents, *, refreshed: str = "") -> str:
 
 
 def cells(table: pl.DataFrame) -> list[list[str]]:
-    """Return a table's rows as text: percentages and points with two decimals at least, other numbers with four digits.
+    """Return a table's rows as text: percentages and points with two decimals or more, other numbers with four digits.
 
     >>> cells(pl.DataFrame({"layer": ["fc"], "shared %": [12.3456], "effect": [0.00123456], "sd": [None]}))
     [['fc', '12.35', '0.001235', '–']]
@@ -70,7 +70,7 @@ def cells(table: pl.DataFrame) -> list[list[str]]:
 
 
 def numeric(table: pl.DataFrame) -> list[bool]:
-    """Return of each column whether it holds numbers."""
+    """Return for each column whether it holds numbers."""
     return [kind.is_numeric() for kind in table.dtypes]
 
 
@@ -80,7 +80,7 @@ def _text(value: Any, name: str) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, float):
-        share = "%" in name or "points" in name or name.isdecimal()  # a level's column holds percentages
+        share = "%" in name or "points" in name or name.isdecimal()  # the column of a level holds percentages
         return f"{value:.2f}" if value == 0 or abs(value) >= (0.1 if share else 100) else f"{value:.4g}"
     return str(value)
 
@@ -100,13 +100,13 @@ def _template() -> jinja2.Template:
 
 @cache
 def _library() -> str:
-    """Return the charting library's JavaScript as it may stand in a page."""
+    """Return the charting library's JavaScript in a form that can be embedded in a page."""
     bundle: str = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;", vl_version=VEGA_LITE)
     return _within_script(bundle)
 
 
 def _within_script(source: str) -> str:
-    r"""Return JavaScript in which nothing ends the script element that it stands in.
+    r"""Return JavaScript that does not contain the end of the script element around it.
 
     >>> _within_script("a = '</script>' + '<!--'")
     "a = '<\\/script>' + '<\\!--'"

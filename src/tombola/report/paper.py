@@ -1,4 +1,4 @@
-"""The paper's Table 2, beside which a study of the paper's own system can be shown."""
+"""The paper's Table 2, for comparison with a study of one of the paper's systems."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ CITATION = (
 
 
 def of_study(study: Study) -> pl.DataFrame | None:
-    """Return what the paper reports for a study; None where the study is not one of the paper's.
+    """Return the accuracies that the paper reports for a study; None if the study is not one of the paper's.
 
-    A study is the paper's where it has the task, the recipe, the fraction and the pruned layers of a preset that the
-    paper has figures for. It may have fewer levels, other seeds and other importances.
+    A study is the paper's if it has the task, the recipe, the fraction and the pruned layers of a preset for which the
+    paper reports accuracies. It may have fewer levels, other seeds and other importances.
 
     One row for each level and importance that the paper reports, with the columns level, importance, accuracy and sd
-    (over three seeds), both in 0..1.
+    (standard deviation over three seeds), both in 0..1.
 
     >>> from tombola.study.schema import load_study
     >>> of_study(load_study("lenet-mnist", {"levels": 10})).row(0)

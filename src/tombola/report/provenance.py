@@ -1,4 +1,4 @@
-"""Provenance: how a study's results came about, and what to do to get them again."""
+"""Provenance: how the results of a study were computed, and the commands that compute them again."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from tombola.study.schema import Study, fields
 
 
 def commands(contents: Contents) -> list[tuple[str, str]]:
-    """Return (what it does, command) of what makes the study's results, checks them and writes this report again."""
+    """Return (purpose, command) for the commands that compute the results, check them and write this report again."""
     level = [] if contents.level is None else [f"--level {contents.level}"]
     costly = [name for name in COSTLY if name in contents.tables]
     options = " ".join(["report", *level, *(["--with", *costly] if costly else [])])
     found = [
-        ("does the trainings that are not stored yet", command(contents, "run")),
-        ("does stored trainings again and compares every bit", command(contents, "verify")),
+        ("runs the trainings that are not stored yet", command(contents, "run")),
+        ("repeats stored trainings and compares every bit", command(contents, "verify")),
     ]
     if (drawn := contents.tables.get("reinit")) is not None:
         for level, names, draws in drawn.select("level", "compared", "draws").unique(maintain_order=True).rows():
@@ -31,7 +31,7 @@ def commands(contents: Contents) -> list[tuple[str, str]]:
 
 
 def study_fields(study: Study) -> list[tuple[str, str, str]]:
-    """Return (name, value, what it means) of every field of a study.
+    """Return (name, value, description) of every field of a study.
 
     >>> from tombola.study.schema import load_study
     >>> study_fields(load_study("digits"))[0][:2]
@@ -65,7 +65,7 @@ def as_toml(study: Study) -> str:
 
 
 def _toml(value: Any) -> str:
-    """Return a value as TOML writes it; JSON's strings, numbers and lists are TOML's too."""
+    """Return a value in TOML; strings, numbers and lists are written as in JSON."""
     if isinstance(value, BaseModel):
         value = {name: each for name, each in value if each is not None}
     if isinstance(value, Mapping):
@@ -80,7 +80,7 @@ def _key(key: str) -> str:
 
 
 def machines(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return on what the stored trainings ran: one entry for each kind of machine, with how many, when and how long.
+    """Return one entry for each kind of machine: its properties, the number of trainings, their time and dates.
 
     >>> machines([{"machine": {"python": "3.12"}, "threads": 1, "seconds": 2.0, "finished": "2026-01-02"}])
     [{'python': '3.12', 'threads': '1', 'trainings': '1', 'hours of training': '0.00', 'finished': '2026-01-02'}]

@@ -1,4 +1,4 @@
-"""Sections: the charts of each analysis with their tables, and a line on how to read them."""
+"""Sections: the charts and tables of each analysis, with a text on how to read them."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from tombola.report.paper import CITATION
 
 MEASURES = {
     "sd": "standard deviation of the trained weight over levels",
-    "flips": "changes of sign from level to level",
-    "flips_from_start": "levels at which the sign is not the rewind point's",
-    "movement": "distance of the trained from the initial weight",
+    "flips": "changes of sign from one level to the next",
+    "flips_from_start": "levels at which the sign differs from the rewind point's",
+    "movement": "distance between trained and initial weight",
 }
 """What `tombola.analysis.stability` measures, in words."""
 
 QUANTITIES = {"initial": "initial weights", "rewind": "weights at the rewind point", "end": "trained weights"}
-"""What `tombola.analysis.weights` looks at, in words."""
+"""The weights that `tombola.analysis.weights` describes, in words."""
 
 
 @dataclass(frozen=True)
@@ -35,11 +35,11 @@ class Part:
     """One chart and its numbers.
 
     Args:
-        name: of letters, digits and `-`: the chart's id and its file's name.
+        name: letters, digits and `-`; the id of the chart and the name of its file.
         title: a few words.
-        chart: of `tombola.report.charts`; None where there are only numbers.
+        chart: made by `tombola.report.charts`; None if there are only numbers.
         table: the numbers that the chart shows, percentages in 0..100.
-        more: further tables, by what they are called.
+        more: further tables, by title.
     """
 
     name: str
@@ -51,14 +51,14 @@ class Part:
 
 @dataclass(frozen=True)
 class Section:
-    """What one analysis shows.
+    """The charts and tables of one analysis.
 
     Args:
-        name: of letters and `-`.
+        name: letters and `-`.
         title: a few words.
         reading: how to read it.
         parts: the charts.
-        absent: why it is not there, where it is not; then `command` does what is missing.
+        absent: the reason, if there are no parts. `command` then computes what is missing.
     """
 
     name: str
@@ -70,7 +70,7 @@ class Section:
 
 
 def sections(contents: Contents) -> list[Section]:
-    """Return all sections in the order of the page; those without parts say how to come by them."""
+    """Return all sections in the order of the page; a section without parts names the command that computes it."""
     found = [_accuracy(contents)]
     for name, title, verb, parts, about in _ANALYSES:
         reading, table = about.format(level=contents.level), contents.tables.get(name)
@@ -83,11 +83,11 @@ def sections(contents: Contents) -> list[Section]:
 
 def _accuracy(contents: Contents) -> Section:
     reading = (
-        "Each line is an importance, each mark a level; the further right, the sparser. The dotted line is the "
-        "dense network's accuracy."
+        "Each line shows one importance, each mark one level. Sparsity grows to the right. The dotted line is the "
+        "accuracy of the dense network."
     )
     if len(contents.study.seeds) > 1:
-        reading += " Bands are one standard deviation over seeds to either side of the mean."
+        reading += " Bands show the mean plus and minus one standard deviation over seeds."
     names = contents.study.importances
     if not contents.results:
         return _absent_section("accuracy", "Accuracy against sparsity", reading, contents, "run")
@@ -96,7 +96,7 @@ def _accuracy(contents: Contents) -> Section:
     dense = 100 * statistics.fmean(accuracies) if accuracies else None
     reported = tables.paper(contents.paper, table) if contents.paper is not None else None
     if reported is not None and len(reported):
-        reading += f" Large hollow marks with bars are the paper's: {CITATION}; mean and standard deviation of 3 seeds."
+        reading += f" Large hollow marks with bars show the paper's mean and standard deviation of 3 seeds: {CITATION}."
     else:
         reported = None
     parts = [Part("accuracy", "All levels", charts.accuracy(table, names, dense, reported), table)]
@@ -104,9 +104,9 @@ def _accuracy(contents: Contents) -> Section:
         near = table.filter(pl.col("accuracy %") >= dense - 2)
         close = None if reported is None else reported.filter(pl.col("paper %") >= dense - 2)
         chart = charts.accuracy(table, names, dense, close, within=2)
-        parts.append(Part("accuracy-near-dense", "The same within 2 points of the dense network", chart, near))
+        parts.append(Part("accuracy-near-dense", "Detail: up to 2 points below the dense network", chart, near))
     if reported is not None:
-        parts.append(Part("paper", "Beside the paper's figures", None, reported))
+        parts.append(Part("paper", "Comparison with the paper", None, reported))
     return Section("accuracy", "Accuracy against sparsity", reading, tuple(parts))
 
 
@@ -117,11 +117,11 @@ def _overlap(contents: Contents, table: pl.DataFrame) -> list[Part]:
     layers = tables.overlap_by_layer(table, contents.level, k)
     levels = pairs["level"].unique().sort().to_list()
     matrix = charts.matrix(pairs, contents.labels, contents.level, levels)
-    by_layer = f"Layer by layer at level {contents.level}; the bars stand where chance is, by layers"
+    by_layer = f"Each layer at level {contents.level}; black bars show chance, by layers"
     there = layers["shared %"].is_not_null().any()
     return [
-        Part("overlap-matrix", "Every two tickets, in % of a ticket's connections", matrix, pairs),
-        Part("overlap", "Over all levels", charts.overlap(over_levels), over_levels),
+        Part("overlap-matrix", "Each pair of tickets, in % of a ticket's connections", matrix, pairs),
+        Part("overlap", "All levels", charts.overlap(over_levels), over_levels),
         Part("overlap-by-layer", by_layer, charts.overlap_by_layer(layers) if there else None, layers),
     ]
 
@@ -139,7 +139,7 @@ def _layers(contents: Contents, table: pl.DataFrame) -> list[Part]:
         if own["on paths %"].is_not_null().any():
             more["Connections on a path from input to output, %"] = tables.by_level(own, "on paths %")
         if (own["collapsed"] > 0).any():
-            more["In how many seeds the layer has collapsed"] = tables.by_level(own, "collapsed")
+            more["Number of seeds in which the layer has collapsed"] = tables.by_level(own, "collapsed")
         chart = charts.layers(own, min(least, 50))
         parts.append(Part(f"layers-{number + 1}-{slug(name)}", name, chart, numbers, more))
     return parts
@@ -153,7 +153,7 @@ def _stability(contents: Contents, table: pl.DataFrame) -> list[Part]:
         if own["effect"].is_not_null().any():
             chart = charts.effects(own, names, "effect: shared lower ← 0 → shared higher")
             shown = own.select("importance", "layer", "effect")
-            parts.append(Part(f"effect-{slug(measure)}", f"Effect on: {words}", chart, shown))
+            parts.append(Part(f"effect-{slug(measure)}", f"Effect size: {words}", chart, shown))
     return parts
 
 
@@ -166,9 +166,9 @@ def _reinit(contents: Contents, table: pl.DataFrame) -> list[Part]:
         who = (
             tables.together(len(compared)) if len(compared) == len(contents.study.importances) else join_names(compared)
         )
-        title = f"Level {level}, what the tickets of {who} share; {_several(own['draws'][0], 'draw')}"
+        title = f"Level {level}, connections shared by the tickets of {who}; {_several(own['draws'][0], 'draw')}"
         if len(contents.study.seeds) > 1:
-            title += f", each of {_several(own['seeds'][0], 'seed')}"
+            title += f" for each of {_several(own['seeds'][0], 'seed')}"
         parts.append(Part(f"reinit-{len(parts) + 1}-level-{level}", title, chart, own))
     return parts
 
@@ -177,7 +177,7 @@ def _weights(contents: Contents, table: pl.DataFrame) -> list[Part]:
     parts, names = [], contents.study.importances
     for quantity, words in QUANTITIES.items():
         if quantity == "rewind" and not contents.study.recipe.rewind:
-            continue  # they are the initial ones
+            continue  # they are the initial weights
         own = tables.weights(table, quantity).filter(pl.col("layer") != ALL)
         chart = charts.weights(own, names) if own["median"].is_not_null().any() else None
         parts.append(Part(f"weights-{quantity}", words, chart, own))
@@ -191,7 +191,7 @@ def _weights(contents: Contents, table: pl.DataFrame) -> list[Part]:
 
 def _connectivity(_: Contents, table: pl.DataFrame) -> list[Part]:
     own = tables.connectivity(table)
-    return [Part("connectivity", "Error between tickets", charts.connectivity(own), own)]
+    return [Part("connectivity", "Test error between pairs of tickets", charts.connectivity(own), own)]
 
 
 def _functions(_: Contents, table: pl.DataFrame) -> list[Part]:
@@ -202,65 +202,66 @@ def _functions(_: Contents, table: pl.DataFrame) -> list[Part]:
 _ANALYSES: tuple[tuple[str, str, str, Callable[[Contents, pl.DataFrame], list[Part]], str], ...] = (
     (
         *("overlap", "Overlap of the tickets", "overlap", _overlap),
-        "Of a ticket's connections, how many does another ticket of the same seed have too? Chance is what random "
-        "tickets share: with as many connections in each layer (by layers), or with as many in all (overall). The "
-        "noise floor is what two tickets of one importance share that saw the data in two orders; it is there where "
-        "the study has a second data order (--data-seeds).",
+        "The share of a ticket's connections that other tickets of the same seed also have. Chance is the share of "
+        "random tickets: with the same number of connections in each layer (by layers), or in the whole network "
+        "(overall). The noise floor is the share of two tickets of the same importance that saw the data in different "
+        "orders; it is shown if the study has a second data order (its field data_seeds).",
     ),
     (
         *("layers", "Density of the layers", "layers", _layers),
-        "A row is a layer, from the input down to the output; a column is a level. Bright is dense, dark is sparse "
-        "(log scale); × marks a layer that has collapsed in a seed: no connection is left.",
+        "Each row is a layer, from input (top) to output; each column is a level. Bright cells are dense, dark cells "
+        "are sparse (log scale). A × marks a layer that has collapsed in at least one seed: it has no connection left.",
     ),
     (
         *("stability", "Stability of shared and other connections", "stability", _stability),
-        "For the tickets at level {level}: filled marks are the connections that the tickets of all importances "
-        "share, hollow ones the ticket's others; marks are means, bars the middle half. Beside them, layer by layer, "
-        "the effect (Cliff's delta): left of 0, shared connections have the lower values. Connections of one network "
-        "are not independent, so no p value is given here.",
+        "For the tickets at level {level}. Filled marks: connections that the tickets of all importances share. Hollow "
+        "marks: the other connections of the ticket. Marks are means; bars show the middle half of the values. The "
+        "effect size (Cliff's delta) is given for each layer: below 0, shared connections have lower values. No p "
+        "values are given, because connections of one network are not independent.",
     ),
     (
         *("reinit", "Partial reinitialisation", "reinit --level {level}", _reinit),
-        "The connections that the tickets of a level share keep their initial weights, all others are drawn anew, and "
-        "the tickets are found again. Right of 0, kept connections survive more often than by chance; bars are 95 % "
-        "intervals over draws.",
+        "Connections that the tickets of a level share keep their initial weights, all others are reinitialised, and "
+        "the search for tickets is repeated. Above 0, kept connections survive more often than by chance. Bars show "
+        "95 % intervals over draws.",
     ),
     (
         *("weights", "Weights and importances", "weights", _weights),
-        "For the connections of the tickets at level {level}: thin bars reach from 5 % to 95 % of the weights, thick "
-        "ones hold the middle half, marks are medians; means over seeds. The next round compares the importances over "
-        "all layers and prunes the lowest.",
+        "For the connections of the tickets at level {level}. Thin bars reach from the 5 % to the 95 % quantile, thick "
+        "bars show the middle half, marks show the median; all are means over seeds. The next round compares the "
+        "importances of all layers and prunes the lowest.",
     ),
     (
         *("connectivity", "Linear mode connectivity", "report --with connectivity", _connectivity),
-        "The test error of networks on the straight line between two trained tickets at level {level}; where a line "
-        "stays flat, the two lie in one basin. The barrier is how far it rises above the line between its ends.",
+        "The test error on the straight line between the weights of two trained tickets at level {level}. If the error "
+        "stays flat, both tickets lie in one basin of the loss. The barrier is the largest rise of the error above the "
+        "straight line between the errors at both ends.",
     ),
     (
         *("functions", "Agreement of predictions", "report --with functions", _functions),
-        "How often two trained tickets at level {level} predict the same class; bars are 95 % intervals over test "
-        "examples, the widest of the seeds. Dense networks that differ in the data order or the seed are there to "
-        "compare with.",
+        "The share of test examples for which two trained tickets at level {level} predict the same class. Bars show "
+        "95 % intervals over test examples, from the lowest to the highest bound of all seeds. For comparison, dense "
+        "networks are shown that differ in the data order or in the seed.",
     ),
 )
-"""Sections that show a table of that name: name, title, what computes it, what makes its parts, how to read it."""
+"""One section per analysis: name of the table and section, title, verb that computes it, parts, how to read it."""
 
 
 def _absent_section(name: str, title: str, reading: str, contents: Contents, verb: str) -> Section:
     why = contents.absent.get(name, "")
     if contents.level is None and name != "accuracy":
-        why, verb = "no level from 1 on is there for all importances and seeds yet", "run"
+        why, verb = "no level from 1 on is stored for all importances and seeds yet", "run"
     elif len(contents.study.importances) < 2 and name not in ("accuracy", "layers", "weights"):
         own = contents.study.importances[0]
-        why = "it compares two importances or more, and the study has one"
+        why = "it compares two or more importances, and the study has one"
         verb = f"run --importances {own} {'magnitude' if own == 'l1' else 'l1'}"
     elif name in COSTLY and not why:
-        why = "it asks the networks for predictions, which takes time, so it is done only when asked for"
+        why = "it evaluates the networks, which takes time, and is only computed on request"
     return Section(name, title, reading, (), why, command(contents, verb))
 
 
 def command(contents: Contents, verb: str) -> str:
-    """Return a command about the study: the verb, the study, then the verb's options and what overrides the study.
+    """Return a command line: the verb, the study, the options of the verb, and the options that override fields.
 
     >>> from tombola.study.schema import load_study
     >>> digits = load_study("digits")
@@ -278,7 +279,7 @@ def command(contents: Contents, verb: str) -> str:
 
 
 def join_names(names: Sequence[str]) -> str:
-    """Return names as a sentence lists them.
+    """Join names for a sentence.
 
     >>> join_names(["l1"]), join_names(["magnitude", "l1", "l2"])
     ('l1', 'magnitude, l1 and l2')
@@ -291,7 +292,7 @@ def _several(number: int, what: str) -> str:
 
 
 def slug(text: str) -> str:
-    """Return a text as a part of a file's name.
+    """Return a text in a form that can be part of a file name.
 
     >>> slug("mine:Cubic <b>"), slug("min_max")
     ('mine-cubic-b', 'min-max')

@@ -1,7 +1,7 @@
-"""Tables: each the numbers of one chart, made from an analysis's table; percentages are on the scale 0..100.
+"""Tables: the numbers of each chart, computed from the table of an analysis. Percentages are in 0..100.
 
-Columns are named as a reader is to see them: they are the headings of the tables and the titles of the axes. Numbers
-are means over the seeds that are there, unless their names say otherwise.
+The names of columns are the headings that a reader sees. Numbers are means over the stored seeds, unless the name of
+the column says otherwise.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from tombola.analysis.accuracy import Row
 from tombola.analysis.gather import ALL, DATA_ORDER, IMPORTANCES
 
 DENSITY = "alive %"
-"""The heading of the share of all connections that are alive."""
+"""The heading of the density: alive connections in % of all."""
 
 TWO, NOISE = "two importances", "two data orders"
 
 
 def together(importances: int) -> str:
-    """Return what the comparison of all importances is called.
+    """Return the name of the comparison of all importances.
 
     >>> together(5)
     'all 5 importances'
@@ -32,8 +32,8 @@ def together(importances: int) -> str:
 def accuracy(results: Sequence[Row]) -> pl.DataFrame:
     """Return the accuracy of each importance and level: importance, level, alive %, seeds, accuracy %, sd, low, high.
 
-    Standard deviations are over seeds (n - 1), null for one seed; low and high are one of them from the mean.
-    Trainings that diverged are counted in `diverged`.
+    `sd` is the standard deviation over seeds (n - 1), null for one seed. `low` and `high` are mean - sd and mean + sd.
+    `diverged` counts the trainings that diverged.
 
     >>> rows = [Row("l1", seed, 1, 0.8, 0.9 + 0.02 * seed, 8, 0.1, False) for seed in (0, 1)]
     >>> accuracy(rows).select("level", "seeds", "accuracy %", "low", "high").row(0)
@@ -57,7 +57,7 @@ def accuracy(results: Sequence[Row]) -> pl.DataFrame:
 
 
 def paper(reported: pl.DataFrame, found: pl.DataFrame) -> pl.DataFrame:
-    """Return the paper's accuracies at the levels and importances that `found` (of `accuracy`) has."""
+    """Return the paper's accuracies at the levels and importances of `found`, a table of `accuracy`."""
     ours = found.select("importance", "level", DENSITY, "accuracy %")
     return reported.join(ours, on=["importance", "level"], how="inner", maintain_order="left").select(
         "importance",
@@ -73,11 +73,11 @@ def paper(reported: pl.DataFrame, found: pl.DataFrame) -> pl.DataFrame:
 
 
 def pairs(overlap: pl.DataFrame, level: int | None = None) -> pl.DataFrame:
-    """Return what every two tickets share at each level, in both orders: level, ticket, other, shared %, by chance %.
+    """Return the share in common of each pair of tickets, in both orders: level, ticket, other, shared %, by chance %.
 
     Args:
-        overlap: of `tombola.analysis.overlap`.
-        level: the only one, where one is given.
+        overlap: from `tombola.analysis.overlap`.
+        level: the level to select; None for all.
     """
     found = overlap.filter((pl.col("layer") == ALL) & (pl.col("k") == 2))
     if level is not None:
@@ -101,15 +101,15 @@ def pairs(overlap: pl.DataFrame, level: int | None = None) -> pl.DataFrame:
 
 
 def overlap(table: pl.DataFrame, importances: int) -> pl.DataFrame:
-    """Return what tickets share at each level: every two importances, all, and two data orders.
+    """Return the share in common at each level: of two importances, of all importances, and of two data orders.
 
-    Columns: comparison, level, alive %, shared % (of a ticket's connections), lowest %, highest % (over pairs and
-    seeds), and what chance gives: for random tickets with the same number of connections in each layer, and with the
-    same number in all.
+    Columns: comparison, level, alive %, shared % (of a ticket's connections), lowest % and highest % (over pairs and
+    seeds), and the expected share of random tickets with the same number of connections in each layer (chance, by
+    layers %) and in the whole network (chance, overall %).
 
     Args:
-        table: of `tombola.analysis.overlap`.
-        importances: how many the study has.
+        table: from `tombola.analysis.overlap`.
+        importances: number of importances of the study.
     """
     means = analysis.overlap.summarise(table.filter(pl.col("layer") == ALL), "kind", "k", "level")
     return pl.concat(
@@ -129,7 +129,7 @@ def overlap(table: pl.DataFrame, importances: int) -> pl.DataFrame:
 
 
 def _comparisons(importances: int) -> list[tuple[str, str, int]]:
-    """Return (name, kind, how many tickets) of what is compared."""
+    """Return (name, kind, number of tickets) of each comparison."""
     every = [(together(importances), IMPORTANCES, importances)] if importances > 2 else []
     return [(TWO, IMPORTANCES, 2), *every, (NOISE, DATA_ORDER, 2)]
 
@@ -138,11 +138,11 @@ _BY_CHANCE = (
     (100 * pl.col("layers_expected")).alias("chance, by layers %"),
     (100 * pl.col("global_expected")).alias("chance, overall %"),
 )
-"""What random tickets share, in % of a ticket."""
+"""The expected share in common of random tickets, in % of a ticket."""
 
 
 def overlap_by_layer(table: pl.DataFrame, level: int, importances: int) -> pl.DataFrame:
-    """Return what all importances (or the two) and two data orders share in each layer at a level."""
+    """Return the share in common in each layer at one level, of the same comparisons as `overlap`."""
     means = analysis.overlap.summarise(table.filter(pl.col("level") == level), "kind", "k", "layer")
     return pl.concat(
         means.filter((pl.col("kind") == kind) & (pl.col("k") == k)).select(
@@ -157,13 +157,13 @@ def overlap_by_layer(table: pl.DataFrame, level: int, importances: int) -> pl.Da
 
 
 def layers(table: pl.DataFrame, importance: str) -> pl.DataFrame:
-    """Return how dense each layer of an importance's tickets is: layer, level, alive %, on paths %, collapsed, seeds.
+    """Return the density of each layer for one importance: layer, level, alive %, on paths %, collapsed, seeds.
 
-    `collapsed` is in how many of the seeds the layer has no connection alive.
+    `collapsed` is the number of seeds in which the layer has no connection left.
 
     Args:
-        table: of `tombola.analysis.layers`.
-        importance: whose.
+        table: from `tombola.analysis.layers`.
+        importance: its name.
     """
     own = table.filter((pl.col("importance") == importance) & (pl.col("layer") != ALL))
     return analysis.layers.summarise(own).select(
@@ -177,15 +177,15 @@ def layers(table: pl.DataFrame, importance: str) -> pl.DataFrame:
 
 
 def by_level(table: pl.DataFrame, value: str) -> pl.DataFrame:
-    """Return a table of `layers` with a row for each layer and a column for each level."""
+    """Return a table of `layers` with one row per layer and one column per level."""
     return table.with_columns(pl.col("level").cast(pl.String)).pivot("level", index="layer", values=value)
 
 
 def stability(table: pl.DataFrame, measure: str) -> pl.DataFrame:
-    """Return one measure of shared and other connections: importance, layer, of each its mean and quartiles, effect.
+    """Return mean and quartiles of one measure for shared and other connections, and the effect size, in each layer.
 
     Args:
-        table: of `tombola.analysis.stability`.
+        table: from `tombola.analysis.stability`.
         measure: one of `tombola.analysis.stability.MEASURES`.
     """
     names = {
@@ -206,13 +206,14 @@ def stability(table: pl.DataFrame, measure: str) -> pl.DataFrame:
 
 
 def weights(table: pl.DataFrame, quantity: str) -> pl.DataFrame:
-    """Return how one quantity is distributed: importance, layer, connections, and its quantiles.
+    """Return the distribution of one quantity: importance, layer, connections, and quantiles.
 
     Args:
-        table: of `tombola.analysis.weights`.
+        table: from `tombola.analysis.weights`.
         quantity: "initial", "rewind", "end" or "score".
     """
-    names = {"min": "least", "q05": "5 %", "q25": "25 %", "q50": "median", "q75": "75 %", "q95": "95 %", "max": "most"}
+    quartiles = {"q05": "5 %", "q25": "25 %", "q50": "median", "q75": "75 %", "q95": "95 %"}
+    names = {"min": "minimum", **quartiles, "max": "maximum"}
     return (
         table.filter(pl.col("quantity") == quantity)
         .group_by("importance", "layer", maintain_order=True)
@@ -224,13 +225,13 @@ def weights(table: pl.DataFrame, quantity: str) -> pl.DataFrame:
 
 
 def reinit(table: pl.DataFrame) -> pl.DataFrame:
-    """Return how often kept connections survive: importance, layer, and their excess over chance in %.
+    """Return how often kept connections survive in each layer, and the excess over chance in %.
 
-    Counts are means over seeds and draws; `draws` is how many each of the seeds has. `low` and `high` are the 95 %
-    interval over draws, `chance low` and `chance high` that of one draw by chance.
+    Counts are means over seeds and draws; `draws` is the number of draws of each seed. `low` and `high` are the 95 %
+    interval over draws; `chance low` and `chance high` are the 95 % interval of one draw under chance.
 
     Args:
-        table: of `tombola.analysis.reinit`, of one level and one set of importances.
+        table: from `tombola.analysis.reinit`, for one level and one set of importances.
     """
     bounds = ("low", "high", "chance_low", "chance_high")
     return table.group_by("importance", "layer", maintain_order=True).agg(
@@ -246,10 +247,10 @@ def reinit(table: pl.DataFrame) -> pl.DataFrame:
 
 
 def connectivity(table: pl.DataFrame) -> pl.DataFrame:
-    """Return the error between every two tickets: what differs, tickets, position on the line, error %, barrier.
+    """Return the error on the line between pairs of tickets: what differs, tickets, position, error %, barrier, seeds.
 
     Args:
-        table: of `tombola.analysis.connectivity`.
+        table: from `tombola.analysis.connectivity`.
     """
     return (
         table.with_columns(pl.col("tickets").list.join(" & "))
@@ -264,10 +265,10 @@ def connectivity(table: pl.DataFrame) -> pl.DataFrame:
 
 
 def functions(table: pl.DataFrame) -> pl.DataFrame:
-    """Return how alike every two tickets predict, and dense networks: comparison, agreement and what chance gives.
+    """Return how often two tickets, or two dense networks, make the same prediction, and the expectation by chance.
 
     Args:
-        table: of `tombola.analysis.functions`.
+        table: from `tombola.analysis.functions`.
     """
     named = table.filter(pl.col("k") == 2).with_columns(
         pl.when(pl.col("kind") == "seeds")

@@ -1,4 +1,4 @@
-"""Watching: the page of a study that is running, served to this machine alone and kept fresh."""
+"""Watch: serve the page of a running study on this machine only, and update it."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from tombola.errors import UserError
 
 LOOPBACK = "127.0.0.1"
 ADDRESS = "/version"
-"""Where the server says which version of the page it has."""
+"""The path under which the server returns the version of its page."""
 
 
 class ServedPage:
-    """A page under a URL on the loopback; `show` puts another in its place."""
+    """A page at a URL of the loopback interface; `show` replaces it."""
 
     def __init__(self, url: str, show: Callable[[str], None]) -> None:
         self.url, self.show = url, show
@@ -29,16 +29,16 @@ def serve(port: int) -> Iterator[ServedPage]:
     """Serve a page on 127.0.0.1 and nowhere else, until the context ends.
 
     Args:
-        port: 0 for any that is free.
+        port: 0 for any free port.
 
     Raises:
-        UserError: where the port is taken.
+        UserError: if the port cannot be used.
     """
     current = {"page": b"", "version": b""}
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            # A page elsewhere can have a name of its own lead to the loopback; then it is that name that is asked for.
+            # DNS rebinding: a foreign page can let its own name point to the loopback; requests then carry that name.
             if self.headers.get("Host") not in {f"{name}:{server.server_port}" for name in (LOOPBACK, "localhost")}:
                 self.send_error(HTTPStatus.FORBIDDEN)
             elif self.path == "/":
@@ -61,7 +61,7 @@ def serve(port: int) -> Iterator[ServedPage]:
             self.wfile.write(content)
 
         def log_message(self, *_: object) -> None:
-            """Say nothing of requests."""
+            """Print nothing about requests."""
 
     def show(page: str) -> None:
         content = page.encode()
@@ -70,7 +70,7 @@ def serve(port: int) -> Iterator[ServedPage]:
     try:
         server = ThreadingHTTPServer((LOOPBACK, port), Handler)
     except (OSError, OverflowError) as error:
-        raise UserError(f"--port {port}: cannot be served on: {getattr(error, 'strerror', None) or error}") from error
+        raise UserError(f"port {port} cannot be used: {getattr(error, 'strerror', None) or error}") from error
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.1}, daemon=True)
     thread.start()
     try:
@@ -84,13 +84,13 @@ def serve(port: int) -> Iterator[ServedPage]:
 def keep_fresh(
     state: Callable[[], object], make: Callable[[], str], show: Callable[[str], None], seconds: float
 ) -> None:
-    """Show what `make` returns, again whenever `state` has come to be another; without end, until interrupted.
+    """Show what `make` returns, and again whenever `state` has changed, until interrupted.
 
     Args:
-        state: tells cheaply whether there may be something new.
+        state: returns a value that changes when there may be something new; it must be cheap.
         make: returns the page.
-        show: shows it.
-        seconds: between two looks.
+        show: shows the page.
+        seconds: time between two calls of `state`.
     """
     shown: object = None
     while True:

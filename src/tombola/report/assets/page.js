@@ -21,7 +21,7 @@
       }
     } catch (error) {
       place.classList.add("failed");
-      place.textContent = "This chart could not be drawn; its numbers are below.";
+      place.textContent = "This chart could not be drawn. The table below contains its numbers.";
       console.error(error);
     }
   }
@@ -29,7 +29,7 @@
 
   const address = document.body.dataset.refreshed;
   if (!address) return;
-  // What the reader has opened, set and scrolled to outlives the page's loading itself anew.
+  // Keep open tables, sliders and the scroll position when the page reloads itself.
   const all = selector => [...document.querySelectorAll(selector)];
   const before = JSON.parse(sessionStorage.getItem("before") ?? "null");
   if (before) {
