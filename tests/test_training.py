@@ -96,7 +96,7 @@ class Case:
     def setting(self) -> tuple[nn.Module, State, Mask]:
         model, initial, mask = _setting(self.build, self.fraction)
         if self.sparse and not kernels.available():
-            pytest.skip("tombola was built without its kernels")
+            pytest.skip("built without kernels; to run: reinstall with a C++ compiler")
         assert bool(sparse_layers(model, mask, self.recipe())) == self.sparse
         return model, initial, mask
 
