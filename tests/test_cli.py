@@ -513,7 +513,8 @@ def shown(terminal: Terminal, planner: Planner, status: Status) -> str:
     """Return what a run's display shows last, where the run is so far."""
     from tombola.cli.display import showing
 
-    terminal.truncate(0)
+    terminal.seek(0)
+    terminal.truncate()
     with contextlib.redirect_stdout(terminal), showing(planner) as show:
         show(status, None)
     return terminal.plain
@@ -530,16 +531,16 @@ def test_a_run_is_live_on_a_terminal_and_fits_80_columns(finished: Path, termina
 
     begun = shown(terminal, planner, Status(8, chains={chain: Progress((), waits_for, 3) for chain in chains}))
     assert "0 of 8 trainings" in begun
-    assert re.search(r"^min_max +0 +- +- *\r?$", begun, re.MULTILINE)
+    assert re.search(r"^ *min_max +0 +- +- *\r?$", begun, re.MULTILINE)
     assert "training" not in begun.partition("trainings")[2]
     half = shown(
         terminal, planner, Status(8, 3, chains, {waits_for.key: (waits_for, waits_for.end // 2)}, seconds_left=75.0)
     )
     assert "3 of 8 trainings" in half
     assert "1 min 15 s left" in half
-    assert re.search(r"^magnitude +0 +2 of 2 +accuracy \d\d\.\d\d % *\r?$", half, re.MULTILINE)
-    assert re.search(r"^magnitude, order 100 +0 +- +- *\r?$", half, re.MULTILINE)
-    assert re.search(r"^min_max +0 +0 of 2 +accuracy \d\d\.\d\d % +training: \d+ % *\r?$", half, re.MULTILINE)
+    assert re.search(r"^ *magnitude +0 +2 of 2 +accuracy \d\d\.\d\d % *\r?$", half, re.MULTILINE)
+    assert re.search(r"^ *magnitude, order 100 +0 +- +- *\r?$", half, re.MULTILINE)
+    assert re.search(r"^ *min_max +0 +0 of 2 +accuracy \d\d\.\d\d % +training: \d+ % *\r?$", half, re.MULTILINE)
     assert terminal.width <= 80
 
 
@@ -554,7 +555,7 @@ def test_chains_at_work_are_shown_where_a_terminal_has_too_few_lines(
     assert waits_for is not None
     text = shown(terminal, planner, Status(9, 1, chains, {waits_for.key: (waits_for, waits_for.begin)}))
     assert len(re.findall(r" of 2 ", text)) == 2
-    assert re.search(r"^lamp +1 .*training: 0 % *\r?$", text, re.MULTILINE)
+    assert re.search(r"^ *lamp +1 .*training: 0 % *\r?$", text, re.MULTILINE)
 
 
 def test_a_run_on_a_terminal_ends_with_its_results(
@@ -562,8 +563,8 @@ def test_a_run_on_a_terminal_ends_with_its_results(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     with contextlib.redirect_stdout(terminal):
-        assert main(["run", *STUDY, "--levels", "0", "--seeds", "0", "1"]) == 0
-    assert "2 of 2 trainings" in terminal.plain
+        assert main(["run", *STUDY, "--levels", "1", "--seeds", "0", "1"]) == 0
+    assert "6 of 6 trainings" in terminal.plain
     assert "test accuracy in % on digits, mean ± sd over 2 seeds; best bold" in terminal.plain
     assert re.search(r"\x1b\[1m *\d\d\.\d\d±\d+\.\d\d\x1b\[0m", terminal.getvalue())  # the best, in bold
     assert "*" not in terminal.plain
