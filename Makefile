@@ -1,9 +1,10 @@
 # Everything below installs into .venv, with the versions pinned in requirements.lock.
 PYTHON ?= python3
 PIP = PIP_CONSTRAINT=requirements.lock .venv/bin/pip install --quiet --disable-pip-version-check
+PYTEST = .venv/bin/pytest --pyargs tombola tests -n auto --dist loadgroup
 SOURCES = pyproject.toml requirements.lock CMakeLists.txt $(shell find src -type f -not -name '*.pyc' -not -name '*.so')
 
-.PHONY: demo test bench clean
+.PHONY: demo test test-repeat bench clean
 
 demo: .venv/installed
 	.venv/bin/tombola run digits
@@ -12,7 +13,13 @@ test: .venv/installed-tests
 	.venv/bin/ruff format --check src tests benchmarks
 	.venv/bin/ruff check src tests benchmarks
 	.venv/bin/mypy
-	.venv/bin/pytest --pyargs tombola tests
+	$(PYTEST)
+
+# RUNS times all that `make test` runs, BUSY of them while both cores have something else to do; a line for each.
+RUNS ?= 10
+BUSY ?= 5
+test-repeat: .venv/installed-tests
+	.venv/bin/python tests/repeat.py $(RUNS) $(BUSY) $(PYTEST)
 
 bench: .venv/installed
 	.venv/bin/python benchmarks/run.py
@@ -26,6 +33,10 @@ bench: .venv/installed
 	$(PYTHON) -m venv .venv
 	$(PIP) '.[test]'
 	touch .venv/installed $@
+
+.venv/installed-ray: .venv/installed-tests
+	$(PIP) 'tombola[ray]'
+	touch $@
 
 clean:
 	rm -rf .venv build dist

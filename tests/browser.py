@@ -11,11 +11,12 @@ import select
 import shutil
 import subprocess
 import tempfile
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from processes import LONG, until
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
@@ -35,28 +36,23 @@ class Browser:
         for domain in ("Page", "Runtime", "Log", "Network"):
             self._call(f"{domain}.enable")
 
-    def open(self, address: str, *, width: int = 1200, height: int = 900, dark: bool = False) -> float:
-        """Open an address and wait until its charts are drawn; return how many seconds that took."""
+    def open(self, address: str, *, width: int = 1200, height: int = 900, dark: bool = False) -> None:
+        """Open an address and wait until its charts are drawn."""
         self.errors.clear()
         self.requests.clear()
         scheme = [{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]
         self._call("Emulation.setEmulatedMedia", features=scheme)
         self.resize(width, height)
-        began = time.monotonic()
         self._call("Page.navigate", url=address)
         self.wait("document.documentElement?.dataset.drawn !== undefined")
-        return time.monotonic() - began
 
     def resize(self, width: int, height: int = 900) -> None:
         size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
         self._call("Emulation.setDeviceMetricsOverride", **size)
 
-    def wait(self, condition: str, seconds: float = 30) -> None:
+    def wait(self, condition: str) -> None:
         """Wait until a condition in JavaScript holds."""
-        until = time.monotonic() + seconds
-        while not self(condition):
-            assert time.monotonic() < until, f"{condition} does not come true; {self.errors}"
-            time.sleep(0.05)
+        until(lambda: bool(self(condition)), f"{condition} in the browser")
 
     def __call__(self, expression: str) -> Any:
         """Return what an expression in JavaScript gives."""
@@ -99,7 +95,7 @@ class Browser:
 
     def _receive(self) -> dict[str, Any]:
         while b"\0" not in self._left:
-            assert select.select([self._read], [], [], 60)[0], "the browser does not answer"
+            assert select.select([self._read], [], [], LONG)[0], "the browser does not answer"
             more = os.read(self._read, 1 << 16)
             assert more, "the browser has gone"
             self._left += more
@@ -155,7 +151,7 @@ def browser() -> Iterator[Browser]:
             os.close(read)
             process.terminate()
             try:
-                process.wait(10)
+                process.wait(LONG)
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()

@@ -2,15 +2,45 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
+from filelock import FileLock
 
+from processes import LONG
 from small_study import STUDY
+
+# The examples are the same each time. To look for others: pytest --hypothesis-profile explore
+hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None)
+hypothesis.settings.register_profile("explore", max_examples=2000, deadline=None, print_blob=True)
+hypothesis.settings.load_profile("repeatable")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say what was skipped, why, and how to have it run."""
+    skipped = terminalreporter.stats.get("skipped", [])
+    if not skipped:
+        return
+    terminalreporter.section("not run")
+    reasons = Counter((report.nodeid.partition("::")[0], reason_of(report)) for report in skipped)
+    for (file, reason), count in sorted(reasons.items()):
+        why, _, how = reason.partition("; to run: ")
+        terminalreporter.line(f"{count:4} of {Path(file).name}: {why}")
+        terminalreporter.line(f"     to run: {how or 'nobody has said how'}")
+
+
+def reason_of(report: pytest.TestReport | pytest.CollectReport) -> str:
+    """Return why something was skipped."""
+    reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+    return reason.removeprefix("Skipped: ")
 
 
 @pytest.fixture(autouse=True)
@@ -24,20 +54,35 @@ def tombola() -> Callable[..., subprocess.CompletedProcess[str]]:
 
     def run(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-c", "from tombola.cli import main; raise SystemExit(main())", *arguments]
-        return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+        return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, timeout=LONG)
 
     return run
 
 
 @pytest.fixture(scope="session")
 def finished_run(
-    tmp_path_factory: pytest.TempPathFactory, tombola: Callable[..., subprocess.CompletedProcess[str]]
+    tmp_path_factory: pytest.TempPathFactory,
+    worker_id: str,
+    tombola: Callable[..., subprocess.CompletedProcess[str]],
 ) -> tuple[Path, subprocess.CompletedProcess[str]]:
-    """The folder in which `tombola run` has run `STUDY` with two workers, and what it said; not to be changed."""
-    folder = tmp_path_factory.mktemp("finished")
-    run = tombola("run", *STUDY, "--workers", "2", folder=folder)
-    assert run.returncode == 0, run.stderr
-    return folder, run
+    """The folder in which `tombola run` has run `STUDY` with two workers, and what it said; not to be changed.
+
+    It runs once, for all processes in which tests run.
+    """
+    root = tmp_path_factory.getbasetemp()
+    if worker_id != "master":
+        root = root.parent
+    folder = root / "finished"
+    with FileLock(root / "finished.lock", timeout=2 * LONG):
+        if not folder.exists():
+            new = root / "unfinished"
+            shutil.rmtree(new, ignore_errors=True)
+            new.mkdir()
+            run = tombola("run", *STUDY, "--workers", "2", folder=new)
+            assert run.returncode == 0, run.stderr
+            (new / "said.json").write_text(json.dumps([run.args, run.returncode, run.stdout, run.stderr]))
+            new.rename(folder)
+    return folder, subprocess.CompletedProcess(*json.loads((folder / "said.json").read_text()))
 
 
 @pytest.fixture(scope="session")

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import importlib
 import io
 import json
 import os
-import pty
 import re
-import select
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,10 +22,15 @@ import safetensors
 import safetensors.torch
 import torch
 
+from gate import Arrival, Gate
+from processes import LONG, wait_for_end
 from small_study import OVERRIDES, STUDY
-from tombola import Ticket, load_problem, load_study
+from stores import results, study, write_study
+from tombola import Planner, Store, Ticket, load_problem, load_study
 from tombola.cli import main
+from tombola.engine.run import Status
 from tombola.importance import IMPORTANCES
+from tombola.study.planner import Chain, Progress
 from tombola.study.schema import presets
 from tombola.training.train import initial_state
 
@@ -452,65 +456,128 @@ def test_a_reader_that_goes_away_is_no_error() -> None:
         assert (said.returncode, said.stderr) == (141, b"")
 
 
-def test_ctrl_c_stops_at_once_says_how_to_go_on_and_keeps_what_is_done(tmp_path: Path, here: Here) -> None:
-    study = ["digits", "--recipe.epochs", "8", "--levels", "30"]
-    with subprocess.Popen(
-        [*CONSOLE, "run", *study, "--workers", "2"],
-        cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
-    ) as process:  # fmt: skip
-        assert process.stdout is not None
-        assert process.stderr is not None
-        assert process.stdout.readline().startswith("[1/")
-        began = time.monotonic()
+def test_ctrl_c_stops_at_once_says_how_to_go_on_and_keeps_what_is_done(tmp_path: Path) -> None:
+    """It waits for no training: those that are under way would never end."""
+    gate = Gate()
+    of = gate.before(study(seeds=(0, 1)))
+    command = [*write_study(tmp_path, of), "--workers", "2"]
+    with gate.opened():
+        process = subprocess.Popen(
+            command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        )
+        held: list[Arrival] = []
+        while len(held) < 2:
+            arrival = gate.next()
+            if arrival.iteration == 20:  # of level 0: two rewind points are done
+                held.append(arrival)
+            else:
+                arrival.go()
         os.killpg(process.pid, signal.SIGINT)  # as a terminal does
-        assert process.wait() == 130
-        assert time.monotonic() - began < 3  # it takes a tenth of a second where nothing else runs
-        error = process.stderr.read()
-    again = "tombola run digits --recipe.epochs 8 --levels 30 --workers 2"
-    assert error == f"\ntombola: stopped; finished trainings are kept, continue with: {again}\n"
-    assert json.loads(here("plan", *study, "--format", "json"))["existing"] >= 1
-
-
-def on_a_terminal(folder: Path, *arguments: str) -> tuple[int, str]:
-    """Run the command line on a terminal of 24 lines of 80; return its status and all that it wrote."""
-    process, terminal = pty.fork()
-    if process == 0:
-        os.chdir(folder)
-        os.environ |= {"TERM": "xterm", "COLUMNS": "80", "LINES": "24"}
-        os.execv(CONSOLE[0], [*CONSOLE, *arguments])
-    written = b""
-    while select.select([terminal], [], [], 60)[0]:
-        try:
-            written += os.read(terminal, 1 << 16)
-        except OSError:  # Linux: its other end is closed
-            break
-    os.close(terminal)
-    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]), written.decode()
-
-
-@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
-def test_on_a_terminal_a_run_is_live_and_fits_80_columns(tmp_path: Path) -> None:
-    status, text = on_a_terminal(
-        tmp_path, "run", "digits", "--levels", "1", "--recipe.epochs", "3", "--seeds", "0", "--workers", "1"
+        _, error = process.communicate(timeout=LONG)
+        wait_for_end(*(arrival.pid for arrival in held))
+        for arrival in held:
+            arrival.go()
+    assert process.returncode == 130
+    assert (
+        error == f"\ntombola: stopped; finished trainings are kept, continue with: tombola {shlex.join(command[1:])}\n"
     )
-    assert status == 0
-    plain = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", text)
-    assert "of 8 trainings" in plain
-    assert re.search(r"magnitude, order 100 +0 ", plain)
-    assert re.search(r"l1 +0 +0 of 1 +accuracy \d\d\.\d\d % ", plain)
-    assert re.search(r"training: \d+ %", plain)
-    assert max(len(line) for line in re.split(r"[\r\n]+", plain)) <= 80
-    assert "test accuracy in % on digits, seed 0; best bold" in plain
-    assert re.search(r"\x1b\[1m *\d\d\.\d\d\x1b\[0m", text)  # the best, in bold
-    assert "*" not in plain
+    assert len(results(tmp_path / "tombola-store")) == 2
 
 
-@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
-def test_a_table_too_wide_for_a_terminal_is_printed_in_parts(finished: Path, tmp_path: Path) -> None:
+# On a terminal
+
+
+class Terminal(io.StringIO):
+    """What is written to a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+    @property
+    def plain(self) -> str:
+        """Without colours and movements of the cursor."""
+        return re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", self.getvalue())
+
+    @property
+    def width(self) -> int:
+        """Of the longest line that was written."""
+        return max(len(line) for line in re.split(r"[\r\n]+", self.plain))
+
+
+@pytest.fixture
+def terminal(monkeypatch: pytest.MonkeyPatch) -> Terminal:
+    """A terminal of 24 lines of 80."""
+    for name, value in {"TERM": "xterm", "COLUMNS": "80", "LINES": "24"}.items():
+        monkeypatch.setenv(name, value)
+    return Terminal()
+
+
+def shown(terminal: Terminal, planner: Planner, status: Status) -> str:
+    """Return what a run's display shows last, where the run is so far."""
+    from tombola.cli.progress import show_progress
+
+    terminal.seek(0)
+    terminal.truncate()
+    with contextlib.redirect_stdout(terminal), show_progress(planner, 2) as show:
+        show(status, None)
+    return terminal.plain
+
+
+def test_a_run_is_live_on_a_terminal_and_fits_80_columns(finished: Path, terminal: Terminal) -> None:
+    """Where nothing is done; where one chain waits for a training that is half done; and where all is done."""
+    overrides = OVERRIDES | {"importances": ["magnitude", "min_max"], "data_seeds": [100]}
+    of = load_study("digits", overrides)
+    planner = Planner(of, load_problem(of.task), Store(finished))
+    chains = {chain: planner.progress(chain) for chain in [*planner.chains, *planner.repeats]}
+    waits_for = chains[Chain(0, "min_max")].waits_for
+    assert waits_for is not None
+
+    begun = shown(terminal, planner, Status(8, chains={chain: Progress((), waits_for, 3) for chain in chains}))
+    assert "0 of 8 trainings" in begun
+    assert re.search(r"^ *min_max +0 +- +- *\r?$", begun, re.MULTILINE)
+    assert "training" not in begun.partition("trainings")[2]
+    half = shown(
+        terminal, planner, Status(8, 3, chains, {waits_for.key: (waits_for, waits_for.end // 2)}, seconds_left=75.0)
+    )
+    assert "3 of 8 trainings" in half
+    assert "1 min 15 s left" in half
+    assert re.search(r"^ *magnitude +0 +2 of 2 +accuracy \d\d\.\d\d % *\r?$", half, re.MULTILINE)
+    assert re.search(r"^ *magnitude, order 100 +0 +- +- *\r?$", half, re.MULTILINE)
+    assert re.search(r"^ *min_max +0 +0 of 2 +accuracy \d\d\.\d\d % +training: \d+ % *\r?$", half, re.MULTILINE)
+    assert terminal.width <= 80
+
+
+def test_chains_at_work_are_shown_where_a_terminal_has_too_few_lines(
+    finished: Path, terminal: Terminal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LINES", "7")  # of which two are for chains
+    of = load_study("digits", OVERRIDES | {"importances": ["magnitude", "l1", "l2", "lamp"]})
+    planner = Planner(of, load_problem(of.task), Store(finished))
+    chains = {chain: planner.progress(chain) for chain in planner.chains}
+    waits_for = chains[Chain(1, "lamp")].waits_for
+    assert waits_for is not None
+    text = shown(terminal, planner, Status(9, 1, chains, {waits_for.key: (waits_for, waits_for.begin)}))
+    assert len(re.findall(r" of 2 ", text)) == 2
+    assert re.search(r"^ *lamp +1 .*training: 0 % *\r?$", text, re.MULTILINE)
+
+
+def test_a_run_on_a_terminal_ends_with_its_results(
+    workers_here: None, tmp_path: Path, terminal: Terminal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with contextlib.redirect_stdout(terminal):
+        assert main(["run", *STUDY, "--levels", "1", "--seeds", "0", "1"]) == 0
+    assert "6 of 6 trainings" in terminal.plain
+    assert "test accuracy in % on digits, mean ± std over 2 seeds; best bold" in terminal.plain
+    assert re.search(r"\x1b\[1m *\d\d\.\d\d±\d+\.\d\d\x1b\[0m", terminal.getvalue())  # the best, in bold
+    assert "*" not in terminal.plain
+    assert terminal.width <= 80
+
+
+def test_a_table_too_wide_for_a_terminal_is_printed_in_parts(finished: Path, terminal: Terminal) -> None:
     names = ["magnitude", "l1", "l2", "softmax", "min_max", "lamp", "random"]
-    status, text = on_a_terminal(tmp_path, "results", *STUDY, "--importances", *names, "--store", str(finished))
-    assert status == 0
-    plain = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", text).replace("\r", "")
-    assert max(len(line) for line in plain.splitlines()) <= 80
-    assert plain.count("level  sparsity") == 2
-    assert all(name in plain for name in names)
+    with contextlib.redirect_stdout(terminal):
+        assert main(["results", *STUDY, "--importances", *names, "--store", str(finished)]) == 0
+    assert terminal.width <= 80
+    assert terminal.plain.count("level  sparsity") == 2
+    assert all(name in terminal.plain for name in names)

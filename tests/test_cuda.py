@@ -10,7 +10,9 @@ from tombola import Augmentation, Checkpoint, Dataset, Mask, Recipe, Trained, pr
 from tombola.importance import magnitude
 from tombola.training.train import initial_state
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
+pytestmark = pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="torch finds no GPU; to run: on a machine with one"
+)
 
 RECIPE = Recipe(
     momentum=0.9,

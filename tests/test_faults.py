@@ -55,6 +55,9 @@ def _die_writing(writes: int) -> None:
     os.fsync = fsync
 
 
+pytestmark = pytest.mark.xdist_group("processes")  # the process that workers are copies of starts once
+
+
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     """The study's store."""

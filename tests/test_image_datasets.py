@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps
 from rich.console import Console
 
+from processes import LONG
 from tombola.datasets import cache as cache_module
 from tombola.datasets import decoder, files, load, pictures, progress, tree
 from tombola.datasets.cache import mean_and_std
@@ -358,7 +359,7 @@ def test_several_at_once_decode_once(tmp_path, monkeypatch):
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join()
+        thread.join(LONG)
     assert len(prints) == 4
     assert len(set(prints)) == 1
     assert len(calls) == 1

@@ -25,7 +25,9 @@ from tombola import Mask, Recipe, datasets, kernels, prune, train
 from tombola.importance import magnitude
 from tombola.kernels import BatchNorm2d, MaxPool2d, Perceptron, SparseConv2d, SparseLinear, layers, linear
 
-needs_kernels = pytest.mark.skipif(not kernels.available(), reason="built without kernels")
+needs_kernels = pytest.mark.skipif(
+    not kernels.available(), reason="built without kernels; to run: reinstall with a C++ compiler"
+)
 SETS: list[str] = layers.extension.instruction_sets() if layers.extension else ["plain"]
 EPSILON = torch.finfo(torch.float32).eps
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
-import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,19 +11,32 @@ from typing import Any
 
 import pytest
 
-from stores import TASK, content, planner, records, results, run_study, study, write_study
+from gate import Arrival, Gate
+from processes import LONG
+from stores import content, planner, results, run_study, study, write_study
 from tombola.engine.local import LocalWorkers
 from tombola.engine.run import Status, run
 from tombola.errors import UserError
+from tombola.store.store import Store
 from tombola.study.planner import Training
 
-ray = pytest.importorskip("ray", reason="ray is not installed: pip install 'tombola[ray]'")
-Cluster = pytest.importorskip("ray.cluster_utils").Cluster
-RayWorkers = pytest.importorskip("tombola.engine.ray").RayWorkers
+INSTALLED = importlib.util.find_spec("ray") is not None
+if INSTALLED:
+    import ray
+    from ray.cluster_utils import Cluster
 
-pytestmark = pytest.mark.filterwarnings("default")  # Ray's own
+    from tombola.engine.ray import RayWorkers
 
-STUDY = study(["magnitude", "l1", "l2"], levels=1, iterations=1000)
+pytestmark = [
+    pytest.mark.skipif(not INSTALLED, reason="Ray is not installed; to run: make .venv/installed-ray"),
+    pytest.mark.filterwarnings("default"),  # Ray's own
+    pytest.mark.xdist_group("ray"),  # one cluster for all
+]
+
+GATE = Gate()
+STUDY = GATE.before(study(["magnitude", "l1", "l2"]))
+REWIND, LEVEL = 10, 50
+"""Iterations of the trainings: one to the rewind point, and four of levels."""
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +54,7 @@ def cluster() -> Iterator[Any]:
     nodes = Cluster(initialize_head=True, head_node_args=small)
     ray.init(address=nodes.address, log_to_driver=False, logging_level="ERROR")  # while there is but the first node
     nodes.add_node(num_cpus=1, object_store_memory=100_000_000)
-    nodes.wait_for_nodes()
+    nodes.wait_for_nodes(timeout=LONG)
     yield nodes
     ray.shutdown()
     nodes.shutdown()
@@ -53,24 +66,9 @@ def run_on_ray(root: Path, show: Any = lambda *_: None, **how: Any) -> Status:
         return run(plan, workers, show)
 
 
-def tasks() -> list[int]:
-    """The processes of Ray, below this one, that are doing a training."""
-    found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            if b"ray::_train" in (folder / "cmdline").read_bytes() and _below(int(folder.name)):
-                found.append(int(folder.name))
-        except OSError:
-            pass
-    return found
-
-
-def _below(pid: int) -> bool:
-    while pid > 1:
-        if pid == os.getpid():
-            return True
-        pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
-    return False
+def iterations(root: Path) -> dict[str, int]:
+    """Return how many iterations each training took, in the process that finished it."""
+    return {path.name: Store(root).record(path.name)["iterations"] for path in results(root)}
 
 
 def test_ray_gives_the_bits_of_the_local_engine(tmp_path: Path, cluster: Any, undisturbed: dict[str, bytes]) -> None:
@@ -82,45 +80,75 @@ def test_ray_gives_the_bits_of_the_local_engine(tmp_path: Path, cluster: Any, un
 def test_a_killed_worker_and_a_lost_node_cost_only_what_they_were_doing(
     tmp_path: Path, cluster: Any, undisturbed: dict[str, bytes]
 ) -> None:
+    """The worker is killed in the middle of level 0; the node is lost while level 1 is under way on both."""
     root = tmp_path / "store"
-    killed: list[int] = []
+    killed: list[str] = []
     lost: list[bool] = []
     before: dict[str, bytes] = {}
+    held: list[Arrival] = []
+
+    def hold(arrival: Arrival) -> None:
+        stops = not killed if arrival.iteration == 20 else bool(killed) and not lost and not before_level_1(root)
+        if stops:
+            held.append(arrival)
+        else:
+            arrival.go()
 
     def disturb(status: Status, _: Training | None) -> None:
-        if not killed and len(status.running) >= 1 and list((root / "checkpoints").glob("*")) and (doomed := tasks()):
-            os.kill(doomed[0], signal.SIGKILL)
-            killed.append(doomed[0])
-        if killed and not lost and len(status.running) == 2 and len(tasks()) == 2:
+        checkpoints = [path.stem for path in (root / "checkpoints").glob("*.safetensors")]
+        if not killed and held and checkpoints:
+            killed.extend(checkpoints)
+            held.pop().die()
+        if killed and not lost and len(held) == 2:
             before.update(content(root / "results"))
             cluster.remove_node(next(iter(cluster.worker_nodes)), allow_graceful=False)
             lost.append(True)
+            for arrival in held:
+                arrival.go()  # the one that is left
 
-    status = run_on_ray(root, disturb, checkpoint_every=0.1)
-    assert killed
+    with GATE.answered(hold):
+        status = run_on_ray(root, disturb, checkpoint_every=0)
     assert lost
     assert content(root) == undisturbed
     assert before.items() <= content(root / "results").items()
     assert status.done == len(results(root))
-    assert any(record["iterations"] < 990 for record in records(root)), "nothing went on from a checkpoint"
+    lengths = iterations(root)
+    (key,) = killed
+    assert LEVEL - 20 <= lengths[key] < LEVEL, "it went on from a checkpoint"
+
+
+def before_level_1(root: Path) -> bool:
+    """Whether the rewind point and level 0 are not both done."""
+    return len(results(root)) < 2
 
 
 def test_what_was_begun_here_is_ended_there(tmp_path: Path, cluster: Any, undisturbed: dict[str, bytes]) -> None:
     root = tmp_path / "store"
+    held: list[Arrival] = []
+
+    def hold(arrival: Arrival) -> None:
+        if arrival.iteration == 20:  # of level 0
+            held.append(arrival)
+        else:
+            arrival.go()
 
     def stop(status: Status, _: Training | None) -> None:
-        if list((root / "checkpoints").glob("*")) and len(results(root)) >= 1:
+        if held:
             raise KeyboardInterrupt
 
-    plan = planner(root, STUDY)
     with (
+        GATE.answered(hold),
         pytest.raises(KeyboardInterrupt),
-        LocalWorkers(1, TASK, None, root, checkpoint_every=0.1) as workers,
+        LocalWorkers(1, STUDY.task, None, root, checkpoint_every=0) as workers,
     ):
-        run(plan, workers, stop)
-    assert run_on_ray(root).done >= 1
+        run(planner(root, STUDY), workers, stop)
+    held.pop().go()  # it has been killed
+    (checkpoint,) = (root / "checkpoints").iterdir()
+    assert run_on_ray(root).done == 4
     assert content(root) == undisturbed
-    assert any(record["iterations"] < 990 for record in records(root)), "the checkpoint was not gone on from"
+    lengths = iterations(root)
+    assert lengths.pop(checkpoint.stem) == LEVEL - 20, "the checkpoint was gone on from"
+    assert sorted(lengths.values()) == [REWIND, LEVEL, LEVEL, LEVEL]
 
 
 @pytest.mark.parametrize(
@@ -145,8 +173,10 @@ def test_the_command_line_runs_a_study_on_the_cluster(
     tmp_path: Path, cluster: Any, undisturbed: dict[str, bytes]
 ) -> None:
     command = [*write_study(tmp_path, STUDY), "--engine", "ray", "--address"]
-    subprocess.run([*command, cluster.address], check=True, capture_output=True, cwd=tmp_path)
+    subprocess.run([*command, cluster.address], check=True, capture_output=True, cwd=tmp_path, timeout=LONG)
     assert content(tmp_path / "tombola-store") == undisturbed
-    wrong = subprocess.run([*command, "127.0.0.1:1"], capture_output=True, text=True, cwd=tmp_path, check=False)
+    wrong = subprocess.run(
+        [*command, "127.0.0.1:1"], capture_output=True, text=True, cwd=tmp_path, check=False, timeout=LONG
+    )
     assert wrong.returncode == 2
     assert "--address: no Ray cluster is reached" in wrong.stderr

@@ -24,6 +24,7 @@ import torch
 
 from browser import CHROMIUM, Browser, browser
 from nasty_task import NASTY
+from processes import LONG
 from stores import InTurn
 from tombola import Planner, Recipe, Store, Study, Task, UserError, load_problem, load_study
 from tombola.analysis import layers, overlap, reinit, winners
@@ -50,7 +51,8 @@ STUDY = Study(
     fraction=0.4,
 )
 
-in_browser = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium to open the page in")
+pytestmark = pytest.mark.xdist_group("report")  # one browser, and one study, for all
+in_browser = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium; to run: apt-get install chromium")
 
 
 def open_planner(root: Path, study: Study = STUDY) -> Planner:
@@ -105,9 +107,9 @@ def test_commands_do_every_stored_reinitialisation_again(contents: Contents) -> 
     ]
 
 
-def show(chromium: Browser, folder: Path, html: str, **how: Any) -> float:
+def show(chromium: Browser, folder: Path, html: str, **how: Any) -> None:
     (folder / "report.html").write_text(html, encoding="utf-8")
-    return chromium.open((folder / "report.html").as_uri(), **how)
+    chromium.open((folder / "report.html").as_uri(), **how)
 
 
 EMPTY_CHARTS = """[...document.querySelectorAll('.chart')].filter(chart =>
@@ -172,7 +174,7 @@ def test_names_are_shown_and_never_run(chromium: Browser, contents: Contents, ht
     chromium(f"window.scrollTo(0, {cell[1] - 200})")
     top = chromium("document.querySelector('#layers svg .mark-rect path').getBoundingClientRect().y")
     chromium.hover(cell[0], top + 4)
-    chromium.wait("document.querySelector('#vg-tooltip-element.visible') !== null", 5)
+    chromium.wait("document.querySelector('#vg-tooltip-element.visible') !== null")
     assert "<script>" in chromium("document.querySelector('#vg-tooltip-element').textContent")
     assert chromium("window.broken") is None
     assert chromium.errors == []
@@ -200,7 +202,7 @@ def test_the_slider_changes_the_matrix_by_keyboard(
     assert chromium(f"{slider}.value") == "2"
     chromium.press("ArrowRight", 39)
     chromium.wait(f"{slider}.value === '3'")
-    chromium.wait(f"JSON.stringify({figures}) !== {before!r}.join()", 5)
+    chromium.wait(f"JSON.stringify({figures}) !== {before!r}.join()")
     after = chromium(figures)
     assert before != after
     assert chromium.errors == []
@@ -247,15 +249,15 @@ def test_a_page_that_is_served_loads_itself_anew(chromium: Browser) -> None:
         served.show(page(dataclasses.replace(small, name="first"), refreshed=ADDRESS))
         chromium.open(served.url)
         assert chromium("document.querySelector('h1').textContent") == "first"
-        chromium.wait("performance.getEntriesByName(location.href + 'version').length > 0", 10)
+        chromium.wait("performance.getEntriesByName(location.href + 'version').length > 0")
         opened = "document.querySelector('#overlap figure details').open"
         slider = "document.querySelector('#chart-overlap-matrix input')"
         assert chromium(f"{slider}.value") == "1"
         chromium(f"{opened} = true; {slider}.value = 0")
         served.show(page(dataclasses.replace(small, name="second"), refreshed=ADDRESS))
-        chromium.wait("document.querySelector('h1')?.textContent === 'second'", 10)
+        chromium.wait("document.querySelector('h1')?.textContent === 'second'")
         chromium.wait("document.documentElement.dataset.drawn !== undefined")
-        chromium.wait(f"{opened} && {slider}.value === '0'", 5)
+        chromium.wait(f"{opened} && {slider}.value === '0'")
         assert chromium.errors == []
         assert all(url.startswith((served.url, "data:")) for url in chromium.requests)
 
@@ -417,9 +419,7 @@ def test_a_study_that_is_not_finished_says_so(tmp_path: Path) -> None:
     assert half.trainings_left > 0
     text = findings.progress(half)
     assert text is not None
-    stored = sum(len(list(planner.tickets(chain))) for chain in planner.chains if chain.importance == "l1")
-    assert f"This study is not finished: {half.tickets} of 32 tickets are stored" in text
-    assert half.tickets >= stored == 8
+    assert "This study is not finished: 12 of 32 tickets are stored" in text
     assert page(half)
 
 
@@ -581,11 +581,11 @@ def test_watching_serves_the_loopback_alone_and_ends_by_ctrl_c(study_file: list[
         line = process.stdout.readline()
         found = re.search(r"http://127\.0\.0\.1:(\d+)/", line)
         assert found is not None, line
-        with urllib.request.urlopen(found[0], timeout=10) as answer:
+        with urllib.request.urlopen(found[0], timeout=LONG) as answer:
             assert b"Findings" in answer.read()
             assert answer.headers["Cache-Control"] == "no-store"
         os.kill(process.pid, signal.SIGINT)
-        _, errors = process.communicate(timeout=20)
+        _, errors = process.communicate(timeout=LONG)
     finally:
         process.kill()
     assert process.returncode == 0
@@ -599,7 +599,7 @@ def test_the_server_answers_under_its_own_name_alone() -> None:
         def status(path: str, host: str | None = None) -> int:
             request = urllib.request.Request(served.url + path, headers={"Host": host} if host else {})
             try:
-                with urllib.request.urlopen(request, timeout=5) as answer:
+                with urllib.request.urlopen(request, timeout=LONG) as answer:
                     return int(answer.status)
             except urllib.error.HTTPError as error:
                 with error:

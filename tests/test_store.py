@@ -82,7 +82,7 @@ def test_a_result_that_is_there_stays_as_it_is(store: Store) -> None:
 def test_checksums_are_as_sha256sum_reads_them(store: Store) -> None:
     put(store)
     if shutil.which("sha256sum") is None:
-        pytest.skip("there is no sha256sum")
+        pytest.skip("there is no sha256sum; to run: apt-get install coreutils")
     assert os.system(f"cd {store.folder(KEY)} && sha256sum --quiet --check SHA256SUMS") == 0
 
 

@@ -102,7 +102,7 @@ class Case:
     def setting(self) -> tuple[nn.Module, State, Mask]:
         model, initial, mask = _setting(self.build, self.fraction)
         if self.sparse and not kernels.available():
-            pytest.skip("tombola was built without its kernels")
+            pytest.skip("built without kernels; to run: reinstall with a C++ compiler")
         assert bool(kernels.sparse_layers(model, mask, batch_size=self.batch_size)) == self.sparse
         return model, initial, mask
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import safetensors.torch
 import torch
 
 from stores import InTurn, content, planner, results, study, write_study
+from tombola.cli import main
 from tombola.engine.run import run
 from tombola.engine.verify import (
     Finding,
@@ -33,6 +35,8 @@ from tombola.study.planner import Chain, Planner
 from tombola.training.history import History
 
 STUDY = study(["magnitude", "l1"], levels=2)
+
+pytestmark = pytest.mark.xdist_group("processes")  # the process that workers are copies of starts once
 
 
 @pytest.fixture
@@ -201,14 +205,17 @@ def test_first_differences() -> None:
     assert first_in_losses(losses, losses[:2], 7) == "the training has 3 iterations in the store, 2 now"
 
 
-def test_the_command_line_verifies_in_fresh_processes_and_looks_after_the_store(plan: Planner) -> None:
+def test_the_command_line_verifies_in_fresh_processes_and_looks_after_the_store(
+    plan: Planner, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = plan.store.root.parent
-    command = write_study(folder, STUDY)
+    write_study(folder, STUDY)
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "path", list(sys.path))
 
     def tombola(*arguments: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [command[0], *arguments, "--store", "store"], cwd=folder, capture_output=True, text=True, check=False
-        )
+        status = main([*arguments, "--store", "store"])
+        return subprocess.CompletedProcess(arguments, status, *capsys.readouterr())
 
     done = tombola("verify", "small.toml", "--sample", "2")
     assert done.returncode == 0
