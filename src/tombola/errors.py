@@ -1,4 +1,4 @@
-"""The one exception that stands for a user's mistake."""
+"""Exceptions: mistakes of a user, each said in one sentence, and damage to what is stored."""
 
 from __future__ import annotations
 
@@ -18,6 +18,40 @@ class UserError(ValueError):
     Traceback (most recent call last):
     tombola.errors.UserError: levels must be 0 or more, got -1
     """
+
+
+class ImportanceError(UserError):
+    """An importance that failed on a layer: it raised, or returned what cannot be compared."""
+
+
+class NothingStoredError(UserError):
+    """Results that are asked for and that the store does not have yet: their trainings are still to be done."""
+
+
+class StoreError(UserError):
+    """A folder that cannot be used as a store: it is none, or another version of tombola wrote it."""
+
+
+class ClusterError(UserError):
+    """A cluster of machines that cannot be reached."""
+
+
+class DamagedResultError(Exception):
+    """A stored result whose bytes are not those that were written.
+
+    This is no mistake of the user's: the result can be removed and its training repeated.
+
+    Args:
+        key: the result's name.
+        reason: what is wrong with it.
+
+    >>> str(DamagedResultError("0123456789abcdef", "a file is missing"))
+    'result 0123456789ab is damaged (a file is missing)'
+    """
+
+    def __init__(self, key: str, reason: str) -> None:
+        super().__init__(f"result {key[:12]} is damaged ({reason})")
+        self.key, self.reason = key, reason
 
 
 def did_you_mean(name: str, choices: Iterable[str]) -> str:

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all."""
+"""Atomic and durable writing of files."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from tombola.errors import UserError
 
 
 def write_atomically(path: Path, content: bytes, within: Path | None = None) -> None:
-    """Write a file so that at any moment it is there whole or, as before, not at all.
+    """Write a file atomically: a reader sees the file as it was before or with all of `content`, never a part of it.
 
     Args:
         path: the file.
-        content: what it is to hold.
-        within: a folder on the same file system for the unfinished file; by default the one that `path` is in.
+        content: its new content.
+        within: a folder on the same file system for the temporary file; by default the folder of `path`.
 
     Raises:
         UserError: where the folder cannot be written to.
@@ -38,7 +38,7 @@ def write_atomically(path: Path, content: bytes, within: Path | None = None) -> 
 
 
 def write_durably(handle: int, content: bytes) -> None:
-    """Write to an open file, and wait until that is on the disk."""
+    """Write all of `content` to an open file and call fsync."""
     left = memoryview(content)
     while left:
         left = left[os.write(handle, left) :]
@@ -46,7 +46,7 @@ def write_durably(handle: int, content: bytes) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make the names in a folder last."""
+    """Call fsync on a directory, so that the names of the files in it are on the disk."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -26,8 +26,12 @@ from tombola.training.weights import Weights
 class Train(Protocol):
     """How a training is done."""
 
-    def __call__(self, initial: Weights, mask: Mask, begin: int, end: int) -> Trained:
-        """Train the connections alive in `mask` from `initial`, iterations begin..end-1."""
+    def __call__(self, initial: Weights, mask: Mask, begin: int, end: int) -> Trained | None:
+        """Train the connections alive in `mask` from `initial`, iterations begin..end-1.
+
+        Returns:
+            the trained network, or None where there is no such training yet.
+        """
 
 
 class Prune(Protocol):
@@ -40,18 +44,19 @@ class Prune(Protocol):
 def lottery_ticket_rewinding(
     train: Train, prune: Prune, theta_0: Weights, dense: Mask, *, rewind: int, end: int, levels: int
 ) -> Iterator[Ticket]:
-    """Yield the ticket of each level: the paper's Algorithm 2.
+    """Yield the ticket of each level: Algorithm 2 of the paper (arXiv 2302.11244).
 
-    A training that diverges ends it, since there is nothing to prune by.
+    The tickets end with level `levels`. They end earlier with a training that diverged, whose weights cannot be
+    pruned by, and before a training that `train` returns None for.
 
     Args:
-        train: how a training is done; it may as well look one up.
+        train: how a training is done; it may also look up the result of an earlier one.
         prune: how a round prunes.
         theta_0: the initial weights.
         dense: the mask of the dense network.
-        rewind: the iteration k whose weights tickets are rewound to.
+        rewind: the iteration k whose weights tickets are rewound to, 0 <= k < m.
         end: the iteration m at which a training ends.
-        levels: the number n of rounds.
+        levels: the number n of rounds, 0 or more.
 
     With a training that leaves the weights as they are:
 
@@ -65,15 +70,20 @@ def lottery_ticket_rewinding(
     >>> [ticket.mask["w"].tolist() for ticket in tickets][1:]
     [[True, False, True, False], [True, False, False, False]]
     """
-    theta_k = theta_0 if rewind == 0 else train(theta_0, dense, 0, rewind).weights  # step 2
-    mask = dense
+    theta_k, mask = theta_0, dense  # step 1
+    if rewind > 0:
+        rewind_point = train(theta_0, dense, 0, rewind)  # step 2
+        if rewind_point is None:
+            return
+        theta_k = rewind_point.weights
     for level in range(levels + 1):
-        trained = train(theta_k, mask, rewind, end)  # step 3a; rewinding, 3d, is to start from theta_k
+        trained = train(theta_k, mask, rewind, end)  # step 3a; to start from theta_k is to rewind, step 3d
+        if trained is None:
+            return
         yield Ticket(level, mask, theta_k, trained)
-        if level < levels:
-            if trained.history.diverged_at is not None:
-                return
-            mask = prune(trained.weights, mask, level)  # steps 3b and 3c
+        if trained.history.diverged_at is not None or level == levels:
+            return
+        mask = prune(trained.weights, mask, level)  # steps 3b and 3c
 
 
 def find_tickets(
@@ -88,7 +98,7 @@ def find_tickets(
     exclude: Collection[str] = (),
     loss: Loss = functional.cross_entropy,
 ) -> Iterator[Ticket]:
-    """Find the tickets of a network, here and now: yield the ticket of each level as it is found.
+    """Find the tickets of a network: yield the ticket of each level as soon as it is trained.
 
     Args:
         model: any module, with its initial weights; it is not changed.
@@ -117,11 +127,11 @@ def find_tickets(
     dense = Mask.ones_like(model, exclude)
     check_levels(dense.total, fraction, levels)
 
-    def here_and_now(initial: Weights, mask: Mask, begin: int, end: int) -> Trained:
+    def train_network(initial: Weights, mask: Mask, begin: int, end: int) -> Trained:
         return train(model, initial.load(), mask, data, recipe, seed, begin=begin, end=end, loss=loss)
 
     yield from lottery_ticket_rewinding(
-        here_and_now,
+        train_network,
         partial(prune_round, importance=importance, fraction=fraction, seed=seed),
         Weights.of({name: tensor.detach().clone() for name, tensor in model.state_dict().items()}),
         dense,

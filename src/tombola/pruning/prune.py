@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from tombola.errors import UserError, describe_exception, did_you_mean
+from tombola.errors import ImportanceError, UserError, describe_exception, did_you_mean
 from tombola.importance import Importance, Seeded
 from tombola.pruning.mask import Mask, pack, resolve_layers
 from tombola.streams import generator
@@ -141,13 +141,13 @@ def _scores(
         else:
             scores = importance(survivors)
     except Exception as error:
-        raise UserError(f"{label}: it raised {describe_exception(error)}") from error
+        raise ImportanceError(f"{label}: it raised {describe_exception(error)}") from error
     if not isinstance(scores, Tensor) or tuple(scores.shape) != (length,):
         got = f"shape {tuple(scores.shape)}" if isinstance(scores, Tensor) else type(scores).__name__
-        raise UserError(f"{label}: expected a tensor of shape ({length},), one number a survivor, got {got}")
+        raise ImportanceError(f"{label}: expected a tensor of shape ({length},), one number a survivor, got {got}")
     scores = scores.detach().to("cpu", torch.float64).contiguous()
     if length and scores.min().isnan():  # the least of numbers is NaN where one of them is
-        raise UserError(f"{label}: it returned NaN")
+        raise ImportanceError(f"{label}: it returned NaN")
     return scores
 
 
