@@ -9,12 +9,13 @@ import polars as pl
 import torch
 from torch import Tensor, nn
 
-from tombola.analysis.gather import after, groups, last_level, select_chains
+from tombola.analysis.gather import after, groups, last_level
 from tombola.datasets.dataset import Dataset
-from tombola.errors import UserError
+from tombola.errors import NothingStoredError, UserError
 from tombola.lottery.ticket import Ticket
 from tombola.streams import ambient
-from tombola.study.planner import Planner
+from tombola.study.planner import Planner, select_chains
+from tombola.study.tickets import Tickets
 from tombola.training.batches import normalisation
 from tombola.training.evaluation import evaluate
 from tombola.training.weights import State
@@ -28,7 +29,7 @@ Measure = Callable[[State], tuple[float, float | None]]
 
 
 def of_study(
-    planner: Planner,
+    tickets: Tickets,
     importances: Sequence[str] | None = None,
     levels: Collection[int] | None = None,
     points: int = POINTS,
@@ -45,25 +46,26 @@ def of_study(
     training set without augmentation.
 
     Args:
-        planner: of the study.
+        tickets: of the study.
         importances: which to compare, two or more; by default all.
         levels: which; by default the last that all have.
         points: on the line, both ends among them.
 
     Raises:
-        UserError: where importances or levels are not there.
+        UserError: where the study does not have the importances or levels.
+        NothingStoredError: where the store does not have them yet.
     """
-    wanted = set(levels) if levels is not None else {last_level(planner, select_chains(planner, importances))}
-    measure = measured(planner)
+    wanted = set(levels) if levels is not None else {last_level(tickets, select_chains(tickets.study, importances))}
+    measure = make_measure(tickets.planner)
     tables = []
-    for group in groups(planner, importances, wanted):
+    for group in groups(tickets, importances, wanted):
         for pair in combinations(group.tickets, 2):
             first, second = (_trained(group.tickets[name]) for name in pair)
             table = along_line(first, second, measure, points)
             named = table.select(pl.Series("tickets", [list(pair)] * len(table)), pl.all())
             tables.append(after(named, level=group.level, seed=group.seed, kind=group.kind))
     if not tables:
-        raise UserError(f"no two of these tickets are in {planner.store.root} yet; finish them with: tombola run")
+        raise NothingStoredError(f"no two of these tickets are in {tickets.planner.store.root} yet")
     return pl.concat(tables)
 
 
@@ -104,7 +106,7 @@ def along_line(first: State, second: State, measure: Measure, points: int = POIN
     return pl.DataFrame(lines, schema, orient="row").with_columns(barrier=pl.lit(barrier))
 
 
-def measured(planner: Planner) -> Measure:
+def make_measure(planner: Planner) -> Measure:
     """Return the function that gives a state's error and loss on the study's test set."""
     with ambient(0):
         model = planner.problem.build()

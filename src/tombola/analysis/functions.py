@@ -10,18 +10,19 @@ import polars as pl
 import torch
 from torch import Tensor
 
-from tombola.analysis.gather import DATA_ORDER, IMPORTANCES, SEEDS, after, groups, last_level, select_chains
+from tombola.analysis.gather import DATA_ORDER, IMPORTANCES, SEEDS, after, groups, last_level
 from tombola.errors import UserError
 from tombola.lottery.ticket import Ticket
 from tombola.streams import ambient
-from tombola.study.planner import Planner
+from tombola.study.planner import Planner, select_chains
+from tombola.study.tickets import Tickets
 from tombola.training.evaluation import predict
 
 _REMEMBERED = 16  # networks whose outputs are held: those of one level
 
 
 def of_study(
-    planner: Planner, importances: Sequence[str] | None = None, levels: Collection[int] | None = None
+    tickets: Tickets, importances: Sequence[str] | None = None, levels: Collection[int] | None = None
 ) -> pl.DataFrame:
     """Return how alike the trained tickets of each seed and level are in what they predict on the test set.
 
@@ -33,25 +34,26 @@ def of_study(
       one seed they are the same for all importances.
 
     Args:
-        planner: of the study.
+        tickets: of the study.
         importances: which to compare, two or more; by default all.
         levels: which; by default the last that all have.
 
     Raises:
-        UserError: where importances or levels are not there.
+        UserError: where the study does not have the importances or levels.
+        NothingStoredError: where the store does not have them yet.
     """
-    wanted = set(levels) if levels is not None else {last_level(planner, select_chains(planner, importances))}
-    ask = _Outputs(planner)
+    wanted = set(levels) if levels is not None else {last_level(tickets, select_chains(tickets.study, importances))}
+    ask = _Outputs(tickets.planner)
     dense: dict[str, Tensor] = {}
     tables = []
-    for group in groups(planner, importances, wanted | {0}):
+    for group in groups(tickets, importances, wanted | {0}):
         if group.level == 0 and group.kind == IMPORTANCES:
             dense[f"seed {group.seed}"] = ask(next(iter(group.tickets.values())))
         if group.level in wanted or group.kind == DATA_ORDER:
             outputs = {name: ask(ticket) for name, ticket in group.tickets.items()}
-            tables.append(after(ask.compared(outputs), level=group.level, seed=group.seed, kind=group.kind))
+            tables.append(after(ask.compare(outputs), level=group.level, seed=group.seed, kind=group.kind))
     if len(dense) > 1:
-        tables.append(after(ask.compared(dense), level=0, seed=None, kind=SEEDS))
+        tables.append(after(ask.compare(dense), level=0, seed=None, kind=SEEDS))
     return pl.concat([table.with_columns(pl.col("seed").cast(pl.Int64)) for table in tables]).sort(
         "level", maintain_order=True
     )
@@ -146,6 +148,6 @@ class _Outputs:
                 del self._known[oldest]
         return self._known[name]
 
-    def compared(self, outputs: Mapping[str, Tensor]) -> pl.DataFrame:
+    def compare(self, outputs: Mapping[str, Tensor]) -> pl.DataFrame:
         """Return the table of `of_outputs` for outputs on the test set."""
         return of_outputs(outputs, self._data.test_labels)

@@ -7,15 +7,17 @@ from collections.abc import Collection, Sequence
 
 import polars as pl
 
-from tombola.analysis.gather import ALL, after, by_level, select_chains
+from tombola.analysis.gather import ALL, after, by_level
 from tombola.analysis.paths import Paths
 from tombola.errors import UserError
 from tombola.pruning.mask import Mask
-from tombola.study.planner import Planner
+from tombola.streams import ambient
+from tombola.study.planner import Planner, select_chains
+from tombola.study.tickets import Tickets
 
 
 def of_study(
-    planner: Planner, importances: Sequence[str] | None = None, levels: Collection[int] | None = None
+    tickets: Tickets, importances: Sequence[str] | None = None, levels: Collection[int] | None = None
 ) -> pl.DataFrame:
     """Return how dense each layer of each ticket is.
 
@@ -23,18 +25,19 @@ def of_study(
     effective ones are null and a warning says why.
 
     Args:
-        planner: of the study.
+        tickets: of the study.
         importances: which; by default all.
         levels: which; by default all that are there.
 
     Raises:
-        UserError: where importances or levels are not there.
+        UserError: where the study does not have the importances or levels.
+        NothingStoredError: where the store does not have them yet.
     """
-    chains = select_chains(planner, importances)
-    paths = traced(planner)
+    chains = select_chains(tickets.study, importances)
+    paths = trace_paths(tickets.planner)
     tables = []
-    for level, tickets in by_level(planner, chains, levels):
-        for chain, ticket in tickets.items():
+    for level, found in by_level(tickets, chains, levels):
+        for chain, ticket in found.items():
             table = of_mask(ticket.mask, paths)
             tables.append(after(table, level=level, importance=chain.importance, seed=chain.seed))
     return pl.concat(tables)
@@ -88,10 +91,12 @@ def of_mask(mask: Mask, paths: Paths | None = None) -> pl.DataFrame:
     )
 
 
-def traced(planner: Planner) -> Paths | None:
+def trace_paths(planner: Planner) -> Paths | None:
     """Return the graph of a study's network; None, with a warning that says why, where it cannot be followed."""
     try:
-        return Paths(planner.problem.build(), planner.problem.data.input_shape)
+        with ambient(0):
+            model = planner.problem.build()
+        return Paths(model, planner.problem.data.input_shape)
     except UserError as error:
         warnings.warn(f"effective sparsity is left out: {error}", stacklevel=2)
         return None

@@ -12,15 +12,15 @@ import polars as pl
 
 from tombola.analysis.chance import Counts, Numbers, interval, interval_of_two, moments, support
 from tombola.analysis.gather import ALL, after, groups
-from tombola.errors import UserError
+from tombola.errors import NothingStoredError, UserError
 from tombola.pruning.mask import Mask
-from tombola.study.planner import Planner
+from tombola.study.tickets import Tickets
 
 _BLOCK = 1 << 13  # words of 64 connections that are compared in one go: those of 15 masks stay in the cache
 
 
 def of_study(
-    planner: Planner, importances: Sequence[str] | None = None, levels: Collection[int] | None = None
+    tickets: Tickets, importances: Sequence[str] | None = None, levels: Collection[int] | None = None
 ) -> pl.DataFrame:
     """Return how much the tickets of each seed and level overlap: every two, and all together.
 
@@ -33,20 +33,21 @@ def of_study(
     Tickets are called by their importance; `l1@100` is that of l1 in data order 100.
 
     Args:
-        planner: of the study.
+        tickets: of the study.
         importances: which to compare, two or more; by default all.
         levels: which; by default all that are there.
 
     Raises:
-        UserError: where importances or levels are not there.
+        UserError: where the study does not have the importances or levels.
+        NothingStoredError: where the store does not have them yet.
     """
     tables = []
-    for group in groups(planner, importances, levels):
+    for group in groups(tickets, importances, levels):
         masks = {name: ticket.mask for name, ticket in group.tickets.items()}
         where = {"level": group.level, "seed": group.seed, "kind": group.kind}
-        tables.append(after(_compared(masks, together=group.complete), **where))
+        tables.append(after(_compare(masks, together=group.complete), **where))
     if not tables:
-        raise UserError(f"no two of these tickets are in {planner.store.root} yet; finish them with: tombola run")
+        raise NothingStoredError(f"no two of these tickets are in {tickets.planner.store.root} yet")
     return pl.concat(tables)
 
 
@@ -87,10 +88,10 @@ def of_masks(masks: Mapping[str, Mask]) -> pl.DataFrame:
     >>> of_masks({"a": a, "b": b}).select("layer", "shared", "jaccard", "layers_expected").rows()
     [('w', 2, 0.5, 1.125), ('(all)', 2, 0.5, 1.125)]
     """
-    return _compared(masks, together=True)
+    return _compare(masks, together=True)
 
 
-def _compared(masks: Mapping[str, Mask], *, together: bool) -> pl.DataFrame:
+def _compare(masks: Mapping[str, Mask], *, together: bool) -> pl.DataFrame:
     """Return the table of `of_masks`, with all of them together or only every two."""
     if len(masks) < 2:
         raise UserError(f"overlap: at least two masks are compared, got {len(masks)}")
@@ -100,7 +101,7 @@ def _compared(masks: Mapping[str, Mask], *, together: bool) -> pl.DataFrame:
             held[0] & other  # says in which layers they differ
     layers = [*held[0], ALL]
     sizes = np.array(list(held[0].sizes.values()), dtype=np.int64)
-    common, in_all, in_any = _counted(held)
+    common, in_all, in_any = _count(held)
     pairs = np.array(list(combinations(range(len(held)), 2)))
     first, second = pairs.T
     alive = common[range(len(held)), range(len(held))]
@@ -119,7 +120,7 @@ def _compared(masks: Mapping[str, Mask], *, together: bool) -> pl.DataFrame:
     return table.with_columns(pl.col(pl.Float64).fill_nan(None))
 
 
-def _counted(masks: Sequence[Mask]) -> tuple[Counts, Counts, Counts]:
+def _count(masks: Sequence[Mask]) -> tuple[Counts, Counts, Counts]:
     """Count for each layer the connections alive in masks i and j, (k, k, layers), in all and in any, (layers,)."""
     k, layers = len(masks), list(masks[0])
     common = np.zeros((k, k, len(layers)), dtype=np.int64)

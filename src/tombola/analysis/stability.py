@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
 from functools import reduce
-from itertools import chain as chain_of
 from operator import and_
 
 import numpy as np
@@ -13,11 +12,12 @@ import polars as pl
 from scipy import stats
 from torch import Tensor
 
-from tombola.analysis.gather import ALL, after, by_level, last_level, select_chains
+from tombola.analysis.gather import ALL, after, by_level, last_level
 from tombola.errors import UserError
 from tombola.lottery.ticket import Ticket
 from tombola.pruning.mask import Mask
-from tombola.study.planner import Planner
+from tombola.study.planner import select_chains
+from tombola.study.tickets import Tickets
 from tombola.training.weights import State
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
@@ -27,7 +27,7 @@ Values = npt.NDArray[np.float64]
 
 
 def of_study(
-    planner: Planner,
+    tickets: Tickets,
     importances: Sequence[str] | None = None,
     levels: Collection[int] | None = None,
     layers: Collection[str] | None = None,
@@ -37,7 +37,7 @@ def of_study(
     The columns of `of_ticket`, after level, importance and seed.
 
     Args:
-        planner: of the study.
+        tickets: of the study.
         importances: whose tickets are compared, two or more; by default all.
         levels: of the tickets, 1 or more; by default the last that all have.
         layers: which to tell of, by parameter name; by default each, and all together.
@@ -45,26 +45,25 @@ def of_study(
     Raises:
         UserError: where importances, levels or layers are not there.
     """
-    chains = select_chains(planner, importances, at_least=2)
-    wanted = sorted(levels) if levels is not None else [last_level(planner, chains)]
+    chains = select_chains(tickets.study, importances, at_least=2)
+    wanted = sorted(levels) if levels is not None else [last_level(tickets, chains)]
     if wanted[0] < 1:
         raise UserError("stability: it is about how levels differ, so it needs a level from 1 on")
     for layer in layers or ():
-        if layer not in [*planner.dense, ALL]:
-            raise UserError(f"layers: there is no layer {layer!r}, there are {', '.join(planner.dense)}")
-    masks = {(level, c): t.mask for level, ts in by_level(planner, chains, wanted) for c, t in ts.items()}
+        if layer not in [*tickets.planner.dense, ALL]:
+            raise UserError(f"layers: there is no layer {layer!r}, there are {', '.join(tickets.planner.dense)}")
+    masks = {(level, c): t.mask for level, ts in by_level(tickets, chains, wanted) for c, t in ts.items()}
     tables = []
     for level in wanted:
-        for seed in planner.study.seeds:
+        for seed in tickets.study.seeds:
             own = [chain for chain in chains if chain.seed == seed]
             shared = reduce(and_, (masks[level, chain] for chain in own))
             for chain in own:
-                tickets = (ts[chain] for _, ts in by_level(planner, [chain], range(level + 1)))
-                first = next(tickets)
+                own_tickets = tickets.progress(chain).tickets[: level + 1]
                 table = of_ticket(
-                    (_trained(ticket) for ticket in chain_of([first], tickets)),
-                    first.rewind.load(),
-                    planner.initial(seed).load(),
+                    (_trained(ticket) for ticket in own_tickets),
+                    own_tickets[0].rewind.load(),
+                    tickets.planner.initial(seed).load(),
                     masks[level, chain],
                     shared,
                 )
@@ -129,13 +128,13 @@ def of_ticket(trained: Iterable[State], rewind: State, initial: State, mask: Mas
     lines = []
     for measure, by_layer in measures.items():
         for name, values in by_layer.items():
-            lines.append({"layer": name, "measure": measure} | _compared(values, is_shared[name]))
+            lines.append({"layer": name, "measure": measure} | _compare(values, is_shared[name]))
         together = np.concatenate(list(by_layer.values()))
-        lines.append({"layer": ALL, "measure": measure} | _compared(together, whole))
+        lines.append({"layer": ALL, "measure": measure} | _compare(together, whole))
     return pl.DataFrame(lines, infer_schema_length=None)
 
 
-def _compared(values: Values, is_shared: npt.NDArray[np.bool_]) -> dict[str, float | None]:
+def _compare(values: Values, is_shared: npt.NDArray[np.bool_]) -> dict[str, float | None]:
     groups = {"shared": values[is_shared], "other": values[~is_shared]}
     line: dict[str, float | None] = {name: len(group) for name, group in groups.items()}
     for name, group in groups.items():

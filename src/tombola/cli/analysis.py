@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from tombola.study.planner import Planner
     from tombola.study.schema import Study
+    from tombola.study.tickets import Tickets
 
 Open = Callable[..., tuple["Planner", "Study"]]
 """Gives the planner and the study that options name."""
@@ -63,10 +64,10 @@ def overlap(options: argparse.Namespace) -> int:
     """Say how many connections tickets share, against chance and the noise floor."""
     from tombola.analysis import overlap
 
-    planner, names = _opened(options)
+    tickets, names = _open(options)
     with _noted():
-        table = overlap.of_study(planner, names, options.level)
-    if options.format == "table" and not planner.repeats:
+        table = overlap.of_study(tickets, names, options.level)
+    if options.format == "table" and not tickets.planner.repeats:
         _note("no noise floor: the study has no other data order; ask for one with --data-seeds")
     elif options.format == "table" and not (table["kind"] == "data order").any():
         _note("no noise floor yet: the other data orders are not there; find them with: tombola run")
@@ -78,9 +79,9 @@ def layers(options: argparse.Namespace) -> int:
     """Say how dense each layer of each ticket is, what has collapsed, and what lies on no path."""
     from tombola.analysis import layers
 
-    planner, names = _opened(options)
+    tickets, names = _open(options)
     with _noted():
-        table = layers.of_study(planner, names, options.level)
+        table = layers.of_study(tickets, names, options.level)
     _show(table, options.format, _layers)
     return 0
 
@@ -89,9 +90,9 @@ def stability(options: argparse.Namespace) -> int:
     """Say whether shared connections change less from level to level than others."""
     from tombola.analysis import stability
 
-    planner, names = _opened(options)
+    tickets, names = _open(options)
     with _noted():
-        table = stability.of_study(planner, names, options.level, options.layer)
+        table = stability.of_study(tickets, names, options.level, options.layer)
     _show(table, options.format, _stability)
     return 0
 
@@ -102,10 +103,10 @@ def winners(options: argparse.Namespace) -> int:
 
     if not 0 <= options.margin <= 100:
         raise UserError(f"--margin: expected points of accuracy in %, 0 to 100, got {options.margin:g}")
-    planner, names = _opened(options)
+    tickets, names = _open(options)
     with _noted():
-        table = winners.of_study(planner, names, margin=options.margin / 100, surely=options.surely)
-    if options.format == "table" and len(planner.study.seeds) < 2:
+        table = winners.of_study(tickets, names, margin=options.margin / 100, surely=options.surely)
+    if options.format == "table" and len(tickets.study.seeds) < 2:
         _note("no interval: the study has one seed, it needs two or more")
     _show(table, options.format, _winners)
     return 0
@@ -115,9 +116,9 @@ def weights(options: argparse.Namespace) -> int:
     """Say how weights and importances are distributed in each layer."""
     from tombola.analysis import weights
 
-    planner, names = _opened(options)
+    tickets, names = _open(options)
     with _noted():
-        table = weights.of_study(planner, names, options.level)
+        table = weights.of_study(tickets, names, options.level)
     _show(table, options.format, _weights)
     return 0
 
@@ -126,9 +127,9 @@ def functions(options: argparse.Namespace) -> int:
     """Say how alike tickets are in what they predict."""
     from tombola.analysis import functions
 
-    planner, names = _opened(options)
+    tickets, names = _open(options)
     with _noted():
-        table = functions.of_study(planner, names, options.level)
+        table = functions.of_study(tickets, names, options.level)
     _show(table, options.format, _functions)
     return 0
 
@@ -137,9 +138,9 @@ def connectivity(options: argparse.Namespace) -> int:
     """Say how high the error rises on the line between two tickets."""
     from tombola.analysis import connectivity
 
-    planner, names = _opened(options)
+    tickets, names = _open(options)
     with _noted():
-        table = connectivity.of_study(planner, names, options.level, options.points)
+        table = connectivity.of_study(tickets, names, options.level, options.points)
     _show(table, options.format, _connectivity)
     return 0
 
@@ -150,17 +151,18 @@ def reinit(options: argparse.Namespace) -> int:
     from tombola.cli.display import show_plan, showing
     from tombola.engine.local import LocalWorkers
     from tombola.engine.run import run
+    from tombola.study.reinitialisation import plan as plan_draws
 
-    planner, names = _opened(options)
+    tickets, names = _open(options)
     with _noted():
-        plans = reinit.plans(planner, options.level, options.draws, names)
+        plans = plan_draws(tickets, options.level, options.draws, names)
     count = options.count_workers(options)
     if options.plan:
         for plan in plans:
             print(f"seed {plan.seed}: {plan.kept.alive} of {plan.kept.total} connections kept")
             show_plan(plan.planner, count, options.format)
         return 0
-    with LocalWorkers(count, planner.study.task, options.data, planner.store.root) as workers:
+    with LocalWorkers(count, tickets.study.task, options.data, tickets.planner.store.root) as workers:
         for plan in plans:
             with showing(plan.planner) as show, _printing_to(sys.stderr if options.format != "table" else sys.stdout):
                 run(plan.planner, workers, show)
@@ -170,40 +172,38 @@ def reinit(options: argparse.Namespace) -> int:
     return 0
 
 
-def _opened(options: argparse.Namespace) -> tuple[Planner, list[str] | None]:
-    """Return the planner and the importances to compare: those asked for, None for all of the study's.
+def _open(options: argparse.Namespace) -> tuple[Tickets, list[str] | None]:
+    """Return the tickets and the importances to compare: those asked for, None for all of the study's.
 
     What `--importances` names is compared, out of the study's. The study may also have been run with others than its
     file says; then they are in the store.
     """
+    from tombola.study.tickets import Tickets
+
     names, options.importances = options.importances, None
     planner, study = options.open_study(options)
     others = [name for name in names or () if name not in study.importances]
     if not others:
-        return planner, names or None
+        return Tickets(planner), names or None
     known = study.importances
     options.importances = [*known, *others]
     planner, study = options.open_study(options)
+    tickets = Tickets(planner)
     for name in others:
-        if not any(len(planner.progress(chain).tickets) > 1 for chain in planner.chains if chain.importance == name):
+        if not any(len(tickets.progress(chain).tickets) > 1 for chain in planner.chains if chain.importance == name):
             raise UserError(
                 f"--importances: the study has no importance {name!r}, and no result of it is in {planner.store.root}; "
                 f"{did_you_mean(name, known)}"
             )
-    return planner, names
+    return tickets, names
 
 
 @contextmanager
 def _noted() -> Iterator[None]:
-    """Print warnings as notes, and say what to do where a result is damaged."""
-    from tombola.store.store import DamagedResultError
-
+    """Print warnings as notes."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        try:
-            yield
-        except DamagedResultError as damage:
-            raise UserError(f"{damage}; `tombola run` does it again") from damage
+        yield
     for warning in caught:
         _note(str(warning.message))
 

@@ -21,10 +21,13 @@ from rich.text import Text
 
 from tombola.analysis.accuracy import Cell, Row, Table2, rows, table2
 from tombola.engine.estimate import estimate
+from tombola.engine.machine import count_kinds, describe_kinds
 from tombola.engine.run import Status
-from tombola.errors import UserError
+from tombola.errors import NothingStoredError
 from tombola.lottery.ticket import Ticket
-from tombola.study.planner import Chain, Planner, Training
+from tombola.study.planner import Chain, Planner
+from tombola.study.tickets import Tickets
+from tombola.study.trainings import Training
 
 _NO_STAR = "\ue000"
 """Stands where others have a star; rich would take a space away, and align the rest."""
@@ -72,22 +75,24 @@ def _print(table: Table) -> None:
     print("\n".join(line.rstrip().removeprefix(" ") for line in lines if line.strip()))
 
 
-def show_results(planner: Planner, form: str) -> None:
+def show_results(tickets: Tickets, form: str) -> None:
     """Print the results of a study that are there.
 
     Raises:
-        UserError: where none is.
+        NothingStoredError: where none is.
     """
-    found = rows(planner)
+    found = rows(tickets)
     if not found:
-        raise UserError(f"no result of this study is in {planner.store.root}; `tombola run` does its trainings")
+        raise NothingStoredError(f"no result of this study is in {tickets.planner.store.root}")
     if form == "json":
         print(json.dumps([row.to_json() for row in found], indent=1))
     elif form == "csv":
         names = list(Row.__dataclass_fields__)
         show_table(names, [[getattr(row, name) for name in names] for row in found], "csv")
     else:
-        _print_results(planner, found)
+        _print_results(tickets.planner, found)
+        if kinds := describe_kinds(count_kinds(tickets.records().values())):
+            print(kinds)
 
 
 def _print_results(planner: Planner, found: Sequence[Row]) -> None:

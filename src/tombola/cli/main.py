@@ -15,8 +15,9 @@ from tombola import __version__
 from tombola.cli import engine as cli_engine
 from tombola.cli import report as cli_report
 from tombola.cli import store as cli_store
+from tombola.cli.advice import add_advice
 from tombola.cli.analysis import add_analysis_verbs
-from tombola.errors import UserError, did_you_mean
+from tombola.errors import DamagedResultError, UserError, did_you_mean
 from tombola.study.schema import fields, is_list, load_study, presets
 
 if TYPE_CHECKING:
@@ -50,8 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return verb(options)
         finally:
             sys.stdout.flush()
-    except UserError as error:
-        print(f"tombola: {' '.join(str(error).splitlines())}", file=sys.stderr)
+    except (UserError, DamagedResultError) as error:
+        print(f"tombola: {add_advice(error)}", file=sys.stderr)
         return 2
     except BrokenPipeError:  # as by `head`; what is still to be written goes nowhere
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -71,6 +72,7 @@ def run(options: argparse.Namespace) -> int:
     from tombola.engine.run import run as run_study
     from tombola.store.store import Store
     from tombola.study.task import try_out
+    from tombola.study.tickets import Tickets
 
     planner, study = _planner(options)
     here = study if options.engine == "local" else study.model_copy(update={"device": "cpu"})  # GPUs may be elsewhere
@@ -87,7 +89,7 @@ def run(options: argparse.Namespace) -> int:
     stopped = {f"{chain}: {progress.stopped}" for chain, progress in status.chains.items() if progress.stopped}
     if status.done == 0 and not stopped:
         print(f"every training of this study is in {planner.store.root} already; nothing was trained")
-    show_results(planner, "table")
+    show_results(Tickets(planner), "table")
     if stopped:
         raise UserError("; ".join(sorted(stopped)) + "; all other results are kept")
     return 0
@@ -107,9 +109,10 @@ def plan(options: argparse.Namespace) -> int:
 def results(options: argparse.Namespace) -> int:
     """Print the accuracy of every ticket: the paper's Table 2."""
     from tombola.cli.display import show_results
+    from tombola.study.tickets import Tickets
 
     planner, _ = _planner(options)
-    show_results(planner, options.format)
+    show_results(Tickets(planner), options.format)
     return 0
 
 
@@ -180,8 +183,9 @@ def _planner(options: argparse.Namespace) -> tuple[Planner, Study]:
     import torch
 
     from tombola.store.store import Store
-    from tombola.study.planner import THREADS, Planner
+    from tombola.study.planner import Planner
     from tombola.study.task import load_problem
+    from tombola.study.trainings import THREADS
 
     torch.set_num_threads(THREADS)
     store = Store(options.store, create=False)  # whether it can be read, before anything is loaded

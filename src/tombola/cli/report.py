@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tombola.errors import UserError
+from tombola.errors import NothingStoredError, UserError
 from tombola.study.schema import presets
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ def report(options: argparse.Namespace) -> int:
     planner, _ = options.open_study(options)
     contents = _contents(options, planner)
     if not contents.results:
-        raise UserError(f"no result of this study is in {planner.store.root}; `tombola run` does its trainings")
+        raise NothingStoredError(f"no result of this study is in {planner.store.root}")
     content = page(contents).encode()
     write_atomically(options.output, content)
     print(f"{options.output}: {size(len(content))}, {contents.tickets} of {contents.expected} tickets")
@@ -91,7 +91,7 @@ def figures(options: argparse.Namespace) -> int:
     planner, _ = options.open_study(options)
     contents = _contents(options, planner)
     if not contents.results:
-        raise UserError(f"no result of this study is in {planner.store.root}; `tombola run` does its trainings")
+        raise NothingStoredError(f"no result of this study is in {planner.store.root}")
     inches = COLUMN if options.columns == 1 else BOTH_COLUMNS
     paths = write(charted(sections(contents)), options.output, list(dict.fromkeys(options.format)), inches)
     print("\n".join(map(str, paths)))
@@ -103,15 +103,14 @@ def watch(options: argparse.Namespace) -> int:
     with _installed():
         from tombola.report.page import page
     from tombola.report.watch import ADDRESS, keep_fresh, serving
+    from tombola.study.tickets import Tickets
 
     _check(options)
     planner, _ = options.open_study(options)
 
     def state() -> object:
         """The names of the study's results, and of whatever else has been written about them."""
-        chains = [*planner.chains, *planner.repeats]
-        keys = {training.key for chain in chains for training in planner.trainings(chain)}
-        records = [planner.store.folder(key) / "record.json" for key in sorted(keys)]
+        records = [planner.store.results.folder(key) / "record.json" for key in Tickets(planner).records()]
         return [(path.parent.name, path.stat().st_mtime_ns) for path in records if path.exists()]
 
     def make() -> str:

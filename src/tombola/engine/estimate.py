@@ -18,6 +18,7 @@ from tombola.engine.run import remaining
 from tombola.engine.workers import At
 from tombola.pruning.mask import Mask
 from tombola.study.planner import Chain, Planner, Progress
+from tombola.study.tickets import Tickets
 from tombola.training.evaluation import predict
 
 _TIMED_SECONDS = 1.0
@@ -88,13 +89,13 @@ def estimate(planner: Planner, workers: int, directory: Path | None = None) -> E
         workers: how many.
         directory: where data sets lie.
     """
-    progress = {chain: planner.progress(chain) for chain in [*planner.chains, *planner.repeats]}
-    keys = {key for chain in progress for key in planner.keys(chain)}
+    progress = Tickets(planner).all()
+    keys = {training.key for p in progress.values() for training in p.trainings}
     to_train = remaining(list(progress.values()))
     chains = tuple((chain, len(p.tickets), planner.study.levels + 1 - len(p.tickets)) for chain, p in progress.items())
     if not to_train:
         return Estimate(chains, len(keys), 0, 0.0, "nothing to do", 0.0, None, 0)
-    speed = _speed(planner, list(progress), workers, directory)
+    speed = _speed(planner, list(progress.values()), workers, directory)
     ahead = {chain: _ahead(planner, chain, p, speed) for chain, p in progress.items() if p.waits_for is not None}
     total = sum(step.seconds for step in {step.name: step for steps in ahead.values() for step in steps}.values())
     longest = max(ahead, key=lambda chain: sum(step.seconds for step in ahead[chain]))
@@ -146,14 +147,14 @@ def _ahead(planner: Planner, chain: Chain, progress: Progress, speed: Speed) -> 
     return steps
 
 
-def _speed(planner: Planner, chains: Sequence[Chain], workers: int, directory: Path | None) -> Speed:
+def _speed(planner: Planner, chains: Sequence[Progress], workers: int, directory: Path | None) -> Speed:
     """Find out how fast trainings are: from those of the study that are done, or by timing a few iterations."""
     by_density: dict[float, list[float]] = {}
     beside = []
     seen: set[str] = set()
-    for chain in chains:
-        for training in planner.trainings(chain):
-            record = planner.store.record(training.key)
+    for progress in chains:
+        for training in progress.trainings:
+            record = planner.store.results.record(training.key)
             each = record.get("seconds_per_iteration")
             if each is not None and training.key not in seen:
                 seen.add(training.key)
@@ -176,9 +177,7 @@ def _timed(planner: Planner, mask: Mask, count: int, directory: Path | None) -> 
     """Return the seconds of an iteration where `count` trainings go side by side, and those until they go."""
     seed = planner.study.seeds[0]
     endless = 10**9
-    chain = next(iter(planner.chains))
-    waits_for = planner.progress(chain).waits_for or planner.trainings(chain)[0]
-    training = replace(waits_for, initial=planner.initial(chain.seed), mask=mask, seed=seed, begin=0, end=endless)
+    training = planner.training(seed, planner.initial(planner.chains[0].seed), mask, 0, endless)
     marks: dict[str, list[tuple[int, float]]] = {f"{number}": [] for number in range(count)}
     with LocalWorkers(count, planner.study.task, directory, None) as workers:
         began = time.perf_counter()
