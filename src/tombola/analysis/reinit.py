@@ -100,6 +100,7 @@ def of_masks(kept: Mask, masks: Sequence[Mask]) -> pl.DataFrame:
         kept: the connections that kept their initial weights.
         masks: of the draws' tickets.
 
+    >>> import torch
     >>> kept = Mask.from_tensors({"w": torch.tensor([1, 1, 0, 0]).bool()})
     >>> found = Mask.from_tensors({"w": torch.tensor([1, 1, 0, 0]).bool()})
     >>> of_masks(kept, [found]).select("survived", "expected", "excess").row(0)

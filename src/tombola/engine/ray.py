@@ -79,7 +79,7 @@ class RayWorkers:
                 _reach(address)
                 ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
             except (OSError, ValueError, RuntimeError) as error:
-                raise ClusterError(f"no Ray cluster can be reached: {' '.join(str(error).split())}") from error
+                raise ClusterError(f"no Ray cluster is reached: {' '.join(str(error).split())}") from error
         self._store = store
         self._every = checkpoint_every
         gpu = study.device == "cuda"
