@@ -47,7 +47,7 @@ def write(store: Store) -> None:
                 density = (1 - FRACTION) ** level * random.uniform(0.3, 1)
                 drawn = random.random(int(np.prod(shape)), dtype=np.float32) < density
                 bits[name] = np.packbits(drawn, bitorder="little")
-            store.put_mask(f"{ticket}.{level}", Mask(layers, bits))
+            store.masks.put(f"{ticket}.{level}", Mask(layers, bits))
 
 
 def measure(store: Store) -> None:
@@ -55,7 +55,7 @@ def measure(store: Store) -> None:
     wall, cpu = time.perf_counter(), time.process_time()
     tables = []
     for level in range(LEVELS):
-        masks = {f"t{ticket}": store.mask(f"{ticket}.{level}") for ticket in range(TICKETS)}
+        masks = {f"t{ticket}": store.masks.get(f"{ticket}.{level}") for ticket in range(TICKETS)}
         tables.append(overlap.of_masks({name: mask for name, mask in masks.items() if mask is not None}))
     table = pl.concat(tables)
     wall, cpu = time.perf_counter() - wall, time.process_time() - cpu

@@ -135,4 +135,4 @@ def results(root: Path) -> list[Path]:
 
 def records(root: Path) -> list[dict[str, Any]]:
     store = Store(root, create=False)
-    return [store.record(folder.name) for folder in results(root)]
+    return [store.results.record(folder.name) for folder in results(root)]

@@ -111,7 +111,7 @@ def test_winners_by_hand() -> None:
 
 def test_the_sparsest_level_wins_even_after_one_that_fails() -> None:
     table = winners.by_level(results({0: [0.9, 0.9], 1: [0.8, 0.8], 2: [0.9, 0.9], 3: [0.7, 0.7]}))
-    assert winners.winning(table)["level"].to_list() == [2]
+    assert winners.select_winners(table)["level"].to_list() == [2]
 
 
 def test_a_margin_is_kept_exactly() -> None:
@@ -128,8 +128,8 @@ def test_a_level_at_which_a_training_diverged_does_not_win() -> None:
 
 def test_winners_surely_have_their_whole_interval_in_the_margin() -> None:
     table = winners.by_level(results({0: [0.9, 0.9], 1: [0.897, 0.897], 2: [0.8999, 0.8899]}), margin=0.0051)
-    assert winners.winning(table)["level"].to_list() == [2]
-    assert winners.winning(table, surely=True)["level"].to_list() == [1]
+    assert winners.select_winners(table)["level"].to_list() == [2]
+    assert winners.select_winners(table, surely=True)["level"].to_list() == [1]
 
 
 def test_margins_beyond_reason_are_refused() -> None:

@@ -353,4 +353,4 @@ def test_exports_of_what_is_not_there(changes: dict[str, str], sentence: str, re
 
 def test_results_of_what_is_not_there(refused: Refused, finished: Path) -> None:
     sentence = refused("results", *STUDY, "--recipe.lr", "0.3", "--store", str(finished))
-    assert sentence == f"no result of this study is in {finished}; do the missing trainings with `tombola run`"
+    assert sentence == f"no result of this study is in {finished}; `tombola run` does the trainings that are missing"

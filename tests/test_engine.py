@@ -26,12 +26,12 @@ from tombola.engine.forecast import Speed
 from tombola.engine.job import Job, Outcome, perform
 from tombola.engine.local import LocalWorkers
 from tombola.engine.run import Status, run
-from tombola.engine.workers import At, Event, Failed, watching
+from tombola.engine.workers import At, Event, Failed, make_watch
 from tombola.errors import UserError
 from tombola.pruning.mask import Mask
 from tombola.store.claims import Claims
 from tombola.store.store import Store
-from tombola.study.planner import Training
+from tombola.study.trainings import Training
 from tombola.training.history import Checkpoint
 
 pytestmark = pytest.mark.xdist_group("processes")  # the process that workers are copies of starts once
@@ -170,7 +170,7 @@ def test_a_checkpoint_cut_in_half_is_not_used(tmp_path: Path, undisturbed: dict[
         pass
 
     def stop(iteration: int, checkpoint: Any) -> None:
-        from tombola.store.store import checkpoint_to_bytes
+        from tombola.store.checkpoints import checkpoint_to_bytes
 
         if iteration == 5:
             stopped.append(checkpoint_to_bytes(checkpoint()))
@@ -179,14 +179,14 @@ def test_a_checkpoint_cut_in_half_is_not_used(tmp_path: Path, undisturbed: dict[
     with pytest.raises(Enough):
         perform(Job.of(waits_for, study()), problem(), None, stop)
     store = Store(root)
-    store.put_checkpoint(waits_for.key, stopped[0][: len(stopped[0]) // 2])
+    store.checkpoints.put(waits_for.key, stopped[0][: len(stopped[0]) // 2])
     run_study(root, workers=1)
     assert content(root) == undisturbed
-    assert store.record(waits_for.key)["iterations"] == 10
+    assert store.results.record(waits_for.key)["iterations"] == 10
 
 
 def test_a_checkpoint_is_gone_on_from_to_the_same_bits(tmp_path: Path, undisturbed: dict[str, bytes]) -> None:
-    from tombola.store.store import checkpoint_to_bytes
+    from tombola.store.checkpoints import checkpoint_to_bytes
 
     for level, at in (("rewind point", 3), ("level 0", 31), ("level 1", 45)):
         root = tmp_path / level
@@ -194,7 +194,7 @@ def test_a_checkpoint_is_gone_on_from_to_the_same_bits(tmp_path: Path, undisturb
         if level == "level 0":
             waits = planner(root).progress(planner(root).chains[0]).waits_for
             assert waits is not None
-            Store(root).put(
+            Store(root).results.put(
                 waits.key,
                 waits.identity,
                 waits.mask,
@@ -210,10 +210,10 @@ def test_a_checkpoint_is_gone_on_from_to_the_same_bits(tmp_path: Path, undisturb
                 taken.append(checkpoint_to_bytes(checkpoint()))
 
         perform(Job.of(waits, study()), problem(), None, watch)
-        Store(root).put_checkpoint(waits.key, taken[0])
+        Store(root).checkpoints.put(waits.key, taken[0])
         run_study(root, workers=1)
         assert content(root) == undisturbed
-        assert Store(root).record(waits.key)["iterations"] == waits.end - at
+        assert Store(root).results.record(waits.key)["iterations"] == waits.end - at
 
 
 def test_a_flipped_byte_is_found_said_and_done_again(tmp_path: Path, undisturbed: dict[str, bytes]) -> None:
@@ -221,7 +221,9 @@ def test_a_flipped_byte_is_found_said_and_done_again(tmp_path: Path, undisturbed
         root = tmp_path / name
         run(planner(root), InTurn(last_first=False), lambda *_: None)
         plan = planner(root)
-        path = plan.store.folder(plan.keys(plan.chains[0])[-1]) / name  # the last level: no other waits for it
+        path = (
+            plan.store.results.folder(plan.trainings(plan.chains[0])[-1].key) / name
+        )  # the last level: no other waits for it
         damaged = bytearray(path.read_bytes())
         damaged[len(damaged) // 2] ^= 4
         path.write_bytes(damaged)
@@ -426,7 +428,7 @@ def test_a_training_tells_and_keeps_by_the_clock() -> None:
     told: list[int] = []
     kept: list[float] = []
     checkpoint = Checkpoint(1, {}, {}, torch.zeros(0))
-    watch = watching(told.append, lambda _: kept.append(now), 1.0, clock=lambda: now)
+    watch = make_watch(told.append, lambda _: kept.append(now), 1.0, clock=lambda: now)
     for iteration in range(1, 26):
         now = iteration / 8
         watch(iteration, lambda: checkpoint)
@@ -510,7 +512,7 @@ def test_speeds_come_from_records_and_by_density(tmp_path: Path) -> None:
     plan = planner(tmp_path / "store", study(["l1"], levels=2))
     run(plan, InTurn(last_first=False), lambda *_: None)
     for training in plan.trainings(plan.chains[0]):
-        path = plan.store.folder(training.key) / "record.json"
+        path = plan.store.results.folder(training.key) / "record.json"
         record = json.loads(path.read_text())
         record |= {"seconds_per_iteration": training.mask.density, "seconds": 100.0, "iterations": 10}
         path.write_text(json.dumps(record))

@@ -34,11 +34,13 @@ from tombola.cli import main
 from tombola.engine.run import run
 from tombola.pruning.mask import Mask
 from tombola.report import charts, findings, look, paper, provenance, tables
-from tombola.report.contents import COSTLY, Contents, count_verified, gather
+from tombola.report.contents import COSTLY, Contents, gather, summarise_verification
 from tombola.report.figures import write
 from tombola.report.page import page
 from tombola.report.sections import sections, select_charts
 from tombola.report.watch import ADDRESS, serve
+from tombola.study.reinitialisation import plan
+from tombola.study.tickets import Tickets
 
 TASK = Task(dataset="nasty_task:dataset", model="nasty_task:model")
 STUDY = Study(
@@ -69,8 +71,8 @@ def planner(tmp_path_factory: pytest.TempPathFactory) -> Planner:
     torch.set_num_threads(1)
     planner = open_planner(tmp_path_factory.mktemp("report") / "store")
     finish(planner)
-    for plan in [*reinit.plans(planner, 2, 2), *reinit.plans(planner, 1, 1, ["min_max", "l1"], [1])]:
-        finish(plan.planner)
+    for each in [*plan(Tickets(planner), 2, 2), *plan(Tickets(planner), 1, 1, ["min_max", "l1"], [1])]:
+        finish(each.planner)
     return planner
 
 
@@ -287,7 +289,7 @@ def test_every_partial_reinitialisation_in_the_store_is_shown(planner: Planner, 
     of_two, of_all = (part.table for part in section.parts)
     assert of_two["importance"].unique(maintain_order=True).to_list() == ["l1", "min_max"]
     assert of_two["low"].null_count() == len(of_two), "from one draw no interval"
-    expected = tables.reinit(reinit.of_plans(reinit.plans(planner, 2, 2)))
+    expected = tables.reinit(reinit.of_plans(plan(Tickets(planner), 2, 2)))
     assert of_all.equals(expected)
     chart = section.parts[0].chart
     assert chart is not None
@@ -310,8 +312,8 @@ def test_reinitialisations_of_another_study_are_not_shown(planner: Planner) -> N
     fewer = {"importances": ("magnitude", "l1"), "seeds": (0,), "data_seeds": ()}
     for other in (fewer, {"levels": 1, "seeds": (0,)}, {"recipe": STUDY.recipe.model_copy(update={"lr": 0.2})}):
         with pytest.raises(UserError, match="no partial reinitialisation is in"):
-            reinit.stored(open_planner(planner.store.root, STUDY.model_copy(update=other)))
-    seed = reinit.stored(open_planner(planner.store.root, STUDY.model_copy(update={"seeds": (1,)})))
+            reinit.of_study(Tickets(open_planner(planner.store.root, STUDY.model_copy(update=other))))
+    seed = reinit.of_study(Tickets(open_planner(planner.store.root, STUDY.model_copy(update={"seeds": (1,)}))))
     assert seed.select("level", "seed", "draws").unique().sort("level").rows() == [(1, 1, 1), (2, 1, 2)]
 
 
@@ -319,17 +321,17 @@ def test_draws_that_not_every_seed_has_are_left_out(tmp_path: Path) -> None:
     study = STUDY.model_copy(update={"importances": ("magnitude", "l1"), "data_seeds": (), "levels": 1})
     half = open_planner(tmp_path / "store", study)
     finish(half)
-    first, second = reinit.plans(half, 1, 3)
+    first, second = plan(Tickets(half), 1, 3)
     finish(first.planner)
     finish(second.planner, chains=[chain for chain in second.planner.chains if chain.seed < 3])
-    assert reinit.stored(half).select("seed", "draws").unique().sort("seed").rows() == [(0, 2), (1, 2)]
+    assert reinit.of_study(Tickets(half)).select("seed", "draws").unique().sort("seed").rows() == [(0, 2), (1, 2)]
 
 
 def test_the_level_that_is_shown(planner: Planner) -> None:
-    table = winners.of_study(planner, margin=1.0)
+    table = winners.of_study(Tickets(planner), margin=1.0)
     assert table["level"].to_list() == [3, 3, 3], "a margin that everything keeps"
     assert gather(planner, "s", ["s"], margin=1.0).level == 3
-    with pytest.raises(UserError, match=r"level 4: expected a level from 1 on .* levels 1 to 3 are$"):
+    with pytest.raises(UserError, match=r"level 4: expected a level from 1 on .* they have levels 1 to 3"):
         gather(planner, "s", ["s"], level=4)
 
 
@@ -355,7 +357,7 @@ def test_the_sparsest_ticket_of_each_importance_has_its_sentence(contents: Conte
         for level, which in enumerate(levels)
         for seed, accuracy in enumerate(seeds[which])
     ]
-    found = winners.winning(winners.by_level(results, margin=0.005))
+    found = winners.select_winners(winners.by_level(results, margin=0.005))
     shown = dataclasses.replace(contents, results=tuple(results), tables={"winners": found}, margin=0.005)
     kept = findings.keeps(shown)
     assert kept is not None
@@ -403,7 +405,7 @@ def test_what_verifying_has_found_is_told(contents: Contents) -> None:
         },
         {},
     ]
-    found = findings.verification(dataclasses.replace(contents, verified=count_verified(records)))
+    found = findings.verification(dataclasses.replace(contents, verified=summarise_verification(records)))
     assert found.figure == "2 of 4"
     assert "last on 2026-01-04 10:00 UTC. 1 gave other bits when last repeated, on another machine" in found.text
 
@@ -643,7 +645,7 @@ def synthetic_contents(importances: Sequence[str], layer_count: int, levels: int
                 scores = weights_analysis.of_importance(state, mask, lambda weights: weights)
                 parts["weights"].append(_after(scores, level=level, importance=name, seed=0, quantity="score"))
     found = {name: pl.concat(each) for name, each in parts.items()}
-    found["winners"] = winners.winning(winners.by_level(rows))
+    found["winners"] = winners.select_winners(winners.by_level(rows))
     fields = {"importances": tuple(importances), "seeds": (0,), "data_seeds": (), "levels": levels}
     study = load_study("digits").model_copy(update=fields)
     about = {"name": "synthetic", "classes": ("a", "b"), "train": 10, "test": 100, "shape": (8,)}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +15,7 @@ from tombola import Planner, Store, load_problem, load_study
 from tombola.analysis.accuracy import Row, rows, table2
 from tombola.cli.results import show_results
 from tombola.cli.tables import duration, size
+from tombola.study.tickets import Tickets
 
 
 def row(importance: str, seed: int, level: int, accuracy: float | None, **more: Any) -> Row:
@@ -74,7 +75,7 @@ def test_levels_and_their_densities_are_in_order() -> None:
 def test_rows_are_those_of_the_store(finished: Path) -> None:
     study = load_study("digits", OVERRIDES)
     planner = Planner(study, load_problem(study.task), Store(finished, create=False))
-    found = rows(planner)
+    found = rows(Tickets(planner))
     assert [(r.importance, r.seed, r.level) for r in found] == [
         (importance, seed, level) for importance in ("magnitude", "l1") for seed in (0, 1) for level in (0, 1, 2)
     ]
@@ -93,15 +94,21 @@ def test_rows_are_those_of_the_store(finished: Path) -> None:
 def shown(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
     """A function that returns Table 2 as it is printed for given rows of a study of two levels."""
 
-    def show(found: list[Row], importances: tuple[str, ...] = ("l1", "l2"), seeds: tuple[int, ...] = (0, 1)) -> str:
-        monkeypatch.setattr("tombola.analysis.accuracy.rows", lambda planner: found)
+    def show(
+        found: list[Row],
+        importances: tuple[str, ...] = ("l1", "l2"),
+        seeds: tuple[int, ...] = (0, 1),
+        records: Sequence[dict[str, Any]] = (),
+    ) -> str:
+        monkeypatch.setattr("tombola.analysis.accuracy.rows", lambda tickets: found)
         planner = SimpleNamespace(
             study=SimpleNamespace(importances=importances, seeds=seeds, levels=1),
             problem=SimpleNamespace(data=SimpleNamespace(name="digits")),
             store=SimpleNamespace(root="the-store"),
             chains=[(importance, seed) for importance in importances for seed in seeds],
         )
-        show_results(planner, "table")  # type: ignore[arg-type]
+        tickets = SimpleNamespace(planner=planner, records=lambda: dict(enumerate(records)))
+        show_results(tickets, "table")  # type: ignore[arg-type]
         return capsys.readouterr().out
 
     return show

@@ -14,11 +14,12 @@ from typing import Any
 import pytest
 import torch
 
-from tombola.errors import UserError
+from tombola.errors import DamagedResultError, UserError
 from tombola.files import write_atomically
 from tombola.pruning.mask import Mask
+from tombola.store.checkpoints import checkpoint_from_bytes, checkpoint_to_bytes
 from tombola.store.names import canonical, name_of
-from tombola.store.store import DamagedResultError, Store, checkpoint_from_bytes, checkpoint_to_bytes
+from tombola.store.store import Store
 from tombola.training.history import Checkpoint, History, Trained
 from tombola.training.weights import Weights, apply_mask
 
@@ -41,7 +42,7 @@ def store(tmp_path: Path) -> Store:
 
 
 def put(store: Store, key: str = KEY) -> None:
-    store.put(key, {"some": "training"}, MASK, TRAINED, {"seconds": 1.0})
+    store.results.put(key, {"some": "training"}, MASK, TRAINED, {"seconds": 1.0})
 
 
 def files(root: Path) -> list[str]:
@@ -49,9 +50,9 @@ def files(root: Path) -> list[str]:
 
 
 def test_what_is_put_comes_back_to_the_bit(store: Store) -> None:
-    assert store.get(KEY) is None
+    assert store.results.get(KEY) is None
     put(store)
-    found = Store(store.root, create=False).get(KEY)
+    found = Store(store.root, create=False).results.get(KEY)
     assert found is not None
     assert found.history == TRAINED.history
     assert found.weights.hash == TRAINED.weights.hash
@@ -59,22 +60,22 @@ def test_what_is_put_comes_back_to_the_bit(store: Store) -> None:
     for name, tensor in found.weights.load().items():
         assert tensor.dtype == STATE[name].dtype
         assert tensor.numpy().tobytes() == STATE[name].numpy().tobytes()
-    assert store.alive(KEY) == MASK
-    assert store.record(KEY) == {"seconds": 1.0}
+    assert store.results.mask(KEY) == MASK
+    assert store.results.record(KEY) == {"seconds": 1.0}
 
 
 def test_only_living_weights_are_stored(store: Store) -> None:
     mask = Mask.from_tensors({"w": torch.arange(100_000).reshape(100, 1000) % 100 == 0})
     state = apply_mask({"w": torch.ones(100, 1000)}, mask)
-    store.put(KEY, {}, mask, Trained(Weights.of(state), History()), {})
-    assert (store.folder(KEY) / "weights.safetensors").stat().st_size < 4 * 1000 + 100_000 / 8 + 1000
+    store.results.put(KEY, {}, mask, Trained(Weights.of(state), History()), {})
+    assert (store.results.folder(KEY) / "weights.safetensors").stat().st_size < 4 * 1000 + 100_000 / 8 + 1000
 
 
 def test_a_result_that_is_there_stays_as_it_is(store: Store) -> None:
     put(store)
-    store.put(KEY, {}, MASK, Trained(TRAINED.weights, History()), {"seconds": 2.0})
-    assert store.record(KEY) == {"seconds": 1.0}
-    found = store.get(KEY)
+    store.results.put(KEY, {}, MASK, Trained(TRAINED.weights, History()), {"seconds": 2.0})
+    assert store.results.record(KEY) == {"seconds": 1.0}
+    found = store.results.get(KEY)
     assert found is not None
     assert found.history == TRAINED.history
 
@@ -83,7 +84,7 @@ def test_checksums_are_as_sha256sum_reads_them(store: Store) -> None:
     put(store)
     if shutil.which("sha256sum") is None:
         pytest.skip("there is no sha256sum; to run: apt-get install coreutils")
-    assert os.system(f"cd {store.folder(KEY)} && sha256sum --quiet --check SHA256SUMS") == 0
+    assert os.system(f"cd {store.results.folder(KEY)} && sha256sum --quiet --check SHA256SUMS") == 0
 
 
 _Call = Callable[..., Any]
@@ -115,14 +116,18 @@ def test_a_full_disk_at_any_step_leaves_the_store_as_it_was(
     with monkeypatch.context() as patch:
         calls = failing(patch, name, nth, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
         last = (name, nth) == ("fsync", 7)  # making the result's name last: the result is there already
-        with contextlib.nullcontext() if last else pytest.raises(UserError, match="No space left on device; what was"):
+        with (
+            contextlib.nullcontext()
+            if last
+            else pytest.raises(UserError, match="No space left on device; all results that")
+        ):
             put(store)
         assert len(calls) >= nth, "no such step is done any more"
-    assert (KEY in store) == last
+    assert (KEY in store.results) == last
     if not last:
         assert files(store.root) == before
     put(store)
-    store.check(KEY)
+    store.results.check(KEY)
     assert not list((store.root / "tmp").iterdir())
 
 
@@ -141,10 +146,10 @@ def test_a_kill_at_any_step_leaves_a_whole_result_or_none(
         with pytest.raises(Killed):
             put(store)
     again = Store(store.root, create=False)
-    if KEY in again:
-        again.check(KEY)
+    if KEY in again.results:
+        again.results.check(KEY)
     put(again)
-    again.check(KEY)
+    again.results.check(KEY)
     again.sweep(lambda: True)
     assert files(store.root) == sorted(
         ["store.json"]
@@ -177,7 +182,7 @@ def test_a_write_that_is_cut_short_goes_on(tmp_path: Path, monkeypatch: pytest.M
 @pytest.mark.parametrize("name", ["result.json", "weights.safetensors", "SHA256SUMS"])
 def test_a_flipped_bit_anywhere_is_found(store: Store, name: str) -> None:
     put(store)
-    path = store.folder(KEY) / name
+    path = store.results.folder(KEY) / name
     whole = path.read_bytes()
     sums = len("0" * 64)
     places = range(0, len(whole), 37) if name != "SHA256SUMS" else [0, sums - 1, sums + 3, len(whole) - 2]
@@ -186,33 +191,33 @@ def test_a_flipped_bit_anywhere_is_found(store: Store, name: str) -> None:
         damaged[place] ^= 0x80
         path.write_bytes(damaged)
         with pytest.raises(DamagedResultError, match=f"result {KEY[:12]} is damaged"):
-            store.check(KEY)
+            store.results.check(KEY)
     path.write_bytes(whole)
-    store.check(KEY)
+    store.results.check(KEY)
 
 
 @pytest.mark.parametrize("name", ["result.json", "weights.safetensors", "SHA256SUMS"])
 def test_a_missing_or_cut_file_is_found(store: Store, name: str) -> None:
     put(store)
-    path = store.folder(KEY) / name
+    path = store.results.folder(KEY) / name
     path.write_bytes(path.read_bytes()[: len(path.read_bytes()) // 3])
     with pytest.raises(DamagedResultError):
-        store.check(KEY)
+        store.results.check(KEY)
     path.unlink()
     with pytest.raises(DamagedResultError, match=f"{name} is missing"):
-        store.check(KEY)
+        store.results.check(KEY)
     if name != "weights.safetensors":
         with pytest.raises(DamagedResultError):
-            store.get(KEY)
+            store.results.get(KEY)
 
 
 def test_damaged_weights_are_not_handed_out(store: Store) -> None:
     put(store)
-    path = store.folder(KEY) / "weights.safetensors"
+    path = store.results.folder(KEY) / "weights.safetensors"
     damaged = bytearray(path.read_bytes())
     damaged[-1] ^= 1
     path.write_bytes(damaged)
-    found = store.get(KEY)
+    found = store.results.get(KEY)
     assert found is not None
     with pytest.raises(DamagedResultError, match=r"weights\.safetensors"):
         _ = found.weights.load()
@@ -220,62 +225,64 @@ def test_damaged_weights_are_not_handed_out(store: Store) -> None:
 
 def test_a_discarded_result_is_gone_and_can_be_put_again(store: Store) -> None:
     put(store)
-    store.discard(KEY)
-    store.discard(KEY)  # another run was faster
+    store.results.discard(KEY)
+    store.results.discard(KEY)  # another run was faster
     assert files(store.root) == ["store.json"]
     put(store)
-    store.check(KEY)
+    store.results.check(KEY)
 
 
 def test_a_lost_record_is_empty(store: Store) -> None:
     put(store)
-    (store.folder(KEY) / "record.json").write_bytes(b"\xff{")
-    assert store.record(KEY) == {}
+    (store.results.folder(KEY) / "record.json").write_bytes(b"\xff{")
+    assert store.results.record(KEY) == {}
 
 
 def test_confirmations_are_kept_in_the_record_alone(store: Store) -> None:
     put(store)
-    others = {path.name: path.read_bytes() for path in store.folder(KEY).iterdir() if path.name != "record.json"}
-    store.confirm(KEY, {"when": "now"})
-    store.confirm(KEY, {"when": "later"})
-    assert store.record(KEY) == {"seconds": 1.0, "confirmed": [{"when": "now"}, {"when": "later"}]}
-    assert others == {p.name: p.read_bytes() for p in store.folder(KEY).iterdir() if p.name != "record.json"}
+    others = {
+        path.name: path.read_bytes() for path in store.results.folder(KEY).iterdir() if path.name != "record.json"
+    }
+    store.results.confirm(KEY, {"when": "now"})
+    store.results.confirm(KEY, {"when": "later"})
+    assert store.results.record(KEY) == {"seconds": 1.0, "confirmed": [{"when": "now"}, {"when": "later"}]}
+    assert others == {p.name: p.read_bytes() for p in store.results.folder(KEY).iterdir() if p.name != "record.json"}
 
 
 def test_masks_come_back_and_damaged_ones_do_not(store: Store) -> None:
-    store.put_mask("m" * 64, MASK)
-    assert store.mask("m" * 64) == MASK
+    store.masks.put("m" * 64, MASK)
+    assert store.masks.get("m" * 64) == MASK
     path = store.root / "masks" / "mm" / f"{'m' * 64}.safetensors"
     whole = path.read_bytes()
     for place in range(0, len(whole), 11):
         damaged = bytearray(whole)
         damaged[place] ^= 1
         path.write_bytes(damaged)
-        found = store.mask("m" * 64)
+        found = store.masks.get("m" * 64)
         assert found is None or found == MASK
     damaged = bytearray(whole)
     damaged[-1] ^= 1
     path.write_bytes(damaged)
-    assert store.mask("m" * 64) is None
+    assert store.masks.get("m" * 64) is None
     path.write_bytes(whole[: len(whole) // 2])
-    assert store.mask("m" * 64) is None
+    assert store.masks.get("m" * 64) is None
 
 
 CHECKPOINT = Checkpoint(17, STATE, {"0.momentum_buffer": torch.randn(5, 7)}, torch.tensor([0.1, 1 / 3, 2 / 3]))
 
 
 def test_checkpoints_come_back_to_the_bit(store: Store) -> None:
-    store.put_checkpoint(KEY, checkpoint_to_bytes(CHECKPOINT))
-    found = store.checkpoint(KEY)
+    store.checkpoints.put(KEY, checkpoint_to_bytes(CHECKPOINT))
+    found = store.checkpoints.get(KEY)
     assert found is not None
     assert found.iteration == 17
     assert torch.equal(found.batch_losses, CHECKPOINT.batch_losses)
     for ours, theirs in ((found.state, CHECKPOINT.state), (found.optimizer, CHECKPOINT.optimizer)):
         assert ours.keys() == theirs.keys()
         assert all(ours[name].numpy().tobytes() == theirs[name].numpy().tobytes() for name in ours)
-    store.discard_checkpoint(KEY)
-    store.discard_checkpoint(KEY)
-    assert store.checkpoint(KEY) is None
+    store.checkpoints.discard(KEY)
+    store.checkpoints.discard(KEY)
+    assert store.checkpoints.get(KEY) is None
 
 
 def test_a_cut_or_changed_checkpoint_is_none() -> None:
@@ -294,8 +301,8 @@ def test_a_cut_or_changed_checkpoint_is_none() -> None:
 
 def test_a_checkpoint_that_cannot_be_written_stops_nothing(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     failing(monkeypatch, "fsync", 1, OSError(errno.ENOSPC, "full"))
-    store.put_checkpoint(KEY, checkpoint_to_bytes(CHECKPOINT))
-    assert store.checkpoint(KEY) is None
+    store.checkpoints.put(KEY, checkpoint_to_bytes(CHECKPOINT))
+    assert store.checkpoints.get(KEY) is None
 
 
 def test_sweeping_leaves_what_others_write(store: Store) -> None:
@@ -370,10 +377,10 @@ def test_a_read_only_store_can_be_read_and_says_so(store: Store, monkeypatch: py
         lambda path, flags, *rest, **named: refused() if flags & os.O_CREAT else real(path, flags, *rest, **named),
     )
     again = Store(store.root, create=False)
-    assert again.get(KEY) is not None
-    again.check(KEY)
-    again.put_mask("m" * 64, MASK)
-    assert again.mask("m" * 64) is None
+    assert again.results.get(KEY) is not None
+    again.results.check(KEY)
+    again.masks.put("m" * 64, MASK)
+    assert again.masks.get("m" * 64) is None
     with pytest.raises(UserError, match="it cannot be written to: Read-only file system"):
         again.check_writable()
     with pytest.raises(UserError, match="Read-only file system"):
@@ -382,8 +389,8 @@ def test_a_read_only_store_can_be_read_and_says_so(store: Store, monkeypatch: py
 
 def test_entries_are_what_lies_in_the_store(store: Store) -> None:
     put(store)
-    store.put_mask("m" * 64, MASK)
-    store.put_checkpoint("c" * 64, checkpoint_to_bytes(CHECKPOINT))
+    store.masks.put("m" * 64, MASK)
+    store.checkpoints.put("c" * 64, checkpoint_to_bytes(CHECKPOINT))
     found = {(entry.kind, entry.name): entry for entry in store.entries()}
     assert set(found) == {("result", KEY), ("mask", "m" * 64), ("checkpoint", "c" * 64)}
     assert sum(entry.bytes for entry in found.values()) == sum(

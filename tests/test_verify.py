@@ -19,12 +19,12 @@ from tombola.cli import main
 from tombola.engine.run import run
 from tombola.engine.verify import (
     Finding,
+    draw_sample,
     first_in_histories,
     first_in_losses,
     first_in_masks,
     first_in_states,
-    sample,
-    stored,
+    list_places,
     verify_chains,
     verify_trainings,
 )
@@ -32,6 +32,7 @@ from tombola.pruning.mask import Mask
 from tombola.store.names import canonical
 from tombola.store.store import Store
 from tombola.study.planner import Chain, Planner
+from tombola.study.tickets import Tickets
 from tombola.training.history import History
 
 STUDY = study(["magnitude", "l1"], levels=2)
@@ -47,17 +48,17 @@ def plan(tmp_path: Path) -> Planner:
     return plan
 
 
-def verified(plan: Planner) -> list[Finding]:
-    return list(verify_trainings(plan, stored(plan, plan.chains), InTurn(last_first=True)))
+def verify(plan: Planner) -> list[Finding]:
+    return list(verify_trainings(plan, list_places(Tickets(plan), plan.chains), InTurn(last_first=True)))
 
 
-def verified_chains(plan: Planner) -> list[Finding]:
+def verify_each_chain(plan: Planner) -> list[Finding]:
     return list(verify_chains(plan, plan.chains, InTurn(last_first=False), lambda *_: None))
 
 
 def tamper(store: Store, key: str, name: str, change: Callable[[Any], None], hash: str | None = None) -> None:
     """Change what a result holds, and its checksums with it, as a training would have done that gave other bits."""
-    folder = store.folder(key)
+    folder = store.results.folder(key)
     document = json.loads((folder / "result.json").read_text())
     tensors = safetensors.torch.load((folder / "weights.safetensors").read_bytes())
     change(document if name == "result.json" else tensors)
@@ -66,20 +67,20 @@ def tamper(store: Store, key: str, name: str, change: Callable[[Any], None], has
         (folder / file).write_bytes(data)
     sums = "".join(f"{hashlib.sha256(data).hexdigest()}  {file}\n" for file, data in files.items())
     (folder / "SHA256SUMS").write_text(sums)
-    store.check(key)
+    store.results.check(key)
 
 
 def test_what_training_gives_is_confirmed(plan: Planner) -> None:
     before = content(plan.store.root)
-    findings = verified(plan)
+    findings = verify(plan)
     assert len(findings) == len(results(plan.store.root)) == 6
     assert all(finding.difference is None and finding.machine == () for finding in findings)
     assert content(plan.store.root) == before
     for folder in results(plan.store.root):
-        confirmed = plan.store.record(folder.name)["confirmed"]
+        confirmed = plan.store.results.record(folder.name)["confirmed"]
         assert [set(one) for one in confirmed] == [{"when", "whole_chain", "machine"}]
-    assert [finding.difference for finding in verified_chains(plan)] == [None] * 6
-    assert plan.store.record(results(plan.store.root)[0].name)["confirmed"][1]["whole_chain"] is True
+    assert [finding.difference for finding in verify_each_chain(plan)] == [None] * 6
+    assert plan.store.results.record(results(plan.store.root)[0].name)["confirmed"][1]["whole_chain"] is True
     assert content(plan.store.root) == before
 
 
@@ -91,16 +92,16 @@ def test_one_weight_that_is_another_is_named(plan: Planner) -> None:
         tensors["state.4.bias"][2] = torch.nextafter(tensors["state.4.bias"][2], torch.tensor(9.0))
 
     tamper(plan.store, last.key, "weights.safetensors", change)
-    found = {finding.key: finding for finding in verified(plan)}
+    found = {finding.key: finding for finding in verify(plan)}
     assert [key for key, finding in found.items() if finding.difference] == [last.key]
     assert found[last.key].what == "l1, seed 0, level 2"
     difference = found[last.key].difference or ""
     assert difference.startswith("tensor 4.bias[2]: ")
     assert difference.endswith("(1 of 4 differ)")
-    record = plan.store.record(last.key)
+    record = plan.store.results.record(last.key)
     assert "confirmed" not in record
     assert [one["difference"] for one in record["contradicted"]] == [difference]
-    assert [one.what for one in verified_chains(plan) if one.difference] == ["l1, seed 0, level 2"]
+    assert [one.what for one in verify_each_chain(plan) if one.difference] == ["l1, seed 0, level 2"]
 
 
 def test_the_first_iteration_that_went_another_way_is_named(plan: Planner) -> None:
@@ -111,7 +112,7 @@ def test_the_first_iteration_that_went_another_way_is_named(plan: Planner) -> No
         tensors["state.4.bias"][2] += 1
 
     tamper(plan.store, dense.key, "weights.safetensors", change)
-    unequal = [finding for finding in verified(plan) if finding.difference]
+    unequal = [finding for finding in verify(plan) if finding.difference]
     assert [finding.what for finding in unequal] == ["magnitude, seed 0, level 0"]
     # It begins with iteration 10, the rewind point.
     assert (unequal[0].difference or "").startswith("the training loss of iteration 30: ")
@@ -128,7 +129,7 @@ def test_a_chain_that_went_another_way_is_found_where_it_began(plan: Planner) ->
         bits[5] ^= (1 << alive) | (1 << pruned)
 
     tamper(plan.store, level_1.key, "weights.safetensors", change)
-    unequal = [finding for finding in verified(plan) if finding.difference]
+    unequal = [finding for finding in verify(plan) if finding.difference]
     assert [finding.what for finding in unequal] == ["l1, seed 0, level 1"]
     assert (unequal[0].difference or "").startswith("mask of 0.weight[2, ")
 
@@ -138,11 +139,11 @@ def test_a_wrong_remembered_mask_is_found(plan: Planner) -> None:
     right = plan.trainings(chain)[2].mask
     wrong = Mask.from_tensors({name: alive.roll(1) for name, alive in right.items()})
     for entry in plan.store.entries():
-        if entry.kind == "mask" and plan.store.mask(entry.name) == right:
-            plan.store.put_mask(entry.name, wrong)
+        if entry.kind == "mask" and plan.store.masks.get(entry.name) == right:
+            plan.store.masks.put(entry.name, wrong)
     again = planner(plan.store.root, STUDY)  # whose chain ends there now: no training of that mask was done
     run(again, InTurn(last_first=False), lambda *_: None)
-    unequal = [finding for finding in verified(again) if finding.difference]
+    unequal = [finding for finding in verify(again) if finding.difference]
     assert any(
         "a remembered mask is not the one that pruning gives: mask of 0.weight[" in str(f.difference) for f in unequal
     )
@@ -153,7 +154,7 @@ def test_a_damaged_result_is_a_difference(plan: Planner) -> None:
     damaged = bytearray(path.read_bytes())
     damaged[-1] ^= 1
     path.write_bytes(damaged)
-    chosen = [one for one in stored(plan, plan.chains) if one.training.key == path.parent.name]
+    chosen = [one for one in list_places(Tickets(plan), plan.chains) if one.training.key == path.parent.name]
     findings = list(verify_trainings(plan, chosen[:1], InTurn(last_first=False)))
     assert len(findings) == 1
     assert "is damaged" in (findings[0].difference or "")
@@ -165,17 +166,17 @@ def test_another_machine_is_named(plan: Planner) -> None:
         record["threads"] = 2
         record["machine"]["versions"]["torch"] = "1.0"
         (folder / "record.json").write_text(json.dumps(record))
-    for finding in verified(plan):
+    for finding in verify(plan):
         assert finding.difference is None
         assert finding.machine[0].startswith("versions.torch: '1.0' then, ")
         assert finding.machine[1] == "threads: 2 then, 1 now"
 
 
 def test_a_sample_is_spread_and_the_same_each_time() -> None:
-    assert sample(range(100), 10) == sample(range(100), 10)
-    assert len(set(sample(range(100), 10))) == 10
-    assert max(sample(range(100), 10)) > 50
-    assert sample(range(3), None) == sample(range(3), 5) == [0, 1, 2]
+    assert draw_sample(range(100), 10) == draw_sample(range(100), 10)
+    assert len(set(draw_sample(range(100), 10))) == 10
+    assert max(draw_sample(range(100), 10)) > 50
+    assert draw_sample(range(3), None) == draw_sample(range(3), 5) == [0, 1, 2]
 
 
 def test_first_differences() -> None:
@@ -235,7 +236,7 @@ def test_the_command_line_verifies_in_fresh_processes_and_looks_after_the_store(
     assert sum(one["kind"] == "result" for one in listed) == 6
     assert all(one["confirmed"] for one in listed if one["kind"] == "result" and one["name"] != key)
     assert tombola("store", "check").returncode == 0
-    path = plan.store.folder(key) / "result.json"
+    path = plan.store.results.folder(key) / "result.json"
     path.write_bytes(path.read_bytes()[:-1])
     done = tombola("store", "check", "--format", "json")
     assert done.returncode == 1

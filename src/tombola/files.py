@@ -38,7 +38,7 @@ def write_atomically(path: Path, content: bytes, within: Path | None = None) -> 
 
 
 def write_durably(handle: int, content: bytes) -> None:
-    """Write to an open file and fsync it."""
+    """Write all of `content` to an open file and call fsync."""
     left = memoryview(content)
     while left:
         left = left[os.write(handle, left) :]
@@ -46,7 +46,7 @@ def write_durably(handle: int, content: bytes) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Sync a folder to disk (fsync), so that renames in it survive a crash."""
+    """Call fsync on a directory, so that the names of the files in it are on the disk."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -1,6 +1,6 @@
 """Analyses: each finding of the paper as a table, with the check that the paper lacks.
 
-One module a finding. Each has `of_study(planner, ...)`, which reads a study's results and returns a polars DataFrame,
+One module a finding. Each has `of_study(tickets, ...)`, which reads a study's results and returns a polars DataFrame,
 and the pure functions that it is made of, whose docstrings describe the columns.
 
 - `overlap`: how many connections tickets share, against chance and against the noise floor.
@@ -10,7 +10,7 @@ and the pure functions that it is made of, whose docstrings describe the columns
 - `weights`: distributions of weights and importances.
 - `functions`: agreement of predictions, ensembles.
 - `connectivity`: the error between two tickets' weights.
-- `reinit`: partial reinitialisation; it plans trainings, and reads them when they are done.
+- `reinit`: partial reinitialisation: survival of shared connections against chance.
 """
 
 from __future__ import annotations

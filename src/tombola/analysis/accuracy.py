@@ -7,7 +7,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from tombola.study.planner import Chain, Planner, Progress
+from tombola.study.planner import Chain, Progress
+from tombola.study.tickets import Tickets
 
 
 @dataclass(frozen=True)
@@ -41,18 +42,17 @@ class Row:
         return asdict(self) | {"collapsed": list(self.collapsed)}
 
 
-def rows(planner: Planner) -> list[Row]:
-    """Return the results that are there, by importance, seed and level.
+def rows(tickets: Tickets) -> list[Row]:
+    """Return the results that the store has, by importance, seed and level.
 
     Raises:
-        DamagedResultError: where a stored result is damaged.
+        tombola.errors.DamagedResultError: where a stored result is damaged.
     """
-    by_chain = {chain: planner.progress(chain) for chain in planner.chains}
-    order = planner.study.importances
+    order = tickets.study.importances
     return [
         row
-        for chain, progress in sorted(by_chain.items(), key=lambda item: order.index(item[0].importance))
-        for row in _rows(chain, progress)
+        for chain in sorted(tickets.planner.chains, key=lambda chain: order.index(chain.importance))
+        for row in _rows(chain, tickets.progress(chain))
     ]
 
 

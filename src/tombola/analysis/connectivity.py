@@ -9,12 +9,13 @@ import polars as pl
 import torch
 from torch import Tensor, nn
 
-from tombola.analysis.gather import after, groups, last_level, select_chains
+from tombola.analysis.gather import after, groups, last_level
 from tombola.datasets.dataset import Dataset
-from tombola.errors import UserError
+from tombola.errors import NothingStoredError, UserError
 from tombola.lottery.ticket import Ticket
 from tombola.streams import ambient
-from tombola.study.planner import Planner
+from tombola.study.planner import Planner, select_chains
+from tombola.study.tickets import Tickets
 from tombola.training.batches import normalisation
 from tombola.training.evaluation import evaluate
 from tombola.training.weights import State
@@ -28,7 +29,7 @@ Measure = Callable[[State], tuple[float, float | None]]
 
 
 def of_study(
-    planner: Planner,
+    tickets: Tickets,
     importances: Sequence[str] | None = None,
     levels: Collection[int] | None = None,
     points: int = POINTS,
@@ -45,25 +46,26 @@ def of_study(
     the training set (or all, if there are fewer) without augmentation.
 
     Args:
-        planner: planner of the study.
+        tickets: tickets of the study.
         importances: the importances to compare, two or more; by default all.
         levels: the levels; by default the last that all have.
         points: number of points on the line, including both ends.
 
     Raises:
-        UserError: if importances or levels are not in the study, or not stored.
+        UserError: if importances or levels are not in the study.
+        NothingStoredError: if they are not stored yet.
     """
-    wanted = set(levels) if levels is not None else {last_level(planner, select_chains(planner, importances))}
-    measure = build_measure(planner)
+    wanted = set(levels) if levels is not None else {last_level(tickets, select_chains(tickets.study, importances))}
+    measure = build_measure(tickets.planner)
     tables = []
-    for group in groups(planner, importances, wanted):
+    for group in groups(tickets, importances, wanted):
         for pair in combinations(group.tickets, 2):
             first, second = (_load_trained(group.tickets[name]) for name in pair)
             table = along_line(first, second, measure, points)
             named = table.select(pl.Series("tickets", [list(pair)] * len(table)), pl.all())
             tables.append(after(named, level=group.level, seed=group.seed, kind=group.kind))
     if not tables:
-        raise UserError(f"{planner.store.root}: no two of these tickets are stored yet; the study must run first")
+        raise NothingStoredError(f"no two of these tickets are stored in {tickets.planner.store.root} yet")
     return pl.concat(tables)
 
 

@@ -10,18 +10,19 @@ import polars as pl
 import torch
 from torch import Tensor
 
-from tombola.analysis.gather import DATA_ORDER, IMPORTANCES, SEEDS, after, groups, last_level, select_chains
+from tombola.analysis.gather import DATA_ORDER, IMPORTANCES, SEEDS, after, groups, last_level
 from tombola.errors import UserError
 from tombola.lottery.ticket import Ticket
 from tombola.streams import ambient
-from tombola.study.planner import Planner
+from tombola.study.planner import Planner, select_chains
+from tombola.study.tickets import Tickets
 from tombola.training.evaluation import predict
 
 _REMEMBERED = 16  # number of networks whose outputs are kept: those of one level
 
 
 def of_study(
-    planner: Planner, importances: Sequence[str] | None = None, levels: Collection[int] | None = None
+    tickets: Tickets, importances: Sequence[str] | None = None, levels: Collection[int] | None = None
 ) -> pl.DataFrame:
     """Return how often the trained tickets of each seed and level make the same prediction on the test set.
 
@@ -33,18 +34,19 @@ def of_study(
       seed has only one for all importances.
 
     Args:
-        planner: planner of the study.
+        tickets: tickets of the study.
         importances: the importances to compare, two or more; by default all.
         levels: the levels; by default the last that all have.
 
     Raises:
-        UserError: if importances or levels are not in the study, or not stored.
+        UserError: if importances or levels are not in the study.
+        NothingStoredError: if they are not stored yet.
     """
-    wanted = set(levels) if levels is not None else {last_level(planner, select_chains(planner, importances))}
-    ask = _Outputs(planner)
+    wanted = set(levels) if levels is not None else {last_level(tickets, select_chains(tickets.study, importances))}
+    ask = _Outputs(tickets.planner)
     dense: dict[str, Tensor] = {}
     tables = []
-    for group in groups(planner, importances, wanted | {0}):
+    for group in groups(tickets, importances, wanted | {0}):
         if group.level == 0 and group.kind == IMPORTANCES:
             dense[f"seed {group.seed}"] = ask(next(iter(group.tickets.values())))
         if group.level in wanted or group.kind == DATA_ORDER:

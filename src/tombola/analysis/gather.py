@@ -1,4 +1,4 @@
-"""Gathering: the tickets that an analysis compares, out of a study's chains, one level at a time."""
+"""Gathering: the tickets that an analysis compares, one level of a study's chains at a time."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from dataclasses import dataclass
 
 import polars as pl
 
-from tombola.errors import UserError, did_you_mean
+from tombola.errors import NothingStoredError
 from tombola.lottery.ticket import Ticket
-from tombola.store.store import DamagedResultError
-from tombola.study.planner import Chain, MissingError, Planner
+from tombola.study.planner import Chain, select_chains
+from tombola.study.schema import Study
+from tombola.study.tickets import Tickets
 
 ALL = "(all)"
 """Stands in the column `layer` for all layers together."""
@@ -28,87 +29,55 @@ def label(chain: Chain) -> str:
     return chain.importance if chain.data_seed is None else f"{chain.importance}@{chain.data_seed}"
 
 
-def select_chains(planner: Planner, importances: Sequence[str] | None, at_least: int = 1) -> list[Chain]:
-    """Return the chains of these importances of the study, or of all.
-
-    Raises:
-        UserError: for an importance that the study has not, or fewer than `at_least`.
-    """
-    known = planner.study.importances
-    names = known if importances is None else list(dict.fromkeys(importances))
-    for name in names:
-        if name not in known:
-            raise UserError(f"importances: the study has no importance {name!r}; {did_you_mean(name, known)}")
-    if len(names) < at_least:
-        raise UserError(f"importances: at least {at_least} are compared, got {', '.join(names)}")
-    return [Chain(seed, name) for seed in planner.study.seeds for name in names]
-
-
-def repeats(planner: Planner, importances: Sequence[str] | None) -> list[Chain]:
+def repeats(study: Study, importances: Sequence[str] | None) -> list[Chain]:
     """Return the chains of other data orders that the study asks for, of these importances or of all that it names."""
-    names = planner.study.importances if importances is None else importances
+    names = study.importances if importances is None else importances
     return [
         Chain(seed, name, order)
-        for seed in planner.study.seeds
-        for name in dict.fromkeys([*planner.study.importances[:1], *names])
-        for order in planner.study.data_seeds
+        for seed in study.seeds
+        for name in dict.fromkeys([*study.importances[:1], *names])
+        for order in study.data_seeds
     ]
 
 
 def by_level(
-    planner: Planner, chains: Sequence[Chain], levels: Collection[int] | None = None, optional: Sequence[Chain] = ()
+    tickets: Tickets, chains: Sequence[Chain], levels: Collection[int] | None = None, optional: Sequence[Chain] = ()
 ) -> Iterator[tuple[int, dict[Chain, Ticket]]]:
-    """Yield each level with the tickets of it that the store has; only one level's masks are held at a time.
+    """Yield each level with its tickets; the masks of one level at a time are in memory.
 
     Args:
-        planner: follows the chains.
-        chains: which.
+        tickets: of the study.
+        chains: whose tickets.
         levels: only these, which each of `chains` must have; by default all levels that any of them has.
-        optional: further chains, of which there is what there is.
+        optional: further chains, whose tickets are left out where the store does not have them.
 
     Raises:
-        UserError: where one of `levels`, or any level at all, is not there.
+        UserError: where one of `levels` is not the study's.
+        NothingStoredError: where one of `levels`, or every level, is missing.
     """
     if levels is not None:
-        _check_range(planner, levels)
-    last = planner.study.levels if levels is None else max(levels)
-    following = {chain: planner.tickets(chain) for chain in [*chains, *optional]}
-    for level in range(last + 1):
-        tickets: dict[Chain, Ticket] = {}
-        for chain, found in list(following.items()):
-            try:
-                tickets[chain] = next(found)
-            except (StopIteration, MissingError):
-                del following[chain]
-            except DamagedResultError:
-                raise
-            except UserError:  # of the importance, which ends its chain
-                del following[chain]
-        if levels is not None and (missing := [chain for chain in chains if chain not in tickets]):
-            raise _not_there(min(each for each in levels if each >= level), level, missing, planner)
-        if not any(chain in tickets for chain in chains):
+        tickets.require(levels, chains)
+    for level in range(tickets.study.levels + 1) if levels is None else sorted(set(levels)):
+        found = tickets.at(level, [*chains, *optional])
+        if not any(chain in found for chain in chains):
             if level == 0:
-                raise UserError(
-                    f"no result of this study is in {planner.store.root}; do its trainings with: tombola run"
-                )
+                raise NothingStoredError(f"no result of this study is in {tickets.planner.store.root}")
             return
-        if levels is None or level in levels:
-            yield level, tickets
+        yield level, found
 
 
-def last_level(planner: Planner, chains: Sequence[Chain]) -> int:
+def last_level(tickets: Tickets, chains: Sequence[Chain]) -> int:
     """Return the sparsest level that all of these chains have.
 
     Raises:
-        UserError: where there is none.
+        NothingStoredError: where they have no level in common.
     """
-    last = -1
-    for level, tickets in by_level(planner, chains):
-        if len(tickets) < len(chains):
-            break
-        last = level
-    if last < 0:
-        raise UserError(f"level 0 is not there for every seed in {planner.store.root}; finish it with: tombola run")
+    last = tickets.last_level(chains)
+    if last is None:
+        root = tickets.planner.store.root
+        if not any(tickets.progress(chain).tickets for chain in chains):
+            raise NothingStoredError(f"no result of this study is in {root}")
+        raise NothingStoredError(f"level 0 is not in {root} for every seed")
     return last
 
 
@@ -131,39 +100,40 @@ class Group:
 
 
 def groups(
-    planner: Planner, importances: Sequence[str] | None = None, levels: Collection[int] | None = None
+    tickets: Tickets, importances: Sequence[str] | None = None, levels: Collection[int] | None = None
 ) -> Iterator[Group]:
     """Yield what is compared at each level: the tickets of each seed by importance, and those by data order alone.
 
     Args:
-        planner: of the study.
+        tickets: of the study.
         importances: which, two or more; by default all.
         levels: which; by default all that are there.
 
     Raises:
         UserError: where importances or levels are not there.
     """
-    chains = select_chains(planner, importances, at_least=2)
+    study = tickets.study
+    chains = select_chains(study, importances, at_least=2)
     names = {chain.importance for chain in chains}
-    others = repeats(planner, importances)
+    others = repeats(study, importances)
     repeated = {chain.importance for chain in others}
-    own_orders = [chain for chain in planner.chains if chain not in chains and chain.importance in repeated]
-    for level, tickets in by_level(planner, chains, levels, [*own_orders, *others]):
-        for seed in planner.study.seeds:
+    own_orders = [chain for chain in tickets.planner.chains if chain not in chains and chain.importance in repeated]
+    for level, found in by_level(tickets, chains, levels, [*own_orders, *others]):
+        for seed in study.seeds:
             compared = {
                 chain.importance: ticket
-                for chain, ticket in tickets.items()
+                for chain, ticket in found.items()
                 if chain.seed == seed and chain.data_seed is None and chain.importance in names
             }
             if len(compared) > 1:
                 yield Group(level, seed, IMPORTANCES, compared, len(compared) == len(names))
-            for name in planner.study.importances:
+            for name in study.importances:
                 orders = {
                     label(chain): ticket
-                    for chain, ticket in tickets.items()
+                    for chain, ticket in found.items()
                     if chain.seed == seed and chain.importance == name
                 }
-                first = name == planner.study.importances[0]  # whose level 0 is that of all
+                first = name == study.importances[0]  # whose level 0 is that of all
                 if name in repeated and len(orders) > 1 and (level > 0 or first):
                     yield Group(level, seed, DATA_ORDER, orders, True)
 
@@ -175,18 +145,3 @@ def after(table: pl.DataFrame, **where: object) -> pl.DataFrame:
     [(1, 2)]
     """
     return table.select(*(pl.lit(value).alias(name) for name, value in where.items()), pl.all())
-
-
-def _check_range(planner: Planner, levels: Collection[int]) -> None:
-    for level in levels:
-        if not 0 <= level <= planner.study.levels:
-            raise UserError(f"level {level} is not one of the study's, which are 0 to {planner.study.levels}")
-
-
-def _not_there(level: int, had: int, missing: Sequence[Chain], planner: Planner) -> UserError:
-    there = f"levels 0 to {had - 1} are" if had > 1 else "level 0 is" if had else "none is"
-    more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-    return UserError(
-        f"level {level} is not in {planner.store.root} yet for {missing[0]}{more}; "
-        f"{there} there for all that is compared"
-    )

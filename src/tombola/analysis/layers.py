@@ -7,15 +7,17 @@ from collections.abc import Collection, Sequence
 
 import polars as pl
 
-from tombola.analysis.gather import ALL, after, by_level, select_chains
+from tombola.analysis.gather import ALL, after, by_level
 from tombola.analysis.paths import Paths
 from tombola.errors import UserError
 from tombola.pruning.mask import Mask
-from tombola.study.planner import Planner
+from tombola.streams import ambient
+from tombola.study.planner import Planner, select_chains
+from tombola.study.tickets import Tickets
 
 
 def of_study(
-    planner: Planner, importances: Sequence[str] | None = None, levels: Collection[int] | None = None
+    tickets: Tickets, importances: Sequence[str] | None = None, levels: Collection[int] | None = None
 ) -> pl.DataFrame:
     """Return the density of each layer of each ticket.
 
@@ -23,18 +25,19 @@ def of_study(
     the effective counts are null and a warning gives the reason.
 
     Args:
-        planner: planner of the study.
+        tickets: tickets of the study.
         importances: the importances; by default all.
         levels: the levels; by default all that are stored.
 
     Raises:
-        UserError: if importances or levels are not in the study, or not stored.
+        UserError: if importances or levels are not in the study.
+        NothingStoredError: if they are not stored yet.
     """
-    chains = select_chains(planner, importances)
-    paths = trace_paths(planner)
+    chains = select_chains(tickets.study, importances)
+    paths = trace_paths(tickets.planner)
     tables = []
-    for level, tickets in by_level(planner, chains, levels):
-        for chain, ticket in tickets.items():
+    for level, found in by_level(tickets, chains, levels):
+        for chain, ticket in found.items():
             table = of_mask(ticket.mask, paths)
             tables.append(after(table, level=level, importance=chain.importance, seed=chain.seed))
     return pl.concat(tables)
@@ -109,7 +112,9 @@ def summarise(table: pl.DataFrame) -> pl.DataFrame:
 def trace_paths(planner: Planner) -> Paths | None:
     """Return the graph of a study's network. If it cannot be traced, warn with the reason and return None."""
     try:
-        return Paths(planner.problem.build(), planner.problem.data.input_shape)
+        with ambient(0):
+            model = planner.problem.build()
+        return Paths(model, planner.problem.data.input_shape)
     except UserError as error:
         warnings.warn(f"effective sparsity is not computed: {error}", stacklevel=2)
         return None

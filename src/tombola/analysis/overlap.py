@@ -12,15 +12,15 @@ import polars as pl
 
 from tombola.analysis.chance import Counts, Numbers, interval, interval_of_two, moments, support
 from tombola.analysis.gather import ALL, after, groups
-from tombola.errors import UserError
+from tombola.errors import NothingStoredError, UserError
 from tombola.pruning.mask import Mask
-from tombola.study.planner import Planner
+from tombola.study.tickets import Tickets
 
 _BLOCK = 1 << 13  # words of 64 connections per step, so that those of 15 masks fit in the cache
 
 
 def of_study(
-    planner: Planner, importances: Sequence[str] | None = None, levels: Collection[int] | None = None
+    tickets: Tickets, importances: Sequence[str] | None = None, levels: Collection[int] | None = None
 ) -> pl.DataFrame:
     """Return the overlap of the tickets of each seed and level: of each pair, and of all together.
 
@@ -33,20 +33,21 @@ def of_study(
     A ticket has the name of its importance; `l1@100` is the ticket of l1 in data order 100.
 
     Args:
-        planner: planner of the study.
+        tickets: tickets of the study.
         importances: the importances to compare, two or more; by default all.
         levels: the levels; by default all that are stored.
 
     Raises:
-        UserError: if importances or levels are not in the study, or not stored.
+        UserError: if importances or levels are not in the study.
+        NothingStoredError: if they are not stored yet.
     """
     tables = []
-    for group in groups(planner, importances, levels):
+    for group in groups(tickets, importances, levels):
         masks = {name: ticket.mask for name, ticket in group.tickets.items()}
         where = {"level": group.level, "seed": group.seed, "kind": group.kind}
         tables.append(after(_compare(masks, together=group.complete), **where))
     if not tables:
-        raise UserError(f"{planner.store.root}: no two of these tickets are stored yet; the study must run first")
+        raise NothingStoredError(f"no two of these tickets are stored in {tickets.planner.store.root} yet")
     return pl.concat(tables)
 
 

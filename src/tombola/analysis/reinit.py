@@ -1,184 +1,83 @@
-"""Partial reinitialisation: are connections that tickets share found again where all other weights are drawn anew?"""
+"""Partial reinitialisation: are shared connections found again after the remaining weights are reinitialised?"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import count, takewhile
+from itertools import takewhile
 
 import numpy as np
 import polars as pl
-import torch
 
 from tombola.analysis.chance import interval, interval_of_two, moments, support
-from tombola.analysis.gather import ALL, after, by_level, select_chains
+from tombola.analysis.gather import ALL, after, by_level
 from tombola.analysis.winners import mean_with_interval
-from tombola.errors import UserError
+from tombola.errors import NothingStoredError
 from tombola.pruning.mask import Mask
-from tombola.store.store import DamagedResultError
-from tombola.streams import derive
-from tombola.study.planner import Chain, Planner
-from tombola.training.train import initial_state
-from tombola.training.weights import State, Weights
+from tombola.study.reinitialisation import Plan, list_notes, plan_again
+from tombola.study.tickets import Tickets
 
 
-@dataclass(frozen=True)
-class Plan:
-    """The trainings of one seed's partial reinitialisations.
-
-    Args:
-        seed: whose initialisation is kept in part; data order and all else is the seed's too.
-        kept: the connections that keep their initial weights: those that the compared tickets share.
-        planner: of the draws: a study like any other, but for its initial weights. Its chains have the number of a
-            draw, 1 and on, as their seed, and `seed` as their data seed.
-    """
-
-    seed: int
-    kept: Mask
-    planner: Planner
-
-
-def plans(
-    planner: Planner,
-    level: int,
-    draws: int,
-    importances: Sequence[str] | None = None,
-    seeds: Sequence[int] | None = None,
-) -> list[Plan]:
-    """Return what is to be trained, for each seed of a study.
-
-    Args:
-        planner: of the study.
-        level: of the tickets whose shared connections are kept, and up to which the procedure is run again.
-        draws: of the other weights.
-        importances: whose tickets are compared and run again; two or more, by default all.
-        seeds: which of the study's; by default all.
-
-    Raises:
-        UserError: where level or importances are not there, or the tickets share nothing.
-    """
-    seeds = planner.study.seeds if seeds is None else seeds
-    chains = [chain for chain in select_chains(planner, importances, at_least=2) if chain.seed in seeds]
-    names = tuple(dict.fromkeys(chain.importance for chain in chains))
-    if level < 1:
-        raise UserError("reinit: at level 0 every connection is shared, it needs a level from 1 on")
-    if draws < 1:
-        raise UserError(f"draws: expected 1 or more, got {draws}")
-    asked = range(1, draws + 1)
-    return [_plan(planner, level, names, seed, kept, asked) for seed, kept in _shared(planner, level, chains).items()]
-
-
-def _shared(planner: Planner, level: int, chains: Sequence[Chain]) -> dict[int, Mask]:
-    """Return the connections that the tickets of these chains share at a level, by seed.
-
-    Raises:
-        UserError: where the level is not there or they share nothing.
-    """
-    ((_, tickets),) = by_level(planner, chains, [level])
-    shared: dict[int, Mask] = {}
-    for chain, ticket in tickets.items():
-        shared[chain.seed] = ticket.mask & shared.get(chain.seed, ticket.mask)
-    for seed, kept in shared.items():
-        if not kept.alive:
-            raise UserError(f"reinit: the tickets of seed {seed} share no connection at level {level}")
-    return shared
-
-
-def _plan(planner: Planner, level: int, names: Sequence[str], seed: int, kept: Mask, draws: Sequence[int]) -> Plan:
-    """Return the trainings of these draws of one seed."""
-    theta_0 = planner.initial(seed).load()
-    states = {
-        draw: partly_new(theta_0, initial_state(planner.problem.build, new_seed(seed, draw)), kept) for draw in draws
-    }
-    initial = {draw: Weights.of(state) for draw, state in states.items()}
-    about = {"reinit": {"level": level, "draws": max(draws), "importances": list(names)}}
-    return Plan(seed, kept, planner.restarted(initial, seed, tuple(names), level, about))
-
-
-def stored(planner: Planner) -> pl.DataFrame:
-    """Return the table of `of_plans` for every partial reinitialisation of a study that is in its store.
+def of_study(tickets: Tickets) -> pl.DataFrame:
+    """Return the table of `of_plans` for every partial reinitialisation of a study that its store has.
 
     Before its columns comes `compared`: the importances whose tickets were compared, in the study's order. Of each
-    level and set of importances there are the seeds that have a first draw, and the draws that all these have.
+    level and set of importances there are the seeds that have a first draw, and the draws that all of these have.
 
     Args:
-        planner: of the study.
+        tickets: of the study.
 
     Raises:
-        UserError: where there is none.
+        NothingStoredError: where the store has none.
+        tombola.errors.DamagedResultError: where a stored result is damaged.
     """
-    study = planner.study
-    records = (planner.store.record(one.name) for one in planner.store.entries() if one.kind == "result")
-    notes = [record["reinit"] for record in records if "reinit" in record]
-    asked = {
-        (note["level"], tuple(name for name in study.importances if name in note["importances"]))
-        for note in notes
-        if note["level"] <= study.levels and set(note["importances"]) <= set(study.importances)
-    }
     tables = []
-    for level, names in sorted(asked, key=lambda each: (each[0], -len(each[1]), each[1])):
-        there = {seed: found for seed in study.seeds if (found := _draws(planner, level, names, seed))}
-        draws = range(1, 1 + min((number for _, number in there.values()), default=0))
-        complete = [_plan(planner, level, names, seed, kept, draws) for seed, (kept, _) in there.items()]
-        tables += [after(of_plans(complete), compared=list(names))] if there else []
+    for (level, names), most in list_notes(tickets).items():
+        plans = [plan_again(tickets, level, most, names, seed) for seed in tickets.study.seeds]
+        pairs = [(plan, tickets.share_with(plan.planner)) for plan in plans if plan is not None]
+        found = {plan.seed: (plan, own, number) for plan, own in pairs if (number := count_draws(own))}
+        draws = min((number for _, _, number in found.values()), default=0)
+        tables += [after(_of_draws(plan, own, draws), compared=list(names)) for plan, own, _ in found.values()]
     if not tables:
-        raise UserError(f"no partial reinitialisation is in {planner.store.root}")
+        raise NothingStoredError(f"no partial reinitialisation is in {tickets.planner.store.root}")
     return pl.concat(tables)
 
 
-def _draws(planner: Planner, level: int, names: Sequence[str], seed: int) -> tuple[Mask, int] | None:
-    """Return what one seed's reinitialisations keep, and how many draws the store has from the first on; None for 0."""
-    try:
-        kept = _shared(planner, level, [Chain(seed, name) for name in names])[seed]
-    except DamagedResultError:
-        raise
-    except UserError:  # the study has no such tickets: another one asked
-        return None
+def count_draws(tickets: Tickets) -> int:
+    """Return how many draws of a plan the store has, from the first on.
 
-    def done(draw: int) -> bool:
-        other = _plan(planner, level, names, seed, kept, [draw]).planner
-        return all(len(other.progress(chain).tickets) == level + 1 for chain in other.chains)
-
-    number = sum(1 for _ in takewhile(done, count(1)))
-    return (kept, number) if number else None
-
-
-def new_seed(seed: int, draw: int) -> int:
-    """Return the seed from which the other weights of a draw come."""
-    return derive(seed, "reinitialisation", draw)
-
-
-def partly_new(initial: State, drawn: State, kept: Mask) -> State:
-    """Return the state `drawn`, with the weights of `initial` where `kept` is alive.
-
-    >>> kept = Mask.from_tensors({"w": torch.tensor([True, False])})
-    >>> partly_new({"w": torch.tensor([1.0, 2.0])}, {"w": torch.tensor([3.0, 4.0])}, kept)
-    {'w': tensor([1., 4.])}
+    Args:
+        tickets: of the plan's planner.
     """
-    return {
-        name: torch.where(kept[name], initial[name], tensor) if name in kept else tensor
-        for name, tensor in drawn.items()
-    }
+    study = tickets.study
+    complete = dict.fromkeys(study.seeds, True)
+    for chain in tickets.planner.chains:
+        complete[chain.seed] &= len(tickets.progress(chain).tickets) == study.levels + 1
+    return sum(1 for _ in takewhile(complete.__getitem__, study.seeds))
 
 
-def of_plans(found: Sequence[Plan]) -> pl.DataFrame:
+def of_plans(plans: Sequence[Plan]) -> pl.DataFrame:
     """Return how much more often than by chance the kept connections survive.
 
     The columns of `of_masks`, after level, importance and seed.
 
     Args:
-        found: of `plans`, whose trainings are done.
+        plans: of `tombola.study.reinitialisation.plan`, whose trainings are done.
 
     Raises:
-        UserError: where they are not.
+        NothingStoredError: where they are not done.
     """
+    return pl.concat([_of_draws(plan, Tickets(plan.planner), len(plan.planner.study.seeds)) for plan in plans])
+
+
+def _of_draws(plan: Plan, tickets: Tickets, draws: int) -> pl.DataFrame:
+    """Return the table of `of_plans` of one seed, over the first draws."""
+    study = tickets.study
+    chains = [chain for chain in tickets.planner.chains if chain.seed <= draws]
+    ((level, found),) = by_level(tickets, chains, [study.levels])
     tables = []
-    for plan in found:
-        study = plan.planner.study
-        ((level, tickets),) = by_level(plan.planner, plan.planner.chains, [study.levels])
-        for name in study.importances:
-            masks = [tickets[Chain(draw, name, plan.seed)].mask for draw in study.seeds]
-            tables.append(after(of_masks(plan.kept, masks), level=level, importance=name, seed=plan.seed))
+    for name in study.importances:
+        masks = [ticket.mask for chain, ticket in found.items() if chain.importance == name]
+        tables.append(after(of_masks(plan.kept, masks), level=level, importance=name, seed=plan.seed))
     return pl.concat(tables)
 
 
@@ -201,6 +100,7 @@ def of_masks(kept: Mask, masks: Sequence[Mask]) -> pl.DataFrame:
         kept: the connections that kept their initial weights.
         masks: of the draws' tickets.
 
+    >>> import torch
     >>> kept = Mask.from_tensors({"w": torch.tensor([1, 1, 0, 0]).bool()})
     >>> found = Mask.from_tensors({"w": torch.tensor([1, 1, 0, 0]).bool()})
     >>> of_masks(kept, [found]).select("survived", "expected", "excess").row(0)

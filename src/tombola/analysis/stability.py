@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
 from functools import reduce
-from itertools import chain as chain_of
 from operator import and_
 
 import numpy as np
@@ -13,11 +12,12 @@ import polars as pl
 from scipy import stats
 from torch import Tensor
 
-from tombola.analysis.gather import ALL, after, by_level, last_level, select_chains
+from tombola.analysis.gather import ALL, after, by_level, last_level
 from tombola.errors import UserError
 from tombola.lottery.ticket import Ticket
 from tombola.pruning.mask import Mask
-from tombola.study.planner import Planner
+from tombola.study.planner import select_chains
+from tombola.study.tickets import Tickets
 from tombola.training.weights import State
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
@@ -27,7 +27,7 @@ Values = npt.NDArray[np.float64]
 
 
 def of_study(
-    planner: Planner,
+    tickets: Tickets,
     importances: Sequence[str] | None = None,
     levels: Collection[int] | None = None,
     layers: Collection[str] | None = None,
@@ -38,7 +38,7 @@ def of_study(
     `of_ticket`.
 
     Args:
-        planner: planner of the study.
+        tickets: tickets of the study.
         importances: the importances to compare, two or more; by default all.
         levels: the levels of the tickets, 1 or more; by default the last that all have.
         layers: the layers to return, by parameter name; by default each, and all together.
@@ -46,26 +46,25 @@ def of_study(
     Raises:
         UserError: if importances, levels or layers are not in the study, or not stored.
     """
-    chains = select_chains(planner, importances, at_least=2)
-    wanted = sorted(levels) if levels is not None else [last_level(planner, chains)]
+    chains = select_chains(tickets.study, importances, at_least=2)
+    wanted = sorted(levels) if levels is not None else [last_level(tickets, chains)]
     if wanted[0] < 1:
         raise UserError("stability: it compares levels, so it needs a level from 1 on")
     for layer in layers or ():
-        if layer not in [*planner.dense, ALL]:
-            raise UserError(f"layers: there is no layer {layer!r}, there are {', '.join(planner.dense)}")
-    masks = {(level, c): t.mask for level, ts in by_level(planner, chains, wanted) for c, t in ts.items()}
+        if layer not in [*tickets.planner.dense, ALL]:
+            raise UserError(f"layers: there is no layer {layer!r}, there are {', '.join(tickets.planner.dense)}")
+    masks = {(level, c): t.mask for level, ts in by_level(tickets, chains, wanted) for c, t in ts.items()}
     tables = []
     for level in wanted:
-        for seed in planner.study.seeds:
+        for seed in tickets.study.seeds:
             own = [chain for chain in chains if chain.seed == seed]
             shared = reduce(and_, (masks[level, chain] for chain in own))
             for chain in own:
-                tickets = (ts[chain] for _, ts in by_level(planner, [chain], range(level + 1)))
-                first = next(tickets)
+                own_tickets = tickets.progress(chain).tickets[: level + 1]
                 table = of_ticket(
-                    (_load_trained(ticket) for ticket in chain_of([first], tickets)),
-                    first.rewind.load(),
-                    planner.initial(seed).load(),
+                    (_load_trained(ticket) for ticket in own_tickets),
+                    own_tickets[0].rewind.load(),
+                    tickets.planner.initial(seed).load(),
                     masks[level, chain],
                     shared,
                 )

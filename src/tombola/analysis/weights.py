@@ -8,19 +8,20 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 
-from tombola.analysis.gather import after, by_level, last_level, select_chains
+from tombola.analysis.gather import after, by_level, last_level
 from tombola.importance import Importance, Normalisation, Survivors, as_importance
 from tombola.pruning.mask import Mask
 from tombola.streams import derive, generator
-from tombola.study.planner import Planner
+from tombola.study.planner import select_chains
 from tombola.study.task import resolve_importance
+from tombola.study.tickets import Tickets
 from tombola.training.weights import State
 
 QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
 
 
 def of_study(
-    planner: Planner, importances: Sequence[str] | None = None, levels: Collection[int] | None = None
+    tickets: Tickets, importances: Sequence[str] | None = None, levels: Collection[int] | None = None
 ) -> pl.DataFrame:
     """Return the distributions of weights and importances in each layer of each ticket.
 
@@ -31,25 +32,26 @@ def of_study(
       ticket's training; or "score": the importance of each weight at the end, by which the next round prunes.
 
     Args:
-        planner: planner of the study.
+        tickets: tickets of the study.
         importances: the importances; by default all.
         levels: the levels; by default the last that all have.
 
     Raises:
-        UserError: if importances or levels are not in the study, or not stored.
+        UserError: if importances or levels are not in the study.
+        NothingStoredError: if they are not stored yet.
     """
-    chains = select_chains(planner, importances)
-    wanted = sorted(levels) if levels is not None else [last_level(planner, chains)]
+    chains = select_chains(tickets.study, importances)
+    wanted = sorted(levels) if levels is not None else [last_level(tickets, chains)]
     tables = []
-    for level, tickets in by_level(planner, chains, wanted):
-        for chain, ticket in tickets.items():
+    for level, found in by_level(tickets, chains, wanted):
+        for chain, ticket in found.items():
             assert ticket.trained is not None
             end = ticket.trained.weights.load()
             scores = of_importance(
                 end, ticket.mask, resolve_importance(chain.importance), derive(chain.seed, "pruning", level)
             )
             for quantity, table in (
-                ("initial", of_state(planner.initial(chain.seed).load(), ticket.mask)),
+                ("initial", of_state(tickets.planner.initial(chain.seed).load(), ticket.mask)),
                 ("rewind", of_state(ticket.rewind.load(), ticket.mask)),
                 ("end", of_state(end, ticket.mask)),
                 ("score", scores),

@@ -10,9 +10,9 @@ import polars as pl
 from scipy import special
 
 from tombola.analysis.accuracy import Row, rows
-from tombola.analysis.gather import select_chains
-from tombola.errors import UserError
-from tombola.study.planner import Planner
+from tombola.errors import NothingStoredError, UserError
+from tombola.study.planner import select_chains
+from tombola.study.tickets import Tickets
 
 SCHEMA = {
     "importance": pl.String,
@@ -30,34 +30,35 @@ SCHEMA = {
 
 
 def of_study(
-    planner: Planner, importances: Sequence[str] | None = None, *, margin: float = 0.005, surely: bool = False
+    tickets: Tickets, importances: Sequence[str] | None = None, *, margin: float = 0.005, surely: bool = False
 ) -> pl.DataFrame:
     """Return the winning ticket of each importance: the sparsest level that keeps the dense network's accuracy.
 
     One row for each importance, with the columns of `by_level`. A level counts where all of the study's seeds have it.
 
     Args:
-        planner: of the study.
+        tickets: of the study.
         importances: which; by default all.
         margin: by how much a ticket's accuracy may be lower, on the scale 0..1.
         surely: whether the whole interval of the difference must lie within the margin, not only its mean.
 
     Raises:
-        UserError: where importances or results are not there, or `surely` is asked of a single seed.
+        UserError: where the study does not have the importances, or `surely` is asked of a single seed.
+        NothingStoredError: where there are no results to compare.
     """
-    names = list(dict.fromkeys(chain.importance for chain in select_chains(planner, importances)))
-    seeds = len(planner.study.seeds)
+    names = list(dict.fromkeys(chain.importance for chain in select_chains(tickets.study, importances)))
+    seeds = len(tickets.study.seeds)
     if surely and seeds < 2:
         raise UserError("surely: an interval needs two seeds or more, and the study has one")
-    found = by_level([row for row in rows(planner) if row.importance in names], margin=margin)
+    found = by_level([row for row in rows(tickets) if row.importance in names], margin=margin)
     found = found.filter(pl.col("seeds") == seeds)
     if not len(found):
-        raise UserError(f"level 0 is not there for every seed in {planner.store.root}; finish it with: tombola run")
-    return winning(found, surely=surely)
+        raise NothingStoredError(f"level 0 is not in {tickets.planner.store.root} for every seed")
+    return select_winners(found, surely=surely)
 
 
-def winning(levels: pl.DataFrame, *, surely: bool = False) -> pl.DataFrame:
-    """Return of the table of `by_level` each importance's row with the highest level that keeps the accuracy."""
+def select_winners(levels: pl.DataFrame, *, surely: bool = False) -> pl.DataFrame:
+    """Return the rows of the table of `by_level` with the highest level of each importance that keeps the accuracy."""
     kept = levels.filter("surely" if surely else "keeps")
     return kept.filter(pl.col("level") == pl.col("level").max().over("importance"))
 
@@ -99,11 +100,11 @@ def by_level(results: Sequence[Row], *, margin: float = 0.005) -> pl.DataFrame:
         after = [row.test_accuracy for row in group]
         pairs = [(a, b) for a, b in zip(after, before, strict=True) if a is not None and b is not None]
         line = [importance, level, statistics.fmean(row.density for row in group), len(group)]
-        lines.append(line + (_compared(pairs, margin) if len(pairs) == len(group) else [*[None] * 5, False, None]))
+        lines.append(line + (_compare(pairs, margin) if len(pairs) == len(group) else [*[None] * 5, False, None]))
     return pl.DataFrame(lines, SCHEMA, orient="row")
 
 
-def _compared(pairs: Sequence[tuple[float, float]], margin: float) -> list[float | bool | None]:
+def _compare(pairs: Sequence[tuple[float, float]], margin: float) -> list[float | bool | None]:
     """Return dense accuracy, accuracy, difference, low, high, keeps and surely of (accuracy, dense accuracy) pairs."""
     accuracy, dense = (statistics.fmean(side) for side in zip(*pairs, strict=True))
     mean, low, high = mean_with_interval([after - before for after, before in pairs])

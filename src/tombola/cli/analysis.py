@@ -15,7 +15,7 @@ from tombola.errors import UserError, did_you_mean
 if TYPE_CHECKING:
     import polars as pl
 
-    from tombola.study.planner import Planner
+    from tombola.study.tickets import Tickets
 
 
 def add_verbs(verbs: Verbs) -> None:
@@ -57,10 +57,10 @@ def overlap(options: argparse.Namespace) -> int:
     """Show how many connections tickets share, compared with chance and with the noise floor."""
     from tombola.analysis import overlap
 
-    planner, names = _open(options)
+    tickets, names = _open(options)
     with _warnings_as_notes():
-        table = overlap.of_study(planner, names, options.level)
-    if options.format == "table" and not planner.repeats:
+        table = overlap.of_study(tickets, names, options.level)
+    if options.format == "table" and not tickets.planner.repeats:
         _print_note("no noise floor: the study has one data order; add others with --data-seeds")
     elif options.format == "table" and not (table["kind"] == "data order").any():
         _print_note("no noise floor: the tickets of other data orders are missing; find them with `tombola run`")
@@ -72,9 +72,9 @@ def layers(options: argparse.Namespace) -> int:
     """Show the density of each layer, the collapsed layers, and the share of connections on paths."""
     from tombola.analysis import layers
 
-    planner, names = _open(options)
+    tickets, names = _open(options)
     with _warnings_as_notes():
-        table = layers.of_study(planner, names, options.level)
+        table = layers.of_study(tickets, names, options.level)
     _show(table, options.format, _layers)
     return 0
 
@@ -83,9 +83,9 @@ def stability(options: argparse.Namespace) -> int:
     """Show how much shared and other connections change from one level to the next."""
     from tombola.analysis import stability
 
-    planner, names = _open(options)
+    tickets, names = _open(options)
     with _warnings_as_notes():
-        table = stability.of_study(planner, names, options.level, options.layer)
+        table = stability.of_study(tickets, names, options.level, options.layer)
     _show(table, options.format, _stability)
     return 0
 
@@ -94,10 +94,10 @@ def winners(options: argparse.Namespace) -> int:
     """Show the sparsest ticket of each importance that keeps the accuracy of the dense network."""
     from tombola.analysis import winners
 
-    planner, names = _open(options)
+    tickets, names = _open(options)
     with _warnings_as_notes():
-        table = winners.of_study(planner, names, margin=options.margin / 100, surely=options.surely)
-    if options.format == "table" and len(planner.study.seeds) < 2:
+        table = winners.of_study(tickets, names, margin=options.margin / 100, surely=options.surely)
+    if options.format == "table" and len(tickets.study.seeds) < 2:
         _print_note("no interval: the study has one seed, and an interval needs two or more")
     _show(table, options.format, _winners)
     return 0
@@ -107,9 +107,9 @@ def weights(options: argparse.Namespace) -> int:
     """Show the distribution of weights and importances in each layer."""
     from tombola.analysis import weights
 
-    planner, names = _open(options)
+    tickets, names = _open(options)
     with _warnings_as_notes():
-        table = weights.of_study(planner, names, options.level)
+        table = weights.of_study(tickets, names, options.level)
     _show(table, options.format, _weights)
     return 0
 
@@ -118,9 +118,9 @@ def functions(options: argparse.Namespace) -> int:
     """Show how often two tickets make the same prediction."""
     from tombola.analysis import functions
 
-    planner, names = _open(options)
+    tickets, names = _open(options)
     with _warnings_as_notes():
-        table = functions.of_study(planner, names, options.level)
+        table = functions.of_study(tickets, names, options.level)
     _show(table, options.format, _functions)
     return 0
 
@@ -129,9 +129,9 @@ def connectivity(options: argparse.Namespace) -> int:
     """Show how high the test error rises on the line between the weights of two tickets."""
     from tombola.analysis import connectivity
 
-    planner, names = _open(options)
+    tickets, names = _open(options)
     with _warnings_as_notes():
-        table = connectivity.of_study(planner, names, options.level, options.points)
+        table = connectivity.of_study(tickets, names, options.level, options.points)
     _show(table, options.format, _connectivity)
     return 0
 
@@ -144,18 +144,19 @@ def reinit(options: argparse.Namespace) -> int:
     from tombola.engine.estimate import estimate, prior_speed
     from tombola.engine.local import LocalWorkers
     from tombola.engine.run import run
+    from tombola.study.reinitialisation import plan as plan_draws
 
-    planner, names = _open(options)
+    tickets, names = _open(options)
     with _warnings_as_notes():
-        plans = reinit.plans(planner, options.level, options.draws, names)
+        plans = plan_draws(tickets, options.level, options.draws, names)
     count = count_workers(options)
     if options.plan:
         for plan in plans:
             print(f"seed {plan.seed}: {plan.kept.alive} of {plan.kept.total} connections kept")
             show_plan(plan.planner, estimate(plan.planner, count, options.data), count, options.format)
         return 0
-    speed = prior_speed(planner, count, options.data)
-    with LocalWorkers(count, planner.study.task, options.data, planner.store.root) as workers:
+    speed = prior_speed(tickets.planner, count, options.data)
+    with LocalWorkers(count, tickets.study.task, options.data, tickets.planner.store.root) as workers:
         for plan in plans:
             with (
                 redirect_stdout(sys.stderr if options.format != "table" else sys.stdout),
@@ -168,27 +169,30 @@ def reinit(options: argparse.Namespace) -> int:
     return 0
 
 
-def _open(options: argparse.Namespace) -> tuple[Planner, list[str] | None]:
-    """Return the planner and the importances to compare: those asked for, None for all of the study's.
+def _open(options: argparse.Namespace) -> tuple[Tickets, list[str] | None]:
+    """Return the tickets and the importances to compare: those asked for, None for all of the study's.
 
     What `--importances` names is compared, out of the study's. The study may also have been run with others than its
     file says; then they are in the store.
     """
+    from tombola.study.tickets import Tickets
+
     names, options.importances = options.importances, None
     planner = open_planner(options)
     known = planner.study.importances
     others = [name for name in names or () if name not in known]
     if not others:
-        return planner, names or None
+        return Tickets(planner), names or None
     options.importances = [*known, *others]
     planner = open_planner(options)
+    tickets = Tickets(planner)
     for name in others:
-        if not any(len(planner.progress(chain).tickets) > 1 for chain in planner.chains if chain.importance == name):
+        if not any(len(tickets.progress(chain).tickets) > 1 for chain in planner.chains if chain.importance == name):
             raise UserError(
                 f"--importances: the study has no importance {name!r}, and no result of it is in {planner.store.root}; "
                 f"{did_you_mean(name, known)}"
             )
-    return planner, names
+    return tickets, names
 
 
 @contextmanager

@@ -10,8 +10,9 @@ from collections.abc import Sequence
 
 from tombola import __version__
 from tombola.cli import analysis, catalogue, report, results, run, store
+from tombola.cli.advice import add_advice
 from tombola.cli.options import Parser, Verb, Verbs, with_dashes
-from tombola.errors import DamagedResultError, NothingStoredError, UserError
+from tombola.errors import DamagedResultError, UserError
 
 EXAMPLES = """\
 examples:
@@ -49,23 +50,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             os._exit(130)  # at once: to take torch apart can take seconds
         return 130
     except (UserError, DamagedResultError) as error:
-        print(f"tombola: {' '.join(str(error).splitlines())}{_advice(error)}", file=sys.stderr)
+        print(f"tombola: {add_advice(error)}", file=sys.stderr)
         return 2
-
-
-_ADVICE: dict[type[Exception], str] = {
-    DamagedResultError: "`tombola run` does it again",
-    NothingStoredError: "do the missing trainings with `tombola run`",
-}
-
-
-def _advice(error: Exception) -> str:
-    """Return what to type about an error, as the end of its sentence: the library knows no verbs and no options.
-
-    >>> _advice(NothingStoredError("no result is there")), _advice(UserError("levels: expected a whole number"))
-    ('; do the missing trainings with `tombola run`', '')
-    """
-    return next((f"; {text}" for kind, text in _ADVICE.items() if isinstance(error, kind)), "")
 
 
 def _parser() -> Parser:

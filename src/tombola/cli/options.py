@@ -164,8 +164,9 @@ def open_planner(options: argparse.Namespace) -> Planner:
     import torch
 
     from tombola.store.store import Store
-    from tombola.study.planner import THREADS, Planner
+    from tombola.study.planner import Planner
     from tombola.study.task import load_problem
+    from tombola.study.trainings import THREADS
 
     torch.set_num_threads(THREADS)
     store = Store(options.store, create=False)  # whether it can be read, before anything is loaded

@@ -14,7 +14,8 @@ from rich.table import Table
 from tombola.cli.tables import count, duration, empty_table, open_console
 from tombola.engine.run import Status
 from tombola.lottery.ticket import Ticket
-from tombola.study.planner import Chain, Planner, Training
+from tombola.study.planner import Chain, Planner
+from tombola.study.trainings import Training
 
 Show = Callable[[Status, Training | None], None]
 """Shows how far a run is, and the training that has just finished, if one has."""

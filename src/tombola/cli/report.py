@@ -91,14 +91,13 @@ def watch(options: argparse.Namespace) -> int:
     with _check_installed():
         from tombola.report.page import page
     from tombola.report.watch import ADDRESS, keep_fresh, serve
+    from tombola.study.tickets import Tickets
 
     planner = open_planner(options)
 
     def state() -> object:
         """Return the names of the study's results, and of whatever else has been written about them."""
-        chains = [*planner.chains, *planner.repeats]
-        keys = {training.key for chain in chains for training in planner.trainings(chain)}
-        records = [planner.store.folder(key) / "record.json" for key in sorted(keys)]
+        records = [planner.store.results.folder(key) / "record.json" for key in Tickets(planner).records()]
         return [(path.parent.name, path.stat().st_mtime_ns) for path in records if path.exists()]
 
     def make() -> str:

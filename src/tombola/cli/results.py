@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from tombola.analysis.accuracy import Cell, Row, Table2
     from tombola.study.planner import Planner
+    from tombola.study.tickets import Tickets
 
 
 def add_verbs(verbs: Verbs) -> None:
@@ -32,7 +33,9 @@ def add_verbs(verbs: Verbs) -> None:
 
 def results(options: argparse.Namespace) -> int:
     """Show the accuracy of every ticket (the paper's Table 2)."""
-    show_results(open_planner(options), options.format)
+    from tombola.study.tickets import Tickets
+
+    show_results(Tickets(open_planner(options)), options.format)
     return 0
 
 
@@ -66,7 +69,7 @@ def export(options: argparse.Namespace) -> int:
     return 0
 
 
-def show_results(planner: Planner, form: str) -> None:
+def show_results(tickets: Tickets, form: str) -> None:
     """Print the results of a study that are there.
 
     Raises:
@@ -74,17 +77,20 @@ def show_results(planner: Planner, form: str) -> None:
     """
     from tombola.analysis.accuracy import Row, rows
     from tombola.cli.tables import show_table
+    from tombola.engine.machine import count_kinds, describe_kinds
 
-    found = rows(planner)
+    found = rows(tickets)
     if not found:
-        raise NothingStoredError(f"no result of this study is in {planner.store.root}")
+        raise NothingStoredError(f"no result of this study is in {tickets.planner.store.root}")
     if form == "json":
         print(json.dumps([row.to_json() for row in found], indent=1))
     elif form == "csv":
         names = list(Row.__dataclass_fields__)
         show_table(names, [[getattr(row, name) for name in names] for row in found], "csv")
     else:
-        _print_results(planner, found)
+        _print_results(tickets.planner, found)
+        if kinds := describe_kinds(count_kinds(tickets.records().values())):
+            print(kinds)
 
 
 def _print_results(planner: Planner, found: Sequence[Row]) -> None:

@@ -40,6 +40,7 @@ def run(options: argparse.Namespace) -> int:
     from tombola.engine.run import run as run_study
     from tombola.store.store import Store
     from tombola.study.task import try_out
+    from tombola.study.tickets import Tickets
 
     planner = open_planner(options)
     study, local = planner.study, options.engine == "local"
@@ -55,7 +56,7 @@ def run(options: argparse.Namespace) -> int:
     stopped = {f"{chain}: {progress.stopped}" for chain, progress in status.chains.items() if progress.stopped}
     if status.done == 0 and not stopped:
         print(f"every training of this study is in {planner.store.root} already; nothing was trained")
-    show_results(planner, "table")
+    show_results(Tickets(planner), "table")
     if stopped:
         raise UserError("; ".join(sorted(stopped)) + "; all other results are kept")
     return 0

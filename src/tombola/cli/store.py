@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
 from collections.abc import Callable, Iterator
@@ -12,12 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tombola.cli.options import Verbs, count_workers, open_planner, whole_number
-from tombola.errors import UserError
+from tombola.errors import DamagedResultError, StoreError, UserError
 
 if TYPE_CHECKING:
+    from tombola.engine.machine import Kind
     from tombola.engine.verify import Finding
     from tombola.store.store import Entry, Store
-    from tombola.study.planner import Planner
 
 
 def add_verbs(verbs: Verbs) -> None:
@@ -42,19 +41,21 @@ def verify(options: argparse.Namespace) -> int:
     """Repeat stored trainings in new processes and compare every bit; the exit status is 1 if any bit differs."""
     from tombola.cli.tables import show_table
     from tombola.engine.local import LocalWorkers
-    from tombola.engine.verify import sample, stored, verify_chains, verify_trainings
+    from tombola.engine.verify import draw_sample, list_places, verify_chains, verify_trainings
+    from tombola.study.tickets import Tickets
 
     planner = open_planner(options)
-    chains = [*planner.chains, *planner.repeats]
+    tickets = Tickets(planner)
+    chains = list(tickets.all())
     plain = options.format == "table"
     with LocalWorkers(count_workers(options), planner.study.task, options.data, None) as fresh:
         if options.chains:
-            there = [chain for chain in chains if planner.progress(chain).tickets]
-            stored(planner, there)
+            there = [chain for chain in chains if tickets.progress(chain).tickets]
+            list_places(tickets, there)
             with _show_count(plain) as tell:
-                findings = list(verify_chains(planner, sample(there, options.sample), fresh, tell))
+                findings = list(verify_chains(planner, draw_sample(there, options.sample), fresh, tell))
         else:
-            chosen = sample(stored(planner, chains), options.sample)
+            chosen = draw_sample(list_places(tickets, chains), options.sample)
             with _show_count(plain) as tell:
                 findings = []
                 for finding in verify_trainings(planner, chosen, fresh):
@@ -79,6 +80,12 @@ def _print_findings(findings: list[Finding]) -> None:
     for finding in findings:
         for phrase in finding.machine:
             elsewhere[phrase] = elsewhere.get(phrase, 0) + 1
+    kinds: dict[tuple[Kind, Kind], int] = {}
+    for finding in findings:
+        if finding.kinds is not None:
+            kinds[finding.kinds] = kinds.get(finding.kinds, 0) + 1
+    for (before, now), number in kinds.items():
+        print(f"stored results of another kind of machine, {number} of {len(findings)}: {before}, now {now}")
     for phrase, number in elsewhere.items():
         print(f"recorded on another machine, {number} of {len(findings)}: {phrase}")
     if unequal and not elsewhere:
@@ -130,15 +137,13 @@ _FACTS = ("density", "accuracy", "finished", "confirmed")
 
 
 def _facts(store: Store, one: Entry) -> list[Any]:
-    from tombola.store.store import DamagedResultError
-
     if one.kind != "result":
         return [one.kind, one.name, one.bytes, None, None, None, None]
-    record = store.record(one.name)
+    record = store.results.record(one.name)
     confirmed = [confirmation["when"] for confirmation in record.get("confirmed", [])]
     when = [record.get("finished"), confirmed[-1] if confirmed else None]
     try:
-        document = store.document(one.name)
+        document = store.results.document(one.name)
     except DamagedResultError:
         document = None
     if document is None:
@@ -175,14 +180,12 @@ def check(options: argparse.Namespace) -> int:
 
 
 def _damage(store: Store, one: Entry) -> str | None:
-    from tombola.store.store import DamagedResultError
-
     if one.kind == "mask":
-        return None if store.mask(one.name) is not None else "its bits do not have their checksum"
+        return None if store.masks.get(one.name) is not None else "its bits do not have their checksum"
     if one.kind == "checkpoint":
-        return None if store.checkpoint(one.name) is not None else "its bytes do not have their checksum"
+        return None if store.checkpoints.get(one.name) is not None else "its bytes do not have their checksum"
     try:
-        store.check(one.name)
+        store.results.check(one.name)
     except DamagedResultError as damage:
         return damage.reason
     return None
@@ -192,6 +195,8 @@ def gc(options: argparse.Namespace) -> int:
     """Remove everything from the store that none of the given studies needs."""
     from tombola.cli.tables import show_table, size
     from tombola.store.claims import Claims
+    from tombola.study.needs import list_needs
+    from tombola.study.tickets import Tickets
 
     named = [argparse.Namespace(**vars(options) | {"study": name}) for name in [options.study, *options.more]]
     planners = [open_planner(one) for one in named]
@@ -200,13 +205,14 @@ def gc(options: argparse.Namespace) -> int:
     with Claims(store.root) as claims:
         if not claims.alone():
             raise UserError(f"store {store.root}: another run of tombola uses it; wait until that has finished")
-        needed: set[str] = set()
-        for planner in planners:
-            needed |= _needs(planner)
+        try:
+            needed = set().union(*(list_needs(Tickets(planner)) for planner in planners))
+        except DamagedResultError as damage:
+            raise UserError(
+                f"store {store.root}: {damage}; repair it first with `tombola run`, "
+                f"or the results that follow it in its chain would be removed"
+            ) from damage
         found = list(store.entries())
-        records = [store.record(one.name) for one in found if one.kind == "result" and one.name not in needed]
-        for planner in planners:
-            needed |= _reinitialised(planner, [record["reinit"] for record in records if "reinit" in record])
         removed = [one for one in found if one.name not in needed]
         if not options.dry_run:
             store.sweep(claims.alone)
@@ -224,39 +230,9 @@ def gc(options: argparse.Namespace) -> int:
     return 0
 
 
-def _needs(planner: Planner) -> set[str]:
-    """Return the names of all results, masks and checkpoints that a study needs and may need next."""
-    from tombola.store.store import DamagedResultError
-
-    for chain in [*planner.chains, *planner.repeats]:
-        try:
-            planner.keys(chain)
-        except DamagedResultError as damage:
-            raise UserError(
-                f"store {planner.store.root}: {damage}; let it do so first, or what comes after it in its chain is lost"
-            ) from damage
-    return planner.store.asked_for
-
-
-def _reinitialised(planner: Planner, asked: list[dict[str, Any]]) -> set[str]:
-    """Return the names that a study's partial reinitialisations need, of those that records say were asked for."""
-    from tombola.analysis.reinit import plans
-
-    needed: set[str] = set()
-    for one in {json.dumps(each): each for each in asked}.values():
-        for seed in planner.study.seeds:
-            try:
-                found = plans(planner, one["level"], one["draws"], one["importances"], [seed])
-            except UserError:  # the study has no such tickets: another one asked
-                continue
-            for plan in found:
-                needed |= _needs(plan.planner)
-    return needed
-
-
 def _open(root: Path) -> Store:
     from tombola.store.store import Store
 
     if not (root / "store.json").exists():
-        raise UserError(f"store {root}: there is no store; choose another folder with --store")
+        raise StoreError(f"store {root}: there is no store")
     return Store(root, create=False)

@@ -15,9 +15,10 @@ from tombola.engine.job import Job
 from tombola.engine.local import LocalWorkers
 from tombola.engine.run import remaining
 from tombola.engine.workers import At
+from tombola.errors import DamagedResultError
 from tombola.pruning.mask import Mask
-from tombola.store.store import DamagedResultError
-from tombola.study.planner import Chain, Planner
+from tombola.study.planner import Chain, Planner, Progress
+from tombola.study.tickets import Tickets
 from tombola.training.evaluation import predict
 
 _TIMED_SECONDS = 1.0
@@ -60,13 +61,13 @@ def estimate(planner: Planner, workers: int, directory: Path | None = None) -> E
         workers: how many.
         directory: where data sets lie.
     """
-    progress = {chain: planner.progress(chain) for chain in [*planner.chains, *planner.repeats]}
-    keys = {key for chain in progress for key in planner.keys(chain)}
+    progress = Tickets(planner).all()
+    keys = {training.key for p in progress.values() for training in p.trainings}
     to_train = remaining(list(progress.values()))
     chains = tuple((chain, len(p.tickets), planner.study.levels + 1 - len(p.tickets)) for chain, p in progress.items())
     if not to_train:
         return Estimate(chains, len(keys), 0, 0.0, "nothing to do", 0.0, None, 0)
-    speed = _speed(planner, list(progress), workers, directory)
+    speed = _speed(planner, list(progress.values()), workers, directory)
     ahead = {chain: steps_ahead(planner, chain, p, speed) for chain, p in progress.items() if p.waits_for is not None}
     total = sum(step.seconds for step in {step.name: step for steps in ahead.values() for step in steps}.values())
     longest = max(ahead, key=lambda chain: sum(step.seconds for step in ahead[chain]))
@@ -90,14 +91,17 @@ def prior_speed(planner: Planner, workers: int, directory: Path | None = None) -
         workers: how many.
         directory: where data sets lie.
     """
-    chains = [*planner.chains, *planner.repeats]
-    try:
-        to_train = remaining([planner.progress(chain) for chain in chains])
-    except DamagedResultError:  # which the run does again
-        to_train = 1
+    progress: list[Progress] = []
+    damaged = 0
+    for chain in [*planner.chains, *planner.repeats]:
+        try:
+            progress.append(planner.progress(chain))
+        except DamagedResultError:  # the run repeats it
+            damaged = 1
+    to_train = max(remaining(progress), damaged)
     if not to_train:
         return None
-    if recorded := _recorded_speed(planner, chains):
+    if recorded := _recorded_speed(planner, progress):
         return recorded
     testing = _time_testing(planner)
     step = _STEP_OF_FORWARD * testing * planner.study.recipe.batch_size / len(planner.problem.data.test_inputs)
@@ -106,7 +110,7 @@ def prior_speed(planner: Planner, workers: int, directory: Path | None = None) -
     return _timed_speed(planner, workers, directory, testing)
 
 
-def _speed(planner: Planner, chains: Sequence[Chain], workers: int, directory: Path | None) -> Speed:
+def _speed(planner: Planner, chains: Sequence[Progress], workers: int, directory: Path | None) -> Speed:
     """Return the speed of trainings: from those of the study that are done, or from a few iterations timed now."""
     if recorded := _recorded_speed(planner, chains):
         _, start = _time_iterations(planner, planner.dense, 1, directory)
@@ -114,16 +118,12 @@ def _speed(planner: Planner, chains: Sequence[Chain], workers: int, directory: P
     return _timed_speed(planner, workers, directory, _time_testing(planner))
 
 
-def _recorded_speed(planner: Planner, chains: Sequence[Chain]) -> Speed | None:
+def _recorded_speed(planner: Planner, chains: Sequence[Progress]) -> Speed | None:
     """Return the speed of the trainings that are done, from their records; None where there is none."""
     timings: dict[str, Timing] = {}
-    for chain in chains:
-        try:
-            trainings = planner.trainings(chain)
-        except DamagedResultError:
-            continue
-        for training in trainings:
-            timing = Timing.of(training.mask.density, planner.store.record(training.key))
+    for progress in chains:
+        for training in progress.trainings:
+            timing = Timing.of(training.mask.density, planner.store.results.record(training.key))
             if timing is not None:
                 timings[training.key] = timing
     source = f"from the {len(timings)} that are done"
@@ -145,9 +145,7 @@ def _time_iterations(planner: Planner, mask: Mask, count: int, directory: Path |
     """Return the seconds of an iteration where `count` trainings go side by side, and those until they go."""
     seed = planner.study.seeds[0]
     endless = 10**9
-    chain = next(iter(planner.chains))
-    waits_for = planner.progress(chain).waits_for or planner.trainings(chain)[0]
-    training = replace(waits_for, initial=planner.initial(chain.seed), mask=mask, seed=seed, begin=0, end=endless)
+    training = planner.training(seed, planner.initial(planner.chains[0].seed), mask, 0, endless)
     marks: dict[str, list[tuple[int, float]]] = {f"{number}": [] for number in range(count)}
     with LocalWorkers(count, planner.study.task, directory, None) as workers:
         began = time.perf_counter()

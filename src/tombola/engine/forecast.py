@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from tombola.study.planner import Chain, Planner, Progress, Training
+from tombola.study.planner import Chain, Planner, Progress
+from tombola.study.trainings import Training
 
 _RECOMPUTED_EVERY = 1.0  # seconds
 _SAME_DENSITY = 0.01  # relative: a level's density is a round number of connections

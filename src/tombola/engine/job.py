@@ -1,4 +1,4 @@
-"""A job: one training as a worker is handed it, and what the worker hands back; both are bytes and plain data."""
+"""Jobs: a training as a worker receives it, and its outcome as the worker returns it; both are bytes and plain data."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ import torch
 from tombola.engine.machine import machine
 from tombola.kernels import NoKernelsWarning
 from tombola.pruning.mask import Mask
-from tombola.study.planner import Training
 from tombola.study.schema import Study
 from tombola.study.task import Problem
+from tombola.study.trainings import Training
 from tombola.training.history import Checkpoint, History, Trained, Watch
 from tombola.training.recipe import Recipe
 from tombola.training.train import train
@@ -27,7 +27,7 @@ from tombola.training.weights import Weights
 
 @dataclass(frozen=True)
 class Job:
-    """A training's arguments, but for the problem, which each worker loads for itself."""
+    """A training's arguments, except for the problem, which each worker loads."""
 
     key: str
     initial: bytes
@@ -41,7 +41,7 @@ class Job:
 
     @classmethod
     def of(cls, training: Training, study: Study) -> Job:
-        """Return the job that does a training."""
+        """Return the job of a training of a study."""
         return cls(
             training.key,
             safetensors.torch.save({name: t.contiguous() for name, t in training.initial.load().items()}),
@@ -57,7 +57,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a job led to: the final state and the losses as safetensors, the history, and the record of how it ran."""
+    """The result of a job: final state and losses as safetensors, the history, and the record of how it ran."""
 
     key: str
     state: bytes
@@ -73,11 +73,18 @@ class Outcome:
 
 
 def perform(job: Job, problem: Problem, resume: Checkpoint | None, watch: Watch) -> Outcome:
-    """Do a job."""
+    """Do the training of a job.
+
+    Args:
+        job: the training.
+        problem: what it trains.
+        resume: the checkpoint to start from; None for the beginning.
+        watch: called after every iteration.
+    """
     clock = _Clock(watch)
     mask = Mask(job.shapes, {name: np.frombuffer(bits, np.uint8) for name, bits in job.bits.items()})
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", NoKernelsWarning)  # the run has said so, once for all workers
+        warnings.simplefilter("ignore", NoKernelsWarning)  # the run has said this once
         trained = train(
             problem.build(),
             safetensors.torch.load(job.initial),
@@ -106,7 +113,7 @@ def perform(job: Job, problem: Problem, resume: Checkpoint | None, watch: Watch)
 
 
 class _Clock:
-    """A watch that times iterations, but for the first: with it libraries are loaded and memory is taken."""
+    """A watch that times all iterations but the first, in which libraries are loaded and memory is allocated."""
 
     def __init__(self, watch: Watch) -> None:
         self._watch = watch
@@ -119,12 +126,12 @@ class _Clock:
 
     @property
     def seconds(self) -> float:
-        """Since this clock was made."""
+        """Seconds since this clock was made."""
         return time.perf_counter() - self._started
 
     @property
     def seconds_per_iteration(self) -> float | None:
-        """None for a training of one iteration."""
+        """Seconds of an iteration on average; None for a training of one iteration."""
         if len(self._marks) < 2 or self._marks[0][0] == self._marks[1][0]:
             return None
         (first, begin), (last, end) = self._marks

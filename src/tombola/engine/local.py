@@ -1,4 +1,4 @@
-"""The local engine: processes on this machine, one training at a time each."""
+"""The local engine: processes on this machine, each of which does one training at a time."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ from pathlib import Path
 import torch
 
 from tombola.engine.job import Job, perform
-from tombola.engine.workers import CHECKPOINT_EVERY, TRIES, At, Event, Failed, watching
+from tombola.engine.workers import CHECKPOINT_EVERY, TRIES, At, Event, Failed, make_watch
 from tombola.store.store import Store
-from tombola.study.planner import THREADS
 from tombola.study.schema import Task
 from tombola.study.task import Problem, load_problem
+from tombola.study.trainings import THREADS
 
 _PRELOADED = ["tombola.engine.local", "torch._dynamo"]  # torch imports the latter at an optimizer's first step
 
 
 @dataclass(frozen=True)
 class _Setting:
-    """What every worker is given.
+    """What every worker receives.
 
     Args:
-        task: what is trained; each worker loads it for itself.
-        directory: where data sets lie.
+        task: what is trained; each worker loads it.
+        directory: of the data sets.
         store: the folder of the store, for checkpoints; None for none.
         checkpoint_every: seconds.
     """
@@ -46,16 +46,16 @@ class _Setting:
 
 
 class LocalWorkers:
-    """Processes that each do one training at a time, with one thread, and outlive any job.
+    """Processes that each do one training at a time, with one thread, and go on to the next.
 
-    They are copies of one process that has imported all they need, so that a worker is there at once. A worker that
-    dies is replaced and its job done again, from its last checkpoint; workers whose parent dies end by themselves.
+    They are forked from a process that has imported all modules, so that a worker starts quickly. A worker that dies is
+    replaced and its job continues from its last checkpoint. Workers whose parent dies end by themselves.
 
     Args:
-        count: how many.
-        task: what is trained; each worker loads it for itself.
-        directory: where data sets lie.
-        store: the folder of the store, for checkpoints; None: every training begins at its beginning.
+        count: the number of processes.
+        task: what is trained; each worker loads it.
+        directory: of the data sets.
+        store: the folder of the store, for checkpoints; None for no checkpoints.
         checkpoint_every: seconds between two checkpoints of a training.
     """
 
@@ -84,11 +84,11 @@ class LocalWorkers:
 
     @property
     def idle(self) -> bool:
-        """Whether a job could be begun at once."""
+        """Whether another job can start now."""
         return sum(worker.job is not None for worker in self._workers) < self.count
 
     def submit(self, job: Job) -> None:
-        """Begin a job; only where `idle`."""
+        """Start a job. Call it only while `idle`."""
         worker = next((worker for worker in self._workers if worker.job is None), None)
         if worker is None:
             worker = _Worker.start(self._setting)
@@ -99,7 +99,7 @@ class LocalWorkers:
             worker.connection.send(job)
 
     def events(self, timeout: float) -> Iterator[Event]:
-        """Yield what the workers have told, after waiting for it for at most `timeout` seconds."""
+        """Yield the events of the workers, after waiting for at most `timeout` seconds."""
         for ready in wait([worker.connection for worker in self._workers], timeout):
             worker = next(worker for worker in self._workers if worker.connection is ready)
             try:
@@ -145,11 +145,11 @@ class _Worker:
 
 @contextlib.contextmanager
 def _no_ctrl_c() -> Iterator[None]:
-    """Hold Ctrl-C back inside the block; processes that are started there never get it, also not while they load."""
+    """Block SIGINT inside the block: processes that are started there never receive it, not even while they load."""
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
-    resource_tracker.ensure_running()  # its start would let Ctrl-C through again
+    resource_tracker.ensure_running()  # starting it later would unblock SIGINT
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
@@ -158,7 +158,7 @@ def _no_ctrl_c() -> Iterator[None]:
 
 
 def _work(connection: Connection, setting: _Setting) -> None:
-    """Do jobs until the parent is gone."""
+    """Do jobs until the parent ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends this process
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(THREADS)
@@ -169,27 +169,27 @@ def _work(connection: Connection, setting: _Setting) -> None:
             job: Job = connection.recv()
             try:
                 problem = problem or load_problem(setting.task, setting.directory)
-                connection.send(_done(job, problem, store, setting.checkpoint_every, connection))
+                connection.send(_perform(job, problem, store, setting.checkpoint_every, connection))
             except (EOFError, BrokenPipeError, ConnectionError):
                 raise
             except Exception as error:
                 connection.send(Failed.by(job.key, error))
     except (EOFError, OSError):
-        sys.exit(0)  # nobody waits for results any more
+        sys.exit(0)  # the parent has ended
 
 
-def _done(job: Job, problem: Problem, store: Store | None, checkpoint_every: float, connection: Connection) -> Event:
+def _perform(job: Job, problem: Problem, store: Store | None, checkpoint_every: float, connection: Connection) -> Event:
     def tell(iteration: int) -> None:
         connection.send(At(job.key, iteration))
 
     if store is None:
-        return perform(job, problem, None, watching(tell, None, checkpoint_every))
-    keep = partial(store.put_checkpoint, job.key)
-    return perform(job, problem, store.checkpoint(job.key), watching(tell, keep, checkpoint_every))
+        return perform(job, problem, None, make_watch(tell, None, checkpoint_every))
+    keep = partial(store.checkpoints.put, job.key)
+    return perform(job, problem, store.checkpoints.get(job.key), make_watch(tell, keep, checkpoint_every))
 
 
 def _end_with_parent() -> None:
-    """Wait for the parent's end, then end this process, in the middle of whatever it does."""
+    """Wait for the end of the parent, then end this process at once."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()

@@ -1,11 +1,13 @@
-"""The machine: what of it can decide bits, recorded with each result."""
+"""Machines: what of one can decide bits, recorded with each result, and which of them are of one kind."""
 
 from __future__ import annotations
 
 import functools
 import platform
 import subprocess
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -19,13 +21,14 @@ _FEATURES = ("avx", "fma", "amx", "sse4", "asimd", "sve", "bf16")
 
 @functools.cache
 def machine() -> dict[str, Any]:
-    """Return processor, its features, library versions and tombola's commit, as JSON's types.
+    """Return this machine's processor and its features, library versions and tombola's commit, as JSON's types.
 
     >>> sorted(machine())
-    ['commit', 'features', 'instruction_set', 'kernels', 'processor', 'python', 'system', 'versions']
+    ['commit', 'features', 'instruction_set', 'kernels', 'processor', 'python', 'system', 'vendor', 'versions']
     """
     return {
         "system": f"{platform.system()} {platform.machine()}",
+        "vendor": _cpu("vendor_id") or _cpu("CPU implementer") or platform.processor(),
         "processor": _cpu("model name") or platform.processor(),
         "features": " ".join(sorted(flag for flag in _cpu("flags").split() if flag.startswith(_FEATURES))),
         "instruction_set": torch.backends.cpu.get_cpu_capability(),
@@ -36,8 +39,89 @@ def machine() -> dict[str, Any]:
     }
 
 
+@dataclass(frozen=True)
+class Kind:
+    """A kind of machine: equal trainings give equal bits on all machines of one kind.
+
+    Args:
+        vendor: of the processor.
+        instruction_set: torch's capability of the processor, such as "AVX2".
+        kernels: the instruction set of tombola's kernels; None where they are not installed.
+        torch: its version.
+        architecture: such as "x86_64".
+
+    >>> str(Kind("GenuineIntel", "AVX512", "avx512", "2.6.0", "x86_64"))
+    'GenuineIntel x86_64 (torch 2.6.0 with AVX512, kernels with avx512)'
+    """
+
+    vendor: str
+    instruction_set: str
+    kernels: str | None
+    torch: str
+    architecture: str
+
+    def __str__(self) -> str:
+        own = f"kernels with {self.kernels}" if self.kernels else "no kernels"
+        return f"{self.vendor} {self.architecture} (torch {self.torch} with {self.instruction_set}, {own})"
+
+
+def kind(record: Mapping[str, Any]) -> Kind | None:
+    """Return the kind of machine that a training ran on; None where its record does not say all of it.
+
+    Args:
+        record: of a training; its "machine" is what `machine` returned.
+
+    >>> kind({"machine": machine()}) == kind({"machine": machine()}), kind({})
+    (True, None)
+    """
+    about = record.get("machine", {})
+    try:
+        return Kind(
+            about["vendor"],
+            about["instruction_set"],
+            about["kernels"],
+            about["versions"]["torch"],
+            about["system"].split()[-1],
+        )
+    except (KeyError, TypeError, IndexError, AttributeError):
+        return None
+
+
+def count_kinds(records: Iterable[Mapping[str, Any]]) -> dict[Kind | None, int]:
+    """Return how many trainings ran on each kind of machine, the most frequent first; None counts those not recorded.
+
+    >>> count_kinds([{}, {}])
+    {None: 2}
+    """
+    return dict(Counter(map(kind, records)).most_common())
+
+
+def describe_kinds(counts: Mapping[Kind | None, int]) -> str | None:
+    """Return a sentence about trainings of several kinds of machine, or whose kind is not recorded; None otherwise.
+
+    Args:
+        counts: of `count_kinds`.
+
+    >>> one, other = (Kind(vendor, "AVX2", "avx2", "2.6.0", "x86_64") for vendor in ("GenuineIntel", "AuthenticAMD"))
+    >>> describe_kinds({one: 4}) is None
+    True
+    >>> describe_kinds({one: 4, other: 1}).partition(": ")[0]
+    'the trainings ran on 2 kinds of machine, whose bits can differ'
+    >>> describe_kinds({one: 4, None: 1})
+    'the kind of machine is not recorded for 1 of 5 trainings'
+    """
+    known = {str(each): count for each, count in counts.items() if each is not None}
+    missing = counts.get(None, 0)
+    unknown = f"the kind of machine is not recorded for {missing} of {sum(counts.values())} trainings"
+    if len(known) > 1:
+        listed = ", ".join(f"{count} on {name}" for name, count in known.items())
+        text = f"the trainings ran on {len(known)} kinds of machine, whose bits can differ: {listed}"
+        return f"{text}; {unknown}" if missing else text
+    return unknown if missing else None
+
+
 def differences(recorded: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Return what of a recorded machine is another now, one phrase each; what was not recorded is not compared.
+    """Return one phrase for each difference of a machine from the recorded one; only recorded fields are compared.
 
     >>> differences({"versions": {"torch": "2.6"}, "python": "3.11"}, {"versions": {"torch": "2.7"}, "python": "3.11"})
     ["versions.torch: '2.6' then, '2.7' now"]

@@ -1,9 +1,9 @@
 """The Ray engine: trainings as tasks of a Ray cluster, whose machines need no disk in common.
 
-Arguments and results travel through Ray. The task's problem (data set, model, loss) is put into its object store once,
-with a user's own modules in it, and so are the weights that many tickets are rewound to; the results of tasks come
-back to the process that runs the study, which alone reads and writes the store. Checkpoints come back too: a training
-whose process or machine is lost goes on from the last one, on another.
+Arguments and results are sent through Ray. The task's problem (data set, model, loss) is put into Ray's object store
+once, with the user's own modules, and so are weights that many tickets are rewound to. The results return to the
+process that runs the study, which alone reads and writes the store. So do checkpoints: a training whose process or
+machine is lost continues from its last one on another machine.
 """
 
 from __future__ import annotations
@@ -26,13 +26,14 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from tombola.engine.job import Job, Outcome, perform
 from tombola.engine.machine import differences, machine
-from tombola.engine.workers import CHECKPOINT_EVERY, TRIES, At, Event, Failed, watching
-from tombola.errors import UserError
-from tombola.store.store import Store, checkpoint_from_bytes
+from tombola.engine.workers import CHECKPOINT_EVERY, TRIES, At, Event, Failed, make_watch
+from tombola.errors import ClusterError
+from tombola.store.checkpoints import checkpoint_from_bytes
+from tombola.store.store import Store
 from tombola.study.code import own_modules
-from tombola.study.planner import THREADS
 from tombola.study.schema import Study, Task
 from tombola.study.task import Problem
+from tombola.study.trainings import THREADS
 
 _MUST_AGREE = ("versions", "commit", "python")
 
@@ -49,16 +50,16 @@ class RayWorkers:
     """Tasks of a Ray cluster that each do one training, with one thread, or on a part of a GPU.
 
     Args:
-        count: how many at a time; None: as many as the cluster has processors (or parts of GPUs) for.
+        count: the number of tasks at a time; None for as many as the cluster has processors (or parts of GPUs) for.
         problem: what is trained.
         study: what to run.
-        store: where results and checkpoints are.
-        address: of the cluster; None: that of the environment's RAY_ADDRESS, or else Ray is started on this machine.
-        per_gpu: trainings to a GPU, where the study's device is cuda.
+        store: of checkpoints.
+        address: of the cluster; None for that in the environment variable RAY_ADDRESS, or else a Ray on this machine.
+        per_gpu: trainings per GPU, where the study's device is "cuda".
         checkpoint_every: seconds between two checkpoints of a training.
 
     Raises:
-        UserError: where there is no such cluster.
+        ClusterError: where the cluster cannot be reached.
     """
 
     def __init__(
@@ -78,7 +79,7 @@ class RayWorkers:
                 _reach(address)
                 ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
             except (OSError, ValueError, RuntimeError) as error:
-                raise UserError(f"--address: no Ray cluster is reached: {' '.join(str(error).split())}") from error
+                raise ClusterError(f"no Ray cluster is reached: {' '.join(str(error).split())}") from error
         self._store = store
         self._every = checkpoint_every
         gpu = study.device == "cuda"
@@ -106,18 +107,18 @@ class RayWorkers:
 
     @property
     def idle(self) -> bool:
-        """Whether a job could be begun at once."""
+        """Whether another job can start now."""
         return len(self._running) < self.count
 
     def submit(self, job: Job) -> None:
-        """Begin a job; only where `idle`."""
+        """Start a job. Call it only while `idle`."""
         self._tries[job.key] = self._tries.get(job.key, 0) + 1
         task = ray.remote(_train).options(max_retries=0, **self._needs)  # it is tried again by us: from its checkpoint
         reference = task.remote(
             replace(job, initial=b""),
             self._put(job.initial),
             [self._problem],
-            self._store.checkpoint_bytes(job.key),
+            self._store.checkpoints.read(job.key),
             self._post,
             self._every,
             machine(),
@@ -125,12 +126,12 @@ class RayWorkers:
         self._running[reference] = job
 
     def events(self, timeout: float) -> Iterator[Event]:
-        """Yield what the workers have told, after waiting for it for at most `timeout` seconds."""
+        """Yield the events of the workers, after waiting for at most `timeout` seconds."""
         if not self._running:
             time.sleep(timeout)
             return
         ready, _ = ray.wait(list(self._running), num_returns=len(self._running), timeout=timeout)
-        yield from self._told()
+        yield from self._collect()
         for reference in ready:
             job = self._running.pop(reference)
             try:
@@ -149,8 +150,8 @@ class RayWorkers:
                 outcome = Failed(job.key, f"{type(error).__name__}: {' '.join(str(error).split())}")
             yield outcome
 
-    def _told(self) -> Iterator[At]:
-        """Yield how far jobs are, and store their checkpoints."""
+    def _collect(self) -> Iterator[At]:
+        """Yield the iterations that jobs have reached, and store their checkpoints."""
         running = {job.key for job in self._running.values()}
         try:
             at, checkpoints = ray.get(self._post.empty.remote())
@@ -159,7 +160,7 @@ class RayWorkers:
             return
         for key, content in checkpoints.items():
             if key in running:
-                self._store.put_checkpoint(key, content)
+                self._store.checkpoints.put(key, content)
         yield from (At(key, iteration) for key, iteration in at.items() if key in running)
 
     @staticmethod
@@ -168,7 +169,7 @@ class RayWorkers:
         return ray.remote(_Post).options(num_cpus=0, scheduling_strategy=here).remote()
 
     def _put(self, content: bytes) -> Any:
-        """Return a reference to these bytes in Ray's object store, where the same are put once."""
+        """Return a reference to these bytes in Ray's object store, where equal bytes are put once."""
         name = hashlib.sha256(content).hexdigest()
         if name not in self._initial:
             self._initial[name] = ray.put(content)
@@ -176,20 +177,20 @@ class RayWorkers:
 
 
 def _reach(address: str | None) -> None:
-    """Raise OSError where nobody is at HOST:PORT: Ray itself would try for minutes."""
+    """Raise OSError where nothing listens at HOST:PORT. Ray itself would try for minutes."""
     host, colon, port = (address or "").rpartition(":")
     if colon and port.isdecimal():
         socket.create_connection((host.removeprefix("ray://"), int(port)), timeout=10).close()
 
 
 def _own_modules(task: Task) -> set[str]:
-    """Return the names of a user's own modules: workers get their code along with the problem."""
+    """Return the names of the user's own modules, whose code is sent to the workers with the problem."""
     references = [reference for reference in (task.dataset, task.model, task.loss) if ":" in reference]
     return {name for reference in references for name in own_modules(reference.partition(":")[0])}
 
 
 class _Post:
-    """Where tasks leave word of how far they are, and their checkpoints, until the run comes for them."""
+    """A mailbox for the iterations and checkpoints of tasks, which the run empties from time to time."""
 
     def __init__(self) -> None:
         self._at: dict[str, int] = {}
@@ -202,9 +203,9 @@ class _Post:
         self._checkpoints[key] = checkpoint
 
     def empty(self) -> tuple[dict[str, int], dict[str, bytes]]:
-        told = self._at, self._checkpoints
+        content = self._at, self._checkpoints
         self._at, self._checkpoints = {}, {}
-        return told
+        return content
 
 
 def _train(
@@ -216,7 +217,7 @@ def _train(
     checkpoint_every: float,
     driver: dict[str, Any],
 ) -> Outcome | Failed:
-    """Do a job, on a machine of the cluster."""
+    """Do a job on a machine of the cluster."""
     torch.set_num_threads(THREADS)
     if other := differences({name: driver[name] for name in _MUST_AGREE}, machine()):
         return Failed(job.key, f"a machine of the cluster has other software than this one: {'; '.join(other)}")
@@ -232,14 +233,14 @@ def _train(
     resume = None if stopped is None else checkpoint_from_bytes(stopped)
     try:
         return perform(
-            replace(job, initial=initial), _loaded(problem[0]), resume, watching(tell, keep, checkpoint_every)
+            replace(job, initial=initial), _load(problem[0]), resume, make_watch(tell, keep, checkpoint_every)
         )
     except Exception as error:
         return Failed.by(job.key, error)
 
 
 @functools.lru_cache(maxsize=1)
-def _loaded(reference: Any) -> Problem:
-    """Return the problem; a process that does many trainings fetches it once."""
+def _load(reference: Any) -> Problem:
+    """Return the problem, which each process fetches once."""
     problem: Problem = ray.get(reference)
     return problem

@@ -1,4 +1,4 @@
-"""Running a study: follow its chains, have done what they wait for, store it, go on."""
+"""Running a study: follow its chains, have their trainings done, store the results, and follow the chains further."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ from dataclasses import dataclass, field
 
 from tombola.engine.forecast import Forecast, Speed
 from tombola.engine.job import Job, Outcome
+from tombola.engine.machine import Kind, kind, machine
 from tombola.engine.workers import At, Failed, Workers
-from tombola.errors import UserError
+from tombola.errors import DamagedResultError, UserError
 from tombola.store.claims import Claims
-from tombola.store.store import DamagedResultError
-from tombola.study.planner import Chain, Planner, Progress, Training
+from tombola.study.planner import Chain, Planner, Progress
+from tombola.study.trainings import Training
 
-_LOOKED_EVERY = 1.0  # seconds after which results and claims of other runs are looked at
+_LOOK_EVERY = 1.0  # seconds between two looks at the results and claims of other runs
 
 
 @dataclass
@@ -22,12 +23,13 @@ class Status:
     """How far a run is; what a display shows.
 
     Args:
-        total: trainings that the chains need and that were not there when the run began, as far as can be told.
-        done: of these.
+        total: trainings to do: those that the chains need and that the store did not have when the run began.
+            Chains that come to the same mask share trainings, so the total may fall.
+        done: how many of them are done.
         chains: each chain's progress.
-        running: iteration that each running training has come to, by its key.
+        running: each running training and the iteration that it has reached, by its key.
         seconds_left: an estimate; None where nothing is known yet.
-        notes: what the user should be told.
+        notes: sentences that the user should read.
     """
 
     total: int
@@ -45,20 +47,20 @@ def run(
     chains: Sequence[Chain] | None = None,
     speed: Speed | None = None,
 ) -> Status:
-    """Have every training done that the study needs and the store does not have.
+    """Do every training that the study needs and the store does not have.
 
-    Trainings that another run on the same store is doing are left to it; their results are taken when they appear.
+    A training that another run on the same store is doing is left to that run, and its result is used.
 
     Args:
         planner: follows the study's chains.
         workers: do the trainings.
-        show: called now and then with how far the run is, and with the training that was just done, if one was.
+        show: called several times a second with the status, and with the training that was just done, or None.
         chains: which; by default all of the study's.
         speed: what is known of how fast the trainings are, see `tombola.engine.estimate.prior_speed`; the estimate of
             the time left begins with it.
 
     Raises:
-        UserError: where a training cannot be done. What was done is in the store.
+        UserError: where a training fails. The results of all others are in the store.
     """
     with Claims(planner.store.root) as claims:
         planner.store.sweep(claims.alone)
@@ -80,29 +82,30 @@ def _run(
     for chain in chains:
         _follow(planner, chain, status)
     _check(planner, status)
+    _note_kinds(planner, status)
     status.total = remaining(list(status.chains.values()))
     forecast = Forecast(planner, workers.count, speed)
     status.seconds_left = forecast.seconds_left(status.chains, status.running)
     looked = 0.0
     show(status, None)  # before workers are started, which takes a while
     while waiting := _waiting(status):
-        if time.monotonic() - looked > _LOOKED_EVERY:
+        if time.monotonic() - looked > _LOOK_EVERY:
             looked = time.monotonic()
             for key in waiting.keys() - status.running.keys():
-                if key in planner.store:  # another run did it
+                if key in planner.store.results:  # another run did it
                     _go_on(planner, key, status)
             waiting = _waiting(status)
         for training in sorted(waiting.values(), key=lambda t: -_remaining_behind(t, status)):
             if not workers.idle:
                 break
             if training.key not in status.running and claims.take(training.key):
-                if training.key in planner.store:  # another run did it, just now
+                if training.key in planner.store.results:  # another run did it, just now
                     claims.release(training.key)
                     _go_on(planner, training.key, status)
                     break
                 status.running[training.key] = (training, training.begin)
                 workers.submit(Job.of(training, planner.study))
-        _say_who(status, claims, waiting)
+        _note_other_runs(status, claims, waiting)
         finished = None
         for event in workers.events(timeout=0.2):
             training, _ = status.running[event.key]
@@ -113,8 +116,9 @@ def _run(
                     raise UserError(f"the training {_describe(training, status)} failed: {reason}")
                 case Outcome() as outcome:
                     record = {**outcome.record, **planner.about}
-                    planner.store.put(training.key, training.identity, training.mask, outcome.trained, record)
-                    planner.store.discard_checkpoint(training.key)
+                    planner.store.results.put(training.key, training.identity, training.mask, outcome.trained, record)
+                    planner.store.checkpoints.discard(training.key)
+                    _note_kind(planner, training, outcome, status)
                     claims.release(training.key)
                     del status.running[training.key]
                     forecast.add(training, record)
@@ -128,19 +132,19 @@ def _run(
     return status
 
 
-def _say_who(status: Status, claims: Claims, waiting: dict[str, Training]) -> None:
-    """Note once who is doing what this run waits for, where it has nothing else to do."""
+def _note_other_runs(status: Status, claims: Claims, waiting: dict[str, Training]) -> None:
+    """Note once which other run does the trainings that this one waits for, where it has nothing else to do."""
     if status.running:
         return
     for key in waiting:
-        if (owner := claims.owner(key)) and (note := f"{owner} is at work on this study too") not in status.notes:
+        if (owner := claims.owner(key)) and (note := f"{owner} is running this study too") not in status.notes:
             status.notes.append(note)
 
 
 def remaining(chains: list[Progress]) -> int:
-    """Return how many trainings chains still need; one that several wait for counts once.
+    """Return how many trainings chains still need; one that several chains wait for counts once.
 
-    Before level 0 is there, chains of one seed share all up to it.
+    Until the store has level 0, chains of one seed share all trainings up to it.
     """
     groups: dict[str, list[Progress]] = {}
     for progress in chains:
@@ -160,30 +164,62 @@ def _go_on(planner: Planner, key: str, status: Status) -> None:
 
 
 def _follow(planner: Planner, chain: Chain, status: Status) -> None:
-    """Follow a chain as far as results are there; a damaged one is removed, to be done again."""
+    """Follow a chain; a damaged result on the way is removed, so that its training is repeated."""
     while True:
         try:
             status.chains[chain] = planner.progress(chain)
             return
         except DamagedResultError as damage:
-            status.notes.append(str(damage))
-            planner.store.discard(damage.key)
+            _remove(planner, damage, status)
 
 
 def _check(planner: Planner, status: Status) -> None:
-    """Read every byte of what is there of the chains; a damaged result is removed, to be done again."""
-    intact: set[str] = set()
-    for chain in status.chains:
-        for key in planner.keys(chain):
-            try:
-                if key not in intact:
-                    planner.store.check(key)
-                intact.add(key)
-            except DamagedResultError as damage:
-                status.notes.append(str(damage))
-                planner.store.discard(key)
-    for chain in status.chains:
-        _follow(planner, chain, status)
+    """Read every byte of the chains' results; a damaged result is removed, so that its training is repeated."""
+    found = [training.key for progress in status.chains.values() for training in progress.trainings]
+    before = len(status.notes)
+    for key in dict.fromkeys(found):
+        try:
+            planner.store.results.check(key)
+        except DamagedResultError as damage:
+            _remove(planner, damage, status)
+    if len(status.notes) > before:
+        for chain in status.chains:
+            _follow(planner, chain, status)
+
+
+def _remove(planner: Planner, damage: DamagedResultError, status: Status) -> None:
+    status.notes.append(f"{damage}; it is removed and its training repeated")
+    planner.store.results.discard(damage.key)
+
+
+def _note_kinds(planner: Planner, status: Status) -> None:
+    """Note once where this run goes on with chains that were begun on another kind of machine than this one."""
+    going_on = [progress for progress in status.chains.values() if progress.waits_for is not None]
+    keys = {training.key for progress in going_on for training in progress.trainings}
+    here, kinds = kind({"machine": machine()}), [kind(planner.store.results.record(key)) for key in sorted(keys)]
+    others = dict.fromkeys(each for each in kinds if each not in (None, here))
+    if others:
+        names = ", ".join(map(str, others))
+        status.notes.append(
+            f"this run continues chains that were begun on another kind of machine ({names}) than this one ({here}); "
+            f"the bits of its results may differ from what that machine would give"
+        )
+    if missing := kinds.count(None):
+        status.notes.append(f"this run continues chains with {missing} trainings whose kind of machine is not recorded")
+
+
+def _note_kind(planner: Planner, training: Training, outcome: Outcome, status: Status) -> None:
+    """Note once where a cluster did a training on another kind of machine than the rest of its chain."""
+    there = kind(outcome.record)
+    if there == kind({"machine": machine()}):
+        return  # `_note_kinds` has compared the stored trainings with this kind
+    waiting = [p for p in status.chains.values() if p.waits_for is not None and p.waits_for.key == training.key]
+    keys = {before.key for progress in waiting for before in progress.trainings}
+    others: set[Kind | None] = {kind(planner.store.results.record(key)) for key in keys} - {there, None}
+    note = f"the cluster has machines of several kinds, so that chains mix their bits: {there} did a training whose "
+    note += f"chain was begun on {', '.join(sorted(map(str, others)))}"
+    if there is not None and others and note not in status.notes:
+        status.notes.append(note)
 
 
 def _waiting(status: Status) -> dict[str, Training]:

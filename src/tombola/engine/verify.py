@@ -1,4 +1,4 @@
-"""Verifying: trainings are done again from their arguments, and every bit is compared with what is stored."""
+"""Verification: trainings are repeated from their arguments, and every bit is compared with the stored one."""
 
 from __future__ import annotations
 
@@ -15,37 +15,47 @@ import torch
 from torch import Tensor
 
 from tombola.engine.job import Job, Outcome
-from tombola.engine.machine import differences
+from tombola.engine.machine import Kind, differences, kind
 from tombola.engine.run import run
 from tombola.engine.workers import Failed, Workers
-from tombola.errors import UserError
+from tombola.errors import DamagedResultError, NothingStoredError, UserError
 from tombola.pruning.mask import Mask
-from tombola.store.store import DamagedResultError, Store
-from tombola.study.planner import Chain, Planner, Training
+from tombola.store.store import Store
+from tombola.study.planner import Chain, Planner, Progress
+from tombola.study.tickets import Tickets
+from tombola.study.trainings import Training
 from tombola.training.history import History, Trained
 from tombola.training.weights import State
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What verifying one training came to.
+    """The outcome of verifying one training.
 
     Args:
         key: the training's name.
         what: which training it is, for people.
-        difference: what differed first; None where every bit is equal.
-        machine: what of the machine is another than the one recorded.
+        difference: the first difference; None where every bit is equal.
+        machine: how the machine differs from the recorded one, one phrase for each field.
+        kinds: the kind of machine of the stored result and that of the repetition, where both are known and differ.
     """
 
     key: str
     what: str
     difference: str | None
     machine: tuple[str, ...] = ()
+    kinds: tuple[Kind, Kind] | None = None
 
 
 @dataclass(frozen=True)
-class Stored:
-    """A training of a study that the store has, and which it is."""
+class Place:
+    """A training of a study that the store has, and its place in a chain.
+
+    Args:
+        training: the training.
+        chain: a chain that it is of.
+        level: its level; None for the rewind point.
+    """
 
     training: Training
     chain: Chain
@@ -55,133 +65,147 @@ class Stored:
         return f"{self.chain}, " + ("rewind point" if self.level is None else f"level {self.level}")
 
 
-def stored(planner: Planner, chains: Sequence[Chain]) -> list[Stored]:
+def list_places(tickets: Tickets, chains: Sequence[Chain]) -> list[Place]:
     """Return the trainings of chains that the store has, each once.
 
     Raises:
-        UserError: where there is none, or the store is damaged.
+        NothingStoredError: where there is none.
+        DamagedResultError: where a stored result is damaged.
     """
-    found: dict[str, Stored] = {}
-    try:
-        for chain in chains:
-            for one in _of_chain(planner, chain):
-                found.setdefault(one.training.key, one)
-    except DamagedResultError as damage:
-        raise UserError(f"store {planner.store.root}: {damage}") from damage
+    found: dict[str, Place] = {}
+    for chain in chains:
+        for place in _places(tickets.planner, chain, tickets.progress(chain)):
+            found.setdefault(place.training.key, place)
     if not found:
-        raise UserError(f"no result of this study is in {planner.store.root}; do its trainings with: tombola run")
+        raise NothingStoredError(f"no result of this study is in {tickets.planner.store.root}")
     return list(found.values())
 
 
-def sample(things: Sequence[Any], count: int | None) -> list[Any]:
-    """Return `count` of the things, spread at random but the same ones each time; all where `count` is None."""
+def draw_sample(things: Sequence[Any], count: int | None) -> list[Any]:
+    """Return `count` of the things in their order, drawn at random but always the same; all where `count` is None.
+
+    >>> draw_sample("abcdef", 2) == draw_sample("abcdef", 2), draw_sample("ab", None)
+    (True, ['a', 'b'])
+    """
     if count is None or count >= len(things):
         return list(things)
-    chosen = set(random.Random(0).sample(range(len(things)), count))
-    return [thing for number, thing in enumerate(things) if number in chosen]
+    numbers = set(random.Random(0).sample(range(len(things)), count))
+    return [thing for number, thing in enumerate(things) if number in numbers]
 
 
-def verify_trainings(planner: Planner, chosen: Sequence[Stored], workers: Workers) -> Iterator[Finding]:
-    """Do each training again, from its beginning, and yield what came of it, as it comes.
+def verify_trainings(planner: Planner, places: Sequence[Place], workers: Workers) -> Iterator[Finding]:
+    """Repeat trainings, each from its beginning, and yield the outcome of each when it is done.
 
-    Masks are derived anew from the stored weights, not taken as they were remembered.
+    Masks that the store remembers are computed again from the stored weights and compared, too.
 
     Args:
-        planner: names the trainings.
-        chosen: which.
+        planner: of the study.
+        places: the trainings to repeat.
         workers: do them; without checkpoints.
+
+    Raises:
+        UserError: where a training fails.
     """
-    anew = Planner(planner.study, planner.problem, planner.store, remember=False)
-    waiting = list(chosen)
-    for chain in dict.fromkeys(one.chain for one in chosen):
+    tickets = Tickets(planner)
+    again = tickets.share_with(Planner(planner.study, planner.problem, planner.store, remember=False))
+    waiting = list(places)
+    for chain in dict.fromkeys(place.chain for place in places):
         try:
-            remembered, derived = planner.trainings(chain), anew.trainings(chain)
+            remembered, computed = tickets.progress(chain).trainings, again.progress(chain).trainings
         except DamagedResultError as damage:
             yield Finding(damage.key, str(chain), str(damage))
-            waiting = [one for one in waiting if one.training.key != damage.key]
+            waiting = [place for place in waiting if place.training.key != damage.key]
             continue
-        for one, other in zip(remembered, derived, strict=False):
-            if difference := first_in_masks(one.mask, other.mask):
+        for one, other in zip(remembered, computed, strict=False):
+            if one.mask != other.mask:
+                difference = first_in_masks(one.mask, other.mask)
                 yield Finding(one.key, str(chain), f"a remembered mask is not the one that pruning gives: {difference}")
                 break
-    running: dict[str, Stored] = {}
+    running: dict[str, Place] = {}
     while waiting or running:
         while waiting and workers.idle:
-            one_more = waiting.pop(0)
-            running[one_more.training.key] = one_more
-            workers.submit(Job.of(one_more.training, planner.study))
+            place = waiting.pop(0)
+            running[place.training.key] = place
+            workers.submit(Job.of(place.training, planner.study))
         for event in workers.events(timeout=0.2):
             if isinstance(event, Failed):
                 raise UserError(f"verifying {running[event.key]} failed: {event.reason}")
             if isinstance(event, Outcome):
-                stored_one = running.pop(event.key)
-                yield _compared(planner, stored_one, event.trained, stored_one.training.mask, event.record)
+                place = running.pop(event.key)
+                yield _compare(planner, place, event.trained, place.training.mask, event.record)
 
 
 def verify_chains(
     planner: Planner, chains: Sequence[Chain], workers: Workers, tell: Callable[[int, int], None]
 ) -> Iterator[Finding]:
-    """Find the tickets of whole chains again, from their initial weights, in an empty store, and compare the two.
+    """Find the tickets of whole chains again in an empty store, from their initial weights, and compare the two.
 
     Args:
-        planner: names the trainings; the store need not have all of them.
+        planner: of the study; the store need not have all of its trainings.
         chains: which.
         workers: do the trainings; without checkpoints.
-        tell: told how many of how many trainings are done.
+        tell: called with the number of trainings that are done and the number of all.
+
+    Raises:
+        UserError: where a training fails.
+        DamagedResultError: where a stored result is damaged.
     """
-    levels = max(len(planner.progress(chain).tickets) - 1 for chain in chains)
+    tickets = Tickets(planner)
+    levels = max(len(tickets.progress(chain).tickets) - 1 for chain in chains)
     with tempfile.TemporaryDirectory(prefix="tombola-verify-") as folder:
         study = planner.study.model_copy(update={"levels": max(0, levels)})
         again = Planner(study, planner.problem, Store(Path(folder) / "store"))
         run(again, workers, lambda status, _: tell(status.done, status.total), chains)
+        results = again.store.results
         seen: set[str] = set()
         for chain in chains:
-            for one, other in zip(_of_chain(planner, chain), again.trainings(chain), strict=False):
-                if one.training.key in seen:
+            places = _places(planner, chain, tickets.progress(chain))
+            for place, other in zip(places, again.progress(chain).trainings, strict=False):
+                if place.training.key in seen:
                     continue
-                seen.add(one.training.key)
-                trained = again.store.get(other.key)
+                seen.add(place.training.key)
+                trained = results.get(other.key)
                 assert trained is not None
-                trained = replace(trained, batch_losses=again.store.batch_losses(other.key))
-                finding = _compared(planner, one, trained, other.mask, again.store.record(other.key), whole_chain=True)
+                trained = replace(trained, batch_losses=results.batch_losses(other.key))
+                finding = _compare(planner, place, trained, other.mask, results.record(other.key), whole_chain=True)
                 yield finding
                 if finding.difference:
-                    break  # what comes after it in the chain follows from it
+                    break  # all later differences in the chain follow from this one
 
 
-def _of_chain(planner: Planner, chain: Chain) -> list[Stored]:
-    trainings = planner.trainings(chain)
-    first = None if trainings and trainings[0].end < planner.end else 0
-    levels = [first, *range(1 if first == 0 else 0, len(trainings))]
-    return [Stored(training, chain, level) for training, level in zip(trainings, levels, strict=False)]
+def _places(planner: Planner, chain: Chain, progress: Progress) -> list[Place]:
+    """Return the stored trainings of a chain with their levels."""
+    trainings = progress.trainings
+    first = -1 if trainings and trainings[0].end < planner.end else 0  # the rewind point comes before level 0
+    return [Place(one, chain, level if level >= 0 else None) for level, one in enumerate(trainings, first)]
 
 
-def _compared(
+def _compare(
     planner: Planner,
-    one: Stored,
+    place: Place,
     again: Trained,
     mask: Mask,
     record: Mapping[str, Any],
     *,
     whole_chain: bool = False,
 ) -> Finding:
-    """Compare a stored result with that of the training done again, and note in the store what came of it."""
-    key, store = one.training.key, planner.store
+    """Compare a stored result with that of the repeated training, and add the outcome to the stored record."""
+    key, results = place.training.key, planner.store.results
     try:
-        trained = store.get(key)
+        trained = results.get(key)
         assert trained is not None
-        difference = (
-            first_in_masks(store.alive(key), mask)
-            or first_in_losses(store.batch_losses(key), again.batch_losses, one.training.begin)
-            or first_in_histories(trained.history, again.history)
-            or first_in_states(trained.weights.load(), again.weights.load())
-        )
         weights = first_in_states(trained.weights.load(), again.weights.load())
+        difference = (
+            first_in_masks(results.mask(key), mask)
+            or first_in_losses(results.batch_losses(key), again.batch_losses, place.training.begin)
+            or first_in_histories(trained.history, again.history)
+            or weights
+        )
         if difference and weights and weights != difference:
             difference += f"; at the end, {weights}"
     except DamagedResultError as damage:
         difference = str(damage)
-    then = store.record(key)
+    then = results.record(key)
     machine = differences(then.get("machine", {}), record["machine"])
     machine += differences({name: then[name] for name in ("threads", "device") if name in then}, record)
     note: dict[str, Any] = {
@@ -191,14 +215,16 @@ def _compared(
     }
     with contextlib.suppress(UserError, OSError):  # a store that can be read only
         if difference is None:
-            store.confirm(key, note)
+            results.confirm(key, note)
         else:
-            store.contradict(key, note | {"difference": difference})
-    return Finding(key, str(one), difference, tuple(machine))
+            results.contradict(key, note | {"difference": difference})
+    before, now = kind(then), kind(record)
+    kinds = (before, now) if before is not None and now is not None and before != now else None
+    return Finding(key, str(place), difference, tuple(machine), kinds)
 
 
 def first_in_masks(stored: Mask, again: Mask) -> str | None:
-    """Return which connection is the first that only one of two masks has alive; None where they are equal."""
+    """Return the first connection that is alive in only one of two masks; None where they are equal."""
     for name in sorted(set(stored) | set(again)):
         if name not in stored or name not in again:
             return f"only one of the masks has layer {name}"
@@ -213,7 +239,7 @@ def first_in_masks(stored: Mask, again: Mask) -> str | None:
 
 
 def first_in_losses(stored: Tensor, again: Tensor, begin: int) -> str | None:
-    """Return at which iteration the training losses differ first; None where they are equal to the bit.
+    """Return the first iteration at which the training losses differ; None where all bits are equal.
 
     Args:
         stored, again: the loss of every iteration.
@@ -231,7 +257,7 @@ def first_in_losses(stored: Tensor, again: Tensor, begin: int) -> str | None:
 
 
 def first_in_histories(stored: History, again: History) -> str | None:
-    """Return what differs first between two histories; None where they are equal to the bit."""
+    """Return the first difference of two histories; None where all bits are equal."""
     for name, then in stored.to_json().items():
         if repr(then) != repr(now := again.to_json()[name]):
             return f"{name}: {then!r} in the store, {now!r} now"
@@ -239,7 +265,7 @@ def first_in_histories(stored: History, again: History) -> str | None:
 
 
 def first_in_states(stored: State, again: State) -> str | None:
-    """Return which number of two states is the first that differs in its bits; None where they are equal."""
+    """Return the first number of two states whose bits differ; None where all bits are equal."""
     for name in sorted(set(stored) | set(again)):
         if name not in stored or name not in again:
             return f"only one of the states has tensor {name}"

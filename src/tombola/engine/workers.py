@@ -1,4 +1,4 @@
-"""Workers: what an engine is, seen from the run that uses it."""
+"""Workers: the interface of an engine, which does trainings for a run."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from typing import Protocol, Self, TypeAlias
 
 from tombola.engine.job import Job, Outcome
 from tombola.errors import UserError, describe_exception
-from tombola.store.store import checkpoint_to_bytes
+from tombola.store.checkpoints import checkpoint_to_bytes
 from tombola.training.history import Checkpoint, Watch
 
 CHECKPOINT_EVERY = 30.0
-"""Seconds between two checkpoints of a training: the most that is lost with a process."""
+"""Seconds between two checkpoints of a training: at most this much work is lost with a process."""
 
 TRIES = 3
-"""Times that a job is begun, before it is taken for what kills its process."""
+"""How often a job is started, before it is given up because its process was killed each time."""
 
-_TOLD_EVERY = 0.2  # seconds
+_TELL_EVERY = 0.2  # seconds
 
 
 @dataclass(frozen=True)
 class At:
-    """A job has come to an iteration."""
+    """A job has reached an iteration."""
 
     key: str
     iteration: int
@@ -31,14 +31,14 @@ class At:
 
 @dataclass(frozen=True)
 class Failed:
-    """A job cannot be done."""
+    """A job has failed."""
 
     key: str
     reason: str
 
     @classmethod
     def by(cls, key: str, error: Exception) -> Failed:
-        """The job raised an error: the user's mistake, or one in the user's code, told with its file and line."""
+        """Return the failure of a job that raised an error; one in the user's code is named with its file and line."""
         return cls(key, str(error) if isinstance(error, UserError) else describe_exception(error))
 
 
@@ -46,53 +46,53 @@ Event: TypeAlias = At | Outcome | Failed
 
 
 class Workers(Protocol):
-    """Do jobs side by side; a job whose process or machine is lost is done again from its last checkpoint."""
+    """Do jobs in parallel; a job whose process or machine is lost is started again from its last checkpoint."""
 
     @property
     def count(self) -> int:
-        """How many jobs are done at a time."""
+        """The number of jobs that run at the same time."""
 
     @property
     def idle(self) -> bool:
-        """Whether a job could be begun at once."""
+        """Whether another job can start now."""
 
     def submit(self, job: Job) -> None:
-        """Begin a job; only where `idle`."""
+        """Start a job. Call it only while `idle`."""
 
     def events(self, timeout: float) -> Iterator[Event]:
-        """Yield what the workers have told, after waiting for it for at most `timeout` seconds."""
+        """Yield the events of the workers, after waiting for at most `timeout` seconds."""
 
     def __enter__(self) -> Self:
-        """Begin."""
+        """Return the workers, ready for jobs."""
 
     def __exit__(self, *_: object) -> None:
-        """Stop what is running."""
+        """Stop all jobs that are running."""
 
 
-def watching(
+def make_watch(
     tell: Callable[[int], None],
     keep: Callable[[bytes], None] | None,
     checkpoint_every: float,
     clock: Callable[[], float] = time.monotonic,
 ) -> Watch:
-    """Return a function that tells of a training's progress, and gives its checkpoints to `keep`, by time.
+    """Return a watch that reports a training's iteration to `tell` and its checkpoints to `keep`, from time to time.
 
     Args:
-        tell: is given the iteration, five times a second.
-        keep: is given checkpoints; None for none.
-        checkpoint_every: seconds between two checkpoints; 0: after each iteration.
-        clock: tells the seconds.
+        tell: called with the next iteration, at most five times a second.
+        keep: called with a checkpoint; None for no checkpoints.
+        checkpoint_every: seconds between two checkpoints; 0 for one after each iteration.
+        clock: returns the time in seconds.
     """
-    said = kept = clock()
+    last_tell = last_keep = clock()
 
     def watch(iteration: int, checkpoint: Callable[[], Checkpoint]) -> None:
-        nonlocal said, kept
+        nonlocal last_tell, last_keep
         now = clock()
-        if now - said > _TOLD_EVERY:
+        if now - last_tell > _TELL_EVERY:
             tell(iteration)
-            said = now
-        if keep is not None and now - kept >= checkpoint_every:
+            last_tell = now
+        if keep is not None and now - last_keep >= checkpoint_every:
             keep(checkpoint_to_bytes(checkpoint()))
-            kept = clock()
+            last_keep = clock()
 
     return watch

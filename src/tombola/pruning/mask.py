@@ -45,7 +45,7 @@ class Mask(Mapping[str, Tensor]):
     (1.0, {'w': 2})
     """
 
-    __slots__ = ("_bits", "_hash", "shapes")
+    __slots__ = ("_bits", "_counts", "_hash", "_load", "shapes")
 
     shapes: dict[str, tuple[int, ...]]
 
@@ -58,6 +58,8 @@ class Mask(Mapping[str, Tensor]):
         self.shapes = dict(shapes)
         self._bits: dict[str, Bits] = {}
         self._hash: str | None = None
+        self._counts: dict[str, int] | None = None
+        self._load: Callable[[], Mask] | None = None
         for name, shape in self.shapes.items():
             packed = np.array(bits[name], dtype=np.uint8)
             size = math.prod(shape)
@@ -103,9 +105,28 @@ class Mask(Mapping[str, Tensor]):
             {name: pack(tensor) for name, tensor in tensors.items()},
         )
 
+    def unload(self, load: Callable[[], Mask]) -> Mask:
+        """Return an equal mask that keeps only its hash and counts in memory.
+
+        Args:
+            load: returns a mask with the same bits. It is called each time that the bits are used.
+
+        >>> mask = Mask.from_tensors({"w": torch.tensor([True, False])})
+        >>> on_disk = mask.unload(lambda: mask)
+        >>> on_disk == mask, on_disk["w"]
+        (True, tensor([ True, False]))
+        """
+        other = Mask({}, {})
+        other.shapes, other._hash, other._counts, other._load = self.shapes, self.hash, self.counts, load
+        return other
+
+    def load(self) -> Mask:
+        """Return the mask with its bits in memory: itself, unless `unload` made it."""
+        return self if self._load is None else self._load().load()
+
     def __getitem__(self, name: str) -> Tensor:
         shape = self.shapes[name]
-        bits = np.unpackbits(self._bits[name], count=math.prod(shape), bitorder="little")
+        bits = np.unpackbits(self.load()._bits[name], count=math.prod(shape), bitorder="little")
         return torch.from_numpy(bits.view(np.bool_)).reshape(shape)
 
     def __iter__(self) -> Iterator[str]:
@@ -117,7 +138,7 @@ class Mask(Mapping[str, Tensor]):
     @property
     def bits(self) -> dict[str, Bits]:
         """Each layer's connections in flat order, eight a byte, the first in the lowest bit; spare bits are 0."""
-        return dict(self._bits)
+        return dict(self.load()._bits)
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -127,7 +148,9 @@ class Mask(Mapping[str, Tensor]):
     @property
     def counts(self) -> dict[str, int]:
         """Each layer's number of connections that are alive."""
-        return {name: int(np.bitwise_count(bits).sum(dtype=np.int64)) for name, bits in self._bits.items()}
+        if self._counts is None:
+            self._counts = {n: int(np.bitwise_count(bits).sum(dtype=np.int64)) for n, bits in self._bits.items()}
+        return dict(self._counts)
 
     @property
     def total(self) -> int:
@@ -183,7 +206,8 @@ class Mask(Mapping[str, Tensor]):
         if self.shapes != other.shapes:
             differing = sorted({name for name, _ in set(self.shapes.items()) ^ set(other.shapes.items())})
             raise UserError(f"masks of different networks cannot be combined: they differ in {', '.join(differing)}")
-        return Mask(self.shapes, {name: operation(self._bits[name], other._bits[name]) for name in self})
+        ours, theirs = self.bits, other.bits
+        return Mask(self.shapes, {name: operation(ours[name], theirs[name]) for name in self})
 
 
 def pack(alive: Tensor) -> Bits:

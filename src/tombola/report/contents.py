@@ -13,20 +13,20 @@ import polars as pl
 from tombola import __version__
 from tombola.analysis import connectivity, functions, layers, overlap, reinit, stability, weights, winners
 from tombola.analysis.accuracy import Row, rows
-from tombola.analysis.gather import label, last_level, select_chains
+from tombola.analysis.gather import label
 from tombola.engine.run import remaining
 from tombola.errors import UserError
 from tombola.report import paper
-from tombola.store.store import DamagedResultError
-from tombola.study.planner import Planner
+from tombola.study.planner import Planner, select_chains
 from tombola.study.schema import Study
+from tombola.study.tickets import Tickets
 
 COSTLY = ("functions", "connectivity")
 """Analyses that evaluate the networks and store nothing; a report computes them only on request."""
 
 
 @dataclass(frozen=True)
-class Verified:
+class Verification:
     """What verification has found about a study's stored trainings.
 
     Args:
@@ -64,7 +64,7 @@ class Contents:
         tickets, expected: number of stored tickets, and of all tickets of the study, including other data orders.
         trainings_left: number of trainings that remain.
         stopped: chains that cannot continue, with the reason.
-        verified: see `Verified`.
+        verified: see `Verification`.
         records: when, where and how long each stored training ran.
         version: version of tombola.
         made: when the contents were gathered, in ISO format.
@@ -86,7 +86,7 @@ class Contents:
     expected: int = 0
     trainings_left: int = 0
     stopped: Mapping[str, str] = field(default_factory=dict)
-    verified: Verified = Verified()
+    verified: Verification = Verification()
     records: tuple[Mapping[str, Any], ...] = ()
     version: str = __version__
     made: str = ""
@@ -113,37 +113,36 @@ def gather(
         margin: see `tombola.analysis.winners`.
 
     Raises:
-        UserError: if the level is not stored, or a stored result is damaged.
+        UserError: where not every chain has the level.
+        tombola.errors.DamagedResultError: where a stored result is damaged.
     """
-    progress = {chain: planner.progress(chain) for chain in [*planner.chains, *planner.repeats]}
-    results = tuple(rows(planner))
+    tickets = Tickets(planner)
+    progress = tickets.all()
+    results = tuple(rows(tickets))
     tables: dict[str, pl.DataFrame] = {}
     absent: dict[str, str] = {}
 
     def add(analysis: str, table: Callable[[], pl.DataFrame]) -> None:
         try:
             tables[analysis] = table()
-        except DamagedResultError:
-            raise
         except UserError as error:
             absent[analysis] = str(error).replace(str(planner.store.root), "the store")
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a network whose graph cannot be traced has nulls in the tables
-        add("winners", lambda: winners.of_study(planner, margin=margin))
-        add("layers", lambda: layers.of_study(planner))
-        shown = _level(planner, level, tables.get("winners"))
+        add("winners", lambda: winners.of_study(tickets, margin=margin))
+        add("layers", lambda: layers.of_study(tickets))
+        shown = _choose_level(tickets, level, tables.get("winners"))
         if shown is not None:
-            add("overlap", lambda: overlap.of_study(planner))
-            add("weights", lambda: weights.of_study(planner, levels=[shown]))
-            add("stability", lambda: stability.of_study(planner, levels=[shown]))
+            add("overlap", lambda: overlap.of_study(tickets))
+            add("weights", lambda: weights.of_study(tickets, levels=[shown]))
+            add("stability", lambda: stability.of_study(tickets, levels=[shown]))
             if "functions" in costly:
-                add("functions", lambda: functions.of_study(planner, levels=[shown]))
+                add("functions", lambda: functions.of_study(tickets, levels=[shown]))
             if "connectivity" in costly:
-                add("connectivity", lambda: connectivity.of_study(planner, levels=[shown]))
-        add("reinit", lambda: reinit.stored(planner))
-    keys = {training.key for chain in progress for training in planner.trainings(chain)}
-    records = tuple(planner.store.record(key) for key in sorted(keys))
+                add("connectivity", lambda: connectivity.of_study(tickets, levels=[shown]))
+        add("reinit", lambda: reinit.of_study(tickets))
+    records = tuple(tickets.records().values())
     data = planner.problem.data
     return Contents(
         name=name,
@@ -156,7 +155,7 @@ def gather(
             "test": len(data.test_inputs),
             "shape": tuple(data.input_shape),
         },
-        parameters=(planner.dense.total, sum(each.numel() for each in planner.problem.build().parameters())),
+        parameters=(planner.dense.total, sum(each.numel() for each in planner.model.parameters())),
         labels=(*planner.study.importances, *dict.fromkeys(label(chain) for chain in planner.repeats)),
         results=results,
         level=shown,
@@ -168,17 +167,17 @@ def gather(
         expected=len(progress) * (planner.study.levels + 1),
         trainings_left=remaining(list(progress.values())),
         stopped={str(chain): each.stopped for chain, each in progress.items() if each.stopped},
-        verified=count_verified(records),
+        verified=summarise_verification(records),
         records=records,
         made=datetime.now(UTC).isoformat(timespec="seconds"),
     )
 
 
-def count_verified(records: Sequence[Mapping[str, Any]]) -> Verified:
-    """Count what the records of stored trainings say about verification.
+def summarise_verification(records: Sequence[Mapping[str, Any]]) -> Verification:
+    """Return how many of the trainings with these records were repeated, and with which outcome.
 
-    >>> count_verified([{"confirmed": [{"when": "2026-01-02"}]}, {}])
-    Verified(trainings=2, confirmed=1, contradicted=0, when='2026-01-02', elsewhere=False)
+    >>> summarise_verification([{"confirmed": [{"when": "2026-01-02"}]}, {}])
+    Verification(trainings=2, confirmed=1, contradicted=0, when='2026-01-02', elsewhere=False)
     """
     confirmed = contradicted = 0
     elsewhere = False
@@ -192,28 +191,24 @@ def count_verified(records: Sequence[Mapping[str, Any]]) -> Verified:
         confirmed += outcome == "confirmed"
         contradicted += outcome == "contradicted"
         elsewhere |= outcome == "contradicted" and note.get("machine") != record.get("machine")
-    return Verified(len(records), confirmed, contradicted, max(times, default=None), elsewhere)
+    return Verification(len(records), confirmed, contradicted, max(times, default=None), elsewhere)
 
 
-def _level(planner: Planner, asked: int | None, winning: pl.DataFrame | None) -> int | None:
-    """Return the level of the charts that show a single level, see `gather`."""
-    try:
-        last = last_level(planner, select_chains(planner, None))
-    except DamagedResultError:
-        raise
-    except UserError:
-        last = 0
-    if asked is not None:
-        if not 1 <= asked <= last:
-            there = f"levels 1 to {last} are" if last else "no level is"
+def _choose_level(tickets: Tickets, level: int | None, best: pl.DataFrame | None) -> int | None:
+    """Return the level of what is shown of one level, see `gather`."""
+    study = tickets.study
+    last = tickets.last_level(select_chains(study, None)) or 0
+    if level is not None:
+        if not 1 <= level <= last:
+            there = f"levels 1 to {last}" if last else "no level"
             raise UserError(
-                f"level {asked}: expected a level from 1 on that is stored for all importances and seeds; {there}"
+                f"level {level}: expected a level from 1 on that all importances and seeds have, they have {there}"
             )
-        return asked
+        return level
     if last < 1:
         return None
-    if winning is not None and set(winning["importance"]) == set(planner.study.importances):
-        sparsest = int(winning["level"].to_numpy().min())
+    if best is not None and set(best["importance"]) == set(study.importances):
+        sparsest = int(best["level"].to_numpy().min())
         if 1 <= sparsest <= last:
             return sparsest
     return last

@@ -9,6 +9,7 @@ from typing import Any
 
 import polars as pl
 
+from tombola.engine.machine import count_kinds, describe_kinds
 from tombola.report import tables
 from tombola.report.contents import Contents
 from tombola.report.tables import NOISE, TWO
@@ -33,7 +34,7 @@ def findings(contents: Contents) -> list[Finding]:
     """Return the findings, the most important first, without those that cannot be computed yet."""
     if not contents.results:
         return [verification(contents)]
-    found = [dense(contents), *overlaps(contents), collapse(contents), verification(contents)]
+    found = [dense(contents), *overlaps(contents), collapse(contents), machines(contents), verification(contents)]
     return [finding for finding in found if finding is not None]
 
 
@@ -229,6 +230,17 @@ def verification(contents: Contents) -> Finding:
         text += f" {found.contradicted} gave other bits when last repeated"
         text += ", on another machine or with other versions than recorded." if found.elsewhere else "."
     return Finding(title, figure, text)
+
+
+def machines(contents: Contents) -> Finding | None:
+    """Return on how many kinds of machine the trainings ran; None where all ran on one and that is recorded."""
+    kinds = count_kinds(contents.records)
+    text = describe_kinds(kinds)
+    if text is None:
+        return None
+    return Finding(
+        "Kinds of machine", str(len([kind for kind in kinds if kind is not None])), f"{text[0].upper()}{text[1:]}."
+    )
 
 
 def progress(contents: Contents) -> str | None:

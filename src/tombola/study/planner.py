@@ -1,71 +1,31 @@
-"""Planning: which trainings a study needs, and which of them are done.
+"""Planning: which trainings a study needs, and which of them its store has.
 
-A study is one chain of tickets for each importance and seed. A chain is the paper's Algorithm 2 with a `train` that
-looks results up; where one is not there yet, that training is what the chain waits for. Trainings are named by their
-arguments, so chains that need the same training wait for the same name, and it is done once.
+A study is one chain of tickets for each importance and seed. To follow a chain is to run the paper's Algorithm 2 with a
+`train` that looks results up in the store. Where it finds none, the chain waits for that training. Trainings are named
+by their arguments, so chains that need the same training wait for the same name, and it is done once.
 """
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
-from tombola.errors import UserError
+from tombola.errors import DamagedResultError, ImportanceError, UserError, did_you_mean
 from tombola.importance import IMPORTANCES
 from tombola.kernels import sparse_layers
 from tombola.lottery.rewinding import check_levels, lottery_ticket_rewinding, prune_round
 from tombola.lottery.ticket import Ticket
 from tombola.pruning.mask import Mask
-from tombola.store.names import name_of
-from tombola.store.store import DamagedResultError, Store
+from tombola.store.store import Store
+from tombola.streams import ambient
 from tombola.study.schema import Study
 from tombola.study.task import Problem, resolve_importance
+from tombola.study.trainings import Training, name_mask, name_training
 from tombola.training.history import Trained
 from tombola.training.train import initial_state
 from tombola.training.weights import Weights
-
-SCHEME = 2
-"""Version of how trainings are named and done: to be raised where `train` comes to give other bits."""
-
-PRUNING = 1
-"""Version of `prune` and the built-in importances: to be raised where they come to give other masks."""
-
-
-THREADS = 1
-"""Threads of a training: a part of its name, since they decide the order of sums."""
-
-
-@dataclass(frozen=True)
-class Training:
-    """One training: its name and its arguments.
-
-    Args:
-        key: SHA-256 of the identity.
-        identity: all that decides the bits of its result, as JSON's types.
-        initial: the weights it starts from.
-        mask: the connections that are alive.
-        seed: of data order and every other random choice.
-        begin, end: its iterations.
-    """
-
-    key: str
-    identity: dict[str, Any]
-    initial: Weights
-    mask: Mask
-    seed: int
-    begin: int
-    end: int
-
-
-class MissingError(Exception):
-    """A training that a chain needs and the store does not have."""
-
-    def __init__(self, training: Training) -> None:
-        super().__init__(training.key)
-        self.training = training
 
 
 @dataclass(frozen=True)
@@ -74,13 +34,21 @@ class Chain:
 
     Args:
         seed: of the initialisation, and of data order and every other random choice.
-        importance: what is pruned by.
-        data_seed: of all but the initialisation, where it is another one; None where it is the same.
+        importance: the importance that its rounds prune by.
+        data_seed: of all random choices but the initialisation, where it is another one; None where it is the same.
+
+    >>> str(Chain(0, "l1")), str(Chain(0, "l1", 100))
+    ('l1, seed 0', 'l1, seed 0, data order 100')
     """
 
     seed: int
     importance: str
     data_seed: int | None = None
+
+    @property
+    def order_seed(self) -> int:
+        """The seed of data order and every other random choice but the initialisation."""
+        return self.seed if self.data_seed is None else self.data_seed
 
     def __str__(self) -> str:
         other = "" if self.data_seed is None else f", data order {self.data_seed}"
@@ -88,22 +56,78 @@ class Chain:
 
 
 @dataclass(frozen=True)
+class Waiting:
+    """The chain goes on once a training is done.
+
+    Args:
+        training: the training to do next.
+        remaining: the number of trainings that the chain still needs.
+        shared: how many of these, from the first on, every chain needs that waits for the same training.
+    """
+
+    training: Training
+    remaining: int
+    shared: int
+
+
+@dataclass(frozen=True)
+class Finished:
+    """The store has the tickets of all levels of the chain."""
+
+
+@dataclass(frozen=True)
+class Diverged:
+    """The training of the last ticket diverged, so that its weights cannot be pruned by."""
+
+
+@dataclass(frozen=True)
+class Stopped:
+    """The importance failed on the weights of the last ticket.
+
+    Args:
+        reason: how it failed.
+    """
+
+    reason: str
+
+
+End: TypeAlias = Waiting | Finished | Diverged | Stopped
+"""Why a chain has no further tickets."""
+
+
+@dataclass(frozen=True)
 class Progress:
     """How far a chain is.
 
     Args:
-        tickets: those whose trainings are done, from level 0 on.
-        waits_for: the training to be done next; None where the chain is at its end.
-        remaining: trainings it still needs.
-        shared: the first of these that every chain of the seed needs, or that this one waits for.
-        stopped: why the chain cannot go on, where its importance fails on what was trained.
+        tickets: those whose trainings are done, from level 0 on. Masks and weights stay on disk.
+        trainings: the trainings that the store has: that of the rewind point, if there is one, and of each ticket.
+        end: why there are no further tickets.
     """
 
     tickets: tuple[Ticket, ...]
-    waits_for: Training | None = None
-    remaining: int = 0
-    shared: int = 0
-    stopped: str | None = None
+    trainings: tuple[Training, ...]
+    end: End
+
+    @property
+    def waits_for(self) -> Training | None:
+        """The training to do next; None where the chain does not wait."""
+        return self.end.training if isinstance(self.end, Waiting) else None
+
+    @property
+    def remaining(self) -> int:
+        """The number of trainings that the chain still needs."""
+        return self.end.remaining if isinstance(self.end, Waiting) else 0
+
+    @property
+    def shared(self) -> int:
+        """How many of these every chain needs that waits for the same training."""
+        return self.end.shared if isinstance(self.end, Waiting) else 0
+
+    @property
+    def stopped(self) -> str | None:
+        """How the importance failed; None where it did not."""
+        return self.end.reason if isinstance(self.end, Stopped) else None
 
 
 class Planner:
@@ -112,13 +136,18 @@ class Planner:
     Args:
         study: what to run.
         problem: the study's task, loaded.
-        store: where results lie.
-        remember: whether masks are taken from the store where it has them, and not derived anew.
+        store: where results are.
+        initial: returns the initial weights of a seed; by default the model's initialisation with that seed.
+        chains: the chains of the study; by default those of its importances x seeds.
+        remember: whether masks are read from the store where it has them; otherwise they are all computed again.
+        about: extra metadata for the records of its trainings.
 
     Attributes:
-        chains: importances x seeds, which the study's results are about.
-        repeats: chains of the first importance with further data orders: what the noise floor is made of.
-        about: what the records of its trainings say besides; for `tombola store gc`.
+        chains: the chains that the study's results are about.
+        repeats: chains of the first importance with further data orders, for the noise floor.
+        model: the network, with arbitrary weights.
+        dense: the mask of the dense network.
+        end: the iteration at which a training ends.
 
     Raises:
         UserError: where importances, layers to exclude or levels are not possible.
@@ -132,172 +161,221 @@ class Planner:
     3
     """
 
-    def __init__(self, study: Study, problem: Problem, store: Store, *, remember: bool = True) -> None:
+    def __init__(
+        self,
+        study: Study,
+        problem: Problem,
+        store: Store,
+        *,
+        initial: Callable[[int], Weights] | None = None,
+        chains: Sequence[Chain] | None = None,
+        remember: bool = True,
+        about: Mapping[str, Any] | None = None,
+    ) -> None:
         self.study = study
         self.problem = problem
         self.store = store
+        self.about = dict(about or {})
         self.end = study.recipe.total_iterations(len(problem.data.train_inputs))
-        self.chains = [Chain(seed, importance) for seed in study.seeds for importance in study.importances]
+        own = [Chain(seed, importance) for seed in study.seeds for importance in study.importances]
+        self.chains = own if chains is None else list(chains)
         first = study.importances[0]
         self.repeats = [Chain(seed, first, data_seed) for seed in study.seeds for data_seed in study.data_seeds]
+        self._initialise = initial or (lambda seed: Weights.of(initial_state(problem.build, seed)))
         self._initial: dict[int, Weights] = {}
         self._importances = {name: resolve_importance(name) for name in study.importances}
-        self._derived: dict[str, Mask] = {}
+        self._computed: dict[str, Mask] = {}
         self._remember = remember
-        self.about: dict[str, Any] = {}
-        self._model = problem.build()
-        self.dense = Mask.ones_like(self._model, study.exclude)
+        with ambient(0):
+            self.model = problem.build()
+        self.dense = Mask.ones_like(self.model, study.exclude)
         check_levels(self.dense.total, study.fraction, study.levels)
-        for name in [name for name in study.importances if name not in IMPORTANCES]:  # whether they work, before all
-            self._pruned(self.initial(study.seeds[0]), self.dense, 0, Chain(study.seeds[0], name))
-
-    def restarted(
-        self,
-        initial: Mapping[int, Weights],
-        seed: int,
-        importances: tuple[str, ...],
-        levels: int,
-        about: dict[str, Any],
-    ) -> Planner:
-        """Return a planner of the same study from other initial weights.
-
-        Args:
-            initial: by numbers that take the place of its chains' seeds.
-            seed: of data order and every other random choice, for all of them.
-            importances: which of the study's.
-            levels: how far, at most as far as the study.
-            about: see `Planner`.
-        """
-        other = copy.copy(self)
-        other.about = about
-        fields = {"seeds": tuple(initial), "data_seeds": (), "importances": importances, "levels": levels}
-        other.study = self.study.model_copy(update=fields)
-        other._initial = dict(initial)
-        other.chains = [Chain(number, importance, seed) for number in initial for importance in importances]
-        other.repeats = []
-        return other
+        for name in [name for name in study.importances if name not in IMPORTANCES]:  # fail before any training
+            self._prune(self.initial(study.seeds[0]), self.dense, 0, Chain(study.seeds[0], name))
 
     def initial(self, seed: int) -> Weights:
-        """The initial weights of a seed."""
+        """Return the initial weights of a seed."""
         if seed not in self._initial:
-            self._initial[seed] = Weights.of(initial_state(self.problem.build, seed))
+            self._initial[seed] = self._initialise(seed)
         return self._initial[seed]
 
-    def tickets(self, chain: Chain) -> Iterator[Ticket]:
-        """Yield the tickets of a chain, level by level, as far as the store has them.
+    def training(self, seed: int, initial: Weights, mask: Mask, begin: int, end: int) -> Training:
+        """Return a training of the study, with its name.
+
+        Args:
+            seed: of data order and every other random choice.
+            initial: the weights it starts from.
+            mask: the connections that are alive.
+            begin, end: its iterations are begin..end-1.
+        """
+        study = self.study
+        recipe, device = study.recipe, study.device
+        sparse = sparse_layers(
+            self.model, mask, batch_size=recipe.batch_size, precision=recipe.precision, device=device
+        )
+        return name_training(
+            self.problem.identity,
+            study.recipe,
+            initial,
+            mask,
+            seed=seed,
+            begin=begin,
+            end=end,
+            device=study.device,
+            sparse=sparse,
+        )
+
+    def progress(self, chain: Chain, find: Callable[[str], Trained | None] | None = None) -> Progress:
+        """Follow a chain through the store and return how far it is.
+
+        Args:
+            chain: any chain of one of the study's importances.
+            find: returns the result of a training by its name, None where there is none; by default the store's.
 
         Raises:
-            Missing: where the store does not have the training that comes next.
-            DamagedResultError: where the store's result is damaged.
+            DamagedResultError: where a stored result is damaged.
         """
+        find = find or self.store.results.get
+        asked: list[tuple[Training, Trained | None]] = []
+
+        def look_up(initial: Weights, mask: Mask, begin: int, end: int) -> Trained | None:
+            training = self.training(chain.order_seed, initial, mask, begin, end)
+            asked.append((training, find(training.key)))
+            return asked[-1][1]
+
+        study = self.study
+        algorithm = lottery_ticket_rewinding(
+            look_up,
+            partial(self._prune, chain=chain),
+            self.initial(chain.seed),
+            self.dense,
+            rewind=study.recipe.rewind,
+            end=self.end,
+            levels=study.levels,
+        )
+        tickets: list[Ticket] = []
+        provenance = self._provenance(chain)
+        stopped = None
+        try:
+            for ticket in algorithm:
+                training, trained = asked[-1]
+                mask = self._unload(training, chain, tickets[-1]) if tickets else self.dense
+                asked[-1] = replace(training, mask=mask), trained
+                tickets.append(replace(ticket, mask=mask, provenance=provenance))
+        except ImportanceError as error:
+            stopped = Stopped(str(error))
+        trainings = tuple(training for training, trained in asked if trained is not None)
+        return Progress(tuple(tickets), trainings, stopped or self._end(tickets, *asked[-1]))
+
+    def trainings(self, chain: Chain) -> list[Training]:
+        """Return the trainings of a chain that the store has, that of the rewind point first.
+
+        Raises:
+            DamagedResultError: where a stored result is damaged.
+        """
+        return list(self.progress(chain).trainings)
+
+    def name_masks(self, chain: Chain, tickets: Sequence[Ticket]) -> list[str]:
+        """Return the names under which the store remembers the masks that these tickets of a chain are pruned to."""
+        return [self._name_mask(chain, ticket) for ticket in tickets if ticket.level < self.study.levels]
+
+    def _end(self, tickets: Sequence[Ticket], training: Training, trained: Trained | None) -> End:
+        """Return why a chain has no further tickets, given the last training that it asked for."""
+        if trained is None:
+            shared = 2 if training.end < self.end else 1  # level 0 comes after the rewind point
+            return Waiting(training, self.study.levels - len(tickets) + shared, shared)
+        return Finished() if len(tickets) > self.study.levels else Diverged()
+
+    def _provenance(self, chain: Chain) -> dict[str, Any]:
         about: dict[str, Any] = {
             "study": self.study.model_dump(mode="json"),
             "importance": chain.importance,
             "seed": chain.seed,
         }
-        if chain.data_seed is not None:
-            about["data_seed"] = chain.data_seed
-        found = lottery_ticket_rewinding(
-            partial(self._looked_up, _data_seed(chain)),
-            partial(self._pruned, chain=chain),
-            self.initial(chain.seed),
-            self.dense,
-            rewind=self.study.recipe.rewind,
-            end=self.end,
-            levels=self.study.levels,
-        )
-        for ticket in found:
-            yield replace(ticket, provenance=about)
+        return about if chain.data_seed is None else about | {"data_seed": chain.data_seed}
 
-    def trainings(self, chain: Chain) -> list[Training]:
-        """Return the trainings of a chain that the store has, the rewind point's first.
+    def _prune(self, weights: Weights, mask: Mask, level: int, chain: Chain) -> Mask:
+        """Prune as `prune_round` does, or return the mask that it gave before.
 
-        Raises:
-            DamagedResultError: where a stored result is damaged.
-        """
-        tickets = self.progress(chain).tickets
-        initial, rewind = self.initial(chain.seed), self.study.recipe.rewind
-        found = [self._training(_data_seed(chain), t.rewind, t.mask, rewind, self.end) for t in tickets]
-        if rewind and (point := self._training(_data_seed(chain), initial, self.dense, 0, rewind)).key in self.store:
-            found.insert(0, point)
-        return found
-
-    def keys(self, chain: Chain) -> list[str]:
-        """Return the names of the trainings of a chain that the store has, the rewind point's first."""
-        return [training.key for training in self.trainings(chain)]
-
-    def progress(self, chain: Chain) -> Progress:
-        """Return how far a chain is.
-
-        Raises:
-            DamagedResultError: where a stored result is damaged.
-        """
-        tickets: list[Ticket] = []
-        try:
-            tickets.extend(self.tickets(chain))
-        except MissingError as missing:
-            shared = 2 if missing.training.end < self.end else 1  # level 0 comes after the rewind point
-            to_come = self.study.levels - len(tickets) + shared
-            return Progress(tuple(tickets), missing.training, to_come, shared)
-        except DamagedResultError:
-            raise
-        except UserError as error:  # of the importance; other chains go on
-            return Progress(tuple(tickets), stopped=str(error))
-        return Progress(tuple(tickets))
-
-    def _looked_up(self, seed: int, initial: Weights, mask: Mask, begin: int, end: int) -> Trained:
-        training = self._training(seed, initial, mask, begin, end)
-        trained = self.store.get(training.key)
-        if trained is None:
-            raise MissingError(training)
-        return trained
-
-    def _training(self, seed: int, initial: Weights, mask: Mask, begin: int, end: int) -> Training:
-        recipe, device = self.study.recipe, self.study.device
-        sparse = sparse_layers(
-            self._model, mask, batch_size=recipe.batch_size, precision=recipe.precision, device=device
-        )
-        identity = {
-            "scheme": SCHEME,
-            **self.problem.identity,
-            "recipe": recipe.identity(),
-            "seed": seed,
-            "initial": initial.hash,
-            "mask": mask.hash,
-            "begin": begin,
-            "end": end,
-            "threads": THREADS,
-            "device": device,
-            "sparse": sparse,
-        }
-        return Training(name_of(identity), identity, initial, mask, seed, begin, end)
-
-    def _pruned(self, weights: Weights, mask: Mask, level: int, chain: Chain) -> Mask:
-        """Prune as `prune_round` does, or recall what that gave.
-
-        By a built-in importance it is remembered in the store. A user's own may have been edited since, so what it
-        gave is remembered no longer than this planner is.
+        The store remembers the masks of built-in importances. A user's own importance may have been edited since, so
+        its masks are remembered by this planner alone.
         """
         study = self.study
-        name = name_of([PRUNING, weights.hash, mask.hash, chain.importance, study.fraction, _data_seed(chain), level])
-        built_in = self._remember and chain.importance in IMPORTANCES
-        remembered = self.store.mask(name) if built_in else self._derived.get(name)
-        if remembered is not None:
-            return remembered
-        pruned = prune_round(
+        name = self._name(weights, mask, level, chain)
+        lasts = self._remember and chain.importance in IMPORTANCES
+        known = self.store.masks.get(name) if lasts else self._computed.get(name)
+        if known is not None:
+            return known
+        found = prune_round(
             weights,
             mask,
             level,
             importance=self._importances[chain.importance],
             fraction=study.fraction,
-            seed=_data_seed(chain),
+            seed=chain.order_seed,
         )
-        if built_in:
-            self.store.put_mask(name, pruned)
+        if lasts:
+            self.store.masks.put(name, found)
         else:
-            self._derived[name] = pruned
-        return pruned
+            self._computed[name] = found
+        return found
+
+    def _name(self, weights: Weights, mask: Mask, level: int, chain: Chain) -> str:
+        return name_mask(
+            weights,
+            mask,
+            level,
+            importance=chain.importance,
+            fraction=self.study.fraction,
+            seed=chain.order_seed,
+        )
+
+    def _name_mask(self, chain: Chain, ticket: Ticket) -> str:
+        """Return the name of the mask that a ticket is pruned to."""
+        assert ticket.trained is not None
+        return self._name(ticket.trained.weights, ticket.mask, ticket.level, chain)
+
+    def _unload(self, training: Training, chain: Chain, before: Ticket) -> Mask:
+        """Return the mask of a stored training without its bits, which are read again when they are used.
+
+        Args:
+            training: the training of a ticket.
+            chain: the chain of the ticket.
+            before: the ticket of the level before.
+        """
+        name, expected = self._name_mask(chain, before), training.mask.hash
+
+        def load() -> Mask:
+            known = self._computed.get(name) or self.store.masks.get(name)
+            if known is None or known.hash != expected:
+                known = self.store.results.read_mask(training.key, self.dense.shapes)
+            if known.hash != expected:
+                raise DamagedResultError(training.key, "its mask is not the one that its name says")
+            return known
+
+        return training.mask.unload(load)
 
 
-def _data_seed(chain: Chain) -> int:
-    return chain.seed if chain.data_seed is None else chain.data_seed
+def select_chains(study: Study, importances: Sequence[str] | None, at_least: int = 1) -> list[Chain]:
+    """Return the chains of some importances of a study, or of all of them, for each of its seeds.
+
+    Args:
+        study: the study.
+        importances: which, by name; None for all of the study's.
+        at_least: the least number of importances.
+
+    Raises:
+        UserError: for an importance that the study does not have, or fewer than `at_least`.
+
+    >>> from tombola.study.schema import load_study
+    >>> [str(chain) for chain in select_chains(load_study("digits"), ["l1"])]
+    ['l1, seed 0', 'l1, seed 1']
+    """
+    known = study.importances
+    names = known if importances is None else list(dict.fromkeys(importances))
+    for name in names:
+        if name not in known:
+            raise UserError(f"importances: the study has no importance {name!r}; {did_you_mean(name, known)}")
+    if len(names) < at_least:
+        raise UserError(f"importances: expected at least {at_least} to compare, got {', '.join(names)}")
+    return [Chain(seed, name) for seed in study.seeds for name in names]

@@ -99,7 +99,7 @@ def try_out(problem: Problem, study: Study) -> None:
     task, recipe, data = study.task, study.recipe, problem.data
     check_recipe_fits(recipe, data)
     if study.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("device: 'cuda' was asked for, and torch finds no GPU here; use --device cpu")
+        raise UserError("device: 'cuda' was asked for, and torch finds no GPU here; use 'cpu'")
     last = len(data.train_inputs) % recipe.batch_size or recipe.batch_size
     inputs, labels = next(batches(data, recipe.model_copy(update={"batch_size": min(2, last)}), 0, 0, 1))
     with ambient(0):

@@ -1,0 +1,22 @@
+"""Advice: what to type where a library error says what is wrong."""
+
+from __future__ import annotations
+
+from tombola.errors import ClusterError, DamagedResultError, NothingStoredError, StoreError
+
+_ADVICE: dict[type[Exception], str] = {
+    NothingStoredError: "{}; `tombola run` does the trainings that are missing",
+    DamagedResultError: "{}; `tombola run` removes it and repeats its training",
+    StoreError: "{}; name another folder with --store",
+    ClusterError: "--address: {}",
+}
+
+
+def add_advice(error: Exception) -> str:
+    """Return an error's text as one line, with what to type where that is known.
+
+    >>> add_advice(StoreError("store x: the folder is not empty and no store"))
+    'store x: the folder is not empty and no store; name another folder with --store'
+    """
+    text = " ".join(str(error).splitlines())
+    return _ADVICE.get(type(error), "{}").replace("{}", text, 1)

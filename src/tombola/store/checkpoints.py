@@ -1,0 +1,92 @@
+"""Checkpoints: where trainings were stopped, so that they go on from there."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from pathlib import Path
+
+import safetensors
+import safetensors.torch
+
+from tombola.errors import UserError
+from tombola.files import write_atomically
+from tombola.store.layout import temporary_folder
+from tombola.store.names import name_of
+from tombola.training.history import Checkpoint
+from tombola.training.weights import state_hash
+
+
+class Checkpoints:
+    """The checkpoints of a store, each under the name of its training.
+
+    Args:
+        root: the store's folder.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     Checkpoints(Path(folder)).get("0" * 64) is None
+    True
+    """
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+
+    def get(self, key: str) -> Checkpoint | None:
+        """Return the checkpoint of a training; None where it has none, or a damaged one."""
+        content = self.read(key)
+        return None if content is None else checkpoint_from_bytes(content)
+
+    def read(self, key: str) -> bytes | None:
+        """Return the bytes of a checkpoint, which may be damaged; None where there is none."""
+        try:
+            return self._path(key).read_bytes()
+        except OSError:
+            return None
+
+    def put(self, key: str, content: bytes) -> None:
+        """Store a checkpoint as `checkpoint_to_bytes` returned it, unless the store cannot be written to."""
+        path = self._path(key)
+        with contextlib.suppress(OSError, UserError):
+            path.parent.mkdir(exist_ok=True)
+            write_atomically(path, content, temporary_folder(self._root))
+
+    def discard(self, key: str) -> None:
+        """Remove the checkpoint of a training, if it has one."""
+        self._path(key).unlink(missing_ok=True)
+
+    def _path(self, key: str) -> Path:
+        return self._root / "checkpoints" / f"{key}.safetensors"
+
+
+def checkpoint_to_bytes(checkpoint: Checkpoint) -> bytes:
+    """Return a checkpoint as safetensors, with a checksum.
+
+    >>> import torch
+    >>> content = checkpoint_to_bytes(Checkpoint(3, {"w": torch.ones(2)}))
+    >>> checkpoint_from_bytes(content).iteration, checkpoint_from_bytes(content[:-1])
+    (3, None)
+    """
+    tensors = {f"state.{name}": tensor.contiguous() for name, tensor in checkpoint.state.items()}
+    tensors |= {f"optimizer.{name}": tensor.contiguous() for name, tensor in checkpoint.optimizer.items()}
+    tensors["losses"] = checkpoint.batch_losses
+    about = {"iteration": checkpoint.iteration}
+    checksum = name_of([about, state_hash(tensors)])
+    return safetensors.torch.save(tensors, {"checkpoint": json.dumps(about), "checksum": checksum})
+
+
+def checkpoint_from_bytes(content: bytes) -> Checkpoint | None:
+    """Return the checkpoint that `checkpoint_to_bytes` turned into these bytes; None where they are damaged."""
+    try:
+        tensors = safetensors.torch.load(content)
+        length = int.from_bytes(content[:8], "little")
+        metadata = json.loads(content[8 : 8 + length])["__metadata__"]
+        about = json.loads(metadata["checkpoint"])
+        if metadata["checksum"] != name_of([about, state_hash(tensors)]):
+            return None
+        losses = tensors["losses"]
+    except (safetensors.SafetensorError, ValueError, KeyError):
+        return None
+    state = {name.removeprefix("state."): t for name, t in tensors.items() if name.startswith("state.")}
+    optimizer = {name.removeprefix("optimizer."): t for name, t in tensors.items() if name.startswith("optimizer.")}
+    return Checkpoint(about["iteration"], state, optimizer, losses)

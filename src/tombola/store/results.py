@@ -1,0 +1,250 @@
+"""Results: what trainings led to, each named by the hash of all that decides its bits."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from tombola.errors import DamagedResultError, UserError
+from tombola.files import sync_folder, write_atomically, write_durably
+from tombola.pruning.mask import Mask
+from tombola.store.layout import temporary_folder
+from tombola.store.names import canonical
+from tombola.training.history import History, Trained
+from tombola.training.weights import State, Weights
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+class Results:
+    """The results of a store, each in a folder of its own; see `tombola.store.store` for its files.
+
+    Args:
+        root: the store's folder.
+
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     Results(Path(folder)).get("0" * 64) is None
+    True
+    """
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+
+    def folder(self, key: str) -> Path:
+        """The folder of a result."""
+        return self._root / "results" / key[:2] / key
+
+    def __contains__(self, key: str) -> bool:
+        return self.folder(key).is_dir()
+
+    def __iter__(self) -> Iterator[str]:
+        """Yield the names of all results, in their order."""
+        return (folder.name for folder in sorted((self._root / "results").glob("??/*")))
+
+    def get(self, key: str) -> Trained | None:
+        """Return a training's result, whose weights stay on disk; None where the store does not have it.
+
+        Raises:
+            DamagedResultError: where `result.json` is not as it was written.
+        """
+        document = self.document(key)
+        if document is None:
+            return None
+        shapes = {name: tuple(shape) for name, shape in document["mask"]}
+        load = partial(self._load_weights, key, shapes)
+        return Trained(Weights(document["weights"], load), History.from_json(document["history"]))
+
+    def document(self, key: str) -> dict[str, Any] | None:
+        """Return the content of a result's `result.json`; None where the store does not have the result.
+
+        Raises:
+            DamagedResultError: where it is not as it was written.
+        """
+        try:
+            content = self._read(key, "result.json")
+        except FileNotFoundError:
+            if key in self:
+                raise DamagedResultError(key, "a file is missing") from None
+            return None
+        document: dict[str, Any] = json.loads(content)
+        return document
+
+    def record(self, key: str) -> dict[str, Any]:
+        """Return the record of when, where and how long a training ran; empty where it is lost."""
+        try:
+            record: dict[str, Any] = json.loads((self.folder(key) / "record.json").read_text())
+        except (OSError, ValueError):
+            return {}
+        return record
+
+    def put(self, key: str, identity: Mapping[str, Any], mask: Mask, trained: Trained, record: Any) -> None:
+        """Store a training's result atomically. A result that the store already has is not changed.
+
+        Raises:
+            UserError: where it cannot be written.
+        """
+        if key in self:
+            return
+        result = {
+            "identity": identity,
+            "history": trained.history.to_json(),
+            "mask": [[name, list(shape)] for name, shape in mask.shapes.items()],
+            "alive": mask.counts,
+            "weights": trained.weights.hash,
+        }
+        files = {
+            "result.json": canonical(result),
+            "weights.safetensors": safetensors.torch.save(
+                pack_state(trained.weights.load(), mask) | {"losses": trained.batch_losses}
+            ),
+        }
+        sums = "".join(f"{hashlib.sha256(content).hexdigest()}  {name}\n" for name, content in files.items())
+        files |= {"SHA256SUMS": sums.encode(), "record.json": canonical(record)}
+        folder = self.folder(key)
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            sync_folder(folder.parent.parent)
+            temporary = Path(tempfile.mkdtemp(dir=temporary_folder(self._root), prefix=f"{key[:12]}."))
+            try:
+                temporary.chmod(0o755)
+                for name, content in files.items():
+                    with (temporary / name).open("wb", buffering=0) as file:
+                        write_durably(file.fileno(), content)
+                sync_folder(temporary)
+                temporary.rename(folder)
+                sync_folder(folder.parent)
+            except BaseException as error:
+                shutil.rmtree(temporary, ignore_errors=True)
+                if not isinstance(error, OSError) or key not in self:  # another run may have been faster
+                    raise
+        except OSError as error:
+            raise UserError(
+                f"store {self._root}: result {key[:12]} cannot be written: {error.strerror or error}; "
+                f"all results that were stored before are kept, and the same run continues from them"
+            ) from error
+
+    def discard(self, key: str) -> None:
+        """Remove a result, if the store has it."""
+        temporary = Path(tempfile.mkdtemp(dir=temporary_folder(self._root), prefix=f"{key[:12]}."))
+        with contextlib.suppress(FileNotFoundError):
+            self.folder(key).rename(temporary / key)
+        shutil.rmtree(temporary)
+
+    def check(self, key: str) -> None:
+        """Read every byte of a result and compare checksums.
+
+        Raises:
+            DamagedResultError: where they differ.
+        """
+        for name in ("result.json", "weights.safetensors"):
+            try:
+                self._read(key, name)
+            except FileNotFoundError as error:
+                raise DamagedResultError(key, f"{Path(error.filename).name} is missing") from None
+
+    def mask(self, key: str) -> Mask:
+        """Return the mask that a result was trained with; all bytes of the result are checked.
+
+        Raises:
+            DamagedResultError: where they are not as they were written.
+        """
+        document = self.document(key)
+        assert document is not None
+        packed = safetensors.torch.load(self._read(key, "weights.safetensors"))
+        return unpack_mask(packed, {name: tuple(shape) for name, shape in document["mask"]})
+
+    def read_mask(self, key: str, shapes: Shapes) -> Mask:
+        """Return the mask that a result was trained with; only the mask's bytes are read, and they are not checked.
+
+        Raises:
+            DamagedResultError: where the mask cannot be read.
+        """
+        try:
+            with safetensors.safe_open(self.folder(key) / "weights.safetensors", "np") as file:
+                return Mask(shapes, {name: file.get_tensor(f"mask.{name}") for name in shapes})
+        except (OSError, safetensors.SafetensorError, UserError) as error:
+            raise DamagedResultError(key, f"its mask cannot be read: {error}") from error
+
+    def batch_losses(self, key: str) -> Tensor:
+        """Return the training loss of every iteration of a result, float32.
+
+        Raises:
+            DamagedResultError: where the bytes of the result are not as they were written.
+        """
+        packed = safetensors.torch.load(self._read(key, "weights.safetensors"))
+        if "losses" not in packed:
+            raise DamagedResultError(key, "it has no losses")
+        return packed["losses"]
+
+    def confirm(self, key: str, confirmation: Mapping[str, Any]) -> None:
+        """Add to a result's record that its training was repeated with the same bits: when and on which machine."""
+        self._note(key, "confirmed", confirmation)
+
+    def contradict(self, key: str, contradiction: Mapping[str, Any]) -> None:
+        """Add to a result's record that its training was repeated with other bits: which, when and where."""
+        self._note(key, "contradicted", contradiction)
+
+    def _note(self, key: str, name: str, note: Mapping[str, Any]) -> None:
+        record = self.record(key)
+        record[name] = [*record.get(name, []), note]
+        write_atomically(self.folder(key) / "record.json", canonical(record), temporary_folder(self._root))
+
+    def _read(self, key: str, name: str) -> bytes:
+        """Return the content of one of a result's files, compared with its checksum."""
+        folder = self.folder(key)
+        content = (folder / name).read_bytes()
+        lines = (folder / "SHA256SUMS").read_text(errors="replace").splitlines()
+        sums = {file: checksum for checksum, _, file in (line.partition("  ") for line in lines)}
+        if hashlib.sha256(content).hexdigest() != sums.get(name):
+            raise DamagedResultError(key, f"{name} does not have its checksum")
+        return content
+
+    def _load_weights(self, key: str, shapes: Shapes) -> State:
+        try:
+            return unpack_state(safetensors.torch.load(self._read(key, "weights.safetensors")), shapes)
+        except FileNotFoundError:
+            raise DamagedResultError(key, "weights.safetensors is missing") from None
+
+
+def pack_state(state: State, mask: Mask) -> State:
+    """Return a state in which each layer of the mask is its bits and the 1-D values of the weights alive.
+
+    >>> mask = Mask.from_tensors({"w": torch.tensor([True, False, True])})
+    >>> packed = pack_state({"w": torch.tensor([1.0, 0.0, 2.0])}, mask)
+    >>> packed
+    {'alive.w': tensor([1., 2.]), 'mask.w': tensor([5], dtype=torch.uint8)}
+    >>> unpack_state(packed, mask.shapes)
+    {'w': tensor([1., 0., 2.])}
+    """
+    packed = {f"state.{name}": tensor.contiguous() for name, tensor in state.items() if name not in mask}
+    packed |= {f"alive.{name}": state[name][mask[name]] for name in mask}
+    packed |= {f"mask.{name}": torch.from_numpy(bits.copy()) for name, bits in mask.bits.items()}
+    return packed
+
+
+def unpack_state(packed: State, shapes: Shapes) -> State:
+    """Return the state that `pack_state` packed, given the shapes of the mask's layers."""
+    mask = unpack_mask(packed, shapes)
+    state = {name.removeprefix("state."): t for name, t in packed.items() if name.startswith("state.")}
+    for name, shape in shapes.items():
+        values = packed[f"alive.{name}"]
+        state[name] = torch.zeros(shape, dtype=values.dtype)
+        state[name][mask[name]] = values
+    return state
+
+
+def unpack_mask(packed: State, shapes: Shapes) -> Mask:
+    """Return the mask by which `pack_state` packed a state, given the shapes of its layers."""
+    return Mask(shapes, {name: packed[f"mask.{name}"].numpy() for name in shapes})

@@ -1,0 +1,38 @@
+"""Needs: the names of all that a study needs of its store."""
+
+from __future__ import annotations
+
+from tombola.study.reinitialisation import list_notes, plan_again
+from tombola.study.tickets import Tickets
+
+
+def list_needs(tickets: Tickets) -> set[str]:
+    """Return the names of the results, masks and checkpoints that a study needs or may need next.
+
+    They are those of its chains and of its partial reinitialisations: of each chain the trainings that the store has,
+    the training that it waits for and the masks that its tickets are pruned to.
+
+    Args:
+        tickets: of the study.
+
+    Raises:
+        DamagedResultError: where a stored result is damaged, so that its chain cannot be followed to its end.
+    """
+    needs = list_chain_needs(tickets)
+    for (level, importances), draws in list_notes(tickets).items():
+        for seed in tickets.study.seeds:
+            found = plan_again(tickets, level, draws, importances, seed)
+            if found is not None:
+                needs |= list_chain_needs(tickets.share_with(found.planner))
+    return needs
+
+
+def list_chain_needs(tickets: Tickets) -> set[str]:
+    """Return the names that a study's chains need, see `list_needs`."""
+    needs: set[str] = set()
+    for chain, progress in tickets.all().items():
+        needs |= {training.key for training in progress.trainings}
+        needs |= set(tickets.planner.name_masks(chain, progress.tickets))
+        if progress.waits_for is not None:
+            needs.add(progress.waits_for.key)
+    return needs

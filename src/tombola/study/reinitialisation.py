@@ -1,0 +1,164 @@
+"""Partial reinitialisations: which trainings show whether the connections that tickets share are found again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import reduce
+from operator import and_
+from typing import Any
+
+import torch
+
+from tombola.errors import UserError
+from tombola.pruning.mask import Mask
+from tombola.store.store import Store
+from tombola.streams import derive
+from tombola.study.planner import Chain, Planner, select_chains
+from tombola.study.tickets import Tickets
+from tombola.training.train import initial_state
+from tombola.training.weights import State, Weights
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The trainings of one seed's partial reinitialisations.
+
+    Args:
+        seed: whose initialisation is kept in part; it is also the seed of data order and all other random choices.
+        kept: the connections that keep their initial weights: those that the compared tickets share.
+        planner: of the draws: a study like any other, but for its initial weights. Its chains have the number of a
+            draw, 1 and on, as their seed, and `seed` as their data seed.
+    """
+
+    seed: int
+    kept: Mask
+    planner: Planner
+
+
+def plan(
+    tickets: Tickets,
+    level: int,
+    draws: int,
+    importances: Sequence[str] | None = None,
+    seeds: Sequence[int] | None = None,
+) -> list[Plan]:
+    """Return the trainings of a study's partial reinitialisations, for each seed.
+
+    Args:
+        tickets: of the study.
+        level: of the tickets whose shared connections are kept, and up to which tickets are found again.
+        draws: how often the remaining weights are reinitialised, 1 or more.
+        importances: whose tickets are compared and found again; two or more, by default all.
+        seeds: which of the study's; by default all.
+
+    Raises:
+        UserError: where the level or the importances are not possible, or the tickets share nothing.
+        NothingStoredError: where the store does not have the tickets yet.
+        DamagedResultError: where a stored result is damaged.
+    """
+    seeds = tickets.study.seeds if seeds is None else seeds
+    chains = [chain for chain in select_chains(tickets.study, importances, at_least=2) if chain.seed in seeds]
+    names = tuple(dict.fromkeys(chain.importance for chain in chains))
+    if level < 1:
+        raise UserError("reinit: at level 0 tickets share every connection, expected a level from 1 on")
+    if draws < 1:
+        raise UserError(f"draws: expected 1 or more, got {draws}")
+    tickets.require([level], chains)
+    found = []
+    for seed in dict.fromkeys(chain.seed for chain in chains):
+        kept = share(tickets, level, seed, names)
+        if kept is None or not kept.alive:
+            raise UserError(f"reinit: the tickets of seed {seed} share no connection at level {level}")
+        found.append(plan_draws(tickets.planner, level, names, seed, kept, draws))
+    return found
+
+
+def plan_again(tickets: Tickets, level: int, draws: int, importances: Sequence[str], seed: int) -> Plan | None:
+    """Return the trainings of one seed's partial reinitialisations; None where the store does not have its tickets.
+
+    Args:
+        tickets, level, draws, importances: as for `plan`, and possible.
+        seed: one of the study's.
+
+    Raises:
+        DamagedResultError: where a stored result is damaged.
+    """
+    kept = share(tickets, level, seed, importances)
+    return (
+        plan_draws(tickets.planner, level, importances, seed, kept, draws) if kept is not None and kept.alive else None
+    )
+
+
+def share(tickets: Tickets, level: int, seed: int, importances: Sequence[str]) -> Mask | None:
+    """Return the connections that one seed's tickets share at a level; None where one of the tickets is missing."""
+    found = tickets.at(level, [Chain(seed, name) for name in importances])
+    return reduce(and_, (ticket.mask for ticket in found.values())) if len(found) == len(importances) else None
+
+
+def plan_draws(planner: Planner, level: int, importances: Sequence[str], seed: int, kept: Mask, draws: int) -> Plan:
+    """Return the trainings of one seed's partial reinitialisations.
+
+    Args:
+        planner: of the study.
+        level: up to which tickets are found again.
+        importances: whose.
+        seed: one of the study's.
+        kept: the connections that keep their initial weights.
+        draws: how many.
+    """
+    numbers = range(1, draws + 1)
+
+    def initialise(draw: int) -> Weights:
+        drawn = initial_state(planner.problem.build, new_seed(seed, draw))
+        return Weights.of(reinitialise(planner.initial(seed).load(), drawn, kept))
+
+    fields = {"seeds": tuple(numbers), "data_seeds": (), "importances": tuple(importances), "levels": level}
+    other = Planner(
+        planner.study.model_copy(update=fields),
+        planner.problem,
+        planner.store,
+        initial=initialise,
+        chains=[Chain(number, name, seed) for number in numbers for name in importances],
+        about={"reinit": {"level": level, "draws": draws, "importances": list(importances)}},
+    )
+    return Plan(seed, kept, other)
+
+
+def new_seed(seed: int, draw: int) -> int:
+    """Return the seed of the weights that a draw reinitialises."""
+    return derive(seed, "reinitialisation", draw)
+
+
+def reinitialise(initial: State, drawn: State, kept: Mask) -> State:
+    """Return the state `drawn`, with the weights of `initial` where `kept` is alive.
+
+    >>> kept = Mask.from_tensors({"w": torch.tensor([True, False])})
+    >>> reinitialise({"w": torch.tensor([1.0, 2.0])}, {"w": torch.tensor([3.0, 4.0])}, kept)
+    {'w': tensor([1., 4.])}
+    """
+    return {
+        name: torch.where(kept[name], initial[name], tensor) if name in kept else tensor
+        for name, tensor in drawn.items()
+    }
+
+
+def list_notes(tickets: Tickets) -> dict[tuple[int, tuple[str, ...]], int]:
+    """Return which partial reinitialisations of a study the records in its store are of.
+
+    Returns:
+        (level, importances in the study's order) -> the largest number of draws; the most important first: by level,
+        then those of more importances.
+    """
+    study = tickets.study
+    found: dict[tuple[int, tuple[str, ...]], int] = {}
+    for note in _read_notes(tickets.planner.store):
+        if note["level"] <= study.levels and set(note["importances"]) <= set(study.importances):
+            names = tuple(name for name in study.importances if name in note["importances"])
+            found[note["level"], names] = max(note["draws"], found.get((note["level"], names), 0))
+    return dict(sorted(found.items(), key=lambda each: (each[0][0], -len(each[0][1]), each[0][1])))
+
+
+def _read_notes(store: Store) -> list[dict[str, Any]]:
+    records = (store.results.record(key) for key in store.results)
+    return [record["reinit"] for record in records if "reinit" in record]

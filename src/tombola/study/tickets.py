@@ -1,0 +1,122 @@
+"""Tickets: what a store has of a study, read once."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from dataclasses import replace
+from typing import Any
+
+from tombola.errors import NothingStoredError, UserError
+from tombola.lottery.ticket import Ticket
+from tombola.study.planner import Chain, Planner, Progress
+from tombola.study.schema import Study
+from tombola.training.history import Trained
+
+
+class Tickets:
+    """The tickets of a study that its store has: each chain is followed once, and each result is read once.
+
+    It shows the store as it was when a chain was first asked for. Results that are stored later need another `Tickets`.
+    The masks and the weights of the tickets stay on disk.
+
+    Args:
+        planner: follows the study's chains.
+
+    >>> import pathlib, tempfile
+    >>> from tombola import Store, load_problem, load_study
+    >>> study = load_study("digits")
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     tickets = Tickets(Planner(study, load_problem(study.task), Store(pathlib.Path(folder) / "store")))
+    ...     len(tickets.progress(Chain(0, "l1")).tickets)
+    0
+    """
+
+    def __init__(self, planner: Planner) -> None:
+        self.planner = planner
+        self._progress: dict[Chain, Progress] = {}
+        self._results: dict[str, Trained] = {}
+
+    @property
+    def study(self) -> Study:
+        """The study."""
+        return self.planner.study
+
+    def share_with(self, planner: Planner) -> Tickets:
+        """Return the tickets of another planner on the same store, which read no result that these have read."""
+        other = Tickets(planner)
+        other._results = self._results
+        return other
+
+    def progress(self, chain: Chain) -> Progress:
+        """Return how far a chain is.
+
+        Raises:
+            DamagedResultError: where a stored result is damaged.
+        """
+        if chain not in self._progress:
+            self._progress[chain] = self.planner.progress(chain, self._find)
+        return self._progress[chain]
+
+    def all(self) -> dict[Chain, Progress]:
+        """Return how far every chain of the study is, those of other data orders among them.
+
+        Raises:
+            DamagedResultError: where a stored result is damaged.
+        """
+        return {chain: self.progress(chain) for chain in [*self.planner.chains, *self.planner.repeats]}
+
+    def at(self, level: int, chains: Iterable[Chain]) -> dict[Chain, Ticket]:
+        """Return the tickets of a level, of those chains that have one; their masks are in memory.
+
+        Raises:
+            DamagedResultError: where a stored result is damaged.
+        """
+        found = {chain: self.progress(chain).tickets[level : level + 1] for chain in chains}
+        return {chain: replace(one, mask=one.mask.load()) for chain, tickets in found.items() for one in tickets}
+
+    def require(self, levels: Collection[int], chains: Collection[Chain]) -> None:
+        """Raise `UserError` where one of the levels is not the study's, or a chain does not have it.
+
+        Raises:
+            NothingStoredError: where a chain does not have a level yet.
+            DamagedResultError: where a stored result is damaged.
+        """
+        for level in levels:
+            if not 0 <= level <= self.study.levels:
+                raise UserError(f"level {level} is not one of the study's, which are 0 to {self.study.levels}")
+        have = {chain: len(self.progress(chain).tickets) for chain in chains}
+        least = min(have.values(), default=0)
+        if too_high := [level for level in levels if level >= least]:
+            without = [chain for chain, count in have.items() if count == least]
+            more = f" and {len(without) - 1} more" if len(without) > 1 else ""
+            there = f"levels 0 to {least - 1}" if least > 1 else "level 0" if least else "no level"
+            raise NothingStoredError(
+                f"level {min(too_high)} is not in {self.planner.store.root} yet for {without[0]}{more}; "
+                f"{there} can be compared"
+            )
+
+    def last_level(self, chains: Collection[Chain]) -> int | None:
+        """Return the sparsest level that all of these chains have; None where they have no level in common.
+
+        Raises:
+            DamagedResultError: where a stored result is damaged.
+        """
+        last = min((len(self.progress(chain).tickets) for chain in chains), default=0) - 1
+        return last if last >= 0 else None
+
+    def records(self) -> dict[str, dict[str, Any]]:
+        """Return the records of all trainings of the study that the store has, by name, in the order of the names.
+
+        Raises:
+            DamagedResultError: where a stored result is damaged.
+        """
+        keys = {training.key for progress in self.all().values() for training in progress.trainings}
+        return {key: self.planner.store.results.record(key) for key in sorted(keys)}
+
+    def _find(self, key: str) -> Trained | None:
+        if key not in self._results:
+            found = self.planner.store.results.get(key)
+            if found is None:
+                return None
+            self._results[key] = found
+        return self._results[key]

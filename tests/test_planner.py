@@ -1,0 +1,277 @@
+"""Following chains: how far they are, why they end, what they need, and that each result is read once."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from stores import InTurn, content, planner, problem, results, study
+from tombola.analysis import connectivity, functions, layers, overlap, reinit, stability, weights, winners
+from tombola.analysis.accuracy import rows
+from tombola.engine.run import run
+from tombola.errors import DamagedResultError, ImportanceError, NothingStoredError, UserError
+from tombola.lottery.ticket import Ticket
+from tombola.pruning.mask import Mask
+from tombola.report.contents import COSTLY, gather
+from tombola.store.store import Store
+from tombola.study.needs import list_chain_needs, list_needs
+from tombola.study.planner import Chain, Diverged, Finished, Planner, Stopped, Waiting, select_chains
+from tombola.study.reinitialisation import plan
+from tombola.study.tickets import Tickets
+from tombola.study.trainings import Training
+from tombola.training.history import History, Trained
+from tombola.training.weights import Weights, apply_mask
+
+LEVELS = 2
+CHAIN = Chain(0, "l1")
+
+
+def finish(of: Planner) -> None:
+    run(of, InTurn(last_first=False), lambda *_: None)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store with a study of two importances, two seeds and two levels, and two of its reinitialisations."""
+    torch.set_num_threads(1)
+    root = tmp_path_factory.mktemp("planner") / "store"
+    finish(planner(root, STUDY))
+    for each in plan(Tickets(planner(root, STUDY)), 1, 2):
+        finish(each.planner)
+    return root
+
+
+STUDY = study(seeds=(0, 1), levels=LEVELS)
+
+
+def put(store: Store, training: Training, history: History) -> None:
+    """Store a made-up result of a training: weights that grow with their index."""
+    state = {name: torch.arange(t.numel()).reshape(t.shape) + 1.0 for name, t in training.initial.load().items()}
+    trained = Trained(Weights.of(apply_mask(state, training.mask)), history)
+    store.results.put(training.key, training.identity, training.mask, trained, {})
+
+
+def test_building_a_planner_draws_nothing_from_torchs_global_stream(tmp_path: Path) -> None:
+    torch.manual_seed(5)
+    before = torch.random.get_rng_state()
+    planner(tmp_path / "store", STUDY)
+    assert torch.random.get_rng_state().equal(before)
+    problem().build()
+    assert not torch.random.get_rng_state().equal(before), "a model draws its weights from that stream"
+
+
+def test_a_chain_waits_for_one_training_after_the_other_until_it_is_finished(tmp_path: Path) -> None:
+    of = planner(tmp_path / "store", study(["l1"], levels=1))
+    seen = []
+    while isinstance(end := of.progress(CHAIN).end, Waiting):
+        progress = of.progress(CHAIN)
+        assert progress.waits_for is not None
+        assert progress.waits_for.key == end.training.key
+        seen.append((end.training.begin, end.training.end, end.remaining, end.shared, len(progress.tickets)))
+        assert end.training.key not in of.store.results
+        put(of.store, end.training, History(test_accuracy=0.5))
+        assert [training.key for training in of.progress(CHAIN).trainings][-1] == end.training.key
+    assert seen == [(0, 10, 3, 2, 0), (10, 60, 2, 1, 0), (10, 60, 1, 1, 1)]
+    progress = of.progress(CHAIN)
+    assert (progress.end, progress.waits_for, progress.remaining, progress.stopped) == (Finished(), None, 0, None)
+    assert [ticket.level for ticket in progress.tickets] == [0, 1]
+
+
+def test_a_chain_ends_with_a_training_that_diverged(tmp_path: Path) -> None:
+    of = planner(tmp_path / "store", study(["l1"], levels=1, rewind=0))
+    training = of.progress(CHAIN).waits_for
+    assert training is not None
+    put(of.store, training, History(diverged_at=7))
+    progress = of.progress(CHAIN)
+    assert progress.end == Diverged()
+    assert (len(progress.tickets), progress.waits_for, progress.remaining) == (1, None, 0)
+
+
+def test_the_last_level_is_finished_though_its_training_diverged(tmp_path: Path) -> None:
+    of = planner(tmp_path / "store", study(["l1"], levels=0, rewind=0))
+    training = of.progress(CHAIN).waits_for
+    assert training is not None
+    put(of.store, training, History(diverged_at=7))
+    assert of.progress(CHAIN).end == Finished()
+
+
+def test_a_chain_stops_where_its_importance_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    of = planner(tmp_path / "store", study(["l1"], levels=1, rewind=0))
+    training = of.progress(CHAIN).waits_for
+    assert training is not None
+    put(of.store, training, History(test_accuracy=0.5))
+
+    def fail(*_: Any, **__: Any) -> Mask:
+        raise ImportanceError("importance 'l1', layer '0.weight': it returned NaN")
+
+    monkeypatch.setattr("tombola.study.planner.prune_round", fail)
+    progress = of.progress(CHAIN)
+    assert progress.end == Stopped("importance 'l1', layer '0.weight': it returned NaN")
+    assert progress.stopped == "importance 'l1', layer '0.weight': it returned NaN"
+    assert len(progress.tickets) == len(progress.trainings) == 1
+
+    def mistake(*_: Any, **__: Any) -> Mask:
+        raise UserError("another mistake")
+
+    monkeypatch.setattr("tombola.study.planner.prune_round", mistake)
+    with pytest.raises(UserError, match="another mistake"):
+        of.progress(CHAIN)
+
+
+def test_initial_weights_can_be_given(tmp_path: Path) -> None:
+    own = planner(tmp_path / "store", STUDY)
+    given = {3: own.initial(1)}
+    chains = [Chain(3, "l1", 1)]
+    other = Planner(STUDY, problem(), own.store, initial=given.__getitem__, chains=chains)
+    assert other.chains == chains
+    waits_for, same = other.progress(chains[0]).waits_for, own.progress(Chain(1, "l1")).waits_for
+    assert waits_for is not None
+    assert same is not None
+    assert waits_for.key == same.key, "a training is named by its weights, whatever its seed is called"
+
+
+# tickets
+
+
+def count_reads(monkeypatch: pytest.MonkeyPatch) -> Counter[Path]:
+    """Return a counter of how often each `result.json` is read from now on."""
+    reads: Counter[Path] = Counter()
+    read: Callable[[Path], bytes] = Path.read_bytes
+
+    def count(path: Path) -> bytes:
+        if path.name == "result.json":
+            reads[path] += 1
+        return read(path)
+
+    monkeypatch.setattr(Path, "read_bytes", count)
+    return reads
+
+
+def test_all_analyses_together_read_each_result_once(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tickets = Tickets(planner(root, STUDY))
+    reads = count_reads(monkeypatch)
+    rows(tickets)
+    tables = [m.of_study(tickets) for m in (overlap, layers, stability, winners, weights, functions, connectivity)]
+    tables.append(reinit.of_study(tickets))
+    assert all(len(table) for table in tables)
+    assert set(reads.values()) == {1}
+    assert {path.parent for path in reads} == set(results(root))
+
+
+def test_a_report_reads_each_result_once(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    of = planner(root, STUDY)
+    reads = count_reads(monkeypatch)
+    contents = gather(of, "s", ["s"], costly=COSTLY)
+    assert {"overlap", "layers", "stability", "winners", "weights", *COSTLY, "reinit"} == set(contents.tables)
+    assert set(reads.values()) == {1}
+
+
+def test_masks_of_tickets_stay_on_disk(root: Path) -> None:
+    tickets = Tickets(planner(root, STUDY))
+    for progress in tickets.all().values():
+        for ticket, training in zip(progress.tickets[1:], progress.trainings[-LEVELS:], strict=True):
+            assert ticket.mask.load() is not ticket.mask, "its bits are in memory"
+            assert training.mask is ticket.mask
+            assert ticket.mask.load() == ticket.mask
+            assert ticket.mask.load().counts == ticket.mask.counts
+    at = tickets.at(1, [CHAIN])[CHAIN].mask
+    assert at.load() is at, "of the level asked for they are in memory"
+
+
+def test_a_mask_that_is_no_longer_remembered_is_read_from_the_result(tmp_path: Path, root: Path) -> None:
+    import shutil
+
+    shutil.copytree(root, tmp_path / "store")
+    of = planner(tmp_path / "store", STUDY)
+    ticket: Ticket = of.progress(CHAIN).tickets[2]
+    expected = ticket.mask.load()
+    shutil.rmtree(tmp_path / "store" / "masks")
+    assert ticket.mask.load() == expected
+    path = of.store.results.folder(of.trainings(CHAIN)[-1].key) / "weights.safetensors"
+    shutil.rmtree(tmp_path / "store" / "masks")
+    path.write_bytes(path.read_bytes()[: len(path.read_bytes()) // 2])
+    with pytest.raises(DamagedResultError, match="its mask cannot be read"):
+        ticket.mask.load()
+
+
+def test_a_damaged_result_is_no_mistake_of_the_user(tmp_path: Path, root: Path) -> None:
+    import shutil
+
+    assert not issubclass(DamagedResultError, UserError)
+    shutil.copytree(root, tmp_path / "store")
+    of = planner(tmp_path / "store", STUDY)
+    path = of.store.results.folder(of.trainings(CHAIN)[-1].key) / "result.json"
+    path.write_bytes(path.read_bytes()[:-1])
+    tickets = Tickets(of)
+    for read in (rows, overlap.of_study, list_needs):
+        with pytest.raises(DamagedResultError, match=r"^result \w{12} is damaged \(result\.json does not have its"):
+            read(tickets)
+
+
+def test_levels_that_are_not_there_are_named(tmp_path: Path) -> None:
+    of = planner(tmp_path / "store", study(levels=2, rewind=0))
+    with pytest.raises(NothingStoredError, match=r"^level 0 is not in .* for magnitude, seed 0 and 1 more; no level"):
+        Tickets(of).require([0, 1], of.chains)
+    training = of.progress(CHAIN).waits_for
+    assert training is not None
+    put(of.store, training, History(test_accuracy=0.5))
+    tickets = Tickets(of)
+    tickets.require([0], of.chains)
+    with pytest.raises(NothingStoredError, match=r"^level 1 is not in .* for magnitude, seed 0 and 1 more; level 0 "):
+        tickets.require([0, 2, 1], of.chains)
+    with pytest.raises(UserError, match="level 3 is not one of the study's, which are 0 to 2"):
+        tickets.require([3], of.chains)
+    assert (tickets.last_level(of.chains), Tickets(planner(tmp_path / "no", STUDY)).last_level([CHAIN])) == (0, None)
+
+
+def test_chains_are_selected_by_importance() -> None:
+    assert select_chains(STUDY, None) == planner_chains()
+    assert select_chains(STUDY, ["l1", "l1"]) == [Chain(0, "l1"), Chain(1, "l1")]
+    with pytest.raises(UserError, match="the study has no importance 'l2'"):
+        select_chains(STUDY, ["l2"])
+    with pytest.raises(UserError, match="expected at least 2 to compare, got l1"):
+        select_chains(STUDY, ["l1"], at_least=2)
+
+
+def planner_chains() -> list[Chain]:
+    return [Chain(seed, name) for seed in STUDY.seeds for name in STUDY.importances]
+
+
+# needs
+
+
+def test_a_study_needs_all_that_its_run_and_its_reinitialisations_stored(root: Path) -> None:
+    names = {entry.name for entry in Store(root, create=False).entries()}
+    tickets = Tickets(planner(root, STUDY))
+    assert list_needs(tickets) == names
+    own = list_chain_needs(tickets)
+    assert own < names
+    assert names - own == {entry.name for entry in Store(root).entries() if entry.name in names - own}
+
+
+def test_needs_do_not_depend_on_what_was_read_before(root: Path) -> None:
+    of = planner(root, STUDY)
+    expected = list_needs(Tickets(planner(root, study(["l1"], levels=LEVELS))))
+    for chain in of.chains:
+        of.progress(chain)
+    gather(of, "s", ["s"])
+    assert list_needs(Tickets(planner(root, study(["l1"], levels=LEVELS)))) == expected
+    assert 0 < len(expected) < len(list_needs(Tickets(of)))
+
+
+def test_a_study_that_nobody_has_run_needs_the_checkpoint_of_its_first_training(tmp_path: Path) -> None:
+    of = planner(tmp_path / "store", STUDY)
+    waits = {training.key for chain in of.chains if (training := of.progress(chain).waits_for)}
+    assert list_needs(Tickets(of)) == waits
+    assert len(waits) == len(STUDY.seeds)
+
+
+def test_planning_reads_and_writes_no_result(root: Path) -> None:
+    before = content(root)
+    list_needs(Tickets(planner(root, STUDY)))
+    assert content(root) == before
