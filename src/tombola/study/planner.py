@@ -208,20 +208,19 @@ class Planner:
             mask: the connections that are alive.
             begin, end: its iterations are begin..end-1.
         """
-        study = self.study
-        recipe, device = study.recipe, study.device
+        recipe, device = self.study.recipe, self.study.device
         sparse = sparse_layers(
             self.model, mask, batch_size=recipe.batch_size, precision=recipe.precision, device=device
         )
         return name_training(
             self.problem.identity,
-            study.recipe,
+            recipe,
             initial,
             mask,
             seed=seed,
             begin=begin,
             end=end,
-            device=study.device,
+            device=device,
             sparse=sparse,
         )
 
