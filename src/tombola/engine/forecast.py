@@ -232,7 +232,6 @@ class Forecast:
         """
         if timing := Timing.of(training.mask.density, record):
             self._timings.append(timing)
-        self._computed = None
 
     def seconds_left(
         self, chains: Mapping[Chain, Progress], running: Mapping[str, tuple[Training, int]]
@@ -257,7 +256,7 @@ class Forecast:
         return seconds
 
     def _watch(self, running: Mapping[str, tuple[Training, int]], now: float) -> None:
-        """Note how far the running trainings are."""
+        """Note how far the running trainings are; where others run than before, compute anew."""
         if running.keys() != self._marks.keys():
             self._computed = None
         self._begun = self._begun or bool(running)
