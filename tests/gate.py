@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import select
 import socket
 import tempfile
@@ -14,7 +15,6 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 from processes import LONG
 from tombola.study.schema import Study, Task
@@ -54,7 +54,7 @@ class Gate:
     """Opened, it stops each training before each iteration; closed or never opened, it lets all go on."""
 
     def __init__(self) -> None:
-        self.address = str(Path(tempfile.mkdtemp(prefix="gate-")) / "gate")  # short: a socket's name must be
+        self.address = f"{tempfile.gettempdir()}/gate-{secrets.token_hex(8)}"  # short, as a socket's name must be
         self._listener: socket.socket | None = None
 
     def task(self) -> Task:

@@ -260,7 +260,7 @@ def mnist(tmp_path: Path) -> Path:
     for name, count in (("train", 20), ("t10k", 10)):
         (folder / f"{name}-images-idx3-ubyte").write_bytes(idx(8, (count, 28, 28), bytes(784 * count)))
         labels = bytes(number % 10 for number in range(count))
-        (folder / f"{name}-labels-idx1-ubyte.gz").write_bytes(gzip.compress(idx(8, (count,), labels)))
+        (folder / f"{name}-labels-idx1-ubyte.gz").write_bytes(gzip.compress(idx(8, (count,), labels), mtime=0))
     return folder
 
 
@@ -296,7 +296,7 @@ def test_damaged_gzip_files(begin: int, end: int, refused: Refused, mnist: Path)
 
 def test_labels_out_of_range(refused: Refused, mnist: Path) -> None:
     path = mnist / "t10k-labels-idx1-ubyte.gz"
-    path.write_bytes(gzip.compress(idx(8, (10,), bytes(range(1, 11)))))
+    path.write_bytes(gzip.compress(idx(8, (10,), bytes(range(1, 11))), mtime=0))
     assert run_mnist(refused, mnist) == f"{path}: label 10 of example 9 is out of range, expected 0..9"
 
 

@@ -52,7 +52,7 @@ def make_idx(folder, train=12, test=4, size=5, seed=0, zipped=False):
     for name, array in zip(idx.FILES, arrays, strict=True):
         content = idx_bytes(array)
         path = folder / (f"{name}.gz" if zipped else name)
-        path.write_bytes(gzip.compress(content) if zipped else content)
+        path.write_bytes(gzip.compress(content, mtime=0) if zipped else content)
     return arrays
 
 
@@ -267,7 +267,7 @@ def test_idx_files_come_back_as_they_were(tmp_path, shape, zipped, seed):
     array = np.random.default_rng(seed).integers(0, 256, shape, np.uint8)
     content = idx_bytes(array)
     path = tmp_path / "file"
-    path.write_bytes(gzip.compress(content) if zipped else content)
+    path.write_bytes(gzip.compress(content, mtime=0) if zipped else content)
     assert np.array_equal(idx.read_idx(path, len(shape)), array)
 
 
@@ -286,9 +286,9 @@ IMAGES = np.arange(24, dtype=np.uint8).reshape(2, 3, 4)
         (idx_bytes(IMAGES).replace(b"\x08", b"\x0d", 1), "not an IDX file of unsigned bytes with 3 dimensions"),
         (b"\0\0\x08\x03" + b"\xff" * 12, "cut short: expected 792281"),
         (idx_bytes(IMAGES[:0]), "it holds no example"),
-        (gzip.compress(idx_bytes(IMAGES))[:-9], "cut short: the gzip file ends before its end marker"),
-        (gzip.compress(idx_bytes(IMAGES))[:-8] + b"\0" * 8, "damaged gzip file: CRC check failed"),
-        (gzip.compress(idx_bytes(IMAGES)) + b"x", "damaged gzip file: Not a gzipped file"),
+        (gzip.compress(idx_bytes(IMAGES), mtime=0)[:-9], "cut short: the gzip file ends before its end marker"),
+        (gzip.compress(idx_bytes(IMAGES), mtime=0)[:-8] + b"\0" * 8, "damaged gzip file: CRC check failed"),
+        (gzip.compress(idx_bytes(IMAGES), mtime=0) + b"x", "damaged gzip file: Not a gzipped file"),
     ],
 )
 def test_a_damaged_idx_file_is_named(tmp_path, content, said):
@@ -300,7 +300,7 @@ def test_a_damaged_idx_file_is_named(tmp_path, content, said):
 
 @pytest.mark.parametrize("zipped", [False, True])
 def test_an_idx_file_cut_anywhere_is_refused(tmp_path, zipped):
-    content = gzip.compress(idx_bytes(IMAGES)) if zipped else idx_bytes(IMAGES)
+    content = gzip.compress(idx_bytes(IMAGES), mtime=0) if zipped else idx_bytes(IMAGES)
     for length in range(len(content)):
         (tmp_path / "cut").write_bytes(content[:length])
         with pytest.raises(UserError):
@@ -308,7 +308,7 @@ def test_an_idx_file_cut_anywhere_is_refused(tmp_path, zipped):
 
 
 def test_a_gzipped_idx_file_with_any_byte_changed_never_gives_other_numbers(tmp_path):
-    content = gzip.compress(idx_bytes(IMAGES))
+    content = gzip.compress(idx_bytes(IMAGES), mtime=0)
     refused = 0
     for place in range(len(content)):
         (tmp_path / "changed").write_bytes(content[:place] + bytes((content[place] ^ 0x10,)) + content[place + 1 :])
