@@ -3,7 +3,7 @@ PYTHON ?= python3
 PIP = PIP_CONSTRAINT=requirements.lock .venv/bin/pip install --quiet --disable-pip-version-check
 SOURCES = pyproject.toml requirements.lock CMakeLists.txt $(shell find src -type f -not -name '*.pyc' -not -name '*.so')
 
-.PHONY: demo test bench clean
+.PHONY: demo test mutate bench clean
 
 demo: .venv/installed
 	.venv/bin/tombola run digits
@@ -13,6 +13,11 @@ test: .venv/installed-tests
 	.venv/bin/ruff check src tests benchmarks
 	.venv/bin/mypy
 	.venv/bin/pytest --pyargs tombola tests
+
+# Changes of the code that no test notices, in rooms or modules of your choice: make mutate MODULES="pruning store"
+MODULES ?= importance pruning training store analysis
+mutate: .venv/installed-tests
+	.venv/bin/python tests/mutate.py $(MODULES)
 
 bench: .venv/installed
 	.venv/bin/python benchmarks/run.py

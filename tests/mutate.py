@@ -14,6 +14,7 @@ import argparse
 import ast
 import copy
 import importlib
+import importlib.util
 import os
 import random
 import shutil
@@ -252,9 +253,15 @@ def run(copied: Path, mutations: Sequence[Mutation], tests: Sequence[str] | None
     for name in ("src", "tests"):
         shutil.copytree(REPOSITORY / name, copied / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(REPOSITORY / "pyproject.toml", copied)
+    found = importlib.util.find_spec("tombola")
+    if found and found.origin:  # compiled code lies where the package is installed
+        for library in (installed := Path(found.origin).parent).rglob("*.so"):
+            shutil.copy(library, copied / PACKAGE / library.relative_to(installed))
     limits: dict[Path, float] = {}
     survivors = []
     for number, mutation in enumerate(mutations, 1):
+        if number % 20 == 0:
+            print(f"[{number}/{len(mutations)}] ...", file=sys.stderr, flush=True)
         path = mutation.path
         files = tests or [f"tests/{name}" for name in TESTS[path.relative_to(PACKAGE).parts[0]]]
         if path not in limits:
