@@ -182,6 +182,16 @@ def alter(node: ast.AST, **fields: object) -> ast.AST:
     return changed
 
 
+class WithoutShrinking:
+    """Lets hypothesis stop at the first example that fails: nobody reads a smaller one."""
+
+    def pytest_configure(self) -> None:
+        from hypothesis import Phase, settings
+
+        settings.register_profile("mutate", phases=(Phase.explicit, Phase.generate), database=None)
+        settings.load_profile("mutate")
+
+
 def notices(copied: Path, module: Path, tests: Sequence[str], limit: float) -> bool:
     """Run the tests in a process of its own; return whether one fails, or they take longer than `limit` seconds."""
     sys.stdout.flush()
@@ -197,7 +207,8 @@ def notices(copied: Path, module: Path, tests: Sequence[str], limit: float) -> b
         sys.dont_write_bytecode = True
         status = 1
         try:
-            status = pytest.main(["-x", "-p", "no:cacheprovider", "--hypothesis-seed=0", str(module), *tests])
+            arguments = ["-x", "-p", "no:cacheprovider", "--hypothesis-seed=0", str(module), *tests]
+            status = pytest.main(arguments, plugins=[WithoutShrinking()])
         except BaseException:
             traceback.print_exc()
         finally:
