@@ -4,7 +4,7 @@ PIP = PIP_CONSTRAINT=requirements.lock .venv/bin/pip install --quiet --disable-p
 PYTEST = .venv/bin/pytest --pyargs tombola tests -n auto --dist loadgroup
 SOURCES = pyproject.toml requirements.lock CMakeLists.txt $(shell find src -type f -not -name '*.pyc' -not -name '*.so')
 
-.PHONY: demo test test-repeat bench clean
+.PHONY: demo test test-repeat mutate bench clean
 
 demo: .venv/installed
 	.venv/bin/tombola run digits
@@ -20,6 +20,11 @@ RUNS ?= 10
 BUSY ?= 5
 test-repeat: .venv/installed-tests
 	.venv/bin/python tests/repeat.py $(RUNS) $(BUSY) $(PYTEST)
+
+# Changes of the code that no test notices, in rooms or modules of your choice: make mutate MODULES="pruning store"
+MODULES ?= importance pruning training store analysis
+mutate: .venv/installed-tests
+	.venv/bin/python tests/mutate.py $(MODULES)
 
 bench: .venv/installed
 	.venv/bin/python benchmarks/run.py

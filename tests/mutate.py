@@ -14,6 +14,7 @@ import argparse
 import ast
 import copy
 import importlib
+import importlib.util
 import os
 import random
 import shutil
@@ -181,6 +182,16 @@ def alter(node: ast.AST, **fields: object) -> ast.AST:
     return changed
 
 
+class WithoutShrinking:
+    """Lets hypothesis stop at the first example that fails: nobody reads a smaller one."""
+
+    def pytest_configure(self) -> None:
+        from hypothesis import Phase, settings
+
+        settings.register_profile("mutate", phases=(Phase.explicit, Phase.generate), database=None)
+        settings.load_profile("mutate")
+
+
 def notices(copied: Path, module: Path, tests: Sequence[str], limit: float) -> bool:
     """Run the tests in a process of its own; return whether one fails, or they take longer than `limit` seconds."""
     sys.stdout.flush()
@@ -196,7 +207,8 @@ def notices(copied: Path, module: Path, tests: Sequence[str], limit: float) -> b
         sys.dont_write_bytecode = True
         status = 1
         try:
-            status = pytest.main(["-x", "-p", "no:cacheprovider", "--hypothesis-seed=0", str(module), *tests])
+            arguments = ["-x", "-p", "no:cacheprovider", "--hypothesis-seed=0", str(module), *tests]
+            status = pytest.main(arguments, plugins=[WithoutShrinking()])
         except BaseException:
             traceback.print_exc()
         finally:
@@ -252,9 +264,15 @@ def run(copied: Path, mutations: Sequence[Mutation], tests: Sequence[str] | None
     for name in ("src", "tests"):
         shutil.copytree(REPOSITORY / name, copied / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(REPOSITORY / "pyproject.toml", copied)
+    found = importlib.util.find_spec("tombola")
+    if found and found.origin:  # compiled code lies where the package is installed
+        for library in (installed := Path(found.origin).parent).rglob("*.so"):
+            shutil.copy(library, copied / PACKAGE / library.relative_to(installed))
     limits: dict[Path, float] = {}
     survivors = []
     for number, mutation in enumerate(mutations, 1):
+        if number % 20 == 0:
+            print(f"[{number}/{len(mutations)}] ...", file=sys.stderr, flush=True)
         path = mutation.path
         files = tests or [f"tests/{name}" for name in TESTS[path.relative_to(PACKAGE).parts[0]]]
         if path not in limits:

@@ -239,7 +239,7 @@ def test_importances_are_listed(here: Here) -> None:
     assert [line.split()[0] for line in here("importances").splitlines()[3:]] == list(IMPORTANCES)
     lines = list(csv.DictReader(io.StringIO(here("importances", "--format", "csv"))))
     assert [line["importance"] for line in lines] == list(IMPORTANCES)
-    assert lines[1]["description"].startswith("w / sum(w), in 0..1")
+    assert lines[1]["description"].startswith("x / sum(x), in 0..1")
     assert json.loads(here("importances", "--format", "json"))[0]["importance"] == "magnitude"
 
 

@@ -154,9 +154,9 @@ def check_levels(connections: int, fraction: float, levels: int) -> None:
     Raises:
         UserError: where one does not, or where `fraction` or `levels` is out of range.
 
-    >>> check_levels(connections=100, fraction=0.2, levels=18)
+    >>> check_levels(connections=100, fraction=0.5, levels=7)  # doctest: +ELLIPSIS
     Traceback (most recent call last):
-    tombola.errors.UserError: levels: 18 are too many, after level 16 only 2 of 100 connections are alive and ...
+    tombola.errors.UserError: levels: 7 are too many, after level 6 only 1 of 100 connections are alive ...
     """
     check_fraction(fraction)
     if levels < 0:
