@@ -63,7 +63,7 @@ class Paths:
 
         These are the *activated* connections of Vysogorets and Kempe (Journal of Machine Learning Research 24, 2023,
         arXiv 2107.02306). Biases make no path. A weight of a convolution lies on a path if it does at any position of
-        the picture. Computed with 1 for a weight that is alive and for every input, and sums cut to 0 or 1: where a
+        the image. Computed with 1 for a weight that is alive and for every input, and sums cut to 0 or 1: where a
         weight is alive, what comes into it and the gradient of what goes out of it are both positive on a path.
 
         Args:
