@@ -4,7 +4,7 @@ PIP = PIP_CONSTRAINT=requirements.lock .venv/bin/pip install --quiet --disable-p
 PYTEST = .venv/bin/pytest --pyargs tombola tests -n auto --dist loadgroup
 SOURCES = pyproject.toml requirements.lock CMakeLists.txt $(shell find src -type f -not -name '*.pyc' -not -name '*.so')
 
-.PHONY: demo test test-repeat mutate bench clean
+.PHONY: demo test test-repeat sanitize mutate bench clean
 
 demo: .venv/installed
 	.venv/bin/tombola run digits
@@ -26,6 +26,20 @@ MODULES ?= importance pruning training store analysis
 mutate: .venv/installed-tests
 	.venv/bin/python tests/mutate.py $(MODULES)
 
+# The tests of the kernels under AddressSanitizer and UndefinedBehaviorSanitizer, with GCC, in a build of their own.
+SANITIZED = LD_PRELOAD=$$(gcc -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=build/sanitize/site \
+	.venv/bin/python -P
+
+sanitize: .venv/installed-tests build/sanitize/installed
+	$(SANITIZED) -c 'from tombola.kernels import _sparse; assert "build/sanitize" in _sparse.__file__, _sparse.__file__'
+	$(SANITIZED) -m pytest -p no:cacheprovider tests/test_kernels.py
+
+build/sanitize/installed: $(SOURCES) | .venv/installed-tests
+	CC=gcc CXX=g++ $(PIP) . --no-deps --upgrade --target build/sanitize/site \
+		--config-settings=build-dir=build/sanitize/cmake --config-settings=cmake.define.TOMBOLA_STRICT=ON \
+		--config-settings=cmake.define.TOMBOLA_SANITIZE=ON
+	touch $@
+
 bench: .venv/installed
 	.venv/bin/python benchmarks/run.py
 
@@ -36,7 +50,7 @@ bench: .venv/installed
 
 .venv/installed-tests: $(SOURCES)
 	$(PYTHON) -m venv .venv
-	$(PIP) '.[test]'
+	$(PIP) '.[test]' --config-settings=cmake.define.TOMBOLA_STRICT=ON
 	touch .venv/installed $@
 
 .venv/installed-ray: .venv/installed-tests

@@ -21,7 +21,7 @@ from rich.console import Console
 
 from processes import LONG
 from tombola.datasets import cache as cache_module
-from tombola.datasets import decoder, files, load, pictures, progress, tree
+from tombola.datasets import decoder, files, images, load, progress, tree
 from tombola.datasets.cache import mean_and_std
 from tombola.datasets.decoder import Form, TroubleError, decode
 from tombola.errors import UserError
@@ -57,7 +57,7 @@ def write(path, content):
 
 
 def make_folder(root, classes=("cat", "dog"), train=4, test=2):
-    """Write PNG pictures and return them as arrays (n, 3, 6, 6) with their labels, train then test."""
+    """Write PNG images and return them as arrays (n, 3, 6, 6) with their labels, train then test."""
     parts = []
     for split, count in (("train", train), ("test", test)):
         arrays = []
@@ -121,8 +121,8 @@ def test_the_stored_fingerprint_is_that_of_the_content(tmp_path):
 @pytest.mark.parametrize("kind", ARCHIVES)
 def test_an_archive_serves_as_well_as_the_folder(tmp_path, kind, top):
     make_folder(tmp_path / "pets")
-    write(tmp_path / "pets" / "README.txt", b"not a picture")
-    write(tmp_path / "pets" / "train" / "cat" / ".hidden.png", b"not a picture")
+    write(tmp_path / "pets" / "README.txt", b"not an image")
+    write(tmp_path / "pets" / "train" / "cat" / ".hidden.png", b"not an image")
     pack(tmp_path / "pets", kind, top)
     folder = load("image-folder", tmp_path, path="pets")
     assert load("image-folder", tmp_path, path=f"pets.{kind}").fingerprint == folder.fingerprint
@@ -144,17 +144,17 @@ def test_the_folder_may_be_the_data_directory_itself(tmp_path):
     assert len(entries(tmp_path / "data")) == 1
 
 
-def test_subsets_of_pictures(tmp_path):
+def test_subsets_of_images(tmp_path):
     parts = make_folder(tmp_path / "pets")
     data = load("image-folder", tmp_path, path="pets", train_per_class=3, test_per_class=1)
     assert_holds(data, [parts[0][[0, 1, 2, 4, 5, 6]], parts[1][[0, 1, 2, 4, 5, 6]], parts[2][::2], parts[3][::2]])
     assert data.fingerprint != load("image-folder", tmp_path, path="pets").fingerprint
 
 
-# What pictures become
+# What images become
 
 
-def test_a_given_size_brings_all_pictures_to_it(tmp_path):
+def test_a_given_size_brings_all_images_to_it(tmp_path):
     make_folder(tmp_path / "pets")
     white = np.full((12, 30, 3), 255, np.uint8)
     white[:, :5] = white[:, 25:] = 0  # of what is cut away, all that no pixel of the rest is near to
@@ -177,15 +177,15 @@ def test_photographs_are_fitted_without_decoding_detail_that_does_not_show(monke
 
 
 @pytest.mark.parametrize("kind", ["L", "P", "RGBA", "LA", "1", "CMYK"])
-def test_all_kinds_of_pictures_become_colours(tmp_path, kind):
-    picture = Image.fromarray(np.kron(pixels(0, 2, 2) // 128 * 255, np.ones((8, 8, 1), np.uint8))).convert(kind)
+def test_all_kinds_of_images_become_colours(tmp_path, kind):
+    image = Image.fromarray(np.kron(pixels(0, 2, 2) // 128 * 255, np.ones((8, 8, 1), np.uint8))).convert(kind)
     file = io.BytesIO()
-    picture.save(file, "JPEG" if kind == "CMYK" else "PNG", **({"quality": 100} if kind == "CMYK" else {}))
+    image.save(file, "JPEG" if kind == "CMYK" else "PNG", **({"quality": 100} if kind == "CMYK" else {}))
     got = np.frombuffer(decode(file.getvalue(), Form(3, 16, 16)), np.uint8).reshape(3, 16, 16).transpose(1, 2, 0)
-    assert np.abs(got.astype(int) - np.asarray(picture.convert("RGB"))).max() <= (4 if kind == "CMYK" else 0)
+    assert np.abs(got.astype(int) - np.asarray(image.convert("RGB"))).max() <= (4 if kind == "CMYK" else 0)
 
 
-def test_grey_pictures_on_request(tmp_path):
+def test_grey_images_on_request(tmp_path):
     make_folder(tmp_path / "pets")
     data = load("image-folder", tmp_path, path="pets", channels=1)
     assert data.train_inputs.shape == (8, 1, 6, 6)
@@ -196,7 +196,7 @@ def test_grey_pictures_on_request(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG"])
-def test_a_picture_cut_anywhere_is_refused_or_whole(kind):
+def test_a_image_cut_anywhere_is_refused_or_whole(kind):
     content, form = encoded(pixels(0, 16, 16), kind), Form(3, 16, 16)
     whole, refused = decode(content, form), 0
     for length in range(len(content)):
@@ -225,7 +225,7 @@ def forbid_decoding(monkeypatch):
     monkeypatch.setattr(decoder, "work", decoded)
 
 
-def test_pictures_are_decoded_once(tmp_path, monkeypatch):
+def test_images_are_decoded_once(tmp_path, monkeypatch):
     parts = make_folder(tmp_path / "pets")
     load("image-folder", tmp_path, path="pets")
     forbid_decoding(monkeypatch)
@@ -376,7 +376,7 @@ def test_a_full_disk_gives_one_sentence_and_leaves_nothing(tmp_path, monkeypatch
         with pytest.raises(UserError) as caught:
             load("image-folder", tmp_path, path="pets")
     assert str(caught.value) == (
-        f"{tmp_path / '.tombola-cache'}: the decoded pictures, 0.0 MB, cannot be written here: "
+        f"{tmp_path / '.tombola-cache'}: the decoded images, 0.0 MB, cannot be written here: "
         "No space left on device; nothing of them was left"
     )
     assert entries(tmp_path) == []
@@ -386,7 +386,7 @@ def test_a_full_disk_gives_one_sentence_and_leaves_nothing(tmp_path, monkeypatch
 def test_a_cache_that_is_a_file_is_named(tmp_path):
     make_folder(tmp_path / "pets")
     (tmp_path / ".tombola-cache").write_text("a file, not a folder")
-    with pytest.raises(UserError, match=r"\.tombola-cache: decoded pictures cannot be kept here: File exists"):
+    with pytest.raises(UserError, match=r"\.tombola-cache: decoded images cannot be kept here: File exists"):
         load("image-folder", tmp_path, path="pets")
 
 
@@ -417,8 +417,8 @@ def test_progress_is_shown_on_a_terminal_alone(tmp_path, monkeypatch, capfd):
 
 @pytest.fixture
 def _processes(monkeypatch):
-    """Even few pictures are decoded by three processes."""
-    monkeypatch.setattr(pictures, "FEW", 0)
+    """Even few images are decoded by three processes."""
+    monkeypatch.setattr(images, "FEW", 0)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2}, raising=False)
     forbid_decoding(monkeypatch)  # by this one
 
@@ -432,10 +432,10 @@ def test_several_processes_do_the_same(tmp_path, kind):
 
 
 @pytest.mark.usefixtures("_processes")
-def test_several_processes_name_the_picture_too(tmp_path):
+def test_several_processes_name_the_image_too(tmp_path):
     make_folder(tmp_path / "pets", train=40)
-    write(tmp_path / "pets" / "train" / "dog" / "7.png", b"not a picture")
-    with pytest.raises(UserError, match=r"the picture 'train/dog/7\.png' is not a PNG or JPEG picture"):
+    write(tmp_path / "pets" / "train" / "dog" / "7.png", b"not an image")
+    with pytest.raises(UserError, match=r"the image 'train/dog/7\.png' is not a PNG or JPEG image"):
         load("image-folder", tmp_path, path="pets")
     assert entries(tmp_path) == []
 
@@ -460,7 +460,7 @@ def test_a_process_that_dies_is_told(tmp_path, monkeypatch):
     for path in (tmp_path / "pets").rglob("*.png"):
         write(path, encoded(pixels(0, 200, 200)))  # more than a pipe takes
     monkeypatch.setattr(decoder, "command", lambda *_: [sys.executable, "-c", "raise SystemExit(3)"])
-    with pytest.raises(UserError, match="a process that decodes pictures ended early, with status 3"):
+    with pytest.raises(UserError, match="a process that decodes images ended early, with status 3"):
         load("image-folder", tmp_path, path="pets")
     assert entries(tmp_path) == []
 
@@ -472,7 +472,7 @@ def test_an_archive_damaged_in_the_middle_is_told(tmp_path):
     content = bytearray(archive.read_bytes())
     content[len(content) // 3] ^= 0xFF
     archive.write_bytes(content)
-    with pytest.raises(UserError, match=r"pets\.zip: (this archive is damaged|the picture)"):
+    with pytest.raises(UserError, match=r"pets\.zip: (this archive is damaged|the image)"):
         load("image-folder", tmp_path, path="pets.zip")
     assert entries(tmp_path) == []
 
@@ -495,23 +495,23 @@ def remove(path):
             put("train/dog/2.png", encoded(pixels(0, 5, 7))),
             "'train/dog/2.png' is 7 x 5 pixels, expected 6 x 6 as 'train/",
         ),
-        (put("test/cat/0.png", b""), "the picture 'test/cat/0.png' is empty"),
-        (put("train/cat/0.png", b"text"), "the picture 'train/cat/0.png' is not a PNG or JPEG picture"),
-        (put("train/cat/1.jpg", encoded(pixels(0), "GIF")), "'train/cat/1.jpg' is not a PNG or JPEG picture"),
-        (put("train/cat/3.png", encoded(pixels(0))[:60]), "the picture 'train/cat/3.png' is damaged or cut short"),
+        (put("test/cat/0.png", b""), "the image 'test/cat/0.png' is empty"),
+        (put("train/cat/0.png", b"text"), "the image 'train/cat/0.png' is not a PNG or JPEG image"),
+        (put("train/cat/1.jpg", encoded(pixels(0), "GIF")), "'train/cat/1.jpg' is not a PNG or JPEG image"),
+        (put("train/cat/3.png", encoded(pixels(0))[:60]), "the image 'train/cat/3.png' is damaged or cut short"),
         (
             put("test/dog/1.png", encoded(pixels(0, channels=1).astype(np.uint16) * 256)),
             "'test/dog/1.png' has pixels of",
         ),
         (put("train/fox/0.png", encoded(pixels(0))), "'train' has the class 'fox', which 'test' has not"),
         (put("test/fox/0.png", encoded(pixels(0))), "'test' has the class 'fox', which 'train' has not"),
-        (lambda root: (root / "train" / "fox").mkdir(), "the class 'fox' in 'train' holds no picture"),
-        (put("test/fox/a.txt"), "the class 'fox' in 'test' holds no picture"),
-        (put("train/cat/0.gif"), "'train/cat/0.gif' is not a PNG or JPEG picture: convert it"),
-        (put("train/0.png"), "the picture 'train/0.png' lies at the wrong depth, expected train/<class>/<picture>"),
-        (put("train/cat/more/0.png"), "the picture 'train/cat/more/0.png' lies at the wrong depth"),
-        (remove("test"), "expected pictures as test/<class>/<picture>, found no class in 'test'"),
-        (remove("train"), "expected pictures as train/<class>/<picture>, found no class in 'train'"),
+        (lambda root: (root / "train" / "fox").mkdir(), "the class 'fox' in 'train' holds no image"),
+        (put("test/fox/a.txt"), "the class 'fox' in 'test' holds no image"),
+        (put("train/cat/0.gif"), "'train/cat/0.gif' is not a PNG or JPEG image: convert it"),
+        (put("train/0.png"), "the image 'train/0.png' lies at the wrong depth, expected train/<class>/<image>"),
+        (put("train/cat/more/0.png"), "the image 'train/cat/more/0.png' lies at the wrong depth"),
+        (remove("test"), "expected images as test/<class>/<image>, found no class in 'test'"),
+        (remove("train"), "expected images as train/<class>/<image>, found no class in 'train'"),
         (lambda root: (root / "train/cat/9.png").symlink_to("nowhere"), "9.png: cannot be read: No such file"),
     ],
 )
@@ -526,7 +526,7 @@ def test_a_folder_that_is_not_as_it_should_be(tmp_path, change, said):
     assert entries(tmp_path) == []
 
 
-def test_mixed_sizes_name_both_pictures_and_the_way_out(tmp_path):
+def test_mixed_sizes_name_both_images_and_the_way_out(tmp_path):
     make_folder(tmp_path / "pets")
     write(tmp_path / "pets" / "train" / "dog" / "2.png", encoded(pixels(0, 5, 7)))
     with pytest.raises(UserError, match=r"2\.png' is .* as 'train/cat/0\.png' is: 'size' brings all to one size"):
@@ -693,15 +693,15 @@ def test_tiny_imagenet_is_read_from_its_zip(tmp_path, tiny):
     [
         (lambda root: (root / "wnids.txt").unlink(), "'wnids.txt' is missing, expected the official folder or zip"),
         (lambda root: (root / "val/val_annotations.txt").unlink(), "'val/val_annotations.txt' is missing, expected"),
-        (lambda root: (root / "val/images/val_2.JPEG").unlink(), "but the picture 'val/images/val_2.JPEG' is missing"),
-        (put("val/images/val_9.JPEG"), "notes no class for the picture 'val/images/val_9.JPEG'"),
+        (lambda root: (root / "val/images/val_2.JPEG").unlink(), "but the image 'val/images/val_2.JPEG' is missing"),
+        (put("val/images/val_9.JPEG"), "notes no class for the image 'val/images/val_9.JPEG'"),
         (
             put("val/val_annotations.txt", b"val_0.JPEG\tn07\n"),
             "notes the class 'n07' for 'val_0.JPEG', but 'n07' is not",
         ),
         (put("val/val_annotations.txt", b"val_0.JPEG"), "notes the class '' for 'val_0.JPEG', but '' is not a class"),
         (put("train/n07/images/n07_0.JPEG"), "'train' has the class 'n07', which is not in 'wnids.txt'"),
-        (remove("train/n01"), "the class 'n01' in 'train' holds no picture"),
+        (remove("train/n01"), "the class 'n01' in 'train' holds no image"),
         (put("train/n01/images/n01_0.JPEG", encoded(pixels(0, 5, 6))), "n01_0.JPEG' is 6 x 5 pixels, expected 6 x 6"),
     ],
 )

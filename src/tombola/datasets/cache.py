@@ -1,6 +1,6 @@
-"""Decoded pictures on disk, from where later runs map them into memory.
+"""Decoded images on disk, from where later runs map them into memory.
 
-An entry is a folder of two files: `pixels`, the train and then the test pictures as raw bytes, and `about.json`,
+An entry is a folder of two files: `pixels`, the train and then the test images as raw bytes, and `about.json`,
 everything else. It is written under another name and renamed when it is whole.
 """
 
@@ -28,7 +28,7 @@ from tombola.errors import UserError
 from tombola.files import sync_folder
 
 SCHEME = 1
-"""Version of the files' layout and of how pictures are decoded: an entry of another one is never used."""
+"""Version of the files' layout and of how images are decoded: an entry of another one is never used."""
 
 FOLDER = ".tombola-cache"
 """Name of the cache folder in a data directory."""
@@ -39,12 +39,12 @@ CHUNK = 4 << 20
 
 @dataclass(frozen=True)
 class About:
-    """What a data set of pictures is besides its pixels.
+    """What a data set of images is besides its pixels.
 
     Args:
         name: the data set's.
-        shape: of a picture: channels, height, width.
-        train_labels, test_labels: one a picture.
+        shape: of an image: channels, height, width.
+        train_labels, test_labels: one an image.
         classes: the classes' names.
         mean, std: one number a channel; empty where they are to be computed from the train set.
     """
@@ -58,15 +58,15 @@ class About:
     std: tuple[float, ...] = ()
 
     @property
-    def picture_bytes(self) -> int:
-        """Bytes in a picture."""
+    def image_bytes(self) -> int:
+        """Bytes in an image."""
         channels, height, width = self.shape
         return channels * height * width
 
     @property
     def bytes(self) -> int:
-        """Bytes in all pictures."""
-        return self.picture_bytes * (len(self.train_labels) + len(self.test_labels))
+        """Bytes in all images."""
+        return self.image_bytes * (len(self.train_labels) + len(self.test_labels))
 
 
 Fill = Callable[[int], None]
@@ -76,10 +76,10 @@ Fill = Callable[[int], None]
 def load_cached(
     source: Path, directory: Path | None, variant: str, stamp: str, make: Callable[[], tuple[About, Fill]]
 ) -> Dataset:
-    """Return a data set of pictures from the cache, into which it is first written where it is not there.
+    """Return a data set of images from the cache, into which it is first written where it is not there.
 
     Args:
-        source: the folder or archive that the pictures come from.
+        source: the folder or archive that the images come from.
         directory: the data directory, None for the folder that the source is in; the cache is in it where it can be
             written to, else in the user's cache folder.
         variant: identifies the options; one source may have several entries that differ in it.
@@ -111,7 +111,7 @@ def load_cached(
             _write(cache, folder, about, fill)
             dataset = _open(cache / folder)
     except OSError as error:
-        raise UserError(f"{cache}: decoded pictures cannot be kept here: {error.strerror or error}") from error
+        raise UserError(f"{cache}: decoded images cannot be kept here: {error.strerror or error}") from error
     assert dataset is not None
     return dataset
 
@@ -137,7 +137,7 @@ def _write(cache: Path, folder: str, about: About, fill: Fill) -> None:
         if not isinstance(error, OSError):
             raise
         raise UserError(
-            f"{cache}: the decoded pictures, {about.bytes / 1e6:.1f} MB, cannot be written here: "
+            f"{cache}: the decoded images, {about.bytes / 1e6:.1f} MB, cannot be written here: "
             f"{error.strerror or error}; nothing of them was left"
         ) from error
     sync_folder(cache)
@@ -157,13 +157,13 @@ def _open(entry: Path) -> Dataset | None:
         pixels = torch.from_file(str(entry / "pixels"), shared=False, size=about.bytes, dtype=torch.uint8)
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return None
-    pictures = pixels.view(-1, *about.shape)
+    images = pixels.view(-1, *about.shape)
     train = len(about.train_labels)
     return Dataset(
         about.name,
-        pictures[:train],
+        images[:train],
         torch.tensor(about.train_labels),
-        pictures[train:],
+        images[train:],
         torch.tensor(about.test_labels),
         classes=about.classes,
         mean=about.mean,
@@ -186,8 +186,8 @@ def _measure(about: About, pixels: BinaryIO) -> tuple[About, str]:
     pixels.seek(0)
     for labels, is_train in ((about.train_labels, True), (about.test_labels, False)):
         digest = hashlib.sha256()
-        for count in _chunks(len(labels), max(1, CHUNK // about.picture_bytes)):
-            content = pixels.read(count * about.picture_bytes)
+        for count in _chunks(len(labels), max(1, CHUNK // about.image_bytes)):
+            content = pixels.read(count * about.image_bytes)
             digest.update(content)
             if is_train and not about.mean:
                 values = np.frombuffer(content, np.uint8).reshape(count, shape[0], -1)

@@ -1,6 +1,6 @@
 """CIFAR-10, from the official binary version.
 
-A file holds records of 3073 bytes: the label, then the picture's red, green and blue values, row by row.
+A file holds records of 3073 bytes: the label, then the image's red, green and blue values, row by row.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ MEAN, SD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 
 
 def cifar10(directory: Path | None = None) -> Dataset:
-    """Return CIFAR-10: 50,000 and 10,000 pictures, uint8 of shape (3, 32, 32).
+    """Return CIFAR-10: 50,000 and 10,000 images, uint8 of shape (3, 32, 32).
 
     Args:
         directory: holds the folder `cifar-10-batches-bin` or `cifar-10-binary.tar.gz`, itself or in a folder `cifar10`;

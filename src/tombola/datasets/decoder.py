@@ -1,6 +1,6 @@
-"""Pictures to raw pixels, and the program that does so for a share of them.
+"""Images to raw pixels, and the program that does so for a share of them.
 
-Most of decoding a small picture happens inside the interpreter, so threads do not help: the work is shared by
+Most of decoding a small image happens inside the interpreter, so threads do not help: the work is shared by
 processes. Each runs this file by itself, which loads Pillow and nothing else, is fed through its standard input, writes
 the pixels to their places in one common file and answers once, when all is done or at the first trouble.
 """
@@ -22,22 +22,22 @@ from typing import IO, Any
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 HEADER = struct.Struct("<QQ")
-"""Before each picture on the standard input: its place and how many bytes follow."""
+"""Before each image on the standard input: its place and how many bytes follow."""
 
 MODES = {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr"}
 """Pillow's names of the kinds of pixels that have eight bits or fewer a channel."""
 
 
 class TroubleError(Exception):
-    """What is wrong with a picture, as the end of a sentence that begins with its name."""
+    """What is wrong with an image, as the end of a sentence that begins with its name."""
 
 
 @dataclass(frozen=True)
 class Form:
-    """What pictures become: uint8, channels x height x width.
+    """What images become: uint8, channels x height x width.
 
     Args:
-        channels: 3 for colours (grey pictures become grey colours), 1 for grey.
+        channels: 3 for colours (grey images become grey colours), 1 for grey.
         height, width: in pixels.
         fit: bring other sizes to this one, the shorter side scaled, the longer cut to its middle; else they are
             refused.
@@ -52,22 +52,22 @@ class Form:
 
     @property
     def size(self) -> int:
-        """Bytes in a picture."""
+        """Bytes in an image."""
         return self.channels * self.height * self.width
 
 
 def size_of(content: bytes) -> tuple[int, int]:
-    """Return a picture's height and width, read from its beginning.
+    """Return an image's height and width, read from its beginning.
 
     Raises:
-        TroubleError: where it is not a picture.
+        TroubleError: where it is not an image.
     """
     with _open_image(content) as image:
         return image.height, image.width
 
 
 def decode(content: bytes, form: Form) -> bytes:
-    """Decode one PNG or JPEG picture.
+    """Decode one PNG or JPEG image.
 
     Args:
         content: the file.
@@ -77,7 +77,7 @@ def decode(content: bytes, form: Form) -> bytes:
         Its pixels, channels first.
 
     Raises:
-        TroubleError: where it is not a whole picture or does not have the right form.
+        TroubleError: where it is not a whole image or does not have the right form.
     """
     with _open_image(content) as image:
         if image.mode not in MODES:
@@ -98,21 +98,21 @@ def decode(content: bytes, form: Form) -> bytes:
     return b"".join(channel.tobytes() for channel in pixels.split())
 
 
-def work(pictures: Iterable[tuple[int, bytes]], pixels: int, form: Form) -> dict[str, Any]:
-    """Decode pictures into their places.
+def work(images: Iterable[tuple[int, bytes]], pixels: int, form: Form) -> dict[str, Any]:
+    """Decode images into their places.
 
     Args:
-        pictures: the place and the content of each.
-        pixels: descriptor of the file that has a place of `form.size` bytes for every picture.
+        images: the place and the content of each.
+        pixels: descriptor of the file that has a place of `form.size` bytes for every image.
         form: what to make of them.
 
     Returns:
-        Nothing where all went well; at the first picture that is not as it should be its "place" and its "trouble";
+        Nothing where all went well; at the first image that is not as it should be its "place" and its "trouble";
         the error number "disk" of a file that cannot be written.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow's warnings about unusual but readable files
-        for place, content in pictures:
+        for place, content in images:
             try:
                 raw = decode(content, form)
             except TroubleError as trouble:
@@ -132,7 +132,7 @@ def command(pixels: int, form: Form) -> list[str]:
 
 
 def send(file: IO[bytes], place: int, content: bytes) -> None:
-    """Send one picture to a process."""
+    """Send one image to a process."""
     file.write(HEADER.pack(place, len(content)) + content)
 
 
@@ -147,7 +147,7 @@ def _open_image(content: bytes) -> Image.Image:
     try:
         return Image.open(io.BytesIO(content), formats=("JPEG", "PNG"))
     except UnidentifiedImageError as error:
-        raise TroubleError("is not a PNG or JPEG picture" if content else "is empty") from error
+        raise TroubleError("is not a PNG or JPEG image" if content else "is empty") from error
     except Exception as error:
         raise TroubleError(f"is damaged or cut short: {error}") from error
 

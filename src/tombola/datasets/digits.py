@@ -1,4 +1,4 @@
-"""scikit-learn's handwritten digits: 1797 pictures of 8 x 8, part of its package and so always there."""
+"""scikit-learn's handwritten digits: 1797 images of 8 x 8, part of its package and so always there."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ MEAN, STD = (0.3049,), (0.3756,)
 
 
 def digits(directory: Path | None = None) -> Dataset:
-    """Return the handwritten digits, as uint8 pictures of shape (1, 8, 8).
+    """Return the handwritten digits, as uint8 images of shape (1, 8, 8).
 
     The pixels 0..16 are spread over 0..255. Of each class every fourth example, in scikit-learn's order, is in the
     test set (445 of 1797), so that both sets are balanced and never change.

@@ -93,7 +93,7 @@ FASHION_MNIST = _Source(
 
 
 def mnist(directory: Path | None = None) -> Dataset:
-    """Return MNIST: 60,000 and 10,000 handwritten digits, uint8 pictures of shape (1, 28, 28).
+    """Return MNIST: 60,000 and 10,000 handwritten digits, uint8 images of shape (1, 28, 28).
 
     Args:
         directory: holds the four IDX files, or has a folder `mnist` that does; files that are in neither are
@@ -106,7 +106,7 @@ def mnist(directory: Path | None = None) -> Dataset:
 
 
 def fashion_mnist(directory: Path | None = None) -> Dataset:
-    """Return Fashion-MNIST: 60,000 and 10,000 pieces of clothing, uint8 pictures of shape (1, 28, 28).
+    """Return Fashion-MNIST: 60,000 and 10,000 pieces of clothing, uint8 images of shape (1, 28, 28).
 
     Args:
         directory: as for `mnist`, the folder's name being `fashion-mnist`; the folder of Debian's package

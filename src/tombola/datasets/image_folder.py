@@ -1,4 +1,4 @@
-"""Your own pictures: a folder `train` and a folder `test`, in each one folder a class."""
+"""Your own images: a folder `train` and a folder `test`, in each one folder a class."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from tombola.datasets.dataset import Dataset
-from tombola.datasets.pictures import Listing, is_picture, picture_set
+from tombola.datasets.images import Listing, image_set, is_image
 from tombola.datasets.tree import Tree
 from tombola.errors import UserError
 
-OTHER_PICTURES = (".gif", ".bmp", ".webp", ".tif", ".tiff", ".avif", ".heic", ".ppm")
-"""Files that are pictures but are not read; passing over them in silence would leave out examples."""
+OTHER_IMAGES = (".gif", ".bmp", ".webp", ".tif", ".tiff", ".avif", ".heic", ".ppm")
+"""Files that are images but are not read; passing over them in silence would leave out examples."""
 
 
 def image_folder(directory: Path | None, *, path: str, size: int | None = None, channels: int = 3) -> Dataset:
-    """Return the pictures `train/<class>/*` and `test/<class>/*`, PNG or JPEG, as uint8 of shape (channels, h, w).
+    """Return the images `train/<class>/*` and `test/<class>/*`, PNG or JPEG, as uint8 of shape (channels, h, w).
 
     The examples are in the order of the classes' names, within a class in that of the files' names. Mean and std are
     those of the train set.
@@ -23,13 +23,13 @@ def image_folder(directory: Path | None, *, path: str, size: int | None = None, 
     Args:
         directory: the data directory; None means `data/` in the current folder, then the current folder.
         path: the folder, or a .tar, .tar.gz, .tar.xz or .zip archive of it, in the data directory or absolute.
-        size: height and width in pixels. A picture of another size is scaled until its shorter side fits and its
-            longer side is cut to the middle. None takes the pictures as they are, all of one size.
-        channels: 3 for colours (grey pictures become grey colours), 1 for grey. Transparency is ignored.
+        size: height and width in pixels. An image of another size is scaled until its shorter side fits and its
+            longer side is cut to the middle. None takes the images as they are, all of one size.
+        channels: 3 for colours (grey images become grey colours), 1 for grey. Transparency is ignored.
 
     Raises:
-        UserError: for a folder that is not as described, pictures of different sizes where `size` is not given,
-            pictures that are damaged, archives that are damaged or not safe, a cache that cannot be written.
+        UserError: for a folder that is not as described, images of different sizes where `size` is not given,
+            images that are damaged, archives that are damaged or not safe, a cache that cannot be written.
     """
     if not isinstance(path, str | Path) or not str(path):
         raise UserError(f"image-folder: path must be the name of a folder or an archive, got {path!r}")
@@ -42,16 +42,16 @@ def image_folder(directory: Path | None, *, path: str, size: int | None = None, 
         source = root / Path(path).expanduser()
         if source.exists():
             entries = ("train", "test")
-            return picture_set("image-folder", source, directory, entries, list_classes, size, True, channels)
+            return image_set("image-folder", source, directory, entries, list_classes, size, True, channels)
     places = " or ".join(str(root.absolute()) for root in roots)
     raise UserError(f"image-folder: there is no folder or archive {str(path)!r} in {places}")
 
 
 def list_classes(tree: Tree) -> Listing:
-    """List the pictures `train/<class>/*` and `test/<class>/*`.
+    """List the images `train/<class>/*` and `test/<class>/*`.
 
     Raises:
-        UserError: for a missing set, an empty class, classes that differ between the sets, pictures elsewhere.
+        UserError: for a missing set, an empty class, classes that differ between the sets, images elsewhere.
     """
     train, test = _split(tree, "train"), _split(tree, "test")
     for one, other, has, lacks in ((train, test, "train", "test"), (test, train, "test", "train")):
@@ -65,27 +65,27 @@ def list_classes(tree: Tree) -> Listing:
 
 
 def _split(tree: Tree, split: str) -> dict[str, list[str]]:
-    """Return the names of the pictures of each class."""
+    """Return the names of the images of each class."""
     classes: dict[str, list[str]] = {}
     for name in tree.names:
         top, *parts = name.split("/")
         if top != split:
             continue
-        if name.lower().endswith(OTHER_PICTURES):
-            raise UserError(f"{tree.path}: {name!r} is not a PNG or JPEG picture: convert it, or take it away")
+        if name.lower().endswith(OTHER_IMAGES):
+            raise UserError(f"{tree.path}: {name!r} is not a PNG or JPEG image: convert it, or take it away")
         if len(parts) == 2:
             classes.setdefault(parts[0], [])
-        if is_picture(name):
+        if is_image(name):
             if len(parts) != 2:
                 raise UserError(
-                    f"{tree.path}: the picture {name!r} lies at the wrong depth, expected {split}/<class>/<picture>"
+                    f"{tree.path}: the image {name!r} lies at the wrong depth, expected {split}/<class>/<image>"
                 )
             classes[parts[0]].append(name)
     if not classes:
-        raise UserError(f"{tree.path}: expected pictures as {split}/<class>/<picture>, found no class in {split!r}")
+        raise UserError(f"{tree.path}: expected images as {split}/<class>/<image>, found no class in {split!r}")
     empty = {each for each, names in classes.items() if not names}
     if empty:
-        raise UserError(f"{tree.path}: {_describe_classes(empty)} in {split!r} holds no picture (.png, .jpg or .jpeg)")
+        raise UserError(f"{tree.path}: {_describe_classes(empty)} in {split!r} holds no image (.png, .jpg or .jpeg)")
     return classes
 
 

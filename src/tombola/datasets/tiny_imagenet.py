@@ -1,4 +1,4 @@
-"""TinyImageNet: 200 classes of pictures of 64 x 64, from the official folder or zip."""
+"""TinyImageNet: 200 classes of images of 64 x 64, from the official folder or zip."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tombola.datasets.dataset import Dataset
 from tombola.datasets.files import find_or_download
-from tombola.datasets.pictures import Listing, is_picture, picture_set
+from tombola.datasets.images import Listing, image_set, is_image
 from tombola.datasets.tree import Tree
 from tombola.errors import UserError
 
@@ -19,14 +19,14 @@ CLASSES = "wnids.txt"
 """Names of the classes, one per line."""
 
 ANNOTATIONS = "val/val_annotations.txt"
-"""A line for each validation picture: its name, a tab, its class, and four numbers that are not used."""
+"""A line for each validation image: its name, a tab, its class, and four numbers that are not used."""
 
 
 def tiny_imagenet(directory: Path | None = None) -> Dataset:
-    """Return TinyImageNet: 100,000 and 10,000 pictures, uint8 of shape (3, 64, 64).
+    """Return TinyImageNet: 100,000 and 10,000 images, uint8 of shape (3, 64, 64).
 
     The test set is the official validation set, as the official test set comes without labels. A class is called by
-    its WordNet number, and the classes are in the order of these. Grey pictures become grey colours. Mean and std are
+    its WordNet number, and the classes are in the order of these. Grey images become grey colours. Mean and std are
     those of the train set.
 
     Args:
@@ -35,15 +35,15 @@ def tiny_imagenet(directory: Path | None = None) -> Dataset:
             in the user's cache folder, and downloads into it.
 
     Raises:
-        UserError: for files that are missing and cannot be downloaded, damaged pictures, and a folder that is not like
+        UserError: for files that are missing and cannot be downloaded, damaged images, and a folder that is not like
             the official one.
     """
     source = find_or_download("tiny-imagenet", directory, NAMES, CLASSES, URL, SHA256)
-    return picture_set("tiny-imagenet", source, directory, ("train", "val", CLASSES), list_official, SIZE)
+    return image_set("tiny-imagenet", source, directory, ("train", "val", CLASSES), list_official, SIZE)
 
 
 def list_official(tree: Tree) -> Listing:
-    """List the pictures `train/<class>/images/*` and those of `val/images` with the classes that are noted for them.
+    """List the images `train/<class>/images/*` and those of `val/images` with the classes that are noted for them.
 
     Raises:
         UserError: where these, the list of classes and the notes do not agree.
@@ -54,25 +54,25 @@ def list_official(tree: Tree) -> Listing:
     train = []
     for name in tree.names:
         match name.split("/"):
-            case ["train", each, "images", _] if is_picture(name):
+            case ["train", each, "images", _] if is_image(name):
                 if each not in numbers:
                     raise UserError(f"{tree.path}: 'train' has the class {each!r}, which is not in {CLASSES!r}")
                 train.append((name, numbers[each]))
     empty = sorted(set(range(len(classes))) - {number for _, number in train})
     if empty:
-        raise UserError(f"{tree.path}: the class {classes[empty[0]]!r} in 'train' holds no picture")
-    pictures = {name for name in tree.names if name.startswith("val/images/") and is_picture(name)}
+        raise UserError(f"{tree.path}: the class {classes[empty[0]]!r} in 'train' holds no image")
+    images = {name for name in tree.names if name.startswith("val/images/") and is_image(name)}
     test = []
     for line in _lines(tree, ANNOTATIONS):
         file, each, *_ = f"{line}\t".split("\t")
         name = f"val/images/{file}"
-        if each not in numbers or name not in pictures:
-            lack = f"the picture {name!r} is missing" if each in numbers else f"{each!r} is not a class"
+        if each not in numbers or name not in images:
+            lack = f"the image {name!r} is missing" if each in numbers else f"{each!r} is not a class"
             raise UserError(f"{tree.path}: {ANNOTATIONS!r} notes the class {each!r} for {file!r}, but {lack}")
-        pictures.remove(name)
+        images.remove(name)
         test.append((name, numbers[each]))
-    if pictures:
-        raise UserError(f"{tree.path}: {ANNOTATIONS!r} notes no class for the picture {min(pictures)!r}")
+    if images:
+        raise UserError(f"{tree.path}: {ANNOTATIONS!r} notes no class for the image {min(images)!r}")
     return Listing(classes, sorted(train), sorted(test))
 
 

@@ -1,4 +1,4 @@
-"""Folders and archives of pictures: listed, decoded by all processors, kept in the cache."""
+"""Folders and archives of images: listed, decoded by all processors, kept in the cache."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ from tombola.datasets.tree import Tree, open_tree, stamp
 from tombola.errors import UserError
 
 FEW = 500
-"""So many pictures are decoded sooner by this process than others are started."""
+"""So many images are decoded sooner by this process than others are started."""
 
 MOST = 16
 """More processes than this are not fed fast enough to be of use."""
 
 SUFFIXES = (".png", ".jpg", ".jpeg")
-"""How the names of pictures end, in small or large letters."""
+"""How the names of images end, in small or large letters."""
 
 
 @dataclass(frozen=True)
 class Listing:
-    """Which pictures make a data set.
+    """Which images make a data set.
 
     Args:
         classes: the classes' names.
-        train, test: for each picture its name in the tree and the number of its class, in the data set's order.
+        train, test: for each image its name in the tree and the number of its class, in the data set's order.
     """
 
     classes: tuple[str, ...]
@@ -45,7 +45,7 @@ class Listing:
     test: Sequence[tuple[str, int]]
 
 
-def picture_set(
+def image_set(
     name: str,
     source: Path,
     directory: Path | None,
@@ -55,26 +55,26 @@ def picture_set(
     fit: bool = False,
     channels: int = 3,
 ) -> Dataset:
-    """Return a data set made of picture files, from the cache or decoded into it.
+    """Return a data set made of image files, from the cache or decoded into it.
 
     Args:
         name: the data set's.
         source: the folder or archive.
         directory: the data directory, where the cache is; None for the folder that the source is in.
         entries: the files and folders of interest at the top of the source.
-        listing: tells which pictures there are; called only where they must be decoded.
-        size: their height and width; None takes those of the first picture.
+        listing: tells which images there are; called only where they must be decoded.
+        size: their height and width; None takes those of the first image.
         fit: bring others to this size, instead of refusing them.
         channels: 3 for colours, 1 for grey.
 
     Raises:
-        UserError: for whatever is wrong with the source, naming the picture, and a cache that cannot be written.
+        UserError: for whatever is wrong with the source, naming the image, and a cache that cannot be written.
     """
 
     def make() -> tuple[About, Fill]:
         tree = open_tree(source, entries)
         listed = listing(tree)
-        names = [picture for picture, _ in [*listed.train, *listed.test]]
+        names = [image for image, _ in [*listed.train, *listed.test]]
         form = Form(channels, size, size, fit) if size else _form_of_first(tree, names, channels)
         train, test = (tuple(label for _, label in part) for part in (listed.train, listed.test))
         about = About(name, (channels, form.height, form.width), train, test, listed.classes)
@@ -83,17 +83,17 @@ def picture_set(
     return load_cached(source, directory, f"{size} {fit} {channels}", stamp(source, entries), make)
 
 
-def is_picture(name: str) -> bool:
-    """Tell from a file's name whether it is a picture that can be read.
+def is_image(name: str) -> bool:
+    """Tell from a file's name whether it is an image that can be read.
 
-    >>> is_picture("a/b.JPEG"), is_picture("a/b.txt")
+    >>> is_image("a/b.JPEG"), is_image("a/b.txt")
     (True, False)
     """
     return name.lower().endswith(SUFFIXES)
 
 
 def _form_of_first(tree: Tree, names: Sequence[str], channels: int) -> Form:
-    """Return the form of pictures that are all of the size of the one that can be read first."""
+    """Return the form of images that are all of the size of the one that can be read first."""
     name, content = next(tree.contents(names))
     try:
         height, width = decoder.size_of(content)
@@ -103,7 +103,7 @@ def _form_of_first(tree: Tree, names: Sequence[str], channels: int) -> Form:
 
 
 def _decode_all(tree: Tree, names: Sequence[str], form: Form, pixels: int) -> None:
-    """Decode all pictures into a file, given by its descriptor; each has the place there that it has in `names`."""
+    """Decode all images into a file, given by its descriptor; each has the place there that it has in `names`."""
     processes = min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, MOST)
     with Bar(f"decoding {tree.path.name}", total=len(names)) as bar:
         contents = _Shared(tree, names, bar)
@@ -121,7 +121,7 @@ def _decode_all(tree: Tree, names: Sequence[str], form: Form, pixels: int) -> No
 
 
 def _by_processes(processes: int, contents: _Shared, pixels: int, form: Form) -> list[dict[str, Any]]:
-    """Have pictures decoded by several processes, each fed by a thread; return the answers of all."""
+    """Have images decoded by several processes, each fed by a thread; return the answers of all."""
     command = decoder.command(pixels, form)
 
     def feed(_: int) -> dict[str, Any]:
@@ -136,7 +136,7 @@ def _by_processes(processes: int, contents: _Shared, pixels: int, form: Form) ->
         if answer != {}:
             contents.stop()
         if answer is None:
-            raise UserError(f"a process that decodes pictures ended early, with status {process.returncode}")
+            raise UserError(f"a process that decodes images ended early, with status {process.returncode}")
         return answer
 
     with ThreadPoolExecutor(processes) as pool:
@@ -148,7 +148,7 @@ def _by_processes(processes: int, contents: _Shared, pixels: int, form: Form) ->
 
 
 class _Shared:
-    """Pictures, each with its place, handed out once among the threads that go through this."""
+    """Images, each with its place, handed out once among the threads that go through this."""
 
     def __init__(self, tree: Tree, names: Sequence[str], bar: Bar) -> None:
         self._tree, self._bar = tree, bar
@@ -178,4 +178,4 @@ class _Shared:
 
 
 def _trouble(tree: Tree, name: str, trouble: str) -> UserError:
-    return UserError(f"{tree.path}: the picture {name!r} {trouble}")
+    return UserError(f"{tree.path}: the image {name!r} {trouble}")
