@@ -13,6 +13,7 @@ import torch
 from pydantic import ValidationError
 
 from tombola import Augmentation, Planner, Recipe, Store, Study, Task, UserError, Weights, load_problem, load_study
+from tombola.cli.main import main
 from tombola.pruning.mask import Mask
 from tombola.store.names import name_of
 from tombola.study.code import own_modules, resolve, source_hash
@@ -230,6 +231,20 @@ def test_old_optimizers_are_read_with_a_sentence(
     assert study.recipe == Recipe(epochs=1, **recipe)
     with pytest.warns(OldFieldWarning):
         assert load_study(write(SMALL), {"recipe.optimizer": "momentum"}).recipe == Recipe(epochs=1, momentum=0.9)
+
+
+def test_the_command_line_prints_the_sentence_as_a_note(
+    write: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = write(
+        SMALL.replace('"lenet_300_100"', '"lenet_300_100"\nmodel_arguments = { inputs = 64 }')
+        + "optimizer = 'momentum'"
+    )
+    assert main(["results", name, "--store", str(tmp_path / "store")]) == 0
+    assert capsys.readouterr().err == (
+        f"note: study {name}: the next version will not read optimizer = 'momentum'; "
+        "write optimizer = 'sgd', momentum = 0.9\n"
+    )
 
 
 def test_an_old_optimizer_in_an_override_is_not_changed(write: Write) -> None:

@@ -16,12 +16,26 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from tombola import Augmentation, Checkpoint, Dataset, History, Mask, Recipe, Trained, UserError, kernels, prune, train
+import golden
+from tombola import Augmentation, Checkpoint, Dataset, History, Mask, Recipe, Trained, UserError, kernels, train
 from tombola.streams import derive, generator
 from tombola.training.batches import Changes, batches, normalisation
 from tombola.training.evaluation import evaluate, predict
 from tombola.training.train import initial_state
-from tombola.training.weights import State, apply_mask
+from tombola.training.weights import apply_mask
+from training_cases import (
+    AUGMENTED,
+    CASES,
+    EXAMPLES,
+    IMAGES,
+    VECTORS,
+    Case,
+    convolutions,
+    perceptron,
+    setting_of,
+    small,
+    tensors_of,
+)
 
 OPTIMIZERS: dict[str, dict[str, Any]] = {
     "sgd": {},
@@ -31,93 +45,6 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
     "adamw": {"optimizer": "adamw"},
 }
 optimizers = pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=list(OPTIMIZERS))
-
-EXAMPLES = 22  # with batches of 5: 5 iterations an epoch, the last of 2 examples
-
-
-def _images() -> Dataset:
-    draw = torch.Generator().manual_seed(0)
-    labels = torch.arange(EXAMPLES) % 3
-    inputs = torch.randint(100, (EXAMPLES, 2, 6, 6), generator=draw) + 50 * labels.view(-1, 1, 1, 1)
-    inputs = inputs.to(torch.uint8)
-    return Dataset("images", inputs, labels, inputs[:9], labels[:9], ("a", "b", "c"), (0.4, 0.5), (0.2, 0.3))
-
-
-def _vectors() -> Dataset:
-    draw = torch.Generator().manual_seed(1)
-    labels = torch.arange(EXAMPLES) % 3
-    inputs = torch.randn(EXAMPLES, 4, generator=draw) + labels.view(-1, 1)
-    return Dataset("vectors", inputs, labels, inputs[:9], labels[:9], ("a", "b", "c"))
-
-
-IMAGES, VECTORS = _images(), _vectors()
-
-
-def _tensors(data: Dataset) -> list[Tensor]:
-    return [data.train_inputs, data.train_labels, data.test_inputs, data.test_labels]
-
-
-def _perceptron() -> nn.Module:
-    return nn.Sequential(nn.Flatten(), nn.Linear(72, 8), nn.ReLU(), nn.Linear(8, 3))
-
-
-def _convolutions() -> nn.Module:
-    """Everything that a training's state could forget: buffers, random layers, another layout in memory."""
-    return nn.Sequential(
-        nn.Conv2d(2, 4, 3, bias=False),
-        nn.BatchNorm2d(4),
-        nn.ReLU(),
-        nn.Dropout2d(0.3),
-        nn.Conv2d(4, 3, 1),
-        nn.Flatten(),
-        nn.Dropout(0.5),
-        nn.Linear(48, 3),
-    )
-
-
-def _small() -> nn.Module:
-    return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
-
-
-def _setting(build: Callable[[], nn.Module], fraction: float = 0.5) -> tuple[nn.Module, State, Mask]:
-    """Return a model, an initial state that is not the model's own, and a mask with a part of each layer pruned."""
-    model, initial = build(), initial_state(build, 3)
-    return model, initial, prune(initial, Mask.ones_like(model), _rank, fraction)
-
-
-def _rank(weights: Tensor) -> Tensor:
-    return weights.argsort().argsort() / len(weights)
-
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """A network, how much of it is pruned, and how it is trained; 10 iterations."""
-
-    build: Callable[[], nn.Module]
-    fraction: float = 0.5
-    batch_size: int = 5
-    iterations: int = 10
-    sparse: bool = False  # by the kernels, which take over from some batch size and sparsity on
-
-    def setting(self) -> tuple[nn.Module, State, Mask]:
-        model, initial, mask = _setting(self.build, self.fraction)
-        if self.sparse and not kernels.available():
-            pytest.skip("built without kernels; to run: reinstall with a C++ compiler")
-        assert bool(kernels.sparse_layers(model, mask, batch_size=self.batch_size)) == self.sparse
-        return model, initial, mask
-
-    def recipe(self, **fields: Any) -> Recipe:
-        length = {} if "epochs" in fields else {"iterations": self.iterations}
-        return Recipe(**{"batch_size": self.batch_size, **length, **fields})
-
-
-CASES = {
-    "perceptron": Case(_perceptron),
-    "convolutions": Case(_convolutions),
-    "sparse perceptron": Case(_perceptron, 0.92, 16, 4, sparse=True),
-    "sparse convolutions": Case(_convolutions, 0.92, 16, 4, sparse=True),
-}
-AUGMENTED = Augmentation(flip=True, crop=1)
 
 cases = pytest.mark.parametrize("case", CASES.values(), ids=list(CASES))
 
@@ -139,45 +66,37 @@ def _bits(trained: Trained) -> tuple[str, History]:
 
 # Golden bits.
 
-GOLDEN: dict[str, dict[str, tuple[tuple[str, ...], str]]] = {
-    "AVX2": {
-        "perceptron": (
-            ("0x1.1f93813333333p+0", "0x1.d4a1cf3333333p-1", "0x1.a39882ccccccdp-1"),
-            "8a8f7fc0a2fd35731d6b0a4d002f98b828339b4469f32d4fc6224a80e31c7732",
-        ),
-        "convolutions": (
-            ("0x1.1f303a0000000p+0", "0x1.0b24290000000p+0", "0x1.35b3800000000p+0"),
-            "1f4a40adc263ad731e58339f1ee36dc6c3017cecd25d670e8f8f25f517dcf395",
-        ),
-        "sparse perceptron": (
-            ("0x1.15090d0000000p+0", "0x1.13dc540000000p+0", "0x1.1a23d20000000p+0"),
-            "458dafd4a1d2e70e24bc8943720058071c50a64aba5b81bc7ce2005bed720b97",
-        ),
-        "sparse convolutions": (
-            ("0x1.1fd6640000000p+0", "0x1.2213ad0000000p+0", "0x1.26a7ea0000000p+0"),
-            "14ecc0af82671af70b158f5218224cc4b2e4a152e8c617d2de888ac9942a04c2",
-        ),
-    },
-}
-"""By instruction set, which decides the order of sums: the losses of each epoch and the hash of the weights."""
 
-
-@pytest.mark.parametrize("name", CASES)
-def test_golden_bits(name: str) -> None:
+@pytest.mark.parametrize("setting", golden.SETTINGS)
+@pytest.mark.parametrize(
+    ("name", "kernel_set"),
+    [(name, which) for name, case in CASES.items() for which in (golden.KERNELS if case.sparse else (None,))],
+)
+def test_golden_bits(name: str, kernel_set: str | None, setting: str) -> None:
     """Stored results are looked up by a training's arguments: were its bits to change, they would be wrong.
 
-    Where it fails after a change of tombola that is meant, raise `planning.SCHEME` and put the new bits here; after an
-    upgrade of torch, put the new bits here.
+    Where it fails after a change of tombola that is meant, raise `planner.SCHEME` and write the new bits by
+    `make golden`. After an upgrade of torch the key is another one: `make golden` adds its bits.
     """
-    instructions = torch.backends.cpu.get_cpu_capability()
-    if instructions not in GOLDEN:
-        pytest.skip(f"no golden bits are known for the instruction set {instructions}")
-    model, initial, mask = CASES[name].setting()
-    fields: dict[str, Any] = {"schedule": "cosine", "warmup": 4, "augmentation": AUGMENTED}
-    recipe = CASES[name].recipe(momentum=0.9, lr=0.05, weight_decay=1e-3, epochs=3, **fields)
-    trained = train(model, initial, mask, IMAGES, recipe, seed=7)
-    losses = tuple(loss.hex() for loss in trained.history.losses)
-    assert (losses, trained.weights.hash) == GOLDEN[instructions][name]
+    if kernel_set is not None and kernel_set not in golden.kernel_sets():
+        pytest.skip(f"this processor or build has no kernels {kernel_set!r}: run it where there are")
+    computed = golden.compute_apart(setting)
+    (key,) = (key for key in computed if key.startswith(f"{name}:") and _has_kernels(key, kernel_set))
+    expected = golden.read()["bits"].get(key)
+    if expected is None:
+        pytest.skip(f"golden.json has no bits for {key!r}: add this machine's by make golden WHY='...'")
+    assert computed[key] == expected, key
+
+
+def _has_kernels(key: str, kernel_set: str | None) -> bool:
+    return kernel_set is None or f", kernels {kernel_set}" in key
+
+
+def test_golden_bits_have_a_history() -> None:
+    """Every key of the file was added with a sentence that says why."""
+    content = golden.read()
+    assert all(entry["why"].strip() for entry in content["history"])
+    assert {key for entry in content["history"] for key in entry["added"]} == set(content["bits"])
 
 
 def test_golden_streams() -> None:
@@ -196,7 +115,7 @@ def test_golden_streams() -> None:
 @pytest.mark.parametrize("factor", [1, 2])
 def test_a_row_is_trained_like_any_network(fraction: float, factor: int) -> None:
     """Under a loss of its own it is trained by autograd; a loss of twice the size asks for half the learning rate."""
-    model, initial, mask = _setting(_perceptron, fraction)
+    model, initial, mask = setting_of(perceptron, fraction)
     assert kernels.Perceptron.of(model) is not None
     recipe = Recipe(momentum=0.9, lr=0.05, weight_decay=0.0, batch_size=16, iterations=12)
 
@@ -212,7 +131,7 @@ def test_a_row_is_trained_like_any_network(fraction: float, factor: int) -> None
 
 
 def test_a_row_is_trained_in_the_precision_asked_for() -> None:
-    model, initial, mask = _setting(_perceptron)
+    model, initial, mask = setting_of(perceptron)
     losses = [
         train(model, initial, mask, IMAGES, Recipe(batch_size=16, iterations=4, precision=precision), 0).batch_losses
         for precision in ("float32", "bfloat16")
@@ -226,11 +145,11 @@ def test_a_row_is_trained_in_the_precision_asked_for() -> None:
 
 @pytest.mark.parametrize("optimizer", [OPTIMIZERS["sgd"], OPTIMIZERS["adam"]], ids=["sgd", "adam"])
 def test_nothing_that_goes_in_is_changed(optimizer: dict[str, Any]) -> None:
-    model, initial, mask = _setting(_convolutions)
+    model, initial, mask = setting_of(convolutions)
     recipe = Recipe(batch_size=5, epochs=2, augmentation=AUGMENTED, **optimizer)
     _, taken = _checkpoints(partial(train, model, initial, mask, IMAGES, recipe, 0))
     model.eval()
-    inputs: list[Any] = [model.state_dict(), initial, _tensors(IMAGES), vars(taken[4])]
+    inputs: list[Any] = [model.state_dict(), initial, tensors_of(IMAGES), vars(taken[4])]
     before = copy.deepcopy(inputs)
     torch.manual_seed(123)
     numbers = torch.get_rng_state()
@@ -250,9 +169,9 @@ def test_data_are_not_changed_by_a_model_that_works_in_place() -> None:
             return inputs.add_(1)
 
     model = nn.Sequential(Shift(), nn.Linear(4, 3))
-    before = copy.deepcopy(_tensors(VECTORS))
+    before = copy.deepcopy(tensors_of(VECTORS))
     train(model, model.state_dict(), Mask.ones_like(model), VECTORS, Recipe(batch_size=5, epochs=1), 0)
-    torch.testing.assert_close(_tensors(VECTORS), before, rtol=0, atol=0)
+    torch.testing.assert_close(tensors_of(VECTORS), before, rtol=0, atol=0)
 
 
 @cases
@@ -268,13 +187,13 @@ def test_equal_arguments_give_equal_bits(case: Case) -> None:
 
 
 def test_what_is_not_equal_gives_other_bits() -> None:
-    model, initial, mask = _setting(_convolutions)
+    model, initial, mask = setting_of(convolutions)
     recipe = Recipe(batch_size=5, epochs=1)
     base: dict[str, Any] = {"initial": initial, "mask": mask, "data": IMAGES, "recipe": recipe, "seed": 0}
     shifted = dataclasses.replace(IMAGES, train_inputs=IMAGES.train_inputs + 1)
     others: list[dict[str, Any]] = [
         {},
-        {"initial": initial_state(_convolutions, 4)},
+        {"initial": initial_state(convolutions, 4)},
         {"mask": Mask.ones_like(model)},
         {"data": shifted},
         {"seed": 1},
@@ -288,7 +207,7 @@ def test_what_is_not_equal_gives_other_bits() -> None:
 
 
 def test_a_mask_decides_what_is_pruned_in_the_initial_state() -> None:
-    model, initial, mask = _setting(_perceptron)
+    model, initial, mask = setting_of(perceptron)
     recipe = Recipe(batch_size=5, epochs=1)
     spoilt = {name: torch.where(mask[name], t, math.nan) if name in mask else t for name, t in initial.items()}
     for state in (apply_mask(initial, mask), spoilt):
@@ -298,7 +217,7 @@ def test_a_mask_decides_what_is_pruned_in_the_initial_state() -> None:
 
 
 def test_the_number_of_threads_and_the_global_numbers_are_as_they_were_after_an_error() -> None:
-    model, initial, mask = _setting(_small)
+    model, initial, mask = setting_of(small)
     before = torch.get_rng_state()
 
     def failing(outputs: Tensor, labels: Tensor) -> Tensor:
@@ -332,7 +251,7 @@ def test_pruned_weights_are_exactly_zero_after_every_step(case: Case, optimizer:
 
 
 def test_a_layer_without_connections_stays_so_and_its_bias_learns() -> None:
-    model, initial, _ = _setting(_small)
+    model, initial, _ = setting_of(small)
     mask = Mask.from_tensors({"0.weight": torch.zeros(5, 4, dtype=torch.bool), "2.weight": torch.ones(3, 5).bool()})
     state = train(model, initial, mask, VECTORS, Recipe(batch_size=5, epochs=1), 0).weights.load()
     assert _is_exactly_zero(state["0.weight"])
@@ -340,7 +259,7 @@ def test_a_layer_without_connections_stays_so_and_its_bias_learns() -> None:
 
 
 def test_a_layer_that_is_not_in_the_mask_trains_densely() -> None:
-    model, initial, _ = _setting(_small)
+    model, initial, _ = setting_of(small)
     mask = Mask.from_tensors({"2.weight": torch.zeros(3, 5, dtype=torch.bool)})
     state = train(model, initial, mask, VECTORS, Recipe(batch_size=5, epochs=1), 0).weights.load()
     assert _is_exactly_zero(state["2.weight"])
@@ -364,7 +283,7 @@ class Tied(nn.Module):
 
 
 def test_pruned_weights_that_layers_share() -> None:
-    model, initial, mask = _setting(Tied)
+    model, initial, mask = setting_of(Tied)
     assert list(mask) == ["first.weight", "last.weight"]
     recipe = Recipe(momentum=0.9, weight_decay=0.1, batch_size=5, epochs=1)
     trained, taken = _checkpoints(partial(train, model, initial, mask, VECTORS, recipe, 0))
@@ -374,7 +293,7 @@ def test_pruned_weights_that_layers_share() -> None:
 
 
 def test_a_frozen_weight_keeps_its_value_and_its_mask() -> None:
-    model, initial, mask = _setting(_small)
+    model, initial, mask = setting_of(small)
     model.get_parameter("0.weight").requires_grad_(False)
     recipe = Recipe(optimizer="adamw", weight_decay=0.1, batch_size=5, epochs=1)
     state = train(model, initial, mask, VECTORS, recipe, 0).weights.load()
@@ -409,7 +328,7 @@ def test_resuming_at_any_iteration_gives_equal_bits(case: Case, optimizer: dict[
 
 
 def test_resuming_a_resumed_training() -> None:
-    model, initial, mask = _setting(_perceptron)
+    model, initial, mask = setting_of(perceptron)
     recipe = Recipe(momentum=0.9, nesterov=True, batch_size=5, epochs=3)
     run = partial(train, model, initial, mask, IMAGES, recipe, 0)
     expected, first = _checkpoints(run)
@@ -419,7 +338,7 @@ def test_resuming_a_resumed_training() -> None:
 
 
 def test_a_checkpoint_does_not_change_while_the_training_goes_on() -> None:
-    model, initial, mask = _setting(_convolutions)
+    model, initial, mask = setting_of(convolutions)
     recipe = Recipe(optimizer="adam", batch_size=5, epochs=2)
     kept: list[Checkpoint] = []
     copies: list[dict[str, Any]] = []
@@ -465,7 +384,7 @@ def test_data_order_and_learning_rate_go_on_from_the_beginning_iteration(
 
 @pytest.mark.parametrize("optimizer", [OPTIMIZERS["momentum"], OPTIMIZERS["adam"]], ids=["momentum", "adam"])
 def test_the_optimizer_starts_fresh(optimizer: dict[str, Any]) -> None:
-    model, initial, mask = _setting(_small)
+    model, initial, mask = setting_of(small)
     recipe = Recipe(batch_size=5, epochs=2, **optimizer)
     whole = train(model, initial, mask, VECTORS, recipe, 0)
     _, taken = _checkpoints(partial(train, model, initial, mask, VECTORS, recipe, 0, end=4))
@@ -476,7 +395,7 @@ def test_the_optimizer_starts_fresh(optimizer: dict[str, Any]) -> None:
 
 
 def test_losses_are_means_over_the_batches_of_an_epoch() -> None:
-    model, initial, mask = _setting(_small)
+    model, initial, mask = setting_of(small)
     recipe = Recipe(lr=1e-30, batch_size=5, iterations=8)  # nothing is learnt
     history = train(model, initial, mask, VECTORS, recipe, 0).history
     model.load_state_dict(apply_mask(initial, mask))
@@ -487,7 +406,7 @@ def test_losses_are_means_over_the_batches_of_an_epoch() -> None:
 
 
 def test_a_loss_of_ones_own() -> None:
-    model, initial, mask = _setting(_small)
+    model, initial, mask = setting_of(small)
 
     def distance(outputs: Tensor, labels: Tensor) -> Tensor:
         return (outputs - nn.functional.one_hot(labels, 3)).square().mean()
@@ -500,7 +419,7 @@ def test_a_loss_of_ones_own() -> None:
 
 
 def test_it_learns() -> None:
-    model, initial, _ = _setting(_perceptron)
+    model, initial, _ = setting_of(perceptron)
     mask = Mask.ones_like(model)
     history = train(model, initial, mask, IMAGES, Recipe(lr=0.05, batch_size=5, epochs=20), 0).history
     assert history.losses[-1] < history.losses[0] / 5
@@ -709,7 +628,7 @@ def test_predictions_are_in_evaluation_mode_whatever_the_number_of_examples() ->
 
 
 def test_the_whole_state_comes_out_in_the_usual_layout() -> None:
-    model, initial, mask = _setting(_convolutions)
+    model, initial, mask = setting_of(convolutions)
     state = train(model, initial, mask, IMAGES, Recipe(batch_size=5, epochs=1), 0).weights.load()
     assert list(state) == list(model.state_dict())
     assert state["1.num_batches_tracked"] == 5
@@ -722,7 +641,7 @@ def test_history_comes_back_from_json(history: History) -> None:
 
 
 def test_a_part_of_no_iterations_is_the_masked_initial_state() -> None:
-    model, initial, mask = _setting(_small)
+    model, initial, mask = setting_of(small)
     trained = train(model, initial, mask, VECTORS, Recipe(batch_size=5, epochs=1), 0, begin=3, end=3)
     torch.testing.assert_close(trained.weights.load(), apply_mask(initial, mask), rtol=0, atol=0)
     assert trained.history.losses == ()
@@ -733,7 +652,7 @@ def test_a_part_of_no_iterations_is_the_masked_initial_state() -> None:
 
 @optimizers
 def test_divergence_is_a_result_that_says_so(optimizer: dict[str, Any]) -> None:
-    model, initial, mask = _setting(_perceptron)
+    model, initial, mask = setting_of(perceptron)
     recipe = Recipe(lr=1e30, batch_size=5, epochs=40, **optimizer)
     trained, taken = _checkpoints(partial(train, model, initial, mask, IMAGES, recipe, 0))
     history = trained.history
@@ -751,7 +670,7 @@ def test_divergence_is_a_result_that_says_so(optimizer: dict[str, Any]) -> None:
 
 
 def test_divergence_at_the_very_end_is_seen_in_the_weights() -> None:
-    model, initial, mask = _setting(_small)
+    model, initial, mask = setting_of(small)
     recipe = Recipe(lr=1e38, batch_size=5, iterations=1)
     history = train(model, initial, mask, VECTORS, recipe, 0, loss=lambda outputs, labels: 1e5 * outputs.sum()).history
     assert len(history.losses) == 1
@@ -798,14 +717,14 @@ def test_a_buffer_that_is_infinite_by_design_is_no_divergence() -> None:
     ids=["batch", "rewind", "augmentation"],
 )
 def test_a_recipe_that_does_not_fit_the_data(recipe: Recipe, data: Dataset, text: str) -> None:
-    model, initial, mask = _setting(_perceptron)
+    model, initial, mask = setting_of(perceptron)
     with pytest.raises(UserError) as error:
         train(model, initial, mask, data, recipe, 0)
     assert str(error.value) == text
 
 
 def test_a_state_or_mask_of_another_network() -> None:
-    model, initial, mask = _setting(_small)
+    model, initial, mask = setting_of(small)
     recipe = Recipe(batch_size=5, epochs=1)
     with pytest.raises(UserError, match=r"^the state does not fit the model: .*size mismatch for 0\.weight"):
         train(model, {**initial, "0.weight": torch.zeros(5, 5)}, Mask.from_tensors({}), VECTORS, recipe, 0)

@@ -183,6 +183,18 @@ def _kernels(row: Sequence[SparseLinear]) -> list[Any]:
     return kernels
 
 
+def _has_global_hooks() -> bool:
+    """Whether hooks are registered for all modules; the oldest torch that is supported has no function for it."""
+    of = nn.modules.module
+    registered = (
+        of._global_forward_pre_hooks,
+        of._global_forward_hooks,
+        of._global_backward_pre_hooks,
+        of._global_backward_hooks,
+    )
+    return any(registered)
+
+
 class Perceptron:
     """A multilayer perceptron: linear layers in a row, with ReLUs, and nothing else. It is trained without autograd.
 
@@ -218,7 +230,7 @@ class Perceptron:
             or len(parameters) < len(list(model.named_parameters(remove_duplicate=False)))  # some are shared
             or not any(parameter.requires_grad for parameter in parameters)
             or any(p._backward_hooks or getattr(p, "_post_accumulate_grad_hooks", None) for p in parameters)
-            or nn.modules.module._has_any_global_hook()  # type: ignore[no-untyped-call]
+            or _has_global_hooks()
         ):
             return None
         modules = list(model)

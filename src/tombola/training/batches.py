@@ -1,4 +1,4 @@
-"""Batches: which examples an iteration sees, how they are changed, and as which numbers."""
+"""Batches: the examples of each iteration, augmented and normalised."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from tombola.training.recipe import Augmentation, Recipe
 def batches(data: Dataset, recipe: Recipe, seed: int, begin: int, end: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield the (inputs, labels) of the iterations begin..end-1.
 
-    Every epoch goes once through a fresh permutation of the training set; its last batch may be smaller. Which
-    examples an iteration sees depends on (seed, iteration) alone, and how an example is changed on
-    (seed, epoch, example) alone, so it does not matter where a training is taken up again.
+    Each epoch is a new random permutation of the training set; its last batch may be smaller. The examples of an
+    iteration depend on seed and iteration alone, and the augmentation of an example on seed, epoch and example alone,
+    so a training that is resumed sees the same batches.
     """
     count = len(data.train_inputs)
     per_epoch = recipe.iterations_per_epoch(count)
@@ -42,12 +42,12 @@ def batches(data: Dataset, recipe: Recipe, seed: int, begin: int, end: int) -> I
 
 
 class Changes:
-    """The random changes of one epoch: for every example whether it is flipped, and where it is cropped.
+    """The augmentation of one epoch: for every example whether it is mirrored, and where it is cropped.
 
     Args:
-        seed, epoch: name the stream that they are drawn from.
+        seed, epoch: identify the stream that the random numbers are drawn from.
         examples: size of the training set.
-        augmentation: which changes there are.
+        augmentation: what may be done to an image.
     """
 
     def __init__(self, seed: int, epoch: int, examples: int, augmentation: Augmentation) -> None:
@@ -59,7 +59,7 @@ class Changes:
             self.flips.zero_()
 
     def apply(self, images: Tensor, chosen: Tensor) -> Tensor:
-        """Return the images, shape (n, channels, height, width), of the `chosen` examples with their changes."""
+        """Return the images of the `chosen` examples, shape (n, channels, height, width), augmented."""
         height, width = images.shape[2:]
         offsets, flips = self.offsets.to(images.device)[chosen], self.flips.to(images.device)[chosen]
         rows = offsets[:, :1] + torch.arange(height, device=images.device)
@@ -71,10 +71,10 @@ class Changes:
 
 
 def normalisation(data: Dataset) -> Callable[[Tensor], Tensor]:
-    """Return the function that makes inputs of a data set ready for a network.
+    """Return the function that converts inputs of a data set to what a network takes.
 
-    uint8 images become float32, (pixel / 255 - mean) / std for each channel; other inputs stay as they are. It is done
-    batch by batch: bytes are gathered faster than floats, by more than it takes to convert them.
+    uint8 images become float32, (pixel / 255 - mean) / std for each channel; other inputs stay as they are. Each batch
+    is converted when it is needed: the time saved by gathering bytes, not floats, is more than the conversion takes.
     """
     if data.train_inputs.dtype != torch.uint8:
         return lambda inputs: inputs
@@ -83,7 +83,7 @@ def normalisation(data: Dataset) -> Callable[[Tensor], Tensor]:
 
 
 def _mean_and_scale(data: Dataset) -> tuple[Tensor, Tensor]:
-    """Return what is subtracted from the pixels of each channel, and what they are multiplied by, (channels, 1, 1)."""
+    """Return the mean and 1 / std of each channel on the scale 0..255, both of shape (channels, 1, 1)."""
     device = data.train_inputs.device
     mean = torch.tensor(data.mean, device=device)[:, None, None] * 255
     return mean, 1 / (torch.tensor(data.std, device=device)[:, None, None] * 255)

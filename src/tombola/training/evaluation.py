@@ -1,4 +1,4 @@
-"""Evaluation: what a model predicts on the test set, and how well."""
+"""Evaluation: the predictions of a model on the test set, their accuracy and their loss."""
 
 from __future__ import annotations
 
@@ -33,5 +33,5 @@ def predict(model: nn.Module, data: Dataset) -> Tensor:
     normalise = normalisation(data)
     with torch.inference_mode():
         parts = torch.split(data.test_inputs, _BATCH_SIZE)
-        # A copy: a model may begin with a layer that works in place.
+        # The inputs are copied, since the first layer of a model may work in place.
         return torch.cat([model(normalise(part.clone())).float() for part in parts])

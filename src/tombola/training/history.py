@@ -1,4 +1,4 @@
-"""What a training leads to and goes through, and where it can be taken up again."""
+"""The result of a training, its history, and the checkpoints that it can be resumed from."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from tombola.training.weights import State, Weights
 
 @dataclass(frozen=True)
 class History:
-    """What a training went through.
+    """The losses and the final accuracy of a training.
 
     Args:
-        losses: the mean training loss of each epoch (of the part that the training saw).
-        test_accuracy: share of the test set that is classified rightly at the end, in 0..1; None if it diverged.
-        test_loss: mean loss over the test set at the end; None if it diverged.
-        diverged_at: the iteration at which loss or weights were seen to be no longer finite; None otherwise.
+        losses: the mean training loss of each epoch; of a first or last epoch that is cut, over the part trained.
+        test_accuracy: accuracy on the test set at the end, in 0..1; None if the training diverged.
+        test_loss: mean loss over the test set at the end; None if the training diverged.
+        diverged_at: the iteration after which loss or weights were found not to be finite; None otherwise.
 
     >>> History(losses=(0.9, 0.5), test_accuracy=0.8, test_loss=0.6).to_json()["losses"]
     [0.9, 0.5]
@@ -32,22 +32,22 @@ class History:
     diverged_at: int | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """Return the history as JSON's types."""
+        """Return the history as a document of JSON's types."""
         return asdict(self) | {"losses": list(self.losses)}
 
     @classmethod
     def from_json(cls, document: dict[str, Any]) -> History:
-        """Return the history of which `to_json` gave the document."""
+        """Return the history from a document that `to_json` gave."""
         return cls(**{**document, "losses": tuple(document["losses"])})
 
 
 @dataclass(frozen=True)
 class Trained:
-    """What a training leads to: the weights at its end, pruned ones exactly 0.0, and its history.
+    """The result of a training.
 
     Args:
-        weights: of all parameters and buffers.
-        history: what it went through.
+        weights: all parameters and buffers at the end; pruned weights are exactly 0.0.
+        history: losses and accuracy.
         batch_losses: the training loss of every iteration, float32; empty where it was not loaded (see `Store`).
 
     >>> Trained(Weights.of({"w": torch.zeros(1)}), History(diverged_at=3)).history.test_accuracy is None
@@ -61,13 +61,13 @@ class Trained:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """All that is needed to go on in the middle of a training; every random number follows from the iteration.
+    """All that is needed to resume a training; its random numbers are derived from the iteration.
 
     Args:
-        iteration: the next one to do.
+        iteration: the next iteration.
         state: the network's state.
-        optimizer: the optimizer's tensors, by `<parameter's number>.<name>`.
-        batch_losses: as in `Trained`, of the iterations that are done.
+        optimizer: the optimizer's state, by `<parameter's number>.<name>`.
+        batch_losses: the training loss of every iteration so far, float32.
 
     >>> Checkpoint(iteration=3, state={"w": torch.zeros(1)}, batch_losses=torch.ones(3)).iteration
     3
@@ -80,4 +80,4 @@ class Checkpoint:
 
 
 Watch: TypeAlias = Callable[[int, Callable[[], Checkpoint]], None]
-"""Called after every iteration with the next one and a function that takes a checkpoint."""
+"""Called after every iteration with the number of the next one and a function that returns a checkpoint."""

@@ -1,4 +1,4 @@
-"""Weights: the whole state of a network, named by its content."""
+"""Weights: the whole state of a network, identified by the hash of its content."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ State: TypeAlias = dict[str, Tensor]
 
 
 class Weights:
-    """A network's state and its hash; the state may lie on disk until it is asked for.
+    """A network's state and its hash; the state may stay on disk until `load` reads it.
 
     >>> Weights.of({"w": torch.zeros(2)}).load()
     {'w': tensor([0., 0.])}
@@ -29,12 +29,12 @@ class Weights:
 
     @classmethod
     def of(cls, state: Mapping[str, Tensor]) -> Weights:
-        """Return weights that hold this state in memory."""
+        """Return weights that keep this state in memory."""
         held = dict(state)
         return cls(state_hash(held), lambda: held)
 
     def load(self) -> State:
-        """Return the state; it may be read from disk each time."""
+        """Return the state; each call may read it from disk."""
         return self._load()
 
 
@@ -49,7 +49,7 @@ def state_hash(state: Mapping[str, Tensor]) -> str:
 
 
 def apply_mask(state: Mapping[str, Tensor], mask: Mask) -> State:
-    """Return a copy of the state in which pruned weights are 0.0.
+    """Return a copy of the state in which pruned weights are exactly 0.0.
 
     >>> mask = Mask.from_tensors({"w": torch.tensor([True, False])})
     >>> apply_mask({"w": torch.tensor([1.0, 2.0]), "b": torch.tensor([3.0])}, mask)
@@ -64,11 +64,11 @@ def apply_mask(state: Mapping[str, Tensor], mask: Mask) -> State:
 def zero_pruned(model: nn.Module, mask: Mask) -> None:
     """Set a model's pruned weights to 0.0.
 
-    For after `load_state_dict`: a weight that layers share has one name in a mask and several in a state, and the
-    last of these is what the model has then.
+    Call it after `load_state_dict`, which the mask of a state is not enough for: a weight that several layers share has
+    one name in a mask and several in a state, and the model takes the last of these.
 
     Raises:
-        UserError: where the mask is another network's.
+        UserError: where the mask belongs to another network.
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
     for name, alive in mask.items():
