@@ -14,7 +14,7 @@ import torch
 
 from tombola.engine.job import Job
 from tombola.engine.local import LocalWorkers
-from tombola.engine.run import remaining
+from tombola.engine.run import count_remaining
 from tombola.engine.workers import At
 from tombola.pruning.mask import Mask
 from tombola.study.planner import Chain, Planner, Progress
@@ -91,7 +91,7 @@ def estimate(planner: Planner, workers: int, directory: Path | None = None) -> E
     """
     progress = Tickets(planner).all()
     keys = {training.key for p in progress.values() for training in p.trainings}
-    to_train = remaining(list(progress.values()))
+    to_train = count_remaining(list(progress.values()))
     chains = tuple((chain, len(p.tickets), planner.study.levels + 1 - len(p.tickets)) for chain, p in progress.items())
     if not to_train:
         return Estimate(chains, len(keys), 0, 0.0, "nothing to do", 0.0, None, 0)

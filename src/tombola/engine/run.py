@@ -77,17 +77,17 @@ def _run(
         _follow(planner, chain, status)
     _check(planner, status)
     _note_kinds(planner, status)
-    status.total = remaining(list(status.chains.values()))
+    status.total = count_remaining(list(status.chains.values()))
     began = time.monotonic()
     looked = 0.0
     show(status, None)  # before workers are started, which takes a while
-    while waiting := _waiting(status):
+    while waiting := _next_trainings(status):
         if time.monotonic() - looked > _LOOK_EVERY:
             looked = time.monotonic()
             for key in waiting.keys() - status.running.keys():
                 if key in planner.store.results:  # another run did it
                     _go_on(planner, key, status)
-            waiting = _waiting(status)
+            waiting = _next_trainings(status)
         for training in sorted(waiting.values(), key=lambda t: -_remaining_behind(t, status)):
             if not workers.idle:
                 break
@@ -116,10 +116,10 @@ def _run(
                     del status.running[training.key]
                     _go_on(planner, training.key, status)
                     finished = training
-            status.done = status.total - remaining(list(status.chains.values()))
+            status.done = status.total - count_remaining(list(status.chains.values()))
             _estimate(status, time.monotonic() - began, workers.count)
             show(status, finished)
-        status.done = status.total - remaining(list(status.chains.values()))
+        status.done = status.total - count_remaining(list(status.chains.values()))
         show(status, None)
     return status
 
@@ -133,7 +133,7 @@ def _note_other_runs(status: Status, claims: Claims, waiting: dict[str, Training
             status.notes.append(note)
 
 
-def remaining(chains: list[Progress]) -> int:
+def count_remaining(chains: list[Progress]) -> int:
     """Return how many trainings chains still need; one that several chains wait for counts once.
 
     Until the store has level 0, chains of one seed share all trainings up to it.
@@ -214,13 +214,14 @@ def _note_kind(planner: Planner, training: Training, outcome: Outcome, status: S
         status.notes.append(note)
 
 
-def _waiting(status: Status) -> dict[str, Training]:
+def _next_trainings(status: Status) -> dict[str, Training]:
+    """Return the trainings that chains wait for, by name."""
     waited_for = (progress.waits_for for progress in status.chains.values())
     return {training.key: training for training in waited_for if training is not None}
 
 
 def _remaining_behind(training: Training, status: Status) -> int:
-    """The longest chain of trainings that begins with this one."""
+    """Return the length of the longest chain of trainings that begins with this one."""
     return max(p.remaining for p in status.chains.values() if p.waits_for and p.waits_for.key == training.key)
 
 
@@ -234,7 +235,7 @@ def _describe(training: Training, status: Status) -> str:
 def _estimate(status: Status, elapsed: float, workers: int) -> None:
     """Estimate the time left: the work divided among the workers, but not less than the longest chain takes."""
     begun = sum(iteration - training.begin for training, iteration in status.running.values())
-    length = max((t.end - t.begin for t in _waiting(status).values()), default=1)
+    length = max((t.end - t.begin for t in _next_trainings(status).values()), default=1)
     finished = status.done + begun / length
     if finished > 0 and elapsed > 0:
         each = elapsed * min(workers, max(1, len(status.running))) / finished

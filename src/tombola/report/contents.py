@@ -1,4 +1,4 @@
-"""Contents: all that a report tells of a study, gathered from its store."""
+"""Contents: all that a report shows of a study, gathered from its store."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tombola import __version__
 from tombola.analysis import connectivity, functions, layers, overlap, reinit, stability, weights, winners
 from tombola.analysis.accuracy import Row, rows
 from tombola.analysis.gather import label
-from tombola.engine.run import remaining
+from tombola.engine.run import count_remaining
 from tombola.errors import UserError
 from tombola.report import paper
 from tombola.study.planner import Planner, select_chains
@@ -22,7 +22,7 @@ from tombola.study.schema import Study
 from tombola.study.tickets import Tickets
 
 COSTLY = ("functions", "connectivity")
-"""Analyses that ask networks for predictions and keep nothing: only where they are asked for."""
+"""Analyses that evaluate networks and store nothing, so that they take time again for every report."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Verification:
 
 @dataclass(frozen=True)
 class Contents:
-    """What a report tells of a study.
+    """What a report shows of a study.
 
     Args:
         name: the study's.
@@ -54,18 +54,18 @@ class Contents:
         command: of the command line, how the study is named there: its name and what overrides it, without a verb.
         about_data: name, classes and the numbers of examples for training and testing.
         parameters: of the network, those that may be pruned and all.
-        labels: what tickets are called: the importances, and those of other data orders.
+        labels: the names of tickets: the importances, and those of other data orders.
         results: every ticket's.
-        level: the one that is shown of what is shown of one level; None where no level from 1 on is there.
-        margin: by how much accuracy may be lower where a ticket keeps it, on the scale 0..1.
+        level: the level of what is shown of one level only; None where not all chains have level 1.
+        margin: by how much the accuracy of a ticket that keeps it may be lower, on the scale 0..1.
         tables: the analyses' tables by name; see `tombola.analysis`.
         absent: why an analysis is not among them.
         paper: see `tombola.report.paper.of_study`.
-        tickets, expected: how many tickets are there, and how many the study has, other data orders among them.
-        trainings_left: how many trainings are still to be done.
-        stopped: chains that cannot go on, and why.
+        tickets, expected: the number of tickets in the store and of all of the study, with those of other data orders.
+        trainings_left: the number of trainings that are still to be done.
+        stopped: chains whose importance failed, and how.
         verified: see `Verification`.
-        records: when, where and how long each stored training ran.
+        records: of each stored training, when, where and how long it ran.
         version: tombola's own.
         made: when this was gathered.
     """
@@ -101,15 +101,15 @@ def gather(
     level: int | None = None,
     margin: float = 0.005,
 ) -> Contents:
-    """Gather what is there of a study; a study may be half done, or not begun.
+    """Gather what the store has of a study, which may be unfinished or not begun.
 
     Args:
         planner: of the study.
         name: what the study is called.
         command: how the command line names it, see `Contents`.
-        costly: of `COSTLY`, which analyses to do all the same.
-        level: of what is shown of one level; by default the sparsest at which every importance keeps the dense
-            network's accuracy, or where there is none the last that all have.
+        costly: which of the analyses in `COSTLY` to do.
+        level: the level of what is shown of one level only; by default the sparsest at which every importance keeps
+            the dense network's accuracy, or where there is none, the last that all chains have.
         margin: see `tombola.analysis.winners`.
 
     Raises:
@@ -165,7 +165,7 @@ def gather(
         paper=paper.of_study(planner.study),
         tickets=sum(len(each.tickets) for each in progress.values()),
         expected=len(progress) * (planner.study.levels + 1),
-        trainings_left=remaining(list(progress.values())),
+        trainings_left=count_remaining(list(progress.values())),
         stopped={str(chain): each.stopped for chain, each in progress.items() if each.stopped},
         verified=summarise_verification(records),
         records=records,
