@@ -1,4 +1,4 @@
-"""Results: the accuracy of every ticket, and the paper's Table 2."""
+"""Accuracy: of every ticket, and in the paper's Table 2."""
 
 from __future__ import annotations
 
@@ -79,8 +79,8 @@ class Cell:
     """One cell of Table 2: the accuracies of an importance at a level, over the seeds.
 
     Args:
-        accuracies: of the seeds whose trainings are there and did not diverge.
-        diverged: how many did.
+        accuracies: of the seeds whose trainings are stored and did not diverge.
+        diverged: the number of seeds whose training diverged.
         collapsed: the layers that collapsed in any of them.
     """
 
@@ -114,7 +114,7 @@ class Table2:
     cells: dict[tuple[int, str], Cell]
 
     def best(self, level: int) -> set[str]:
-        """The importances with the highest mean at a level, of those with the most seeds; empty where all are alike."""
+        """Return those of the most seeds that have the highest mean at a level; none where all are equal."""
         known = {name: cell for name in self.importances if (cell := self.cells[level, name]).accuracies}
         most = max((len(cell.accuracies) for cell in known.values()), default=0)
         means = {name: statistics.fmean(c.accuracies) for name, c in known.items() if len(c.accuracies) == most}

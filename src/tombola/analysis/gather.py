@@ -14,14 +14,14 @@ from tombola.study.schema import Study
 from tombola.study.tickets import Tickets
 
 ALL = "(all)"
-"""Stands in the column `layer` for all layers together."""
+"""The value of the column `layer` for all layers together."""
 
 IMPORTANCES, DATA_ORDER, SEEDS = "importances", "data order", "seeds"
-"""In the column `kind`: what differs between the tickets that a row compares."""
+"""The values of the column `kind`: what differs between the tickets that a row compares."""
 
 
 def label(chain: Chain) -> str:
-    """Return what a ticket is called in tables: its importance, and where it has another data order, `@` that.
+    """Return the name of a chain's tickets in tables: its importance and, after `@`, its data order if that is another.
 
     >>> label(Chain(0, "l1")), label(Chain(0, "l1", 100))
     ('l1', 'l1@100')
@@ -30,7 +30,7 @@ def label(chain: Chain) -> str:
 
 
 def repeats(study: Study, importances: Sequence[str] | None) -> list[Chain]:
-    """Return the chains of other data orders that the study asks for, of these importances or of all that it names."""
+    """Return the chains of the study's other data orders, of these importances or of all of the study's."""
     names = study.importances if importances is None else importances
     return [
         Chain(seed, name, order)
@@ -88,8 +88,8 @@ class Group:
     Args:
         level, seed: whose tickets.
         kind: what differs between them, `IMPORTANCES` or `DATA_ORDER`.
-        tickets: two or more, by what they are called (see `label`).
-        complete: whether all that the study is to have are there.
+        tickets: two or more, by name (see `label`).
+        complete: whether the store has all of them.
     """
 
     level: int
@@ -102,15 +102,16 @@ class Group:
 def groups(
     tickets: Tickets, importances: Sequence[str] | None = None, levels: Collection[int] | None = None
 ) -> Iterator[Group]:
-    """Yield what is compared at each level: the tickets of each seed by importance, and those by data order alone.
+    """Yield the tickets that are compared at each level: those of each seed by importance, and by data order alone.
 
     Args:
         tickets: of the study.
         importances: which, two or more; by default all.
-        levels: which; by default all that are there.
+        levels: which; by default all that the store has.
 
     Raises:
-        UserError: where importances or levels are not there.
+        UserError: where the study does not have the importances or levels.
+        NothingStoredError: where the store does not have them yet.
     """
     study = tickets.study
     chains = select_chains(study, importances, at_least=2)
@@ -139,7 +140,7 @@ def groups(
 
 
 def after(table: pl.DataFrame, **where: object) -> pl.DataFrame:
-    """Return the table after columns that are the same in every row.
+    """Return a table with further columns in front that have the same value in every row.
 
     >>> after(pl.DataFrame({"b": [2]}), a=1).rows()
     [(1, 2)]

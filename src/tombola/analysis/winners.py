@@ -1,4 +1,4 @@
-"""Winners: the sparsest tickets that keep the dense network's accuracy."""
+"""Winners: the sparsest tickets that keep the accuracy of the dense network."""
 
 from __future__ import annotations
 
@@ -34,7 +34,8 @@ def of_study(
 ) -> pl.DataFrame:
     """Return the winning ticket of each importance: the sparsest level that keeps the dense network's accuracy.
 
-    One row for each importance, with the columns of `by_level`. A level counts where all of the study's seeds have it.
+    One row for each importance, with the columns of `by_level`. A level must be stored for all
+    of the study's seeds.
 
     Args:
         tickets: of the study.

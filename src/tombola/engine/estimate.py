@@ -13,7 +13,7 @@ import torch
 from tombola.engine.forecast import Speed, Timing, makespan, refine, steps_ahead
 from tombola.engine.job import Job
 from tombola.engine.local import LocalWorkers
-from tombola.engine.run import remaining
+from tombola.engine.run import count_remaining
 from tombola.engine.workers import At
 from tombola.errors import DamagedResultError
 from tombola.pruning.mask import Mask
@@ -63,7 +63,7 @@ def estimate(planner: Planner, workers: int, directory: Path | None = None) -> E
     """
     progress = Tickets(planner).all()
     keys = {training.key for p in progress.values() for training in p.trainings}
-    to_train = remaining(list(progress.values()))
+    to_train = count_remaining(list(progress.values()))
     chains = tuple((chain, len(p.tickets), planner.study.levels + 1 - len(p.tickets)) for chain, p in progress.items())
     if not to_train:
         return Estimate(chains, len(keys), 0, 0.0, "nothing to do", 0.0, None, 0)
@@ -98,7 +98,7 @@ def prior_speed(planner: Planner, workers: int, directory: Path | None = None) -
             progress.append(planner.progress(chain))
         except DamagedResultError:  # the run repeats it
             damaged = 1
-    to_train = max(remaining(progress), damaged)
+    to_train = max(count_remaining(progress), damaged)
     if not to_train:
         return None
     if recorded := _recorded_speed(planner, progress):

@@ -83,18 +83,18 @@ def _run(
         _follow(planner, chain, status)
     _check(planner, status)
     _note_kinds(planner, status)
-    status.total = remaining(list(status.chains.values()))
+    status.total = count_remaining(list(status.chains.values()))
     forecast = Forecast(planner, workers.count, speed)
     status.seconds_left = forecast.seconds_left(status.chains, status.running)
     looked = 0.0
     show(status, None)  # before workers are started, which takes a while
-    while waiting := _waiting(status):
+    while waiting := _next_trainings(status):
         if time.monotonic() - looked > _LOOK_EVERY:
             looked = time.monotonic()
             for key in waiting.keys() - status.running.keys():
                 if key in planner.store.results:  # another run did it
                     _go_on(planner, key, status)
-            waiting = _waiting(status)
+            waiting = _next_trainings(status)
         for training in sorted(waiting.values(), key=lambda t: -_remaining_behind(t, status)):
             if not workers.idle:
                 break
@@ -124,10 +124,10 @@ def _run(
                     forecast.add(training, record)
                     _go_on(planner, training.key, status)
                     finished = training
-            status.done = status.total - remaining(list(status.chains.values()))
+            status.done = status.total - count_remaining(list(status.chains.values()))
             status.seconds_left = forecast.seconds_left(status.chains, status.running)
             show(status, finished)
-        status.done = status.total - remaining(list(status.chains.values()))
+        status.done = status.total - count_remaining(list(status.chains.values()))
         show(status, None)
     return status
 
@@ -141,7 +141,7 @@ def _note_other_runs(status: Status, claims: Claims, waiting: dict[str, Training
             status.notes.append(note)
 
 
-def remaining(chains: list[Progress]) -> int:
+def count_remaining(chains: list[Progress]) -> int:
     """Return how many trainings chains still need; one that several chains wait for counts once.
 
     Until the store has level 0, chains of one seed share all trainings up to it.
@@ -222,13 +222,14 @@ def _note_kind(planner: Planner, training: Training, outcome: Outcome, status: S
         status.notes.append(note)
 
 
-def _waiting(status: Status) -> dict[str, Training]:
+def _next_trainings(status: Status) -> dict[str, Training]:
+    """Return the trainings that chains wait for, by name."""
     waited_for = (progress.waits_for for progress in status.chains.values())
     return {training.key: training for training in waited_for if training is not None}
 
 
 def _remaining_behind(training: Training, status: Status) -> int:
-    """The longest chain of trainings that begins with this one."""
+    """Return the length of the longest chain of trainings that begins with this one."""
     return max(p.remaining for p in status.chains.values() if p.waits_for and p.waits_for.key == training.key)
 
 

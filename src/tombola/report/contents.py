@@ -14,7 +14,7 @@ from tombola import __version__
 from tombola.analysis import connectivity, functions, layers, overlap, reinit, stability, weights, winners
 from tombola.analysis.accuracy import Row, rows
 from tombola.analysis.gather import label
-from tombola.engine.run import remaining
+from tombola.engine.run import count_remaining
 from tombola.errors import UserError
 from tombola.report import paper
 from tombola.study.planner import Planner, select_chains
@@ -165,7 +165,7 @@ def gather(
         paper=paper.of_study(planner.study),
         tickets=sum(len(each.tickets) for each in progress.values()),
         expected=len(progress) * (planner.study.levels + 1),
-        trainings_left=remaining(list(progress.values())),
+        trainings_left=count_remaining(list(progress.values())),
         stopped={str(chain): each.stopped for chain, each in progress.items() if each.stopped},
         verified=summarise_verification(records),
         records=records,

@@ -1,17 +1,17 @@
-"""Claims: who works on what in a store, so that several runs at once do not repeat each other's work.
+"""Claims: which run does which training, so that several runs on one store do not repeat each other's work.
 
-    STORE/runs/<name>     a file for each run: who it is; the run holds a lock on it and touches it every few seconds
+    STORE/runs/<name>     the file of a run; the run holds a lock on it and touches it every few seconds
     STORE/claims/<key>    a hard link to the file of the run that does this training
 
-Making a link is one step that fails where the name is there, on a network file system too; and as the claim is the same
-file as the run's, it lives as long as the run does, without a heartbeat of its own. Whether a run lives is seen
+To make a link is one atomic step that fails where the name exists, on a network file system too. The claim is the same
+file as the run's, so it needs no heartbeat of its own. Whether a run is alive is decided
 
-- on the same machine by its lock, which the system takes away with the process, however that ends;
-- from another machine, where locks may not be seen, by the file's time of change: who has not touched it for two
-  minutes of the reader's own clock is taken for dead, so clocks need not agree.
+- on the same machine by its lock, which the system releases when the process ends, however it ends;
+- from another machine, which may not see locks, by the file's time of change: a run that has not touched its file for
+  two minutes of the reader's own clock counts as dead, so clocks need not agree.
 
-Nothing depends on claims being right: a result has the same bits whoever made it, and is stored whole by a rename. At
-worst a training is done twice. Where a file system has no hard links, nothing is claimed, and that is what happens.
+No result depends on claims: it has the same bits whichever run made it, and it is stored atomically. At worst a
+training is done twice. Where a file system has no hard links nothing is claimed, and this is what happens.
 """
 
 from __future__ import annotations
@@ -33,19 +33,19 @@ HEARTBEAT = 5.0
 """Seconds between two touches of a run's file."""
 
 PATIENCE = 120.0
-"""Seconds without a touch after which a run on another machine is taken for dead. File systems on a network may show
+"""Seconds without a touch after which a run on another machine counts as dead. File systems on a network may show
 times that are up to a minute old."""
 
 
 class Claims:
-    """What this process works on in a store.
+    """The trainings of a store that this process does.
 
     Args:
         root: the store's folder.
         heartbeat: see `HEARTBEAT`.
         patience: see `PATIENCE`.
-        host: the machine, as far as locks reach: one running kernel.
-        clock: tells the seconds by which patience is measured.
+        host: the name of the machine, or container, on which locks are visible.
+        clock: returns the time in seconds, by which patience is measured.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class Claims:
         os.close(self._handle)
 
     def take(self, key: str) -> bool:
-        """Claim a training; say whether it is ours now."""
+        """Claim a training; return whether this process has the claim."""
         if key in self._held:
             return True
         claim = self._claims / key
@@ -92,7 +92,7 @@ class Claims:
                 if self._alive(claim):
                     return False
                 self._bury(claim)
-            except FileNotFoundError:  # somebody took us for dead: a machine that slept
+            except FileNotFoundError:  # another run removed our file as dead: this machine slept
                 os.close(self._handle)
                 self._register()
             except OSError:
@@ -103,7 +103,7 @@ class Claims:
         return False
 
     def release(self, key: str) -> None:
-        """Give a claim back."""
+        """Release a claim."""
         self._held.discard(key)
         claim = self._claims / key
         with contextlib.suppress(OSError):
@@ -111,12 +111,12 @@ class Claims:
                 claim.unlink()
 
     def owner(self, key: str) -> str | None:
-        """Say who works on a training, as people name a process; None where nobody does."""
+        """Return which process does a training, for people; None where none does."""
         about = _read(self._claims / key)
         return f"process {about['pid']} on {about['name']}" if about else None
 
     def alone(self) -> bool:
-        """Say whether no other run is alive; what dead ones have left is removed."""
+        """Return whether no other run is alive; the files of dead ones are removed."""
         for folder in (self._claims, self._runs):
             for path in folder.iterdir():
                 if path != self._file and not self._alive(path):
@@ -124,7 +124,7 @@ class Claims:
         return not any(path != self._file for path in self._runs.iterdir())
 
     def _register(self) -> None:
-        """Make this run's file, with a lock on it."""
+        """Make this run's file and lock it."""
         for folder in (self._runs, self._claims):
             folder.mkdir(exist_ok=True)
         about: dict[str, Any] = {"host": self._host, "name": socket.gethostname(), "pid": os.getpid(), "locked": True}
@@ -142,12 +142,12 @@ class Claims:
                 os.utime(self._handle)
 
     def _alive(self, path: Path) -> bool:
-        """Say whether the run whose file (or claim) this is lives."""
+        """Return whether the run is alive whose file or claim this is."""
         about = _read(path)
         if about is None and not path.exists():
             return False
         try:
-            handle = os.open(path, os.O_RDONLY)  # opening is what makes a network file system look again
+            handle = os.open(path, os.O_RDONLY)  # opening it makes a network file system read the attributes again
         except OSError:
             return path.exists()
         try:
@@ -168,7 +168,7 @@ class Claims:
             os.close(handle)
 
     def _bury(self, path: Path) -> None:
-        """Remove the file of a dead run, unless somebody alive has put their own in its place meanwhile."""
+        """Remove the file of a dead run, unless a live run has put its own file in its place meanwhile."""
         grave = self._runs.parent / "tmp" / f"{path.name}.{secrets.token_hex(4)}"
         with contextlib.suppress(OSError):
             grave.parent.mkdir(exist_ok=True)
@@ -179,7 +179,7 @@ class Claims:
 
 
 def _read(path: Path) -> dict[str, Any] | None:
-    """Return who a run is; None where its file is gone, or not written to yet."""
+    """Return the content of a run's file; None where it is missing or empty."""
     try:
         about = json.loads(path.read_text())
         return about if {"host", "name", "pid", "locked"} <= set(about) else None
@@ -188,7 +188,7 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 
 def _this_host() -> str:
-    """Return a name of the running kernel: how far locks reach, whatever hosts and containers are called."""
+    """Return a name of the running kernel: its processes see each other's locks, in all containers."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:

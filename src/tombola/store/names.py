@@ -1,4 +1,4 @@
-"""Names: the hash of a document that says all that decides a result."""
+"""Names: the hash of a document with all that decides a result."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""References to a user's own code, `module:function`, and the hash of the source that they mean."""
+"""References to the user's own code, `module:function`, and the hash of its source."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from tombola.errors import UserError, describe_exception, did_you_mean, is_insta
 
 
 def resolve(reference: str, what: str) -> Callable[..., Any]:
-    """Return the function that `module:function` names; the module is looked for as by `import`.
+    """Return the function that `module:function` names; the module is imported.
 
     Args:
         reference: such as `my_package.models:mlp`.
-        what: what it is, for the error message.
+        what: its name in error messages.
 
     Raises:
         UserError: where there is no such module or function, or the module fails while it is imported.
@@ -56,9 +56,9 @@ def resolve(reference: str, what: str) -> Callable[..., Any]:
 def source_hash(reference: str) -> str:
     """Return SHA-256 of the source that decides what `module:function` does.
 
-    The source of its module, of every module that it imports, directly or not, and of the packages that these are in,
-    except the standard library, tombola and installed packages (other than its own). So an edit of any of these gives
-    another hash, comments included. What is imported under a name that is computed is not seen.
+    It covers the module, every module that it imports directly or indirectly, and their packages, except for the
+    standard library, tombola and installed packages (other than its own). Every edit of these, of a comment too, gives
+    another hash. A module that is imported under a computed name is not found.
     """
     root = reference.partition(":")[0]
     digest = hashlib.sha256()
@@ -69,7 +69,7 @@ def source_hash(reference: str) -> str:
 
 
 def own_modules(root: str) -> dict[str, Path]:
-    """Return the files of `root` and of what it imports of the user's own, by module name."""
+    """Return the files of a module and of the user's own modules that it imports, by module name."""
     found: dict[str, Path] = {}
     own = root.partition(".")[0]
     seen = {""}
@@ -102,7 +102,7 @@ def _source(module: str) -> Path | None:
 
 
 def _of_python(top: str) -> bool:
-    """Say whether a name is the standard library's, and no module of the user's own is found under it."""
+    """Return whether a name is of the standard library, and no module of the user's own hides it."""
     if top not in sys.stdlib_module_names:
         return False
     path = _source(top)
@@ -110,13 +110,13 @@ def _of_python(top: str) -> bool:
 
 
 def _imports(module: str, path: Path) -> Iterator[str]:
-    """Yield every module that the file may import: also names from packages, which may be modules."""
+    """Yield every module that the file may import; a name imported from a package may be a module, too."""
     if path.suffix != ".py":
         return
     is_package = path.name == "__init__.py"
     try:
         tree = ast.parse(path.read_bytes())
-    except (SyntaxError, ValueError):  # importing it fails, which the module that names it puts up with
+    except (SyntaxError, ValueError):  # importing it fails, and the module that names it can handle that
         return
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):

@@ -1,4 +1,4 @@
-"""Problem: a task's data set, model and loss, loaded; what a training works on."""
+"""Problem: the data set, model and loss of a task, loaded."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def load_problem(task: Task, directory: Path | None = None) -> Problem:
 
     Args:
         task: see `Task`.
-        directory: where data sets lie.
+        directory: of the data sets.
 
     Raises:
         UserError: naming the field, where something cannot be found or loaded.
@@ -65,14 +65,14 @@ def load_problem(task: Task, directory: Path | None = None) -> Problem:
     """
     data = _load_data(task, directory)
     model, model_identity = _function("model", task.model, models.MODELS, task.model_arguments)
-    build = _guarded(f"task.model {task.model!r}", model, nn.Module, "a torch module")
+    build = _guard(f"task.model {task.model!r}", model, nn.Module, "a torch module")
     loss, loss_identity = _function("loss", task.loss, {"cross_entropy": functional.cross_entropy}, {})
     identity = {"data": data.fingerprint, "model": model_identity, "loss": loss_identity}
     return Problem(data, build, loss, identity)
 
 
 def resolve_importance(name: str) -> Importance:
-    """Return the importance that a name or `module:function` means.
+    """Return the importance with a name, or the one that `module:function` names.
 
     Raises:
         UserError: where there is none.
@@ -91,10 +91,10 @@ def resolve_importance(name: str) -> Importance:
 
 
 def try_out(problem: Problem, study: Study) -> None:
-    """Raise `UserError` where data, model, loss and recipe do not work together, before anything is trained.
+    """Raise `UserError` where data, model, loss and recipe do not work together.
 
-    The smallest batch that the training will have, but of two examples at most, goes forward and backward, then two
-    examples of the test set forward.
+    The smallest batch of the training, of two examples at most, is passed forward and backward, then two examples of
+    the test set forward.
     """
     task, recipe, data = study.task, study.recipe, problem.data
     check_recipe_fits(recipe, data)
@@ -108,20 +108,20 @@ def try_out(problem: Problem, study: Study) -> None:
             if not torch.nn.parameter.is_lazy(parameter) and not parameter.isfinite().all():
                 raise UserError(f"task.model {task.model!r}: its initial {name!r} is not finite (NaN or infinite)")
         outputs = _outputs(model, inputs, problem, task)
-        loss = _guarded(f"task.loss {task.loss!r}", partial(problem.loss, outputs, labels))()
+        loss = _guard(f"task.loss {task.loss!r}", partial(problem.loss, outputs, labels))()
         if not isinstance(loss, Tensor) or loss.shape != ():
             got = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
             raise UserError(f"task.loss {task.loss!r}: expected one number, the mean over the batch, got {got}")
-        _guarded(f"task.loss {task.loss!r}: going backward", loss.backward)()
+        _guard(f"task.loss {task.loss!r}: going backward", loss.backward)()
         with torch.no_grad():
             _outputs(model.eval(), normalisation(data)(data.test_inputs[:2]), problem, task)
 
 
 def _outputs(model: nn.Module, inputs: Tensor, problem: Problem, task: Task) -> Tensor:
-    """Return a model's outputs, which must be one number a class."""
+    """Return a model's outputs; raise `UserError` unless they are one number for each class."""
     name, classes = f"task.model {task.model!r}", len(problem.data.classes)
     given = f"inputs of shape {tuple(inputs.shape)} from {problem.data.name!r}"
-    outputs = _guarded(f"{name}: on {given} it", partial(model, inputs), Tensor, "a tensor")()
+    outputs = _guard(f"{name}: on {given} it", partial(model, inputs), Tensor, "a tensor")()
     shape = tuple(outputs.shape)
     if len(shape) != 2 or shape[0] != len(inputs) or shape[1] < classes:
         raise UserError(
@@ -134,9 +134,9 @@ def _outputs(model: nn.Module, inputs: Tensor, problem: Problem, task: Task) -> 
 def _load_data(task: Task, directory: Path | None) -> Dataset:
     what = f"task.dataset {task.dataset!r}"
     if ":" not in task.dataset:
-        return _guarded(what, partial(datasets.load, task.dataset, directory, **task.dataset_arguments))()
+        return _guard(what, partial(datasets.load, task.dataset, directory, **task.dataset_arguments))()
     function = _call(what, resolve(task.dataset, "task.dataset"), task.dataset_arguments)
-    data: Dataset = _guarded(what, function, Dataset, "a tombola.Dataset")()
+    data: Dataset = _guard(what, function, Dataset, "a tombola.Dataset")()
     return data
 
 
@@ -159,10 +159,10 @@ def _function(
 
 
 def _call(what: str, function: Callable[..., Any], arguments: Mapping[str, Any]) -> Callable[..., Any]:
-    """Return the function with its arguments, which must be its own."""
+    """Return the function with these arguments; raise `UserError` where it does not take them."""
     try:
         signature = inspect.signature(function)
-    except ValueError:  # of some that are not written in Python
+    except ValueError:  # some functions that are not written in Python have no signature
         return partial(function, **arguments)
     try:
         signature.bind(**arguments)
@@ -173,12 +173,12 @@ def _call(what: str, function: Callable[..., Any], arguments: Mapping[str, Any])
     return partial(function, **arguments)
 
 
-def _guarded(
+def _guard(
     what: str, function: Callable[..., Result], kind: type | None = None, kind_name: str = ""
 ) -> Callable[[], Result]:
-    """Return the function so that what it raises is a `UserError`, and also a result that is not of the `kind`."""
+    """Return a function that raises `UserError` where `function` fails or returns another type than `kind`."""
 
-    def guarded() -> Result:
+    def call() -> Result:
         try:
             result = function()
         except UserError:
@@ -189,4 +189,4 @@ def _guarded(
             raise UserError(f"{what.removesuffix(' it')}: expected {kind_name}, got {type(result).__name__}")
         return result
 
-    return guarded
+    return call

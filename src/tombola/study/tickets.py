@@ -87,7 +87,7 @@ class Tickets:
         have = {chain: len(self.progress(chain).tickets) for chain in chains}
         least = min(have.values(), default=0)
         if too_high := [level for level in levels if level >= least]:
-            without = [chain for chain, count in have.items() if count == least]
+            without = [chain for chain, count in have.items() if count <= min(too_high)]
             more = f" and {len(without) - 1} more" if len(without) > 1 else ""
             there = f"levels 0 to {least - 1}" if least > 1 else "level 0" if least else "no level"
             raise NothingStoredError(
