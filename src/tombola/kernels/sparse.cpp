@@ -113,7 +113,7 @@ struct Structure {
         // The lines that one group of pixels reads should fit the first cache, but a piece of a row costs a load and
         // a store of the accumulators, so it should have some taps; the packed tile should fit the second cache.
         const size_t window = sizeof(float) * p.block * p.tap_height * (p.tap_width + (p.grid_width > 1 ? 3 : 0));
-        const Sizes sizes = p.grid_height * p.grid_width == 1 ? of_one_pixel : of_pixels;
+        const Sizes sizes = p.grid_height == 1 && p.grid_width == 1 ? of_one_pixel : of_pixels;
         const size_t fitting = sizes.first_cache / window;
         const size_t worth = sizes.least_taps * p.rows * p.channels / (taps.size() + 1);
         size_t channels = std::max({fitting, worth, size_t(1)});
