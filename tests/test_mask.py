@@ -807,3 +807,10 @@ def test_select_lowest_sorts_by_score_layer_and_index(
     for layer, size in sizes.items():
         assert selected[layer].dtype == torch.bool
         assert selected[layer].tolist() == [(layer, index) in lowest for index in range(size)]
+
+
+def test_select_lowest_selects_any_number() -> None:
+    """Also where an end of the interval that is tried first is the first score of all, or one past the last."""
+    x = torch.randperm(100, generator=torch.Generator().manual_seed(0)).double()
+    for count in range(101):
+        assert select_lowest(lambda _: x, {"w": 100}, count)["w"].equal(x < count)
