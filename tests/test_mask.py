@@ -292,7 +292,11 @@ def test_ones_like_excludes_by_layer_or_parameter(exclude: Sequence[str]) -> Non
         (nn.Sequential(nn.ReLU()), (), "Sequential has no linear or convolution weight to prune"),
         (nn.Sequential(nn.Linear(1, 1)), ("0",), "Sequential has no linear or convolution weight to prune"),
         (Tied(), ("encodr",), "exclude: 'encodr' is no prunable layer; did you mean 'encoder'?"),
-        (nn.Sequential(nn.LazyLinear(3)), (), "layer '0.weight' is lazy and has no shape yet: run the model once"),
+        (
+            nn.Sequential(nn.LazyLinear(3), nn.LazyLinear(2)),
+            (),
+            "layer '0.weight' is lazy and has no shape yet: run the model once",
+        ),
     ],
 )
 def test_ones_like_says_what_is_wrong(model: nn.Module, exclude: Sequence[str], text: str) -> None:
