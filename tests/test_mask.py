@@ -292,7 +292,11 @@ def test_ones_like_excludes_by_layer_or_parameter(exclude: Sequence[str]) -> Non
         (nn.Sequential(nn.ReLU()), (), "Sequential has no linear or convolution weight to prune"),
         (nn.Sequential(nn.Linear(1, 1)), ("0",), "Sequential has no linear or convolution weight to prune"),
         (Tied(), ("encodr",), "exclude: 'encodr' is no prunable layer; did you mean 'encoder'?"),
-        (nn.Sequential(nn.LazyLinear(3)), (), "layer '0.weight' is lazy and has no shape yet: run the model once"),
+        (
+            nn.Sequential(nn.LazyLinear(3), nn.LazyLinear(2)),
+            (),
+            "layer '0.weight' is lazy and has no shape yet: run the model once",
+        ),
     ],
 )
 def test_ones_like_says_what_is_wrong(model: nn.Module, exclude: Sequence[str], text: str) -> None:
@@ -807,3 +811,10 @@ def test_select_lowest_sorts_by_score_layer_and_index(
     for layer, size in sizes.items():
         assert selected[layer].dtype == torch.bool
         assert selected[layer].tolist() == [(layer, index) in lowest for index in range(size)]
+
+
+def test_select_lowest_selects_any_number() -> None:
+    """Also where an end of the interval that is tried first is the first score of all, or one past the last."""
+    x = torch.randperm(100, generator=torch.Generator().manual_seed(0)).double()
+    for count in range(101):
+        assert select_lowest(lambda _: x, {"w": 100}, count)["w"].equal(x < count)
