@@ -33,7 +33,7 @@ def of_study(tickets: Tickets) -> pl.DataFrame:
     tables = []
     for (level, names), most in list_notes(tickets).items():
         plans = [plan_again(tickets, level, most, names, seed) for seed in tickets.study.seeds]
-        pairs = [(plan, tickets.share_with(plan.planner)) for plan in plans if plan is not None]
+        pairs = [(plan, Tickets(plan.planner)) for plan in plans if plan is not None]
         found = {plan.seed: (plan, own, number) for plan, own in pairs if (number := count_draws(own))}
         draws = min((number for _, _, number in found.values()), default=0)
         tables += [after(_of_draws(plan, own, draws), compared=list(names)) for plan, own, _ in found.values()]

@@ -107,7 +107,7 @@ def verify_trainings(planner: Planner, places: Sequence[Place], workers: Workers
         UserError: where a training fails.
     """
     tickets = Tickets(planner)
-    again = tickets.share_with(Planner(planner.study, planner.problem, planner.store, remember=False))
+    again = Tickets(Planner(planner.study, planner.problem, planner.store, remember=False))
     waiting = list(places)
     for chain in dict.fromkeys(place.chain for place in places):
         try:

@@ -23,7 +23,7 @@ def list_needs(tickets: Tickets) -> set[str]:
         for seed in tickets.study.seeds:
             found = plan_again(tickets, level, draws, importances, seed)
             if found is not None:
-                needs |= list_chain_needs(tickets.share_with(found.planner))
+                needs |= list_chain_needs(Tickets(found.planner))
     return needs
 
 

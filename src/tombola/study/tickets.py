@@ -41,12 +41,6 @@ class Tickets:
         """The study."""
         return self.planner.study
 
-    def share_with(self, planner: Planner) -> Tickets:
-        """Return the tickets of another planner on the same store, which read no result that these have read."""
-        other = Tickets(planner)
-        other._results = self._results
-        return other
-
     def progress(self, chain: Chain) -> Progress:
         """Return how far a chain is.
 
