@@ -382,3 +382,12 @@ def test_pruning_leaves_the_global_random_numbers_alone() -> None:
     before = torch.get_rng_state()
     _random_masks(seed=0, level=0)
     assert torch.get_rng_state().equal(before)
+
+
+def test_what_random_removes_is_frozen() -> None:
+    """The stream of a layer is named by ("importance", layer): under another name stored chains would not go on."""
+    weights = {"a": torch.ones(3, 4), "b": torch.ones(9)}
+    dense = Mask.from_tensors({name: weight.bool() for name, weight in weights.items()})
+    pruned = prune(weights, dense, random, 0.5, seed=5)
+    assert pruned["a"].flatten().int().tolist() == [0, 1, 0, 1, 1, 1, 0, 0, 0, 0, 0, 1]
+    assert pruned["b"].int().tolist() == [0, 0, 1, 1, 1, 1, 0, 1, 1]
