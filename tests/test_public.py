@@ -109,7 +109,7 @@ def test_every_public_method_is_documented(name: str) -> None:
     [
         "import tombola",
         "import tombola.cli",
-        "from tombola.study import load_study; load_study('digits')",
+        "from tombola.study.schema import load_study; load_study('digits')",
         "import tombola.cli, contextlib\nwith contextlib.suppress(SystemExit): tombola.cli.main(['--help'])",
     ],
     ids=["package", "command line", "study", "help"],
