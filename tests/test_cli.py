@@ -14,7 +14,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -44,20 +44,24 @@ CONSOLE = [sys.executable, "-c", "from tombola.cli import main; raise SystemExit
 @pytest.fixture
 def here(
     workers_here: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Here:
+) -> Iterator[Here]:
     """A function that runs the command line in this process, in an empty folder, and returns what it prints."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
 
-    def run(*arguments: str, status: int = 0) -> str:
-        for module in ("mine", "mine_too"):  # a user's own: each command starts anew
+    def forget_modules() -> None:
+        for module in ("mine", "mine_too", "other"):  # a user's own
             sys.modules.pop(module, None)
+
+    def run(*arguments: str, status: int = 0) -> str:
+        forget_modules()  # each command starts anew
         importlib.invalidate_caches()
         assert main(arguments) == status
         said = capsys.readouterr()
         return said.out if status == 0 else said.err
 
-    return run
+    yield run
+    forget_modules()
 
 
 @pytest.fixture
@@ -402,9 +406,7 @@ def test_an_edited_importance_is_applied_again(mine: Here) -> None:
     mine("run", "mine.toml")
     assert to_train(mine) == 0
     Path("other.py").write_text("def ranked(w):\n    return w.max() - w\n")
-    sys.modules.pop("other")
     assert to_train(mine) == 1
-    sys.modules.pop("other")
 
 
 def test_a_users_modules_come_after_pythons_own_and_before_installed_ones(here: Here) -> None:

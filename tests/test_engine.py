@@ -98,7 +98,8 @@ SURROUNDINGS = [
 
 def test_time_zone_locale_and_hash_seed_change_no_bit(tmp_path: Path, undisturbed: dict[str, bytes]) -> None:
     code = (
-        "import sys; from pathlib import Path; from stores import *\n"
+        "import sys, torch; from pathlib import Path; from stores import *\n"
+        "torch.set_num_threads(1)\n"
         "run(planner(Path(sys.argv[1])), InTurn(last_first=False), lambda *_: None)"
     )
     here = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
