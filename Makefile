@@ -15,11 +15,11 @@ test: .venv/installed-tests
 	.venv/bin/mypy
 	$(PYTEST)
 
-# RUNS times all that `make test` runs, BUSY of them while both cores have something else to do; a line for each.
+# `make test` RUNS times, BUSY of them while every core has something else to do; prints a line for each.
 RUNS ?= 10
 BUSY ?= 5
 test-repeat: .venv/installed-tests
-	.venv/bin/python tests/repeat.py $(RUNS) $(BUSY) $(PYTEST)
+	.venv/bin/python tests/repeat.py $(RUNS) $(BUSY) $(MAKE) --no-print-directory test
 
 # Changes of the code that no test notices, in rooms or modules of your choice: make mutate MODULES="pruning store"
 MODULES ?= importance pruning training store analysis

@@ -71,7 +71,13 @@ def compute_all(setting: str) -> dict[str, Bits]:
 @contextmanager
 def force_kernels(name: str) -> Iterator[None]:
     """Let sparse layers use this instruction set inside the block."""
-    forced = SimpleNamespace(**(vars(layers.extension) | {"instruction_sets": lambda: [name]}))
+    extension = layers.extension
+
+    def make_layer(*arguments: Any) -> Any:
+        *before, _, read = arguments
+        return extension.Layer(*before, name, read)
+
+    forced = SimpleNamespace(**(vars(extension) | {"instruction_sets": lambda: [name], "Layer": make_layer}))
     with mock.patch.object(layers, "extension", forced):
         yield
 

@@ -30,7 +30,7 @@ from tombola import Planner, Store, Ticket, load_problem, load_study
 from tombola.cli import main
 from tombola.engine.run import Status
 from tombola.importance import IMPORTANCES
-from tombola.study.planner import Chain, Progress
+from tombola.study.planner import Chain, Progress, Waiting
 from tombola.study.schema import presets
 from tombola.training.train import initial_state
 
@@ -534,7 +534,9 @@ def test_a_run_is_live_on_a_terminal_and_fits_80_columns(finished: Path, termina
     waits_for = chains[Chain(0, "min_max")].waits_for
     assert waits_for is not None
 
-    begun = shown(terminal, planner, Status(8, chains={chain: Progress((), waits_for, 3) for chain in chains}))
+    begun = shown(
+        terminal, planner, Status(8, chains={chain: Progress((), (), Waiting(waits_for, 3, 1)) for chain in chains})
+    )
     assert "0 of 8 trainings" in begun
     assert re.search(r"^ *min_max +0 +- +- *\r?$", begun, re.MULTILINE)
     assert "training" not in begun.partition("trainings")[2]

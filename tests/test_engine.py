@@ -269,7 +269,7 @@ def test_two_runs_at_once_share_the_work(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, undisturbed: dict[str, bytes]
 ) -> None:
     """One run is begun inside the other, whenever that one has a training under way."""
-    monkeypatch.setattr("tombola.engine.run._LOOKED_EVERY", -1.0)  # each time round, not once a second
+    monkeypatch.setattr("tombola.engine.run._LOOK_EVERY", -1.0)  # each time round, not once a second
     root = tmp_path / "store"
     inner: list[list[str]] = []
 

@@ -153,7 +153,7 @@ def test_work_is_kept_over_a_kill(tmp_path: Path, undisturbed: dict[str, bytes])
     status = run_study(root, STUDY)
     assert status.done == len(results(root)) - len(stored)
     assert content(root) == undisturbed
-    lengths = {path.name: Store(root).record(path.name)["iterations"] for path in results(root)}
+    lengths = {path.name: Store(root).results.record(path.name)["iterations"] for path in results(root)}
     assert lengths.pop(checkpoint.stem) == 50 - 20
     assert sorted(lengths.values()) == [10] * 2 + [50] * 13, "every other training was done from its beginning"
 
@@ -167,7 +167,7 @@ def test_a_full_disk_is_said_and_when_there_is_room_the_same_command_goes_on(tmp
     command = [*write_study(tmp_path), "--workers", "1"]
     status, errors = run_command(tmp_path, command, before=partial(_limit_files, 2500))
     assert status == 2
-    assert "cannot be written: File too large; what was stored before is kept, the same command goes on" in errors
+    assert "cannot be written: File too large; all results that were stored before are kept" in errors
     assert "Traceback" not in errors
     store = tmp_path / "tombola-store"
     assert not results(store)
@@ -191,7 +191,7 @@ def test_a_disk_that_fills_in_the_middle_loses_nothing(tmp_path: Path, monkeypat
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", fsync)
-        with pytest.raises(UserError, match="No space left on device; what was stored before is kept"):
+        with pytest.raises(UserError, match="No space left on device; all results that were stored before are kept"):
             run_study(tmp_path / "store")
     finished = len(results(tmp_path / "store"))
     assert finished >= 1

@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tombola.engine.forecast import Forecast, Speed, Step, Timing, makespan, refine
-from tombola.study.planner import Chain, Planner, Progress, Training
+from tombola.study.planner import Chain, Finished, Planner, Progress, Waiting
+from tombola.study.trainings import Training
 
 FRACTION, LEVELS, ITERATIONS = 0.2, 20, 1000
 
@@ -56,9 +57,9 @@ class Simulation:
 
         def progress() -> dict[Chain, Progress]:
             return {
-                chain: Progress((), training(self.key(chain, level), level), LEVELS + 1 - level, 1)
+                chain: Progress((), (), Waiting(training(self.key(chain, level), level), LEVELS + 1 - level, 1))
                 if level <= LEVELS
-                else Progress(())
+                else Progress((), (), Finished())
                 for chain, level in levels.items()
             }
 
@@ -132,7 +133,7 @@ def test_a_run_that_was_never_timed_learns_from_what_it_does() -> None:
 def test_between_two_trainings_a_forecast_follows_the_clock() -> None:
     now = 0.0
     forecast = Forecast(planner(0), 1, Speed({1.0: 0.01}, 2.0, 5.0, ""), clock=lambda: now)
-    chain = {Chain(0, "l1"): Progress((), training("a", 0), 1, 1)}
+    chain = {Chain(0, "l1"): Progress((), (), Waiting(training("a", 0), 1, 1))}
     assert forecast.seconds_left(chain, {}) == pytest.approx(5 + 12)
     running = {"a": (training("a", 0), 0)}
     assert forecast.seconds_left(chain, running) == pytest.approx(12)  # the workers are there
@@ -142,7 +143,7 @@ def test_between_two_trainings_a_forecast_follows_the_clock() -> None:
     assert forecast.seconds_left(chain, running) == pytest.approx(8)
     now = 40.0
     assert forecast.seconds_left(chain, running) == 0  # late, not less than nothing
-    assert forecast.seconds_left({Chain(0, "l1"): Progress(())}, {}) == 0
+    assert forecast.seconds_left({Chain(0, "l1"): Progress((), (), Finished())}, {}) == 0
 
 
 NAMES = st.integers(0, 5)

@@ -68,7 +68,7 @@ def run_on_ray(root: Path, show: Any = lambda *_: None, **how: Any) -> Status:
 
 def iterations(root: Path) -> dict[str, int]:
     """Return how many iterations each training took, in the process that finished it."""
-    return {path.name: Store(root).record(path.name)["iterations"] for path in results(root)}
+    return {path.name: Store(root).results.record(path.name)["iterations"] for path in results(root)}
 
 
 def test_ray_gives_the_bits_of_the_local_engine(tmp_path: Path, cluster: Any, undisturbed: dict[str, bytes]) -> None:

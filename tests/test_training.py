@@ -79,7 +79,7 @@ def test_golden_bits(name: str, kernel_set: str | None, setting: str) -> None:
     `make golden`. After an upgrade of torch the key is another one: `make golden` adds its bits.
     """
     if kernel_set is not None and kernel_set not in golden.kernel_sets():
-        pytest.skip(f"this processor or build has no kernels {kernel_set!r}: run it where there are")
+        pytest.skip(f"this processor or build has no {kernel_set!r} kernels; to run: take a processor that has them")
     computed = golden.compute_apart(setting)
     (key,) = (key for key in computed if key.startswith(f"{name}:") and _has_kernels(key, kernel_set))
     expected = golden.read()["bits"].get(key)
