@@ -65,6 +65,7 @@ class InTurn:
     """One worker in this very process, that does the jobs it is given in an order of its own."""
 
     count = 4
+    are_here = True
 
     def __init__(self, *, last_first: bool, works_on: Problem | None = None) -> None:
         self._jobs: list[Job] = []

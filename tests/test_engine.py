@@ -223,7 +223,7 @@ def test_a_flipped_byte_is_found_said_and_done_again(tmp_path: Path, undisturbed
         run(planner(root), InTurn(last_first=False), lambda *_: None)
         plan = planner(root)
         path = (
-            plan.store.results.folder(plan.trainings(plan.chains[0])[-1].key) / name
+            plan.store.results.folder(plan.progress(plan.chains[0]).trainings[-1].key) / name
         )  # the last level: no other waits for it
         damaged = bytearray(path.read_bytes())
         damaged[len(damaged) // 2] ^= 4
@@ -512,7 +512,7 @@ def test_a_run_takes_as_long_as_was_predicted(tmp_path: Path, monkeypatch: pytes
 def test_speeds_come_from_records_and_by_density(tmp_path: Path) -> None:
     plan = planner(tmp_path / "store", study(["l1"], levels=2))
     run(plan, InTurn(last_first=False), lambda *_: None)
-    for training in plan.trainings(plan.chains[0]):
+    for training in plan.progress(plan.chains[0]).trainings:
         path = plan.store.results.folder(training.key) / "record.json"
         record = json.loads(path.read_text())
         record |= {"seconds_per_iteration": training.mask.density, "seconds": 100.0, "iterations": 10}

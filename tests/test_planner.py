@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -183,6 +184,23 @@ def test_masks_of_tickets_stay_on_disk(root: Path) -> None:
     assert at.load() is at, "of the level asked for they are in memory"
 
 
+def test_the_bits_of_a_tickets_mask_are_in_memory_only_while_they_are_used(root: Path) -> None:
+    """Whatever the ticket refers to: 15 tickets x 25 levels of a large network would be gigabytes."""
+    gc.collect()
+    before = {id(each) for each in gc.get_objects() if type(each) is Mask and each._bits}
+    progress = planner(root, STUDY).progress(CHAIN)
+    gc.collect()
+    loaded = [each for each in gc.get_objects() if type(each) is Mask and each._bits and id(each) not in before]
+    assert len(progress.tickets) == 3
+    assert {mask.alive == mask.total for mask in loaded} == {True}, "only the dense network's"
+
+
+def test_looking_a_layer_up_loads_no_mask(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mask = planner(root, STUDY).progress(CHAIN).tickets[2].mask
+    monkeypatch.setattr(Mask, "load", lambda self: pytest.fail("the mask was loaded"))
+    assert [name in mask for name in (*mask, "no layer")] == [True] * len(mask) + [False]
+
+
 def test_a_mask_that_is_no_longer_remembered_is_read_from_the_result(tmp_path: Path, root: Path) -> None:
     import shutil
 
@@ -192,7 +210,7 @@ def test_a_mask_that_is_no_longer_remembered_is_read_from_the_result(tmp_path: P
     expected = ticket.mask.load()
     shutil.rmtree(tmp_path / "store" / "masks")
     assert ticket.mask.load() == expected
-    path = of.store.results.folder(of.trainings(CHAIN)[-1].key) / "weights.safetensors"
+    path = of.store.results.folder(of.progress(CHAIN).trainings[-1].key) / "weights.safetensors"
     shutil.rmtree(tmp_path / "store" / "masks")
     path.write_bytes(path.read_bytes()[: len(path.read_bytes()) // 2])
     with pytest.raises(DamagedResultError, match="its mask cannot be read"):
@@ -205,7 +223,7 @@ def test_a_damaged_result_is_no_mistake_of_the_user(tmp_path: Path, root: Path) 
     assert not issubclass(DamagedResultError, UserError)
     shutil.copytree(root, tmp_path / "store")
     of = planner(tmp_path / "store", STUDY)
-    path = of.store.results.folder(of.trainings(CHAIN)[-1].key) / "result.json"
+    path = of.store.results.folder(of.progress(CHAIN).trainings[-1].key) / "result.json"
     path.write_bytes(path.read_bytes()[:-1])
     tickets = Tickets(of)
     for read in (rows, overlap.of_study, list_needs):
@@ -226,7 +244,17 @@ def test_levels_that_are_not_there_are_named(tmp_path: Path) -> None:
         tickets.require([0, 2, 1], of.chains)
     with pytest.raises(UserError, match="level 3 is not one of the study's, which are 0 to 2"):
         tickets.require([3], of.chains)
+    put(of.store, training_of_level_1(of), History(diverged_at=3))
+    with pytest.raises(UserError, match=r"^l1, seed 0 has no level 2: it ends at level 1 \(its training div") as said:
+        Tickets(of).require([2], [CHAIN])
+    assert not isinstance(said.value, NothingStoredError), "no run can find it"
     assert (tickets.last_level(of.chains), Tickets(planner(tmp_path / "no", STUDY)).last_level([CHAIN])) == (0, None)
+
+
+def training_of_level_1(of: Planner) -> Training:
+    training = of.progress(CHAIN).waits_for
+    assert training is not None
+    return training
 
 
 def test_chains_are_selected_by_importance() -> None:

@@ -51,7 +51,13 @@ def cluster() -> Iterator[Any]:
     """Two nodes: this process is on the first."""
     os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112 (its name; a busy machine would let them starve)
     small: dict[str, Any] = {"num_cpus": 1, "object_store_memory": 100_000_000, "include_dashboard": False}
-    nodes = Cluster(initialize_head=True, head_node_args=small)
+    for tries_left in reversed(range(5)):  # Ray gives a node 30 seconds to start, which a busy machine may not keep
+        try:
+            nodes = Cluster(initialize_head=True, head_node_args=small)
+            break
+        except Exception as error:
+            if "timed out during startup" not in str(error) or not tries_left:
+                raise
     ray.init(address=nodes.address, log_to_driver=False, logging_level="ERROR")  # while there is but the first node
     nodes.add_node(num_cpus=1, object_store_memory=100_000_000)
     nodes.wait_for_nodes(timeout=LONG)

@@ -299,6 +299,16 @@ def test_a_cut_or_changed_checkpoint_is_none() -> None:
     assert checkpoint_from_bytes(whole[:-1] + bytes([whole[-1] ^ 1])) is None
 
 
+def test_a_checkpoint_of_another_kind_of_machine_is_not_resumed() -> None:
+    """A training that is resumed elsewhere would have the bits of neither kind."""
+    named = checkpoint_to_bytes(CHECKPOINT, "AVX2")
+    assert checkpoint_from_bytes(named, "AVX512") is None
+    for content, kind in ((named, "AVX2"), (named, None), (checkpoint_to_bytes(CHECKPOINT), "AVX2")):
+        found = checkpoint_from_bytes(content, kind)
+        assert found is not None
+        assert found.iteration == 17
+
+
 def test_a_checkpoint_that_cannot_be_written_stops_nothing(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     failing(monkeypatch, "fsync", 1, OSError(errno.ENOSPC, "full"))
     store.checkpoints.put(KEY, checkpoint_to_bytes(CHECKPOINT))

@@ -84,9 +84,23 @@ def test_what_training_gives_is_confirmed(plan: Planner) -> None:
     assert content(plan.store.root) == before
 
 
+def test_a_wrong_mask_that_was_remembered_and_trained_with_is_found(plan: Planner) -> None:
+    """Its training has another name than the one that pruning leads to, and its own bits are right."""
+    chain, store = Chain(0, "l1"), plan.store
+    tickets = plan.progress(chain).tickets
+    (name,) = plan.name_masks(chain, tickets[1:2])
+    right = tickets[2].mask.load()
+    alive = {layer: right[layer].flatten().roll(1).reshape(right.shapes[layer]) for layer in right}
+    store.masks.put(name, Mask.from_tensors(alive))
+    run(plan, InTurn(last_first=False), lambda *_: None)
+    differences = [finding.difference for finding in verify(plan) if finding.difference]
+    assert differences
+    assert differences[0].startswith("a remembered mask is not the one that pruning gives: mask of ")
+
+
 def test_one_weight_that_is_another_is_named(plan: Planner) -> None:
     chain = Chain(0, "l1")
-    last = plan.trainings(chain)[-1]
+    last = plan.progress(chain).trainings[-1]
 
     def change(tensors: dict[str, torch.Tensor]) -> None:
         tensors["state.4.bias"][2] = torch.nextafter(tensors["state.4.bias"][2], torch.tensor(9.0))
@@ -105,7 +119,7 @@ def test_one_weight_that_is_another_is_named(plan: Planner) -> None:
 
 
 def test_the_first_iteration_that_went_another_way_is_named(plan: Planner) -> None:
-    dense = plan.trainings(Chain(0, "l1"))[1]
+    dense = plan.progress(Chain(0, "l1")).trainings[1]
 
     def change(tensors: dict[str, torch.Tensor]) -> None:
         tensors["losses"][20:] = torch.nextafter(tensors["losses"][20:], torch.tensor(9.0))
@@ -121,7 +135,7 @@ def test_the_first_iteration_that_went_another_way_is_named(plan: Planner) -> No
 
 def test_a_chain_that_went_another_way_is_found_where_it_began(plan: Planner) -> None:
     """As by an importance that came to give other masks: all that is stored fits together, but comes out otherwise."""
-    level_1 = plan.trainings(Chain(0, "l1"))[2]
+    level_1 = plan.progress(Chain(0, "l1")).trainings[2]
 
     def change(tensors: dict[str, torch.Tensor]) -> None:
         bits = tensors["mask.0.weight"]
@@ -130,13 +144,13 @@ def test_a_chain_that_went_another_way_is_found_where_it_began(plan: Planner) ->
 
     tamper(plan.store, level_1.key, "weights.safetensors", change)
     unequal = [finding for finding in verify(plan) if finding.difference]
-    assert [finding.what for finding in unequal] == ["l1, seed 0, level 1"]
-    assert (unequal[0].difference or "").startswith("mask of 0.weight[2, ")
+    assert [finding.what for finding in unequal] == ["l1, seed 0", "l1, seed 0, level 1"]  # and what is pruned by it
+    assert (unequal[1].difference or "").startswith("mask of 0.weight[2, ")
 
 
 def test_a_wrong_remembered_mask_is_found(plan: Planner) -> None:
     chain = Chain(0, "l1")
-    right = plan.trainings(chain)[2].mask
+    right = plan.progress(chain).trainings[2].mask
     wrong = Mask.from_tensors({name: alive.roll(1) for name, alive in right.items()})
     for entry in plan.store.entries():
         if entry.kind == "mask" and plan.store.masks.get(entry.name) == right:
@@ -222,7 +236,7 @@ def test_the_command_line_verifies_in_fresh_processes_and_looks_after_the_store(
     assert done.returncode == 0
     assert done.stdout == "re-ran 2 trainings: all bit-identical\n"
 
-    key = plan.trainings(Chain(0, "l1"))[-1].key
+    key = plan.progress(Chain(0, "l1")).trainings[-1].key
 
     def change(tensors: dict[str, torch.Tensor]) -> None:
         tensors["state.0.bias"][0] += 1

@@ -6,7 +6,7 @@ from tombola.errors import ClusterError, DamagedResultError, NothingStoredError,
 
 _ADVICE: dict[type[Exception], str] = {
     NothingStoredError: "{}; `tombola run` does the trainings that are missing",
-    DamagedResultError: "{}; `tombola run` removes it and repeats its training",
+    DamagedResultError: "{}; `tombola run` (or `reinit`, if that trained it) removes it and repeats its training",
     StoreError: "{}; name another folder with --store",
     ClusterError: "--address: {}",
 }

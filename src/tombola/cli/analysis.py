@@ -141,7 +141,7 @@ def reinit(options: argparse.Namespace) -> int:
     from tombola.analysis import reinit
     from tombola.cli.progress import show_progress
     from tombola.cli.run import show_plan
-    from tombola.engine.estimate import estimate, prior_speed
+    from tombola.engine.estimate import estimate, recorded_speed
     from tombola.engine.local import LocalWorkers
     from tombola.engine.run import run
     from tombola.study.reinitialisation import plan as plan_draws
@@ -155,7 +155,7 @@ def reinit(options: argparse.Namespace) -> int:
             print(f"seed {plan.seed}: {plan.kept.alive} of {plan.kept.total} connections kept")
             show_plan(plan.planner, estimate(plan.planner, count, options.data), count, options.format)
         return 0
-    speed = prior_speed(tickets.planner, count, options.data)
+    speed = recorded_speed(tickets)
     with LocalWorkers(count, tickets.study.task, options.data, tickets.planner.store.root) as workers:
         for plan in plans:
             with (

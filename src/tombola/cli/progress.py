@@ -74,9 +74,8 @@ def line(status: Status, finished: Training, planner: Planner) -> str:
     left = f", {duration(status.seconds_left)} left" if status.seconds_left and status.done < status.total else ""
     found = {}
     for chain, progress in status.chains.items():
-        seed = chain.seed if chain.data_seed is None else chain.data_seed
         for ticket in progress.tickets[-1:]:
-            arguments = ticket.mask, ticket.rewind.hash, seed, planner.end
+            arguments = ticket.mask, ticket.rewind.hash, chain.order_seed, planner.end
             if arguments == (finished.mask, finished.initial.hash, finished.seed, finished.end):
                 found[chain] = ticket
     if not found:

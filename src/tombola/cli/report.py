@@ -97,7 +97,9 @@ def watch(options: argparse.Namespace) -> int:
 
     def state() -> object:
         """Return the names of the study's results, and of whatever else has been written about them."""
-        records = [planner.store.results.folder(key) / "record.json" for key in Tickets(planner).records()]
+        found = Tickets(planner).all().values()
+        keys = sorted({training.key for progress in found for training in progress.trainings})
+        records = [planner.store.results.folder(key) / "record.json" for key in keys]
         return [(path.parent.name, path.stat().st_mtime_ns) for path in records if path.exists()]
 
     def make() -> str:

@@ -80,6 +80,7 @@ def show_results(tickets: Tickets, form: str) -> None:
     from tombola.engine.machine import count_kinds, describe_kinds
 
     found = rows(tickets)
+    kinds = describe_kinds(count_kinds(tickets.records().values()))
     if not found:
         raise NothingStoredError(f"no result of this study is in {tickets.planner.store.root}")
     if form == "json":
@@ -89,8 +90,8 @@ def show_results(tickets: Tickets, form: str) -> None:
         show_table(names, [[getattr(row, name) for name in names] for row in found], "csv")
     else:
         _print_results(tickets.planner, found)
-        if kinds := describe_kinds(count_kinds(tickets.records().values())):
-            print(kinds)
+    if kinds:
+        print(kinds, file=sys.stdout if form == "table" else sys.stderr)
 
 
 def _print_results(planner: Planner, found: Sequence[Row]) -> None:

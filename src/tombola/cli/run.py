@@ -79,8 +79,7 @@ def show_plan(planner: Planner, expected: Estimate, workers: int, form: str) -> 
     from tombola.cli.tables import count, duration, show_table, size
 
     lines = [
-        [chain.importance, chain.seed, chain.seed if chain.data_seed is None else chain.data_seed, there, to_find]
-        for chain, there, to_find in expected.chains
+        [chain.importance, chain.seed, chain.order_seed, there, to_find] for chain, there, to_find in expected.chains
     ]
     header = ["importance", "seed", "data seed", "tickets there", "tickets to find"]
     if form == "json":

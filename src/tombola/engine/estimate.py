@@ -97,7 +97,7 @@ def prior_speed(planner: Planner, workers: int, directory: Path | None = None) -
         try:
             progress.append(planner.progress(chain))
         except DamagedResultError:  # the run repeats it
-            damaged = 1
+            damaged = planner.study.levels + 1
     to_train = max(count_remaining(progress), damaged)
     if not to_train:
         return None
@@ -108,6 +108,11 @@ def prior_speed(planner: Planner, workers: int, directory: Path | None = None) -
     if to_train * planner.end * step / workers < _WORTH_TIMING:
         return Speed({}, testing, 0.0, "not known yet")
     return _timed_speed(planner, workers, directory, testing)
+
+
+def recorded_speed(tickets: Tickets) -> Speed | None:
+    """Return the speed of a study's stored trainings, from their records; None if there are none."""
+    return _recorded_speed(tickets.planner, list(tickets.all().values()))
 
 
 def _speed(planner: Planner, chains: Sequence[Progress], workers: int, directory: Path | None) -> Speed:

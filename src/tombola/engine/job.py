@@ -13,7 +13,7 @@ import numpy as np
 import safetensors.torch
 import torch
 
-from tombola.engine.machine import machine
+from tombola.engine.machine import device_name, machine
 from tombola.kernels import NoKernelsWarning
 from tombola.pruning.mask import Mask
 from tombola.study.schema import Study
@@ -102,10 +102,10 @@ def perform(job: Job, problem: Problem, resume: Checkpoint | None, watch: Watch)
     record = {
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "seconds": round(clock.seconds, 3),
-        "iterations": job.end - (resume.iteration if resume else job.begin),
+        "iterations": job.begin + len(trained.batch_losses) - (resume.iteration if resume else job.begin),
         "seconds_per_iteration": clock.seconds_per_iteration,
         "threads": torch.get_num_threads(),
-        "device": torch.cuda.get_device_name() if job.device == "cuda" else "cpu",
+        "device": device_name(job.device),
         "machine": machine(),
     }
     losses = safetensors.torch.save({"losses": trained.batch_losses})

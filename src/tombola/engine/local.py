@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 from tombola.engine.job import Job, perform
+from tombola.engine.machine import kind_here
 from tombola.engine.workers import CHECKPOINT_EVERY, TRIES, At, Event, Failed, make_watch
 from tombola.store.store import Store
 from tombola.study.schema import Task
@@ -81,6 +82,8 @@ class LocalWorkers:
             worker.process.kill()
         for worker in self._workers:
             worker.process.join()
+
+    are_here = True
 
     @property
     def idle(self) -> bool:
@@ -184,8 +187,9 @@ def _perform(job: Job, problem: Problem, store: Store | None, checkpoint_every: 
 
     if store is None:
         return perform(job, problem, None, make_watch(tell, None, checkpoint_every))
-    keep = partial(store.checkpoints.put, job.key)
-    return perform(job, problem, store.checkpoints.get(job.key), make_watch(tell, keep, checkpoint_every))
+    keep, kind = partial(store.checkpoints.put, job.key), str(kind_here(job.device))
+    watch = make_watch(tell, keep, checkpoint_every, kind=kind)
+    return perform(job, problem, store.checkpoints.get(job.key, kind), watch)
 
 
 def _end_with_parent() -> None:

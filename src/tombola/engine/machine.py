@@ -49,6 +49,7 @@ class Kind:
         kernels: the instruction set of tombola's kernels; None where they are not installed.
         torch: its version.
         architecture: such as "x86_64".
+        device: that trains: "cpu", or the name of a GPU.
 
     >>> str(Kind("GenuineIntel", "AVX512", "avx512", "2.6.0", "x86_64"))
     'GenuineIntel x86_64 (torch 2.6.0 with AVX512, kernels with avx512)'
@@ -59,10 +60,12 @@ class Kind:
     kernels: str | None
     torch: str
     architecture: str
+    device: str = "cpu"
 
     def __str__(self) -> str:
         own = f"kernels with {self.kernels}" if self.kernels else "no kernels"
-        return f"{self.vendor} {self.architecture} (torch {self.torch} with {self.instruction_set}, {own})"
+        where = "" if self.device == "cpu" else f" with {self.device}"
+        return f"{self.vendor} {self.architecture}{where} (torch {self.torch} with {self.instruction_set}, {own})"
 
 
 def kind(record: Mapping[str, Any]) -> Kind | None:
@@ -82,9 +85,24 @@ def kind(record: Mapping[str, Any]) -> Kind | None:
             about["kernels"],
             about["versions"]["torch"],
             about["system"].split()[-1],
+            record.get("device", "cpu"),
         )
     except (KeyError, TypeError, IndexError, AttributeError):
         return None
+
+
+def kind_here(device: str = "cpu") -> Kind | None:
+    """Return the kind of this machine, with the device ("cpu" or "cuda") that trains.
+
+    >>> kind_here() == kind({"machine": machine()})
+    True
+    """
+    return kind({"machine": machine(), "device": device_name(device)})
+
+
+def device_name(device: str) -> str:
+    """Return "cpu", or the name of this machine's GPU for "cuda"."""
+    return torch.cuda.get_device_name() if device == "cuda" else "cpu"
 
 
 def count_kinds(records: Iterable[Mapping[str, Any]]) -> dict[Kind | None, int]:

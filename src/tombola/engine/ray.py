@@ -25,7 +25,7 @@ from ray import exceptions
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from tombola.engine.job import Job, Outcome, perform
-from tombola.engine.machine import differences, machine
+from tombola.engine.machine import differences, kind_here, machine
 from tombola.engine.workers import CHECKPOINT_EVERY, TRIES, At, Event, Failed, make_watch
 from tombola.errors import ClusterError
 from tombola.store.checkpoints import checkpoint_from_bytes
@@ -104,6 +104,8 @@ class RayWorkers:
                 ray.cancel(reference, force=True)
         if self._started:
             ray.shutdown()
+
+    are_here = False
 
     @property
     def idle(self) -> bool:
@@ -230,11 +232,11 @@ def _train(
     def keep(checkpoint: bytes) -> None:
         post.keep.remote(job.key, checkpoint)
 
-    resume = None if stopped is None else checkpoint_from_bytes(stopped)
+    kind = str(kind_here(job.device))
+    resume = None if stopped is None else checkpoint_from_bytes(stopped, kind)
+    watch = make_watch(tell, keep, checkpoint_every, kind=kind)
     try:
-        return perform(
-            replace(job, initial=initial), _load(problem[0]), resume, make_watch(tell, keep, checkpoint_every)
-        )
+        return perform(replace(job, initial=initial), _load(problem[0]), resume, watch)
     except Exception as error:
         return Failed.by(job.key, error)
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from tombola.engine.forecast import Forecast, Speed
 from tombola.engine.job import Job, Outcome
-from tombola.engine.machine import Kind, kind, machine
+from tombola.engine.machine import Kind, kind, kind_here
 from tombola.engine.workers import At, Failed, Workers
 from tombola.errors import DamagedResultError, UserError
 from tombola.store.claims import Claims
@@ -82,7 +82,7 @@ def _run(
     for chain in chains:
         _follow(planner, chain, status)
     _check(planner, status)
-    _note_kinds(planner, status)
+    _note_kinds(planner, workers, status, [p for p in status.chains.values() if p.waits_for is not None])
     status.total = count_remaining(list(status.chains.values()))
     forecast = Forecast(planner, workers.count, speed)
     status.seconds_left = forecast.seconds_left(status.chains, status.running)
@@ -118,11 +118,11 @@ def _run(
                     record = {**outcome.record, **planner.about}
                     planner.store.results.put(training.key, training.identity, training.mask, outcome.trained, record)
                     planner.store.checkpoints.discard(training.key)
-                    _note_kind(planner, training, outcome, status)
                     claims.release(training.key)
                     del status.running[training.key]
                     forecast.add(training, record)
                     _go_on(planner, training.key, status)
+                    _note_kinds(planner, workers, status, _chains_with(training, status))
                     finished = training
             status.done = status.total - count_remaining(list(status.chains.values()))
             status.seconds_left = forecast.seconds_left(status.chains, status.running)
@@ -192,34 +192,40 @@ def _remove(planner: Planner, damage: DamagedResultError, status: Status) -> Non
     planner.store.results.discard(damage.key)
 
 
-def _note_kinds(planner: Planner, status: Status) -> None:
-    """Note once where this run goes on with chains that were begun on another kind of machine than this one."""
-    going_on = [progress for progress in status.chains.values() if progress.waits_for is not None]
-    keys = {training.key for progress in going_on for training in progress.trainings}
-    here, kinds = kind({"machine": machine()}), [kind(planner.store.results.record(key)) for key in sorted(keys)]
-    others = dict.fromkeys(each for each in kinds if each not in (None, here))
-    if others:
-        names = ", ".join(map(str, others))
-        status.notes.append(
-            f"this run continues chains that were begun on another kind of machine ({names}) than this one ({here}); "
-            f"the bits of its results may differ from what that machine would give"
+def _note_kinds(planner: Planner, workers: Workers, status: Status, chains: Iterable[Progress]) -> None:
+    """Note once if chains have trainings of several kinds of machine, the workers' own kind included if they go on.
+
+    Workers on a cluster may be of any kind, which is known when their first training is done.
+    """
+    here = kind_here() if workers.are_here and planner.study.device == "cpu" else None
+    mixed: set[Kind] = set()
+    unknown = set()
+    for progress in chains:
+        kinds = {training.key: kind(planner.store.results.record(training.key)) for training in progress.trainings}
+        unknown |= {key for key, each in kinds.items() if each is None}
+        to_come = here if progress.waits_for is not None else None
+        known = {each for each in (*kinds.values(), to_come) if each is not None}
+        mixed |= known if kinds and len(known) > 1 else set()
+    if mixed:
+        names = ", ".join(sorted(map(str, mixed)))
+        _note(
+            status,
+            f"this run continues chains on another kind of machine than they were begun on, so that their "
+            f"tickets mix the bits of several kinds: {names}",
         )
-    if missing := kinds.count(None):
-        status.notes.append(f"this run continues chains with {missing} trainings whose kind of machine is not recorded")
+    if unknown:
+        _note(status, f"this run continues chains with {len(unknown)} trainings whose kind of machine is not recorded")
 
 
-def _note_kind(planner: Planner, training: Training, outcome: Outcome, status: Status) -> None:
-    """Note once where a cluster did a training on another kind of machine than the rest of its chain."""
-    there = kind(outcome.record)
-    if there == kind({"machine": machine()}):
-        return  # `_note_kinds` has compared the stored trainings with this kind
-    waiting = [p for p in status.chains.values() if p.waits_for is not None and p.waits_for.key == training.key]
-    keys = {before.key for progress in waiting for before in progress.trainings}
-    others: set[Kind | None] = {kind(planner.store.results.record(key)) for key in keys} - {there, None}
-    note = f"the cluster has machines of several kinds, so that chains mix their bits: {there} did a training whose "
-    note += f"chain was begun on {', '.join(sorted(map(str, others)))}"
-    if there is not None and others and note not in status.notes:
-        status.notes.append(note)
+def _chains_with(training: Training, status: Status) -> list[Progress]:
+    """Return the chains that a training, which is done, belongs to."""
+    return [p for p in status.chains.values() if any(each.key == training.key for each in p.trainings)]
+
+
+def _note(status: Status, text: str) -> None:
+    """Add a note that begins like no other: each is given once, with what was known at first."""
+    if not any(note[:30] == text[:30] for note in status.notes):
+        status.notes.append(text)
 
 
 def _next_trainings(status: Status) -> dict[str, Training]:

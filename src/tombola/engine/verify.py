@@ -111,7 +111,9 @@ def verify_trainings(planner: Planner, places: Sequence[Place], workers: Workers
     waiting = list(places)
     for chain in dict.fromkeys(place.chain for place in places):
         try:
-            remembered, computed = tickets.progress(chain).trainings, again.progress(chain).trainings
+            remembered, progress = tickets.progress(chain).trainings, again.progress(chain)
+            # A training by a wrong mask has another name: with the right one, the chain waits for it.
+            computed = [*progress.trainings, *([progress.waits_for] if progress.waits_for else [])]
         except DamagedResultError as damage:
             yield Finding(damage.key, str(chain), str(damage))
             waiting = [place for place in waiting if place.training.key != damage.key]
@@ -225,6 +227,7 @@ def _compare(
 
 def first_in_masks(stored: Mask, again: Mask) -> str | None:
     """Return the first connection that is alive in only one of two masks; None where they are equal."""
+    stored, again = stored.load(), again.load()
     for name in sorted(set(stored) | set(again)):
         if name not in stored or name not in again:
             return f"only one of the masks has layer {name}"

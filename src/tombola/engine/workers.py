@@ -52,6 +52,9 @@ class Workers(Protocol):
     def count(self) -> int:
         """The number of jobs that run at the same time."""
 
+    are_here: bool
+    """Whether all workers are on this machine."""
+
     @property
     def idle(self) -> bool:
         """Whether another job can start now."""
@@ -74,6 +77,7 @@ def make_watch(
     keep: Callable[[bytes], None] | None,
     checkpoint_every: float,
     clock: Callable[[], float] = time.monotonic,
+    kind: str | None = None,
 ) -> Watch:
     """Return a watch that reports a training's iteration to `tell` and its checkpoints to `keep`, from time to time.
 
@@ -82,6 +86,7 @@ def make_watch(
         keep: called with a checkpoint; None for no checkpoints.
         checkpoint_every: seconds between two checkpoints; 0 for one after each iteration.
         clock: returns the time in seconds.
+        kind: the kind of this machine, which the checkpoints are to name.
     """
     last_tell = last_keep = clock()
 
@@ -92,7 +97,7 @@ def make_watch(
             tell(iteration)
             last_tell = now
         if keep is not None and now - last_keep >= checkpoint_every:
-            keep(checkpoint_to_bytes(checkpoint()))
+            keep(checkpoint_to_bytes(checkpoint(), kind))
             last_keep = clock()
 
     return watch

@@ -45,7 +45,7 @@ class Ticket:
     @property
     def rewound(self) -> State:
         """The state to train the ticket from: the rewind point's, pruned weights 0.0."""
-        return apply_mask(self.rewind.load(), self.mask)
+        return apply_mask(self.rewind.load(), self.mask.load())
 
     def apply(self, model: nn.Module, *, trained: bool = False) -> None:
         """Load the ticket's rewound (or trained) state into `model`, pruned weights 0.0.
@@ -58,7 +58,7 @@ class Ticket:
             model.load_state_dict(state)
         except RuntimeError as error:
             raise UserError(f"the ticket does not fit the model: {' '.join(str(error).split())}") from error
-        zero_pruned(model, self.mask)
+        zero_pruned(model, self.mask.load())
 
     def _trained_state(self) -> State:
         if self.trained is None:
@@ -69,7 +69,7 @@ class Ticket:
         """Write the ticket as safetensors: `mask.<parameter>` (bool), `rewind.<name>` for every entry of the rewound
         state, with `trained` also `trained.<name>`; level, history and provenance are in the metadata, as JSON.
         """
-        tensors = {f"mask.{name}": alive for name, alive in self.mask.items()}
+        tensors = {f"mask.{name}": alive for name, alive in self.mask.load().items()}
         tensors |= {f"rewind.{name}": tensor.contiguous() for name, tensor in self.rewound.items()}
         if trained:
             tensors |= {f"trained.{name}": tensor.contiguous() for name, tensor in self._trained_state().items()}

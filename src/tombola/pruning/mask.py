@@ -129,6 +129,9 @@ class Mask(Mapping[str, Tensor]):
         bits = np.unpackbits(self.load()._bits[name], count=math.prod(shape), bitorder="little")
         return torch.from_numpy(bits.view(np.bool_)).reshape(shape)
 
+    def __contains__(self, name: object) -> bool:
+        return name in self.shapes
+
     def __iter__(self) -> Iterator[str]:
         return iter(self.shapes)
 

@@ -14,6 +14,7 @@ from tombola import __version__
 from tombola.analysis import connectivity, functions, layers, overlap, reinit, stability, weights, winners
 from tombola.analysis.accuracy import Row, rows
 from tombola.analysis.gather import label
+from tombola.engine.machine import differences
 from tombola.engine.run import count_remaining
 from tombola.errors import UserError
 from tombola.report import paper
@@ -190,7 +191,7 @@ def summarise_verification(records: Sequence[Mapping[str, Any]]) -> Verification
         times.append(when)
         confirmed += outcome == "confirmed"
         contradicted += outcome == "contradicted"
-        elsewhere |= outcome == "contradicted" and note.get("machine") != record.get("machine")
+        elsewhere |= outcome == "contradicted" and bool(differences(record.get("machine", {}), note.get("machine", {})))
     return Verification(len(records), confirmed, contradicted, max(times, default=None), elsewhere)
 
 

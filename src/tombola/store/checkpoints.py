@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 from pathlib import Path
+from typing import Any
 
 import safetensors
 import safetensors.torch
@@ -32,10 +33,10 @@ class Checkpoints:
     def __init__(self, root: Path) -> None:
         self._root = root
 
-    def get(self, key: str) -> Checkpoint | None:
-        """Return the checkpoint of a training; None where it has none, or a damaged one."""
+    def get(self, key: str, kind: str | None = None) -> Checkpoint | None:
+        """Return the checkpoint of a training; None without one that `checkpoint_from_bytes` reads."""
         content = self.read(key)
-        return None if content is None else checkpoint_from_bytes(content)
+        return None if content is None else checkpoint_from_bytes(content, kind)
 
     def read(self, key: str) -> bytes | None:
         """Return the bytes of a checkpoint, which may be damaged; None where there is none."""
@@ -59,8 +60,12 @@ class Checkpoints:
         return self._root / "checkpoints" / f"{key}.safetensors"
 
 
-def checkpoint_to_bytes(checkpoint: Checkpoint) -> bytes:
+def checkpoint_to_bytes(checkpoint: Checkpoint, kind: str | None = None) -> bytes:
     """Return a checkpoint as safetensors, with a checksum.
+
+    Args:
+        checkpoint: the checkpoint.
+        kind: the kind of machine that made it, if it is to be resumed on that kind only.
 
     >>> import torch
     >>> content = checkpoint_to_bytes(Checkpoint(3, {"w": torch.ones(2)}))
@@ -70,13 +75,22 @@ def checkpoint_to_bytes(checkpoint: Checkpoint) -> bytes:
     tensors = {f"state.{name}": tensor.contiguous() for name, tensor in checkpoint.state.items()}
     tensors |= {f"optimizer.{name}": tensor.contiguous() for name, tensor in checkpoint.optimizer.items()}
     tensors["losses"] = checkpoint.batch_losses
-    about = {"iteration": checkpoint.iteration}
+    about: dict[str, Any] = {"iteration": checkpoint.iteration} | ({} if kind is None else {"kind": kind})
     checksum = name_of([about, state_hash(tensors)])
     return safetensors.torch.save(tensors, {"checkpoint": json.dumps(about), "checksum": checksum})
 
 
-def checkpoint_from_bytes(content: bytes) -> Checkpoint | None:
-    """Return the checkpoint that `checkpoint_to_bytes` turned into these bytes; None where they are damaged."""
+def checkpoint_from_bytes(content: bytes, kind: str | None = None) -> Checkpoint | None:
+    """Return the checkpoint that `checkpoint_to_bytes` turned into these bytes.
+
+    Args:
+        content: the bytes.
+        kind: the kind of machine that resumes the training; None for any.
+
+    Returns:
+        the checkpoint; None if the bytes are damaged, or another kind of machine made it. A training that is resumed on
+        another kind would have neither kind's bits.
+    """
     try:
         tensors = safetensors.torch.load(content)
         length = int.from_bytes(content[:8], "little")
@@ -85,6 +99,8 @@ def checkpoint_from_bytes(content: bytes) -> Checkpoint | None:
         if metadata["checksum"] != name_of([about, state_hash(tensors)]):
             return None
         losses = tensors["losses"]
+        if kind is not None and about.get("kind", kind) != kind:
+            return None
     except (safetensors.SafetensorError, ValueError, KeyError):
         return None
     state = {name.removeprefix("state."): t for name, t in tensors.items() if name.startswith("state.")}

@@ -266,14 +266,6 @@ class Planner:
         trainings = tuple(training for training, trained in asked if trained is not None)
         return Progress(tuple(tickets), trainings, stopped or self._end(tickets, *asked[-1]))
 
-    def trainings(self, chain: Chain) -> list[Training]:
-        """Return the trainings of a chain that the store has, that of the rewind point first.
-
-        Raises:
-            DamagedResultError: where a stored result is damaged.
-        """
-        return list(self.progress(chain).trainings)
-
     def name_masks(self, chain: Chain, tickets: Sequence[Ticket]) -> list[str]:
         """Return the names under which the store remembers the masks that these tickets of a chain are pruned to."""
         return [self._name_mask(chain, ticket) for ticket in tickets if ticket.level < self.study.levels]
@@ -342,14 +334,14 @@ class Planner:
             chain: the chain of the ticket.
             before: the ticket of the level before.
         """
-        name, expected = self._name_mask(chain, before), training.mask.hash
+        name, key, expected = self._name_mask(chain, before), training.key, training.mask.hash
 
-        def load() -> Mask:
+        def load() -> Mask:  # without `training`, which holds the bits
             known = self._computed.get(name) or self.store.masks.get(name)
             if known is None or known.hash != expected:
-                known = self.store.results.read_mask(training.key, self.dense.shapes)
+                known = self.store.results.read_mask(key, self.dense.shapes)
             if known.hash != expected:
-                raise DamagedResultError(training.key, "its mask is not the one that its name says")
+                raise DamagedResultError(key, "its mask is not the one that its name says")
             return known
 
         return training.mask.unload(load)

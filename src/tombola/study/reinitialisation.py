@@ -61,7 +61,9 @@ def plan(
     chains = [chain for chain in select_chains(tickets.study, importances, at_least=2) if chain.seed in seeds]
     names = tuple(dict.fromkeys(chain.importance for chain in chains))
     if level < 1:
-        raise UserError("reinit: at level 0 tickets share every connection, expected a level from 1 on")
+        raise UserError(
+            "partial reinitialisation: expected a level from 1 on; tickets of level 0 share all connections"
+        )
     if draws < 1:
         raise UserError(f"draws: expected 1 or more, got {draws}")
     tickets.require([level], chains)
@@ -69,7 +71,7 @@ def plan(
     for seed in dict.fromkeys(chain.seed for chain in chains):
         kept = share(tickets, level, seed, names)
         if kept is None or not kept.alive:
-            raise UserError(f"reinit: the tickets of seed {seed} share no connection at level {level}")
+            raise UserError(f"partial reinitialisation: tickets of seed {seed} share no connection at level {level}")
         found.append(plan_draws(tickets.planner, level, names, seed, kept, draws))
     return found
 

@@ -1,4 +1,4 @@
-"""Study: what to run, as plain data. No module here needs torch, so that the command line answers at once."""
+"""Study: what to run, as plain data. This module does not import torch, so that the command line answers at once."""
 
 from __future__ import annotations
 
@@ -169,8 +169,8 @@ def _rewrite_old_optimizer(recipe: dict[str, Any], study: str) -> dict[str, Any]
     if old not in ("momentum", "nesterov"):
         return recipe
     momentum = recipe.get("momentum", 0.9)
-    today = {"optimizer": "sgd", "momentum": momentum} | ({"nesterov": True} if old == "nesterov" and momentum else {})
-    sentence = ", ".join(f"{field} = {_as_toml(value)}" for field, value in today.items())
+    today = {"optimizer": "sgd", "momentum": momentum, "nesterov": old == "nesterov" and bool(momentum)}
+    sentence = ", ".join(f"{field} = {_as_toml(value)}" for field, value in today.items() if value is not False)
     warnings.warn(
         f"study {study}: the next version will not read optimizer = {old!r}; write {sentence}",
         OldFieldWarning,

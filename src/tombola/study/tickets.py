@@ -78,6 +78,11 @@ class Tickets:
         for level in levels:
             if not 0 <= level <= self.study.levels:
                 raise UserError(f"level {level} is not one of the study's, which are 0 to {self.study.levels}")
+        for chain in chains:
+            end = self.progress(chain)
+            if end.waits_for is None and len(end.tickets) <= max(levels, default=-1):
+                why = end.stopped or "its training diverged"
+                raise UserError(f"{chain} has no level {max(levels)}: it ends at level {len(end.tickets) - 1} ({why})")
         have = {chain: len(self.progress(chain).tickets) for chain in chains}
         least = min(have.values(), default=0)
         if too_high := [level for level in levels if level >= least]:
