@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib.util
 import os
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from tombola.engine.local import LocalWorkers
 from tombola.engine.run import Status, run
 from tombola.errors import UserError
 from tombola.store.store import Store
-from tombola.study.planner import Training
+from tombola.study.trainings import Training
 
 INSTALLED = importlib.util.find_spec("ray") is not None
 if INSTALLED:
@@ -46,20 +47,25 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     return content(root)
 
 
+def start_node(start: Callable[[], Any]) -> Any:
+    """Start a node of the cluster: Ray gives up after 30 seconds, which may be too short on a busy machine."""
+    for _ in range(9):
+        try:
+            return start()
+        except Exception as error:
+            if "timed out during startup" not in str(error):
+                raise
+    return start()
+
+
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Any]:
     """Two nodes: this process is on the first."""
     os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112 (its name; a busy machine would let them starve)
     small: dict[str, Any] = {"num_cpus": 1, "object_store_memory": 100_000_000, "include_dashboard": False}
-    for tries_left in reversed(range(5)):  # Ray gives a node 30 seconds to start, which a busy machine may not keep
-        try:
-            nodes = Cluster(initialize_head=True, head_node_args=small)
-            break
-        except Exception as error:
-            if "timed out during startup" not in str(error) or not tries_left:
-                raise
+    nodes = start_node(partial(Cluster, initialize_head=True, head_node_args=small))
     ray.init(address=nodes.address, log_to_driver=False, logging_level="ERROR")  # while there is but the first node
-    nodes.add_node(num_cpus=1, object_store_memory=100_000_000)
+    start_node(partial(nodes.add_node, num_cpus=1, object_store_memory=100_000_000))
     nodes.wait_for_nodes(timeout=LONG)
     yield nodes
     ray.shutdown()

@@ -229,8 +229,12 @@ def test_old_optimizers_are_read_with_a_sentence(
         f"study {name}: the next version will not read optimizer = {old}; {sentence}"
     ]
     assert study.recipe == Recipe(epochs=1, **recipe)
-    with pytest.warns(OldFieldWarning):
-        assert load_study(write(SMALL), {"recipe.optimizer": "momentum"}).recipe == Recipe(epochs=1, momentum=0.9)
+    for today in (SMALL, SMALL + "momentum = 0.9\nnesterov = true\n"):
+        with pytest.warns(OldFieldWarning):
+            found = load_study(write(today), {"recipe.optimizer": "momentum"})
+        assert found.recipe == Recipe(epochs=1, momentum=0.9)
+    old = write(SMALL + "optimizer = 'momentum'\nmomentum = 0.9\n")
+    assert load_study(old, {"recipe.optimizer": "sgd"}).recipe == Recipe(epochs=1), "as it was read before"
 
 
 def test_the_command_line_prints_the_sentence_as_a_note(

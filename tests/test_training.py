@@ -684,12 +684,26 @@ def test_a_buffer_that_is_infinite_by_design_is_no_divergence() -> None:
             super().__init__(4, 3)
             self.register_buffer("forbidden", torch.tensor([0.0, -math.inf]))
 
-    model = Attending()
-    history = train(
-        model, model.state_dict(), Mask.ones_like(model), VECTORS, Recipe(batch_size=5, epochs=1), 0
-    ).history
-    assert history.diverged_at is None
-    assert history.test_accuracy is not None
+    own, shared = Attending(), nn.Sequential(Attending(), nn.Linear(3, 4), Attending())
+    shared[2].register_buffer("forbidden", shared[0].get_buffer("forbidden"))
+    for model in (own, shared):
+        history = train(
+            model, model.state_dict(), Mask.ones_like(model), VECTORS, Recipe(batch_size=5, epochs=1), 0
+        ).history
+        assert history.diverged_at is None
+        assert history.test_accuracy is not None
+
+
+def test_divergence_is_seen_at_the_end_of_its_epoch() -> None:
+    """Epochs of 5 iterations; the loss is not finite from iteration 6 on."""
+    model, initial, mask = setting_of(small)
+    calls = iter(range(100))
+
+    def loss(outputs: Tensor, labels: Tensor) -> Tensor:
+        return outputs.sum() * (math.nan if next(calls) >= 6 else 1e-3)
+
+    history = train(model, initial, mask, VECTORS, Recipe(batch_size=5, epochs=4), 0, loss=loss).history
+    assert (history.diverged_at, len(history.losses)) == (9, 1)
 
 
 # Errors.

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from tombola.engine.forecast import Forecast, Speed
 from tombola.engine.job import Job, Outcome
 from tombola.engine.machine import Kind, kind, kind_here
-from tombola.engine.workers import At, Failed, Workers
+from tombola.engine.workers import At, Event, Failed, Workers
 from tombola.errors import DamagedResultError, UserError
 from tombola.store.claims import Claims
 from tombola.study.planner import Chain, Planner, Progress
@@ -91,45 +91,67 @@ def _run(
     while waiting := _next_trainings(status):
         if time.monotonic() - looked > _LOOK_EVERY:
             looked = time.monotonic()
-            for key in waiting.keys() - status.running.keys():
-                if key in planner.store.results:  # another run did it
-                    _go_on(planner, key, status)
+            _take_results_of_other_runs(planner, waiting, status)
             waiting = _next_trainings(status)
-        for training in sorted(waiting.values(), key=lambda t: -_remaining_behind(t, status)):
-            if not workers.idle:
-                break
-            if training.key not in status.running and claims.take(training.key):
-                if training.key in planner.store.results:  # another run did it, just now
-                    claims.release(training.key)
-                    _go_on(planner, training.key, status)
-                    break
-                status.running[training.key] = (training, training.begin)
-                workers.submit(Job.of(training, planner.study))
+        _submit(planner, workers, claims, waiting, status)
         _note_other_runs(status, claims, waiting)
-        finished = None
         for event in workers.events(timeout=0.2):
-            training, _ = status.running[event.key]
-            match event:
-                case At(key, iteration):
-                    status.running[key] = (training, iteration)
-                case Failed(_, reason):
-                    raise UserError(f"the training {_describe(training, status)} failed: {reason}")
-                case Outcome() as outcome:
-                    record = {**outcome.record, **planner.about}
-                    planner.store.results.put(training.key, training.identity, training.mask, outcome.trained, record)
-                    planner.store.checkpoints.discard(training.key)
-                    claims.release(training.key)
-                    del status.running[training.key]
-                    forecast.add(training, record)
-                    _go_on(planner, training.key, status)
-                    _note_kinds(planner, workers, status, _chains_with(training, status))
-                    finished = training
+            finished = _handle(event, planner, workers, claims, forecast, status)
             status.done = status.total - count_remaining(list(status.chains.values()))
             status.seconds_left = forecast.seconds_left(status.chains, status.running)
             show(status, finished)
         status.done = status.total - count_remaining(list(status.chains.values()))
         show(status, None)
     return status
+
+
+def _take_results_of_other_runs(planner: Planner, waiting: dict[str, Training], status: Status) -> None:
+    """Follow the chains whose trainings another run on the store has done."""
+    for key in waiting.keys() - status.running.keys():
+        if key in planner.store.results:
+            _go_on(planner, key, status)
+
+
+def _submit(planner: Planner, workers: Workers, claims: Claims, waiting: dict[str, Training], status: Status) -> None:
+    """Give trainings to idle workers, those with the most trainings behind them first."""
+    for training in sorted(waiting.values(), key=lambda each: -_remaining_behind(each, status)):
+        if not workers.idle:
+            return
+        if training.key in status.running or not claims.take(training.key):
+            continue
+        if training.key in planner.store.results:  # another run did it before the claim was ours
+            claims.release(training.key)
+            _go_on(planner, training.key, status)
+            return  # other trainings are waited for now
+        status.running[training.key] = (training, training.begin)
+        workers.submit(Job.of(training, planner.study))
+
+
+def _handle(
+    event: Event, planner: Planner, workers: Workers, claims: Claims, forecast: Forecast, status: Status
+) -> Training | None:
+    """Note how far a training is, or store its result and follow its chains; return the training if it is done.
+
+    Raises:
+        UserError: if the training failed.
+    """
+    training, _ = status.running[event.key]
+    match event:
+        case At(key, iteration):
+            status.running[key] = (training, iteration)
+            return None
+        case Failed(_, reason):
+            raise UserError(f"the training {_describe(training, status)} failed: {reason}")
+        case Outcome() as outcome:
+            record = {**outcome.record, **planner.about}
+            planner.store.results.put(training.key, training.identity, training.mask, outcome.trained, record)
+            planner.store.checkpoints.discard(training.key)
+            claims.release(training.key)
+            del status.running[training.key]
+            forecast.add(training, record)
+            _go_on(planner, training.key, status)
+            _note_kinds(planner, workers, status, _chains_with(training, status))
+            return training
 
 
 def _note_other_runs(status: Status, claims: Claims, waiting: dict[str, Training]) -> None:

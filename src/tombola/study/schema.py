@@ -158,7 +158,7 @@ def _set(document: dict[str, Any], path: list[str], value: Any) -> None:
 
 def _drop_unused_momentum(recipe: dict[str, Any], optimizer: str) -> None:
     """Remove the momentum of a file's optimizer where an override replaces it by one that has none."""
-    if optimizer in ("adam", "adamw"):
+    if optimizer in ("adam", "adamw") or (optimizer == "sgd" and recipe.get("optimizer") in ("momentum", "nesterov")):
         recipe.pop("momentum", None)
         recipe.pop("nesterov", None)
 

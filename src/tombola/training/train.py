@@ -175,7 +175,11 @@ def _mask_gradients(masked: list[tuple[nn.Parameter, Tensor]]) -> None:
 
 def _is_finite(state: State, model: nn.Module, initial: State) -> bool:
     """Whether a state is finite, but for buffers that are infinite by design: those that were so initially."""
-    buffers = {name for name, _ in model.named_buffers() if name in initial and not initial[name].isfinite().all()}
+    buffers = {
+        name
+        for name, _ in model.named_buffers(remove_duplicate=False)
+        if name in initial and not initial[name].isfinite().all()
+    }
     return all(bool(tensor.isfinite().all()) for name, tensor in state.items() if name not in buffers)
 
 
