@@ -224,7 +224,7 @@ def test_levels_that_are_not_there_are_named(tmp_path: Path) -> None:
     tickets.require([0], of.chains)
     with pytest.raises(NothingStoredError, match=r"^level 1 is not in .* for magnitude, seed 0 and 1 more; level 0 "):
         tickets.require([0, 2, 1], of.chains)
-    with pytest.raises(UserError, match="level 3 is not one of the study's, which are 0 to 2"):
+    with pytest.raises(UserError, match="the study has no level 3, it has levels 0 to 2"):
         tickets.require([3], of.chains)
     assert (tickets.last_level(of.chains), Tickets(planner(tmp_path / "no", STUDY)).last_level([CHAIN])) == (0, None)
 

@@ -1,4 +1,4 @@
-"""Checkpoints: where trainings were stopped, so that they go on from there."""
+"""Checkpoints: the states of unfinished trainings, from which the trainings are resumed."""
 
 from __future__ import annotations
 
@@ -33,19 +33,19 @@ class Checkpoints:
         self._root = root
 
     def get(self, key: str) -> Checkpoint | None:
-        """Return the checkpoint of a training; None where it has none, or a damaged one."""
+        """Return the checkpoint of a training; None if there is none or if it is damaged."""
         content = self.read(key)
         return None if content is None else checkpoint_from_bytes(content)
 
     def read(self, key: str) -> bytes | None:
-        """Return the bytes of a checkpoint, which may be damaged; None where there is none."""
+        """Return the bytes of a checkpoint, which may be damaged; None if it is missing."""
         try:
             return self._path(key).read_bytes()
         except OSError:
             return None
 
     def put(self, key: str, content: bytes) -> None:
-        """Store a checkpoint as `checkpoint_to_bytes` returned it, unless the store cannot be written to."""
+        """Store the bytes that `checkpoint_to_bytes` returned; do nothing if the store is not writable."""
         path = self._path(key)
         with contextlib.suppress(OSError, UserError):
             path.parent.mkdir(exist_ok=True)
@@ -60,7 +60,7 @@ class Checkpoints:
 
 
 def checkpoint_to_bytes(checkpoint: Checkpoint) -> bytes:
-    """Return a checkpoint as safetensors, with a checksum.
+    """Serialise a checkpoint as safetensors, with a checksum.
 
     >>> import torch
     >>> content = checkpoint_to_bytes(Checkpoint(3, {"w": torch.ones(2)}))
@@ -76,7 +76,7 @@ def checkpoint_to_bytes(checkpoint: Checkpoint) -> bytes:
 
 
 def checkpoint_from_bytes(content: bytes) -> Checkpoint | None:
-    """Return the checkpoint that `checkpoint_to_bytes` turned into these bytes; None where they are damaged."""
+    """Read a checkpoint from the bytes that `checkpoint_to_bytes` returned; return None if they are damaged."""
     try:
         tensors = safetensors.torch.load(content)
         length = int.from_bytes(content[:8], "little")
