@@ -549,7 +549,7 @@ def seeded_wrongly(weights: Tensor, draw: torch.Generator) -> Tensor:
                     "got list"),
         (not_a_number, "'not_a_number', layer 'fc.weight': it returned NaN"),
         (raising, "'raising', layer 'fc.weight': it raised KeyError: 'missing' (in "),
-        (Seeded(seeded_wrongly), "'seeded_wrongly', layer 'fc.weight': expected a tensor of shape (4,), one number a "
+        (Seeded(seeded_wrongly), "'seeded_wrongly', layer 'fc.weight': expected a tensor of shape (4,), one number per "
                                  "survivor, got shape (1,)"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),

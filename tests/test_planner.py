@@ -209,7 +209,7 @@ def test_a_damaged_result_is_no_mistake_of_the_user(tmp_path: Path, root: Path) 
     path.write_bytes(path.read_bytes()[:-1])
     tickets = Tickets(of)
     for read in (rows, overlap.of_study, list_needs):
-        with pytest.raises(DamagedResultError, match=r"^result \w{12} is damaged \(result\.json does not have its"):
+        with pytest.raises(DamagedResultError, match=r"^result \w{12} is damaged \(result\.json does not match its"):
             read(tickets)
 
 
