@@ -123,14 +123,14 @@ def peers() -> Iterator[Line]:
 def pruning() -> Iterator[Line]:
     """One round of pruning, each in a process of its own."""
 
-    def measured(which: str) -> tuple[float, float]:
+    def measure(which: str) -> tuple[float, float]:
         printed = subprocess.run(
             [sys.executable, HERE / "pruning.py", which], check=True, capture_output=True, text=True
         ).stdout
         seconds, extra = json.loads(printed)
         return seconds, extra / 1e9
 
-    rounds = [{which: measured(which) for which in ("magnitude", "l1", "torch")} for _ in range(2)]
+    rounds = [{which: measure(which) for which in ("magnitude", "l1", "torch")} for _ in range(2)]
     for importance in ("magnitude", "l1"):
         for index, what, unit, target in ((0, "time", "s", 1 / 6), (1, "extra memory", "GB", 1 / 4)):
             ours = [each[importance][index] for each in rounds]
@@ -142,7 +142,7 @@ def pruning() -> Iterator[Line]:
 def workers() -> Iterator[Line]:
     """Trainings an hour with two workers against one: seconds a training, between the first and the last one done."""
 
-    def measured(count: int) -> float:
+    def measure(count: int) -> float:
         with tempfile.TemporaryDirectory() as folder:
             command = ["tombola", "run", "digits", "--store", f"{folder}/store", "--workers", str(count)]
             command += ["--recipe.epochs", "40", "--levels", "2", "--data-seeds", "--seeds", "0", "1"]
@@ -153,7 +153,7 @@ def workers() -> Iterator[Line]:
         skipped = 4  # until both workers are at work
         return (marks[-1] - marks[skipped]) / (len(marks) - 1 - skipped)
 
-    ours, theirs = in_turn(lambda: measured(2), lambda: measured(1), 2)
+    ours, theirs = in_turn(lambda: measure(2), lambda: measure(1), 2)
     yield line("seconds a training with 2 workers, against 1", ours, theirs, "s", round(1 / 1.8, 3))
 
 

@@ -70,18 +70,18 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("analysis")
     (folder / "study.toml").write_text(STUDY)
-    finish(opened(folder))
+    finish(open_planner(folder))
     return folder
 
 
-def opened(folder: Path, store: str = "store", **overrides: Any) -> Planner:
+def open_planner(folder: Path, store: str = "store", **overrides: Any) -> Planner:
     study = load_study(str(folder / "study.toml"), overrides)
     return Planner(study, load_problem(study.task), Store(folder / store))
 
 
 @pytest.fixture(scope="module")
 def planner(folder: Path) -> Planner:
-    return opened(folder)
+    return open_planner(folder)
 
 
 def figures(table: pl.DataFrame, **where: Any) -> list[dict[str, Any]]:
@@ -126,7 +126,7 @@ def test_a_choice_of_importances_keeps_the_studys_noise_floor(planner: Planner) 
 
 
 def test_an_unfinished_study_is_compared_as_far_as_it_is_there(folder: Path) -> None:
-    planner = opened(folder, "unfinished")
+    planner = open_planner(folder, "unfinished")
     with pytest.raises(UserError, match=r"^no result of this study is in [^;]*$"):
         overlap.of_study(Tickets(planner))
     finish(planner, [Chain(0, "magnitude"), Chain(0, "l1")])
@@ -141,7 +141,7 @@ def test_an_unfinished_study_is_compared_as_far_as_it_is_there(folder: Path) -> 
 
 
 def test_levels_and_importances_that_are_not_the_studys_are_refused(planner: Planner) -> None:
-    with pytest.raises(UserError, match="level 9 is not one of the study's, which are 0 to 3"):
+    with pytest.raises(UserError, match="the study has no level 9, it has levels 0 to 3"):
         overlap.of_study(Tickets(planner), levels=[9])
     with pytest.raises(UserError, match="the study has no importance 'min-max'; did you mean 'min_max'"):
         overlap.of_study(Tickets(planner), ["min-max", "l1"])
@@ -199,7 +199,7 @@ def test_winners_of_a_study_follow_from_its_results(planner: Planner) -> None:
 
 
 def test_an_interval_over_one_seed_is_refused(folder: Path) -> None:
-    planner = opened(folder, seeds=[0])
+    planner = open_planner(folder, seeds=[0])
     with pytest.raises(UserError, match="an interval needs two seeds or more, and the study has one"):
         winners.of_study(Tickets(planner), surely=True)
     assert winners.of_study(Tickets(planner))["low"].to_list() == [None] * 3
@@ -299,13 +299,13 @@ def test_reinit_keeps_what_is_shared_and_draws_the_rest_anew(planner: Planner) -
 
 
 def test_reinit_is_stored_and_found_again(folder: Path) -> None:
-    planner = opened(folder)
+    planner = open_planner(folder)
     plans = plan(Tickets(planner), 1, 2, ["magnitude", "l1"])
     with pytest.raises(UserError, match=r"no result of this study|level 1 is not in"):
         reinit.of_plans(plans)
     # A rewind point, a dense network and one ticket of each importance, for each of two draws and two seeds.
     assert sum(finish(each.planner) for each in plans) <= 2 * 2 * 4
-    again = plan(Tickets(opened(folder)), 1, 2, ["magnitude", "l1"])
+    again = plan(Tickets(open_planner(folder)), 1, 2, ["magnitude", "l1"])
     assert sum(finish(each.planner) for each in again) == 0
     table = reinit.of_plans(again)
     assert len(table) == 2 * 2 * 4
@@ -372,7 +372,7 @@ def test_without_other_data_orders_a_note_says_how_to_get_the_noise_floor(
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["overlap", "--level", "7"], "level 7 is not one of the study's, which are 0 to 3"),
+        (["overlap", "--level", "7"], "the study has no level 7, it has levels 0 to 3"),
         (["overlap", "--importances", "l1"], "expected at least 2 to compare, got l1"),
         (["overlap", "--importances", "l1", "lamp"], "the study has no importance 'lamp'"),
         (["overlap", "--importances", "l1", "nonsense"], "unknown importance 'nonsense'"),
@@ -381,7 +381,7 @@ def test_without_other_data_orders_a_note_says_how_to_get_the_noise_floor(
         (["stability", "--level", "0"], "it needs a level from 1 on"),
         (["stability", "--layer", "fc7"], "there is no layer 'fc7'"),
         (["connectivity", "--points", "1"], "--points: expected a whole number from 2 on, got '1'"),
-        (["reinit", "--level", "5"], "level 5 is not one of the study's"),
+        (["reinit", "--level", "5"], "the study has no level 5"),
         (["functions", "--seeds", "0", "7"], "level 0 is not in "),
     ],
 )
@@ -399,7 +399,7 @@ def test_mistakes_are_one_sentence_and_status_2(
 def test_importances_that_a_study_was_run_with_besides_its_own(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    finish(opened(folder, importances=["lamp"], data_seeds=[], seeds=[0], levels=1))
+    finish(open_planner(folder, importances=["lamp"], data_seeds=[], seeds=[0], levels=1))
     assert (
         command(folder, "overlap", "--seeds", "0", "--importances", "lamp", "l1", "--level", "1", "--format", "json")
         == 0

@@ -89,7 +89,7 @@ def study(old: str = "", new: str = "") -> str:
         ("epochs = 1", "epochs = 1\nlr = 'a'", "study study.toml: recipe.lr: expected a number, got 'a'"),
         ("epochs = 1", "epochs = 1\nlr = 0.0", "study study.toml: recipe.lr: expected a number above 0, got 0.0"),
         ("epochs = 1", "epochs = 1\noptimizer = 'sdg'", "study study.toml: recipe.optimizer: unknown 'sdg'; did you mean 'sgd'?"),
-        ("epochs = 1", "", "study study.toml: recipe: give either epochs or iterations, one of the two"),
+        ("epochs = 1", "", "study study.toml: recipe: give exactly one of epochs and iterations"),
         ("epochs = 1", "epochs = 1\naugmentation = 3", "study study.toml: recipe.augmentation: expected a table, got 3"),
         (GOOD, "recipe = 3", "study study.toml: recipe: expected a table, got 3; the fields 'task', 'importances', 'seeds', 'levels' are missing"),
     ],
@@ -167,8 +167,8 @@ def own(code: str, old: str, new: str) -> tuple[str, str]:
 @pytest.mark.parametrize(
     ("code", "sentence"),
     [
-        ("def f(w): return w[1:]", "importance 'f', layer 'fc1.weight': expected a tensor of shape (19200,), one number a survivor, got shape (19199,)"),
-        ("def f(w): return w.tolist()", "expected a tensor of shape (19200,), one number a survivor, got list"),
+        ("def f(w): return w[1:]", "importance 'f', layer 'fc1.weight': expected a tensor of shape (19200,), one number per survivor, got shape (19199,)"),
+        ("def f(w): return w.tolist()", "expected a tensor of shape (19200,), one number per survivor, got list"),
         ("def f(w): return w / 0 * 0", "importance 'f', layer 'fc1.weight': it returned NaN"),
         ("def f(w): raise RuntimeError('not\\nthis')", "it raised RuntimeError: not this (in {path}, line 3)"),
         ("def f(w, more): return w", "it raised TypeError: f() missing 1 required positional argument: 'more'"),
@@ -309,7 +309,7 @@ def test_a_store_that_cannot_be_made(refused: Refused, tmp_path: Path) -> None:
 def test_a_store_that_is_another_folder(refused: Refused, tmp_path: Path) -> None:
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.tex").touch()
-    assert "the folder is not empty and no store" in refused("run", "digits", "--store", "full")
+    assert "the folder is not empty and is not a store" in refused("run", "digits", "--store", "full")
 
 
 def test_a_store_that_is_newer_or_damaged(refused: Refused, tmp_path: Path) -> None:

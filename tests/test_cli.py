@@ -70,7 +70,7 @@ def copied(finished: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(finished, tmp_path / "tombola-store"))
 
 
-def trained(said: str) -> list[str]:
+def list_trainings(said: str) -> list[str]:
     """The lines of a run's output that tell of trainings."""
     return [line for line in said.splitlines() if re.match(r"\[\d+/\d+\]", line)]
 
@@ -102,7 +102,7 @@ def test_a_run_says_what_it_did_and_prints_its_results_in_plain_text(finished_ru
     _, run = finished_run
     assert (run.returncode, run.stderr) == (0, "")
     assert "\x1b" not in run.stdout
-    lines = trained(run.stdout)
+    lines = list_trainings(run.stdout)
     assert [line.split("]")[0] for line in lines] == [f"[{number}/10" for number in range(1, 11)]
     dense = [line for line in lines if "level 0, density 100.00 %" in line]
     assert len(dense) == 2
@@ -114,7 +114,7 @@ def test_a_run_says_what_it_did_and_prints_its_results_in_plain_text(finished_ru
 def test_a_finished_study_trains_nothing_and_says_so(copied: Path, here: Here) -> None:
     before = {path: path.stat().st_mtime_ns for path in (copied / "results").rglob("*")}
     said = here("run", *STUDY)
-    assert trained(said) == []
+    assert list_trainings(said) == []
     assert "every training of this study is in tombola-store already; nothing was trained" in said
     assert {path: path.stat().st_mtime_ns for path in (copied / "results").rglob("*")} == before
 
@@ -123,9 +123,9 @@ def test_an_extended_study_trains_only_what_is_new(copied: Path, here: Here) -> 
     before = {path.name for path in (copied / "results").glob("*/*")}
     wider = ["digits", "--levels", "3", "--recipe.epochs", "1", "--data-seeds", "--seeds", "0"]
     said = here("run", *wider, "--importances", "magnitude", "l1", "l2")
-    assert len(trained(said)) == 5  # level 3 of magnitude and l1, levels 1 to 3 of l2
+    assert len(list_trainings(said)) == 5  # level 3 of magnitude and l1, levels 1 to 3 of l2
     assert re.search(r"^5 trainings: about .+ s on 1 worker$", said, re.MULTILINE)
-    assert not [line for line in trained(said) if "level 0" in line]
+    assert not [line for line in list_trainings(said) if "level 0" in line]
     after = {path.name for path in (copied / "results").glob("*/*")}
     assert before < after
     assert len(after - before) == 5
@@ -173,7 +173,7 @@ def test_a_damaged_result_is_said_to_be_and_done_again(copied: Path, here: Here)
         error = here(*verb[:1], *STUDY, *verb[1:], status=2)
         assert re.match(r"tombola: .*damaged .*`tombola run` .* removes it and repeats its training", error)
     said = here("run", *STUDY)
-    assert len(trained(said)) == 2
+    assert len(list_trainings(said)) == 2
     assert victim.read_bytes() == whole
     assert document.read_text() == text
 
@@ -184,7 +184,7 @@ def test_plan_of_nothing_done_makes_no_store(here: Here) -> None:
     assert document["seconds"] >= document["seconds_per_training"] * 5 > 0
     assert len(document["chains"]) == 4
     assert not os.listdir()
-    assert trained(here("run", *STUDY, "--levels", "0", "--seeds", "0")) != []  # a plan is no hindrance to a run
+    assert list_trainings(here("run", *STUDY, "--levels", "0", "--seeds", "0")) != []  # a plan is no hindrance to a run
 
 
 def test_plan_says_what_exists_and_what_is_new(copied: Path, here: Here) -> None:
@@ -342,7 +342,7 @@ def mine(here: Here) -> Here:
     Path("mine.py").write_text(MINE)
     Path("mine_too.py").write_text("import torch\nbetween = torch.relu\n")
     Path("mine.toml").write_text(MINE_TOML)
-    assert len(trained(here("run", "mine.toml"))) == 3
+    assert len(list_trainings(here("run", "mine.toml"))) == 3
     return here
 
 
@@ -366,7 +366,7 @@ def test_a_users_own_code_may_be_named_on_the_command_line(mine: Here) -> None:
     task = ["--task.dataset", "mine:data", "--task.model", "mine:net", "--task.loss", "mine:loss"]
     study = ["--task.model-arguments", "width=8", "--task.dataset-arguments", "shift=0.0", "--importances=mine:cubed"]
     length = ["--levels", "1", "--recipe.epochs", "1", "--recipe.batch-size", "9", "--seeds", "0", "--data-seeds"]
-    assert len(trained(mine("run", "digits", *task, *study, *length))) == 2  # arguments are a part of the name
+    assert len(list_trainings(mine("run", "digits", *task, *study, *length))) == 2  # arguments are a part of the name
 
 
 @pytest.mark.parametrize(
@@ -421,7 +421,7 @@ def test_a_training_that_diverges_ends_its_chain_and_the_study_goes_on(here: Her
     said = here("run", *study, "--recipe.lr", "1e30")
     assert "diverged (magnitude, l1)" in said
     assert "diverged, l1: level 0 (1 of 1 seeds); these chains end there" in said
-    assert trained(here("run", *study, "--recipe.lr", "1e30")) == []
+    assert list_trainings(here("run", *study, "--recipe.lr", "1e30")) == []
     lines = list(csv.DictReader(io.StringIO(here("results", *study, "--recipe.lr", "1e30", "--format", "csv"))))
     assert [(line["level"], line["test_accuracy"], line["diverged"]) for line in lines] == [("0", "", "true")] * 2
 
@@ -514,7 +514,7 @@ def terminal(monkeypatch: pytest.MonkeyPatch) -> Terminal:
     return Terminal()
 
 
-def shown(terminal: Terminal, planner: Planner, status: Status) -> str:
+def display(terminal: Terminal, planner: Planner, status: Status) -> str:
     """Return what a run's display shows last, where the run is so far."""
     from tombola.cli.progress import show_progress
 
@@ -534,13 +534,13 @@ def test_a_run_is_live_on_a_terminal_and_fits_80_columns(finished: Path, termina
     waits_for = chains[Chain(0, "min_max")].waits_for
     assert waits_for is not None
 
-    begun = shown(
+    begun = display(
         terminal, planner, Status(8, chains={chain: Progress((), (), Waiting(waits_for, 3, 1)) for chain in chains})
     )
     assert "0 of 8 trainings" in begun
     assert re.search(r"^ *min_max +0 +- +- *\r?$", begun, re.MULTILINE)
     assert "training" not in begun.partition("trainings")[2]
-    half = shown(
+    half = display(
         terminal, planner, Status(8, 3, chains, {waits_for.key: (waits_for, waits_for.end // 2)}, seconds_left=75.0)
     )
     assert "3 of 8 trainings" in half
@@ -560,7 +560,7 @@ def test_chains_at_work_are_shown_where_a_terminal_has_too_few_lines(
     chains = {chain: planner.progress(chain) for chain in planner.chains}
     waits_for = chains[Chain(1, "lamp")].waits_for
     assert waits_for is not None
-    text = shown(terminal, planner, Status(9, 1, chains, {waits_for.key: (waits_for, waits_for.begin)}))
+    text = display(terminal, planner, Status(9, 1, chains, {waits_for.key: (waits_for, waits_for.begin)}))
     assert len(re.findall(r" of 2 ", text)) == 2
     assert re.search(r"^ *lamp +1 .*training: 0 % *\r?$", text, re.MULTILINE)
 

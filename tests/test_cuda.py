@@ -44,7 +44,7 @@ def data() -> Dataset:
     return Dataset("images", images, labels, images[:32], labels[:32], ("a", "b", "c", "d"), (0.4,) * 3, (0.2,) * 3)
 
 
-def trained(recipe: Recipe = RECIPE, device: str = "cuda", dropout: float = 0.2, **arguments: object) -> Trained:
+def train_small(recipe: Recipe = RECIPE, device: str = "cuda", dropout: float = 0.2, **arguments: object) -> Trained:
     network = model(dropout)
     initial = initial_state(model, 0)
     mask = prune(initial, Mask.ones_like(network), magnitude, 0.5)
@@ -52,7 +52,7 @@ def trained(recipe: Recipe = RECIPE, device: str = "cuda", dropout: float = 0.2,
 
 
 def test_equal_arguments_give_equal_bits() -> None:
-    one, other = trained(), trained()
+    one, other = train_small(), train_small()
     assert one.weights.hash == other.weights.hash
     assert torch.equal(one.batch_losses, other.batch_losses)
     assert one.history == other.history
@@ -64,12 +64,12 @@ def test_resuming_gives_equal_bits() -> None:
     def watch(iteration: int, checkpoint: object) -> None:
         taken[iteration] = checkpoint()  # type: ignore[operator]
 
-    whole = trained(watch=watch)
-    assert trained(resume=taken[5]).weights.hash == whole.weights.hash
+    whole = train_small(watch=watch)
+    assert train_small(resume=taken[5]).weights.hash == whole.weights.hash
 
 
 def test_it_computes_what_the_processor_computes() -> None:
-    gpu, cpu = trained(dropout=0.0), trained(dropout=0.0, device="cpu")
+    gpu, cpu = train_small(dropout=0.0), train_small(dropout=0.0, device="cpu")
     assert torch.allclose(gpu.batch_losses[:3], cpu.batch_losses[:3], rtol=1e-3)
     assert gpu.weights.load().keys() == cpu.weights.load().keys()
     assert all(tensor.is_cpu for tensor in gpu.weights.load().values())
@@ -79,11 +79,11 @@ def test_it_computes_what_the_processor_computes() -> None:
 
 def test_settings_are_as_they_were() -> None:
     before = torch.are_deterministic_algorithms_enabled(), torch.backends.cuda.matmul.allow_tf32
-    trained()
+    train_small()
     assert (torch.are_deterministic_algorithms_enabled(), torch.backends.cuda.matmul.allow_tf32) == before
 
 
 def test_bfloat16_learns() -> None:
     recipe = RECIPE.model_copy(update={"precision": "bfloat16", "epochs": 6, "lr": 0.005})
-    losses = trained(recipe).history.losses
+    losses = train_small(recipe).history.losses
     assert losses[-1] < losses[0]

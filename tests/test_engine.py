@@ -520,7 +520,7 @@ def test_speeds_come_from_records_and_by_density(tmp_path: Path) -> None:
     longer = planner(tmp_path / "store", study(["l1"], levels=4))
     expected = estimates.estimate(longer, 2)
     assert expected.to_train == 2
-    assert expected.source == "from the 4 that are done"
+    assert expected.source == "from the 4 finished trainings"
     # 50 iterations each, at the speed of the sparsest level known; beside them 100 - 10 x density, in the median 92.5
     assert expected.seconds_each == pytest.approx(50 * 0.25 + 92.5, rel=1e-6)
     assert expected.critical is not None

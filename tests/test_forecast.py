@@ -33,7 +33,7 @@ def kernels(density: float) -> float:
     return 0.01 * (0.1 + 0.65 * density + (0.25 if density > 0.3 else 0.0))
 
 
-def timed(error: float, at: tuple[int, ...] = (0, LEVELS // 2, LEVELS)) -> Speed:
+def time_speed(error: float, at: tuple[int, ...] = (0, LEVELS // 2, LEVELS)) -> Speed:
     """What is timed before a run: a few levels, all of them wrong by a factor."""
     known = {(1 - FRACTION) ** level: error * kernels((1 - FRACTION) ** level) for level in at}
     return Speed(known, beside=0.5 * error, start=0.0, source="timed")
@@ -107,16 +107,16 @@ CHAINS = [Chain(seed, importance) for seed in (0, 1) for importance in ("magnitu
 
 @pytest.mark.parametrize("workers", [1, 2, 4])
 def test_a_forecast_is_within_a_fifth_of_the_truth_at_every_moment(workers: int) -> None:
-    every_level = Simulation(CHAINS, workers, timed(1.0, tuple(range(LEVELS + 1))))
+    every_level = Simulation(CHAINS, workers, time_speed(1.0, tuple(range(LEVELS + 1))))
     assert every_level.said[0][1] == pytest.approx(every_level.now, rel=0.02)
     assert max(every_level.errors()) < 0.05
-    three_levels = Simulation(CHAINS, workers, timed(1.0))
+    three_levels = Simulation(CHAINS, workers, time_speed(1.0))
     assert max(three_levels.errors()) < 0.2
 
 
 @pytest.mark.parametrize("error", [0.5, 2.0])
 def test_a_forecast_from_wrong_timings_is_put_right_by_the_first_trainings(error: float) -> None:
-    run = Simulation(CHAINS, 2, timed(error))
+    run = Simulation(CHAINS, 2, time_speed(error))
     assert run.said[0][1] == pytest.approx(error * run.now, rel=0.2)
     assert max(run.errors(after=0.05)) < 0.2
 

@@ -45,7 +45,7 @@ def pixels(seed, height=6, width=6, channels=3):
     return np.random.default_rng(seed).integers(0, 256, (height, width, channels), np.uint8)
 
 
-def encoded(array, kind="PNG", **options):
+def encode(array, kind="PNG", **options):
     file = io.BytesIO()
     Image.fromarray(array.squeeze()).save(file, kind, **options)
     return file.getvalue()
@@ -64,7 +64,7 @@ def make_folder(root, classes=("cat", "dog"), train=4, test=2):
         for label, each in enumerate(classes):
             for index in sorted(range(count), key=str):
                 arrays.append(pixels([label, index, count]))
-                write(root / split / each / f"{index}.png", encoded(arrays[-1]))
+                write(root / split / each / f"{index}.png", encode(arrays[-1]))
         parts += [np.stack(arrays).transpose(0, 3, 1, 2), np.repeat(np.arange(len(classes)), count)]
     return parts
 
@@ -158,7 +158,7 @@ def test_a_given_size_brings_all_images_to_it(tmp_path):
     make_folder(tmp_path / "pets")
     white = np.full((12, 30, 3), 255, np.uint8)
     white[:, :5] = white[:, 25:] = 0  # of what is cut away, all that no pixel of the rest is near to
-    write(tmp_path / "pets" / "train" / "cat" / "0.png", encoded(white))
+    write(tmp_path / "pets" / "train" / "cat" / "0.png", encode(white))
     data = load("image-folder", tmp_path, path="pets", size=6)
     assert torch.equal(data.train_inputs[0], torch.full((3, 6, 6), 255, dtype=torch.uint8))
     assert torch.equal(data.train_inputs[1], torch.from_numpy(pixels([0, 1, 4])).permute(2, 0, 1))  # is of this size
@@ -168,10 +168,10 @@ def test_photographs_are_fitted_without_decoding_detail_that_does_not_show(monke
     stripes = np.zeros((80, 80, 3), np.uint8)
     stripes[:, np.arange(80) // 10 % 2 == 1] = 255
     form = Form(3, 16, 16, fit=True)
-    exact = np.frombuffer(decode(encoded(stripes), form), np.uint8).astype(int)
+    exact = np.frombuffer(decode(encode(stripes), form), np.uint8).astype(int)
     sizes, fit = [], ImageOps.fit
     monkeypatch.setattr(ImageOps, "fit", lambda image, *rest: sizes.append(image.size) or fit(image, *rest))
-    sooner = np.frombuffer(decode(encoded(stripes, "JPEG", quality=95), form), np.uint8).astype(int)
+    sooner = np.frombuffer(decode(encode(stripes, "JPEG", quality=95), form), np.uint8).astype(int)
     assert np.abs(sooner - exact).mean() < 12
     assert sizes == [(40, 40)]  # half the detail, and more than twice what is needed
 
@@ -197,7 +197,7 @@ def test_grey_images_on_request(tmp_path):
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG"])
 def test_a_image_cut_anywhere_is_refused_or_whole(kind):
-    content, form = encoded(pixels(0, 16, 16), kind), Form(3, 16, 16)
+    content, form = encode(pixels(0, 16, 16), kind), Form(3, 16, 16)
     whole, refused = decode(content, form), 0
     for length in range(len(content)):
         try:
@@ -248,7 +248,7 @@ def test_a_changed_folder_is_decoded_again_and_the_old_pixels_go(tmp_path):
     parts = make_folder(tmp_path / "pets")
     load("image-folder", tmp_path, path="pets")
     (before,) = entries(tmp_path)
-    write(tmp_path / "pets" / "test" / "dog" / "9.png", encoded(pixels(9)))
+    write(tmp_path / "pets" / "test" / "dog" / "9.png", encode(pixels(9)))
     data = load("image-folder", tmp_path, path="pets")
     added = pixels(9).transpose(2, 0, 1)[None]
     assert_holds(data, [*parts[:2], np.concatenate([parts[2], added]), np.append(parts[3], 1)])
@@ -259,11 +259,11 @@ def test_a_changed_folder_is_decoded_again_and_the_old_pixels_go(tmp_path):
 def test_a_file_of_equal_size_and_date_is_noticed(tmp_path):
     make_folder(tmp_path / "pets")
     path = tmp_path / "pets" / "train" / "cat" / "0.png"
-    write(path, encoded(np.full((6, 6, 3), 1, np.uint8), compress_level=0))
+    write(path, encode(np.full((6, 6, 3), 1, np.uint8), compress_level=0))
     os.utime(path, (1e9, 1e9))
     assert load("image-folder", tmp_path, path="pets").train_inputs[0, 0, 0, 0] == 1
     size = path.stat().st_size
-    write(path, encoded(np.full((6, 6, 3), 2, np.uint8), compress_level=0))
+    write(path, encode(np.full((6, 6, 3), 2, np.uint8), compress_level=0))
     os.utime(path, (1e9, 1e9))
     assert path.stat().st_size == size
     assert load("image-folder", tmp_path, path="pets").train_inputs[0, 0, 0, 0] == 2
@@ -458,7 +458,7 @@ def test_a_disk_that_fills_up_in_another_process_is_told(tmp_path, monkeypatch):
 def test_a_process_that_dies_is_told(tmp_path, monkeypatch):
     make_folder(tmp_path / "pets")
     for path in (tmp_path / "pets").rglob("*.png"):
-        write(path, encoded(pixels(0, 200, 200)))  # more than a pipe takes
+        write(path, encode(pixels(0, 200, 200)))  # more than a pipe takes
     monkeypatch.setattr(decoder, "command", lambda *_: [sys.executable, "-c", "raise SystemExit(3)"])
     with pytest.raises(UserError, match="a process that decodes images ended early, with status 3"):
         load("image-folder", tmp_path, path="pets")
@@ -492,19 +492,19 @@ def remove(path):
     ("change", "said"),
     [
         (
-            put("train/dog/2.png", encoded(pixels(0, 5, 7))),
+            put("train/dog/2.png", encode(pixels(0, 5, 7))),
             "'train/dog/2.png' is 7 x 5 pixels, expected 6 x 6 as 'train/",
         ),
         (put("test/cat/0.png", b""), "the image 'test/cat/0.png' is empty"),
         (put("train/cat/0.png", b"text"), "the image 'train/cat/0.png' is not a PNG or JPEG image"),
-        (put("train/cat/1.jpg", encoded(pixels(0), "GIF")), "'train/cat/1.jpg' is not a PNG or JPEG image"),
-        (put("train/cat/3.png", encoded(pixels(0))[:60]), "the image 'train/cat/3.png' is damaged or cut short"),
+        (put("train/cat/1.jpg", encode(pixels(0), "GIF")), "'train/cat/1.jpg' is not a PNG or JPEG image"),
+        (put("train/cat/3.png", encode(pixels(0))[:60]), "the image 'train/cat/3.png' is damaged or cut short"),
         (
-            put("test/dog/1.png", encoded(pixels(0, channels=1).astype(np.uint16) * 256)),
+            put("test/dog/1.png", encode(pixels(0, channels=1).astype(np.uint16) * 256)),
             "'test/dog/1.png' has pixels of",
         ),
-        (put("train/fox/0.png", encoded(pixels(0))), "'train' has the class 'fox', which 'test' has not"),
-        (put("test/fox/0.png", encoded(pixels(0))), "'test' has the class 'fox', which 'train' has not"),
+        (put("train/fox/0.png", encode(pixels(0))), "'train' has the class 'fox', which 'test' has not"),
+        (put("test/fox/0.png", encode(pixels(0))), "'test' has the class 'fox', which 'train' has not"),
         (lambda root: (root / "train" / "fox").mkdir(), "the class 'fox' in 'train' holds no image"),
         (put("test/fox/a.txt"), "the class 'fox' in 'test' holds no image"),
         (put("train/cat/0.gif"), "'train/cat/0.gif' is not a PNG or JPEG image: convert it"),
@@ -528,7 +528,7 @@ def test_a_folder_that_is_not_as_it_should_be(tmp_path, change, said):
 
 def test_mixed_sizes_name_both_images_and_the_way_out(tmp_path):
     make_folder(tmp_path / "pets")
-    write(tmp_path / "pets" / "train" / "dog" / "2.png", encoded(pixels(0, 5, 7)))
+    write(tmp_path / "pets" / "train" / "dog" / "2.png", encode(pixels(0, 5, 7)))
     with pytest.raises(UserError, match=r"2\.png' is .* as 'train/cat/0\.png' is: 'size' brings all to one size"):
         load("image-folder", tmp_path, path="pets")
     assert load("image-folder", tmp_path, path="pets", size=6).input_shape == (3, 6, 6)
@@ -626,7 +626,7 @@ def test_an_archive_cut_anywhere_is_refused(tmp_path, kind):
             tree.open_tree(archive, ("train", "test"))
 
 
-@pytest.mark.parametrize("content", [b"", b"some text", b"PK", encoded(pixels(0))])
+@pytest.mark.parametrize("content", [b"", b"some text", b"PK", encode(pixels(0))])
 def test_a_file_that_is_no_archive_is_refused(tmp_path, content):
     (tmp_path / "pets.tar").write_bytes(content)
     with pytest.raises(UserError, match=r"pets\.tar: (neither a folder nor a whole|this archive is damaged)"):
@@ -656,11 +656,11 @@ def tiny(tmp_path, monkeypatch):
     for label, each in enumerate(sorted(classes)):
         for index in range(3):
             train[label, index] = pixels([label, index])
-            write(root / "train" / each / "images" / f"{each}_{index}.JPEG", encoded(train[label, index]))
+            write(root / "train" / each / "images" / f"{each}_{index}.JPEG", encode(train[label, index]))
         write(root / "train" / each / f"{each}_boxes.txt", b"")
     for index, label in enumerate((1, 0, 1, 1)):
         val[index] = pixels(index, channels=1)
-        write(root / "val" / "images" / f"val_{index}.JPEG", encoded(val[index]))
+        write(root / "val" / "images" / f"val_{index}.JPEG", encode(val[index]))
         notes.append(f"val_{index}.JPEG\tn0{label + 1}\t0\t0\t5\t5\n")
     write(root / "val" / "val_annotations.txt", "".join(reversed(notes)).encode())
     inputs = np.stack([train[key] for key in sorted(train)]).transpose(0, 3, 1, 2)
@@ -702,7 +702,7 @@ def test_tiny_imagenet_is_read_from_its_zip(tmp_path, tiny):
         (put("val/val_annotations.txt", b"val_0.JPEG"), "notes the class '' for 'val_0.JPEG', but '' is not a class"),
         (put("train/n07/images/n07_0.JPEG"), "'train' has the class 'n07', which is not in 'wnids.txt'"),
         (remove("train/n01"), "the class 'n01' in 'train' holds no image"),
-        (put("train/n01/images/n01_0.JPEG", encoded(pixels(0, 5, 6))), "n01_0.JPEG' is 6 x 5 pixels, expected 6 x 6"),
+        (put("train/n01/images/n01_0.JPEG", encode(pixels(0, 5, 6))), "n01_0.JPEG' is 6 x 5 pixels, expected 6 x 6"),
     ],
 )
 def test_a_folder_that_is_not_the_official_tiny_imagenet(tmp_path, tiny, change, said):

@@ -526,15 +526,15 @@ def test_missing_kernels_are_told_once(monkeypatch: pytest.MonkeyPatch, recwarn:
     half = prune(model.state_dict(), ones, magnitude, 0.5)
     digits, recipe = datasets.load("digits", None), Recipe(iterations=2)
 
-    def told(mask: Mask) -> int:
+    def count_warnings(mask: Mask) -> int:
         recwarn.clear()
         train(model, model.state_dict(), mask, digits, recipe, seed=0)
         return [warning.category for warning in recwarn].count(kernels.NoKernelsWarning)
 
-    assert told(half) == 0 or not kernels.available()
+    assert count_warnings(half) == 0 or not kernels.available()
     monkeypatch.setattr(layers, "extension", None)
-    assert told(ones) == 0, "nothing is lost"
-    assert [told(half), told(half)] == [1, 0]
+    assert count_warnings(ones) == 0, "nothing is lost"
+    assert [count_warnings(half), count_warnings(half)] == [1, 0]
 
 
 def test_missing_kernels_are_told_by_a_run(tmp_path: Path) -> None:
@@ -545,7 +545,7 @@ def test_missing_kernels_are_told_by_a_run(tmp_path: Path) -> None:
     command = [sys.executable, "-c", program, "run", *study, "--store", str(tmp_path / "store")]
     environment = os.environ | {"PYTHONPATH": str(tmp_path)}
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
-    assert done.stderr.count("no kernels") == 1
+    assert done.stderr.count("without its compiled kernels") == 1
     records = [json.loads(path.read_text()) for path in (tmp_path / "store").rglob("record.json")]
     assert {record["machine"]["kernels"] for record in records} == {None}
 
@@ -701,12 +701,12 @@ WRONG: dict[str, tuple[Callable[[Tensor], Any], str]] = {
     "too long": (lambda x: torch.cat((x, x), -1), "of shape .*, got"),
     "a dimension more": (lambda x: x[None], "of shape .*, got"),
     "five dimensions more": (lambda x: x[None, None, None, None, None], "of shape .*, got"),
-    "freed": (lambda x: _freed(x), "with memory, got|of shape"),
+    "freed": (lambda x: _free(x), "with memory, got|of shape"),
 }
 GAPS = {"gaps": (lambda x: torch.stack((x, x), -1)[..., 0], "contiguous|varying fastest")}
 
 
-def _freed(x: Tensor) -> Tensor:
+def _free(x: Tensor) -> Tensor:
     x = x.clone()
     x.untyped_storage().resize_(0)
     return x

@@ -541,14 +541,15 @@ def seeded_wrongly(weights: Tensor, draw: torch.Generator) -> Tensor:
 @pytest.mark.parametrize(
     ("importance", "text"),
     [
-        (wrong_length, "'wrong_length', layer 'fc.weight': expected a tensor of shape (4,), one number a survivor, got "
-                       "shape (3,)"),
-        (wrong_shape, "'wrong_shape', layer 'fc.weight': expected a tensor of shape (4,), one number a survivor, got "
-                      "shape (4, 1)"),
-        (no_tensor, "'no_tensor', layer 'fc.weight': expected a tensor of shape (4,), one number a survivor, got list"),
+        (wrong_length, "'wrong_length', layer 'fc.weight': expected a tensor of shape (4,), one number per survivor, "
+                       "got shape (3,)"),
+        (wrong_shape, "'wrong_shape', layer 'fc.weight': expected a tensor of shape (4,), one number per survivor, "
+                      "got shape (4, 1)"),
+        (no_tensor, "'no_tensor', layer 'fc.weight': expected a tensor of shape (4,), one number per survivor, "
+                    "got list"),
         (not_a_number, "'not_a_number', layer 'fc.weight': it returned NaN"),
         (raising, "'raising', layer 'fc.weight': it raised KeyError: 'missing' (in "),
-        (Seeded(seeded_wrongly), "'seeded_wrongly', layer 'fc.weight': expected a tensor of shape (4,), one number a "
+        (Seeded(seeded_wrongly), "'seeded_wrongly', layer 'fc.weight': expected a tensor of shape (4,), one number per "
                                  "survivor, got shape (1,)"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),

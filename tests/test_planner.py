@@ -227,7 +227,7 @@ def test_a_damaged_result_is_no_mistake_of_the_user(tmp_path: Path, root: Path) 
     path.write_bytes(path.read_bytes()[:-1])
     tickets = Tickets(of)
     for read in (rows, overlap.of_study, list_needs):
-        with pytest.raises(DamagedResultError, match=r"^result \w{12} is damaged \(result\.json does not have its"):
+        with pytest.raises(DamagedResultError, match=r"^result \w{12} is damaged \(result\.json does not match its"):
             read(tickets)
 
 
@@ -242,7 +242,7 @@ def test_levels_that_are_not_there_are_named(tmp_path: Path) -> None:
     tickets.require([0], of.chains)
     with pytest.raises(NothingStoredError, match=r"^level 1 is not in .* for magnitude, seed 0 and 1 more; level 0 "):
         tickets.require([0, 2, 1], of.chains)
-    with pytest.raises(UserError, match="level 3 is not one of the study's, which are 0 to 2"):
+    with pytest.raises(UserError, match="the study has no level 3, it has levels 0 to 2"):
         tickets.require([3], of.chains)
     put(of.store, training_of_level_1(of), History(diverged_at=3))
     with pytest.raises(UserError, match=r"^l1, seed 0 has no level 2: it ends at level 1 \(its training div") as said:

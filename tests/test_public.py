@@ -66,7 +66,7 @@ def test_an_unknown_name() -> None:
 OBJECTS = [name for name in tombola.__all__ if not isinstance(getattr(tombola, name), ModuleType)]
 
 
-def _documented(thing: object) -> str:
+def _check_docstring(thing: object) -> str:
     text = inspect.getdoc(thing) or ""
     first = text.partition("\n")[0]
     assert len(first) > 10
@@ -76,13 +76,13 @@ def _documented(thing: object) -> str:
 
 @pytest.mark.parametrize("name", OBJECTS)
 def test_every_public_object_is_documented_with_an_example(name: str) -> None:
-    assert "\n>>> " in _documented(getattr(tombola, name))
+    assert "\n>>> " in _check_docstring(getattr(tombola, name))
 
 
 @pytest.mark.parametrize("name", sorted(set(tombola.__all__) - set(OBJECTS)))
 def test_every_public_module_is_documented(name: str) -> None:
     module = getattr(tombola, name)
-    _documented(module)
+    _check_docstring(module)
     for public in module.__all__ if hasattr(module, "__all__") else []:
         assert hasattr(module, public)
 
@@ -90,7 +90,7 @@ def test_every_public_module_is_documented(name: str) -> None:
 @pytest.mark.parametrize("name", IMPORTANCES)
 def test_every_importance_is_documented_with_an_example(name: str) -> None:
     for function in (IMPORTANCES[name].score, IMPORTANCES[name].normalise):
-        text = _documented(function)
+        text = _check_docstring(function)
         assert text.startswith("Return ")
         assert "\n>>> " in text
 

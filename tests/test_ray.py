@@ -167,7 +167,7 @@ def test_what_was_begun_here_is_ended_there(tmp_path: Path, cluster: Any, undist
     ("other", "said"),
     [
         ({"python": "3.99"}, r"other software than this one: python: '3\.99' then"),
-        ({"kernels": None}, "its kernels on one machine of the cluster and not on another"),
+        ({"kernels": None}, "kernels are installed on one machine of the cluster and not on another"),
     ],
 )
 def test_other_software_on_a_node_is_said(
@@ -191,4 +191,4 @@ def test_the_command_line_runs_a_study_on_the_cluster(
         [*command, "127.0.0.1:1"], capture_output=True, text=True, cwd=tmp_path, check=False, timeout=LONG
     )
     assert wrong.returncode == 2
-    assert "--address: no Ray cluster is reached" in wrong.stderr
+    assert "--address: the Ray cluster cannot be reached" in wrong.stderr

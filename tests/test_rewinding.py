@@ -57,7 +57,7 @@ def _network() -> nn.Module:
     return nn.Sequential(nn.Linear(6, 12), nn.ReLU(), nn.Linear(12, 3))
 
 
-def _initialised() -> nn.Module:
+def _initialise() -> nn.Module:
     model = _network()
     model.load_state_dict(initial_state(_network, 0))
     return model
@@ -79,7 +79,7 @@ class Notebook:
         name = f"{initial.hash} {mask.alive}:{begin}-{end}"
         if name == self.missing:
             return None
-        return Trained(_named(name), History(diverged_at=3 if name == self.diverges else None))
+        return Trained(_name(name), History(diverged_at=3 if name == self.diverges else None))
 
     def prune(self, weights: Weights, mask: Mask, level: int) -> Mask:
         self.calls.append(("prune", weights.hash, mask.alive, level))
@@ -91,12 +91,12 @@ class Notebook:
         dense = Mask.from_tensors({"w": torch.ones(4, dtype=torch.bool)})
         return list(
             lottery_ticket_rewinding(
-                self.train, self.prune, _named("theta_0"), dense, rewind=rewind, end=9, levels=levels
+                self.train, self.prune, _name("theta_0"), dense, rewind=rewind, end=9, levels=levels
             )
         )
 
 
-def _named(name: str) -> Weights:
+def _name(name: str) -> Weights:
     return Weights(name, dict)
 
 
@@ -169,9 +169,7 @@ def test_it_ends_before_a_training_that_there_is_not(missing: str, levels: list[
 def test_it_is_found_level_by_level() -> None:
     notebook = Notebook()
     dense = Mask.from_tensors({"w": torch.ones(4, dtype=torch.bool)})
-    found = lottery_ticket_rewinding(
-        notebook.train, notebook.prune, _named("theta_0"), dense, rewind=0, end=9, levels=3
-    )
+    found = lottery_ticket_rewinding(notebook.train, notebook.prune, _name("theta_0"), dense, rewind=0, end=9, levels=3)
     assert notebook.calls == []
     next(found)
     assert len(notebook.calls) == 1
@@ -184,7 +182,7 @@ def test_it_is_found_level_by_level() -> None:
 
 def _by_hand(recipe: Recipe, levels: int, fraction: float, seed: int) -> list[tuple[State, State]]:
     """Return (masks, trained state) of each level: magnitude and plain SGD, in plain PyTorch."""
-    model = _initialised()
+    model = _initialise()
     per_epoch = math.ceil(EXAMPLES / recipe.batch_size)
     total = recipe.total_iterations(EXAMPLES)
     weights = {name: p for name, p in model.named_parameters() if name.endswith("weight")}
@@ -232,7 +230,7 @@ def _by_hand(recipe: Recipe, levels: int, fraction: float, seed: int) -> list[tu
 def test_equals_a_loop_by_hand(rewind: int) -> None:
     recipe = Recipe(lr=0.5, schedule="milestones", milestones=(2,), batch_size=8, epochs=3, rewind=rewind)
     expected = _by_hand(recipe, levels=5, fraction=0.3, seed=4)
-    tickets = list(find_tickets(_initialised(), DATA, recipe, magnitude, levels=5, fraction=0.3, seed=4))
+    tickets = list(find_tickets(_initialise(), DATA, recipe, magnitude, levels=5, fraction=0.3, seed=4))
     assert len(tickets) == len(expected) == 6
     for ticket, (masks, state) in zip(tickets, expected, strict=True):
         assert all(ticket.mask[name].equal(alive) for name, alive in masks.items())
@@ -248,7 +246,7 @@ RECIPE = Recipe(momentum=0.9, lr=0.05, batch_size=8, epochs=2, rewind=3)
 
 
 def _tickets(**changes: Any) -> list[Ticket]:
-    arguments: dict[str, Any] = {"recipe": RECIPE, "importance": l1, "levels": 3, "model": _initialised()}
+    arguments: dict[str, Any] = {"recipe": RECIPE, "importance": l1, "levels": 3, "model": _initialise()}
     return list(find_tickets(data=DATA, **(arguments | changes)))
 
 
@@ -265,7 +263,7 @@ def test_densities_of_the_levels() -> None:
 
 
 def test_a_ticket_is_the_rewind_point_and_what_was_trained_from_it() -> None:
-    model = _initialised()
+    model = _initialise()
     dense = Mask.ones_like(model)
     point = train(model, model.state_dict(), dense, DATA, RECIPE, 0, end=3)
     mask = dense
@@ -281,7 +279,7 @@ def test_a_ticket_is_the_rewind_point_and_what_was_trained_from_it() -> None:
 
 
 def test_equal_arguments_find_equal_tickets_and_change_nothing() -> None:
-    model = _initialised()
+    model = _initialise()
     before = state_hash(model.state_dict())
     names = [[(t.mask.hash, t.rewind.hash, t.trained and t.trained.weights.hash) for t in _tickets(model=model)]]
     torch.manual_seed(3)
@@ -488,7 +486,7 @@ def test_a_ticket_without_trained_weights(tmp_path: Path) -> None:
     ticket.save(tmp_path / "t.safetensors")
     again = Ticket.load(tmp_path / "t.safetensors")
     for use in (partial(again.apply, _network(), trained=True), partial(again.save, tmp_path / "u", trained=True)):
-        with pytest.raises(UserError, match="the ticket of level 2 is known without its trained weights"):
+        with pytest.raises(UserError, match="the ticket of level 2 has no trained weights"):
             use()
     assert not (tmp_path / "u").exists()
 

@@ -18,7 +18,7 @@ ROOMS = [
 """From the ground up; a module may import from its own room and from those before it."""
 
 
-def imported(path: Path) -> set[str]:
+def list_imports(path: Path) -> set[str]:
     """Return the rooms that a module imports, wherever in it and also for type checkers alone."""
     found = set()
     for node in ast.walk(ast.parse(path.read_bytes())):
@@ -41,5 +41,5 @@ def test_imports_go_up_only(room: str) -> None:
     modules = [ROOT / f"{room}.py"] if (ROOT / f"{room}.py").exists() else sorted((ROOT / room).rglob("*.py"))
     assert modules
     allowed = set(ROOMS[: ROOMS.index(room) + 1])
-    below = {str(module.relative_to(ROOT)): imported(module) - allowed for module in modules}
+    below = {str(module.relative_to(ROOT)): list_imports(module) - allowed for module in modules}
     assert {module: names for module, names in below.items() if names} == {}

@@ -1,4 +1,4 @@
-"""The door to the kernels: a step has the loss and the gradients of the plain model, whatever is sparse."""
+"""Training steps: a step has the loss and the gradients of the plain model, whatever is sparse."""
 
 from __future__ import annotations
 

@@ -347,7 +347,7 @@ def test_other_versions_are_refused_with_a_sentence(store: Store, text: bytes, m
 
 def test_a_folder_that_is_no_store_is_refused(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("mine")
-    with pytest.raises(UserError, match="the folder is not empty and no store"):
+    with pytest.raises(UserError, match="the folder is not empty and is not a store"):
         Store(tmp_path)
     assert files(tmp_path) == ["thesis.tex"]
 

@@ -40,12 +40,12 @@ Write = Callable[[str], str]
 def write(tmp_path: Path) -> Write:
     """Write a study's file and return its name."""
 
-    def written(text: str) -> str:
+    def write(text: str) -> str:
         path = tmp_path / "study.toml"
         path.write_text(text, encoding="utf-8")
         return str(path)
 
-    return written
+    return write
 
 
 # Presets.
@@ -331,8 +331,8 @@ def test_fields_are_the_leaves() -> None:
         ('["l1"]', "['l1', 'l1']", "importances: 'l1' is named more than once"),
         ('["l1"]', "[]", "importances: at least one is needed"),
         ('["l1"]', "[1]", "importances.0: expected a text, got 1"),
-        ("epochs = 1", "epochs = 1\niterations = 3", "recipe: give either epochs or iterations, one of the two"),
-        ("epochs = 1", "lr = 0.1", "recipe: give either epochs or iterations, one of the two"),
+        ("epochs = 1", "epochs = 1\niterations = 3", "recipe: give exactly one of epochs and iterations"),
+        ("epochs = 1", "lr = 0.1", "recipe: give exactly one of epochs and iterations"),
         ("epochs = 1", "epochs = 0", "recipe.epochs: expected a number from 1, got 0"),
         ("epochs = 1", "epochs = 1\nbatch_sze = 3", "unknown field 'recipe.batch_sze'; did you mean 'batch_size'?"),
         ("epochs = 1", "epochs = 1\nlr = 0.0", "recipe.lr: expected a number above 0, got 0.0"),
@@ -370,7 +370,11 @@ def test_fields_are_the_leaves() -> None:
             "epochs = 1\nschedule = 'milestones'",
             "recipe: milestones and schedule = 'milestones' go together: give both or neither",
         ),
-        ("epochs = 1", "epochs = 1\nschedule = 'milestones'\nmilestones = [2, 1]", "recipe: milestones must rise"),
+        (
+            "epochs = 1",
+            "epochs = 1\nschedule = 'milestones'\nmilestones = [2, 1]",
+            "recipe: milestones must be strictly increasing",
+        ),
         (
             "epochs = 1",
             "epochs = 1\naugmentation = {flp = true}",
@@ -405,7 +409,7 @@ def test_an_override_is_checked_as_the_file_is(write: Write) -> None:
     for overrides, text in (
         ({"recipe.batch-size": 3}, "unknown field 'recipe.batch-size'; did you mean 'batch_size'?"),
         ({"fraction": 1.5}, "fraction: expected a number below 1, got 1.5"),
-        ({"recipe.epochs": 2, "recipe.iterations": 3}, "recipe: give either epochs or iterations, one of the two"),
+        ({"recipe.epochs": 2, "recipe.iterations": 3}, "recipe: give exactly one of epochs and iterations"),
     ):
         with pytest.raises(UserError) as error:
             load_study(name, overrides)

@@ -255,7 +255,7 @@ def test_the_command_line_verifies_in_fresh_processes_and_looks_after_the_store(
     done = tombola("store", "check", "--format", "json")
     assert done.returncode == 1
     assert json.loads(done.stdout) == [
-        {"kind": "result", "name": key, "damage": "result.json does not have its checksum"}
+        {"kind": "result", "name": key, "damage": "result.json does not match its checksum"}
     ]
 
     run(planner(plan.store.root, STUDY), InTurn(last_first=False), lambda *_: None)

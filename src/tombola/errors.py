@@ -1,4 +1,4 @@
-"""Exceptions: mistakes of a user, each said in one sentence, and damage to what is stored."""
+"""Exceptions: a user's mistakes, each explained in one sentence, and damaged results in a store."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from pathlib import Path
 
 
 class UserError(ValueError):
-    """A mistake in what the user gave: its text says what, where, what was expected and what to do.
+    """A mistake in the user's input. The message says what is wrong, where, what was expected and what to do.
 
-    The command line prints the text as one sentence and exits with status 2.
+    The command line prints the message as one sentence and exits with status 2.
 
     >>> raise UserError("levels must be 0 or more, got -1")
     Traceback (most recent call last):
@@ -21,28 +21,28 @@ class UserError(ValueError):
 
 
 class ImportanceError(UserError):
-    """An importance that failed on a layer: it raised, or returned what cannot be compared."""
+    """An importance failed on a layer: it raised an exception, or returned values that cannot be compared."""
 
 
 class NothingStoredError(UserError):
-    """Results that are asked for and that the store does not have yet: their trainings are still to be done."""
+    """The store does not have the requested results yet: their trainings have not been run."""
 
 
 class StoreError(UserError):
-    """A folder that cannot be used as a store: it is none, or another version of tombola wrote it."""
+    """A folder cannot be used as a store: it is not a store, or another version of tombola wrote it."""
 
 
 class ClusterError(UserError):
-    """A cluster of machines that cannot be reached."""
+    """The cluster of machines cannot be reached."""
 
 
 class DamagedResultError(Exception):
-    """A stored result whose bytes are not those that were written.
+    """The bytes of a stored result differ from those that were written.
 
-    This is no mistake of the user's: the result can be removed and its training repeated.
+    This is not a mistake of the user: the result can be removed and its training can be repeated.
 
     Args:
-        key: the result's name.
+        key: the name of the result.
         reason: what is wrong with it.
 
     >>> str(DamagedResultError("0123456789abcdef", "a file is missing"))
@@ -55,7 +55,7 @@ class DamagedResultError(Exception):
 
 
 def did_you_mean(name: str, choices: Iterable[str]) -> str:
-    """Return a clause that names the choices nearest to `name`, or all of them where none is near.
+    """Return a clause that names the choices nearest to `name`, or all of them if none is near.
 
     >>> did_you_mean("magnitud", ["magnitude", "l1"])
     "did you mean 'magnitude'?"
@@ -73,7 +73,7 @@ def did_you_mean(name: str, choices: Iterable[str]) -> str:
 
 
 def describe_exception(error: BaseException) -> str:
-    """Return what an exception in a user's code says, in one line, and the line of that code which it came from.
+    """Describe an exception in a user's code in one line, with the file and line of that code if they are known.
 
     >>> describe_exception(ValueError("no such thing"))
     'ValueError: no such thing'
@@ -90,6 +90,6 @@ def describe_exception(error: BaseException) -> str:
 def is_installed(path: Path) -> bool:
     """Say whether a file belongs to an installed package or to Python itself."""
     folders = {sysconfig.get_path(kind) for kind in ("purelib", "platlib", "stdlib", "platstdlib")}
-    if {"site-packages", "dist-packages"} & set(path.parts):  # also those of the user, and of another Python's
+    if {"site-packages", "dist-packages"} & set(path.parts):  # also folders of the user and of another Python
         return True
     return any(path.is_relative_to(folder) for folder in folders)

@@ -1,4 +1,4 @@
-"""Advice: what to type where a library error says what is wrong."""
+"""Advice: add to an error of the library what the user can type to solve it."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ _ADVICE: dict[type[Exception], str] = {
 
 
 def add_advice(error: Exception) -> str:
-    """Return an error's text as one line, with what to type where that is known.
+    """Return an error's message as one line, followed by advice on what to type if there is any.
 
-    >>> add_advice(StoreError("store x: the folder is not empty and no store"))
-    'store x: the folder is not empty and no store; name another folder with --store'
+    >>> add_advice(StoreError("store x: the folder is not empty and is not a store"))
+    'store x: the folder is not empty and is not a store; name another folder with --store'
     """
     text = " ".join(str(error).splitlines())
     return _ADVICE.get(type(error), "{}").replace("{}", text, 1)

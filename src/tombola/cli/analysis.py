@@ -170,10 +170,10 @@ def reinit(options: argparse.Namespace) -> int:
 
 
 def _open(options: argparse.Namespace) -> tuple[Tickets, list[str] | None]:
-    """Return the tickets and the importances to compare: those asked for, None for all of the study's.
+    """Return the tickets and the names of the importances to compare; None means all importances of the study.
 
-    What `--importances` names is compared, out of the study's. The study may also have been run with others than its
-    file says; then they are in the store.
+    `--importances` selects some importances of the study. It may also name others with which the study was run before,
+    whose results are in the store.
     """
     from tombola.study.tickets import Tickets
 
@@ -210,14 +210,14 @@ def _print_note(text: str) -> None:
 
 
 def _show(table: pl.DataFrame, form: str, view: Callable[[pl.DataFrame], pl.DataFrame]) -> None:
-    """Print a table: as csv or json with all its columns, as a table what fits."""
+    """Print a table: in csv and json with all columns, on a terminal with a selection of them."""
     from tombola.cli.tables import show_frame
 
     show_frame(view(table) if form == "table" else table, form)
 
 
 def _overlap_by_level(table: pl.DataFrame) -> pl.DataFrame:
-    """One line for each level: all tickets together, the pairs, the noise floor; each with its chance."""
+    """Return one row for each level: overlap of all tickets, of pairs and by chance, and the noise floor."""
     import polars as pl
 
     from tombola.analysis import overlap
@@ -252,7 +252,7 @@ def _overlap_by_level(table: pl.DataFrame) -> pl.DataFrame:
 
 
 def _overlap_at_levels(table: pl.DataFrame) -> pl.DataFrame:
-    """Every comparison in total; layer by layer what all share, and the noise floor."""
+    """Return every comparison over all layers; layer by layer only the overlap of all tickets and the noise floor."""
     import polars as pl
 
     from tombola.analysis import overlap
@@ -274,7 +274,7 @@ def _overlap_at_levels(table: pl.DataFrame) -> pl.DataFrame:
 
 
 def _layers(table: pl.DataFrame) -> pl.DataFrame:
-    """One line for each ticket and layer, means over seeds."""
+    """Return one row for each ticket and layer, with means over seeds."""
     import polars as pl
 
     from tombola.analysis import layers
@@ -346,7 +346,7 @@ def _functions(table: pl.DataFrame) -> pl.DataFrame:
 
 
 def _connectivity(table: pl.DataFrame) -> pl.DataFrame:
-    """One line for each pair of tickets."""
+    """Return one row for each pair of tickets."""
     from tombola.analysis import connectivity
     from tombola.cli.tables import percent
 

@@ -1,4 +1,4 @@
-"""The verbs that list what comes with tombola: `importances` and `presets`."""
+"""The verbs that list the built-in importances and studies: `importances` and `presets`."""
 
 from __future__ import annotations
 

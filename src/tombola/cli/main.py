@@ -1,4 +1,4 @@
-"""The command line: verbs that parse, call and print; what they do is elsewhere."""
+"""The command line. Its verbs parse options, call the library and print; they do not compute anything themselves."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line.
 
     Args:
-        arguments: in place of the program's own.
+        arguments: the arguments of the command line; by default those of the process.
 
     Returns:
-        The exit status: 0, 1 where `verify` or `store check` found a difference, 2 for a user's mistake, 130 for
-        Ctrl-C, 141 where the reader of the output has gone.
+        The exit status: 0 for success, 1 if `verify` or `store check` found a difference, 2 for a user's mistake, 130
+        for Ctrl-C, 141 if the reader of the output has closed it.
     """
     given = sys.argv[1:] if arguments is None else list(arguments)
     try:
@@ -40,14 +40,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return verb(options)
         finally:
             sys.stdout.flush()
-    except BrokenPipeError:  # as by `head`; what is still to be written goes nowhere
+    except BrokenPipeError:  # for example `head` has exited; discard the remaining output
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except KeyboardInterrupt:
         again = "; finished trainings are kept, continue with: " + shlex.join(["tombola", *given])
         print(f"\ntombola: stopped{again if given[:1] == ['run'] else ''}", file=sys.stderr, flush=True)
         if arguments is None:
-            os._exit(130)  # at once: to take torch apart can take seconds
+            os._exit(130)  # at once, because the normal exit of torch can take seconds
         return 130
     except (UserError, DamagedResultError) as error:
         print(f"tombola: {add_advice(error)}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""Options: the parser, the types of options, and what the options of a study name."""
+"""Options: the parser, the types of options, and the loading of the study that the options name."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 STORE = Path("tombola-store")
 
 Verb = Callable[[argparse.Namespace], int]
-"""Does what the options say and returns the exit status."""
+"""A function that runs a verb with its options and returns the exit status."""
 
 _FIELDS = {name: (annotation, text) for name, annotation, text in fields()}
 
@@ -30,7 +30,7 @@ class Parser(argparse.ArgumentParser):
     """A parser whose errors are one sentence that names the nearest verbs and options."""
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """Parse, and refuse what is not known: here, where this verb's own options are."""
+        """Parse the arguments, and refuse unknown ones here, where the options of this verb are known."""
         options, unknown = super().parse_known_args(args, namespace)
         if unknown:
             name = unknown[0].split("=")[0]
@@ -47,7 +47,7 @@ class Parser(argparse.ArgumentParser):
             self.error(f"unknown {what} {value!r}; {did_you_mean(value, [str(choice) for choice in action.choices])}")
 
     def error(self, message: str) -> NoReturn:
-        """Raise the one exception that stands for a user's mistake."""
+        """Raise `UserError`, as for every mistake of a user."""
         missing = message.removeprefix("the following arguments are required: ")
         if missing != message:
             message = f"{missing} {'are' if ',' in missing else 'is'} missing"
@@ -118,7 +118,7 @@ class Verbs:
     """The verbs of the command line, to which each module adds its own.
 
     Args:
-        parsers: where argparse keeps them.
+        parsers: the subparsers of argparse.
         study: the options of a verb that is about a study.
         table: the options of a verb that prints a table.
         store: the options of a verb that is about a store.
@@ -146,7 +146,7 @@ class Verbs:
         return parser
 
     def add_group(self, name: str, verb: Verb, choices: str) -> Verbs:
-        """Add a verb that has verbs of its own; return these. `verb` runs where none of them is named."""
+        """Add a verb that has verbs of its own, and return these. `verb` runs if none of them is named."""
         parser = self.add(name, verb)
         parser.usage = f"tombola {name} {choices} [option ...]"
         parsers = parser.add_subparsers(required=True, metavar=choices, parser_class=Parser)
@@ -154,7 +154,7 @@ class Verbs:
 
 
 def open_planner(options: argparse.Namespace) -> Planner:
-    """Return the planner of the study that the options name; a store that is not there is not made."""
+    """Return the planner of the study that the options name; do not create a missing store."""
     with warnings.catch_warnings(record=True) as notes:
         warnings.simplefilter("always", OldFieldWarning)
         study = load_study(options.study, overrides(options))
@@ -169,7 +169,7 @@ def open_planner(options: argparse.Namespace) -> Planner:
     from tombola.study.trainings import THREADS
 
     torch.set_num_threads(THREADS)
-    store = Store(options.store, create=False)  # whether it can be read, before anything is loaded
+    store = Store(options.store, create=False)  # fail early if the store cannot be read
     return Planner(study, load_problem(study.task, options.data), store)
 
 
@@ -195,13 +195,13 @@ def flags(fields: dict[str, Any]) -> list[str]:
 
 
 def count_workers(options: argparse.Namespace) -> int:
-    """Return how many trainings run at the same time: as asked for, or one per core that this process may use."""
+    """Return the number of parallel trainings: the option, or one for each core that this process may use."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return options.workers or cores or 1
 
 
 class Arguments(argparse.Action):
-    """Collects NAME=VALUE."""
+    """The argparse action that collects NAME=VALUE arguments in a dict."""
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
         """Set the dict of names and values."""
@@ -215,7 +215,7 @@ class Arguments(argparse.Action):
 
 
 def with_dashes(argument: str) -> str:
-    """Return an option spelt with dashes; TOML's spelling of a field, `--recipe.batch_size`, is as good.
+    """Return an option spelt with dashes, so that TOML's spelling of a field (`--recipe.batch_size`) works too.
 
     >>> with_dashes("--recipe.batch_size=64"), with_dashes("--task.model=my_models:mlp"), with_dashes("min_max")
     ('--recipe.batch-size=64', '--task.model=my_models:mlp', 'min_max')
@@ -227,7 +227,7 @@ def with_dashes(argument: str) -> str:
 
 
 def parse_value(text: str) -> Any:
-    """Read a value as TOML would; what TOML would not take is a number as Python writes it, or a string.
+    """Parse a value as TOML; if it is not valid TOML, parse it as a Python number, or else take it as a string.
 
     >>> parse_value("[1, 2]"), parse_value("1e-3"), parse_value(".5"), parse_value("l1")
     ([1, 2], 0.001, 0.5, 'l1')
@@ -245,7 +245,7 @@ def parse_value(text: str) -> Any:
 
 
 def whole_number(least: int) -> Callable[[str], int]:
-    """Return the type of an option that is a whole number, `least` or more.
+    """Return a parser of options that are whole numbers of `least` or more.
 
     >>> whole_number(1)("12")
     12
@@ -260,7 +260,7 @@ def whole_number(least: int) -> Callable[[str], int]:
 
 
 def percentage_points(text: str) -> float:
-    """Read a difference of accuracies in percentage points, from 0 to 100.
+    """Parse a difference of accuracies in percentage points, in 0..100.
 
     >>> percentage_points("0.5")
     0.5
@@ -275,7 +275,7 @@ def percentage_points(text: str) -> float:
 
 
 def metavar(annotation: Any) -> str:
-    """Return what stands for a field's value in the help.
+    """Return the placeholder of a field's value in the help.
 
     >>> metavar(int | None), metavar(tuple[str, ...]), metavar(Literal["cpu", "cuda"])
     ('N', 'NAME', '{cpu,cuda}')
@@ -294,7 +294,7 @@ def _word(value: Any) -> str:
 
 
 def _find_modules(folders: list[Path]) -> None:
-    """Let a user's own modules be found in these folders: after the standard library, before installed packages."""
+    """Add these folders to the module path, after the standard library and before installed packages."""
     installed = ("site-packages", "dist-packages")
     place = next((i for i, entry in enumerate(sys.path) if entry.endswith(installed)), len(sys.path))
     sys.path[place:place] = [str(folder) for folder in dict.fromkeys(folders) if str(folder) not in sys.path]

@@ -1,4 +1,4 @@
-"""Progress of a run: live on a terminal, otherwise one line for each training."""
+"""The progress of a run: a live display on a terminal, otherwise one line for each training."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tombola.study.planner import Chain, Planner
 from tombola.study.trainings import Training
 
 Show = Callable[[Status, Training | None], None]
-"""Shows how far a run is, and the training that has just finished, if one has."""
+"""A function that shows the status of a run and the training that has just finished, if any."""
 
 
 @contextmanager
@@ -26,8 +26,8 @@ def show_progress(planner: Planner, workers: int) -> Iterator[Show]:
     """Show the progress of a run.
 
     Args:
-        planner: of the study.
-        workers: how many do its trainings.
+        planner: the planner of the study.
+        workers: the number of workers.
     """
     printed = 0
 
@@ -56,13 +56,13 @@ def show_progress(planner: Planner, workers: int) -> Iterator[Show]:
 
         def draw(status: Status, finished: Training | None) -> None:
             print_notes(status)
-            live.update(picture(status, planner, console.height, workers))
+            live.update(live_display(status, planner, console.height, workers))
 
         yield draw
 
 
 def expectation(status: Status, workers: int) -> str:
-    """Return how long a run will take, as far as that is known; empty where nothing is to be done."""
+    """Return a line with the expected duration of a run; empty if it is not known or nothing is to be done."""
     if status.seconds_left is None or not status.total:
         return ""
     return f"{count(status.total, 'training')}: about {duration(status.seconds_left)} on {count(workers, 'worker')}"
@@ -87,10 +87,12 @@ def line(status: Status, finished: Training, planner: Planner) -> str:
     return f"{done} {where}: {_accuracy(ticket)} ({names}){left}"
 
 
-def picture(status: Status, planner: Planner, height: int, workers: int) -> Group:
-    """Return the live display: trainings done of all, and of each chain the last ticket and what is under way.
+def live_display(status: Status, planner: Planner, height: int, workers: int) -> Group:
+    """Return the live display: the number of finished trainings, and for each chain its last ticket and running
+    training.
 
-    Where there are more chains than lines on the terminal, those at work come first and the rest is left out.
+    If there are more chains than lines on the terminal, chains with a running training come first and others are left
+    out.
     """
     bar = Table.grid(padding=(0, 1))
     left = f"about {duration(status.seconds_left)} left" if status.seconds_left is not None else ""
@@ -119,7 +121,7 @@ def _accuracy(ticket: Ticket) -> str:
 
 
 def _state(status: Status, chain: Chain) -> str:
-    """Return how far the training is that a chain waits for; empty where it does not run."""
+    """Return the progress of the training that a chain waits for; empty if it is not running."""
     waits_for = status.chains[chain].waits_for
     if waits_for is None or waits_for.key not in status.running:
         return ""

@@ -130,10 +130,10 @@ def _gather(options: argparse.Namespace, planner: Planner) -> Contents:
 
 
 def _gather_results(options: argparse.Namespace, planner: Planner) -> Contents:
-    """Gather what there is of a study.
+    """Gather the stored results of a study.
 
     Raises:
-        NothingStoredError: where there is no result.
+        NothingStoredError: if the store has no result of the study.
     """
     contents = _gather(options, planner)
     if not contents.results:
@@ -142,7 +142,7 @@ def _gather_results(options: argparse.Namespace, planner: Planner) -> Contents:
 
 
 def _check_output(path: Path) -> None:
-    """Raise `UserError` where this file cannot be written, before anything is loaded."""
+    """Raise `UserError` if this file cannot be written; call this before anything is loaded."""
     if not path.parent.is_dir():
         raise UserError(f"--output {path}: there is no folder {path.parent}; make it first")
     if path.is_dir():
@@ -151,7 +151,7 @@ def _check_output(path: Path) -> None:
 
 @contextmanager
 def _check_installed() -> Iterator[None]:
-    """Say what to install where the charting library is not there."""
+    """If the charting library is missing, raise `UserError` with what to install."""
     try:
         yield
     except ModuleNotFoundError as error:

@@ -1,4 +1,4 @@
-"""The verbs that give a study's tickets: `results` and `export`."""
+"""The verbs that output the tickets of a study: `results` and `export`."""
 
 from __future__ import annotations
 
@@ -70,10 +70,10 @@ def export(options: argparse.Namespace) -> int:
 
 
 def show_results(tickets: Tickets, form: str) -> None:
-    """Print the results of a study that are there.
+    """Print the stored results of a study.
 
     Raises:
-        NothingStoredError: where none is.
+        NothingStoredError: if the store has no result of the study.
     """
     from tombola.analysis.accuracy import Row, rows
     from tombola.cli.tables import show_table
@@ -118,7 +118,7 @@ def _print_results(planner: Planner, found: Sequence[Row]) -> None:
 
 
 def _print_table2(results: Table2, importances: Sequence[str], seeds: int) -> None:
-    """Print the columns of some importances; in several tables where one would be too wide for the terminal."""
+    """Print the columns of some importances; in several tables if one would be too wide for the terminal."""
     from tombola.cli.tables import empty_table, print_table, too_wide
 
     plain = not sys.stdout.isatty()

@@ -44,7 +44,7 @@ def run(options: argparse.Namespace) -> int:
 
     planner = open_planner(options)
     study, local = planner.study, options.engine == "local"
-    here = study if local else study.model_copy(update={"device": "cpu"})  # GPUs may be elsewhere
+    here = study if local else study.model_copy(update={"device": "cpu"})  # GPUs may be on other machines
     try_out(planner.problem, here)
     planner.store = Store(options.store)
     planner.store.check_writable()
@@ -75,7 +75,7 @@ def plan(options: argparse.Namespace) -> int:
 
 
 def show_plan(planner: Planner, expected: Estimate, workers: int, form: str) -> None:
-    """Print what a run would train, what exists, and the time and disk it takes."""
+    """Print which trainings a run would do, which exist already, and the expected time and disk space."""
     from tombola.cli.tables import count, duration, show_table, size
 
     lines = [
@@ -113,11 +113,11 @@ def show_plan(planner: Planner, expected: Estimate, workers: int, form: str) -> 
 
 
 def open_workers(options: argparse.Namespace, planner: Planner) -> Workers:
-    """Return the workers that the options ask for.
+    """Return the workers that the options select.
 
     Args:
-        options: of the command line.
-        planner: of the study.
+        options: the options of the command line.
+        planner: the planner of the study.
     """
     task, store = planner.study.task, planner.store
     if options.engine == "local":

@@ -1,4 +1,4 @@
-"""The verbs that look after what is stored: `verify` and `store`."""
+"""The verbs that check and manage stored results: `verify` and `store`."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def _print_findings(findings: list[Finding]) -> None:
 
 @contextmanager
 def _show_count(shown: bool) -> Iterator[Callable[[int, int], None]]:
-    """Give a function that shows on a terminal how many trainings are verified, of how many."""
+    """Yield a function that shows on a terminal how many trainings, and of how many, are verified."""
     live = shown and sys.stderr.isatty()
 
     def tell(done: int, total: int) -> None:
@@ -110,7 +110,7 @@ def _show_count(shown: bool) -> Iterator[Callable[[int, int], None]]:
 
 def store(options: argparse.Namespace) -> int:
     """List, check or clean the store."""
-    raise UserError("store: name what to do: ls, check or gc")
+    raise UserError("store: expected one of ls, check and gc")
 
 
 def ls(options: argparse.Namespace) -> int:
@@ -175,15 +175,15 @@ def check(options: argparse.Namespace) -> int:
     for one, reason in damaged:
         print(f"{one.kind} {one.name[:12]} is damaged: {reason}")
     print(f"{len(found)} results, masks and checkpoints read, {size(sum(one.bytes for one in found))}: ", end="")
-    print(f"{len(damaged)} are damaged; `tombola run` does them again" if damaged else "all checksums are right")
+    print(f"{len(damaged)} are damaged; `tombola run` repeats them" if damaged else "all checksums are correct")
     return 1 if damaged else 0
 
 
 def _damage(store: Store, one: Entry) -> str | None:
     if one.kind == "mask":
-        return None if store.masks.get(one.name) is not None else "its bits do not have their checksum"
+        return None if store.masks.get(one.name) is not None else "its bits do not match their checksum"
     if one.kind == "checkpoint":
-        return None if store.checkpoints.get(one.name) is not None else "its bytes do not have their checksum"
+        return None if store.checkpoints.get(one.name) is not None else "its bytes do not match their checksum"
     try:
         store.results.check(one.name)
     except DamagedResultError as damage:
@@ -234,5 +234,5 @@ def _open(root: Path) -> Store:
     from tombola.store.store import Store
 
     if not (root / "store.json").exists():
-        raise StoreError(f"store {root}: there is no store")
+        raise StoreError(f"store {root}: there is no store in this folder")
     return Store(root, create=False)

@@ -1,4 +1,4 @@
-"""Tables, on a terminal or plain, as csv or json; and how numbers are written in them."""
+"""Tables as text, csv or json, and the formats of numbers in them."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
     import polars as pl
 
 BLANK = "\ue000"
-"""Takes the place of a star where others have one; rich would take a space away, and align the rest."""
+"""A placeholder in cells without a star, so that the columns stay aligned; rich would strip a space."""
 
 
 def open_console() -> Console:
-    """Return a console that is as wide as the terminal, or as whatever is printed needs where there is none."""
+    """Return a console as wide as the terminal; without a terminal, its width is practically unlimited."""
     width = None if sys.stdout.isatty() else 10_000
     return Console(file=sys.stdout, width=width, highlight=False, markup=False, emoji=False)
 
@@ -42,13 +42,13 @@ def print_table(table: Table) -> None:
 
 
 def too_wide(table: Table) -> bool:
-    """Say whether a table is wider than the terminal."""
+    """Return whether a table is wider than the terminal."""
     console = open_console()
     return Measurement.get(console, console.options.update(max_width=10_000), table).maximum > console.width
 
 
 def show_table(header: Sequence[str], lines: Sequence[Sequence[Any]], form: str) -> None:
-    """Print a table as a table, csv or json; csv and json have the header's words joined by `_`."""
+    """Print a table as a table, csv or json; in csv and json the words of a header are joined by `_`."""
     keys = [title.replace(" ", "_") for title in header]
     if form == "json":
         print(json.dumps([dict(zip(keys, line, strict=True)) for line in lines], indent=1))
@@ -76,7 +76,7 @@ _WORDS = {"importance", "kind", "tickets", "layer", "measure", "quantity", "coll
 
 
 def show_frame(table: pl.DataFrame, form: str) -> None:
-    """Print a table of polars: lists of names are joined by `&`, and `-` stands for what is not known."""
+    """Print a polars table; join lists of names by `&`, and write `-` for missing values."""
     import polars as pl
 
     if form != "json":
@@ -93,7 +93,7 @@ def show_frame(table: pl.DataFrame, form: str) -> None:
 
 
 def percent(column: str, digits: int = 2, *, sign: bool = False) -> pl.Expr:
-    """Return a column of shares in 0..1 as text, in %."""
+    """Return a column of shares in 0..1 as text in percent."""
     import polars as pl
 
     form = f"{{:{'+' if sign else ''}.{digits}f}}"
@@ -108,7 +108,7 @@ def number(column: str, form: str = "{:.3f}") -> pl.Expr:
 
 
 def percent_range(low: str, high: str, digits: int = 2, *, sign: bool = False) -> pl.Expr:
-    """Return two columns of shares in 0..1 as the text of a range, in %."""
+    """Return two columns of shares in 0..1 as the text of a range in percent."""
     import polars as pl
 
     form = f"{{:{'+' if sign else ''}.{digits}f}}"
@@ -123,7 +123,7 @@ def percent_range(low: str, high: str, digits: int = 2, *, sign: bool = False) -
 
 
 def count(number: int, what: str) -> str:
-    """Return a number of things.
+    """Return a number with its noun, in the plural unless the number is 1.
 
     >>> count(1, "worker"), count(2, "worker")
     ('1 worker', '2 workers')
@@ -132,7 +132,7 @@ def count(number: int, what: str) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Return a duration as people say it.
+    """Return a duration as text with units.
 
     >>> duration(3.21), duration(75), duration(7320), duration(200000)
     ('3.2 s', '1 min 15 s', '2 h 2 min', '2 d 7 h')
@@ -146,7 +146,7 @@ def duration(seconds: float) -> str:
 
 
 def size(count: float) -> str:
-    """Return a number of bytes as people say it.
+    """Return a number of bytes as text with a unit.
 
     >>> size(1_234_567)
     '1.2 MB'

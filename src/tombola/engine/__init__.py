@@ -1,1 +1,4 @@
-"""Engines: who runs the trainings of a study. `run` is the loop, `Workers` what an engine is, `local` and `ray` two."""
+"""Engines: run the trainings of a study.
+
+`run` is the main loop, `Workers` the interface of an engine, and `local` and `ray` are the two engines.
+"""

@@ -1,4 +1,4 @@
-"""Estimates: how long a study takes and how much disk, before it is run."""
+"""Estimates: how much time and disk space a study will take."""
 
 from __future__ import annotations
 
@@ -22,25 +22,25 @@ from tombola.study.tickets import Tickets
 from tombola.training.evaluation import predict
 
 _TIMED_SECONDS = 1.0
-_PATIENCE = 60.0  # seconds after which a training that has not come far enough to be timed is taken as it is
+_PATIENCE = 60.0  # seconds to wait for a training that is timed
 _MOST_TIMED_AT_ONCE = 8
-_WORTH_TIMING = 60.0  # seconds of a run for which some seconds of timing are little
-_STEP_OF_FORWARD = 3.0  # times a forward pass, about what a training step of a dense network takes
+_WORTH_TIMING = 60.0  # seconds of a run from which on a few seconds of timing do not matter
+_STEP_OF_FORWARD = 3.0  # approximate cost of a dense training step, in forward passes
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a run would do.
+    """The expected work, time and disk space of a run.
 
     Args:
-        chains: for each chain the tickets that are there and those to be found.
-        existing: trainings that are there.
-        to_train: trainings to do, as far as can be told: chains that come to the same mask share more.
-        seconds_each: of one training, on average.
-        source: how that is known.
-        seconds: of the whole on the workers asked for.
-        critical: the chain that takes longest, in seconds: no number of workers makes it shorter.
-        bytes: of the results to come.
+        chains: (chain, number of stored tickets, number of missing tickets) for each chain.
+        existing: the number of stored trainings.
+        to_train: the number of missing trainings. It may turn out lower, as chains that reach the same mask share them.
+        seconds_each: the mean duration of a training in seconds.
+        source: the source of the durations, for the user.
+        seconds: the duration of the whole run in seconds, on the given number of workers.
+        critical: the chain that takes longest and its seconds; more workers cannot make the run shorter than this.
+        bytes: the size of the results to come.
     """
 
     chains: tuple[tuple[Chain, int, int], ...]
@@ -54,12 +54,12 @@ class Estimate:
 
 
 def estimate(planner: Planner, workers: int, directory: Path | None = None) -> Estimate:
-    """Estimate a study's run from the trainings of it that are done, or from a few iterations timed now.
+    """Estimate the run of a study from its finished trainings, or from a few iterations that are timed now.
 
     Args:
-        planner: of the study.
-        workers: how many.
-        directory: where data sets lie.
+        planner: the planner of the study.
+        workers: the number of workers.
+        directory: the folder of the data sets.
     """
     progress = Tickets(planner).all()
     keys = {training.key for p in progress.values() for training in p.trainings}
@@ -81,15 +81,15 @@ def estimate(planner: Planner, workers: int, directory: Path | None = None) -> E
 
 
 def prior_speed(planner: Planner, workers: int, directory: Path | None = None) -> Speed | None:
-    """Return what is known of the speed of a study's trainings before it runs; None where nothing is to be done.
+    """Return the speed of a study's trainings as far as it is known before the run; None if nothing is left to do.
 
-    It comes from the trainings of the study that are done, or from a few iterations that are timed now. A study that
-    takes less than about a minute is not delayed by that: then the speed says nothing of iterations.
+    The speed comes from the finished trainings of the study, or from a few iterations that are timed now. If the run
+    takes less than about a minute, nothing is timed, so as not to delay it: the speed then has no times of iterations.
 
     Args:
-        planner: of the study.
-        workers: how many.
-        directory: where data sets lie.
+        planner: the planner of the study.
+        workers: the number of workers.
+        directory: the folder of the data sets.
     """
     progress: list[Progress] = []
     damaged = 0
@@ -116,7 +116,7 @@ def recorded_speed(tickets: Tickets) -> Speed | None:
 
 
 def _speed(planner: Planner, chains: Sequence[Progress], workers: int, directory: Path | None) -> Speed:
-    """Return the speed of trainings: from those of the study that are done, or from a few iterations timed now."""
+    """Return the speed of trainings, from the finished trainings of the study or from a few iterations timed now."""
     if recorded := _recorded_speed(planner, chains):
         _, start = _time_iterations(planner, planner.dense, 1, directory)
         return replace(recorded, start=start)
@@ -124,30 +124,30 @@ def _speed(planner: Planner, chains: Sequence[Progress], workers: int, directory
 
 
 def _recorded_speed(planner: Planner, chains: Sequence[Progress]) -> Speed | None:
-    """Return the speed of the trainings that are done, from their records; None where there is none."""
+    """Return the speed of the finished trainings, from their records; None if there are none."""
     timings: dict[str, Timing] = {}
     for progress in chains:
         for training in progress.trainings:
             timing = Timing.of(training.mask.density, planner.store.results.record(training.key))
             if timing is not None:
                 timings[training.key] = timing
-    source = f"from the {len(timings)} that are done"
+    source = f"from the {len(timings)} finished trainings"
     return refine(Speed({}, 0.0, 0.0, source), timings.values()) if timings else None
 
 
 def _timed_speed(planner: Planner, workers: int, directory: Path | None, testing: float) -> Speed:
-    """Return the speed of trainings from iterations that are timed now, at some of the levels."""
+    """Time iterations at some of the levels and return the speed of trainings."""
     known, start = {}, 0.0
     count = min(workers, _MOST_TIMED_AT_ONCE)
     for level in sorted({0, planner.study.levels // 2, planner.study.levels}):
         density = (1 - planner.study.fraction) ** level
         known[density], started = _time_iterations(planner, _thin(planner.dense, density), count, directory)
-        start = max(start, started)  # the first time: then the process that workers are copies of is there
+        start = max(start, started)  # only the first includes the start of the process that workers are forked from
     return Speed(known, testing, start, "from a few iterations timed now")
 
 
 def _time_iterations(planner: Planner, mask: Mask, count: int, directory: Path | None) -> tuple[float, float]:
-    """Return the seconds of an iteration where `count` trainings go side by side, and those until they go."""
+    """Return the seconds of an iteration while `count` trainings run in parallel, and the seconds until they start."""
     seed = planner.study.seeds[0]
     endless = 10**9
     training = planner.training(seed, planner.initial(planner.chains[0].seed), mask, 0, endless)
@@ -159,7 +159,7 @@ def _time_iterations(planner: Planner, mask: Mask, count: int, directory: Path |
         while time.perf_counter() - began < _PATIENCE:
             for event in workers.events(timeout=0.1):
                 if not isinstance(event, At):
-                    marks[event.key] += [(0, began), (1, time.perf_counter())]  # it diverged, or cannot be done
+                    marks[event.key] += [(0, began), (1, time.perf_counter())]  # the training diverged or failed
                 else:
                     marks[event.key].append((event.iteration, time.perf_counter()))
             if all(len(at) > 1 and at[-1][1] - at[0][1] > _TIMED_SECONDS for at in marks.values()):
@@ -171,7 +171,7 @@ def _time_iterations(planner: Planner, mask: Mask, count: int, directory: Path |
 
 
 def _thin(mask: Mask, density: float) -> Mask:
-    """Return a mask in which about this share of the connections is alive, at random."""
+    """Return a random mask of about this density, with the shapes of `mask`."""
     generator = torch.Generator().manual_seed(0)
     return Mask.from_tensors(
         {name: torch.rand(shape, generator=generator) < density for name, shape in mask.shapes.items()}
@@ -179,7 +179,7 @@ def _thin(mask: Mask, density: float) -> Mask:
 
 
 def _time_testing(planner: Planner) -> float:
-    """Return the seconds that testing takes after a training, from a part of the test set."""
+    """Return the seconds of the test after a training, extrapolated from a part of the test set."""
     data = planner.problem.data
     few = min(500, len(data.test_inputs))
     part = replace(data, test_inputs=data.test_inputs[:few], test_labels=data.test_labels[:few])
@@ -191,7 +191,7 @@ def _time_testing(planner: Planner) -> float:
 
 
 def _bytes(planner: Planner, level: int) -> int:
-    """Return about how much a result of a level takes: weights alive, a bit a connection, losses, all the rest."""
+    """Return the approximate size of a result of a level in bytes: alive weights, mask, losses and other tensors."""
     state = planner.initial(planner.study.seeds[0]).load()
     rest = sum(t.nbytes for name, t in state.items() if name not in planner.dense)
     alive = planner.dense.total * (1 - planner.study.fraction) ** level

@@ -1,6 +1,6 @@
-"""Forecasts: how long trainings take by density, and when workers are done with chains of them.
+"""Forecasts: the duration of trainings by density, and the time until workers have finished chains of trainings.
 
-Pure functions of speeds and of how far chains are; `tombola.engine.estimate` finds the speeds out.
+All of these are computed from speeds and from the progress of chains; `tombola.engine.estimate` measures the speeds.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from tombola.study.planner import Chain, Planner, Progress
 from tombola.study.trainings import Training
 
 _RECOMPUTED_EVERY = 1.0  # seconds
-_SAME_DENSITY = 0.01  # relative: a level's density is a round number of connections
-_OBSERVED_FOR = 1.0  # seconds of a training from which its iterations can be timed
+_SAME_DENSITY = 0.01  # relative; a level's density is rounded to a whole number of connections
+_OBSERVED_FOR = 1.0  # seconds that a training must have run for before its iterations are timed
 
 
 @dataclass(frozen=True)
 class Speed:
-    """How fast trainings are.
+    """The speed of trainings.
 
     Args:
-        iteration: seconds of one iteration, by density in 0..1.
-        beside: seconds of a training beside its iterations: loading, testing, storing.
-        start: seconds until the workers' processes run.
-        source: how that is known.
+        iteration: the seconds of one iteration, by density in 0..1.
+        beside: the seconds of a training outside its iterations: loading, testing, storing.
+        start: the seconds until the workers' processes run.
+        source: the source of these numbers, for the user.
     """
 
     iteration: Mapping[float, float]
@@ -39,23 +39,23 @@ class Speed:
     source: str
 
     def iteration_at(self, density: float) -> float:
-        """Return the seconds of an iteration: linear in the density between those known, constant beyond them."""
+        """Return the seconds of an iteration at a density: linear between the known densities, else constant."""
         known = sorted(self.iteration)
         return float(np.interp(density, known, [self.iteration[one] for one in known]))
 
     def training(self, density: float, iterations: int) -> float:
-        """Return the seconds of a training."""
+        """Return the seconds of a training with this density and number of iterations."""
         return self.beside + iterations * self.iteration_at(density)
 
 
 @dataclass(frozen=True)
 class Timing:
-    """What one training has taken.
+    """The measured times of one training.
 
     Args:
-        density: of its mask, in 0..1.
-        iteration: seconds of an iteration.
-        beside: seconds beside its iterations; None where that is not known yet.
+        density: the density of its mask, in 0..1.
+        iteration: the seconds of an iteration.
+        beside: the seconds outside its iterations; None if they are not known yet.
     """
 
     density: float
@@ -64,7 +64,7 @@ class Timing:
 
     @classmethod
     def of(cls, density: float, record: Mapping[str, Any]) -> Timing | None:
-        """Return what the record of a training says; None where it has no time of an iteration."""
+        """Read the times from the record of a training; return None if it has no time of an iteration."""
         each = record.get("seconds_per_iteration")
         if each is None:
             return None
@@ -72,12 +72,13 @@ class Timing:
 
 
 def refine(speed: Speed, timings: Iterable[Timing]) -> Speed:
-    """Return a speed that agrees with trainings of the study, and follows the earlier one at other densities.
+    """Correct a speed by the measured times of trainings.
 
-    At the densities of the trainings it is the median of their seconds. At the others that `speed` knows, it is what
-    `speed` says, times the ratio of the two. This ratio is taken where both are known, interpolated between: elsewhere
-    it would be wrong by what lies between two densities that `speed` knows, where a network may change to sparse
-    layers.
+    At a density that was measured, the new time of an iteration is the median of the measured times. At the other
+    densities of `speed`, it is the earlier time multiplied by the ratio of measured to earlier time. This ratio is
+    known at the densities that were measured and that `speed` has too; it is interpolated between them. Other measured
+    densities give no ratio: between two densities of `speed` a network may change to sparse layers, so an interpolated
+    earlier time would be wrong.
 
     >>> before = Speed({1.0: 10.0, 0.1: 2.0}, beside=1.0, start=0.0, source="timed")
     >>> refine(before, [Timing(1.0, 5.0, 3.0)])
@@ -109,18 +110,18 @@ def refine(speed: Speed, timings: Iterable[Timing]) -> Speed:
 
 @dataclass(frozen=True)
 class Step:
-    """A training to come: `name` is the same for chains that share it."""
+    """A training that is still to be done; `name` is the same in all chains that share it."""
 
     name: tuple[str, int]
     seconds: float
 
 
 def steps_ahead(planner: Planner, chain: Chain, progress: Progress, speed: Speed) -> list[Step]:
-    """Return the trainings that a chain still needs, in order."""
+    """Return the trainings that a chain still needs, in their order."""
     if progress.waits_for is None:
         return []
     levels, rewind = planner.study.levels, planner.study.recipe.rewind
-    first = levels + 1 - progress.remaining  # level of the first, or -1 for the rewind point
+    first = levels + 1 - progress.remaining  # level of the first missing training; -1 for the rewind point
     steps = []
     for number, level in enumerate(range(first, levels + 1)):
         name = (progress.waits_for.key, number) if number < progress.shared else (str(chain), level)
@@ -132,12 +133,12 @@ def steps_ahead(planner: Planner, chain: Chain, progress: Progress, speed: Speed
 def makespan(
     chains: Sequence[Sequence[Step]], workers: int, running: Mapping[tuple[str, int], float] | None = None
 ) -> float:
-    """Return the seconds that workers take for chains of steps, each begun as `run` begins them: longest chain first.
+    """Return the seconds until workers have done all steps, started in the order of `run`: longest chain first.
 
     Args:
-        chains: the steps of each chain that are not done, in order.
-        workers: how many there are.
-        running: the steps that have begun, and the seconds that each still takes.
+        chains: the missing steps of each chain, in their order.
+        workers: the number of workers.
+        running: the steps that are running, with the remaining seconds of each.
 
     >>> a, b, c = (Step((name, 0), 1.0) for name in "abc")
     >>> makespan([[a, b], [a, c]], 1), makespan([[a, b], [a, c]], 2), makespan([[a, b], [a, c]], 9)
@@ -148,12 +149,12 @@ def makespan(
     at_work = [(seconds, name) for name, seconds in (running or {}).items()]
     heapq.heapify(at_work)
     begun = {name for _, name in at_work}
-    waiting: dict[tuple[str, int], list[int]] = {}  # the chains whose next step it is
+    waiting: dict[tuple[str, int], list[int]] = {}  # step -> the chains whose next step it is
     place = [0] * len(chains)
     ready: list[tuple[int, int, float, tuple[str, int]]] = []
 
     def wait(group: Iterable[int]) -> None:
-        """Let chains wait for the steps at which they are."""
+        """Add chains to the lists of those that wait for their next steps."""
         for number in group:
             if place[number] < len(chains[number]):
                 step = chains[number][place[number]]
@@ -181,7 +182,7 @@ def makespan(
 
 @dataclass
 class _Mark:
-    """How far a running training was when it was first and last seen to have advanced."""
+    """The iteration of a running training at the first and at the last observation that it had advanced."""
 
     begin: int
     began: float
@@ -189,26 +190,26 @@ class _Mark:
     last: tuple[int, float] | None = None
 
     def advance(self, iteration: int, now: float) -> None:
-        """Note that it has come to an iteration."""
+        """Note that the training has reached an iteration."""
         if iteration > (self.last[0] if self.last else self.begin):
             self.last = iteration, now
             self.first = self.first or self.last
 
     def iteration(self) -> float | None:
-        """Return the seconds of an iteration; None where it was not seen for long enough."""
+        """Return the seconds of an iteration; None if the training was not observed for long enough."""
         if self.first is None or self.last is None or self.last[1] - self.first[1] < _OBSERVED_FOR:
             return None
         return (self.last[1] - self.first[1]) / (self.last[0] - self.first[0])
 
 
 class Forecast:
-    """The time that a run still takes; it learns from each training that is done or has run for a while.
+    """The estimate of the time that a run still takes. It improves with each training that has finished or run a while.
 
     Args:
-        planner: of the study.
-        workers: how many do the trainings.
-        speed: what is known of the trainings' speed before the run; None where nothing is.
-        clock: gives the time in seconds.
+        planner: the planner of the study.
+        workers: the number of workers.
+        speed: the speed of the trainings as known before the run; None if nothing is known.
+        clock: a function that returns the time in seconds.
     """
 
     def __init__(
@@ -221,14 +222,14 @@ class Forecast:
         self._timings: list[Timing] = []
         self._marks: dict[str, _Mark] = {}
         self._begun = False
-        self._computed: tuple[float, float] | None = None  # when, and the seconds left then
+        self._computed: tuple[float, float] | None = None  # time of the last computation, and the seconds left then
 
     def add(self, training: Training, record: Mapping[str, Any]) -> None:
-        """Learn from a training that is done.
+        """Add the measured times of a finished training.
 
         Args:
-            training: which.
-            record: when and how long it ran, as it is stored.
+            training: the training.
+            record: the stored record of when and how long it ran.
         """
         if timing := Timing.of(training.mask.density, record):
             self._timings.append(timing)
@@ -236,17 +237,17 @@ class Forecast:
     def seconds_left(
         self, chains: Mapping[Chain, Progress], running: Mapping[str, tuple[Training, int]]
     ) -> float | None:
-        """Return the seconds until all chains are at their ends; None where no speed is known yet.
+        """Return the seconds until all chains are finished; None if no speed is known yet.
 
         Args:
-            chains: how far each is.
-            running: the trainings that run, and the iteration that each has come to, by their keys.
+            chains: the progress of each chain.
+            running: the running trainings and the iteration that each has reached, by key.
         """
         now = self._clock()
         self._watch(running, now)
         if self._computed is not None and now - self._computed[0] < _RECOMPUTED_EVERY:
             return max(0.0, self._computed[1] - (now - self._computed[0]))
-        speed = refine(self._prior, [*self._timings, *self._observed(running)])
+        speed = refine(self._prior, [*self._timings, *self._time_running(running)])
         if not speed.iteration:
             return None
         at_work = {(key, 0): self._left(key, training, speed, now) for key, (training, _) in running.items()}
@@ -256,7 +257,7 @@ class Forecast:
         return seconds
 
     def _watch(self, running: Mapping[str, tuple[Training, int]], now: float) -> None:
-        """Note how far the running trainings are; where others run than before, compute anew."""
+        """Note the iterations of the running trainings; discard the last computation if other trainings run now."""
         if running.keys() != self._marks.keys():
             self._computed = None
         self._begun = self._begun or bool(running)
@@ -264,8 +265,8 @@ class Forecast:
         for key, (_, iteration) in running.items():
             self._marks[key].advance(iteration, now)
 
-    def _observed(self, running: Mapping[str, tuple[Training, int]]) -> list[Timing]:
-        """Return the speeds of running trainings."""
+    def _time_running(self, running: Mapping[str, tuple[Training, int]]) -> list[Timing]:
+        """Return the measured times of the running trainings."""
         rates = ((training, self._marks[key].iteration()) for key, (training, _) in running.items())
         return [Timing(training.mask.density, rate) for training, rate in rates if rate is not None]
 

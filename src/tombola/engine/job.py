@@ -1,4 +1,4 @@
-"""Jobs: a training as a worker receives it, and its outcome as the worker returns it; both are bytes and plain data."""
+"""Jobs: a training as a worker receives it, and its outcome as the worker returns it, both as bytes and plain data."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from tombola.training.weights import Weights
 
 @dataclass(frozen=True)
 class Job:
-    """A training's arguments, except for the problem, which each worker loads."""
+    """The arguments of a training, except for the problem, which each worker loads itself."""
 
     key: str
     initial: bytes
@@ -41,7 +41,7 @@ class Job:
 
     @classmethod
     def of(cls, training: Training, study: Study) -> Job:
-        """Return the job of a training of a study."""
+        """Make the job for a training of a study."""
         return cls(
             training.key,
             safetensors.torch.save({name: t.contiguous() for name, t in training.initial.load().items()}),
@@ -77,14 +77,14 @@ def perform(job: Job, problem: Problem, resume: Checkpoint | None, watch: Watch)
 
     Args:
         job: the training.
-        problem: what it trains.
-        resume: the checkpoint to start from; None for the beginning.
-        watch: called after every iteration.
+        problem: the data set, model and loss.
+        resume: the checkpoint to resume from; None to start at the beginning.
+        watch: a function that is called after every iteration.
     """
     clock = _Clock(watch)
     mask = Mask(job.shapes, {name: np.frombuffer(bits, np.uint8) for name, bits in job.bits.items()})
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", NoKernelsWarning)  # the run has said this once
+        warnings.simplefilter("ignore", NoKernelsWarning)  # the run has already warned once
         trained = train(
             problem.build(),
             safetensors.torch.load(job.initial),
@@ -113,7 +113,7 @@ def perform(job: Job, problem: Problem, resume: Checkpoint | None, watch: Watch)
 
 
 class _Clock:
-    """A watch that times all iterations but the first, in which libraries are loaded and memory is allocated."""
+    """A watch that times all iterations except the first, which also loads libraries and allocates memory."""
 
     def __init__(self, watch: Watch) -> None:
         self._watch = watch
@@ -126,12 +126,12 @@ class _Clock:
 
     @property
     def seconds(self) -> float:
-        """Seconds since this clock was made."""
+        """The seconds since this clock was created."""
         return time.perf_counter() - self._started
 
     @property
     def seconds_per_iteration(self) -> float | None:
-        """Seconds of an iteration on average; None for a training of one iteration."""
+        """The mean seconds of an iteration; None for a training of one iteration."""
         if len(self._marks) < 2 or self._marks[0][0] == self._marks[1][0]:
             return None
         (first, begin), (last, end) = self._marks

@@ -1,4 +1,4 @@
-"""The local engine: processes on this machine, each of which does one training at a time."""
+"""The local engine: processes on this machine that each do one training at a time."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ _PRELOADED = ["tombola.engine.local", "torch._dynamo"]  # torch imports the latt
 
 @dataclass(frozen=True)
 class _Setting:
-    """What every worker receives.
+    """The settings that every worker receives.
 
     Args:
-        task: what is trained; each worker loads it.
-        directory: of the data sets.
-        store: the folder of the store, for checkpoints; None for none.
-        checkpoint_every: seconds.
+        task: the task, which each worker loads.
+        directory: the folder of the data sets.
+        store: the folder of the store, for checkpoints; None for no checkpoints.
+        checkpoint_every: the seconds between two checkpoints of a training.
     """
 
     task: Task
@@ -47,17 +47,17 @@ class _Setting:
 
 
 class LocalWorkers:
-    """Processes that each do one training at a time, with one thread, and go on to the next.
+    """Processes that each do one training after another, with one thread.
 
     They are forked from a process that has imported all modules, so that a worker starts quickly. A worker that dies is
-    replaced and its job continues from its last checkpoint. Workers whose parent dies end by themselves.
+    replaced, and its job continues from its last checkpoint. If their parent dies, the workers exit by themselves.
 
     Args:
         count: the number of processes.
-        task: what is trained; each worker loads it.
-        directory: of the data sets.
+        task: the task, which each worker loads.
+        directory: the folder of the data sets.
         store: the folder of the store, for checkpoints; None for no checkpoints.
-        checkpoint_every: seconds between two checkpoints of a training.
+        checkpoint_every: the seconds between two checkpoints of a training.
     """
 
     def __init__(
@@ -98,7 +98,7 @@ class LocalWorkers:
             self._workers.append(worker)
         self._tries[job.key] = self._tries.get(job.key, 0) + 1
         worker.job = job
-        with contextlib.suppress(OSError):  # where the worker is dead, `events` will see it
+        with contextlib.suppress(OSError):  # if the worker is dead, `events` will notice it
             worker.connection.send(job)
 
     def events(self, timeout: float) -> Iterator[Event]:
@@ -148,7 +148,7 @@ class _Worker:
 
 @contextlib.contextmanager
 def _no_ctrl_c() -> Iterator[None]:
-    """Block SIGINT inside the block: processes that are started there never receive it, not even while they load."""
+    """Block SIGINT inside the block, so that processes started there never receive it, not even while they load."""
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
@@ -161,8 +161,8 @@ def _no_ctrl_c() -> Iterator[None]:
 
 
 def _work(connection: Connection, setting: _Setting) -> None:
-    """Do jobs until the parent ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends this process
+    """Do jobs until the parent exits."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C and stops this process
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(THREADS)
     store = None if setting.store is None else Store(setting.store, create=False)
@@ -178,7 +178,7 @@ def _work(connection: Connection, setting: _Setting) -> None:
             except Exception as error:
                 connection.send(Failed.by(job.key, error))
     except (EOFError, OSError):
-        sys.exit(0)  # the parent has ended
+        sys.exit(0)  # the parent has exited
 
 
 def _perform(job: Job, problem: Problem, store: Store | None, checkpoint_every: float, connection: Connection) -> Event:
@@ -193,7 +193,7 @@ def _perform(job: Job, problem: Problem, store: Store | None, checkpoint_every: 
 
 
 def _end_with_parent() -> None:
-    """Wait for the end of the parent, then end this process at once."""
+    """Wait until the parent exits, then exit at once."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()

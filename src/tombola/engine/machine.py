@@ -1,4 +1,4 @@
-"""Machines: what of one can decide bits, recorded with each result, and which of them are of one kind."""
+"""Machines: the properties that can affect bits, which are recorded with each result, and the kinds of machines."""
 
 from __future__ import annotations
 
@@ -44,12 +44,12 @@ class Kind:
     """A kind of machine: equal trainings give equal bits on all machines of one kind.
 
     Args:
-        vendor: of the processor.
+        vendor: the vendor of the processor.
         instruction_set: torch's capability of the processor, such as "AVX2".
-        kernels: the instruction set of tombola's kernels; None where they are not installed.
-        torch: its version.
-        architecture: such as "x86_64".
-        device: that trains: "cpu", or the name of a GPU.
+        kernels: the instruction set of tombola's kernels; None if they are not installed.
+        torch: the version of torch.
+        architecture: the architecture of the processor, such as "x86_64".
+        device: the device that trains: "cpu", or the name of a GPU.
 
     >>> str(Kind("GenuineIntel", "AVX512", "avx512", "2.6.0", "x86_64"))
     'GenuineIntel x86_64 (torch 2.6.0 with AVX512, kernels with avx512)'
@@ -69,10 +69,10 @@ class Kind:
 
 
 def kind(record: Mapping[str, Any]) -> Kind | None:
-    """Return the kind of machine that a training ran on; None where its record does not say all of it.
+    """Return the kind of machine that a training ran on; None if its record is incomplete.
 
     Args:
-        record: of a training; its "machine" is what `machine` returned.
+        record: the record of a training; its field "machine" is what `machine` returned.
 
     >>> kind({"machine": machine()}) == kind({"machine": machine()}), kind({})
     (True, None)
@@ -106,7 +106,7 @@ def device_name(device: str) -> str:
 
 
 def count_kinds(records: Iterable[Mapping[str, Any]]) -> dict[Kind | None, int]:
-    """Return how many trainings ran on each kind of machine, the most frequent first; None counts those not recorded.
+    """Return how many trainings ran on each kind of machine, the most frequent first; None is the unknown kind.
 
     >>> count_kinds([{}, {}])
     {None: 2}
@@ -115,10 +115,10 @@ def count_kinds(records: Iterable[Mapping[str, Any]]) -> dict[Kind | None, int]:
 
 
 def describe_kinds(counts: Mapping[Kind | None, int]) -> str | None:
-    """Return a sentence about trainings of several kinds of machine, or whose kind is not recorded; None otherwise.
+    """Return a sentence if trainings ran on several kinds of machine, or if a kind is not recorded; None otherwise.
 
     Args:
-        counts: of `count_kinds`.
+        counts: the result of `count_kinds`.
 
     >>> one, other = (Kind(vendor, "AVX2", "avx2", "2.6.0", "x86_64") for vendor in ("GenuineIntel", "AuthenticAMD"))
     >>> describe_kinds({one: 4}) is None
@@ -139,7 +139,7 @@ def describe_kinds(counts: Mapping[Kind | None, int]) -> str | None:
 
 
 def differences(recorded: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Return one phrase for each difference of a machine from the recorded one; only recorded fields are compared.
+    """Return one phrase for each recorded field in which a machine differs from the recorded machine.
 
     >>> differences({"versions": {"torch": "2.6"}, "python": "3.11"}, {"versions": {"torch": "2.7"}, "python": "3.11"})
     ["versions.torch: '2.6' then, '2.7' now"]
@@ -155,7 +155,7 @@ def differences(recorded: Mapping[str, Any], now: Mapping[str, Any]) -> list[str
 
 
 def _cpu(field: str) -> str:
-    """Return a field of the first processor, or "" where it is not known."""
+    """Return a field of the first processor, or "" if it is not known."""
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as lines:
             return next(line.split(":", 1)[1].strip() for line in lines if line.startswith(field))
@@ -164,7 +164,7 @@ def _cpu(field: str) -> str:
 
 
 def _commit() -> str | None:
-    """Return the commit of tombola's source, with a plus where it was edited since; None where it is no checkout."""
+    """Return the commit of tombola's source, followed by a plus if it has been edited; None outside a checkout."""
     here = Path(__file__).parents[1]
 
     def git(*arguments: str) -> str:
@@ -172,7 +172,7 @@ def _commit() -> str | None:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
 
     try:
-        git("ls-files", "--error-unmatch", str(Path(__file__)))  # tombola's own checkout, not one that it lies in
+        git("ls-files", "--error-unmatch", str(Path(__file__)))  # fails inside a checkout of another project
         return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--", str(here)) else "")
     except (OSError, subprocess.SubprocessError):
         return None

@@ -1,9 +1,9 @@
-"""The Ray engine: trainings as tasks of a Ray cluster, whose machines need no disk in common.
+"""The Ray engine: trainings run as tasks of a Ray cluster, whose machines need no shared disk.
 
-Arguments and results are sent through Ray. The task's problem (data set, model, loss) is put into Ray's object store
-once, with the user's own modules, and so are weights that many tickets are rewound to. The results return to the
-process that runs the study, which alone reads and writes the store. So do checkpoints: a training whose process or
-machine is lost continues from its last one on another machine.
+Arguments and results are sent through Ray. The problem (data set, model, loss) is put into Ray's object store once,
+with the user's own modules, and so are weights that many tickets are rewound to. Results and checkpoints are sent back
+to the process that runs the study, and only this process reads and writes the store. A training whose process or
+machine is lost continues from its last checkpoint on another machine.
 """
 
 from __future__ import annotations
@@ -47,19 +47,20 @@ _LOST = (
 
 
 class RayWorkers:
-    """Tasks of a Ray cluster that each do one training, with one thread, or on a part of a GPU.
+    """Tasks of a Ray cluster that each do one training, with one thread or on a share of a GPU.
 
     Args:
-        count: the number of tasks at a time; None for as many as the cluster has processors (or parts of GPUs) for.
-        problem: what is trained.
-        study: what to run.
-        store: of checkpoints.
-        address: of the cluster; None for that in the environment variable RAY_ADDRESS, or else a Ray on this machine.
-        per_gpu: trainings per GPU, where the study's device is "cuda".
-        checkpoint_every: seconds between two checkpoints of a training.
+        count: the number of parallel tasks; None for as many as the cluster has processors (or shares of GPUs).
+        problem: the data set, model and loss.
+        study: the study to run.
+        store: the store for checkpoints.
+        address: the address of the cluster; None for the one in the environment variable RAY_ADDRESS, or a new Ray on
+            this machine if the variable is not set.
+        per_gpu: the number of parallel trainings on one GPU, if the study's device is "cuda".
+        checkpoint_every: the seconds between two checkpoints of a training.
 
     Raises:
-        ClusterError: where the cluster cannot be reached.
+        ClusterError: if the cluster cannot be reached.
     """
 
     def __init__(
@@ -79,7 +80,7 @@ class RayWorkers:
                 _reach(address)
                 ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
             except (OSError, ValueError, RuntimeError) as error:
-                raise ClusterError(f"no Ray cluster is reached: {' '.join(str(error).split())}") from error
+                raise ClusterError(f"the Ray cluster cannot be reached: {' '.join(str(error).split())}") from error
         self._store = store
         self._every = checkpoint_every
         gpu = study.device == "cuda"
@@ -115,7 +116,7 @@ class RayWorkers:
     def submit(self, job: Job) -> None:
         """Start a job. Call it only while `idle`."""
         self._tries[job.key] = self._tries.get(job.key, 0) + 1
-        task = ray.remote(_train).options(max_retries=0, **self._needs)  # it is tried again by us: from its checkpoint
+        task = ray.remote(_train).options(max_retries=0, **self._needs)  # this class retries from the last checkpoint
         reference = task.remote(
             replace(job, initial=b""),
             self._put(job.initial),
@@ -140,7 +141,7 @@ class RayWorkers:
                 outcome: Outcome | Failed = ray.get(reference)
             except _LOST as error:
                 if isinstance(error, exceptions.NodeDiedError):
-                    self._tries[job.key] -= 1  # no fault of the job's
+                    self._tries[job.key] -= 1  # the job did not cause the failure
                 if self._tries[job.key] < TRIES:
                     self.submit(job)
                     continue
@@ -157,7 +158,7 @@ class RayWorkers:
         running = {job.key for job in self._running.values()}
         try:
             at, checkpoints = ray.get(self._post.empty.remote())
-        except exceptions.RayError:  # it is with the machine that was lost
+        except exceptions.RayError:  # the mailbox was on the machine that was lost
             self._post = self._new_post()
             return
         for key, content in checkpoints.items():
@@ -171,7 +172,7 @@ class RayWorkers:
         return ray.remote(_Post).options(num_cpus=0, scheduling_strategy=here).remote()
 
     def _put(self, content: bytes) -> Any:
-        """Return a reference to these bytes in Ray's object store, where equal bytes are put once."""
+        """Return a reference to these bytes in Ray's object store; put equal bytes there only once."""
         name = hashlib.sha256(content).hexdigest()
         if name not in self._initial:
             self._initial[name] = ray.put(content)
@@ -179,7 +180,7 @@ class RayWorkers:
 
 
 def _reach(address: str | None) -> None:
-    """Raise OSError where nothing listens at HOST:PORT. Ray itself would try for minutes."""
+    """Raise OSError if nothing listens at HOST:PORT. Without this check, Ray would retry for minutes."""
     host, colon, port = (address or "").rpartition(":")
     if colon and port.isdecimal():
         socket.create_connection((host.removeprefix("ray://"), int(port)), timeout=10).close()
@@ -192,7 +193,7 @@ def _own_modules(task: Task) -> set[str]:
 
 
 class _Post:
-    """A mailbox for the iterations and checkpoints of tasks, which the run empties from time to time."""
+    """A mailbox for the iterations and checkpoints of tasks, which the run empties regularly."""
 
     def __init__(self) -> None:
         self._at: dict[str, int] = {}
@@ -224,7 +225,7 @@ def _train(
     if other := differences({name: driver[name] for name in _MUST_AGREE}, machine()):
         return Failed(job.key, f"a machine of the cluster has other software than this one: {'; '.join(other)}")
     if (driver["kernels"] is None) != (machine()["kernels"] is None):
-        return Failed(job.key, "tombola has its kernels on one machine of the cluster and not on another")
+        return Failed(job.key, "compiled kernels are installed on one machine of the cluster and not on another")
 
     def tell(iteration: int) -> None:
         post.tell.remote(job.key, iteration)
@@ -243,6 +244,6 @@ def _train(
 
 @functools.lru_cache(maxsize=1)
 def _load(reference: Any) -> Problem:
-    """Return the problem, which each process fetches once."""
+    """Return the problem; each process fetches it only once."""
     problem: Problem = ray.get(reference)
     return problem

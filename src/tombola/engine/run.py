@@ -1,4 +1,4 @@
-"""Running a study: follow its chains, have their trainings done, store the results, and follow the chains further."""
+"""The main loop of a run: follow chains, let workers do the trainings, store the results, and continue the chains."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from tombola.store.claims import Claims
 from tombola.study.planner import Chain, Planner, Progress
 from tombola.study.trainings import Training
 
-_LOOK_EVERY = 1.0  # seconds between two looks at the results and claims of other runs
+_LOOK_EVERY = 1.0  # seconds between two checks for results and claims of other runs
 
 
 @dataclass
 class Status:
-    """How far a run is; what a display shows.
+    """The progress of a run, for a display.
 
     Args:
-        total: trainings to do: those that the chains need and that the store did not have when the run began.
-            Chains that come to the same mask share trainings, so the total may fall.
-        done: how many of them are done.
-        chains: each chain's progress.
-        running: each running training and the iteration that it has reached, by its key.
-        seconds_left: an estimate; None where nothing is known yet.
-        notes: sentences that the user should read.
+        total: the number of trainings that the chains need and that the store did not have when the run began. It may
+            decrease, because chains that reach the same mask share trainings.
+        done: the number of these trainings that are done.
+        chains: the progress of each chain.
+        running: the running trainings and the iteration that each has reached, by key.
+        seconds_left: the estimated remaining seconds; None if nothing is known yet.
+        notes: sentences for the user.
     """
 
     total: int
@@ -49,24 +49,25 @@ def run(
 ) -> Status:
     """Do every training that the study needs and the store does not have.
 
-    A training that another run on the same store is doing is left to that run, and its result is used.
+    A training that another run on the same store is doing is not repeated: this run waits for its result.
 
     Args:
-        planner: follows the study's chains.
-        workers: do the trainings.
-        show: called several times a second with the status, and with the training that was just done, or None.
-        chains: which; by default all of the study's.
-        speed: what is known of how fast the trainings are, see `tombola.engine.estimate.prior_speed`; the estimate of
-            the time left begins with it.
+        planner: the planner of the study.
+        workers: the workers that do the trainings.
+        show: a function that is called several times a second with the status and the training that has just finished
+            (or None).
+        chains: the chains to run; by default all chains of the study.
+        speed: the known speed of the trainings, see `tombola.engine.estimate.prior_speed`; the first estimate of the
+            remaining time is based on it.
 
     Raises:
-        UserError: where a training fails. The results of all others are in the store.
+        UserError: if a training fails. The results of all finished trainings are in the store.
     """
     with Claims(planner.store.root) as claims:
         planner.store.sweep(claims.alone)
         wanted = [*planner.chains, *planner.repeats] if chains is None else chains
         status = _run(planner, workers, claims, show, wanted, speed)
-        planner.store.sweep(claims.alone)  # what killed workers have left
+        planner.store.sweep(claims.alone)  # remove the files of killed workers
         return status
 
 
@@ -87,7 +88,7 @@ def _run(
     forecast = Forecast(planner, workers.count, speed)
     status.seconds_left = forecast.seconds_left(status.chains, status.running)
     looked = 0.0
-    show(status, None)  # before workers are started, which takes a while
+    show(status, None)  # before the workers start, which takes a while
     while waiting := _next_trainings(status):
         if time.monotonic() - looked > _LOOK_EVERY:
             looked = time.monotonic()
@@ -155,7 +156,7 @@ def _handle(
 
 
 def _note_other_runs(status: Status, claims: Claims, waiting: dict[str, Training]) -> None:
-    """Note once which other run does the trainings that this one waits for, where it has nothing else to do."""
+    """If this run has nothing else to do, note once which other run does the trainings that it waits for."""
     if status.running:
         return
     for key in waiting:
@@ -164,9 +165,9 @@ def _note_other_runs(status: Status, claims: Claims, waiting: dict[str, Training
 
 
 def count_remaining(chains: list[Progress]) -> int:
-    """Return how many trainings chains still need; one that several chains wait for counts once.
+    """Count the trainings that chains still need; a training that several chains wait for counts once.
 
-    Until the store has level 0, chains of one seed share all trainings up to it.
+    As long as the store does not have level 0, chains of one seed share all trainings up to that level.
     """
     groups: dict[str, list[Progress]] = {}
     for progress in chains:
@@ -186,7 +187,7 @@ def _go_on(planner: Planner, key: str, status: Status) -> None:
 
 
 def _follow(planner: Planner, chain: Chain, status: Status) -> None:
-    """Follow a chain; a damaged result on the way is removed, so that its training is repeated."""
+    """Follow a chain; remove damaged results on the way, so that their trainings are repeated."""
     while True:
         try:
             status.chains[chain] = planner.progress(chain)
@@ -196,7 +197,7 @@ def _follow(planner: Planner, chain: Chain, status: Status) -> None:
 
 
 def _check(planner: Planner, status: Status) -> None:
-    """Read every byte of the chains' results; a damaged result is removed, so that its training is repeated."""
+    """Read every byte of the chains' results; remove damaged results, so that their trainings are repeated."""
     found = [training.key for progress in status.chains.values() for training in progress.trainings]
     before = len(status.notes)
     for key in dict.fromkeys(found):
@@ -210,7 +211,7 @@ def _check(planner: Planner, status: Status) -> None:
 
 
 def _remove(planner: Planner, damage: DamagedResultError, status: Status) -> None:
-    status.notes.append(f"{damage}; it is removed and its training repeated")
+    status.notes.append(f"{damage}; it is removed and its training is repeated")
     planner.store.results.discard(damage.key)
 
 

@@ -1,4 +1,4 @@
-"""Verification: trainings are repeated from their arguments, and every bit is compared with the stored one."""
+"""Verification: repeat trainings from their arguments, and compare every bit with the stored result."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ class Finding:
 
     Args:
         key: the training's name.
-        what: which training it is, for people.
-        difference: the first difference; None where every bit is equal.
-        machine: how the machine differs from the recorded one, one phrase for each field.
-        kinds: the kind of machine of the stored result and that of the repetition, where both are known and differ.
+        what: a description of the training for the user.
+        difference: the first difference; None if all bits are equal.
+        machine: the differences between this machine and the recorded one, one phrase for each field.
+        kinds: the kinds of machine of the stored result and of the repetition; None unless both are known and differ.
     """
 
     key: str
@@ -53,8 +53,8 @@ class Place:
 
     Args:
         training: the training.
-        chain: a chain that it is of.
-        level: its level; None for the rewind point.
+        chain: a chain that the training belongs to.
+        level: the level of the training; None for the rewind point.
     """
 
     training: Training
@@ -66,11 +66,11 @@ class Place:
 
 
 def list_places(tickets: Tickets, chains: Sequence[Chain]) -> list[Place]:
-    """Return the trainings of chains that the store has, each once.
+    """Return the stored trainings of chains, each once.
 
     Raises:
-        NothingStoredError: where there is none.
-        DamagedResultError: where a stored result is damaged.
+        NothingStoredError: if the store has none of them.
+        DamagedResultError: if a stored result is damaged.
     """
     found: dict[str, Place] = {}
     for chain in chains:
@@ -82,7 +82,7 @@ def list_places(tickets: Tickets, chains: Sequence[Chain]) -> list[Place]:
 
 
 def draw_sample(things: Sequence[Any], count: int | None) -> list[Any]:
-    """Return `count` of the things in their order, drawn at random but always the same; all where `count` is None.
+    """Draw `count` of the things with a fixed seed, in their original order; return all if `count` is None.
 
     >>> draw_sample("abcdef", 2) == draw_sample("abcdef", 2), draw_sample("ab", None)
     (True, ['a', 'b'])
@@ -96,15 +96,15 @@ def draw_sample(things: Sequence[Any], count: int | None) -> list[Any]:
 def verify_trainings(planner: Planner, places: Sequence[Place], workers: Workers) -> Iterator[Finding]:
     """Repeat trainings, each from its beginning, and yield the outcome of each when it is done.
 
-    Masks that the store remembers are computed again from the stored weights and compared, too.
+    Masks that the store remembers are also recomputed from the stored weights and compared.
 
     Args:
-        planner: of the study.
+        planner: the planner of the study.
         places: the trainings to repeat.
-        workers: do them; without checkpoints.
+        workers: the workers that repeat them, without checkpoints.
 
     Raises:
-        UserError: where a training fails.
+        UserError: if a training fails.
     """
     tickets = Tickets(planner)
     again = Tickets(Planner(planner.study, planner.problem, planner.store, remember=False))
@@ -140,17 +140,17 @@ def verify_trainings(planner: Planner, places: Sequence[Place], workers: Workers
 def verify_chains(
     planner: Planner, chains: Sequence[Chain], workers: Workers, tell: Callable[[int, int], None]
 ) -> Iterator[Finding]:
-    """Find the tickets of whole chains again in an empty store, from their initial weights, and compare the two.
+    """Repeat whole chains from their initial weights in an empty store, and compare every training.
 
     Args:
-        planner: of the study; the store need not have all of its trainings.
-        chains: which.
-        workers: do the trainings; without checkpoints.
-        tell: called with the number of trainings that are done and the number of all.
+        planner: the planner of the study; its store need not have all trainings.
+        chains: the chains to repeat.
+        workers: the workers that do the trainings, without checkpoints.
+        tell: a function that is called with the number of finished trainings and the number of all trainings.
 
     Raises:
-        UserError: where a training fails.
-        DamagedResultError: where a stored result is damaged.
+        UserError: if a training fails.
+        DamagedResultError: if a stored result is damaged.
     """
     tickets = Tickets(planner)
     levels = max(len(tickets.progress(chain).tickets) - 1 for chain in chains)
@@ -215,7 +215,7 @@ def _compare(
         "whole_chain": whole_chain,
         "machine": record["machine"],
     }
-    with contextlib.suppress(UserError, OSError):  # a store that can be read only
+    with contextlib.suppress(UserError, OSError):  # the store may be read-only
         if difference is None:
             results.confirm(key, note)
         else:
@@ -226,7 +226,7 @@ def _compare(
 
 
 def first_in_masks(stored: Mask, again: Mask) -> str | None:
-    """Return the first connection that is alive in only one of two masks; None where they are equal."""
+    """Return the first connection that is alive in only one of two masks; None if they are equal."""
     stored, again = stored.load(), again.load()
     for name in sorted(set(stored) | set(again)):
         if name not in stored or name not in again:
@@ -242,11 +242,11 @@ def first_in_masks(stored: Mask, again: Mask) -> str | None:
 
 
 def first_in_losses(stored: Tensor, again: Tensor, begin: int) -> str | None:
-    """Return the first iteration at which the training losses differ; None where all bits are equal.
+    """Return the first iteration at which the training losses differ; None if all bits are equal.
 
     Args:
-        stored, again: the loss of every iteration.
-        begin: the first iteration.
+        stored, again: the training loss of every iteration, shape (iterations,).
+        begin: the number of the first iteration.
     """
     common = min(len(stored), len(again))
     unequal = (_bits(stored[:common]) != _bits(again[:common])).any(dim=1).nonzero()
@@ -260,7 +260,7 @@ def first_in_losses(stored: Tensor, again: Tensor, begin: int) -> str | None:
 
 
 def first_in_histories(stored: History, again: History) -> str | None:
-    """Return the first difference of two histories; None where all bits are equal."""
+    """Return the first difference of two histories; None if all bits are equal."""
     for name, then in stored.to_json().items():
         if repr(then) != repr(now := again.to_json()[name]):
             return f"{name}: {then!r} in the store, {now!r} now"
@@ -268,7 +268,7 @@ def first_in_histories(stored: History, again: History) -> str | None:
 
 
 def first_in_states(stored: State, again: State) -> str | None:
-    """Return the first number of two states whose bits differ; None where all bits are equal."""
+    """Return the first number of two states whose bits differ; None if all bits are equal."""
     for name in sorted(set(stored) | set(again)):
         if name not in stored or name not in again:
             return f"only one of the states has tensor {name}"
@@ -285,7 +285,7 @@ def first_in_states(stored: State, again: State) -> str | None:
 
 
 def _bits(tensor: Tensor) -> Tensor:
-    """Return the bytes of each element, shape (elements, bytes each)."""
+    """Return the bytes of each element, shape (elements, bytes per element)."""
     return tensor.contiguous().reshape(-1, 1).view(torch.uint8)
 
 

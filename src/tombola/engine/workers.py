@@ -1,4 +1,4 @@
-"""Workers: the interface of an engine, which does trainings for a run."""
+"""Workers: the interface of an engine, which does the trainings of a run."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from tombola.store.checkpoints import checkpoint_to_bytes
 from tombola.training.history import Checkpoint, Watch
 
 CHECKPOINT_EVERY = 30.0
-"""Seconds between two checkpoints of a training: at most this much work is lost with a process."""
+"""Seconds between two checkpoints of a training: the work that is lost at most if a process dies."""
 
 TRIES = 3
-"""How often a job is started, before it is given up because its process was killed each time."""
+"""The number of times that a job is started before it fails, if its process is killed each time."""
 
 _TELL_EVERY = 0.2  # seconds
 
 
 @dataclass(frozen=True)
 class At:
-    """A job has reached an iteration."""
+    """The event that a job has reached an iteration."""
 
     key: str
     iteration: int
@@ -31,14 +31,14 @@ class At:
 
 @dataclass(frozen=True)
 class Failed:
-    """A job has failed."""
+    """The event that a job has failed."""
 
     key: str
     reason: str
 
     @classmethod
     def by(cls, key: str, error: Exception) -> Failed:
-        """Return the failure of a job that raised an error; one in the user's code is named with its file and line."""
+        """Describe an error that a job raised; for an error in the user's code, name the file and the line."""
         return cls(key, str(error) if isinstance(error, UserError) else describe_exception(error))
 
 
@@ -46,7 +46,7 @@ Event: TypeAlias = At | Outcome | Failed
 
 
 class Workers(Protocol):
-    """Do jobs in parallel; a job whose process or machine is lost is started again from its last checkpoint."""
+    """Do jobs in parallel; restart a job from its last checkpoint if its process or machine is lost."""
 
     @property
     def count(self) -> int:
@@ -79,14 +79,14 @@ def make_watch(
     clock: Callable[[], float] = time.monotonic,
     kind: str | None = None,
 ) -> Watch:
-    """Return a watch that reports a training's iteration to `tell` and its checkpoints to `keep`, from time to time.
+    """Return a watch that regularly passes the iteration of a training to `tell` and its checkpoints to `keep`.
 
     Args:
-        tell: called with the next iteration, at most five times a second.
-        keep: called with a checkpoint; None for no checkpoints.
-        checkpoint_every: seconds between two checkpoints; 0 for one after each iteration.
-        clock: returns the time in seconds.
-        kind: the kind of this machine, which the checkpoints are to name.
+        tell: a function that is called with the next iteration, at most five times a second.
+        keep: a function that is called with a checkpoint; None for no checkpoints.
+        checkpoint_every: the seconds between two checkpoints; 0 for one after each iteration.
+        clock: a function that returns the time in seconds.
+        kind: the kind of this machine, which the checkpoints name.
     """
     last_tell = last_keep = clock()
 

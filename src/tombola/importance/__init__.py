@@ -1,4 +1,4 @@
-"""Importances: how much each surviving connection of a layer counts, compared over all layers by pruning.
+"""Importances: values of the surviving connections of a layer, which pruning compares over all layers.
 
 An importance is a score with its normalisation (see `Importance`):
 
@@ -6,9 +6,9 @@ An importance is a score with its normalisation (see `Importance`):
 - a normalisation (`tombola.importance.normalisation`) makes the scores of different layers comparable.
 
 The five importances of the paper (Vandersmissen and Oramas, arXiv 2302.11244) are `magnitude`, `l1`, `l2`, `softmax`
-and `min_max`. `lamp` (Lee et al., arXiv 2010.07611) and `random` are references to compare with. Wherever an importance
-is expected, a function of your own may be given: it takes the absolute values of a layer's n surviving weights, a
-float64 tensor of shape (n,), and returns n numbers.
+and `min_max`. `lamp` (Lee et al., arXiv 2010.07611) and `random` are references for comparisons. You can also use a
+function of your own as an importance: it takes the absolute values of the n surviving weights of a layer, a float64
+tensor of shape (n,), and returns n numbers.
 """
 
 from tombola.importance.importances import (

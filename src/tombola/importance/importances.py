@@ -1,4 +1,4 @@
-"""An importance: a score with its normalisation; and those that have a name."""
+"""The type of an importance, a score with its normalisation, and the built-in importances."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class Importance:
     """A score with its normalisation: normalise(score(survivors)), layer by layer.
 
     Args:
-        score: what a surviving connection of a layer matters, see `tombola.importance.scores`.
-        normalise: makes the scores of different layers comparable, see `tombola.importance.normalisation`.
+        score: a function that rates the surviving connections of a layer, see `tombola.importance.scores`.
+        normalise: a function that makes the scores of all layers comparable, see `tombola.importance.normalisation`.
 
     >>> importance = Importance(scores.magnitude, normalisation.l1)
     >>> importance.name
@@ -36,7 +36,7 @@ class Importance:
 
     @property
     def name(self) -> str:
-        """The name `score/normalisation`; the identity is left out, and so is the magnitude as in the paper.
+        """The name `score/normalisation`, without the identity and, as in the paper, without the magnitude.
 
         >>> Importance(scores.random, normalisation.l1).name, Importance(scores.random).name
         ('random/l1', 'random')
@@ -51,7 +51,7 @@ class Importance:
 
     @property
     def description(self) -> str:
-        """The formula in one line, from the docstrings of the two functions; x are the scores, |w| if not given.
+        """The formula in one line, from the docstrings of the two functions; x are the scores, by default |w|.
 
         >>> Importance(scores.magnitude, normalisation.min_max).description
         '(x - min x) / (max x - min x), in 0..1'
@@ -68,22 +68,22 @@ class Importance:
         return self.normalise(self.score(survivors))
 
     def __call__(self, magnitudes: Tensor, seed: int = 0) -> Tensor:
-        """Return the importances of connections by their absolute weights alone.
+        """Return the importances of connections, given only their absolute weights.
 
         Args:
-            magnitudes: |w|, of shape (n,).
-            seed: of the random numbers that the score may draw.
+            magnitudes: the absolute weights |w|, of shape (n,).
+            seed: the seed of the random numbers that the score may draw.
         """
         return self.of(Survivors(magnitudes, generator(seed, "importance")))
 
 
 def Seeded(function: Callable[[Tensor, torch.Generator], Tensor]) -> Importance:  # noqa: N802 (it was a class)
-    """Return the importance that draws random numbers: `function(magnitudes, generator)`.
+    """Return an importance that draws random numbers: `function(magnitudes, generator)`.
 
-    Pruning gives it a generator of its own for each layer and each round, derived from the seed.
+    Pruning calls the function with a separate generator for each layer and each round, derived from the seed.
 
     Args:
-        function: (magnitudes, generator) -> importances; magnitudes are |w|, float64 of shape (n,).
+        function: a function (magnitudes, generator) -> importances; magnitudes are |w|, float64 of shape (n,).
 
     >>> coin = Seeded(lambda w, g: torch.randint(2, w.shape, generator=g))
     >>> bool((coin(torch.ones(8), seed=1) == coin(torch.ones(8), seed=1)).all())
@@ -98,9 +98,9 @@ def Seeded(function: Callable[[Tensor, torch.Generator], Tensor]) -> Importance:
 
 
 def as_importance(importance: Importance | Normalisation) -> Importance:
-    """Return an importance as a score with its normalisation.
+    """Convert a function to an importance; return an importance unchanged.
 
-    A function of a layer's absolute weights is the normalisation of their magnitude.
+    A function of the absolute weights of a layer is taken as a normalisation of the magnitude.
 
     >>> def cubic(weights):
     ...     return weights**3 / (weights**3).sum()
@@ -128,4 +128,4 @@ lamp = Importance(scores.magnitude, normalisation.lamp)
 random = Importance(scores.random)
 
 IMPORTANCES = {each.name: each for each in (magnitude, l1, l2, softmax, min_max, lamp, random)}
-"""The importances that can be named on the command line and in studies, by name."""
+"""The built-in importances by name, as on the command line and in studies."""

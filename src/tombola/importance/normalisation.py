@@ -1,10 +1,10 @@
 """Normalisations: make the scores of different layers comparable (Vandersmissen and Oramas, arXiv 2302.11244).
 
-A normalisation is a function of the scores of one layer. It takes a float64 tensor of shape (n,) and returns another of
-that shape, in the same order. It must depend on nothing else, and it must not change its argument.
+A normalisation is a function of the scores of one layer. It takes a float64 tensor of shape (n,) and returns another
+tensor of that shape, in the same order. It must depend on nothing else, and it must not change its argument.
 
-In what follows x are the n scores of a layer, finite and not negative. A layer without survivors gives an empty tensor,
-and none of the functions overflows.
+Below, x are the n scores of a layer, which are finite and not negative. For a layer without survivors, each function
+returns an empty tensor. None of the functions overflows.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def l2(scores: Tensor) -> Tensor:
 def softmax(scores: Tensor) -> Tensor:
     """Return exp(x) / sum(exp(x)), in 0..1; the values of a layer sum to one.
 
-    Computed as exp(x - max x) / sum(exp(x - max x)), which is the same and cannot overflow.
+    It is computed as exp(x - max x) / sum(exp(x - max x)), which is equal and cannot overflow.
 
     >>> softmax(torch.tensor([1.0, 1.0]))
     tensor([0.5000, 0.5000])
@@ -67,8 +67,8 @@ def softmax(scores: Tensor) -> Tensor:
 def min_max(scores: Tensor) -> Tensor:
     """Return (x - min x) / (max x - min x), in 0..1.
 
-    Every layer has at least one 0 and one 1. A layer whose scores are all equal (one survivor, for example) gives 1
-    throughout.
+    Every layer has at least one 0 and one 1, unless its scores are all equal (for example, if it has one survivor):
+    then all values are 1.
 
     >>> min_max(torch.tensor([3.0, 1.0, 2.0]))
     tensor([1.0000, 0.0000, 0.5000])
@@ -91,14 +91,14 @@ def lamp(scores: Tensor) -> Tensor:
     """
     squares = _scale_to_one(scores).square()
     descending = squares.sort(descending=True).values
-    # Summed from the largest down: the total minus the sum of the smaller squares would cancel.
+    # Sum from the largest down, because the total minus the sum of the smaller squares would lose digits.
     at_or_above = descending.cumsum(0)
     last_equal = torch.searchsorted(-descending, -squares, right=True) - 1
     return torch.where(squares > 0, squares / at_or_above[last_equal], 0.0)
 
 
 def _scale_to_one(scores: Tensor) -> Tensor:
-    """Return x / max(x), so that neither sums nor squares overflow; scores that are all zero stay zero."""
+    """Return x / max(x), so that neither sums nor squares overflow; if all scores are zero, return zeros."""
     if scores.numel() == 0 or not (largest := scores.max()) > 0:
         return torch.zeros_like(scores)
     return scores / largest

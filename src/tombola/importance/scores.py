@@ -1,7 +1,7 @@
-"""Scores: what one connection matters, before the layers are made comparable.
+"""Scores: ratings of the connections of one layer, before the layers are made comparable.
 
 A score is a function of the surviving connections of one layer. It returns one number for each of them, as a float64
-tensor of shape (n,) in flat order: the higher, the more the connection matters.
+tensor of shape (n,) in flat order. A higher score means a more important connection.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Survivors:
-    """The n surviving connections of one layer, in flat order: all that a score may use.
+    """The n surviving connections of one layer, in flat order, and a random generator: all that a score may use.
 
     Args:
-        magnitudes: |w|, the absolute values of their weights, float64 of shape (n,), finite. The memory is reused for
+        magnitudes: the absolute values |w| of their weights, float64 of shape (n,), finite. The memory is reused for
             the next layer, so a score that keeps them for later has to copy them.
         generator: the random stream of this layer in this round of pruning.
     """

@@ -1,8 +1,8 @@
-"""Training that takes less time as a network gets sparser, on the CPU.
+"""Sparse training on the CPU: a training step takes less time as a network gets sparser.
 
-`accelerate` is the door: it gives a model's training step, as fast as a mask allows. Behind it, `choices` says which
-layers are faster sparse, `sparsify` replaces them by layers of their surviving weights, and `dense_state` gives the
-state back under the names and shapes of the model as it was.
+The entry point is `accelerate`, which returns the training step of a model, as fast as a mask allows. It uses `choices`
+to select the layers that are faster sparse, and `sparsify` to replace them by layers that hold only their surviving
+weights. `dense_state` returns the state under the names and shapes of the original model.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from tombola.kernels.choice import (
     instruction_set,
     warn_if_missing,
 )
-from tombola.kernels.door import Loss, Precision, Step, accelerate, sparse_layers
 from tombola.kernels.layers import BatchNorm2d, MaxPool2d, SparseConv2d
 from tombola.kernels.linear import Perceptron, SparseLinear
 from tombola.kernels.replace import dense_state, sparsify
+from tombola.kernels.step import Loss, Precision, Step, accelerate, sparse_layers
 
 __all__ = [
     "MISSING",
@@ -56,7 +56,9 @@ def normalise(images: Tensor, mean: Tensor, scale: Tensor) -> Tensor:
 
 
 def normalise_images(images: Tensor, indices: Tensor, mean: Tensor, scale: Tensor) -> Tensor:
-    """Return `(images[indices] - mean) * scale` in one pass over memory; without kernels in three, of the same bits.
+    """Return `(images[indices] - mean) * scale` in one pass over memory; without kernels, in three passes.
+
+    Both ways give the same bits.
 
     Args:
         images: uint8, (n, channels, height, width).
@@ -64,7 +66,7 @@ def normalise_images(images: Tensor, indices: Tensor, mean: Tensor, scale: Tenso
         mean, scale: float32, (channels, 1, 1).
 
     Raises:
-        IndexError: where an index is out of range.
+        IndexError: if an index is out of range.
 
     """
     tensors = (images, indices, mean, scale)

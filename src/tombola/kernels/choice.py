@@ -1,4 +1,4 @@
-"""Which layers of a model are trained faster by their surviving weights alone: a rule, the same on every machine."""
+"""The choice of the layers that train faster with only their surviving weights: one rule for all machines."""
 
 from __future__ import annotations
 
@@ -12,23 +12,27 @@ from torch import Tensor, nn
 from tombola.kernels import layers
 from tombola.kernels.layers import is_plain
 
-MISSING = "tombola has no kernels here (to install them needs a C++ compiler): sparse networks train no faster"
+MISSING = (
+    "tombola was installed without its compiled kernels (a C++ compiler is needed to build them); "
+    "sparse networks train at dense speed"
+)
 
 
 class NoKernelsWarning(UserWarning):
-    """Sparse networks train no faster than dense ones, because the package is without its kernels."""
+    """Sparse networks train at dense speed, because the package was installed without its compiled kernels."""
 
 
 def available() -> bool:
-    """Whether the package has its kernels."""
+    """Return whether the package was installed with its compiled kernels."""
     return layers.extension is not None
 
 
 def warn_if_missing(stacklevel: int = 3) -> None:
-    """Warn where the package was installed without its kernels.
+    """Warn if the package was installed without its compiled kernels.
 
     Args:
-        stacklevel: of the place that the warning names, which Python shows it once for; 3 is the caller's caller.
+        stacklevel: the stack level of the code that the warning names; 3 is the caller of the caller. Python shows the
+            warning once for each such place.
 
     """
     if not available():
@@ -36,7 +40,7 @@ def warn_if_missing(stacklevel: int = 3) -> None:
 
 
 def instruction_set() -> str | None:
-    """The instruction set that the kernels use on this machine, None without kernels."""
+    """Return the instruction set that the kernels use on this machine; None without kernels."""
     if layers.extension is None:
         return None
     fastest: str = layers.extension.instruction_sets()[0]
@@ -44,18 +48,18 @@ def instruction_set() -> str | None:
 
 
 def choose(shape: Sequence[int], density: float, batch_size: int = 128, *, beside: bool = False) -> bool:
-    """Whether a layer of this weight shape and density trains faster sparse: a rule, the same on every machine.
+    """Return whether a layer of this weight shape and density trains faster sparse, by one rule for all machines.
 
     Args:
-        shape: (outputs, inputs) or (outputs, inputs, height, width).
-        density: alive / all connections of the layer.
-        batch_size: samples per training step.
-        beside: whether the layer before or after it, of those that the kernels can do, is sparse.
+        shape: the shape of the weight, (outputs, inputs) or (outputs, inputs, height, width).
+        density: alive / all connections of the layer, in 0..1.
+        batch_size: the number of examples in a training step.
+        beside: whether the previous or the next layer among those that the kernels support is sparse.
 
     """
-    # Time of forward and both gradients relative to dense, by density; the least of interleaved repetitions on one
-    # thread with AVX2. Linear layers in the middle of a `Perceptron` (dense: MKL), convolutions alone (dense: oneDNN,
-    # channels-last):
+    # Time of the forward pass and of both gradients relative to a dense layer, by density. Each is the minimum of
+    # interleaved repetitions on one thread with AVX2. Linear layers were measured in the middle of a `Perceptron`
+    # (dense: MKL), convolutions alone (dense: oneDNN, channels-last):
     #
     #   layer              batch    .1    .3    .4    .5    .6    .8
     #   100 -> 100            32   .46   .50   .52   .54   .56   .59
@@ -72,9 +76,9 @@ def choose(shape: Sequence[int], density: float, batch_size: int = 128, *, besid
     #   64 -> 64, 8 x 8      128   .45   .77   .48   .72  1.00
     #   256 -> 256, 8 x 8    128   .23   .55   .59   .73  1.07
     #
-    # Beside a sparse neighbour a convolution saves the change of layout too. A step of ResNet-20 at density .1 took .7
-    # of the time with its first layer and its shortcuts sparse, which are small and stay the densest; one of VGG-16 .85
-    # of it with all up to .4 and not .3.
+    # A sparse convolution beside a sparse neighbour also saves the change of layout. The first layer and the shortcuts
+    # of ResNet-20 are small and stay the densest; with these sparse too, a step at density .1 took .7 of the time. A
+    # step of VGG-16 took .85 of the time with all layers up to density .4 sparse instead of up to .3.
     if batch_size < 16:
         return False
     if len(shape) == 2:
@@ -84,11 +88,12 @@ def choose(shape: Sequence[int], density: float, batch_size: int = 128, *, besid
     return density <= (0.85 if beside and math.prod(shape) <= 2**11 else 0.4)
 
 
-_LINEAR = ((2**12, 1.0), (2**15, 0.75), (2**18, 0.55), (2**20, 0.45), (math.inf, 0.3))  # up to how many weights
+# (number of weights up to which the limit holds, highest density of a sparse linear layer)
+_LINEAR = ((2**12, 1.0), (2**15, 0.75), (2**18, 0.55), (2**20, 0.45), (math.inf, 0.3))
 
 
 def _eligible(module: nn.Module) -> bool:
-    """Whether a sparse layer computes exactly what this module does."""
+    """Return whether a sparse layer can compute exactly what this module does."""
     if not is_plain(module):
         return False
     if type(module) is nn.Conv2d:
@@ -106,10 +111,10 @@ def _eligible(module: nn.Module) -> bool:
 
 
 def choices(model: nn.Module, mask: Mapping[str, Tensor], batch_size: int = 128) -> dict[str, str]:
-    """Parameter name of `mask` -> "dense" or "sparse": what `sparsify` will do.
+    """Return parameter name -> "dense" or "sparse" for each layer of `mask`: the layers that `sparsify` will replace.
 
-    The choice decides rounding, so it belongs to what a training is identified by. It depends on nothing but the
-    arguments and on whether the kernels are there.
+    The choice affects rounding, so it is a part of the identity of a training. It depends only on the arguments and on
+    whether the kernels are installed.
     """
     modules = dict(model.named_modules())
     names: dict[int, int] = {}

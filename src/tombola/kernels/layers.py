@@ -1,4 +1,4 @@
-"""Layers that hold, multiply and train the surviving weights only: what they share, and convolutions."""
+"""Sparse layers, which hold, multiply and train only the surviving weights: their base class, and convolutions."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ try:
     from tombola.kernels import _sparse
 
     extension: Any = _sparse
-except ImportError:  # built without a C++ compiler, for one
+except ImportError:  # for example, the package was installed without a C++ compiler
     extension = None
 
 
 def _strides(shape: Sequence[int]) -> tuple[int, ...]:
-    """Strides of the kernels' layout: of (batch, channels, height, width), the batch varies fastest."""
+    """Return the strides of the kernels' layout of (batch, channels, height, width): the batch varies fastest."""
     batch = shape[0]
     if len(shape) == 2:
         return (1, batch)
@@ -29,15 +29,15 @@ def _strides(shape: Sequence[int]) -> tuple[int, ...]:
 
 
 def empty(shape: Sequence[int]) -> Tensor:
-    """A tensor in the kernels' layout.
+    """Return an uninitialised tensor in the kernels' layout.
 
-    Element-wise operations keep these strides, so that neighbouring sparse layers exchange activations as they are.
+    Element-wise operations keep these strides, so neighbouring sparse layers exchange activations without a copy.
     """
     return torch.empty_strided(shape, _strides(shape))
 
 
 def can_compute(x: Tensor, *weights: Tensor | None) -> bool:
-    """Whether the kernels can compute with this input and these weights; PyTorch computes with all others."""
+    """Return whether the kernels support this input and these weights; PyTorch computes with all others."""
     if not x.numel() or x.dtype is not torch.float32 or not x.is_cpu or torch.is_autocast_enabled("cpu") or x.is_neg():
         return False
     for weight in weights:
@@ -47,7 +47,7 @@ def can_compute(x: Tensor, *weights: Tensor | None) -> bool:
 
 
 def is_plain(module: nn.Module) -> bool:
-    """Whether a module has no hooks and its class's own forward pass."""
+    """Return whether a module has no hooks and the forward pass of its class."""
     hooked = any(hooks for name, hooks in vars(module).items() if name.endswith("_hooks"))
     return not hooked and "forward" not in vars(module)
 
@@ -85,7 +85,7 @@ _product: Callable[..., Tensor] = _Product.apply
 
 
 class Sparse(nn.Module):
-    """What the sparse layers share: the surviving weights, where they stand, and the kernels made for them."""
+    """The base class of sparse layers: the surviving weights, their positions, and the kernels for them."""
 
     values: nn.Parameter
     bias: nn.Parameter | None
@@ -106,24 +106,24 @@ class Sparse(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The dense weight, made anew: zero where pruned, differentiable in `values`."""
+        """A new dense weight with zeros for pruned connections, differentiable with respect to `values`."""
         return self.values.new_zeros(self.shape).flatten().index_copy(0, self.alive, self.values).view(self.shape)
 
     @property
     def density(self) -> float:
-        """Alive / all connections of this layer."""
+        """The density, alive / all connections of this layer, in 0..1."""
         return self.alive.numel() / max(1, math.prod(self.shape))
 
     def kernel(self, size: Sequence[int]) -> Any:
-        """The kernel for samples of this size, None if they do not fit or the package was built without kernels."""
+        """Return the kernel for examples of this size; None if they do not fit, or without compiled kernels."""
         if size not in self._kernels:
-            if len(self._kernels) == 4:  # images of ever new sizes must not fill the memory
+            if len(self._kernels) == 4:  # images of many different sizes must not fill the memory
                 self._kernels.clear()
             self._kernels[size] = self._make(size) if extension is not None and self.alive.is_cpu else None
         return self._kernels[size]
 
     def _make(self, size: Sequence[int]) -> Any:
-        """The kernel for samples of this size, None if they do not fit."""
+        """Return the kernel for examples of this size; None if they do not fit."""
         raise NotImplementedError
 
     def _layer(
@@ -140,23 +140,23 @@ class Sparse(nn.Module):
         return extension.Layer(self.alive, outputs, inputs, *how, read)
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Any:
-        self._kernels.clear()  # the layer may move to where there are none
+        self._kernels.clear()  # the layer may move to a device without kernels
         return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_kernels": {}}  # they are made again where they are needed
+        return self.__dict__ | {"_kernels": {}}  # they are made again when they are needed
 
 
 class SparseConv2d(Sparse):
-    """2-D cross-correlation with zero padding for a kernel of which only the survivors exist.
+    """A 2-D cross-correlation with zero padding that holds only the surviving weights of its kernel.
 
     Args:
-        weight: initial weight, (outputs, inputs, height, width); only what `mask` keeps is taken.
-        bias: (outputs,) or None.
-        mask: bool, the shape of `weight`.
-        stride: pixels between neighbours of the output, the same in both directions.
-        padding: rows and columns of zeros on each side.
-        instruction_set: one of `instruction_sets()`; the machine's best by default.
+        weight: the initial weight, (outputs, inputs, height, width); only weights that are alive in `mask` are used.
+        bias: the bias, (outputs,), or None.
+        mask: the connections that are alive, bool, of the shape of `weight`.
+        stride: the stride in pixels, the same in both directions.
+        padding: the number of rows and columns of zeros on each side.
+        instruction_set: one of `instruction_sets()`; by default the best of this machine.
 
     """
 
@@ -174,7 +174,7 @@ class SparseConv2d(Sparse):
         self.padding = padding
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the layer's outputs, as the dense layer of its weights gives them."""
+        """Return the layer's outputs, which are those of the dense layer with the same weights."""
         values, bias = self.values, self.bias
         kernel = self.kernel(x.shape[1:]) if x.dim() == 4 and can_compute(x, values, bias) else None
         if kernel is None:
@@ -195,7 +195,7 @@ class SparseConv2d(Sparse):
         return self._layer((kernel[0], kernel[1]), (size[1], size[2]), self.stride, self.padding)
 
     def extra_repr(self) -> str:
-        """Return shape and density."""
+        """Return the shape and the density as text."""
         outputs, inputs, *kernel = self.shape
         return (
             f"{inputs}, {outputs}, kernel_size={tuple(kernel)}, stride={self.stride}, padding={self.padding}, "
@@ -204,7 +204,7 @@ class SparseConv2d(Sparse):
 
 
 class _BatchNorm(torch.autograd.Function):
-    """Batch normalisation by the statistics of the batch, which it also returns: (3, channels)."""
+    """Batch normalisation with the statistics of the batch, which are also returned, of shape (3, channels)."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
@@ -230,25 +230,25 @@ _batch_norm: Callable[..., tuple[Tensor, Tensor]] = _BatchNorm.apply
 
 
 class _Replacement(nn.Module):
-    """A layer of PyTorch's that does the same in another way."""
+    """The base class of replacements for layers of PyTorch, which compute the same in another way."""
 
     @classmethod
     def of(cls, module: nn.Module) -> Self:
-        """The same layer: it takes over all that `module` holds."""
+        """Return the replacement of a layer; it takes over all attributes of `module`."""
         layer = cls.__new__(cls)
         layer.__dict__ = module.__dict__
         return layer
 
 
 class BatchNorm2d(_Replacement, nn.BatchNorm2d):
-    """Batch normalisation that trains on the kernels' layout as fast as memory allows.
+    """Batch normalisation that trains on the kernels' layout at the speed of memory.
 
-    PyTorch's takes several times longer on these strides than on its own. Everything but training on this layout
-    is left to it.
+    PyTorch's implementation takes several times longer on these strides than on its own. It is still used for
+    everything except training on this layout.
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the layer's outputs, as the dense layer of its weights gives them."""
+        """Return the normalised inputs, which are the same as on any other layout."""
         weight, bias, mean, variance = self.weight, self.bias, self.running_mean, self.running_var
         if (
             not self.training
@@ -276,12 +276,12 @@ class BatchNorm2d(_Replacement, nn.BatchNorm2d):
 class MaxPool2d(_Replacement, nn.MaxPool2d):
     """Max pooling that keeps the kernels' layout.
 
-    With the first two dimensions exchanged that is PyTorch's channels-last, which it is fast on. Left alone it would
-    give its own layout back, and every operation on both layouts is several times slower.
+    With the first two dimensions exchanged, this layout is PyTorch's channels-last, on which pooling is fast. PyTorch's
+    own layer would return another layout, and operations on mixed layouts are several times slower.
     """
 
     def forward(self, input: Tensor) -> Any:
-        """Return what the layer gives on any other layout."""
+        """Return the maxima, which are the same as on any other layout."""
         if input.dim() != 4 or input.stride() != _strides(input.shape) or self.return_indices:
             return super().forward(input)
         return super().forward(input.transpose(0, 1)).transpose(0, 1)

@@ -1,7 +1,8 @@
-"""Linear layers of surviving weights, and whole networks of linear layers and ReLUs.
+"""Sparse linear layers, and whole networks of linear layers and ReLUs.
 
-PyTorch spends more time on each layer of a small network, and on finding its gradients, than a sparse layer takes to
-compute, and multiplies slower where the features of a sample lie side by side than where the samples of a feature do.
+For each layer of a small network, PyTorch's own overhead in the forward pass and in autograd is longer than a sparse
+layer takes to compute. It also multiplies more slowly if the features of an example are adjacent in memory than if the
+examples of a feature are.
 """
 
 from __future__ import annotations
@@ -22,23 +23,23 @@ Gradients: TypeAlias = list[Tensor | None]
 
 
 class _Part(Protocol):
-    """Linear layers in a row, with their ReLUs. Their weights and biases are passed in turn; a bias may be None."""
+    """A sequence of linear layers with their ReLUs. Weights and biases are passed alternately; a bias may be None."""
 
     def forward(self, x: Tensor, weights: Sequence[Any]) -> tuple[Tensor, list[Tensor]]:
-        """Return the output for x, (batch, inputs), and what `backward` needs to keep."""
+        """Return the output for x, (batch, inputs), and the tensors that `backward` needs."""
 
     def backward(
         self, dy: Tensor, weights: Sequence[Any], kept: Sequence[Tensor], needs: Sequence[bool]
     ) -> tuple[Tensor | None, Gradients]:
-        """Return the gradients of x and of the weights for that of the output; `needs` says which are needed."""
+        """Return the gradients of x and of the weights, given that of the output; `needs` says which are needed."""
 
 
 class _Surviving:
-    """Layers of surviving weights.
+    """A sequence of sparse layers.
 
     Args:
-        kernels: one for each.
-        relus: whether a ReLU follows it.
+        kernels: the kernel of each layer.
+        relus: whether a ReLU follows, for each layer.
 
     """
 
@@ -58,7 +59,7 @@ class _Surviving:
         dx = empty((batch, self.chain.inputs)) if needs[0] else None
         gradients: Gradients = []
         for first in range(0, len(weights), 2):
-            wanted = needs[1 + first] or needs[2 + first]  # the kernel finds both gradients of a layer in one pass
+            wanted = needs[1 + first] or needs[2 + first]  # the kernel computes both gradients of a layer in one pass
             gradients += [
                 torch.empty_like(weight) if wanted and weight is not None else None
                 for weight in weights[first : first + 2]
@@ -68,10 +69,10 @@ class _Surviving:
 
 
 class _Dense:
-    """A layer of all its weights.
+    """A dense layer.
 
     Args:
-        relu: whether a ReLU follows it.
+        relu: whether a ReLU follows the layer.
 
     """
 
@@ -112,13 +113,13 @@ class _Product(torch.autograd.Function):
 
 
 class SparseLinear(Sparse):
-    """y = x W^T + b for a W of which only the survivors exist.
+    """A linear layer y = x W^T + b that holds only the surviving weights of W.
 
     Args:
-        weight: initial weight, (outputs, inputs); only what `mask` keeps is taken.
-        bias: (outputs,) or None.
-        mask: bool, the shape of `weight`.
-        instruction_set: one of `instruction_sets()`; the machine's best by default.
+        weight: the initial weight, (outputs, inputs); only weights that are alive in `mask` are used.
+        bias: the bias, (outputs,), or None.
+        mask: the connections that are alive, bool, of the shape of `weight`.
+        instruction_set: one of `instruction_sets()`; by default the best of this machine.
 
     """
 
@@ -133,7 +134,7 @@ class SparseLinear(Sparse):
         return self.shape[0]
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the layer's outputs, as the dense layer of its weights gives them."""
+        """Return the layer's outputs, which are those of the dense layer with the same weights."""
         inputs = self.shape[1]
         if x.dim() > 2 and x.shape[-1] == inputs:
             return self.forward(x.flatten(0, -2)).view(*x.shape[:-1], self.shape[0])
@@ -149,16 +150,16 @@ class SparseLinear(Sparse):
         return self._layer((1, 1), (1, 1), 1, (0, 0))
 
     def kernel_for(self, read: Tensor) -> Any:
-        """The kernel that leaves out what leads to outputs that are not `read`, bool, (outputs,)."""
+        """Return a kernel without the connections to outputs that are False in `read`, bool, (outputs,)."""
         return self.kernel(self.shape[1:]) if read.all() else self._layer((1, 1), (1, 1), 1, (0, 0), read)
 
     def read_inputs(self, read: Tensor) -> Tensor:
-        """Which inputs, bool, (inputs,), lead to an output that is `read`."""
+        """Return which inputs, bool, (inputs,), have a connection to an output that is True in `read`."""
         outputs, inputs = self.alive // self.shape[1], self.alive % self.shape[1]
         return torch.zeros(self.shape[1], dtype=torch.bool).index_fill(0, inputs[read[outputs]], value=True)
 
     def extra_repr(self) -> str:
-        """Return shape and density."""
+        """Return the shape and the density as text."""
         return f"{self.shape[1]}, {self.shape[0]}, bias={self.bias is not None}, density={self.density:.4g}"
 
 
@@ -166,14 +167,14 @@ Linear: TypeAlias = nn.Linear | SparseLinear
 
 
 def _kind(layer: Linear) -> tuple[bool, str | None]:
-    """Layers of one kind, one after the other, are computed together."""
+    """Return the kind of a layer; consecutive layers of one kind are computed together."""
     return isinstance(layer, SparseLinear), layer.instruction_set if isinstance(layer, SparseLinear) else None
 
 
 def _kernels(row: Sequence[SparseLinear]) -> list[Any]:
-    """The kernels of layers in a row, without what no path leads from to the last one's outputs.
+    """Return the kernels of consecutive layers, without the connections that have no path to an output of the last.
 
-    That is exact: nobody reads those outputs, and their gradients are 0.
+    The result is exact: the outputs of these connections are not used, and their gradients are 0.
     """
     kernels: list[Any] = []
     read = torch.ones(row[-1].shape[0], dtype=torch.bool)
@@ -184,7 +185,7 @@ def _kernels(row: Sequence[SparseLinear]) -> list[Any]:
 
 
 def _has_global_hooks() -> bool:
-    """Whether hooks are registered for all modules; the oldest torch that is supported has no function for it."""
+    """Return whether global module hooks are registered; the oldest supported torch has no function for this."""
     of = nn.modules.module
     registered = (
         of._global_forward_pre_hooks,
@@ -196,11 +197,11 @@ def _has_global_hooks() -> bool:
 
 
 class Perceptron:
-    """A multilayer perceptron: linear layers in a row, with ReLUs, and nothing else. It is trained without autograd.
+    """A multilayer perceptron, which has only linear layers and ReLUs. It is trained without autograd.
 
     Args:
-        linear: the layers, each one's outputs the next one's inputs, and whether a ReLU follows.
-        flattens: whether an example may have any shape.
+        linear: the layers in order, each with whether a ReLU follows.
+        flattens: whether examples are flattened first, so that they may have any shape.
 
     """
 
@@ -208,7 +209,7 @@ class Perceptron:
         self._inputs = linear[0][0].in_features
         self._flattens = flattens
         self._one = torch.ones(())
-        self._parts: list[tuple[_Part, list[Any]]] = []  # with weights and biases in turn, some None
+        self._parts: list[tuple[_Part, list[Any]]] = []  # with alternating weights and biases, some of them None
         for (sparse, _), group in groupby(linear, lambda pair: _kind(pair[0])):
             row, relus = zip(*group, strict=True)
             if sparse:
@@ -222,7 +223,7 @@ class Perceptron:
 
     @classmethod
     def of(cls, model: nn.Module) -> Perceptron | None:
-        """Return what a plain `nn.Sequential` is, None for any other network, or one in which somebody looks on."""
+        """Return the perceptron of a plain `nn.Sequential`; None for any other network, or if the network has hooks."""
         parameters = list(model.parameters())
         if (
             type(model) is not nn.Sequential
@@ -248,15 +249,15 @@ class Perceptron:
         return cls(linear, flattens=flattens) if linear and fitting else None
 
     def takes(self, x: Tensor, labels: Tensor) -> bool:
-        """Whether `cross_entropy` computes what the network and `functional.cross_entropy` do with these."""
+        """Return whether `cross_entropy` is equal to the network with `functional.cross_entropy` on this batch."""
         fitting = (x.dim() == 2 or self._flattens) and x.numel() == len(labels) * self._inputs and len(x) == len(labels)
         return fitting and labels.dim() == 1 and labels.dtype is torch.int64 and can_compute(x, *self._weights)
 
     @torch.no_grad()
     def cross_entropy(self, x: Tensor, labels: Tensor) -> Tensor:
-        """Return the mean cross-entropy of the outputs for x, (batch, ...), and let the weights have its gradients.
+        """Return the mean cross-entropy of the outputs for x, (batch, ...), and set the gradients of the weights.
 
-        What autograd would do, by the same functions.
+        This is the computation of autograd, with the same functions.
         """
         y, kept = x.flatten(1), []
         for part, weights in self._parts:

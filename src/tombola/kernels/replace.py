@@ -1,4 +1,4 @@
-"""Replaces the layers of a model by layers of their surviving weights, and gives the dense state back."""
+"""Replacement of a model's layers by sparse layers, and recovery of the dense state."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from tombola.kernels.linear import SparseLinear
 
 
 def sparsify(model: nn.Module, mask: Mapping[str, Tensor], batch_size: int = 128) -> nn.Module:
-    """Replaces, in place, the layers that `choices` calls sparse, and returns the model.
+    """Replace, in place, the layers for which `choices` returns "sparse", and return the model.
 
     Args:
-        model: its weights are the initial values; pass a copy if it is needed as it is.
-        mask: parameter name -> bool tensor of the weight's shape.
-        batch_size: samples per training step.
+        model: the model with its initial weights; pass a copy to keep the original.
+        mask: parameter name -> bool tensor of the weight's shape, True if alive.
+        batch_size: the number of examples in a training step.
 
     """
     for name, choice in choices(model, mask, batch_size).items():
@@ -49,7 +49,7 @@ def sparsify(model: nn.Module, mask: Mapping[str, Tensor], batch_size: int = 128
 
 
 def dense_state(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict of the model before `sparsify`: dense weights, exactly 0.0 where pruned."""
+    """Return the state dict of the model as before `sparsify`: dense weights, exactly 0.0 for pruned connections."""
     sparse = {name: module for name, module in model.named_modules() if isinstance(module, layers.Sparse)}
     state = {}
     for name, tensor in model.state_dict().items():

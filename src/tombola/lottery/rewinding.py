@@ -24,21 +24,21 @@ from tombola.training.weights import Weights
 
 
 class Train(Protocol):
-    """How a training is done."""
+    """A function that trains a network."""
 
     def __call__(self, initial: Weights, mask: Mask, begin: int, end: int) -> Trained | None:
         """Train the connections alive in `mask` from `initial`, iterations begin..end-1.
 
         Returns:
-            the trained network, or None where there is no such training yet.
+            The trained network, or None if the training has not been done yet.
         """
 
 
 class Prune(Protocol):
-    """How a round prunes."""
+    """A function that does one round of pruning."""
 
     def __call__(self, weights: Weights, mask: Mask, level: int) -> Mask:
-        """Return `mask` without the connections of the lowest importance by the trained weights of `level`."""
+        """Return `mask` without the connections of the lowest importance, given the trained weights of `level`."""
 
 
 def lottery_ticket_rewinding(
@@ -46,19 +46,19 @@ def lottery_ticket_rewinding(
 ) -> Iterator[Ticket]:
     """Yield the ticket of each level: Algorithm 2 of the paper (arXiv 2302.11244).
 
-    The tickets end with level `levels`. They end earlier with a training that diverged, whose weights cannot be
-    pruned by, and before a training that `train` returns None for.
+    The last ticket is that of level `levels`. If a training diverged, its ticket is the last, because its weights
+    cannot decide what is pruned next. If `train` returns None, there is no ticket for that training, and none after it.
 
     Args:
-        train: how a training is done; it may also look up the result of an earlier one.
-        prune: how a round prunes.
+        train: a function that trains a network, or looks up the result of an earlier training.
+        prune: a function that does one round of pruning.
         theta_0: the initial weights.
         dense: the mask of the dense network.
-        rewind: the iteration k whose weights tickets are rewound to, 0 <= k < m.
-        end: the iteration m at which a training ends.
+        rewind: the iteration k to whose weights tickets are rewound, 0 <= k < m.
+        end: the number m of iterations of a complete training.
         levels: the number n of rounds, 0 or more.
 
-    With a training that leaves the weights as they are:
+    An example with a training that does not change the weights:
 
     >>> import torch
     >>> from tombola.training.history import History
@@ -77,7 +77,7 @@ def lottery_ticket_rewinding(
             return
         theta_k = rewind_point.weights
     for level in range(levels + 1):
-        trained = train(theta_k, mask, rewind, end)  # step 3a; to start from theta_k is to rewind, step 3d
+        trained = train(theta_k, mask, rewind, end)  # step 3a; starting from theta_k is the rewinding of step 3d
         if trained is None:
             return
         yield Ticket(level, mask, theta_k, trained)
@@ -101,18 +101,18 @@ def find_tickets(
     """Find the tickets of a network: yield the ticket of each level as soon as it is trained.
 
     Args:
-        model: any module, with its initial weights; it is not changed.
-        data: what to train and test on.
-        recipe: how to train.
-        importance: what to prune by, see `tombola.importance`.
-        levels: rounds of pruning.
-        fraction: of the connections alive that each round removes, in (0, 1).
-        seed: of data order, augmentation and every other random choice.
+        model: a module with its initial weights; it is not changed.
+        data: the data set to train and test on.
+        recipe: the hyperparameters of the training.
+        importance: the importance that decides which connections are pruned, see `tombola.importance`.
+        levels: the number of rounds of pruning.
+        fraction: the fraction of the alive connections that each round removes, in (0, 1).
+        seed: the seed of the data order, the augmentation and every other random choice.
         exclude: layers that are never pruned.
-        loss: of outputs and labels, mean over the batch.
+        loss: a function of outputs and labels that returns the mean over the batch.
 
     Raises:
-        UserError: where the arguments do not fit together.
+        UserError: if the arguments do not fit together.
 
     >>> from tombola import datasets, models
     >>> from tombola.importance import l1
@@ -144,15 +144,15 @@ def find_tickets(
 def prune_round(
     weights: Weights, mask: Mask, level: int, *, importance: Importance | Normalisation, fraction: float, seed: int
 ) -> Mask:
-    """Prune by the trained weights of `level`, see `tombola.prune`; random numbers differ from level to level."""
+    """Prune by the trained weights of `level`, see `tombola.prune`; each level has its own random numbers."""
     return prune(weights.load(), mask, importance, fraction, seed=derive(seed, "pruning", level))
 
 
 def check_levels(connections: int, fraction: float, levels: int) -> None:
-    """Check that each of `levels` rounds removes some of the connections that are alive, and leaves some.
+    """Check that each of `levels` rounds removes at least one alive connection and leaves at least one.
 
     Raises:
-        UserError: where one does not, or where `fraction` or `levels` is out of range.
+        UserError: if a round does not, or if `fraction` or `levels` is out of range.
 
     >>> check_levels(connections=100, fraction=0.5, levels=7)  # doctest: +ELLIPSIS
     Traceback (most recent call last):

@@ -1,4 +1,4 @@
-"""Tickets: a mask, the weights it is rewound to, and where it came from."""
+"""Tickets: a mask, the weights to which it is rewound, and its provenance."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from tombola.training.weights import State, Weights, apply_mask, zero_pruned
 
 @dataclass(frozen=True)
 class Ticket:
-    """A lottery ticket: the connections that are alive at a level and the weights they are rewound to.
+    """A lottery ticket: the connections that are alive at a level, and the weights to which they are rewound.
 
     Args:
-        level: 0 is the dense network; level n has density (1 - fraction)^n.
+        level: the number of pruning rounds; level n has density (1 - fraction)^n, so level 0 is the dense network.
         mask: the connections that are alive.
-        rewind: the whole dense state at the rewind point.
-        trained: what training the ticket led to; None where that is not known.
-        provenance: where it came from, as JSON's types.
+        rewind: the complete dense state at the rewind point.
+        trained: the result of training the ticket; None if it is not known.
+        provenance: the study, importance and seed that the ticket comes from, as a document of JSON types.
 
     >>> import torch
     >>> mask = Mask.from_tensors({"weight": torch.tensor([[True, False]])})
@@ -44,14 +44,14 @@ class Ticket:
 
     @property
     def rewound(self) -> State:
-        """The state to train the ticket from: the rewind point's, pruned weights 0.0."""
+        """The state from which the ticket is trained: that of the rewind point, with pruned weights 0.0."""
         return apply_mask(self.rewind.load(), self.mask.load())
 
     def apply(self, model: nn.Module, *, trained: bool = False) -> None:
-        """Load the ticket's rewound (or trained) state into `model`, pruned weights 0.0.
+        """Load the ticket's rewound (or trained) state into `model`, with pruned weights 0.0.
 
         Raises:
-            UserError: where the model is another network than the ticket's.
+            UserError: if the ticket does not fit the model, or if the trained state is not known.
         """
         state = self._trained_state() if trained else self.rewound
         try:
@@ -62,12 +62,14 @@ class Ticket:
 
     def _trained_state(self) -> State:
         if self.trained is None:
-            raise UserError(f"the ticket of level {self.level} is known without its trained weights")
+            raise UserError(f"the ticket of level {self.level} has no trained weights")
         return self.trained.weights.load()
 
     def save(self, path: Path, *, trained: bool = False) -> None:
-        """Write the ticket as safetensors: `mask.<parameter>` (bool), `rewind.<name>` for every entry of the rewound
-        state, with `trained` also `trained.<name>`; level, history and provenance are in the metadata, as JSON.
+        """Write the ticket to a safetensors file.
+
+        The file has the tensors `mask.<parameter>` (bool), `rewind.<name>` for every entry of the rewound state, and
+        with `trained` also `trained.<name>`. Level, history and provenance are in the metadata, as JSON.
         """
         tensors = {f"mask.{name}": alive for name, alive in self.mask.load().items()}
         tensors |= {f"rewind.{name}": tensor.contiguous() for name, tensor in self.rewound.items()}
@@ -83,10 +85,10 @@ class Ticket:
 
     @classmethod
     def load(cls, path: Path) -> Ticket:
-        """Return the ticket that `save` wrote; `trained` is None where it was saved without.
+        """Return the ticket that `save` wrote; its `trained` is None if it was saved without the trained weights.
 
         Raises:
-            UserError: where the file is missing or is no ticket.
+            UserError: if the file is missing or is not a ticket.
         """
         try:
             with safetensors.safe_open(path, "pt") as file:

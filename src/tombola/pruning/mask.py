@@ -1,4 +1,4 @@
-"""Masks: which connections are alive, one bit each."""
+"""Masks: one bit for each connection, which is set if the connection is alive."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ def prunable(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 class Mask(Mapping[str, Tensor]):
-    """Which connections of each layer are alive: an immutable mapping from parameter names to bool tensors.
+    """The connections that are alive in each layer: an immutable mapping from parameter names to bool tensors.
 
-    Held as one bit a connection. `mask[name]` gives a layer as a bool tensor of its weight's shape, True where alive.
-    Masks of the same layers combine with `&`, `|` and `^` and compare with `==`.
+    A mask takes one bit per connection. `mask[name]` is a bool tensor of the weight's shape, True if alive. Masks of
+    the same layers can be combined with `&`, `|` and `^` and compared with `==`.
 
     >>> a = Mask.from_tensors({"w": torch.tensor([[True, False], [True, True]])})
     >>> b = Mask.from_tensors({"w": torch.tensor([[True, True], [False, True]])})
@@ -50,10 +50,10 @@ class Mask(Mapping[str, Tensor]):
     shapes: dict[str, tuple[int, ...]]
 
     def __init__(self, shapes: Mapping[str, tuple[int, ...]], bits: Mapping[str, Bits]) -> None:
-        """Take the layers' shapes and bits as `numpy.packbits(..., bitorder="little")` gives them (see `bits`).
+        """Make a mask from the layers' shapes and their bits, as `numpy.packbits(..., bitorder="little")` packs them.
 
         Raises:
-            UserError: where a layer's bits do not fit its shape.
+            UserError: if a layer's bits do not fit its shape.
         """
         self.shapes = dict(shapes)
         self._bits: dict[str, Bits] = {}
@@ -71,14 +71,14 @@ class Mask(Mapping[str, Tensor]):
 
     @classmethod
     def ones_like(cls, model: nn.Module, exclude: Collection[str] = ()) -> Mask:
-        """Return the mask of the dense network: every prunable weight of `model` alive (see `prunable`).
+        """Return the mask of the dense network: every prunable weight of `model` is alive (see `prunable`).
 
         Args:
-            model: any module.
+            model: a module.
             exclude: layers that are never pruned, by layer or parameter name (`"fc"` or `"fc.weight"`).
 
         Raises:
-            UserError: where a name in `exclude` is no prunable layer, or nothing prunable is left.
+            UserError: if a name in `exclude` is not a prunable layer, or if no prunable layer is left.
         """
         weights = prunable(model)
         left_out = resolve_layers(weights, exclude)
@@ -92,10 +92,10 @@ class Mask(Mapping[str, Tensor]):
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Mask:
-        """Return the mask whose layers are these bool tensors, True where alive.
+        """Return the mask whose layers are these bool tensors, True if alive.
 
         Raises:
-            UserError: where a tensor is not bool.
+            UserError: if a tensor is not bool.
         """
         for name, tensor in tensors.items():
             if tensor.dtype != torch.bool:
@@ -109,7 +109,7 @@ class Mask(Mapping[str, Tensor]):
         """Return an equal mask that keeps only its hash and counts in memory.
 
         Args:
-            load: returns a mask with the same bits. It is called each time that the bits are used.
+            load: a function that returns a mask with the same bits. It is called each time that the bits are used.
 
         >>> mask = Mask.from_tensors({"w": torch.tensor([True, False])})
         >>> on_disk = mask.unload(lambda: mask)
@@ -121,7 +121,7 @@ class Mask(Mapping[str, Tensor]):
         return other
 
     def load(self) -> Mask:
-        """Return the mask with its bits in memory: itself, unless `unload` made it."""
+        """Return a mask with its bits in memory: this mask itself, unless `unload` made it."""
         return self if self._load is None else self._load().load()
 
     def __getitem__(self, name: str) -> Tensor:
@@ -140,17 +140,17 @@ class Mask(Mapping[str, Tensor]):
 
     @property
     def bits(self) -> dict[str, Bits]:
-        """Each layer's connections in flat order, eight a byte, the first in the lowest bit; spare bits are 0."""
+        """The bits of each layer in flat order, eight per byte, the first in the lowest bit; unused bits are 0."""
         return dict(self.load()._bits)
 
     @property
     def sizes(self) -> dict[str, int]:
-        """Each layer's number of connections."""
+        """The number of connections of each layer."""
         return {name: math.prod(shape) for name, shape in self.shapes.items()}
 
     @property
     def counts(self) -> dict[str, int]:
-        """Each layer's number of connections that are alive."""
+        """The number of alive connections of each layer."""
         if self._counts is None:
             self._counts = {n: int(np.bitwise_count(bits).sum(dtype=np.int64)) for n, bits in self._bits.items()}
         return dict(self._counts)
@@ -167,17 +167,17 @@ class Mask(Mapping[str, Tensor]):
 
     @property
     def density(self) -> float:
-        """Alive / total, in 0..1."""
+        """The density, alive / total, in 0..1."""
         return self.alive / self.total
 
     @property
     def collapsed(self) -> tuple[str, ...]:
-        """The layers with no connection alive."""
+        """The layers in which no connection is alive."""
         return tuple(name for name, count in self.counts.items() if count == 0)
 
     @property
     def hash(self) -> str:
-        """SHA-256 over the layers' names, shapes and bits, as 64 hexadecimal digits."""
+        """The SHA-256 over the layers' names, shapes and bits, as 64 hexadecimal digits."""
         if self._hash is None:
             digest = hashlib.sha256(json.dumps(list(self.shapes.items())).encode())
             for bits in self._bits.values():
@@ -214,7 +214,7 @@ class Mask(Mapping[str, Tensor]):
 
 
 def pack(alive: Tensor) -> Bits:
-    """Return a bool tensor's values in flat order, eight a byte, the first in the lowest bit; spare bits are 0.
+    """Pack a bool tensor in flat order, eight values per byte, the first in the lowest bit; unused bits are 0.
 
     >>> pack(torch.tensor([[True, False, True], [True, False, False]])).tolist()
     [13]
@@ -223,14 +223,14 @@ def pack(alive: Tensor) -> Bits:
 
 
 def resolve_layers(parameters: Collection[str], layers: Collection[str]) -> set[str]:
-    """Return the names of the parameters that `layers` means: each is the name of a layer or of its parameter.
+    """Return the parameter names that `layers` refers to; each entry is the name of a layer or of its parameter.
 
     Args:
         parameters: the names of prunable weights, such as `fc.weight`.
-        layers: names that a user gave, such as `fc` or `fc.weight`.
+        layers: the names that a user gave, such as `fc` or `fc.weight`.
 
     Raises:
-        UserError: where one of `layers` is not there.
+        UserError: if one of `layers` is not a prunable layer.
 
     >>> sorted(resolve_layers(["fc1.weight", "fc2.weight", "fc3.weight"], ["fc1", "fc3.weight"]))
     ['fc1.weight', 'fc3.weight']

@@ -31,18 +31,18 @@ def prune(
     over all layers. Ties are broken by layer, then by flat index: the lower one is removed.
 
     Args:
-        weights: parameter name -> weights; must have every layer of the mask, and may have more.
+        weights: parameter name -> weights; it must have every layer of the mask, and may have more.
         mask: the connections that are alive.
         importance: a score with its normalisation, or a function of a layer's absolute surviving weights, see
             `tombola.importance`.
-        fraction: of the connections that are alive, in (0, 1).
-        exclude: layers to leave alone in this round, by layer or parameter name.
-        seed: of the random numbers that the importance may draw; every layer has its own stream.
+        fraction: the fraction of the alive connections to remove, in (0, 1).
+        exclude: the layers that are not pruned in this round, by layer or parameter name.
+        seed: the seed of the random numbers that the importance may draw; every layer has its own stream.
 
     Raises:
-        ImportanceError: where the importance raises, or returns NaN or anything but one number a connection.
-        UserError: where weights of a layer are missing, of another shape, NaN or infinite; where `fraction` is out of
-            range, or a layer to exclude is not in the mask.
+        ImportanceError: if the importance raises, or if it does not return one number per connection, without NaN.
+        UserError: if the weights of a layer are missing, have another shape, or are NaN or infinite; if `fraction` is
+            out of range; or if a layer to exclude is not in the mask.
 
     >>> mask = Mask.from_tensors({"w": torch.ones(5, dtype=torch.bool)})
     >>> prune({"w": torch.tensor([0.5, -0.1, 0.3, -0.9, 0.2])}, mask, lambda w: w, 0.4)["w"]
@@ -52,7 +52,7 @@ def prune(
     importance = as_importance(importance)
     left_out = resolve_layers(mask, exclude)
     counts = {layer: count for layer, count in mask.counts.items() if layer not in left_out}
-    # One piece of memory for the survivors of all layers: touching new memory takes longer than computing.
+    # All layers share one buffer for their survivors: touching new memory takes longer than the computation.
     memory = torch.empty(max(counts.values(), default=0), dtype=torch.float64)
 
     def compute_importance(layer: str) -> Tensor:
@@ -77,7 +77,7 @@ def count_to_remove(alive: int, fraction: float) -> int:
 
 
 def check_fraction(fraction: float) -> None:
-    """Raise `UserError` where a fraction does not lie in (0, 1)."""
+    """Raise `UserError` if a fraction is not in (0, 1)."""
     if not 0 < fraction < 1:
         raise UserError(f"fraction must lie between 0 and 1, both excluded, got {fraction}")
 
@@ -91,7 +91,7 @@ def _read_magnitudes(weights: Mapping[str, Tensor], mask: Mask, layer: str, out:
         raise UserError(f"layer {layer!r}: the weights have shape {tuple(weight.shape)}, the mask {mask.shapes[layer]}")
     alive = mask[layer]
     out.copy_(weight.flatten() if alive.all() else weight[alive]).abs_()
-    if len(out) and not out.max().isfinite():  # the largest of numbers is NaN where one of them is
+    if len(out) and not out.max().isfinite():  # the maximum is NaN if one of the numbers is
         raise UserError(
             f"layer {layer!r}: its weights are not all finite (NaN or infinite), so they cannot be compared"
         )
@@ -100,7 +100,7 @@ def _read_magnitudes(weights: Mapping[str, Tensor], mask: Mask, layer: str, out:
 
 @contextmanager
 def _attribute_failure(importance: Importance, layer: str) -> Iterator[None]:
-    """Turn an exception of the importance into one that names it and the layer."""
+    """Turn an exception of an importance into an `ImportanceError` that names the importance and the layer."""
     label = f"importance {importance.name!r}, layer {layer!r}"
     try:
         yield
@@ -111,18 +111,21 @@ def _attribute_failure(importance: Importance, layer: str) -> Iterator[None]:
 
 
 def _check(values: Tensor, length: int) -> Tensor:
-    """Return what an importance gave as float64 on the CPU; raise `ImportanceError` where it cannot be compared."""
+    """Return the values of an importance as float64 on the CPU; raise `ImportanceError` if they cannot be compared."""
     if not isinstance(values, Tensor) or tuple(values.shape) != (length,):
         got = f"shape {tuple(values.shape)}" if isinstance(values, Tensor) else type(values).__name__
-        raise ImportanceError(f"expected a tensor of shape ({length},), one number a survivor, got {got}")
+        raise ImportanceError(f"expected a tensor of shape ({length},), one number per survivor, got {got}")
     values = values.detach().to("cpu", torch.float64).contiguous()
-    if length and values.min().isnan():  # the least of numbers is NaN where one of them is
+    if length and values.min().isnan():  # the minimum is NaN if one of the numbers is
         raise ImportanceError("it returned NaN")
     return values
 
 
 def _remove(mask: Mask, removed: dict[str, Tensor]) -> Mask:
-    """Return `mask` without the alive connections, in flat order, that are True in `removed`, which is used up."""
+    """Return `mask` without the connections that are True in `removed`, which lists the alive ones in flat order.
+
+    The dict `removed` is emptied, to save memory.
+    """
     bits = mask.bits
     for layer in list(removed):
         stay, alive = ~removed.pop(layer), mask[layer]
@@ -132,7 +135,7 @@ def _remove(mask: Mask, removed: dict[str, Tensor]) -> Mask:
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """Let torch use one thread: a sum's order, and so its last bit, would depend on how many there are."""
+    """Let torch use one thread, since the number of threads affects the order of a sum and so its last bits."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

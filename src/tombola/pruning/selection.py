@@ -1,4 +1,4 @@
-"""Selection: which connections a round of pruning removes, by the scores of all layers."""
+"""Selection: find the connections with the lowest scores of all layers, which a round of pruning removes."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-_KEPT = 1 << 24  # scores that are few enough to be kept (128 MiB); more are computed twice, which takes less time
-_SAMPLED = 1 << 20  # scores that bound where the threshold lies
+_KEPT = 1 << 24  # up to this many scores are kept (128 MiB); more are computed twice, which takes less time
+_SAMPLED = 1 << 20  # size of the sample of scores that gives bounds of the threshold
 
 
 def select_lowest(scores: Callable[[str], Tensor], sizes: Mapping[str, int], count: int) -> dict[str, Tensor]:
-    """Select exactly the `count` connections with the lowest scores of all layers pooled.
+    """Select exactly the `count` connections with the lowest scores over all layers.
 
     Ties are broken by layer, in the order of `sizes`, then by index: the lower one is selected.
 
     Args:
-        scores: layer -> its scores, float64 of shape (sizes[layer],) on the CPU; they may be infinite, but not NaN. It
-            is called once a layer, or twice or more where there are too many scores to keep. So it has to give the
-            same scores each time; it may put them in the same memory each time.
-        sizes: layer -> its number of connections.
-        count: how many to select, in 0..sum of sizes.
+        scores: a function layer -> scores, float64 of shape (sizes[layer],) on the CPU; they may be infinite, but not
+            NaN. It is called once per layer, or several times if there are too many scores to keep, so it has to return
+            the same scores each time. It may return them in the same memory each time.
+        sizes: layer -> number of connections.
+        count: the number of connections to select, in 0..sum of sizes.
 
     Returns:
-        layer -> a bool tensor of shape (sizes[layer],), True where selected.
+        layer -> a bool tensor of shape (sizes[layer],), True if selected.
 
     >>> import torch
     >>> scores = {"a": torch.tensor([0.5, 0.1, 0.3]), "b": torch.tensor([0.3, 0.2])}
@@ -65,7 +65,7 @@ def select_lowest(scores: Callable[[str], Tensor], sizes: Mapping[str, int], cou
 
 
 def _keep(scores: Callable[[str], Tensor]) -> Callable[[str], Tensor]:
-    """Return the same function, which computes each layer once and keeps a copy."""
+    """Return a function that computes the scores of each layer only once and keeps a copy of them."""
 
     @functools.cache
     def compute(layer: str) -> Tensor:
@@ -75,9 +75,10 @@ def _keep(scores: Callable[[str], Tensor]) -> Callable[[str], Tensor]:
 
 
 def _bound_threshold(sample: npt.NDArray[np.float64], share: float) -> Iterator[tuple[float, float]]:
-    """Yield closed intervals for the score at which this share of all lies below.
+    """Yield closed intervals that may contain the threshold, the score below which this share of all scores lies.
 
-    The sample puts it in the first one with high probability, and few scores lie in that. All scores lie in the last.
+    The first interval is estimated from the sample: it contains the threshold with high probability, and few scores.
+    The last interval contains all scores.
     """
     rank = round(share * len(sample))
     for margin in (4 * math.isqrt(len(sample)) + 1, len(sample) // 8, len(sample)):

@@ -1,1 +1,1 @@
-"""The store: results, masks, checkpoints and claims, on disk."""
+"""The store: keeps results, masks, checkpoints and claims on disk."""

@@ -1,4 +1,4 @@
-"""Checkpoints: where trainings were stopped, so that they go on from there."""
+"""Checkpoints: the states of unfinished trainings, from which the trainings are resumed."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ class Checkpoints:
         return None if content is None else checkpoint_from_bytes(content, kind)
 
     def read(self, key: str) -> bytes | None:
-        """Return the bytes of a checkpoint, which may be damaged; None where there is none."""
+        """Return the bytes of a checkpoint, which may be damaged; None if it is missing."""
         try:
             return self._path(key).read_bytes()
         except OSError:
             return None
 
     def put(self, key: str, content: bytes) -> None:
-        """Store a checkpoint as `checkpoint_to_bytes` returned it, unless the store cannot be written to."""
+        """Store the bytes that `checkpoint_to_bytes` returned; do nothing if the store is not writable."""
         path = self._path(key)
         with contextlib.suppress(OSError, UserError):
             path.parent.mkdir(exist_ok=True)
@@ -61,7 +61,7 @@ class Checkpoints:
 
 
 def checkpoint_to_bytes(checkpoint: Checkpoint, kind: str | None = None) -> bytes:
-    """Return a checkpoint as safetensors, with a checksum.
+    """Serialise a checkpoint as safetensors, with a checksum.
 
     Args:
         checkpoint: the checkpoint.
@@ -81,7 +81,7 @@ def checkpoint_to_bytes(checkpoint: Checkpoint, kind: str | None = None) -> byte
 
 
 def checkpoint_from_bytes(content: bytes, kind: str | None = None) -> Checkpoint | None:
-    """Return the checkpoint that `checkpoint_to_bytes` turned into these bytes.
+    """Read a checkpoint from the bytes that `checkpoint_to_bytes` returned.
 
     Args:
         content: the bytes.

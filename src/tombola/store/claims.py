@@ -1,17 +1,17 @@
-"""Claims: which run does which training, so that several runs on one store do not repeat each other's work.
+"""Claims: record which run does which training, so that several runs on one store do not repeat each other's work.
 
     STORE/runs/<name>     the file of a run; the run holds a lock on it and touches it every few seconds
     STORE/claims/<key>    a hard link to the file of the run that does this training
 
-To make a link is one atomic step that fails where the name exists, on a network file system too. The claim is the same
-file as the run's, so it needs no heartbeat of its own. Whether a run is alive is decided
+Creating a hard link is atomic and fails if the name exists, also on a network file system. The claim and the file of
+the run are the same file, so the claim needs no heartbeat of its own. Another process decides whether a run is alive
 
 - on the same machine by its lock, which the system releases when the process ends, however it ends;
-- from another machine, which may not see locks, by the file's time of change: a run that has not touched its file for
-  two minutes of the reader's own clock counts as dead, so clocks need not agree.
+- on another machine, which may not see locks, by the modification time of the file: a run that has not touched its file
+  for two minutes counts as dead. The reader measures these two minutes with its own clock, so clocks need not agree.
 
-No result depends on claims: it has the same bits whichever run made it, and it is stored atomically. At worst a
-training is done twice. Where a file system has no hard links nothing is claimed, and this is what happens.
+No result depends on claims: it has the same bits whichever run computed it, and it is stored atomically. At worst a
+training is done twice. This also happens on a file system without hard links, because nothing can be claimed there.
 """
 
 from __future__ import annotations
@@ -33,19 +33,19 @@ HEARTBEAT = 5.0
 """Seconds between two touches of a run's file."""
 
 PATIENCE = 120.0
-"""Seconds without a touch after which a run on another machine counts as dead. File systems on a network may show
+"""Seconds without a touch after which a run on another machine counts as dead. Network file systems may show
 times that are up to a minute old."""
 
 
 class Claims:
-    """The trainings of a store that this process does.
+    """The claims of this process on the trainings of a store.
 
     Args:
         root: the store's folder.
-        heartbeat: see `HEARTBEAT`.
-        patience: see `PATIENCE`.
+        heartbeat: the seconds between two touches of the run's file, see `HEARTBEAT`.
+        patience: the seconds after which a silent run counts as dead, see `PATIENCE`.
         host: the name of the machine, or container, on which locks are visible.
-        clock: returns the time in seconds, by which patience is measured.
+        clock: a function that returns the time in seconds; it measures the patience.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class Claims:
         self._patience = patience
         self._host = host or _this_host()
         self._clock = clock
-        self._seen: dict[int, tuple[int, float]] = {}  # inode -> time of change, and since when we see that one
+        self._seen: dict[int, tuple[int, float]] = {}  # inode -> modification time, and when it was first seen
         self._held: set[str] = set()
         self._over = threading.Event()
         self._register()
@@ -92,11 +92,11 @@ class Claims:
                 if self._alive(claim):
                     return False
                 self._bury(claim)
-            except FileNotFoundError:  # another run removed our file as dead: this machine slept
+            except FileNotFoundError:  # another run took this one for dead, because this machine slept
                 os.close(self._handle)
                 self._register()
             except OSError:
-                return True  # no hard links here
+                return True  # the file system has no hard links
             else:
                 self._held.add(key)
                 return True
@@ -111,12 +111,12 @@ class Claims:
                 claim.unlink()
 
     def owner(self, key: str) -> str | None:
-        """Return which process does a training, for people; None where none does."""
+        """Describe the process that does a training; return None if no process does it."""
         about = _read(self._claims / key)
         return f"process {about['pid']} on {about['name']}" if about else None
 
     def alone(self) -> bool:
-        """Return whether no other run is alive; the files of dead ones are removed."""
+        """Return whether no other run is alive; remove the files of dead runs."""
         for folder in (self._claims, self._runs):
             for path in folder.iterdir():
                 if path != self._file and not self._alive(path):
@@ -124,7 +124,7 @@ class Claims:
         return not any(path != self._file for path in self._runs.iterdir())
 
     def _register(self) -> None:
-        """Make this run's file and lock it."""
+        """Create this run's file and lock it."""
         for folder in (self._runs, self._claims):
             folder.mkdir(exist_ok=True)
         about: dict[str, Any] = {"host": self._host, "name": socket.gethostname(), "pid": os.getpid(), "locked": True}
@@ -142,12 +142,12 @@ class Claims:
                 os.utime(self._handle)
 
     def _alive(self, path: Path) -> bool:
-        """Return whether the run is alive whose file or claim this is."""
+        """Return whether the run that owns this file or claim is alive."""
         about = _read(path)
         if about is None and not path.exists():
             return False
         try:
-            handle = os.open(path, os.O_RDONLY)  # opening it makes a network file system read the attributes again
+            handle = os.open(path, os.O_RDONLY)  # opening a file makes a network file system refresh its attributes
         except OSError:
             return path.exists()
         try:
@@ -168,7 +168,7 @@ class Claims:
             os.close(handle)
 
     def _bury(self, path: Path) -> None:
-        """Remove the file of a dead run, unless a live run has put its own file in its place meanwhile."""
+        """Remove the file of a dead run, unless a live run has put its own file there in the meantime."""
         grave = self._runs.parent / "tmp" / f"{path.name}.{secrets.token_hex(4)}"
         with contextlib.suppress(OSError):
             grave.parent.mkdir(exist_ok=True)
@@ -179,7 +179,7 @@ class Claims:
 
 
 def _read(path: Path) -> dict[str, Any] | None:
-    """Return the content of a run's file; None where it is missing or empty."""
+    """Return the content of a run's file; None if it is missing or empty."""
     try:
         about = json.loads(path.read_text())
         return about if {"host", "name", "pid", "locked"} <= set(about) else None
@@ -188,7 +188,7 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 
 def _this_host() -> str:
-    """Return a name of the running kernel: its processes see each other's locks, in all containers."""
+    """Return a name of the running kernel; processes on one kernel see each other's locks, also across containers."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:

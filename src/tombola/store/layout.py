@@ -8,9 +8,9 @@ VERSION = 1
 
 
 def temporary_folder(root: Path) -> Path:
-    """Return the folder in which files get their content before they are renamed; it is made where it is missing.
+    """Return the folder in which files get their content before they are renamed; create it if it is missing.
 
-    It lies in the store, because a rename is atomic within one file system only.
+    The folder is inside the store, because a rename is atomic only within one file system.
     """
     folder = root / "tmp"
     folder.mkdir(exist_ok=True)
@@ -18,7 +18,7 @@ def temporary_folder(root: Path) -> Path:
 
 
 def unfinished_markers(root: Path) -> list[Path]:
-    """Return the temporary files of `store.json`, of a process that is writing it or was killed while it did."""
+    """Return the temporary files of `store.json`, left by a process that is writing it or was killed meanwhile."""
     return list(root.glob(".store.json.*"))
 
 

@@ -17,9 +17,9 @@ from tombola.store.names import canonical
 
 
 class Masks:
-    """The masks of a store, each under the hash of all that decides it.
+    """The masks of a store, each under the hash of everything that determines it.
 
-    Nothing is lost where one of them is: it is computed again.
+    A lost mask does no harm: it is computed again.
 
     Args:
         root: the store's folder.
@@ -34,7 +34,7 @@ class Masks:
         self._root = root
 
     def get(self, name: str) -> Mask | None:
-        """Return a mask that `put` stored; None where it is missing or damaged."""
+        """Return a mask that `put` stored; None if it is missing or damaged."""
         try:
             with safetensors.safe_open(self._path(name), "np") as file:
                 about = json.loads(file.metadata()["mask"])
@@ -47,7 +47,7 @@ class Masks:
         return mask if mask.hash == about["hash"] else None
 
     def put(self, name: str, mask: Mask) -> None:
-        """Store a mask under a name, unless the store does not exist or cannot be written to."""
+        """Store a mask under a name, unless the store does not exist or is not writable."""
         if not (self._root / "store.json").exists():
             return
         about = {"hash": mask.hash, "layers": [[layer, list(shape)] for layer, shape in mask.shapes.items()]}

@@ -1,4 +1,4 @@
-"""Names: the hash of a document with all that decides a result."""
+"""Names: the hash of a document that contains everything that determines a result."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 
 def canonical(document: Any) -> bytes:
-    """Return the one JSON text of a document: keys sorted, no spaces, no NaN."""
+    """Return the canonical JSON text of a document: keys sorted, no spaces, no NaN."""
     return json.dumps(document, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
 
 

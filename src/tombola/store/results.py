@@ -1,4 +1,4 @@
-"""Results: what trainings led to, each named by the hash of all that decides its bits."""
+"""Results of trainings, each named by the hash of everything that determines its bits."""
 
 from __future__ import annotations
 
@@ -43,21 +43,21 @@ class Results:
         self._root = root
 
     def folder(self, key: str) -> Path:
-        """The folder of a result."""
+        """Return the folder of a result."""
         return self._root / "results" / key[:2] / key
 
     def __contains__(self, key: str) -> bool:
         return self.folder(key).is_dir()
 
     def __iter__(self) -> Iterator[str]:
-        """Yield the names of all results, in their order."""
+        """Yield the names of all results, sorted."""
         return (folder.name for folder in sorted((self._root / "results").glob("??/*")))
 
     def get(self, key: str) -> Trained | None:
-        """Return a training's result, whose weights stay on disk; None where the store does not have it.
+        """Return a training's result, whose weights stay on disk; None if the store does not have it.
 
         Raises:
-            DamagedResultError: where `result.json` is not as it was written.
+            DamagedResultError: if `result.json` is damaged.
         """
         document = self.document(key)
         if document is None:
@@ -67,10 +67,10 @@ class Results:
         return Trained(Weights(document["weights"], load), History.from_json(document["history"]))
 
     def document(self, key: str) -> dict[str, Any] | None:
-        """Return the content of a result's `result.json`; None where the store does not have the result.
+        """Return the content of a result's `result.json`; None if the store does not have the result.
 
         Raises:
-            DamagedResultError: where it is not as it was written.
+            DamagedResultError: if `result.json` is damaged.
         """
         try:
             content = self._read(key, "result.json")
@@ -82,7 +82,7 @@ class Results:
         return document
 
     def record(self, key: str) -> dict[str, Any]:
-        """Return the record of when, where and how long a training ran; empty where it is lost."""
+        """Return the record of when, where and how long a training ran; an empty record if it is lost."""
         try:
             record: dict[str, Any] = json.loads((self.folder(key) / "record.json").read_text())
         except (OSError, ValueError):
@@ -90,10 +90,10 @@ class Results:
         return record
 
     def put(self, key: str, identity: Mapping[str, Any], mask: Mask, trained: Trained, record: Any) -> None:
-        """Store a training's result atomically. A result that the store already has is not changed.
+        """Store the result of a training atomically. A result that the store already has is not changed.
 
         Raises:
-            UserError: where it cannot be written.
+            UserError: if the result cannot be written.
         """
         if key in self:
             return
@@ -127,7 +127,7 @@ class Results:
                 sync_folder(folder.parent)
             except BaseException as error:
                 shutil.rmtree(temporary, ignore_errors=True)
-                if not isinstance(error, OSError) or key not in self:  # another run may have been faster
+                if not isinstance(error, OSError) or key not in self:  # another run may have stored it first
                     raise
         except OSError as error:
             raise UserError(
@@ -146,7 +146,7 @@ class Results:
         """Read every byte of a result and compare checksums.
 
         Raises:
-            DamagedResultError: where they differ.
+            DamagedResultError: if a checksum differs.
         """
         for name in ("result.json", "weights.safetensors"):
             try:
@@ -155,10 +155,10 @@ class Results:
                 raise DamagedResultError(key, f"{Path(error.filename).name} is missing") from None
 
     def mask(self, key: str) -> Mask:
-        """Return the mask that a result was trained with; all bytes of the result are checked.
+        """Return the mask that a result was trained with, after a check of all bytes of the result.
 
         Raises:
-            DamagedResultError: where they are not as they were written.
+            DamagedResultError: if the result is damaged.
         """
         document = self.document(key)
         assert document is not None
@@ -166,10 +166,10 @@ class Results:
         return unpack_mask(packed, {name: tuple(shape) for name, shape in document["mask"]})
 
     def read_mask(self, key: str, shapes: Shapes) -> Mask:
-        """Return the mask that a result was trained with; only the mask's bytes are read, and they are not checked.
+        """Return the mask that a result was trained with; read only its bytes, without a check.
 
         Raises:
-            DamagedResultError: where the mask cannot be read.
+            DamagedResultError: if the mask cannot be read.
         """
         try:
             with safetensors.safe_open(self.folder(key) / "weights.safetensors", "np") as file:
@@ -181,7 +181,7 @@ class Results:
         """Return the training loss of every iteration of a result, float32.
 
         Raises:
-            DamagedResultError: where the bytes of the result are not as they were written.
+            DamagedResultError: if the result is damaged.
         """
         packed = safetensors.torch.load(self._read(key, "weights.safetensors"))
         if "losses" not in packed:
@@ -189,11 +189,11 @@ class Results:
         return packed["losses"]
 
     def confirm(self, key: str, confirmation: Mapping[str, Any]) -> None:
-        """Add to a result's record that its training was repeated with the same bits: when and on which machine."""
+        """Add to a result's record when and on which machine its training was repeated with equal bits."""
         self._note(key, "confirmed", confirmation)
 
     def contradict(self, key: str, contradiction: Mapping[str, Any]) -> None:
-        """Add to a result's record that its training was repeated with other bits: which, when and where."""
+        """Add to a result's record when and where its training was repeated with different bits, and with which."""
         self._note(key, "contradicted", contradiction)
 
     def _note(self, key: str, name: str, note: Mapping[str, Any]) -> None:
@@ -202,13 +202,13 @@ class Results:
         write_atomically(self.folder(key) / "record.json", canonical(record), temporary_folder(self._root))
 
     def _read(self, key: str, name: str) -> bytes:
-        """Return the content of one of a result's files, compared with its checksum."""
+        """Return the content of one file of a result, after a comparison with its checksum."""
         folder = self.folder(key)
         content = (folder / name).read_bytes()
         lines = (folder / "SHA256SUMS").read_text(errors="replace").splitlines()
         sums = {file: checksum for checksum, _, file in (line.partition("  ") for line in lines)}
         if hashlib.sha256(content).hexdigest() != sums.get(name):
-            raise DamagedResultError(key, f"{name} does not have its checksum")
+            raise DamagedResultError(key, f"{name} does not match its checksum")
         return content
 
     def _load_weights(self, key: str, shapes: Shapes) -> State:
@@ -219,7 +219,7 @@ class Results:
 
 
 def pack_state(state: State, mask: Mask) -> State:
-    """Return a state in which each layer of the mask is its bits and the 1-D values of the weights alive.
+    """Return a state in which each layer of the mask is replaced by its mask bits and the values of its alive weights.
 
     >>> mask = Mask.from_tensors({"w": torch.tensor([True, False, True])})
     >>> packed = pack_state({"w": torch.tensor([1.0, 0.0, 2.0])}, mask)
@@ -246,5 +246,5 @@ def unpack_state(packed: State, shapes: Shapes) -> State:
 
 
 def unpack_mask(packed: State, shapes: Shapes) -> Mask:
-    """Return the mask by which `pack_state` packed a state, given the shapes of its layers."""
+    """Return the mask with which `pack_state` packed a state, given the shapes of its layers."""
     return Mask(shapes, {name: packed[f"mask.{name}"].numpy() for name in shapes})

@@ -2,12 +2,12 @@
 
     STORE/store.json                      the version of this layout
     STORE/results/ab/abcd.../result.json          identity and history of a training, and the shapes of its mask
-                             weights.safetensors  the weights at its end, of a pruned layer only those alive; and
-                                                  the training loss of every iteration
-                             SHA256SUMS           checksums of the two, as `sha256sum -c` reads them
-                             record.json          when, where and how long the training ran; no part of the result
-    STORE/masks/ab/abcd....safetensors    masks that pruning gave, so that they need not be computed again
-    STORE/checkpoints/abcd....safetensors where trainings were stopped
+                             weights.safetensors  the weights at the end (only alive weights of pruned layers)
+                                                  and the training loss of every iteration
+                             SHA256SUMS           checksums of the two files, in the format of `sha256sum -c`
+                             record.json          when, where and how long the training ran; not a part of the result
+    STORE/masks/ab/abcd....safetensors    masks that pruning computed, kept so that they need not be recomputed
+    STORE/checkpoints/abcd....safetensors the states of unfinished trainings
     STORE/runs/, STORE/claims/            which process does which training: see `tombola.store.claims`
     STORE/tmp/                            files that are being written
 
@@ -40,9 +40,9 @@ class Entry:
 
     Args:
         kind: "result", "mask" or "checkpoint".
-        name: its key or name.
-        path: its file or folder.
-        bytes: its size.
+        name: the key of a result or of a checkpoint, or the name of a mask.
+        path: the file or folder of the entry.
+        bytes: the size of the entry on disk.
     """
 
     kind: str
@@ -52,19 +52,20 @@ class Entry:
 
 
 class Store:
-    """A store below one folder.
+    """A store in one folder.
 
     Args:
-        root: the folder; it is made where it is missing, unless `create` is False.
+        root: the folder of the store.
+        create: whether to create the folder if it is missing.
 
     Attributes:
-        results: what trainings led to.
-        masks: masks that pruning gave.
-        checkpoints: where trainings were stopped.
+        results: the results of trainings.
+        masks: the masks that pruning computed.
+        checkpoints: the states of unfinished trainings.
 
     Raises:
-        StoreError: where the folder is no store or was made by another version.
-        UserError: where it cannot be read or made.
+        StoreError: if the folder is not a store or another version of tombola made it.
+        UserError: if the folder cannot be read or created.
 
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     Store(Path(folder) / "store").results.get("0" * 64) is None
@@ -85,7 +86,7 @@ class Store:
             raise UserError(f"store {root}: {marker} cannot be read: {error.strerror or error}") from error
         if text is None:
             if root.is_dir() and any(path not in unfinished_markers(root) for path in root.iterdir()):
-                raise StoreError(f"store {root}: the folder is not empty and no store")
+                raise StoreError(f"store {root}: the folder is not empty and is not a store")
             if create:
                 try:
                     root.mkdir(parents=True, exist_ok=True)
@@ -104,7 +105,7 @@ class Store:
             )
 
     def check_writable(self) -> None:
-        """Raise `UserError` where nothing can be written."""
+        """Raise `UserError` if the store is not writable."""
         try:
             handle, name = tempfile.mkstemp(dir=temporary_folder(self.root), prefix="writable.")
             os.close(handle)
@@ -113,11 +114,11 @@ class Store:
             raise UserError(f"store {self.root}: it cannot be written to: {error.strerror or error}") from error
 
     def sweep(self, alone: Callable[[], bool]) -> None:
-        """Remove what killed processes have left, where no other process works in the store.
+        """Remove the files that killed processes have left, if no other process uses the store.
 
         Args:
-            alone: returns whether no other process does. It is called after the files to remove were listed, so that
-                a process that begins later loses nothing.
+            alone: a function that returns whether no other process uses the store. It is called after the files to
+                remove were listed, so that a process that starts later loses nothing.
         """
         left = [*temporary_folder(self.root).iterdir(), *unfinished_markers(self.root)]
         left += [path for path in list_files(self.root, "checkpoints") if path.stem in self.results]
@@ -126,7 +127,7 @@ class Store:
                 remove_path(path)
 
     def entries(self) -> Iterator[Entry]:
-        """Yield every result, mask and checkpoint, by kind and name."""
+        """Yield every result, mask and checkpoint, ordered by kind and name."""
         for key in self.results:
             folder = self.results.folder(key)
             yield Entry("result", key, folder, sum(path.stat().st_size for path in folder.iterdir()))

@@ -1,1 +1,1 @@
-"""Studies: what to run, and which trainings that takes."""
+"""Studies: the description of an experiment, and the planning of its trainings."""

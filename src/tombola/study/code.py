@@ -15,14 +15,14 @@ from tombola.errors import UserError, describe_exception, did_you_mean, is_insta
 
 
 def resolve(reference: str, what: str) -> Callable[..., Any]:
-    """Return the function that `module:function` names; the module is imported.
+    """Import a module and return the function that `module:function` names.
 
     Args:
-        reference: such as `my_package.models:mlp`.
-        what: its name in error messages.
+        reference: the module and the function, such as `my_package.models:mlp`.
+        what: the name of the reference in error messages.
 
     Raises:
-        UserError: where there is no such module or function, or the module fails while it is imported.
+        UserError: if there is no such module or function, or if importing the module fails.
 
     >>> resolve("math:sqrt", "importance")(9.0)
     3.0
@@ -54,11 +54,11 @@ def resolve(reference: str, what: str) -> Callable[..., Any]:
 
 
 def source_hash(reference: str) -> str:
-    """Return SHA-256 of the source that decides what `module:function` does.
+    """Return the SHA-256 of the source code that determines what `module:function` does.
 
-    It covers the module, every module that it imports directly or indirectly, and their packages, except for the
-    standard library, tombola and installed packages (other than its own). Every edit of these, of a comment too, gives
-    another hash. A module that is imported under a computed name is not found.
+    The hash covers the module, every module that it imports directly or indirectly, and their packages. It does not
+    cover the standard library, tombola or installed packages (other than the module's own). Every edit, even of a
+    comment, changes the hash. A module whose name is computed when it is imported is not found.
     """
     root = reference.partition(":")[0]
     digest = hashlib.sha256()
@@ -93,7 +93,7 @@ def own_modules(root: str) -> dict[str, Path]:
 def _source(module: str) -> Path | None:
     try:
         spec = importlib.util.find_spec(module)
-    except (Exception, SystemExit):  # looking for a.b imports a, which may raise anything
+    except (Exception, SystemExit):  # `find_spec` imports a to find a.b, and this may raise anything
         return None
     if spec is None or spec.origin is None or not spec.has_location:
         return None
@@ -102,7 +102,7 @@ def _source(module: str) -> Path | None:
 
 
 def _of_python(top: str) -> bool:
-    """Return whether a name is of the standard library, and no module of the user's own hides it."""
+    """Return whether a name belongs to the standard library and is not hidden by a module of the user."""
     if top not in sys.stdlib_module_names:
         return False
     path = _source(top)
@@ -110,13 +110,13 @@ def _of_python(top: str) -> bool:
 
 
 def _imports(module: str, path: Path) -> Iterator[str]:
-    """Yield every module that the file may import; a name imported from a package may be a module, too."""
+    """Yield every module that the file may import; a name imported from a package may be a module too."""
     if path.suffix != ".py":
         return
     is_package = path.name == "__init__.py"
     try:
         tree = ast.parse(path.read_bytes())
-    except (SyntaxError, ValueError):  # importing it fails, and the module that names it can handle that
+    except (SyntaxError, ValueError):  # importing this file fails, and the module that imports it may handle that
         return
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):

@@ -1,4 +1,4 @@
-"""Needs: the names of all that a study needs of its store."""
+"""Needs: the names of everything that a study needs from its store."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from tombola.study.tickets import Tickets
 def list_needs(tickets: Tickets) -> set[str]:
     """Return the names of the results, masks and checkpoints that a study needs or may need next.
 
-    They are those of its chains and of its partial reinitialisations: of each chain the trainings that the store has,
-    the training that it waits for and the masks that its tickets are pruned to.
+    The chains of the study and those of its partial reinitialisations are included. Each chain needs its trainings that
+    the store has, the training that it waits for, and the masks that its tickets are pruned to.
 
     Args:
-        tickets: of the study.
+        tickets: the tickets of the study.
 
     Raises:
-        DamagedResultError: where a stored result is damaged, so that its chain cannot be followed to its end.
+        DamagedResultError: if a stored result is damaged, so that its chain cannot be followed to its end.
     """
     needs = list_chain_needs(tickets)
     for (level, importances), draws in list_notes(tickets).items():
@@ -28,7 +28,7 @@ def list_needs(tickets: Tickets) -> set[str]:
 
 
 def list_chain_needs(tickets: Tickets) -> set[str]:
-    """Return the names that a study's chains need, see `list_needs`."""
+    """Return the names that the chains of a study need, see `list_needs`."""
     needs: set[str] = set()
     for chain, progress in tickets.all().items():
         needs |= {training.key for training in progress.trainings}

@@ -1,8 +1,9 @@
-"""Planning: which trainings a study needs, and which of them its store has.
+"""Planning: find out which trainings a study needs and which of them its store has.
 
-A study is one chain of tickets for each importance and seed. To follow a chain is to run the paper's Algorithm 2 with a
-`train` that looks results up in the store. Where it finds none, the chain waits for that training. Trainings are named
-by their arguments, so chains that need the same training wait for the same name, and it is done once.
+A study has one chain of tickets for each importance and seed. To follow a chain, the planner runs the paper's Algorithm
+2 with a `train` that looks up results in the store. If a result is missing, the chain waits for that training.
+Trainings are named by their arguments, so chains that need the same training wait for the same name, and it is done
+once.
 """
 
 from __future__ import annotations
@@ -30,12 +31,12 @@ from tombola.training.weights import Weights
 
 @dataclass(frozen=True)
 class Chain:
-    """The tickets of one seed by one importance.
+    """The sequence of tickets that one importance gives for one seed.
 
     Args:
-        seed: of the initialisation, and of data order and every other random choice.
-        importance: the importance that its rounds prune by.
-        data_seed: of all random choices but the initialisation, where it is another one; None where it is the same.
+        seed: the seed of the initialisation, and by default of the data order and every other random choice.
+        importance: the name of the importance that decides which connections are pruned.
+        data_seed: the seed of all random choices except the initialisation; None if it is `seed`.
 
     >>> str(Chain(0, "l1")), str(Chain(0, "l1", 100))
     ('l1, seed 0', 'l1, seed 0, data order 100')
@@ -47,7 +48,7 @@ class Chain:
 
     @property
     def order_seed(self) -> int:
-        """The seed of data order and every other random choice but the initialisation."""
+        """The seed of the data order and of every other random choice except the initialisation."""
         return self.seed if self.data_seed is None else self.data_seed
 
     def __str__(self) -> str:
@@ -57,12 +58,12 @@ class Chain:
 
 @dataclass(frozen=True)
 class Waiting:
-    """The chain goes on once a training is done.
+    """The chain waits for a training.
 
     Args:
         training: the training to do next.
         remaining: the number of trainings that the chain still needs.
-        shared: how many of these, from the first on, every chain needs that waits for the same training.
+        shared: how many of these trainings, from the first on, are needed by all chains that wait for `training`.
     """
 
     training: Training
@@ -77,7 +78,7 @@ class Finished:
 
 @dataclass(frozen=True)
 class Diverged:
-    """The training of the last ticket diverged, so that its weights cannot be pruned by."""
+    """The training of the last ticket diverged, so its weights cannot decide what is pruned next."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ class Stopped:
     """The importance failed on the weights of the last ticket.
 
     Args:
-        reason: how it failed.
+        reason: the message of the failure.
     """
 
     reason: str
@@ -97,12 +98,12 @@ End: TypeAlias = Waiting | Finished | Diverged | Stopped
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a chain is.
+    """The progress of a chain.
 
     Args:
-        tickets: those whose trainings are done, from level 0 on. Masks and weights stay on disk.
-        trainings: the trainings that the store has: that of the rewind point, if there is one, and of each ticket.
-        end: why there are no further tickets.
+        tickets: the tickets whose trainings are done, from level 0 on. Their masks and weights stay on disk.
+        trainings: the trainings that the store has: that of the rewind point, if any, and those of the tickets.
+        end: the reason why there are no further tickets.
     """
 
     tickets: tuple[Ticket, ...]
@@ -111,7 +112,7 @@ class Progress:
 
     @property
     def waits_for(self) -> Training | None:
-        """The training to do next; None where the chain does not wait."""
+        """The training to do next; None if the chain does not wait for one."""
         return self.end.training if isinstance(self.end, Waiting) else None
 
     @property
@@ -121,12 +122,12 @@ class Progress:
 
     @property
     def shared(self) -> int:
-        """How many of these every chain needs that waits for the same training."""
+        """How many of these trainings are needed by all chains that wait for the same training."""
         return self.end.shared if isinstance(self.end, Waiting) else 0
 
     @property
     def stopped(self) -> str | None:
-        """How the importance failed; None where it did not."""
+        """The message of the importance's failure; None if it did not fail."""
         return self.end.reason if isinstance(self.end, Stopped) else None
 
 
@@ -134,23 +135,23 @@ class Planner:
     """Names a study's trainings and follows its chains through a store.
 
     Args:
-        study: what to run.
-        problem: the study's task, loaded.
-        store: where results are.
-        initial: returns the initial weights of a seed; by default the model's initialisation with that seed.
-        chains: the chains of the study; by default those of its importances x seeds.
-        remember: whether masks are read from the store where it has them; otherwise they are all computed again.
-        about: extra metadata for the records of its trainings.
+        study: the study to plan.
+        problem: the data set, model and loss of the study.
+        store: the store with the results.
+        initial: a function that returns the initial weights of a seed; by default it initialises the model.
+        chains: the chains of the study; by default one for each importance and seed.
+        remember: whether to read masks from the store if it has them; otherwise all masks are computed again.
+        about: extra metadata for the records of the trainings.
 
     Attributes:
         chains: the chains that the study's results are about.
         repeats: chains of the first importance with further data orders, for the noise floor.
         model: the network, with arbitrary weights.
         dense: the mask of the dense network.
-        end: the iteration at which a training ends.
+        end: the number of iterations of a complete training.
 
     Raises:
-        UserError: where importances, layers to exclude or levels are not possible.
+        UserError: if the importances, the layers to exclude or the number of levels are invalid.
 
     >>> import pathlib, tempfile
     >>> from tombola import load_problem, load_study
@@ -203,10 +204,10 @@ class Planner:
         """Return a training of the study, with its name.
 
         Args:
-            seed: of data order and every other random choice.
-            initial: the weights it starts from.
+            seed: the seed of the data order and of every other random choice.
+            initial: the weights at the start.
             mask: the connections that are alive.
-            begin, end: its iterations are begin..end-1.
+            begin, end: the range of iterations, begin..end-1.
         """
         recipe, device = self.study.recipe, self.study.device
         sparse = sparse_layers(
@@ -225,14 +226,15 @@ class Planner:
         )
 
     def progress(self, chain: Chain, find: Callable[[str], Trained | None] | None = None) -> Progress:
-        """Follow a chain through the store and return how far it is.
+        """Follow a chain through the store and return its progress.
 
         Args:
-            chain: any chain of one of the study's importances.
-            find: returns the result of a training by its name, None where there is none; by default the store's.
+            chain: a chain of one of the study's importances.
+            find: a function that returns the result of a training by its name, or None if there is none; by default it
+                reads the store.
 
         Raises:
-            DamagedResultError: where a stored result is damaged.
+            DamagedResultError: if a stored result is damaged.
         """
         find = find or self.store.results.get
         asked: list[tuple[Training, Trained | None]] = []
@@ -271,7 +273,7 @@ class Planner:
         return [self._name_mask(chain, ticket) for ticket in tickets if ticket.level < self.study.levels]
 
     def _end(self, tickets: Sequence[Ticket], training: Training, trained: Trained | None) -> End:
-        """Return why a chain has no further tickets, given the last training that it asked for."""
+        """Return why a chain has no further tickets, given the last training that it needed and its result."""
         if trained is None:
             shared = 2 if training.end < self.end else 1  # level 0 comes after the rewind point
             return Waiting(training, self.study.levels - len(tickets) + shared, shared)
@@ -286,10 +288,10 @@ class Planner:
         return about if chain.data_seed is None else about | {"data_seed": chain.data_seed}
 
     def _prune(self, weights: Weights, mask: Mask, level: int, chain: Chain) -> Mask:
-        """Prune as `prune_round` does, or return the mask that it gave before.
+        """Prune as `prune_round` does; return the remembered mask if there is one.
 
         The store remembers the masks of built-in importances. A user's own importance may have been edited since, so
-        its masks are remembered by this planner alone.
+        its masks are remembered only by this planner.
         """
         study = self.study
         name = self._name(weights, mask, level, chain)
@@ -327,12 +329,12 @@ class Planner:
         return self._name(ticket.trained.weights, ticket.mask, ticket.level, chain)
 
     def _unload(self, training: Training, chain: Chain, before: Ticket) -> Mask:
-        """Return the mask of a stored training without its bits, which are read again when they are used.
+        """Return the mask of a stored training without its bits in memory; they are read each time they are used.
 
         Args:
             training: the training of a ticket.
             chain: the chain of the ticket.
-            before: the ticket of the level before.
+            before: the ticket of the previous level.
         """
         name, key, expected = self._name_mask(chain, before), training.key, training.mask.hash
 
@@ -341,7 +343,7 @@ class Planner:
             if known is None or known.hash != expected:
                 known = self.store.results.read_mask(key, self.dense.shapes)
             if known.hash != expected:
-                raise DamagedResultError(key, "its mask is not the one that its name says")
+                raise DamagedResultError(key, "its mask is not the one that its name was computed from")
             return known
 
         return training.mask.unload(load)
@@ -352,11 +354,11 @@ def select_chains(study: Study, importances: Sequence[str] | None, at_least: int
 
     Args:
         study: the study.
-        importances: which, by name; None for all of the study's.
-        at_least: the least number of importances.
+        importances: the names of the importances; None for all importances of the study.
+        at_least: the smallest allowed number of importances.
 
     Raises:
-        UserError: for an importance that the study does not have, or fewer than `at_least`.
+        UserError: if the study does not have one of the importances, or if there are fewer than `at_least`.
 
     >>> from tombola.study.schema import load_study
     >>> [str(chain) for chain in select_chains(load_study("digits"), ["l1"])]

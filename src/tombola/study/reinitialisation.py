@@ -1,4 +1,4 @@
-"""Partial reinitialisations: which trainings show whether the connections that tickets share are found again."""
+"""Partial reinitialisations: plan the trainings that test whether pruning finds shared connections again."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from tombola.training.weights import State, Weights
 
 @dataclass(frozen=True)
 class Plan:
-    """The trainings of one seed's partial reinitialisations.
+    """The trainings of the partial reinitialisations of one seed.
 
     Args:
-        seed: whose initialisation is kept in part; it is also the seed of data order and all other random choices.
-        kept: the connections that keep their initial weights: those that the compared tickets share.
-        planner: of the draws: a study like any other, but for its initial weights. Its chains have the number of a
-            draw, 1 and on, as their seed, and `seed` as their data seed.
+        seed: the seed of the initialisation that is kept in part, and of the data order and all other random choices.
+        kept: the connections that keep their initial weights, namely those that the compared tickets share.
+        planner: the planner of the trainings, which differ from those of the study only in their initial weights. The
+            seed of each chain is the number of a draw (1, 2, ...), and its data seed is `seed`.
     """
 
     seed: int
@@ -46,16 +46,16 @@ def plan(
     """Return the trainings of a study's partial reinitialisations, for each seed.
 
     Args:
-        tickets: of the study.
-        level: of the tickets whose shared connections are kept, and up to which tickets are found again.
-        draws: how often the remaining weights are reinitialised, 1 or more.
-        importances: whose tickets are compared and found again; two or more, by default all.
-        seeds: which of the study's; by default all.
+        tickets: the tickets of the study.
+        level: the level of the tickets whose shared connections are kept; tickets are found again up to this level.
+        draws: the number of reinitialisations of the remaining weights, 1 or more.
+        importances: the names of two or more importances to compare; by default all importances of the study.
+        seeds: some seeds of the study; by default all.
 
     Raises:
-        UserError: where the level or the importances are not possible, or the tickets share nothing.
-        NothingStoredError: where the store does not have the tickets yet.
-        DamagedResultError: where a stored result is damaged.
+        UserError: if the level or the importances are invalid, or if the tickets share no connection.
+        NothingStoredError: if the store does not have the tickets yet.
+        DamagedResultError: if a stored result is damaged.
     """
     seeds = tickets.study.seeds if seeds is None else seeds
     chains = [chain for chain in select_chains(tickets.study, importances, at_least=2) if chain.seed in seeds]
@@ -77,14 +77,14 @@ def plan(
 
 
 def plan_again(tickets: Tickets, level: int, draws: int, importances: Sequence[str], seed: int) -> Plan | None:
-    """Return the trainings of one seed's partial reinitialisations; None where the store does not have its tickets.
+    """Return the trainings of the partial reinitialisations of one seed; None if tickets are missing or share nothing.
 
     Args:
-        tickets, level, draws, importances: as for `plan`, and possible.
-        seed: one of the study's.
+        tickets, level, draws, importances: the arguments of `plan`; they must be valid.
+        seed: a seed of the study.
 
     Raises:
-        DamagedResultError: where a stored result is damaged.
+        DamagedResultError: if a stored result is damaged.
     """
     kept = share(tickets, level, seed, importances)
     return (
@@ -93,21 +93,21 @@ def plan_again(tickets: Tickets, level: int, draws: int, importances: Sequence[s
 
 
 def share(tickets: Tickets, level: int, seed: int, importances: Sequence[str]) -> Mask | None:
-    """Return the connections that one seed's tickets share at a level; None where one of the tickets is missing."""
+    """Return the connections that the tickets of one seed share at a level; None if one of the tickets is missing."""
     found = tickets.at(level, [Chain(seed, name) for name in importances])
     return reduce(and_, (ticket.mask for ticket in found.values())) if len(found) == len(importances) else None
 
 
 def plan_draws(planner: Planner, level: int, importances: Sequence[str], seed: int, kept: Mask, draws: int) -> Plan:
-    """Return the trainings of one seed's partial reinitialisations.
+    """Return the trainings of the partial reinitialisations of one seed.
 
     Args:
-        planner: of the study.
-        level: up to which tickets are found again.
-        importances: whose.
-        seed: one of the study's.
+        planner: the planner of the study.
+        level: the last level to which tickets are found again.
+        importances: the names of the importances.
+        seed: a seed of the study.
         kept: the connections that keep their initial weights.
-        draws: how many.
+        draws: the number of reinitialisations.
     """
     numbers = range(1, draws + 1)
 
@@ -133,7 +133,7 @@ def new_seed(seed: int, draw: int) -> int:
 
 
 def reinitialise(initial: State, drawn: State, kept: Mask) -> State:
-    """Return the state `drawn`, with the weights of `initial` where `kept` is alive.
+    """Return the state `drawn`, but with the weights of `initial` for the connections in `kept`.
 
     >>> kept = Mask.from_tensors({"w": torch.tensor([True, False])})
     >>> reinitialise({"w": torch.tensor([1.0, 2.0])}, {"w": torch.tensor([3.0, 4.0])}, kept)
@@ -146,11 +146,11 @@ def reinitialise(initial: State, drawn: State, kept: Mask) -> State:
 
 
 def list_notes(tickets: Tickets) -> dict[tuple[int, tuple[str, ...]], int]:
-    """Return which partial reinitialisations of a study the records in its store are of.
+    """List the partial reinitialisations of a study that its store has trainings of.
 
     Returns:
-        (level, importances in the study's order) -> the largest number of draws; the most important first: by level,
-        then those of more importances.
+        (level, importances in the study's order) -> the largest number of draws; sorted by level, then by the number of
+        importances, the largest first.
     """
     study = tickets.study
     found: dict[tuple[int, tuple[str, ...]], int] = {}

@@ -1,4 +1,4 @@
-"""Study: what to run, as plain data. This module does not import torch, so that the command line answers at once."""
+"""Study: the description of an experiment as plain data. This module does not import torch, so that it loads fast."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class OldFieldWarning(UserWarning):
 
 
 class Task(BaseModel):
-    """What is learnt by what: data set, model and loss, each a name or `module:function` of the user's own.
+    """The data set, model and loss, each a name or a `module:function` of the user.
 
     >>> Task(dataset="digits", model="lenet_300_100", model_arguments={"inputs": 64}).loss
     'cross_entropy'
@@ -40,7 +40,7 @@ class Task(BaseModel):
 
 
 class Study(BaseModel):
-    """What to run: a task, a recipe, and importances x seeds x levels.
+    """An experiment: a task, a recipe, and importances x seeds x levels.
 
     >>> load_study("digits").levels
     10
@@ -88,20 +88,20 @@ def presets() -> dict[str, Path]:
 
 
 def load_study(name: str, overrides: Mapping[str, Any] | None = None) -> Study:
-    """Return the study of a preset's name or a TOML file, with some fields overridden.
+    """Load a preset or a TOML file as a study, with some fields overridden.
 
-    An override of `recipe.epochs` replaces the file's `iterations` and the other way round; one of `recipe.optimizer`
-    by Adam or AdamW replaces the file's `momentum` and `nesterov` too.
+    An override of `recipe.epochs` also removes the file's `iterations`, and vice versa. An override of
+    `recipe.optimizer` with Adam or AdamW also removes the file's `momentum` and `nesterov`.
 
     Args:
         name: a preset's name, or the path of a TOML file (with a slash, or ending in `.toml`).
         overrides: dotted field -> value, such as `{"recipe.epochs": 2}`.
 
     Raises:
-        UserError: naming the file and the field, what was expected and the nearest names.
+        UserError: if the file or a field is invalid; the message names the file, the field and what was expected.
 
     Warns:
-        OldFieldWarning: where the study has fields of tombola's first version; it says what to write instead.
+        OldFieldWarning: if the study has fields of tombola's first version; the message says what to write instead.
 
     >>> load_study("digits", {"recipe.epochs": 2}).recipe.epochs
     2
@@ -144,7 +144,7 @@ def fields(model: type[BaseModel] = Study, prefix: str = "") -> Iterator[tuple[s
 
 
 def is_list(annotation: Any) -> bool:
-    """Say whether a field's type is a list of values (a tuple in Python)."""
+    """Return whether the type of a field is a list of values (a tuple in Python)."""
     return get_origin(annotation) is tuple
 
 
@@ -157,14 +157,14 @@ def _set(document: dict[str, Any], path: list[str], value: Any) -> None:
 
 
 def _drop_unused_momentum(recipe: dict[str, Any], optimizer: str) -> None:
-    """Remove the momentum of a file's optimizer where an override replaces it by one that has none."""
+    """Remove the momentum from a file's recipe if an override selects an optimizer without momentum."""
     if optimizer in ("adam", "adamw") or (optimizer == "sgd" and recipe.get("optimizer") in ("momentum", "nesterov")):
         recipe.pop("momentum", None)
         recipe.pop("nesterov", None)
 
 
 def _rewrite_old_optimizer(recipe: dict[str, Any], study: str) -> dict[str, Any]:
-    """Return a recipe in today's fields, with a warning where it has an optimizer of tombola's first version."""
+    """Convert a recipe to today's fields; warn if its optimizer is written as in tombola's first version."""
     old = recipe.get("optimizer")
     if old not in ("momentum", "nesterov"):
         return recipe
@@ -180,7 +180,7 @@ def _rewrite_old_optimizer(recipe: dict[str, Any], study: str) -> dict[str, Any]
 
 
 def _explain(error: ValidationError, document: Mapping[str, Any]) -> str:
-    """Say what is wrong and with which field: each mistake once, a field's values before the field as a whole."""
+    """Describe each mistake once, with its field; mistakes in the values of a field come before those of the field."""
     missing, others, seen = [], [], set[str]()
     for problem in sorted(error.errors(), key=lambda problem: -len(problem["loc"])):
         names = [part for part in problem["loc"] if isinstance(part, str) and "[" not in part]
@@ -195,7 +195,7 @@ def _explain(error: ValidationError, document: Mapping[str, Any]) -> str:
             siblings = _siblings(problem["loc"][:-1])
             sentence = f"unknown field {'.'.join(names)!r}; {did_you_mean(str(problem['loc'][-1]), siblings)}"
         else:
-            sentence = f"{where}: {_expected(problem)}".removeprefix(": ")
+            sentence = f"{where}: {_describe(problem)}".removeprefix(": ")
         if where not in seen:
             others.append(sentence)
         seen.add(where)
@@ -220,8 +220,8 @@ _KINDS = {
 _LIMITS = {"greater_than": ("above", "gt"), "greater_than_equal": ("from", "ge"), "less_than": ("below", "lt")}
 
 
-def _expected(problem: ErrorDetails) -> str:
-    """Say what a field should have been and what came."""
+def _describe(problem: ErrorDetails) -> str:
+    """Describe what a field should have been and what it is."""
     value, about = problem["input"], problem.get("ctx", {})
     if problem["type"] == "value_error":
         return problem["msg"].removeprefix("Value error, ")

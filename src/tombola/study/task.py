@@ -1,4 +1,4 @@
-"""Problem: the data set, model and loss of a task, loaded."""
+"""Problem: the loaded data set, model and loss of a task."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ from tombola.training.train import check_recipe_fits
 Result = TypeVar("Result")
 
 BUILT_IN = 1
-"""Version of the built-in models and losses as a part of a training's name: to be raised where their outputs change."""
+"""Version of the built-in models and losses as a part of a training's name: increase it if their outputs change."""
 
 
 @dataclass(frozen=True)
 class Problem:
-    """A task, loaded.
+    """The loaded data set, model and loss of a task.
 
     Args:
         data: the data set.
-        build: makes the model; its random numbers come from torch's own generator.
-        loss: of outputs and labels.
-        identity: all of these as JSON's types, for a training's name.
+        build: a function that builds the model; its random numbers come from torch's global generator.
+        loss: a function of outputs and labels that returns the mean over the batch.
+        identity: a document of JSON types that identifies all of these; it is a part of the name of a training.
 
     >>> load_problem(Task(dataset="digits", model="lenet_300_100", model_arguments={"inputs": 64})).data.input_shape
     (1, 8, 8)
@@ -54,11 +54,11 @@ def load_problem(task: Task, directory: Path | None = None) -> Problem:
     """Load the data set, model and loss that a task names.
 
     Args:
-        task: see `Task`.
-        directory: of the data sets.
+        task: the names and arguments of data set, model and loss.
+        directory: the folder of the data sets.
 
     Raises:
-        UserError: naming the field, where something cannot be found or loaded.
+        UserError: if something cannot be found or loaded; the message names the field.
 
     >>> load_problem(Task(dataset="digits", model="lenet_300_100", model_arguments={"inputs": 64})).data.name
     'digits'
@@ -72,10 +72,10 @@ def load_problem(task: Task, directory: Path | None = None) -> Problem:
 
 
 def resolve_importance(name: str) -> Importance:
-    """Return the importance with a name, or the one that `module:function` names.
+    """Return the importance that has this name or that `module:function` refers to.
 
     Raises:
-        UserError: where there is none.
+        UserError: if there is no such importance.
 
     >>> resolve_importance("l1").name
     'l1'
@@ -91,10 +91,10 @@ def resolve_importance(name: str) -> Importance:
 
 
 def try_out(problem: Problem, study: Study) -> None:
-    """Raise `UserError` where data, model, loss and recipe do not work together.
+    """Raise `UserError` if data, model, loss and recipe do not work together.
 
-    The smallest batch of the training, of two examples at most, is passed forward and backward, then two examples of
-    the test set forward.
+    The check runs a forward and a backward pass on the smallest batch of the training (at most two examples), then a
+    forward pass on two examples of the test set.
     """
     task, recipe, data = study.task, study.recipe, problem.data
     check_recipe_fits(recipe, data)
@@ -118,7 +118,7 @@ def try_out(problem: Problem, study: Study) -> None:
 
 
 def _outputs(model: nn.Module, inputs: Tensor, problem: Problem, task: Task) -> Tensor:
-    """Return a model's outputs; raise `UserError` unless they are one number for each class."""
+    """Return a model's outputs; raise `UserError` unless they have one number for each class."""
     name, classes = f"task.model {task.model!r}", len(problem.data.classes)
     given = f"inputs of shape {tuple(inputs.shape)} from {problem.data.name!r}"
     outputs = _guard(f"{name}: on {given} it", partial(model, inputs), Tensor, "a tensor")()
@@ -143,7 +143,7 @@ def _load_data(task: Task, directory: Path | None) -> Dataset:
 def _function(
     field: str, name: str, known: Mapping[str, Callable[..., Any]], arguments: Mapping[str, Any]
 ) -> tuple[Callable[..., Any], Mapping[str, Any]]:
-    """Return the function that a field of the task names, with its arguments, and its identity."""
+    """Return the function that a field of the task names, with its arguments bound, and its identity."""
     identity: dict[str, Any] = {"name": name, "arguments": dict(arguments)}
     if ":" in name:
         function = resolve(name, f"task.{field}")
@@ -159,7 +159,7 @@ def _function(
 
 
 def _call(what: str, function: Callable[..., Any], arguments: Mapping[str, Any]) -> Callable[..., Any]:
-    """Return the function with these arguments; raise `UserError` where it does not take them."""
+    """Bind these arguments to the function; raise `UserError` if it does not accept them."""
     try:
         signature = inspect.signature(function)
     except ValueError:  # some functions that are not written in Python have no signature
@@ -176,7 +176,7 @@ def _call(what: str, function: Callable[..., Any], arguments: Mapping[str, Any])
 def _guard(
     what: str, function: Callable[..., Result], kind: type | None = None, kind_name: str = ""
 ) -> Callable[[], Result]:
-    """Return a function that raises `UserError` where `function` fails or returns another type than `kind`."""
+    """Wrap a function: the result raises `UserError` if the function fails or returns another type than `kind`."""
 
     def call() -> Result:
         try:

@@ -1,4 +1,4 @@
-"""Tickets: what a store has of a study, read once."""
+"""Tickets: the tickets of a study in its store, each read once."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ from tombola.training.history import Trained
 
 
 class Tickets:
-    """The tickets of a study that its store has: each chain is followed once, and each result is read once.
+    """The tickets of a study that its store has. Each chain is followed once, and each result is read once.
 
-    It shows the store as it was when a chain was first asked for. Results that are stored later need another `Tickets`.
+    A chain is read when it is first used and does not change afterwards. To see results that are stored later, make
+    another `Tickets`.
     The masks and the weights of the tickets stay on disk.
 
     Args:
-        planner: follows the study's chains.
+        planner: the planner of the study.
 
     >>> import pathlib, tempfile
     >>> from tombola import Store, load_problem, load_study
@@ -42,42 +43,42 @@ class Tickets:
         return self.planner.study
 
     def progress(self, chain: Chain) -> Progress:
-        """Return how far a chain is.
+        """Return the progress of a chain.
 
         Raises:
-            DamagedResultError: where a stored result is damaged.
+            DamagedResultError: if a stored result is damaged.
         """
         if chain not in self._progress:
             self._progress[chain] = self.planner.progress(chain, self._find)
         return self._progress[chain]
 
     def all(self) -> dict[Chain, Progress]:
-        """Return how far every chain of the study is, those of other data orders among them.
+        """Return the progress of every chain of the study, including the chains with other data orders.
 
         Raises:
-            DamagedResultError: where a stored result is damaged.
+            DamagedResultError: if a stored result is damaged.
         """
         return {chain: self.progress(chain) for chain in [*self.planner.chains, *self.planner.repeats]}
 
     def at(self, level: int, chains: Iterable[Chain]) -> dict[Chain, Ticket]:
-        """Return the tickets of a level, of those chains that have one; their masks are in memory.
+        """Return the tickets of a level for the chains that have one, with their masks in memory.
 
         Raises:
-            DamagedResultError: where a stored result is damaged.
+            DamagedResultError: if a stored result is damaged.
         """
         found = {chain: self.progress(chain).tickets[level : level + 1] for chain in chains}
         return {chain: replace(one, mask=one.mask.load()) for chain, tickets in found.items() for one in tickets}
 
     def require(self, levels: Collection[int], chains: Collection[Chain]) -> None:
-        """Raise `UserError` where one of the levels is not the study's, or a chain does not have it.
+        """Raise `UserError` if a level does not belong to the study or a chain does not have it.
 
         Raises:
-            NothingStoredError: where a chain does not have a level yet.
-            DamagedResultError: where a stored result is damaged.
+            NothingStoredError: if a chain does not have a level yet.
+            DamagedResultError: if a stored result is damaged.
         """
         for level in levels:
             if not 0 <= level <= self.study.levels:
-                raise UserError(f"level {level} is not one of the study's, which are 0 to {self.study.levels}")
+                raise UserError(f"the study has no level {level}, it has levels 0 to {self.study.levels}")
         for chain in chains:
             end = self.progress(chain)
             if end.waits_for is None and len(end.tickets) <= max(levels, default=-1):
@@ -95,19 +96,19 @@ class Tickets:
             )
 
     def last_level(self, chains: Collection[Chain]) -> int | None:
-        """Return the sparsest level that all of these chains have; None where they have no level in common.
+        """Return the highest level that all of these chains have; None if one of them has no level.
 
         Raises:
-            DamagedResultError: where a stored result is damaged.
+            DamagedResultError: if a stored result is damaged.
         """
         last = min((len(self.progress(chain).tickets) for chain in chains), default=0) - 1
         return last if last >= 0 else None
 
     def records(self) -> dict[str, dict[str, Any]]:
-        """Return the records of all trainings of the study that the store has, by name, in the order of the names.
+        """Return the records of all trainings of the study that the store has, by name, sorted by name.
 
         Raises:
-            DamagedResultError: where a stored result is damaged.
+            DamagedResultError: if a stored result is damaged.
         """
         keys = {training.key for progress in self.all().values() for training in progress.trainings}
         return {key: self.planner.store.results.record(key) for key in sorted(keys)}

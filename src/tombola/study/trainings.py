@@ -1,4 +1,4 @@
-"""Trainings and pruned masks by name: each is named by the hash of all that decides its bits."""
+"""Names of trainings and of pruned masks: each name is the hash of everything that determines the bits."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from tombola.training.recipe import Recipe
 from tombola.training.weights import Weights
 
 SCHEME = 2
-"""Version of how trainings are named and done: to be raised where `train` comes to give other bits."""
+"""Version of the naming and of `train`: increase it if `train` gives other bits than before."""
 
 PRUNING = 1
-"""Version of `prune` and the built-in importances: to be raised where they come to give other masks."""
+"""Version of `prune` and of the built-in importances: increase it if they give other masks than before."""
 
 THREADS = 1
-"""Threads of a training: a part of its name, since they decide the order of sums."""
+"""Number of threads of a training. It is a part of the name, because it determines the order of summation."""
 
 
 @dataclass(frozen=True)
@@ -26,12 +26,12 @@ class Training:
     """One training: its name and its arguments.
 
     Args:
-        key: SHA-256 of the identity.
-        identity: all that decides the bits of its result, as JSON's types.
-        initial: the weights it starts from.
+        key: the SHA-256 of the identity, as 64 hexadecimal digits.
+        identity: a document of JSON types with everything that determines the bits of the result.
+        initial: the weights at the start.
         mask: the connections that are alive.
-        seed: of data order and every other random choice.
-        begin, end: its iterations are begin..end-1.
+        seed: the seed of the data order and of every other random choice.
+        begin, end: the range of iterations, begin..end-1.
     """
 
     key: str
@@ -55,17 +55,17 @@ def name_training(
     device: str,
     sparse: Sequence[str],
 ) -> Training:
-    """Return the training with these arguments, with its name.
+    """Return the training that has these arguments, with its name.
 
     Args:
         problem: the identity of data set, model and loss, see `tombola.study.task.Problem`.
-        recipe: how to train.
-        initial: the weights it starts from.
+        recipe: the hyperparameters of the training.
+        initial: the weights at the start.
         mask: the connections that are alive.
-        seed: of data order and every other random choice.
-        begin, end: its iterations are begin..end-1.
-        device: "cpu" or "cuda".
-        sparse: the weights that are trained by sparse kernels, see `tombola.kernels.sparse_layers`.
+        seed: the seed of the data order and of every other random choice.
+        begin, end: the range of iterations, begin..end-1.
+        device: the device to train on, "cpu" or "cuda".
+        sparse: the names of the weights that sparse kernels train, see `tombola.kernels.sparse_layers`.
 
     >>> import torch
     >>> mask = Mask.from_tensors({"w": torch.tensor([True])})
@@ -90,14 +90,14 @@ def name_training(
 
 
 def name_mask(weights: Weights, mask: Mask, level: int, *, importance: str, fraction: float, seed: int) -> str:
-    """Return the name of the mask that a round of pruning by a built-in importance gives.
+    """Return the name of the mask that results from a round of pruning by a built-in importance.
 
     Args:
         weights: the trained weights of `level`.
-        mask: their mask.
-        level: the level that is pruned.
+        mask: the mask of the ticket at `level`.
+        level: the level whose ticket is pruned.
         importance: the name of the importance.
-        fraction: of the connections alive that the round removes, in (0, 1).
-        seed: of the importance's random numbers.
+        fraction: the fraction of the alive connections that the round removes, in (0, 1).
+        seed: the seed of the random numbers that the importance draws.
     """
     return name_of([PRUNING, weights.hash, mask.hash, importance, fraction, seed, level])

@@ -14,9 +14,9 @@ from tombola.training.recipe import Augmentation, Recipe
 
 
 def batches(data: Dataset, recipe: Recipe, seed: int, begin: int, end: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield the (inputs, labels) of the iterations begin..end-1.
+    """Yield (inputs, labels) for the iterations begin..end-1.
 
-    Each epoch is a new random permutation of the training set; its last batch may be smaller. The examples of an
+    Each epoch uses a new random permutation of the training set; its last batch may be smaller. The examples of an
     iteration depend on seed and iteration alone, and the augmentation of an example on seed, epoch and example alone,
     so a training that is resumed sees the same batches.
     """
@@ -42,12 +42,12 @@ def batches(data: Dataset, recipe: Recipe, seed: int, begin: int, end: int) -> I
 
 
 class Changes:
-    """The augmentation of one epoch: for every example whether it is mirrored, and where it is cropped.
+    """The augmentation of one epoch: for every example, whether it is mirrored and where it is cropped.
 
     Args:
-        seed, epoch: identify the stream that the random numbers are drawn from.
-        examples: size of the training set.
-        augmentation: what may be done to an image.
+        seed, epoch: the identity of the stream from which the random numbers are drawn.
+        examples: the number of examples in the training set.
+        augmentation: the possible changes of an image.
     """
 
     def __init__(self, seed: int, epoch: int, examples: int, augmentation: Augmentation) -> None:
@@ -71,10 +71,10 @@ class Changes:
 
 
 def normalisation(data: Dataset) -> Callable[[Tensor], Tensor]:
-    """Return the function that converts inputs of a data set to what a network takes.
+    """Return a function that converts the inputs of a data set to the inputs of a network.
 
     uint8 images become float32, (pixel / 255 - mean) / std for each channel; other inputs stay as they are. Each batch
-    is converted when it is needed: the time saved by gathering bytes, not floats, is more than the conversion takes.
+    is converted when it is needed: gathering bytes instead of floats saves more time than the conversion takes.
     """
     if data.train_inputs.dtype != torch.uint8:
         return lambda inputs: inputs

@@ -1,4 +1,4 @@
-"""What makes a training repeatable to the last bit: seeds of random layers, and settings of torch."""
+"""Determinism: seeds of random layers and settings of torch that make a training repeatable to the last bit."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def seed_random_layers(seed: int, iteration: int, device: str) -> None:
 
 @contextmanager
 def flush_denormals() -> Iterator[None]:
-    """Replace numbers below float32's normal range by 0 inside the block: they are slow, and no training needs them."""
+    """Replace numbers below float32's normal range by 0 inside the block; they are slow, and no training needs them."""
     before = float(torch.tensor(1e-40) * 1.0) == 0.0
     torch.set_flush_denormal(True)
     try:
@@ -31,7 +31,7 @@ def flush_denormals() -> Iterator[None]:
 
 @contextmanager
 def deterministic_algorithms(device: str) -> Iterator[None]:
-    """On a GPU, allow inside the block only algorithms that give equal bits each time, in full float32.
+    """On a GPU, allow only deterministic algorithms in full float32 inside the block.
 
     cuBLAS reads the setting of its workspace from the environment when it is first used: see `tombola/__init__.py`.
     """

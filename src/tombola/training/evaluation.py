@@ -14,9 +14,9 @@ from tombola.datasets.dataset import Dataset
 from tombola.training.batches import normalisation
 
 Loss: TypeAlias = kernels.Loss
-"""(outputs of the model, labels) -> scalar: the mean over the batch."""
+"""A function (outputs of the model, labels) -> scalar, the mean over the batch."""
 
-_BATCH_SIZE = 500  # examples; it decides the order of sums
+_BATCH_SIZE = 500  # examples; the size affects the order of summation
 
 
 def evaluate(model: nn.Module, data: Dataset, loss: Loss = functional.cross_entropy) -> tuple[float, float | None]:
@@ -33,5 +33,5 @@ def predict(model: nn.Module, data: Dataset) -> Tensor:
     normalise = normalisation(data)
     with torch.inference_mode():
         parts = torch.split(data.test_inputs, _BATCH_SIZE)
-        # The inputs are copied, since the first layer of a model may work in place.
+        # The inputs are copied, because the first layer of a model may change them in place.
         return torch.cat([model(normalise(part.clone())).float() for part in parts])

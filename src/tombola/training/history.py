@@ -1,4 +1,4 @@
-"""The result of a training, its history, and the checkpoints that it can be resumed from."""
+"""The result of a training, its history, and the checkpoints from which it can be resumed."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ class History:
     """The losses and the final accuracy of a training.
 
     Args:
-        losses: the mean training loss of each epoch; of a first or last epoch that is cut, over the part trained.
-        test_accuracy: accuracy on the test set at the end, in 0..1; None if the training diverged.
-        test_loss: mean loss over the test set at the end; None if the training diverged.
-        diverged_at: the iteration after which loss or weights were found not to be finite; None otherwise.
+        losses: the mean training loss of each epoch; for an incomplete first or last epoch, over the trained part.
+        test_accuracy: the accuracy on the test set at the end, in 0..1; None if the training diverged.
+        test_loss: the mean loss over the test set at the end; None if the training diverged.
+        diverged_at: the iteration after which the loss or the weights were found not to be finite; None otherwise.
 
     >>> History(losses=(0.9, 0.5), test_accuracy=0.8, test_loss=0.6).to_json()["losses"]
     [0.9, 0.5]
@@ -32,12 +32,12 @@ class History:
     diverged_at: int | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """Return the history as a document of JSON's types."""
+        """Return the history as a document of JSON types."""
         return asdict(self) | {"losses": list(self.losses)}
 
     @classmethod
     def from_json(cls, document: dict[str, Any]) -> History:
-        """Return the history from a document that `to_json` gave."""
+        """Return the history from a document that `to_json` returned."""
         return cls(**{**document, "losses": tuple(document["losses"])})
 
 
@@ -48,7 +48,7 @@ class Trained:
     Args:
         weights: all parameters and buffers at the end; pruned weights are exactly 0.0.
         history: losses and accuracy.
-        batch_losses: the training loss of every iteration, float32; empty where it was not loaded (see `Store`).
+        batch_losses: the training loss of every iteration, float32; empty if it was not loaded (see `Store`).
 
     >>> Trained(Weights.of({"w": torch.zeros(1)}), History(diverged_at=3)).history.test_accuracy is None
     True
@@ -61,7 +61,7 @@ class Trained:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """All that is needed to resume a training; its random numbers are derived from the iteration.
+    """The state from which a training can be resumed; its random numbers are derived from the iteration.
 
     Args:
         iteration: the next iteration.
@@ -80,4 +80,5 @@ class Checkpoint:
 
 
 Watch: TypeAlias = Callable[[int, Callable[[], Checkpoint]], None]
-"""Called after every iteration with the number of the next one and a function that returns a checkpoint."""
+"""A function that is called after every iteration with the number of the next one and a function that returns a
+checkpoint."""

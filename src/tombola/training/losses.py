@@ -8,18 +8,19 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-_CHECK_EVERY = 50  # iterations between two looks at whether the loss is finite
+_CHECK_EVERY = 50  # iterations between two checks whether the loss is finite
 
 
 class Losses:
     """The training loss of every iteration so far.
 
-    Losses stay on the device where they were computed until they are needed: to read one waits for a GPU.
+    Losses stay on the device where they were computed until they are needed, because reading one has to wait for
+    the GPU.
 
     Args:
-        begin, end: iterations of the training.
-        per_epoch: iterations in an epoch.
-        device: where losses are computed.
+        begin, end: the range of iterations of the training, begin..end-1.
+        per_epoch: the number of iterations in an epoch.
+        device: the device on which losses are computed.
 
     >>> losses = Losses(begin=0, end=3, per_epoch=2)
     >>> for loss in (3.0, 1.0, 0.5):
@@ -30,12 +31,12 @@ class Losses:
 
     def __init__(self, begin: int, end: int, per_epoch: int, device: str = "cpu") -> None:
         self.begin, self.end, self.per_epoch = begin, end, per_epoch
-        self.iteration = begin  # the next one
+        self.iteration = begin  # the next iteration
         self._recorded = torch.empty(end - begin, device=device)
         self._latest: list[Tensor] = []
 
     def resume(self, iteration: int, batch_losses: Tensor) -> None:
-        """Go on at an iteration, with the losses of those before it."""
+        """Continue at an iteration, with the losses of the iterations before it."""
         self.iteration = iteration
         self._recorded[: iteration - self.begin] = batch_losses
 
@@ -44,8 +45,8 @@ class Losses:
         self._latest.append(loss.detach().reshape(()))
         self.iteration += 1
 
-    def recorded(self) -> Tensor:
-        """Return the losses of all iterations so far, float32, on the device; a view."""
+    def values(self) -> Tensor:
+        """Return a view of the losses of all iterations so far, float32, on the device."""
         done = self.iteration - self.begin
         if self._latest:
             self._recorded[done - len(self._latest) : done] = torch.stack(self._latest)
@@ -53,13 +54,13 @@ class Losses:
         return self._recorded[:done]
 
     def have_diverged(self) -> bool:
-        """Whether a loss is seen not to be finite; it is looked for after each epoch and every 50 iterations."""
+        """Return whether a loss is not finite; the check is done only after each epoch and every 50 iterations."""
         due = self.iteration % self.per_epoch == 0 or self.iteration == self.end or self.iteration % _CHECK_EVERY == 0
-        return due and not bool(self.recorded().isfinite().all())
+        return due and not bool(self.values().isfinite().all())
 
     def epoch_means(self) -> tuple[float, ...]:
-        """Return the mean loss of each epoch, up to the first that is incomplete or holds a loss that is not finite."""
-        return tuple(self._epoch_means(self.recorded().tolist()))
+        """Return the mean loss of each epoch, up to the first that is incomplete or has a loss that is not finite."""
+        return tuple(self._epoch_means(self.values().tolist()))
 
     def _epoch_means(self, losses: list[float]) -> Iterator[float]:
         first = self.begin

@@ -1,4 +1,4 @@
-"""The optimizers of a recipe, which call torch's fused kernels directly.
+"""The optimizers, which call torch's fused kernels directly.
 
 `torch.optim` computes the same bits by the same kernels, but spends up to ten times as long in Python as the kernels
 take for a small or sparse network. The kernels are private functions of torch: `make test-torch` compares them with
@@ -13,16 +13,16 @@ from torch import Tensor, nn
 from tombola.training.recipe import Recipe
 from tombola.training.weights import State
 
-_BETA1, _BETA2, _EPSILON = 0.9, 0.999, 1e-8  # torch.optim.Adam's own
+_BETA1, _BETA2, _EPSILON = 0.9, 0.999, 1e-8  # the defaults of torch.optim.Adam
 
 
 class Optimizer:
-    """Updates parameters by their gradients and keeps the state that this needs: momentum, or Adam's moments.
+    """An optimizer: it updates parameters by their gradients and keeps its state (momentum, or Adam's moments).
 
     Args:
-        recipe: names the optimizer and its settings.
-        parameters: the parameters to update; one without a gradient stays as it is.
-        tensors: the state to go on from, as `tensors()` returns it; by default none.
+        recipe: the recipe with the optimizer and its hyperparameters.
+        parameters: the parameters to update; a parameter without a gradient is not changed.
+        tensors: the state to resume from, as `tensors()` returns it; by default the optimizer starts without state.
 
     >>> weight = nn.Parameter(torch.ones(1))
     >>> weight.grad = torch.ones(1)
@@ -38,7 +38,7 @@ class Optimizer:
         for key, tensor in (tensors or {}).items():
             number, name = key.split(".", 1)
             parameter = parameters[int(number)]
-            # The fused kernels go through memory in order: a tensor must have the layout of its parameter.
+            # The fused kernels traverse memory in order, so a tensor must have the layout of its parameter.
             like = parameter.detach() if tensor.shape == parameter.shape else tensor
             self._state[int(number)][name] = torch.empty_like(like, dtype=tensor.dtype).copy_(tensor)
 
@@ -49,14 +49,14 @@ class Optimizer:
 
     @torch.no_grad()
     def step(self, lr: float) -> None:
-        """Update all parameters that have a gradient, at learning rate `lr`."""
+        """Update all parameters that have a gradient, with learning rate `lr`."""
         if self.recipe.optimizer == "sgd":
             self._step_sgd(lr)
         else:
             self._step_adam(lr)
 
     def tensors(self) -> State:
-        """Return a copy, on the CPU, of the state, by `<parameter's number>.<name>`."""
+        """Return a copy of the state on the CPU, by `<number of the parameter>.<name>`."""
         return {
             f"{number}.{name}": tensor.to("cpu", copy=True)
             for number, state in enumerate(self._state)

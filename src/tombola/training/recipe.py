@@ -1,4 +1,4 @@
-"""Recipe: how a network is trained, as plain data."""
+"""Recipe: the hyperparameters of a training as plain data."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ def _tuple_of_list(value: Any) -> Any:
 
 
 Tuple = Annotated[tuple[_Item, ...], BeforeValidator(_tuple_of_list)]
-"""A tuple of any length, for which a list may be given too."""
+"""A tuple of any length, which can also be given as a list."""
 
 
 class Augmentation(BaseModel):
-    """Random changes of training images, determined by seed, epoch and example alone.
+    """Random changes of training images, which depend only on seed, epoch and example.
 
     >>> Augmentation(flip=True, crop=4).crop
     4
@@ -35,7 +35,7 @@ class Augmentation(BaseModel):
 
 
 class Recipe(BaseModel):
-    """How a network is trained: optimizer, schedule, length, and the rewind point.
+    """The hyperparameters of a training: optimizer, learning-rate schedule, length, and rewind point.
 
     The learning rate at iteration t is lr x warm-up x schedule, where the warm-up rises linearly over its iterations
     ((t + 1) / warmup, at most 1), and the schedule is 1 (constant), gamma^(milestones reached) or
@@ -67,18 +67,18 @@ class Recipe(BaseModel):
     iterations: Positive | None = Field(default=None, description="length in iterations (or give epochs)")
     rewind: Count = Field(default=0, description="the iteration to whose weights tickets are rewound")
     precision: Literal["float32", "bfloat16"] = Field(
-        default="float32", description="of activations (bfloat16: torch's autocast); weights are float32"
+        default="float32", description="precision of activations (bfloat16: torch's autocast); weights are float32"
     )
     augmentation: Augmentation = Field(default=Augmentation(), description="random changes of training images")
 
     @model_validator(mode="after")
     def _fits_together(self) -> Recipe:
         if (self.epochs is None) == (self.iterations is None):
-            raise ValueError("give either epochs or iterations, one of the two")
+            raise ValueError("give exactly one of epochs and iterations")
         if (self.schedule == "milestones") != bool(self.milestones):
             raise ValueError("milestones and schedule = 'milestones' go together: give both or neither")
         if list(self.milestones) != sorted(set(self.milestones)):
-            raise ValueError("milestones must rise")
+            raise ValueError("milestones must be strictly increasing")
         if self.optimizer != "sgd" and (self.momentum or self.nesterov):
             field = "momentum" if self.momentum else "nesterov"
             raise ValueError(f"{field} belongs to optimizer = 'sgd', and {self.optimizer!r} does not use it: remove it")
@@ -87,10 +87,10 @@ class Recipe(BaseModel):
         return self
 
     def identity(self) -> dict[str, Any]:
-        """Return the recipe as the document, of JSON's types, that a training's name is made from.
+        """Return the recipe as a document of JSON types, from which the name of a training is computed.
 
-        It has the fields of tombola's first version, so that results which are stored are found again: there an
-        optimizer was `sgd`, `momentum`, `nesterov`, `adam` or `adamw`, and an unused momentum was 0.9.
+        The document has the fields of tombola's first version, so that older stored results are found: in that version
+        an optimizer was `sgd`, `momentum`, `nesterov`, `adam` or `adamw`, and an unused momentum was 0.9.
 
         >>> recipe = Recipe(epochs=1, momentum=0.8, nesterov=True)
         >>> [recipe.identity()[field] for field in ("optimizer", "momentum")]
@@ -107,18 +107,18 @@ class Recipe(BaseModel):
         return document
 
     def iterations_per_epoch(self, examples: int) -> int:
-        """The number of batches that hold every one of `examples` once; the last may be smaller."""
+        """Return the number of batches in an epoch of this many examples; the last batch may be smaller."""
         return math.ceil(examples / self.batch_size)
 
     def total_iterations(self, examples: int) -> int:
-        """The number of iterations of a whole training on this many examples."""
+        """Return the number of iterations of a complete training on this many examples."""
         if self.iterations is not None:
             return self.iterations
         assert self.epochs is not None
         return self.epochs * self.iterations_per_epoch(examples)
 
     def lr_at(self, iteration: int, examples: int) -> float:
-        """The learning rate at an iteration (from 0) of a training on this many examples."""
+        """Return the learning rate at an iteration (counted from 0) of a training on this many examples."""
         factor = min(1.0, (iteration + 1) / self.warmup) if self.warmup else 1.0
         if self.schedule == "milestones":
             epoch = iteration // self.iterations_per_epoch(examples)

@@ -51,27 +51,27 @@ def train(
     resume: Checkpoint | None = None,
     watch: Watch | None = None,
 ) -> Trained:
-    """Train the connections that are alive from the state `initial`, iterations begin..end-1 of the recipe.
+    """Train the alive connections from the state `initial`, for the iterations begin..end-1 of the recipe.
 
-    The optimizer starts without state; learning rate and data order are those of iteration `begin` and later. A pruned
-    weight is exactly 0.0 after every iteration. Equal arguments give equal bits on one kind of machine with one number
-    of threads.
+    The optimizer starts without state. Learning rate and data order are those of the iterations from `begin` on. A
+    pruned weight is exactly 0.0 after every iteration. Equal arguments give equal bits on machines of one kind with
+    the same number of threads.
 
     Args:
-        model: defines how outputs are computed; it is copied, and its own weights do not matter.
+        model: the network to train; it is copied, and its own weights are ignored.
         initial: the state to start from.
         mask: the connections that are alive.
         data: the data set to train and test on.
-        recipe: how to train.
-        seed: of data order, augmentation and random layers such as dropout.
-        begin, end: iterations; by default the whole training.
-        loss: of outputs and labels, mean over the batch.
-        device: where to train, "cpu" or "cuda"; on a GPU the data set is kept there too.
-        resume: the checkpoint to go on from; a training that is stopped and resumed ends with the same bits.
-        watch: called after every iteration, for progress and checkpoints; see `Watch`.
+        recipe: the hyperparameters of the training.
+        seed: the seed of the data order, the augmentation and random layers such as dropout.
+        begin, end: the range of iterations, begin..end-1; by default the complete training.
+        loss: a function of outputs and labels that returns the mean over the batch.
+        device: the device to train on, "cpu" or "cuda"; the data set is copied to a GPU too.
+        resume: the checkpoint to resume from; a training that is stopped and resumed ends with the same bits.
+        watch: a function that is called after every iteration, for progress and checkpoints; see `Watch`.
 
     Raises:
-        UserError: where recipe and data do not fit together, or the state or the mask does not fit the model.
+        UserError: if the recipe does not fit the data, or if the state or the mask does not fit the model.
 
     >>> from tombola import datasets, models
     >>> digits = datasets.load("digits", None)
@@ -97,7 +97,7 @@ def train(
 
     def checkpoint() -> Checkpoint:
         state = {name: tensor.detach().to("cpu", copy=True) for name, tensor in step.state().items()}
-        return Checkpoint(losses.iteration, state, optimizer.tensors(), losses.recorded().to("cpu", copy=True))
+        return Checkpoint(losses.iteration, state, optimizer.tensors(), losses.values().to("cpu", copy=True))
 
     model.train()
     with ambient(seed), flush_denormals(), deterministic_algorithms(device):
@@ -120,11 +120,11 @@ def train(
     diverged_at = losses.iteration - 1 if diverged else None
     history = History(losses.epoch_means(), accuracy, test_loss, diverged_at)
     weights = Weights.of({name: tensor.cpu().contiguous() for name, tensor in state.items()})
-    return Trained(weights, history, losses.recorded().cpu())
+    return Trained(weights, history, losses.values().cpu())
 
 
 def check_recipe_fits(recipe: Recipe, data: Dataset) -> None:
-    """Raise `UserError` where a recipe does not fit a data set: its batches, its rewind point or its augmentation."""
+    """Raise `UserError` if a recipe does not fit a data set: its batches, its rewind point or its augmentation."""
     examples = len(data.train_inputs)
     total = recipe.total_iterations(examples)
     if recipe.batch_size > examples:
@@ -134,11 +134,11 @@ def check_recipe_fits(recipe: Recipe, data: Dataset) -> None:
     if recipe.rewind >= total:
         raise UserError(f"recipe.rewind: iteration {recipe.rewind} is not within the training, which has {total}")
     if recipe.augmentation != Augmentation() and data.train_inputs.dtype != torch.uint8:
-        raise UserError(f"recipe.augmentation: it is for images (uint8), and {data.name!r} holds other inputs")
+        raise UserError(f"recipe.augmentation: it needs images (uint8), but {data.name!r} has other inputs")
 
 
 def _load_model(model: nn.Module, state: State, mask: Mask, device: str) -> nn.Module:
-    """Return a copy of the model on the device, in this state, with pruned weights at 0.0.
+    """Return a copy of the model on the device, in this state, with pruned weights set to 0.0.
 
     Convolutional networks are stored channels-last, which is the faster layout on CPUs and GPUs.
     """
@@ -154,7 +154,7 @@ def _load_model(model: nn.Module, state: State, mask: Mask, device: str) -> nn.M
 
 
 def _dense_masks(model: nn.Module, mask: Mask) -> list[tuple[nn.Parameter, Tensor]]:
-    """Return each dense parameter of which some weights are pruned, with its mask as 0.0 and 1.0 in the same layout."""
+    """Return each dense parameter that has pruned weights, with its mask as 0.0 and 1.0 in the same layout."""
     parameters = dict(model.named_parameters())
     return [
         (parameters[name], torch.empty_like(parameters[name], requires_grad=False).copy_(mask[name]))
@@ -174,7 +174,7 @@ def _mask_gradients(masked: list[tuple[nn.Parameter, Tensor]]) -> None:
 
 
 def _is_finite(state: State, model: nn.Module, initial: State) -> bool:
-    """Whether a state is finite, but for buffers that are infinite by design: those that were so initially."""
+    """Return whether a state is finite, except for buffers that were not finite at initialisation."""
     buffers = {
         name
         for name, _ in model.named_buffers(remove_duplicate=False)
@@ -190,6 +190,6 @@ def _move_data(data: Dataset, device: str) -> Dataset:
 
 @functools.lru_cache(maxsize=1)
 def _copy_data(data: Dataset, device: str) -> Dataset:
-    """Copy a data set to a GPU; the last copy is kept, since many trainings use the same data."""
+    """Copy a data set to a GPU; keep the last copy, since many trainings use the same data."""
     tensors = ("train_inputs", "train_labels", "test_inputs", "test_labels")
     return replace(data, **{name: getattr(data, name).to(device) for name in tensors})

@@ -1,4 +1,4 @@
-"""Weights: the whole state of a network, identified by the hash of its content."""
+"""Weights: the complete state of a network, identified by the hash of its content."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ State: TypeAlias = dict[str, Tensor]
 
 
 class Weights:
-    """A network's state and its hash; the state may stay on disk until `load` reads it.
+    """The state of a network and its hash; the state may stay on disk until `load` reads it.
 
     >>> Weights.of({"w": torch.zeros(2)}).load()
     {'w': tensor([0., 0.])}
@@ -39,7 +39,7 @@ class Weights:
 
 
 def state_hash(state: Mapping[str, Tensor]) -> str:
-    """Return SHA-256 over the entries' names, types, shapes and bytes, in the order of the names."""
+    """Return the SHA-256 over the names, types, shapes and bytes of the entries, sorted by name."""
     digest = hashlib.sha256()
     for name in sorted(state):
         tensor = state[name].detach().cpu().contiguous()
@@ -64,11 +64,11 @@ def apply_mask(state: Mapping[str, Tensor], mask: Mask) -> State:
 def zero_pruned(model: nn.Module, mask: Mask) -> None:
     """Set a model's pruned weights to 0.0.
 
-    Call it after `load_state_dict`, which the mask of a state is not enough for: a weight that several layers share has
-    one name in a mask and several in a state, and the model takes the last of these.
+    Call it after `load_state_dict`, even if the state was masked before: a weight that several layers share has one
+    name in a mask and several names in a state, and the model takes the value of the last name.
 
     Raises:
-        UserError: where the mask belongs to another network.
+        UserError: if the mask belongs to another network.
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
     for name, alive in mask.items():
@@ -76,7 +76,8 @@ def zero_pruned(model: nn.Module, mask: Mask) -> None:
         if weight is None or weight.shape != alive.shape:
             has = "no such weight" if weight is None else f"one of shape {tuple(weight.shape)}"
             raise UserError(
-                f"the mask does not fit the model: it has layer {name!r} of shape {tuple(alive.shape)}, the model {has}"
+                f"the mask does not fit the model: it has layer {name!r} of shape {tuple(alive.shape)}, "
+                f"the model has {has}"
             )
         with torch.no_grad():
             weight.masked_fill_(~alive.to(weight.device), 0.0)

@@ -1,4 +1,4 @@
-"""The door to the kernels: one training step of a model, as fast as its mask allows."""
+"""Training steps: one step of a model, as fast as its mask allows."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from tombola.kernels.replace import dense_state, sparsify
 from tombola.pruning.mask import Mask
 
 Loss: TypeAlias = Callable[[Tensor, Tensor], Tensor]
-"""(outputs of the model, labels) -> scalar: the mean over the batch."""
+"""A function (outputs of the model, labels) -> scalar, the mean over the batch."""
 
 Precision: TypeAlias = Literal["float32", "bfloat16"]
 
 
 class Step:
-    """One step of gradient descent without the update: from a batch to its loss and its gradients.
+    """The computation of the loss and the gradients of a batch: one step of gradient descent without the update.
 
     Args:
-        model: what is trained, in the layers that compute it fastest; see `accelerate`.
-        sparse: names of the weights whose layers hold surviving weights only.
-        loss: of outputs and labels, mean over the batch.
-        perceptron: the same model as a row of linear layers under the cross-entropy, which needs no autograd; or None.
-        autocast: the context in which the model's outputs have the precision asked for.
+        model: the model to train, with some layers replaced by sparse ones; see `accelerate`.
+        sparse: the names of the weights whose layers hold only surviving weights.
+        loss: a function of outputs and labels that returns the mean over the batch.
+        perceptron: the same model as a sequence of linear layers with cross-entropy, without autograd; or None.
+        autocast: the context in which outputs are computed, for example with torch's autocast to bfloat16.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class Step:
         self._perceptron = perceptron
 
     def __call__(self, inputs: Tensor, labels: Tensor) -> Tensor:
-        """Return the loss of a batch, a scalar, and add its gradients to the parameters, whose gradients are None."""
+        """Return the loss of a batch, a scalar, and set the gradients of the parameters, which must be None before."""
         if self._perceptron is not None and self._perceptron.takes(inputs, labels):
             return self._perceptron.cross_entropy(inputs, labels)
         with self.autocast:
@@ -57,7 +57,7 @@ class Step:
 
     @property
     def draws_random_numbers(self) -> bool:
-        """Whether a step may draw random numbers, as dropout does; a row of linear layers never does."""
+        """Whether a step may draw random numbers, as dropout does; a sequence of linear layers never does."""
         return self._perceptron is None
 
     def state(self) -> dict[str, Tensor]:
@@ -76,19 +76,19 @@ def accelerate(
 ) -> Step:
     """Return the training step of a model, as fast as its mask allows.
 
-    Layers that are faster sparse are replaced in the model, in place. What is chosen depends on the arguments alone
-    (see `choose`), since it decides the order of sums.
+    Layers that are faster sparse are replaced in the model, in place. The choice depends only on the arguments
+    (see `choose`), because it determines the order of summation.
 
     Args:
-        model: its weights are the initial values; those that are pruned are 0.0.
+        model: the model with its initial weights; pruned weights must be 0.0.
         mask: the connections that are alive.
-        batch_size: examples in a step.
-        precision: of activations; weights are float32.
-        device: where the model is, "cpu" or "cuda".
-        loss: of outputs and labels, mean over the batch.
+        batch_size: the number of examples in a step.
+        precision: the precision of activations; weights are float32.
+        device: the device of the model, "cpu" or "cuda".
+        loss: a function of outputs and labels that returns the mean over the batch.
 
     Warns:
-        NoKernelsWarning: where the mask would allow a faster step, and the package is without its kernels.
+        NoKernelsWarning: if the network is sparse and the package was installed without its compiled kernels.
 
     >>> model = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 2))
     >>> step = accelerate(model, Mask.ones_like(model), batch_size=4)
@@ -112,9 +112,9 @@ def sparse_layers(
 ) -> list[str]:
     """Return the names of the weights whose layers `accelerate` makes sparse.
 
-    Sparse layers sum in another order than dense ones, so these names are a part of what a training is identified by.
-    They follow from shapes, densities and the batch size (see `choose`). There are none on a GPU, in bfloat16, or where
-    the package was installed without its compiled kernels.
+    Sparse layers sum in another order than dense layers, so these names are a part of the identity of a training. They
+    depend on shapes, densities and the batch size (see `choose`). The list is empty on a GPU, in bfloat16, or if the
+    package was installed without its compiled kernels.
 
     >>> model = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 2))
     >>> sparse_layers(model, Mask.ones_like(model))
