@@ -43,9 +43,11 @@ build/sanitize/installed: $(SOURCES) | .venv/installed-tests
 	touch $@
 
 # The optimizers against torch's own, and golden bits, with the oldest and the newest torch that pyproject.toml allows.
-# Each is installed into a virtual environment that is removed afterwards: up to 6 GB, of which torch for CUDA is most.
+# Each is installed into a virtual environment that is removed afterwards, also after a failure: up to 6 GB, of which
+# torch for CUDA is most.
 OLDEST_TORCH = $(shell sed -n 's/^ *"torch>=\(.*\)",/\1/p' pyproject.toml)
 test-torch:
+	trap 'rm -rf .venv-torch' EXIT; trap 'exit 1' INT TERM; \
 	for torch in 'torch==$(OLDEST_TORCH).*' 'torch>=$(OLDEST_TORCH)'; do \
 	    rm -rf .venv-torch && $(PYTHON) -m venv .venv-torch \
 	    && .venv-torch/bin/pip install --quiet --disable-pip-version-check "$$torch" . pytest hypothesis \
@@ -53,7 +55,6 @@ test-torch:
 	    && .venv-torch/bin/pytest -rs tests/test_optimizer.py tests/test_training.py -k 'test_optimizer or golden' \
 	    || exit 1; \
 	done
-	rm -rf .venv-torch
 
 # The golden bits of this machine, with the reason: make golden WHY='torch 2.14 sums in another order'
 golden: .venv/installed-tests

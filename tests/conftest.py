@@ -15,7 +15,7 @@ import pytest
 import torch
 from filelock import FileLock
 
-from processes import LONG
+from processes import LONG, kill_children
 from small_study import STUDY
 
 # The examples are the same each time. To look for others: pytest --hypothesis-profile explore
@@ -46,6 +46,12 @@ def reason_of(report: pytest.TestReport | pytest.CollectReport) -> str:
 @pytest.fixture(autouse=True)
 def _one_thread() -> None:
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _no_children() -> Iterator[None]:
+    yield
+    kill_children()
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,6 @@ import os
 import secrets
 import select
 import socket
-import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -54,8 +53,9 @@ class Gate:
     """Opened, it stops each training before each iteration; closed or never opened, it lets all go on."""
 
     def __init__(self) -> None:
-        self.address = f"{tempfile.gettempdir()}/gate-{secrets.token_hex(8)}"  # short, as a socket's name must be
+        self.address = f"gate-{secrets.token_hex(8)}"
         self._listener: socket.socket | None = None
+        self._connections: list[socket.socket] = []
 
     def task(self) -> Task:
         """The task whose trainings stop here."""
@@ -69,14 +69,25 @@ class Gate:
     @contextmanager
     def opened(self) -> Iterator[Gate]:
         with socket.socket(socket.AF_UNIX) as self._listener:
-            self._listener.bind(self.address)
+            self._listener.bind(f"\0{self.address}")  # abstract: no file, whose path might be too long
             self._listener.listen(64)
             try:
                 yield self
             finally:
-                os.unlink(self.address)  # who asks from now on goes on
-                while select.select([self._listener], [], [], 0)[0]:  # and so does who is waiting
-                    self._listener.accept()[0].close()
+                self._close()
+
+    def _close(self) -> None:
+        """Let all go on: who is waiting, and who asks from now on; even where forks of this process hold the sockets."""
+        assert self._listener is not None
+        with contextlib.suppress(OSError):  # nobody is waiting any more
+            self._listener.shutdown(socket.SHUT_RDWR)
+            self._listener.setblocking(False)
+            while True:
+                self._connections.append(self._listener.accept()[0])
+        self._listener.close()
+        while self._connections:
+            with self._connections.pop() as connection, contextlib.suppress(OSError):  # it was answered
+                connection.shutdown(socket.SHUT_RDWR)
 
     def next(self) -> Arrival:
         """Return who comes to the gate next."""
@@ -100,6 +111,7 @@ class Gate:
         if self._listener not in ready:
             return None
         connection, _ = self._listener.accept()
+        self._connections.append(connection)
         connection.settimeout(LONG)
         said = b""
         while not said.endswith(b"\n"):
@@ -113,11 +125,15 @@ class Gate:
 
     @contextmanager
     def answered(self, answer: Callable[[Arrival], None]) -> Iterator[None]:
-        """Have a thread answer whoever comes, while this process does something else."""
+        """Have a thread answer whoever comes, while this process does something else; an error in it opens the gate."""
 
         def serve() -> None:
-            while arrival := self._next([ended]):
-                answer(arrival)
+            try:
+                while arrival := self._next([ended]):
+                    answer(arrival)
+            except BaseException:
+                self._close()  # nobody would be answered any more
+                raise
 
         ended, end = os.pipe()
         with self.opened():

@@ -14,7 +14,7 @@ __all__ = ["dataset", "gated"]
 
 
 class Gate(nn.Module):
-    """Passes its input on, after it has asked at an address; where nobody listens there, at once."""
+    """Passes its input on, after it has asked at an abstract address; where nobody listens there, at once."""
 
     def __init__(self, address: str) -> None:
         super().__init__()
@@ -36,7 +36,7 @@ def gated(address: str) -> nn.Module:
 def _ask(address: str, iteration: int) -> str:
     with socket.socket(socket.AF_UNIX) as connection:
         try:
-            connection.connect(address)
+            connection.connect(f"\0{address}")
             connection.sendall(f"{os.getpid()} {iteration}\n".encode())
             return connection.recv(100).decode()
         except OSError:

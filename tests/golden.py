@@ -28,6 +28,7 @@ from unittest import mock
 
 import torch
 
+from processes import LONG
 from tombola import kernels, train
 from tombola.kernels import layers
 from training_cases import AUGMENTED, CASES, IMAGES
@@ -116,7 +117,7 @@ def compute_apart(setting: str) -> dict[str, Bits]:
     limits = {name for each in SETTINGS.values() for name in each}
     environment = {name: value for name, value in os.environ.items() if name not in limits} | SETTINGS[setting]
     command = [sys.executable, __file__, "--print", setting]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False, timeout=LONG)
     assert done.returncode == 0, done.stderr
     bits: dict[str, Bits] = json.loads(done.stdout)
     return bits
@@ -131,12 +132,11 @@ def read() -> dict[str, Any]:
 def write(why: str) -> list[str]:
     """Write the bits of this machine into the file; return the keys that are new or changed."""
     content = read() if FILE.exists() else {"history": [], "bits": {}}
-    changed: dict[str, Bits] = {}
+    computed: dict[str, Bits] = {}
     for setting in SETTINGS:
         for name, bits in compute_apart(setting).items():
-            assert changed.get(name, bits) == bits, f"{name}: two settings of one key give different bits"
-            if content["bits"].get(name) != bits:
-                changed[name] = bits
+            assert computed.setdefault(name, bits) == bits, f"{name}: two settings of one key give different bits"
+    changed = {name: bits for name, bits in computed.items() if content["bits"].get(name) != bits}
     if changed:
         before = content["bits"]
         added, replaced = (sorted(n for n in changed if (n in before) == known) for known in (False, True))

@@ -9,17 +9,23 @@ import contextlib
 import os
 import select
 import signal
+import subprocess
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from multiprocessing import forkserver
 from pathlib import Path
+from typing import Any
 
 from tombola.cli import main
 
 LONG = 300.0
 """Seconds after which a test gives up waiting for something that must come."""
+
+_CHILDREN: set[int] = set()
+"""What `fork` started and nobody has waited for."""
 
 
 def until(condition: Callable[[], bool], what: str) -> None:
@@ -46,6 +52,7 @@ def wait_for_end(*pids: int) -> None:
 def status_of(pid: int) -> int:
     """Wait for the end of a child; return its exit status, or minus the number of the signal that ended it."""
     wait_for_end(pid)
+    _CHILDREN.discard(pid)
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
@@ -53,6 +60,23 @@ def kill(pid: int) -> None:
     """Kill a child, and wait for its end."""
     os.kill(pid, signal.SIGKILL)
     assert status_of(pid) == -signal.SIGKILL
+
+
+def kill_children() -> None:
+    """Kill what `fork` started and nobody has waited for: what a test that fails leaves behind."""
+    for pid in list(_CHILDREN):
+        os.kill(pid, signal.SIGKILL)
+        status_of(pid)
+
+
+@contextmanager
+def start(command: Sequence[str], **how: Any) -> Iterator[subprocess.Popen[str]]:
+    """Start a command, with `how` for `subprocess.Popen`; if it still runs at the end of the block, it is killed."""
+    with subprocess.Popen(command, text=True, **how) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
 
 
 def fork(work: Callable[[], object]) -> int:
@@ -65,6 +89,7 @@ def fork(work: Callable[[], object]) -> int:
         warnings.simplefilter("ignore", DeprecationWarning)  # of threads, which are not copied
         pid = os.fork()
     if pid:
+        _CHILDREN.add(pid)
         return pid
     status = 1
     try:

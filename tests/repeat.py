@@ -15,6 +15,9 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+LIMIT = 3600.0
+"""Seconds after which a run is given up."""
+
 
 def main(runs: int, busy: int, command: Sequence[str]) -> int:
     """Return 0 where every run passed."""
@@ -23,7 +26,9 @@ def main(runs: int, busy: int, command: Sequence[str]) -> int:
         is_busy = number > runs - busy
         began = time.monotonic()
         with busy_cores() if is_busy else contextlib.nullcontext():
-            done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+            done = subprocess.run(
+                command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False, timeout=LIMIT
+            )
         seconds = time.monotonic() - began
         counts = ", ".join(f"{count(done.stdout, what)} {what}" for what in ("passed", "failed", "error", "skipped"))
         where = "busy" if is_busy else "idle"
@@ -35,13 +40,17 @@ def main(runs: int, busy: int, command: Sequence[str]) -> int:
 
 
 def count(output: str, what: str) -> int:
-    """Return a number from pytest's last line.
+    """Return a number from pytest's summary, which need not be the last line; 0 where there is none.
 
-    >>> count("...\\n3 failed, 1314 passed, 7 skipped in 317.45s", "passed")
-    1314
+    >>> output = "...\\n3 failed, 1314 passed, 7 skipped in 317.45s (0:05:17)\\nmake: *** [test] Error 1\\n"
+    >>> count(output, "failed"), count(output, "passed"), count(output, "error")
+    (3, 1314, 0)
+    >>> count("9 passed\\n", "passed")
+    0
     """
-    found = re.findall(rf"(\d+) {what}s?\b", output[output.rstrip().rfind("\n") + 1 :])
-    return int(found[-1]) if found else 0
+    summaries = [line for line in output.splitlines() if re.search(r" in [\d.]+s\b", line)]
+    found = re.search(rf"(\d+) {what}s?\b", summaries[-1]) if summaries else None
+    return int(found[1]) if found else 0
 
 
 @contextmanager

@@ -23,6 +23,9 @@ from tombola.training.recipe import Recipe
 MANY = 1000
 """Times that a run may ask workers without a job for news."""
 
+RECORD = {"device", "finished", "iterations", "machine", "seconds", "seconds_per_iteration", "threads"}
+"""What a result's record has."""
+
 TASK = Task(dataset="tiny_task:dataset", model="tiny_task:model")
 
 

@@ -16,6 +16,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import safetensors
@@ -23,7 +24,7 @@ import safetensors.torch
 import torch
 
 from gate import Arrival, Gate
-from processes import LONG, wait_for_end
+from processes import LONG, start, wait_for_end
 from small_study import OVERRIDES, STUDY
 from stores import results, study, write_study
 from tombola import Planner, Store, Ticket, load_problem, load_study
@@ -81,7 +82,8 @@ def test_help_needs_no_torch() -> None:
         "try: main(['run', '--help'])\n"
         "except SystemExit: print([name for name in ('torch', 'numpy', 'rich', 'sklearn') if name in sys.modules])"
     )
-    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    command = [sys.executable, "-c", code]
+    said = subprocess.run(command, capture_output=True, text=True, check=True, timeout=LONG).stdout
     assert "--recipe.batch-size N" in said
     assert said.endswith("[]\n")
 
@@ -453,7 +455,9 @@ def test_a_reader_that_goes_away_is_no_error() -> None:
     for verb in (["presets"], ["presets", "--format", "json"]):
         read, write = os.pipe()
         os.close(read)
-        said = subprocess.run([*CONSOLE, *verb], env=buffered, stdout=write, stderr=subprocess.PIPE, check=False)
+        said = subprocess.run(
+            [*CONSOLE, *verb], env=buffered, stdout=write, stderr=subprocess.PIPE, check=False, timeout=LONG
+        )
         os.close(write)
         assert (said.returncode, said.stderr) == (141, b"")
 
@@ -463,10 +467,8 @@ def test_ctrl_c_stops_at_once_says_how_to_go_on_and_keeps_what_is_done(tmp_path:
     gate = Gate()
     of = gate.before(study(seeds=(0, 1)))
     command = [*write_study(tmp_path, of), "--workers", "2"]
-    with gate.opened():
-        process = subprocess.Popen(
-            command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-        )
+    how: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "start_new_session": True}
+    with gate.opened(), start(command, cwd=tmp_path, **how) as process:
         held: list[Arrival] = []
         while len(held) < 2:
             arrival = gate.next()

@@ -21,6 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from processes import LONG
 from tombola import Mask, Recipe, datasets, kernels, prune, train
 from tombola.importance import magnitude
 from tombola.kernels import BatchNorm2d, MaxPool2d, Perceptron, SparseConv2d, SparseLinear, layers, linear
@@ -544,7 +545,7 @@ def test_missing_kernels_are_told_by_a_run(tmp_path: Path) -> None:
     program = "from tombola.cli import main; exit(main())"
     command = [sys.executable, "-c", program, "run", *study, "--store", str(tmp_path / "store")]
     environment = os.environ | {"PYTHONPATH": str(tmp_path)}
-    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment, timeout=LONG)
     assert done.stderr.count("without its compiled kernels") == 1
     records = [json.loads(path.read_text()) for path in (tmp_path / "store").rglob("record.json")]
     assert {record["machine"]["kernels"] for record in records} == {None}

@@ -24,7 +24,7 @@ import torch
 
 from browser import CHROMIUM, Browser, browser
 from nasty_task import NASTY
-from processes import LONG
+from processes import LONG, start
 from stores import InTurn
 from tombola import Planner, Recipe, Store, Study, Task, UserError, load_problem, load_study
 from tombola.analysis import layers, overlap, reinit, winners
@@ -577,8 +577,7 @@ def test_what_to_install_is_said(
 def test_watching_serves_the_loopback_alone_and_ends_by_ctrl_c(study_file: list[str], tmp_path: Path) -> None:
     code = "from tombola.cli import main; raise SystemExit(main())"
     command = [sys.executable, "-c", code, "watch", *study_file]
-    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    try:
+    with start(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout is not None
         line = process.stdout.readline()
         found = re.search(r"http://127\.0\.0\.1:(\d+)/", line)
@@ -588,8 +587,6 @@ def test_watching_serves_the_loopback_alone_and_ends_by_ctrl_c(study_file: list[
             assert answer.headers["Cache-Control"] == "no-store"
         os.kill(process.pid, signal.SIGINT)
         _, errors = process.communicate(timeout=LONG)
-    finally:
-        process.kill()
     assert process.returncode == 0
     assert "Traceback" not in errors
 

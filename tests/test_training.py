@@ -5,9 +5,11 @@ from __future__ import annotations
 import copy
 import dataclasses
 import itertools
+import json
 import math
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 import pytest
@@ -97,6 +99,25 @@ def test_golden_bits_have_a_history() -> None:
     content = golden.read()
     assert all(entry["why"].strip() for entry in content["history"])
     assert {key for entry in content["history"] for key in entry["added"]} == set(content["bits"])
+
+
+def test_golden_bits_that_two_settings_share_are_equal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where those of one setting are in the file already: nothing is overwritten in silence."""
+    file = tmp_path / "golden.json"
+    before = json.dumps({"history": [], "bits": {"case": {"weights": "as ever"}}})
+    file.write_text(before)
+    weights = dict.fromkeys(golden.SETTINGS, "as ever")
+    monkeypatch.setattr(golden, "FILE", file)
+    monkeypatch.setattr(golden, "compute_apart", lambda setting: {"case": {"weights": weights[setting]}})
+    assert golden.write("nothing changes") == []
+    weights["portable"] = "others"
+    with pytest.raises(AssertionError, match="case: two settings of one key give different bits"):
+        golden.write("one setting differs")
+    assert file.read_text() == before
+    weights = dict.fromkeys(golden.SETTINGS, "others")
+    assert golden.write("all are others") == ["case"]
+    assert golden.read()["bits"] == {"case": {"weights": "others"}}
+    assert golden.read()["history"] == [{"why": "all are others", "added": [], "replaced": ["case"]}]
 
 
 def test_golden_streams() -> None:
