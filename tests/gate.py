@@ -77,7 +77,7 @@ class Gate:
                 self._close()
 
     def _close(self) -> None:
-        """Let all go on: who is waiting, and who asks from now on; even where forks of this process hold the sockets."""
+        """Let everybody go on, now and from now on; even if forks of this process hold the sockets."""
         assert self._listener is not None
         with contextlib.suppress(OSError):  # nobody is waiting any more
             self._listener.shutdown(socket.SHUT_RDWR)
