@@ -73,6 +73,7 @@ def accelerate(
     precision: Precision = "float32",
     device: str = "cpu",
     loss: Loss = functional.cross_entropy,
+    stacklevel: int = 1,
 ) -> Step:
     """Return the training step of a model, as fast as its mask allows.
 
@@ -86,6 +87,7 @@ def accelerate(
         precision: of activations; weights are float32.
         device: where the model is, "cpu" or "cuda".
         loss: of outputs and labels, mean over the batch.
+        stacklevel: of the place that a warning names; 1 is the caller.
 
     Warns:
         NoKernelsWarning: where the mask would allow a faster step, and the package is without its kernels.
@@ -97,7 +99,7 @@ def accelerate(
     [(3, 2), (3,), (2, 3), (2,)]
     """
     if device == "cpu" and mask.alive < mask.total:
-        warn_if_missing(stacklevel=4)
+        warn_if_missing(stacklevel + 2)
     sparse = sparse_layers(model, mask, batch_size=batch_size, precision=precision, device=device)
     if sparse:
         sparsify(model, mask, batch_size)
