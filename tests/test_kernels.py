@@ -8,7 +8,7 @@ import os
 import pickle
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
@@ -512,6 +512,173 @@ def test_max_pooling_keeps_layout_and_bits(seed: int, shape: tuple[int, ...], la
         assert results[1][0].stride() == layers._strides(results[1][0].shape)
 
 
+@needs_kernels
+@pytest.mark.parametrize("index", [5, 3_000_000_000, 2**32 + 5, 70_000**2 - 1])
+def test_every_weight_of_a_layer_of_more_than_an_int_counts(index: int) -> None:
+    side = 70_000
+    everything = torch.ones(side, dtype=torch.bool)
+    one = layers.extension.Layer(torch.tensor([index]), side, side, (1, 1), (1, 1), 1, (0, 0), None, everything)
+    x, y = torch.zeros(1, side), layers.empty((1, side))
+    x[0, index % side] = 3
+    chain = layers.extension.Chain((one,), (False,))
+    chain.forward((torch.tensor([2.0]), None), x, y, torch.empty(chain.floats(1)))
+    assert y[0, index // side] == 6
+    assert y.count_nonzero() == 1
+
+
+@needs_kernels
+@pytest.mark.parametrize("kind", ["linear", "convolution", "batch norm"])
+def test_gradients_that_come_as_a_negated_view(kind: str) -> None:
+    torch.manual_seed(0)
+    layer: nn.Module
+    x = layers.empty((8, 3) if kind == "linear" else (8, 3, 5, 6)).normal_().requires_grad_()
+    if kind == "linear":
+        layer = SparseLinear(torch.randn(4, 3), torch.randn(4), torch.ones(4, 3).bool())
+    elif kind == "convolution":
+        layer = SparseConv2d(torch.randn(4, 3, 2, 2), torch.randn(4), torch.ones(4, 3, 2, 2).bool())
+    else:
+        layer = BatchNorm2d.of(nn.BatchNorm2d(3))
+    y = layer(x)
+    weight = torch.randn(y.shape)
+    inputs = [x, *layer.parameters()]
+    expected = torch.autograd.grad((-weight * y).sum(), inputs, retain_graph=True)
+    delta = layers.empty(y.shape).copy_(weight)
+    assert torch._neg_view(delta).is_neg()
+    found = torch.autograd.grad(y, inputs, torch._neg_view(delta), retain_graph=True)
+    assert all(map(torch.allclose, found, expected))
+    z = torch.complex(torch.ones(y.shape), y).conj()
+    found = torch.autograd.grad((z * (2 + 1j)).real.sum(), inputs, retain_graph=True)
+    assert all(map(torch.allclose, found, torch.autograd.grad(y.sum(), inputs)))
+
+
+@needs_kernels
+def test_weights_that_are_a_negated_view_or_a_subclass() -> None:
+    torch.manual_seed(0)
+    layer, x = SparseLinear(torch.randn(4, 3), None, torch.ones(4, 3).bool()), torch.randn(8, 3)
+    values = layer.values.detach()
+    negated = torch.func.functional_call(layer, {"values": torch._neg_view(values)}, x)
+    assert torch.allclose(negated, -layer(x))
+    assert torch.allclose(layer(x.as_subclass(Own)).as_subclass(Tensor), layer(x))
+
+
+@needs_kernels
+def test_a_chain_keeps_its_layers() -> None:
+    layer = a_convolution(torch.tensor([0, 5]), outputs=4, inputs=3, kernel=(1, 1), image=(1, 1))
+    with pytest.raises(TypeError):
+        layers.extension.Chain([layer], [True])
+    with pytest.raises(TypeError):
+        layers.extension.Chain((layer, "layer"), [True, True])
+    chain = layers.extension.Chain((layer,), [True])
+    before = sys.getrefcount(layer)
+    del chain
+    assert sys.getrefcount(layer) < before
+
+
+@needs_kernels
+def test_targets_have_memory_of_their_own() -> None:
+    weight = torch.ones(3, 3)
+    layer = SparseLinear(weight, None, weight.bool()).kernel((3,))
+    chain = layers.extension.Chain((layer,), [False])
+    values, x, memory = torch.ones(9), torch.ones(7, 3), torch.empty(chain.floats(7))
+    for expanded in (torch.empty(7, 1).expand(7, 3), torch.empty(3).expand(7, 3)):
+        with pytest.raises(ValueError, match=r"target: expected .* not expanded, got"):
+            chain.forward((values, None), x, expanded, memory)
+        with pytest.raises(ValueError, match=r"target: expected .* not expanded, got"):
+            chain.backward((values, None), x, memory, (None, None), expanded)
+    own = "target: expected memory of its own, got that of "
+    with pytest.raises(ValueError, match=own + "source"):
+        chain.forward((values, None), x, x, memory)
+    with pytest.raises(ValueError, match=own + "memory"):
+        chain.forward((values, None), x, memory[:21].view(7, 3), memory)
+    with pytest.raises(ValueError, match=own + "delta"):
+        chain.backward((values, None), x, memory, (None, None), x)
+    with pytest.raises(ValueError, match=own + "memory"):
+        chain.backward((values, None), x, memory, (None, None), memory[:21].view(7, 3))
+    images = layers.empty((7, 3, 1, 1)).fill_(1)
+    with pytest.raises(ValueError, match=own + "source"):
+        layer.forward(values, None, images, images)
+    with pytest.raises(ValueError, match=own + "delta"):
+        layer.input_gradient(values, images, images)
+    one = torch.empty(1, 3).expand(1, 3)
+    chain.forward((values, None), x[:1], one, torch.empty(chain.floats(1)))
+    assert one.tolist() == [[3, 3, 3]]
+
+
+@pytest.fixture
+def other_defaults() -> Iterator[None]:
+    """PyTorch's defaults for new tensors as they may be set: float64 on a device without numbers."""
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_the_defaults_for_new_tensors_do_not_matter(other_defaults: None) -> None:
+    def tensor(*shape: int) -> Tensor:
+        return torch.rand(shape, dtype=torch.float32, device="cpu") - 0.3
+
+    linear = nn.Sequential()
+    for _ in range(2):
+        mask = tensor(9, 9) > 0
+        linear.append(SparseLinear(tensor(9, 9), tensor(9), mask)).append(nn.ReLU())
+    linear.append(nn.Linear(9, 9, dtype=torch.float32, device="cpu"))
+    labels = torch.zeros(16, dtype=torch.int64, device="cpu")
+    row = Perceptron.of(linear)
+    assert row is not None
+    assert row.takes(tensor(16, 9), labels) or not kernels.available()
+    row.cross_entropy(tensor(16, 9), labels)
+    images = nn.Sequential(
+        SparseConv2d(tensor(9, 9, 2, 2), tensor(9), tensor(9, 9, 2, 2) > 0),
+        BatchNorm2d.of(nn.BatchNorm2d(9, dtype=torch.float32, device="cpu")),
+    )
+    for model, x in ((linear, tensor(16, 9)), (images, tensor(16, 9, 3, 3))):
+        y = model(x)
+        assert y.is_cpu
+        y.backward(torch.ones_like(y))
+        assert all(p.grad is not None and p.grad.dtype == p.dtype for p in model.parameters())
+    pixels, scale = torch.zeros((5, 1, 3, 4), dtype=torch.uint8, device="cpu"), tensor(1, 1, 1)
+    normal = kernels.normalise_images(pixels, labels, scale, scale)
+    assert normal.is_cpu
+    assert normal.dtype == torch.float32
+
+
+def test_training_does_not_depend_on_the_default_type() -> None:
+    digits, model = datasets.load("digits", None), nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.Linear(32, 10))
+    mask = prune(model.state_dict(), Mask.ones_like(model), magnitude, 0.8)
+    states = []
+    for dtype in (torch.float32, torch.float64):
+        torch.set_default_dtype(dtype)
+        try:
+            states.append(train(model, model.state_dict(), mask, digits, Recipe(iterations=3), seed=0).weights)
+        finally:
+            torch.set_default_dtype(torch.float32)
+    assert states[0].hash == states[1].hash
+
+
+@needs_kernels
+def test_kernels_that_another_thread_clears_are_given_all_the_same() -> None:
+    class Forgetful(dict[Any, Any]):
+        def __setitem__(self, key: Any, value: Any) -> None: ...
+
+    layer = SparseLinear(torch.ones(4, 3), None, torch.ones(4, 3).bool())
+    layer._kernels = Forgetful()
+    assert layer.kernel((3,)) is not None
+
+
+@pytest.mark.parametrize("wrong", ["images", "indices", "mean", "scale"])
+def test_images_of_other_types_are_normalised_by_torch(wrong: str) -> None:
+    images, indices = torch.randint(256, (5, 2, 3, 4), dtype=torch.uint8), torch.tensor([4, 0])
+    mean, scale = torch.rand(2, 1, 1), torch.rand(2, 1, 1)
+    expected = kernels.normalise_images(images, indices, mean, scale)
+    given = {"images": images, "indices": indices, "mean": mean, "scale": scale}
+    given[wrong] = given[wrong].int() if wrong == "indices" else given[wrong].double()
+    found = kernels.normalise_images(**given)
+    assert found.dtype == torch.float32
+    assert torch.allclose(found, expected)
+
+
 def test_without_kernels_everything_is_dense(monkeypatch: pytest.MonkeyPatch) -> None:
     model, mask = a_net()
     monkeypatch.setattr(layers, "extension", None)
@@ -536,6 +703,28 @@ def test_missing_kernels_are_told_once(monkeypatch: pytest.MonkeyPatch, recwarn:
     monkeypatch.setattr(layers, "extension", None)
     assert count_warnings(ones) == 0, "nothing is lost"
     assert [count_warnings(half), count_warnings(half)] == [1, 0]
+
+
+@pytest.mark.parametrize("door", ["accelerate", "train"])
+def test_the_warning_of_missing_kernels_names_the_place_of_the_call(
+    door: str, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    half = prune(model.state_dict(), Mask.ones_like(model), magnitude, 0.5)
+    digits = datasets.load("digits", None)
+    monkeypatch.setattr(layers, "extension", None)
+
+    def call() -> None:
+        if door == "train":
+            train(model, model.state_dict(), half, digits, Recipe(iterations=1), seed=0)
+        else:
+            kernels.accelerate(model, half)
+
+    call()
+    code = call.__code__
+    (warning,) = [warning for warning in recwarn if warning.category is kernels.NoKernelsWarning]
+    assert warning.filename == __file__
+    assert warning.lineno in {line for *_, line in code.co_lines()}
 
 
 def test_missing_kernels_are_told_by_a_run(tmp_path: Path) -> None:
@@ -666,11 +855,16 @@ def a_convolution(alive: Tensor | None = None, **changes: Any) -> Any:
         ({"alive": torch.tensor([3, 3])}, "alive: expected ascending indices from 0 to 47, got 3 at position 1"),
         ({"alive": torch.tensor([1], dtype=torch.int32)}, "alive: expected a tensor of int64 .* got torch.int32"),
         ({"alive": torch.arange(8)[::2]}, r"alive: .* contiguous, of shape \(any,\), got .* strides \(2,\)"),
-        ({"alive": [1, 2]}, "alive: expected a tensor, got list"),
+        ({"alive": [1, 2]}, "alive: expected a plain tensor, got list"),
         ({"read": torch.ones(3).bool()}, r"read: .* of shape \(4,\), got torch.bool of shape \(3,\)"),
         ({"read": torch.ones(4)}, "read: expected a tensor of bool .* got torch.float32"),
-        ({"outputs": 0}, "outputs: expected from 1 to 2147483646, got 0"),
-        ({"inputs": -3}, "inputs: expected from 1 to 2147483646, got -3"),
+        ({"outputs": 0}, "outputs: expected from 1 to 1073741824, got 0"),
+        ({"inputs": -3}, "inputs: expected from 1 to 1073741824, got -3"),
+        (
+            {"outputs": 2**30 + 1, "read": torch.ones(0).bool()},
+            "outputs: expected from 1 to 1073741824, got 1073741825",
+        ),
+        ({"inputs": 2**30 + 1}, "inputs: expected from 1 to 1073741824, got 1073741825"),
         ({"kernel": (0, 2)}, "kernel: expected from 1 to 32768, got 0"),
         ({"image": (1, 6)}, "image: expected from 2 to 1048576, got 1"),
         ({"image": (5, 2**21)}, "image: expected from 1 to 1048576, got 2097152|from 2 to 1048576, got 2097152"),
@@ -695,16 +889,26 @@ WRONG: dict[str, tuple[Callable[[Tensor], Any], str]] = {
     "float64": (lambda x: x.double(), "on the CPU, got torch.float64"),
     "bfloat16": (lambda x: x.bfloat16(), "on the CPU, got torch.bfloat16"),
     "meta": (lambda x: x.to("meta"), "on the CPU, got .* on meta"),
-    "no tensor": (lambda x: x.numpy(), "expected a tensor, got ndarray"),
-    "none": (lambda x: None, "expected a tensor, got NoneType|incompatible|with that of its bias"),
-    "number": (lambda x: x.data_ptr(), "expected a tensor, got int"),
+    "no tensor": (lambda x: x.numpy(), "expected a plain tensor, got ndarray"),
+    "none": (lambda x: None, "expected a plain tensor, got NoneType|incompatible|with that of its bias"),
+    "number": (lambda x: x.data_ptr(), "expected a plain tensor, got int"),
     "too short": (lambda x: x[..., :-1].clone(), "of shape .*, got"),
     "too long": (lambda x: torch.cat((x, x), -1), "of shape .*, got"),
     "a dimension more": (lambda x: x[None], "of shape .*, got"),
     "five dimensions more": (lambda x: x[None, None, None, None, None], "of shape .*, got"),
     "freed": (lambda x: _free(x), "with memory, got|of shape"),
+    "of its own kind": (lambda x: x.as_subclass(Own), "expected a plain tensor, got Own"),
 }
+WHOLE = {
+    "cut short": (lambda x: _cut(x), "with memory, got"),
+    "negated": (torch._neg_view, "not a negated view, got"),
+}
+"""What is not looked up for contiguous floats, a network's weights and their gradients, and targets of a chain."""
 GAPS = {"gaps": (lambda x: torch.stack((x, x), -1)[..., 0], "contiguous|varying fastest")}
+
+
+class Own(Tensor):
+    """A tensor that may say anything of its memory."""
 
 
 def _free(x: Tensor) -> Tensor:
@@ -713,13 +917,25 @@ def _free(x: Tensor) -> Tensor:
     return x
 
 
+def _cut(x: Tensor) -> Tensor:
+    """The same tensor in the middle of a storage that ends before its last element."""
+    wide = torch.cat((x.new_zeros(5), x.new_zeros(x.numel())))
+    part = wide.as_strided(x.shape, x.stride(), 5)
+    part.copy_(x)
+    wide.untyped_storage().resize_((4 + x.numel()) * x.element_size())
+    return part
+
+
 def refuse_each(call: Callable[..., object], right: dict[str, Any], optional: set[str], strided: set[str]) -> None:
     """Give one wrong argument after the other to a call that goes well with the right ones."""
     call(**right)
     for name, tensor in right.items():
         if not isinstance(tensor, Tensor):
             continue
-        for kind, (change, message) in (WRONG | ({} if name in strided else GAPS)).items():
+        checked = tensor.dtype != torch.float32 or name in strided or not tensor.is_contiguous()
+        checked &= not (name == "target" and tensor.dim() == 2)
+        more = ({} if name in strided else GAPS) | (WHOLE if checked else {})
+        for kind, (change, message) in (WRONG | more).items():
             if kind == "none" and name in optional:
                 call(**(right | {name: None}))
                 continue
@@ -815,8 +1031,10 @@ def test_a_chain_refuses_every_wrong_tensor() -> None:
         backward(y, memory, None, **weights, **dict(list(given.items())[1:]))
     with pytest.raises(ValueError, match=r"values: .* of shape \(15,\), got torch.float32 of shape \(10,\)"):
         forward(x, y, memory, **dict(zip(names, [*weights.values()][2:] + [*weights.values()][:2], strict=True)))
-    with pytest.raises(ValueError, match=r"memory: .* of shape \(640,\), got torch.float32 of shape \(512,\)"):
-        forward(x, y, own, **weights) if len(own) == 512 else pytest.fail("another block")
+    both, single = chain.floats(7), one.floats(7)
+    assert both > single
+    with pytest.raises(ValueError, match=rf"memory: .* of shape \({both},\), got torch.float32 of shape \({single},\)"):
+        forward(x, y, own, **weights)
     with pytest.raises(ValueError, match=r"target: .* of shape \(7, 2\), got torch.float32 of shape \(8, 2\)"):
         forward(x, layers.empty((8, 2)), memory, **weights)
     with pytest.raises(ValueError, match="batch: expected 0 or more, got -1"):

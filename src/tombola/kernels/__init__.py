@@ -70,8 +70,10 @@ def normalise_images(images: Tensor, indices: Tensor, mean: Tensor, scale: Tenso
 
     """
     tensors = (images, indices, mean, scale)
-    if layers.extension is None or not all(t.is_cpu and t.is_contiguous() for t in tensors):
+    dtypes = (torch.uint8, torch.int64, torch.float32, torch.float32)
+    readable = all(layers.is_readable(t, dtype) and t.is_contiguous() for t, dtype in zip(tensors, dtypes, strict=True))
+    if layers.extension is None or not readable:
         return normalise(images.index_select(0, indices), mean, scale)
-    result = torch.empty((len(indices), *images.shape[1:]))
+    result = mean.new_empty((len(indices), *images.shape[1:]))
     layers.extension.normalise_images(images, indices, mean, scale, result)
     return result

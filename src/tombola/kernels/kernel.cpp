@@ -293,7 +293,8 @@ void gather(const Pass& pass, const float* values, const float* bias, View sourc
 void correlate(const Pass& pass, View source, View delta, int batch, float* gradient, float* bias_gradient,
                float* workspace) {
     const int block = pass.block;
-    float* const packed = workspace + ptrdiff_t(pass.rows) * pass.band * pass.grid_width * block;
+    float* const packed =
+        workspace ? workspace + ptrdiff_t(pass.rows) * pass.band * pass.grid_width * block : nullptr;
     const int32_t count_of_taps = pass.split[ptrdiff_t(pass.rows) * (pass.tiles + 1) - 1];
     if (count_of_taps) std::memset(gradient, 0, sizeof(float) * count_of_taps);
     if (bias_gradient) std::memset(bias_gradient, 0, sizeof(float) * pass.rows);

@@ -33,15 +33,23 @@ def empty(shape: Sequence[int]) -> Tensor:
 
     Element-wise operations keep these strides, so neighbouring sparse layers exchange activations without a copy.
     """
-    return torch.empty_strided(shape, _strides(shape))
+    return torch.empty_strided(shape, _strides(shape), dtype=torch.float32, device="cpu")
+
+
+def is_readable(tensor: Tensor, dtype: torch.dtype = torch.float32) -> bool:
+    """Whether the CPU's memory holds the numbers of a tensor as they are, of this type."""
+    plain = type(tensor) is Tensor or type(tensor) is nn.Parameter
+    return plain and tensor.dtype is dtype and tensor.is_cpu and not tensor.is_neg()
 
 
 def can_compute(x: Tensor, *weights: Tensor | None) -> bool:
     """Return whether the kernels support this input and these weights; PyTorch computes with all others."""
-    if not x.numel() or x.dtype is not torch.float32 or not x.is_cpu or torch.is_autocast_enabled("cpu") or x.is_neg():
+    if not x.numel() or not is_readable(x) or torch.is_autocast_enabled("cpu"):
         return False
     for weight in weights:
-        if weight is not None and not (weight.dtype is torch.float32 and weight.is_cpu and weight.is_contiguous()):
+        if weight is None:
+            continue
+        if not (is_readable(weight) and weight.is_contiguous()):
             return False
     return True
 
@@ -69,11 +77,12 @@ class _Product(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, values = ctx.saved_tensors
+        dy = dy.resolve_neg()
         needs_input, needs_values, needs_bias = ctx.needs_input_grad[:3]
         dx = dvalues = dbias = None
         if needs_values or needs_bias:
             dvalues = torch.empty_like(values)
-            dbias = torch.empty(dy.shape[1]) if needs_bias else None
+            dbias = values.new_empty(dy.shape[1]) if needs_bias else None
             ctx.kernel.weight_gradient(x, dy, dvalues, dbias)
         if needs_input:
             dx = empty(x.shape)
@@ -116,11 +125,14 @@ class Sparse(nn.Module):
 
     def kernel(self, size: Sequence[int]) -> Any:
         """Return the kernel for examples of this size; None if they do not fit, or without compiled kernels."""
-        if size not in self._kernels:
-            if len(self._kernels) == 4:  # images of many different sizes must not fill the memory
-                self._kernels.clear()
-            self._kernels[size] = self._make(size) if extension is not None and self.alive.is_cpu else None
-        return self._kernels[size]
+        try:
+            return self._kernels[size]
+        except KeyError:
+            kernel = self._make(size) if extension is not None and self.alive.is_cpu else None
+        if len(self._kernels) == 4:  # images of many different sizes must not fill the memory
+            self._kernels.clear()
+        self._kernels[size] = kernel
+        return kernel  # another thread may have cleared the kept ones
 
     def _make(self, size: Sequence[int]) -> Any:
         """Return the kernel for examples of this size; None if they do not fit."""
@@ -135,7 +147,7 @@ class Sparse(nn.Module):
         read: Tensor | None = None,
     ) -> Any:
         outputs, inputs = self.shape[:2]
-        read = torch.ones(outputs, dtype=torch.bool) if read is None else read
+        read = torch.ones(outputs, dtype=torch.bool, device="cpu") if read is None else read
         how = kernel, image, stride, padding, self.instruction_set
         return extension.Layer(self.alive, outputs, inputs, *how, read)
 
@@ -208,7 +220,7 @@ class _BatchNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
-        y, statistics = empty(x.shape), torch.empty((3, x.shape[1]))
+        y, statistics = empty(x.shape), x.new_empty((3, x.shape[1]))
         extension.batch_norm(x, weight, bias, epsilon, statistics, y)
         ctx.save_for_backward(x, weight, statistics)
         ctx.mark_non_differentiable(statistics)
@@ -218,10 +230,10 @@ class _BatchNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, statistics = ctx.saved_tensors
-        channels = x.shape[1]
+        dy = dy.resolve_neg()
         if dy.stride() != _strides(x.shape):
             dy = empty(x.shape).copy_(dy)
-        dx, dweight, dbias = empty(x.shape), torch.empty(channels), torch.empty(channels)
+        dx, dweight, dbias = empty(x.shape), torch.empty_like(weight), torch.empty_like(weight)
         extension.batch_norm_gradient(x, dy, weight, statistics, dx, dweight, dbias)
         return dx, dweight, dbias, None
 

@@ -48,7 +48,7 @@ class _Surviving:
 
     def forward(self, x: Tensor, weights: Sequence[Any]) -> tuple[Tensor, list[Tensor]]:
         batch = len(x)
-        y, memory = empty((batch, self.chain.outputs)), torch.empty(self.chain.floats(batch))
+        y, memory = empty((batch, self.chain.outputs)), x.new_empty(self.chain.floats(batch))
         self.chain.forward(tuple(weights), x, y, memory)
         return y, [memory]
 
@@ -108,7 +108,7 @@ class _Product(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         values, bias, *kept = ctx.saved_tensors
-        dx, gradients = ctx.part.backward(dy, (values, bias), kept, ctx.needs_input_grad[:3])
+        dx, gradients = ctx.part.backward(dy.resolve_neg(), (values, bias), kept, ctx.needs_input_grad[:3])
         return (dx, *gradients, None)
 
 
@@ -156,7 +156,9 @@ class SparseLinear(Sparse):
     def read_inputs(self, read: Tensor) -> Tensor:
         """Return which inputs, bool, (inputs,), have a connection to an output that is True in `read`."""
         outputs, inputs = self.alive // self.shape[1], self.alive % self.shape[1]
-        return torch.zeros(self.shape[1], dtype=torch.bool).index_fill(0, inputs[read[outputs]], value=True)
+        return torch.zeros(self.shape[1], dtype=torch.bool, device="cpu").index_fill(
+            0, inputs[read[outputs]], value=True
+        )
 
     def extra_repr(self) -> str:
         """Return the shape and the density as text."""
@@ -177,7 +179,7 @@ def _kernels(row: Sequence[SparseLinear]) -> list[Any]:
     The result is exact: the outputs of these connections are not used, and their gradients are 0.
     """
     kernels: list[Any] = []
-    read = torch.ones(row[-1].shape[0], dtype=torch.bool)
+    read = torch.ones(row[-1].shape[0], dtype=torch.bool, device="cpu")
     for layer in reversed(row):
         kernels.insert(0, layer.kernel_for(read))
         read = layer.read_inputs(read)
@@ -208,7 +210,7 @@ class Perceptron:
     def __init__(self, linear: Sequence[tuple[Linear, bool]], *, flattens: bool) -> None:
         self._inputs = linear[0][0].in_features
         self._flattens = flattens
-        self._one = torch.ones(())
+        self._one = torch.ones((), dtype=torch.float32, device="cpu")
         self._parts: list[tuple[_Part, list[Any]]] = []  # with alternating weights and biases, some of them None
         for (sparse, _), group in groupby(linear, lambda pair: _kind(pair[0])):
             row, relus = zip(*group, strict=True)

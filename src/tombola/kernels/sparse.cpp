@@ -51,12 +51,27 @@ struct Batch {
 };
 
 // The tensor `name` as a batch, whose shape is given with `any` for the number of samples.
-Batch batch_of(const char* name, nb::handle tensor, std::initializer_list<ptrdiff_t> shape) {
-    const auto [data, size, step] = Tensor<float>(name, tensor).strided(shape);
+Batch batch_of(const char* name, nb::handle tensor, std::initializer_list<ptrdiff_t> shape, bool check = true) {
+    const auto [data, size, step] = Tensor<float>(name, tensor).strided(shape, check);
     if (size.at[0] > INT_MAX / 2)
         throw std::invalid_argument(std::string(name) + ": expected at most 2^30 samples, got " +
                                     std::to_string(size.at[0]));
     return {{data, step.at[0], step.at[1], step.at[2], step.at[3], 0, false}, static_cast<int>(size.at[0])};
+}
+
+// A batch to write to: no two elements may be one number, as in an expanded tensor. It is new, so that its storage is
+// not looked up, to save time.
+View target_of(nb::handle tensor, std::initializer_list<ptrdiff_t> shape) {
+    const View view = batch_of("target", tensor, shape, false).view;
+    const auto size = shape.begin();
+    if ((size[0] > 1 && view.n == 0) || (size[1] > 1 && view.c == 0))
+        Tensor<float>("target", tensor).refuse(", not expanded");
+    return view;
+}
+
+void check_apart(const float* target, const char* name, const float* source) {
+    if (target && target == source)
+        throw std::invalid_argument(std::string("target: expected memory of its own, got that of ") + name);
 }
 
 // The address of a contiguous tensor, null for None.
@@ -162,8 +177,8 @@ class Layer {
         : kernels_(kernels_named(instruction_set)) {
         const auto [kernel_height, kernel_width] = kernel;
         const auto [height, width] = image;
-        check_sizes({{"outputs", outputs, 1, INT_MAX - 1},
-                     {"inputs", inputs, 1, INT_MAX - 1},
+        check_sizes({{"outputs", outputs, 1, most_features},
+                     {"inputs", inputs, 1, most_features},
                      {"kernel", kernel_height, 1, most_taps},
                      {"kernel", kernel_width, 1, most_taps},
                      {"padding", padding.first, 0, most_pixels},
@@ -187,8 +202,10 @@ class Layer {
         weights.reserve(count);
         for (int k = 0; k < count; ++k) {
             const int64_t flat = indices[k];
-            const int tap = static_cast<int>(flat % kernel_size), channel = static_cast<int>(flat / kernel_size);
-            weights.push_back({channel / inputs, channel % inputs, tap / kernel_width, tap % kernel_width});
+            const int64_t channel = flat / kernel_size;  // of all outputs' inputs, which may be more than an int holds
+            const int tap = static_cast<int>(flat % kernel_size);
+            weights.push_back({static_cast<int>(channel / inputs), static_cast<int>(channel % inputs),
+                               tap / kernel_width, tap % kernel_width});
         }
 
         std::vector<Tap> taps;
@@ -254,6 +271,7 @@ class Layer {
         const float *w = values_of(values), *b = bias_of(bias);
         const auto [x, samples] = source_of(source);
         const Target y = target_of("target", target, forward_.pass, samples);
+        check_apart(y.data, "source", x.data);
         nb::gil_scoped_release unlocked;
         kernels_.gather(forward_.pass, w, b, x, samples, y, workspace(forward_.source_floats));
     }
@@ -262,6 +280,7 @@ class Layer {
         const float* w = values_of(values);
         const auto [d, samples] = delta_of(delta);
         const Target dx = target_of("target", target, backward_[0].pass, samples);
+        check_apart(dx.data, "delta", d.data);
         nb::gil_scoped_release unlocked;
         input_gradient(w, d, samples, dx, workspace(count_in_lines() + backward_floats()));
     }
@@ -303,6 +322,7 @@ class Layer {
 
   private:
     static constexpr int most_pixels = 1 << 20, most_taps = 1 << 15;  // of a side: sums and products fit an int
+    static constexpr int most_features = 1 << 30;                     // sums of two fit an int
 
     struct Size {
         const char* name;
@@ -396,14 +416,18 @@ class Layer {
 // `memory` of a forward pass holds source and outputs, one after the other, for the backward pass.
 class Chain {
   public:
-    Chain(std::vector<const Layer*> layers, std::vector<bool> relus) : layers_(layers), relus_(relus) {
-        if (layers.empty() || layers.size() != relus.size())
+    Chain(nb::tuple layers, std::vector<bool> relus) : owner_(layers), relus_(relus) {
+        if (layers.size() == 0 || layers.size() != relus.size())
             throw std::invalid_argument("expected a ReLU or none a layer");
-        for (size_t i = 0; i < layers.size(); ++i)
-            if (!layers[i] || &layers[i]->kernels() != &layers[0]->kernels() ||
-                layers[i]->block() != layers[i]->kernels().linear_block ||
-                (i > 0 && layers[i]->inputs() != layers[i - 1]->outputs()))
+        for (const nb::handle object : layers) {
+            if (!nb::isinstance<Layer>(object)) throw nb::type_error("layers: expected a tuple of layers");
+            const Layer* const layer = nb::cast<const Layer*>(object);
+            if (layer->block() != layer->kernels().linear_block ||
+                (!layers_.empty() && (&layer->kernels() != &layers_.back()->kernels() ||
+                                      layer->inputs() != layers_.back()->outputs())))
                 throw std::invalid_argument("expected linear layers that fit together, of one instruction set");
+            layers_.push_back(layer);
+        }
     }
 
     int inputs() const { return layers_[0]->inputs(); }
@@ -421,8 +445,10 @@ class Chain {
     void forward(const nb::tuple& weights, nb::handle source, nb::handle target, nb::handle memory) const {
         const std::vector<Weights> parameters = weights_of(weights);
         const auto [from, batch] = batch_of("source", source, {any, inputs()});
-        const View to = batch_of("target", target, {batch, outputs()}).view;
+        const View to = target_of(target, {batch, outputs()});
         float* x = memory_of(memory, batch);
+        check_apart(to.data, "source", from.data);
+        check_apart(to.data, "memory", x);
         nb::gil_scoped_release unlocked;
         const size_t width = blocks(batch) * block();
         const int rounded = whole(batch);
@@ -445,8 +471,10 @@ class Chain {
                   nb::handle target) const {
         const std::vector<Weights> parameters = weights_of(weights);
         const auto [from, batch] = batch_of("delta", delta, {any, outputs()});
-        const View to = target.is_none() ? View{} : batch_of("target", target, {batch, inputs()}).view;
+        const View to = target.is_none() ? View{} : target_of(target, {batch, inputs()});
         float* const kept = memory_of(memory, batch);
+        check_apart(to.data, "delta", from.data);
+        check_apart(to.data, "memory", kept);
         const std::vector<Gradients> found = gradients_of(gradients);
         nb::gil_scoped_release unlocked;
         const size_t width = blocks(batch) * block();
@@ -534,6 +562,7 @@ class Chain {
         return rest ? batch - rest + samples : batch;
     }
 
+    nb::tuple owner_;  // of the layers: no one can empty a tuple
     std::vector<const Layer*> layers_;
     std::vector<bool> relus_;
 };
@@ -631,7 +660,7 @@ NB_MODULE(_sparse, m) {
         .def("weight_gradient", &Layer::weight_gradient, nb::arg("source"), nb::arg("delta"), nb::arg("gradient"),
              nb::arg("bias_gradient").none());
     nb::class_<Chain>(m, "Chain")
-        .def(nb::init<std::vector<const Layer*>, std::vector<bool>>(), nb::keep_alive<1, 2>())  // a tuple of layers
+        .def(nb::init<nb::tuple, std::vector<bool>>())
         .def_prop_ro("inputs", &Chain::inputs)
         .def_prop_ro("outputs", &Chain::outputs)
         .def("floats", &Chain::floats, nb::arg("batch"))

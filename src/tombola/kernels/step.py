@@ -73,6 +73,7 @@ def accelerate(
     precision: Precision = "float32",
     device: str = "cpu",
     loss: Loss = functional.cross_entropy,
+    stacklevel: int = 1,
 ) -> Step:
     """Return the training step of a model, as fast as its mask allows.
 
@@ -86,6 +87,7 @@ def accelerate(
         precision: the precision of activations; weights are float32.
         device: the device of the model, "cpu" or "cuda".
         loss: a function of outputs and labels that returns the mean over the batch.
+        stacklevel: the level of the call that a warning names; 1 is the caller.
 
     Warns:
         NoKernelsWarning: if the network is sparse and the package was installed without its compiled kernels.
@@ -97,7 +99,7 @@ def accelerate(
     [(3, 2), (3,), (2, 3), (2,)]
     """
     if device == "cpu" and mask.alive < mask.total:
-        warn_if_missing(stacklevel=4)
+        warn_if_missing(stacklevel + 2)
     sparse = sparse_layers(model, mask, batch_size=batch_size, precision=precision, device=device)
     if sparse:
         sparsify(model, mask, batch_size)

@@ -15,18 +15,25 @@ namespace nb = nanobind;
 
 // What is looked up in PyTorch once, and the names of a tensor's attributes. All live until the process ends.
 struct Torch {
-    PyObject *tensor, *float32, *int64, *uint8, *boolean;
-    PyObject *dtype, *is_cpu, *shape, *stride, *is_contiguous, *data_ptr;
+    PyObject *tensor, *parameter, *float32, *int64, *uint8, *boolean;
+    PyObject *dtype, *is_cpu, *is_neg, *shape, *stride, *is_contiguous, *data_ptr;
+    PyObject *storage_offset, *untyped_storage, *nbytes;
 
     Torch() {
         const nb::module_ torch = nb::module_::import_("torch");
         const auto attribute = [&](const char* name) { return nb::object(torch.attr(name)).release().ptr(); };
-        tensor = attribute("Tensor"), float32 = attribute("float32"), int64 = attribute("int64");
+        tensor = attribute("Tensor");
+        parameter = nb::object(torch.attr("nn").attr("Parameter")).release().ptr();
+        float32 = attribute("float32"), int64 = attribute("int64");
         uint8 = attribute("uint8"), boolean = attribute("bool");
         dtype = PyUnicode_InternFromString("dtype"), is_cpu = PyUnicode_InternFromString("is_cpu");
+        is_neg = PyUnicode_InternFromString("is_neg");
         shape = PyUnicode_InternFromString("shape"), stride = PyUnicode_InternFromString("stride");
         is_contiguous = PyUnicode_InternFromString("is_contiguous");
         data_ptr = PyUnicode_InternFromString("data_ptr");
+        storage_offset = PyUnicode_InternFromString("storage_offset");
+        untyped_storage = PyUnicode_InternFromString("untyped_storage");
+        nbytes = PyUnicode_InternFromString("nbytes");
     }
 };
 
@@ -55,25 +62,31 @@ inline std::string text(std::initializer_list<ptrdiff_t> shape) {
 template <class T>
 class Tensor {
   public:
-    // `name` is what an error calls it.
+    // `name` is what an error calls it. A subclass may say of its memory what it likes, so it is no tensor here.
     Tensor(const char* name, nb::handle object) : name_(name), object_(object) {
-        if (!PyObject_TypeCheck(object.ptr(), reinterpret_cast<PyTypeObject*>(torch()->tensor)))
-            throw nb::type_error((std::string(name) + ": expected a tensor, got " +
+        const PyObject* const type = reinterpret_cast<PyObject*>(Py_TYPE(object.ptr()));
+        if (type != torch()->tensor && type != torch()->parameter)
+            throw nb::type_error((std::string(name) + ": expected a plain tensor, got " +
                                   nb::cast<std::string>(nb::handle(object.type()).attr("__name__")))
                                      .c_str());
         if (get(torch()->dtype).ptr() != dtype() || !get(torch()->is_cpu).is(Py_True))
             refuse("");
     }
 
-    // The address of a contiguous tensor.
+    // The address of a contiguous tensor. Of floats, a network's many weights and their gradients, the storage's size
+    // and the sign are not looked up: that took a tenth of the time of a small network's step. `can_compute` looks at
+    // the weights' signs.
     T* contiguous(std::initializer_list<ptrdiff_t> shape) const {
-        if (!fits(sizes(), shape) || !call(torch()->is_contiguous).is(Py_True)) refuse(", contiguous, of shape " + text(shape));
-        return address();
+        const Numbers size = sizes();
+        if (!fits(size, shape) || !call(torch()->is_contiguous).is(Py_True))
+            refuse(", contiguous, of shape " + text(shape));
+        return address(product(size), !std::is_same_v<T, float>);
     }
 
     // The address of a tensor of which the first dimension varies fastest, then the last, and the second slowest.
     T* batch_fastest(std::initializer_list<ptrdiff_t> shape) const {
-        bool fitting = fits(sizes(), shape);
+        const Numbers own = sizes();
+        bool fitting = fits(own, shape);
         if (fitting) {
             const Numbers step = strides();
             const ptrdiff_t* size = shape.begin();
@@ -85,7 +98,7 @@ class Tensor {
             }
         }
         if (!fitting) refuse(", its first dimension varying fastest, of shape " + text(shape));
-        return address();
+        return address(product(own), true);
     }
 
     struct Strided {
@@ -93,11 +106,15 @@ class Tensor {
         Numbers size, step;
     };
 
-    // A tensor of any strides.
-    Strided strided(std::initializer_list<ptrdiff_t> shape) const {
+    // A tensor of any strides; `check` as in `address`.
+    Strided strided(std::initializer_list<ptrdiff_t> shape, bool check = true) const {
         const Numbers size = sizes();
         if (!fits(size, shape)) refuse(", of shape " + text(shape));
-        return {address(), size, strides()};
+        const Numbers step = strides();
+        ptrdiff_t span = 1;  // from the first element to the last
+        for (int i = 0; i < size.count; ++i) span += (size.at[i] - 1) * step.at[i];
+        const bool empty = std::count(size.at, size.at + size.count, 0) > 0;
+        return {address(empty ? 0 : span, check), size, step};
     }
 
     Numbers sizes() const { return numbers(get(torch()->shape)); }
@@ -137,10 +154,8 @@ class Tensor {
     static Numbers numbers(const nb::object& values) {
         if (!PyTuple_Check(values.ptr())) throw nb::type_error("expected a tensor whose shape is a tuple");
         Numbers all{static_cast<int>(PyTuple_GET_SIZE(values.ptr())), {}};
-        for (int i = 0; i < std::min(all.count, Numbers::most); ++i) {
-            all.at[i] = PyLong_AsSsize_t(PyTuple_GET_ITEM(values.ptr(), i));
-            if (all.at[i] == -1 && PyErr_Occurred()) throw nb::python_error();
-        }
+        for (int i = 0; i < std::min(all.count, Numbers::most); ++i)
+            all.at[i] = number(PyTuple_GET_ITEM(values.ptr(), i));
         return all;
     }
 
@@ -150,17 +165,36 @@ class Tensor {
                           [](ptrdiff_t expected, ptrdiff_t own) { return expected == own || expected == any; });
     }
 
-    T* address() const {
+    static ptrdiff_t product(const Numbers& size) {
+        ptrdiff_t all = 1;
+        for (int i = 0; i < size.count; ++i) all *= size.at[i];
+        return all;
+    }
+
+    // The address of so many elements, counted with the gaps between them; `check`: whether memory holds all of them,
+    // with their signs.
+    T* address(ptrdiff_t elements, bool check) const {
+        if (check && call(torch()->is_neg).is(Py_True)) refuse(", not a negated view");
+        if (check && elements > available()) refuse(", with memory");
         const nb::object value = call(torch()->data_ptr);
         void* const data = PyLong_AsVoidPtr(value.ptr());
         if (!data && PyErr_Occurred()) throw nb::python_error();
-        if (!data && !empty()) refuse(", with memory");
+        if (!data && elements) refuse(", with memory");
         return static_cast<T*>(data);
     }
 
-    bool empty() const {
-        const Numbers own = sizes();
-        return std::any_of(own.at, own.at + own.count, [](ptrdiff_t size) { return size == 0; });
+    // Elements from the tensor's first to the end of its storage, which may have been made smaller.
+    ptrdiff_t available() const {
+        const nb::object storage = call(torch()->untyped_storage);
+        const nb::object bytes = nb::steal(PyObject_CallMethodNoArgs(storage.ptr(), torch()->nbytes));
+        if (!bytes) throw nb::python_error();
+        return number(bytes.ptr()) / ptrdiff_t(sizeof(T)) - number(call(torch()->storage_offset).ptr());
+    }
+
+    static ptrdiff_t number(PyObject* value) {
+        const ptrdiff_t found = PyLong_AsSsize_t(value);
+        if (found == -1 && PyErr_Occurred()) throw nb::python_error();
+        return found;
     }
 
     const char* name_;

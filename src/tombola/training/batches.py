@@ -85,5 +85,5 @@ def normalisation(data: Dataset) -> Callable[[Tensor], Tensor]:
 def _mean_and_scale(data: Dataset) -> tuple[Tensor, Tensor]:
     """Return the mean and 1 / std of each channel on the scale 0..255, both of shape (channels, 1, 1)."""
     device = data.train_inputs.device
-    mean = torch.tensor(data.mean, device=device)[:, None, None] * 255
-    return mean, 1 / (torch.tensor(data.std, device=device)[:, None, None] * 255)
+    mean = torch.tensor(data.mean, dtype=torch.float32, device=device)[:, None, None] * 255
+    return mean, 1 / (torch.tensor(data.std, dtype=torch.float32, device=device)[:, None, None] * 255)

@@ -32,7 +32,7 @@ class Losses:
     def __init__(self, begin: int, end: int, per_epoch: int, device: str = "cpu") -> None:
         self.begin, self.end, self.per_epoch = begin, end, per_epoch
         self.iteration = begin  # the next iteration
-        self._recorded = torch.empty(end - begin, device=device)
+        self._recorded = torch.empty(end - begin, dtype=torch.float32, device=device)
         self._latest: list[Tensor] = []
 
     def resume(self, iteration: int, batch_losses: Tensor) -> None:

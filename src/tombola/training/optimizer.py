@@ -96,7 +96,7 @@ class Optimizer:
             return
         for parameter, _, state in parameters:
             if not state:
-                state["step"] = torch.zeros((), device=parameter.device)
+                state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
                 state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
         steps = [state["step"] for _, _, state in parameters]
         torch._foreach_add_(steps, 1)

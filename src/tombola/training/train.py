@@ -88,7 +88,9 @@ def train(
     data = _move_data(data, device)
     model = _load_model(model, start.state, mask, device)
     batch_size, precision = recipe.batch_size, recipe.precision
-    step = kernels.accelerate(model, mask, batch_size=batch_size, precision=precision, device=device, loss=loss)
+    step = kernels.accelerate(
+        model, mask, batch_size=batch_size, precision=precision, device=device, loss=loss, stacklevel=2
+    )
     masked = _dense_masks(model, mask)
     optimizer = Optimizer(recipe, [p for p in model.parameters() if p.requires_grad], start.optimizer)
     losses = Losses(begin, end, recipe.iterations_per_epoch(examples), device)
