@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -182,6 +183,13 @@ def test_masks_of_tickets_stay_on_disk(root: Path) -> None:
             assert ticket.mask.load().counts == ticket.mask.counts
     at = tickets.at(1, [CHAIN])[CHAIN].mask
     assert at.load() is at, "of the level asked for they are in memory"
+
+
+def test_a_ticket_says_where_it_came_from(root: Path) -> None:
+    of = planner(root, STUDY)
+    about = {"study": STUDY.model_dump(mode="json"), "importance": CHAIN.importance, "seed": CHAIN.seed}
+    assert [ticket.provenance for ticket in of.progress(CHAIN).tickets] == [about] * 3
+    assert of._provenance(replace(CHAIN, data_seed=7)) == about | {"data_seed": 7}
 
 
 def test_the_bits_of_a_tickets_mask_are_in_memory_only_while_they_are_used(root: Path) -> None:
