@@ -44,7 +44,8 @@ def test_stability_by_hand() -> None:
     table = stability.of_ticket(trained, rewind, initial, mask(w="1110"), mask(w="1000"))
     assert (
         table["measure"].to_list()
-        == ["sd", "sd", "flips", "flips", "flips_from_start", "flips_from_start"] + ["movement"] * 2
+        == ["sd", "sd", "flipped", "flipped", "flips", "flips", "flips_from_start", "flips_from_start"]
+        + ["movement"] * 2
     )
     sd = only(table, measure="sd", layer="w")
     assert (sd["shared"], sd["other"]) == (1, 2)
@@ -53,6 +54,8 @@ def test_stability_by_hand() -> None:
     assert sd["effect"] == -1.0
     flips = only(table, measure="flips", layer="w")
     assert (flips["shared_mean"], flips["other_mean"]) == (0.0, 2.0)
+    flipped = only(table, measure="flipped", layer="w")
+    assert (flipped["shared_mean"], flipped["other_mean"]) == (0.0, 1.0)
     from_start = only(table, measure="flips_from_start", layer="w")
     assert (from_start["shared_mean"], from_start["other_mean"]) == (3.0, 1.5)
     assert from_start["effect"] == 1.0

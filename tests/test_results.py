@@ -105,6 +105,7 @@ def shown(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -
             study=SimpleNamespace(importances=importances, seeds=seeds, levels=1),
             problem=SimpleNamespace(data=SimpleNamespace(name="digits")),
             store=SimpleNamespace(root="the-store"),
+            describe_counted=lambda: "Density counts 100 connections.",
             chains=[(importance, seed) for importance in importances for seed in seeds],
         )
         tickets = SimpleNamespace(planner=planner, records=lambda: dict(enumerate(records)))
@@ -121,6 +122,7 @@ def test_the_plain_table(shown: Callable[..., str]) -> None:
         "─────────────────────────────────────────────\n"
         "    0      0.00      91.00±1.41   92.00±2.83*\n"
         "    1     50.00  80.00 (1 of 2)   70.50±0.71*\n"
+        "Density counts 100 connections.\n"
         "diverged, l1: level 1 (1 of 2 seeds); these chains end there\n"
     )
 

@@ -295,7 +295,15 @@ def test_fields_are_the_leaves() -> None:
     assert not {"task", "recipe", "recipe.augmentation"} & set(names)
     assert all(text for _, _, text in fields()), "each says what it is"
     lists = {name for name, annotation, _ in fields() if is_list(annotation)}
-    assert lists == {"importances", "seeds", "data_seeds", "exclude", "recipe.milestones"}
+    assert lists == {
+        "importances",
+        "seeds",
+        "data_seeds",
+        "data_seeds_for",
+        "exclude",
+        "keep_dense",
+        "recipe.milestones",
+    }
 
 
 # Mistakes. Each text ends after the name of the file.
@@ -623,7 +631,15 @@ def test_what_decides_the_bits_decides_the_name(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "overrides", [{"levels": 3}, {"fraction": 0.5}, {"seeds": [7]}, {"importances": ["l2", "l1"]}, {"data_seeds": []}]
+    "overrides",
+    [
+        {"levels": 3},
+        {"fraction": 0.3},
+        {"keep_dense": []},
+        {"seeds": [7]},
+        {"importances": ["l2", "l1"]},
+        {"data_seeds": []},
+    ],
 )
 def test_what_does_not_decide_the_bits_does_not_decide_the_name(tmp_path: Path, overrides: dict[str, Any]) -> None:
     store = tmp_path / "store"

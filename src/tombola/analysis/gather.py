@@ -16,6 +16,9 @@ from tombola.study.tickets import Tickets
 ALL = "(all)"
 """The value of the column `layer` for all layers together."""
 
+PRUNABLE = "(prunable)"
+"""The value of the column `layer` for the layers together that may be pruned, where other layers are kept dense."""
+
 IMPORTANCES, DATA_ORDER, SEEDS = "importances", "data order", "seeds"
 """The values of the column `kind`: what differs between the tickets that a row compares."""
 

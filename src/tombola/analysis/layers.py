@@ -7,7 +7,7 @@ from collections.abc import Collection, Sequence
 
 import polars as pl
 
-from tombola.analysis.gather import ALL, after, by_level
+from tombola.analysis.gather import ALL, PRUNABLE, after, by_level
 from tombola.analysis.paths import Paths
 from tombola.errors import UserError
 from tombola.pruning.mask import Mask
@@ -38,43 +38,50 @@ def of_study(
     tables = []
     for level, found in by_level(tickets, chains, levels):
         for chain, ticket in found.items():
-            table = of_mask(ticket.mask, paths)
+            table = of_mask(ticket.mask, paths, tickets.planner.kept_dense)
             tables.append(after(table, level=level, importance=chain.importance, seed=chain.seed))
     return pl.concat(tables)
 
 
-def of_mask(mask: Mask, paths: Paths | None = None) -> pl.DataFrame:
+def of_mask(mask: Mask, paths: Paths | None = None, kept_dense: Collection[str] = ()) -> pl.DataFrame:
     """Return the density of each layer of a mask.
 
-    One row for each layer, and one for all layers ("(all)"), with the columns
+    One row for each layer, one for all counted layers together ("(all)"), and one for those that are not kept dense
+    ("(prunable)") if some are, with the columns
 
     - layer: name of the parameter. connections: number of its connections. alive: number of those that are alive.
     - density: alive / connections, in 0..1.
     - ahead: density of the network - density of the layer, in -1..1; positive if the layer is sparser than the network.
-    - collapsed: whether no connection is alive; in the last row, whether any layer has collapsed.
+    - collapsed: whether no connection is alive; in a row for several layers, whether any of them has collapsed.
     - effective: alive connections that lie on a path from input to output. effective_density: effective / connections.
       Null without `paths`. 1 - effective_density is the effective sparsity of Vysogorets and Kempe (arXiv 2107.02306).
 
     Args:
         mask: the mask of a ticket.
         paths: the network's graph, see `Paths`.
+        kept_dense: the layers that are counted and never pruned, by parameter name.
 
     >>> import torch
     >>> mask = Mask.from_tensors({"a": torch.tensor([True, True]), "b": torch.tensor([False, False])})
     >>> of_mask(mask).select("layer", "density", "ahead", "collapsed").rows()
     [('a', 1.0, -0.5, False), ('b', 0.0, 0.5, True), ('(all)', 0.5, 0.0, True)]
     """
+    on_paths = paths.effective(mask).counts if paths is not None else None
+    rows = {layer: [layer] for layer in mask} | {ALL: list(mask)}
+    if kept_dense:
+        rows[PRUNABLE] = [layer for layer in mask if layer not in kept_dense]
     counts, sizes = mask.counts, mask.sizes
-    effective = paths.effective(mask).counts if paths is not None else None
     table = pl.DataFrame(
-        {
-            "layer": [*counts, ALL],
-            "connections": [*sizes.values(), mask.total],
-            "alive": [*counts.values(), mask.alive],
-            "effective": [None] * (len(counts) + 1)
-            if effective is None
-            else [*effective.values(), sum(effective.values())],
-        },
+        [
+            {
+                "layer": row,
+                "connections": sum(sizes[layer] for layer in layers),
+                "alive": sum(counts[layer] for layer in layers),
+                "collapsed": any(counts[layer] == 0 for layer in layers),
+                "effective": None if on_paths is None else sum(on_paths[layer] for layer in layers),
+            }
+            for row, layers in rows.items()
+        ],
         schema_overrides={"effective": pl.Int64},
     )
     density = pl.col("alive") / pl.col("connections")
@@ -84,7 +91,7 @@ def of_mask(mask: Mask, paths: Paths | None = None) -> pl.DataFrame:
         "alive",
         density=density,
         ahead=mask.density - density,
-        collapsed=(pl.col("alive") == 0) | ((pl.col("layer") == ALL) & bool(mask.collapsed)),
+        collapsed="collapsed",
         effective="effective",
         effective_density=pl.col("effective") / pl.col("connections"),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from functools import partial
 from itertools import combinations
 from typing import Any
 
@@ -11,7 +12,7 @@ import numpy.typing as npt
 import polars as pl
 
 from tombola.analysis.chance import Counts, Numbers, interval, interval_of_two, moments, support
-from tombola.analysis.gather import ALL, after, groups
+from tombola.analysis.gather import ALL, PRUNABLE, after, groups
 from tombola.errors import NothingStoredError, UserError
 from tombola.pruning.mask import Mask
 from tombola.study.tickets import Tickets
@@ -45,19 +46,21 @@ def of_study(
     for group in groups(tickets, importances, levels):
         masks = {name: ticket.mask for name, ticket in group.tickets.items()}
         where = {"level": group.level, "seed": group.seed, "kind": group.kind}
-        tables.append(after(_compare(masks, together=group.complete), **where))
+        compared = _compare(masks, tickets.planner.kept_dense, together=group.complete)
+        tables.append(after(compared, **where))
     if not tables:
         raise NothingStoredError(f"no two of these tickets are stored in {tickets.planner.store.root} yet")
     return pl.concat(tables)
 
 
-def of_masks(masks: Mapping[str, Mask]) -> pl.DataFrame:
+def of_masks(masks: Mapping[str, Mask], kept_dense: Collection[str] = ()) -> pl.DataFrame:
     """Return the overlap of masks: of each pair, and of all together; in each layer and in total.
 
     One row for each comparison and layer, with the columns
 
     - tickets: names of the compared masks. k: their number.
-    - layer: name of the parameter; "(all)" for the total. connections: number of connections of the layer.
+    - layer: name of the parameter; "(all)" for the total of all counted layers, and "(prunable)" for the total without
+      the layers that are kept dense, if there are any. connections: number of connections of the layer.
     - alive: connections alive in a mask (mean over the k masks).
     - shared: connections alive in all k masks.
     - shared_of_all: shared / connections, in 0..1.
@@ -72,7 +75,8 @@ def of_masks(masks: Mapping[str, Mask]) -> pl.DataFrame:
       independent uniformly random masks with the same number of alive connections in each layer: the expectation of
       `shared`, its central 95 % interval, and expected shared / expected alive in any.
     - global_expected, global_low, global_high, global_jaccard: chance with the same global density, that is, for masks
-      with the same number of alive connections in the whole network.
+      with the same number of alive connections in the whole network. Layers that are kept dense are alive in these
+      masks, too, and the other layers together have as many connections alive as in the masks that are compared.
 
     Expectations are exact. Intervals are exact (hypergeometric) for two masks, for a layer by its densities and for the
     total by the global density. All other intervals have the exact mean and variance, see
@@ -80,9 +84,11 @@ def of_masks(masks: Mapping[str, Mask]) -> pl.DataFrame:
 
     Args:
         masks: name -> mask, two or more, of the same layers.
+        kept_dense: the layers that are counted and never pruned, by parameter name.
 
     Raises:
-        UserError: if there are fewer than two masks, or they belong to different networks.
+        UserError: if there are fewer than two masks, if they belong to different networks, or if a connection of a
+            layer that is kept dense is not alive.
 
     >>> import torch
     >>> a = Mask.from_tensors({"w": torch.tensor([1, 1, 1, 0, 0, 0, 0, 0]).bool()})
@@ -90,7 +96,7 @@ def of_masks(masks: Mapping[str, Mask]) -> pl.DataFrame:
     >>> of_masks({"a": a, "b": b}).select("layer", "shared", "jaccard", "layers_expected").rows()
     [('w', 2, 0.5, 1.125), ('(all)', 2, 0.5, 1.125)]
     """
-    return _compare(masks, together=True)
+    return _compare(masks, kept_dense, together=True)
 
 
 def relative_to_ticket(table: pl.DataFrame) -> pl.DataFrame:
@@ -139,7 +145,7 @@ def summarise(table: pl.DataFrame, *by: str) -> pl.DataFrame:
     )
 
 
-def _compare(masks: Mapping[str, Mask], *, together: bool) -> pl.DataFrame:
+def _compare(masks: Mapping[str, Mask], kept_dense: Collection[str], *, together: bool) -> pl.DataFrame:
     """Return the table of `of_masks`, for pairs only or also for all masks together."""
     if len(masks) < 2:
         raise UserError(f"overlap: expected at least two masks, got {len(masks)}")
@@ -147,19 +153,22 @@ def _compare(masks: Mapping[str, Mask], *, together: bool) -> pl.DataFrame:
     for other in held[1:]:
         if other.shapes != held[0].shapes:
             held[0] & other  # raises an error that names the layers that differ
-    layers = [*held[0], ALL]
+    kept = np.array([layer in kept_dense for layer in held[0]])
+    layers = [*held[0], ALL, *([PRUNABLE] if kept.any() else [])]
     sizes = np.array(list(held[0].sizes.values()), dtype=np.int64)
     common, in_all, in_any = _count(held)
+    if (in_all < sizes)[kept].any():
+        raise UserError(f"overlap: {', '.join(kept_dense)} should be kept dense, and have pruned connections")
     pairs = np.array(list(combinations(range(len(held)), 2)))
     first, second = pairs.T
     alive = common[range(len(held)), range(len(held))]
     shared = common[first, second]
     members = np.stack([alive[first], alive[second]])
-    parts = [_columns(sizes, members, shared, members.sum(axis=0) - shared, shared)]
+    parts = [_columns(sizes, kept, members, shared, members.sum(axis=0) - shared, shared)]
     compared = [[names[i], names[j]] for i, j in pairs]
     if together and len(held) > 2:
         compared.append(names)
-        parts.append(_columns(sizes, alive[:, None], in_all[None], in_any[None], shared.mean(axis=0)[None]))
+        parts.append(_columns(sizes, kept, alive[:, None], in_all[None], in_any[None], shared.mean(axis=0)[None]))
     columns = {name: np.concatenate([part[name].ravel() for part in parts]) for name in parts[0]}
     about = pl.DataFrame({"tickets": compared}).with_columns(k=pl.col("tickets").list.len().cast(pl.Int64))
     rows = about.select(pl.all().repeat_by(len(layers)).explode(empty_as_null=False))
@@ -197,33 +206,30 @@ def _bits_set(words: npt.NDArray[np.uint64]) -> Counts:
 
 
 def _columns(
-    sizes: Counts, members: Counts, shared: Counts, in_any: Counts, shared_by_two: npt.NDArray[Any]
+    sizes: Counts,
+    kept: npt.NDArray[np.bool_],
+    members: Counts,
+    shared: Counts,
+    in_any: Counts,
+    shared_by_two: npt.NDArray[Any],
 ) -> dict[str, npt.NDArray[Any]]:
-    """Return the columns of several comparisons, each of shape (comparisons, layers + 1); the total is last.
+    """Return the columns of several comparisons, each of shape (comparisons, layers + totals); the totals are last.
 
     Args:
         sizes: connections of each layer, (layers,).
+        kept: whether a layer is kept dense, (layers,).
         members: connections alive in each of the k masks, (k, comparisons, layers).
         shared, in_any: connections alive in all and in any of the masks, (comparisons, layers).
         shared_by_two: connections alive in both masks of a pair, mean over pairs, (comparisons, layers).
     """
-    k = len(members)
-    size = np.broadcast_to(_with_total(sizes), (members.shape[1], len(sizes) + 1))
-    sets, common, union, by_two = map(_with_total, (members, shared, in_any, shared_by_two))
+    with_totals = partial(_with_totals, kept=kept)
+    size = np.broadcast_to(with_totals(sizes), (members.shape[1], len(with_totals(sizes))))
+    sets, common, union, by_two = map(with_totals, (members, shared, in_any, shared_by_two))
     alive = sets.mean(axis=0)
     mean, variance = moments(sizes, members)
-    low, high = _intervals(sizes, members, mean, variance)
-    everywhere = np.broadcast_to(sets[..., -1:], sets.shape)  # the total of each mask, for every layer
-    with_layer = np.concatenate([size[None], everywhere])  # a layer is a further set of connections of the network
-    network = size[:, -1:]
-    global_mean, global_variance = moments(network, with_layer)
-    bounds = support(np.broadcast_to(network, size.shape), with_layer)
-    global_low, global_high = interval(global_mean, global_variance, *bounds)
-    if k == 2:
-        global_low[:, -1], global_high[:, -1] = interval_of_two(size[:, -1], sets[..., -1])
-    expected_union = _with_total(sizes * (1 - np.prod(1 - members / sizes, axis=0)))
-    global_union = size * (1 - np.prod(1 - everywhere / network, axis=0))
-    expected = _with_total(mean)
+    low, high = _intervals(sizes, kept, members, mean, variance)
+    expected_union = with_totals(sizes * (1 - np.prod(1 - members / sizes, axis=0)))
+    expected = with_totals(mean)
     with np.errstate(divide="ignore", invalid="ignore"):
         density = sets / size
         in_two = _mean_over_pairs(density)
@@ -241,24 +247,55 @@ def _columns(
             "layers_low": low,
             "layers_high": high,
             "layers_jaccard": expected / expected_union,
-            "global_expected": global_mean,
-            "global_low": global_low,
-            "global_high": global_high,
-            "global_jaccard": global_mean / global_union,
+            **_global_chance(sizes, kept, members),
         }
 
 
-def _intervals(sizes: Counts, members: Counts, mean: Numbers, variance: Numbers) -> tuple[Counts, Counts]:
-    """Return the intervals for the densities of the layers, (comparisons, layers + 1)."""
-    least, largest = support(sizes, members)
-    low, high = interval(*map(_with_total, (mean, variance, least, largest)))
+def _global_chance(sizes: Counts, kept: npt.NDArray[np.bool_], members: Counts) -> dict[str, npt.NDArray[Any]]:
+    """Return the columns on chance with the same global density, for the arguments of `_columns`.
+
+    The layers that are not kept dense form one set of connections, from which each mask takes as many at random as are
+    alive in it. A layer is a further subset of this set; a layer that is kept dense is a constant.
+    """
+    with_totals = partial(_with_totals, kept=kept)
+    dense = with_totals(np.where(kept, sizes, 0))  # in each layer and total, connections alive for certain
+    others = np.broadcast_to(with_totals(np.where(kept, 0, sizes)), (members.shape[1], len(dense)))
+    network = np.broadcast_to(sizes[~kept].sum(), others.shape)
+    alive = np.broadcast_to(members[..., ~kept].sum(axis=-1, keepdims=True), (len(members), *others.shape))
+    with_layer = np.concatenate([others[None], alive])
+    mean, variance = moments(network, with_layer)
+    low, high = interval(mean, variance, *support(network, with_layer))
     if len(members) == 2:
-        low[:, :-1], high[:, :-1] = interval_of_two(np.broadcast_to(sizes, members.shape[1:]), members)
+        totals = slice(len(sizes), None)
+        low[:, totals], high[:, totals] = interval_of_two(network[:, totals], alive[..., totals])
+    union = dense + others * (1 - np.prod(1 - alive / network, axis=0))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return {
+            "global_expected": dense + mean,
+            "global_low": dense + low,
+            "global_high": dense + high,
+            "global_jaccard": (dense + mean) / union,
+        }
+
+
+def _intervals(
+    sizes: Counts, kept: npt.NDArray[np.bool_], members: Counts, mean: Numbers, variance: Numbers
+) -> tuple[Counts, Counts]:
+    """Return the intervals for the densities of the layers, (comparisons, layers + totals)."""
+    least, largest = support(sizes, members)
+    low, high = interval(*(_with_totals(each, kept) for each in (mean, variance, least, largest)))
+    if len(members) == 2:
+        layers = slice(len(sizes))
+        low[:, layers], high[:, layers] = interval_of_two(np.broadcast_to(sizes, members.shape[1:]), members)
     return low, high
 
 
-def _with_total(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    return np.concatenate([values, values.sum(axis=-1, keepdims=True)], axis=-1)
+def _with_totals(values: npt.NDArray[Any], kept: npt.NDArray[np.bool_]) -> npt.NDArray[Any]:
+    """Append the total of all layers, and that of the layers which are not kept dense if some are."""
+    totals = [values.sum(axis=-1, keepdims=True)]
+    if kept.any():
+        totals.append(values[..., ~kept].sum(axis=-1, keepdims=True))
+    return np.concatenate([values, *totals], axis=-1)
 
 
 def _mean_over_pairs(density: Numbers) -> Numbers:

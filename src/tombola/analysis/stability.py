@@ -21,7 +21,7 @@ from tombola.study.tickets import Tickets
 from tombola.training.weights import State
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
-MEASURES = ("sd", "flips", "flips_from_start", "movement")
+MEASURES = ("sd", "flipped", "flips", "flips_from_start", "movement")
 
 Values = npt.NDArray[np.float64]
 
@@ -80,6 +80,8 @@ def of_ticket(trained: Iterable[State], rewind: State, initial: State, mask: Mas
 
     - layer; measure, of a connection:
       - sd: the standard deviation (n - 1) of its trained weight over levels 0 to the ticket's.
+      - flipped: 1 if at least one of its trained weights over these levels has another sign than the others, else 0.
+        This is how the paper counts changes of sign; the mean is the share of such connections.
       - flips: number of levels at which its trained weight has another sign than at the level before; in 0..level.
       - flips_from_start: number of levels at which its trained weight has another sign than its weight at the rewind
         point, where each of these trainings began; in 0..level + 1.
@@ -107,6 +109,7 @@ def of_ticket(trained: Iterable[State], rewind: State, initial: State, mask: Mas
     squares = {name: np.zeros(len(values)) for name, values in at_first.items()}
     flips = {name: np.zeros(len(values)) for name, values in at_first.items()}
     from_start = {name: np.zeros(len(values)) for name, values in at_first.items()}
+    flipped = {name: np.zeros(len(values)) for name, values in at_first.items()}
     count = 0
     for state in trained:
         count += 1
@@ -117,10 +120,13 @@ def of_ticket(trained: Iterable[State], rewind: State, initial: State, mask: Mas
             squares[name] += delta * (values - mean[name])
             from_start[name] += np.sign(values) != np.sign(at_first[name])
             if count > 1:
-                flips[name] += np.sign(values) != np.sign(before[name])
+                changed = np.sign(values) != np.sign(before[name])
+                flips[name] += changed
+                flipped[name] = np.maximum(flipped[name], changed)
             before[name] = values
     measures = {
         "sd": {name: np.sqrt(each / max(1, count - 1)) for name, each in squares.items()},
+        "flipped": flipped,
         "flips": flips,
         "flips_from_start": from_start,
         "movement": {name: np.abs(each - _select_alive(initial[name], mask[name])) for name, each in before.items()},

@@ -7,6 +7,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
+from functools import partial
 from typing import TYPE_CHECKING
 
 from tombola.cli.options import Verbs, add_margin, count_workers, open_planner, whole_number
@@ -56,6 +57,7 @@ def add_verbs(verbs: Verbs) -> None:
 def overlap(options: argparse.Namespace) -> int:
     """Show how many connections tickets share, compared with chance and with the noise floor."""
     from tombola.analysis import overlap
+    from tombola.analysis.gather import PRUNABLE
 
     tickets, names = _open(options)
     with _warnings_as_notes():
@@ -64,7 +66,15 @@ def overlap(options: argparse.Namespace) -> int:
         _print_note("no noise floor: the study has one data order; add others with --data-seeds")
     elif options.format == "table" and not (table["kind"] == "data order").any():
         _print_note("no noise floor: the tickets of other data orders are missing; find them with `tombola run`")
-    _show(table, options.format, _overlap_by_level if options.level is None else _overlap_at_levels)
+    if options.level is not None:
+        _show(table, options.format, _overlap_at_levels)
+        return 0
+    _show(table, options.format, _overlap_by_level)
+    if options.format == "table":
+        print(tickets.planner.describe_counted())
+        if tickets.planner.kept_dense:
+            print("\nThe same without the layers that are kept dense:")
+            _show(table, options.format, partial(_overlap_by_level, total=PRUNABLE))
     return 0
 
 
@@ -76,6 +86,8 @@ def layers(options: argparse.Namespace) -> int:
     with _warnings_as_notes():
         table = layers.of_study(tickets, names, options.level)
     _show(table, options.format, _layers)
+    if options.format == "table":
+        print(tickets.planner.describe_counted())
     return 0
 
 
@@ -216,15 +228,20 @@ def _show(table: pl.DataFrame, form: str, view: Callable[[pl.DataFrame], pl.Data
     show_frame(view(table) if form == "table" else table, form)
 
 
-def _overlap_by_level(table: pl.DataFrame) -> pl.DataFrame:
-    """Return one row for each level: overlap of all tickets, of pairs and by chance, and the noise floor."""
+def _overlap_by_level(table: pl.DataFrame, total: str = "(all)") -> pl.DataFrame:
+    """Return one row for each level: overlap of all tickets, of pairs and by chance, and the noise floor.
+
+    Args:
+        table: of `tombola.analysis.overlap`.
+        total: the layers together that the overlap is about, see `tombola.analysis.gather`.
+    """
     import polars as pl
 
     from tombola.analysis import overlap
-    from tombola.analysis.gather import ALL, DATA_ORDER, IMPORTANCES
+    from tombola.analysis.gather import DATA_ORDER, IMPORTANCES
     from tombola.cli.tables import percent
 
-    means = overlap.summarise(table.filter(pl.col("layer") == ALL), "kind", "k", "level")
+    means = overlap.summarise(table.filter(pl.col("layer") == total), "kind", "k", "level")
     by_importance = means.filter(pl.col("kind") == IMPORTANCES)
     largest = max(by_importance["k"].to_list(), default=0)
     together = by_importance.filter(pl.col("k") == largest)
@@ -256,12 +273,12 @@ def _overlap_at_levels(table: pl.DataFrame) -> pl.DataFrame:
     import polars as pl
 
     from tombola.analysis import overlap
-    from tombola.analysis.gather import ALL, DATA_ORDER, IMPORTANCES
+    from tombola.analysis.gather import ALL, DATA_ORDER, IMPORTANCES, PRUNABLE
     from tombola.cli.tables import number, percent, percent_range
 
     largest = max(table.filter(pl.col("kind") == IMPORTANCES)["k"].to_list(), default=0)
     detailed = (pl.col("k") == largest) | (pl.col("kind") == DATA_ORDER)
-    return overlap.relative_to_ticket(table.filter((pl.col("layer") == ALL) | detailed)).select(
+    return overlap.relative_to_ticket(table.filter(pl.col("layer").is_in([ALL, PRUNABLE]) | detailed)).select(
         *("level", "seed", "kind", "tickets", "layer", "connections", "shared"),
         percent("shared_of_ticket").alias("% of a ticket"),
         percent("layers_expected").alias("chance: layers"),

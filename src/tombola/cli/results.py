@@ -103,6 +103,7 @@ def _print_results(planner: Planner, found: Sequence[Row]) -> None:
     best = "; best " + ("bold" if sys.stdout.isatty() else "*") if len(study.importances) > 1 else ""
     print(f"test accuracy in % on {planner.problem.data.name}, {seeds}{best}")
     _print_table2(table, study.importances, len(study.seeds))
+    print(planner.describe_counted())
     expected = len(planner.chains) * (study.levels + 1)
     diverged: dict[str, list[str]] = {}
     for (level, importance), cell in table.cells.items():

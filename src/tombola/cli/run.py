@@ -100,6 +100,7 @@ def show_plan(planner: Planner, expected: Estimate, workers: int, form: str) -> 
     show_table(header, lines, form)
     if form == "csv":
         return
+    print(planner.describe_counted())
     if not expected.to_train:
         print(f"all {expected.existing} trainings are in {planner.store.root}: nothing is left to do")
         return

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,9 @@ To add a data set, write a function that returns a `Dataset`, and add it here.
 
 _SUBSET = ("train_per_class", "test_per_class")
 
+IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+"""Mean and standard deviation of ImageNet's red, green and blue values, for pixels in 0..1, as torchvision has them."""
+
 
 def load(name: str, directory: str | Path | None = None, **arguments: Any) -> Dataset:
     """Return the data set called `name`.
@@ -40,7 +44,9 @@ def load(name: str, directory: str | Path | None = None, **arguments: Any) -> Da
         name: one of `DATASETS`.
         directory: the data directory; None means `data/` in the current folder, then the user's cache folder.
         arguments: arguments of the data set's function. Every data set also accepts `train_per_class` and
-            `test_per_class`, the number of examples of each class to keep (see `subset`).
+            `test_per_class`, the number of examples of each class to keep (see `subset`), and `normalisation`:
+            "own" for the mean and standard deviation of the data set, the default, or "imagenet" for those of
+            ImageNet, which open_lth uses for all images in colour.
 
     Raises:
         UserError: for an unknown name or argument, a missing argument, or data that cannot be read.
@@ -51,7 +57,7 @@ def load(name: str, directory: str | Path | None = None, **arguments: Any) -> Da
     if name not in DATASETS:
         raise UserError(f"there is no data set {name!r}: {did_you_mean(name, DATASETS)}")
     parameters = [*inspect.signature(DATASETS[name]).parameters.values()][1:]
-    known = [parameter.name for parameter in parameters] + [*_SUBSET]
+    known = [parameter.name for parameter in parameters] + [*_SUBSET, "normalisation"]
     for argument in arguments:
         if argument not in known:
             accepted = ", ".join(repr(each) for each in known)
@@ -60,7 +66,18 @@ def load(name: str, directory: str | Path | None = None, **arguments: Any) -> Da
         if parameter.default is parameter.empty and parameter.name not in arguments:
             raise UserError(f"data set {name!r} needs the argument {parameter.name!r}")
     limits = {key: arguments.pop(key) for key in _SUBSET if key in arguments}
+    normalisation = arguments.pop("normalisation", "own")
+    if normalisation not in ("own", "imagenet"):
+        raise UserError(f"data set {name!r}: normalisation must be 'own' or 'imagenet', got {normalisation!r}")
     try:
-        return subset(DATASETS[name](None if directory is None else Path(directory), **arguments), **limits)
+        data = subset(DATASETS[name](None if directory is None else Path(directory), **arguments), **limits)
+        return data if normalisation == "own" else _normalise_as_imagenet(data)
     except OSError as error:  # such as a folder without read permission
         raise UserError(f"data set {name!r}: {error.filename or directory}: {error.strerror or error}") from error
+
+
+def _normalise_as_imagenet(data: Dataset) -> Dataset:
+    if len(data.mean) != 3:
+        raise UserError(f"data set {data.name!r}: normalisation = 'imagenet' needs images with 3 channels")
+    mean, std = IMAGENET
+    return replace(data, mean=mean, std=std)

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from torch import nn
+
+from tombola.errors import UserError
+
+BatchNormInit = Literal["ones", "uniform"]
+"""How the scales of batch norm begin: all 1, as usual in torch, or drawn from U[0, 1], as in open_lth."""
 
 
 def kaiming(model: nn.Module) -> None:
@@ -10,3 +17,16 @@ def kaiming(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, (nn.Linear, nn.Conv2d)):
             nn.init.kaiming_normal_(module.weight)
+
+
+def scale_batch_norm(model: nn.Module, init: BatchNormInit) -> None:
+    """Initialise the scales of batch norm: "ones" leaves them at 1, "uniform" draws them from U[0, 1].
+
+    Raises:
+        UserError: for another word.
+    """
+    if init not in ("ones", "uniform"):
+        raise UserError(f"batchnorm_init must be 'ones' or 'uniform', got {init!r}")
+    for module in model.modules():
+        if init == "uniform" and isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight)

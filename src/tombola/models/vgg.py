@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from tombola.models.initialisation import kaiming
+from tombola.models.initialisation import BatchNormInit, kaiming, scale_batch_norm
 
 _STAGES = ((1, 1), (2, 2), (4, 4, 4), (8, 8, 8), (8, 8, 8))
 
@@ -12,7 +12,7 @@ _STAGES = ((1, 1), (2, 2), (4, 4, 4), (8, 8, 8), (8, 8, 8))
 class VGG(nn.Module):
     """Five stages of 3x3 convolutions, batch norm and ReLU; max-pooling halves the image between them."""
 
-    def __init__(self, classes: int, width: int) -> None:
+    def __init__(self, classes: int, width: int, batchnorm_init: BatchNormInit) -> None:
         super().__init__()
         self.features = nn.Sequential()
         channels = 3
@@ -26,6 +26,7 @@ class VGG(nn.Module):
                 channels = multiple * width
         self.fc = nn.Linear(channels, classes)
         kaiming(self)
+        scale_batch_norm(self, batchnorm_init)
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Return the logits, shape (n, classes), of images of shape (n, 3, h, w): the last stage's mean over pixels."""
@@ -33,7 +34,7 @@ class VGG(nn.Module):
         return logits
 
 
-def vgg16(classes: int = 10, width: int = 64) -> VGG:
+def vgg16(classes: int = 10, width: int = 64, batchnorm_init: BatchNormInit = "ones") -> VGG:
     """Return VGG-16 (Simonyan and Zisserman, arXiv 1409.1556) with batch norm and a single linear classifier.
 
     14,728,266 parameters, 14,715,584 of them prunable in 14 tensors; Kaiming-normal weights.
@@ -41,8 +42,9 @@ def vgg16(classes: int = 10, width: int = 64) -> VGG:
     Args:
         classes: number of outputs.
         width: channels of the first stage; later stages have up to 8 times as many.
+        batchnorm_init: the initial scales of batch norm: "ones", or "uniform" for U[0, 1] as in open_lth.
 
     >>> sum(p.numel() for p in vgg16().parameters())
     14728266
     """
-    return VGG(classes, width)
+    return VGG(classes, width, batchnorm_init)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import hashlib
 import json
 import math
@@ -75,13 +76,13 @@ class Mask(Mapping[str, Tensor]):
 
         Args:
             model: a module.
-            exclude: layers that are never pruned, by layer or parameter name (`"fc"` or `"fc.weight"`).
+            exclude: layers that are left out: they are neither pruned nor counted, see `resolve_layers`.
 
         Raises:
             UserError: if a name in `exclude` is not a prunable layer, or if no prunable layer is left.
         """
         weights = prunable(model)
-        left_out = resolve_layers(weights, exclude)
+        left_out = resolve_layers(weights, exclude, "exclude")
         if unknown := [name for name, w in weights.items() if torch.nn.parameter.is_lazy(w)]:
             raise UserError(f"layer {unknown[0]!r} is lazy and has no shape yet: run the model once on an input first")
         shapes = {name: tuple(w.shape) for name, w in weights.items() if name not in left_out}
@@ -222,23 +223,47 @@ def pack(alive: Tensor) -> Bits:
     return np.packbits(alive.detach().cpu().flatten().numpy(), bitorder="little")
 
 
-def resolve_layers(parameters: Collection[str], layers: Collection[str]) -> set[str]:
-    """Return the parameter names that `layers` refers to; each entry is the name of a layer or of its parameter.
+def resolve_layers(parameters: Collection[str], layers: Collection[str], field: str) -> frozenset[str]:
+    """Return the parameter names that `layers` refers to.
 
     Args:
         parameters: the names of prunable weights, such as `fc.weight`.
-        layers: the names that a user gave, such as `fc` or `fc.weight`.
+        layers: names of layers or of their parameters, such as `fc` or `fc.weight`; `*` stands for any characters, `?`
+            for one, so `*.fc` means every layer whose name ends in `.fc`.
+        field: what the user calls `layers`, for the message.
 
     Raises:
-        UserError: if one of `layers` is not a prunable layer.
+        UserError: if one of `layers` matches no prunable layer.
 
-    >>> sorted(resolve_layers(["fc1.weight", "fc2.weight", "fc3.weight"], ["fc1", "fc3.weight"]))
-    ['fc1.weight', 'fc3.weight']
+    >>> sorted(resolve_layers(["fc1.weight", "fc2.weight", "head.fc.weight"], ["fc?", "head.fc.weight"], "exclude"))
+    ['fc1.weight', 'fc2.weight', 'head.fc.weight']
     """
     by_layer = {name.removesuffix(".weight"): name for name in parameters}
-    resolved = set()
-    for name in layers:
-        if name not in parameters and name not in by_layer:
-            raise UserError(f"exclude: {name!r} is no prunable layer; {did_you_mean(name, list(by_layer))}")
-        resolved.add(name if name in parameters else by_layer[name])
-    return resolved
+    known = {**by_layer, **{name: name for name in parameters}}
+    resolved = set[str]()
+    for pattern in layers:
+        found = [known[pattern]] if pattern in known else [known[name] for name in fnmatch.filter(known, pattern)]
+        if not found:
+            raise UserError(f"{field}: {pattern!r} is no prunable layer; {did_you_mean(pattern, list(by_layer))}")
+        resolved.update(found)
+    return frozenset(resolved)
+
+
+def resolve_kept_dense(mask: Mask, layers: Collection[str]) -> frozenset[str]:
+    """Return the layers of a dense network's mask that are kept dense: counted, and never pruned.
+
+    Args:
+        mask: the mask of the dense network.
+        layers: names of layers, see `resolve_layers`.
+
+    Raises:
+        UserError: if one of `layers` matches no layer of the mask, or if no layer would be left to prune.
+
+    >>> mask = Mask.from_tensors({"fc1.weight": torch.ones(4).bool(), "fc.weight": torch.ones(2).bool()})
+    >>> sorted(resolve_kept_dense(mask, ["fc"]))
+    ['fc.weight']
+    """
+    kept = resolve_layers(mask, layers, "keep_dense")
+    if kept == set(mask):
+        raise UserError(f"keep_dense: {', '.join(map(repr, layers))} match all {len(mask)} layers; leave one to prune")
+    return kept

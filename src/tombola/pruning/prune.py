@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tombola.errors import ImportanceError, UserError, describe_exception, did_you_mean
 from tombola.importance import Importance, Normalisation, Survivors, as_importance
-from tombola.pruning.mask import Mask, pack, resolve_layers
+from tombola.pruning.mask import Mask, pack, resolve_kept_dense, resolve_layers
 from tombola.pruning.selection import select_lowest
 from tombola.streams import generator
 
@@ -22,13 +22,15 @@ def prune(
     fraction: float,
     *,
     exclude: Collection[str] = (),
+    keep_dense: Collection[str] = (),
     seed: int = 0,
 ) -> Mask:
     """Return `mask` without the connections of the lowest importance: steps 3b and 3c of the paper's Algorithm 2.
 
     Algorithm 2 is that of Vandersmissen and Oramas (arXiv 2302.11244). The importance rates each layer's surviving
     connections, in float64. Exactly round(fraction x alive) connections are removed: those with the lowest importance
-    over all layers. Ties are broken by layer, then by flat index: the lower one is removed.
+    over all layers. Ties are broken by layer, then by flat index: the lower one is removed. The number of connections
+    alive includes those of the layers that are kept dense; the removed ones all come from the other layers.
 
     Args:
         weights: parameter name -> weights; it must have every layer of the mask, and may have more.
@@ -36,13 +38,15 @@ def prune(
         importance: a score with its normalisation, or a function of a layer's absolute surviving weights, see
             `tombola.importance`.
         fraction: the fraction of the alive connections to remove, in (0, 1).
-        exclude: the layers that are not pruned in this round, by layer or parameter name.
+        exclude: the layers that this round neither prunes nor counts, by layer or parameter name.
+        keep_dense: the layers that are counted but not pruned, by layer or parameter name.
         seed: the seed of the random numbers that the importance may draw; every layer has its own stream.
 
     Raises:
         ImportanceError: if the importance raises, or if it does not return one number per connection, without NaN.
         UserError: if the weights of a layer are missing, have another shape, or are NaN or infinite; if `fraction` is
-            out of range; or if a layer to exclude is not in the mask.
+            out of range; if a layer to exclude or to keep dense is not in the mask; or if fewer connections may be
+            pruned than the round has to remove.
 
     >>> mask = Mask.from_tensors({"w": torch.ones(5, dtype=torch.bool)})
     >>> prune({"w": torch.tensor([0.5, -0.1, 0.3, -0.9, 0.2])}, mask, lambda w: w, 0.4)["w"]
@@ -50,8 +54,16 @@ def prune(
     """
     check_fraction(fraction)
     importance = as_importance(importance)
-    left_out = resolve_layers(mask, exclude)
-    counts = {layer: count for layer, count in mask.counts.items() if layer not in left_out}
+    left_out = resolve_layers(mask, exclude, "exclude")
+    kept_dense = resolve_kept_dense(mask, keep_dense) - left_out
+    counted = {layer: count for layer, count in mask.counts.items() if layer not in left_out}
+    counts = {layer: count for layer, count in counted.items() if layer not in kept_dense}
+    count = count_to_remove(sum(counted.values()), fraction)
+    if count > sum(counts.values()):
+        raise UserError(
+            f"keep_dense: a fraction of {fraction} of the {sum(counted.values())} connections alive is {count}, and "
+            f"only {sum(counts.values())} are in layers that may be pruned"
+        )
     # All layers share one buffer for their survivors: touching new memory takes longer than the computation.
     memory = torch.empty(max(counts.values(), default=0), dtype=torch.float64)
 
@@ -62,7 +74,6 @@ def prune(
             return _check(importance.normalise(scores), counts[layer])
 
     with _one_thread(), torch.no_grad():
-        count = count_to_remove(sum(counts.values()), fraction)
         removed = select_lowest(compute_importance, counts, count)
         return _remove(mask, removed)
 

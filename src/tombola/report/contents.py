@@ -54,7 +54,7 @@ class Contents:
         study: the study itself.
         command: how the command line names the study: its name and the options that override fields, without a verb.
         about_data: name, classes and the numbers of examples for training and testing.
-        parameters: number of the network's parameters that can be pruned, and of all its parameters.
+        counted: a sentence on the parameters that density counts, see `Planner.describe_counted`.
         labels: names of the tickets: the importances, and those with other data orders.
         results: one row per ticket.
         level: the level of all charts that show a single level; None if no level from 1 on is stored.
@@ -75,7 +75,7 @@ class Contents:
     study: Study
     command: tuple[str, ...]
     about_data: Mapping[str, Any]
-    parameters: tuple[int, int]
+    counted: str
     labels: tuple[str, ...]
     results: tuple[Row, ...]
     level: int | None
@@ -156,7 +156,7 @@ def gather(
             "test": len(data.test_inputs),
             "shape": tuple(data.input_shape),
         },
-        parameters=(planner.dense.total, sum(each.numel() for each in planner.model.parameters())),
+        counted=planner.describe_counted(),
         labels=(*planner.study.importances, *dict.fromkeys(label(chain) for chain in planner.repeats)),
         results=results,
         level=shown,

@@ -171,8 +171,8 @@ def overlaps(contents: Contents) -> list[Finding]:
     if NOISE in at:
         row = at[NOISE]
         text = (
-            f"Share of a ticket's connections that two tickets of {contents.study.importances[0]} have in common "
-            f"{where} if they differ only in the data order. {_chance(row)}"
+            f"Share of a ticket's connections that two tickets of one importance have in common {where} if they differ "
+            f"only in the data order ({', '.join(contents.study.repeated)}). {_chance(row)}"
         )
         if TWO in at:
             two = at[TWO]["shared %"]

@@ -15,6 +15,9 @@ CITATION = (
 )
 
 
+_DECISIVE = ("task", "recipe", "fraction", "exclude", "keep_dense")
+
+
 def of_study(study: Study) -> pl.DataFrame | None:
     """Return the accuracies that the paper reports for a study; None if the study is not one of the paper's.
 
@@ -32,7 +35,7 @@ def of_study(study: Study) -> pl.DataFrame | None:
     """
     for system in sorted(set(_table()["system"]) & set(presets())):
         preset = load_study(system)
-        if all(getattr(study, field) == getattr(preset, field) for field in ("task", "recipe", "fraction", "exclude")):
+        if all(getattr(study, field) == getattr(preset, field) for field in _DECISIVE):
             return _table().filter(pl.col("system") == system).drop("system")
     return None
 

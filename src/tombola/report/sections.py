@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import polars as pl
 
-from tombola.analysis.gather import ALL
+from tombola.analysis.gather import ALL, PRUNABLE
 from tombola.report import charts, tables
 from tombola.report.contents import COSTLY, Contents
 from tombola.report.findings import dense_accuracies
@@ -20,7 +20,8 @@ from tombola.report.paper import CITATION
 
 MEASURES = {
     "sd": "standard deviation of the trained weight over levels",
-    "flips": "changes of sign from one level to the next",
+    "flipped": "connections whose trained weight changes its sign at least once, as a share",
+    "flips": "number of changes of sign from one level to the next",
     "flips_from_start": "levels at which the sign differs from the rewind point's",
     "movement": "distance between trained and initial weight",
 }
@@ -110,10 +111,14 @@ def _accuracy(contents: Contents) -> Section:
     return Section("accuracy", "Accuracy against sparsity", reading, tuple(parts))
 
 
+_WITHOUT_KEPT = "All levels, without the layers that are kept dense, which all tickets share"
+
+
 def _overlap(contents: Contents, table: pl.DataFrame) -> list[Part]:
     k = len(contents.study.importances)
     assert contents.level is not None
     pairs, over_levels = tables.pairs(table), tables.overlap(table, k)
+    without_kept = tables.overlap(table, k, PRUNABLE)
     layers = tables.overlap_by_layer(table, contents.level, k)
     levels = pairs["level"].unique().sort().to_list()
     matrix = charts.matrix(pairs, contents.labels, contents.level, levels)
@@ -122,6 +127,11 @@ def _overlap(contents: Contents, table: pl.DataFrame) -> list[Part]:
     return [
         Part("overlap-matrix", "Each pair of tickets, in % of a ticket's connections", matrix, pairs),
         Part("overlap", "All levels", charts.overlap(over_levels), over_levels),
+        *(
+            [Part("overlap-prunable", _WITHOUT_KEPT, charts.overlap(without_kept), without_kept)]
+            if len(without_kept)
+            else []
+        ),
         Part("overlap-by-layer", by_layer, charts.overlap_by_layer(layers) if there else None, layers),
     ]
 
@@ -265,7 +275,7 @@ def command(contents: Contents, verb: str) -> str:
 
     >>> from tombola.study.schema import load_study
     >>> digits = load_study("digits")
-    >>> contents = Contents("d", digits, ("digits", "--levels", "3"), {}, (0, 0), (), (), None, 0.0, {}, {})
+    >>> contents = Contents("d", digits, ("digits", "--levels", "3"), {}, "", (), (), None, 0.0, {}, {})
     >>> command(contents, "reinit --level 2")
     'tombola reinit digits --level 2 --levels 3'
     """

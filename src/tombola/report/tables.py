@@ -12,7 +12,7 @@ import polars as pl
 
 from tombola import analysis
 from tombola.analysis.accuracy import Row
-from tombola.analysis.gather import ALL, DATA_ORDER, IMPORTANCES
+from tombola.analysis.gather import ALL, DATA_ORDER, IMPORTANCES, PRUNABLE
 
 DENSITY = "alive %"
 """The heading of the density: alive connections in % of all."""
@@ -100,7 +100,7 @@ def pairs(overlap: pl.DataFrame, level: int | None = None) -> pl.DataFrame:
     )
 
 
-def overlap(table: pl.DataFrame, importances: int) -> pl.DataFrame:
+def overlap(table: pl.DataFrame, importances: int, total: str = ALL) -> pl.DataFrame:
     """Return the share in common at each level: of two importances, of all importances, and of two data orders.
 
     Columns: comparison, level, alive %, shared % (of a ticket's connections), lowest % and highest % (over pairs and
@@ -110,8 +110,9 @@ def overlap(table: pl.DataFrame, importances: int) -> pl.DataFrame:
     Args:
         table: from `tombola.analysis.overlap`.
         importances: number of importances of the study.
+        total: `ALL` for all counted connections, or `PRUNABLE` for those of layers that are not kept dense.
     """
-    means = analysis.overlap.summarise(table.filter(pl.col("layer") == ALL), "kind", "k", "level")
+    means = analysis.overlap.summarise(table.filter(pl.col("layer") == total), "kind", "k", "level")
     return pl.concat(
         means.filter((pl.col("kind") == kind) & (pl.col("k") == k))
         .sort("level")
@@ -165,7 +166,7 @@ def layers(table: pl.DataFrame, importance: str) -> pl.DataFrame:
         table: from `tombola.analysis.layers`.
         importance: its name.
     """
-    own = table.filter((pl.col("importance") == importance) & (pl.col("layer") != ALL))
+    own = table.filter((pl.col("importance") == importance) & ~pl.col("layer").is_in([ALL, PRUNABLE]))
     return analysis.layers.summarise(own).select(
         "layer",
         "level",

@@ -18,7 +18,7 @@ from tombola.importance import IMPORTANCES
 from tombola.kernels import sparse_layers
 from tombola.lottery.rewinding import check_levels, lottery_ticket_rewinding, prune_round
 from tombola.lottery.ticket import Ticket
-from tombola.pruning.mask import Mask
+from tombola.pruning.mask import Mask, prunable, resolve_kept_dense
 from tombola.store.store import Store
 from tombola.streams import ambient
 from tombola.study.schema import Study
@@ -145,9 +145,11 @@ class Planner:
 
     Attributes:
         chains: the chains that the study's results are about.
-        repeats: chains of the first importance with further data orders, for the noise floor.
+        repeats: chains with further data orders, for the noise floor: those of the importances that the study's
+            `data_seeds_for` names, or of the first importance.
         model: the network, with arbitrary weights.
         dense: the mask of the dense network.
+        kept_dense: the layers that are counted and never pruned, by parameter name.
         end: the number of iterations of a complete training.
 
     Raises:
@@ -180,8 +182,12 @@ class Planner:
         self.end = study.recipe.total_iterations(len(problem.data.train_inputs))
         own = [Chain(seed, importance) for seed in study.seeds for importance in study.importances]
         self.chains = own if chains is None else list(chains)
-        first = study.importances[0]
-        self.repeats = [Chain(seed, first, data_seed) for seed in study.seeds for data_seed in study.data_seeds]
+        self.repeats = [
+            Chain(seed, importance, data_seed)
+            for seed in study.seeds
+            for data_seed in study.data_seeds
+            for importance in study.repeated
+        ]
         self._initialise = initial or (lambda seed: Weights.of(initial_state(problem.build, seed)))
         self._initial: dict[int, Weights] = {}
         self._importances = {name: resolve_importance(name) for name in study.importances}
@@ -190,9 +196,30 @@ class Planner:
         with ambient(0):
             self.model = problem.build()
         self.dense = Mask.ones_like(self.model, study.exclude)
-        check_levels(self.dense.total, study.fraction, study.levels)
+        self.kept_dense = resolve_kept_dense(self.dense, study.keep_dense)
+        kept = sum(self.dense.sizes[layer] for layer in self.kept_dense)
+        check_levels(self.dense.total, study.fraction, study.levels, kept_dense=kept)
         for name in [name for name in study.importances if name not in IMPORTANCES]:  # fail before any training
             self._prune(self.initial(study.seeds[0]), self.dense, 0, Chain(study.seeds[0], name))
+
+    def describe_counted(self) -> str:
+        """Return a sentence on what density is about: how many of the network's parameters are counted.
+
+        >>> import pathlib, tempfile
+        >>> from tombola import load_problem, load_study
+        >>> study = load_study("digits", {"levels": 2})
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     print(Planner(study, load_problem(study.task), Store(pathlib.Path(folder) / "s")).describe_counted())
+        Density counts 50200 of the network's 50610 parameters; 1000 of these are kept dense (fc.weight).
+        """
+        parameters = sum(parameter.numel() for parameter in self.model.parameters())
+        text = f"Density counts {self.dense.total} of the network's {parameters} parameters"
+        if self.kept_dense:
+            kept = sum(self.dense.sizes[layer] for layer in self.kept_dense)
+            text += f"; {kept} of these are kept dense ({', '.join(sorted(self.kept_dense))})"
+        if len(left_out := sorted(prunable(self.model).keys() - self.dense.keys())):
+            text += f"; {', '.join(left_out)} {'is' if len(left_out) == 1 else 'are'} left out"
+        return f"{text}."
 
     def initial(self, seed: int) -> Weights:
         """Return the initial weights of a seed."""
@@ -305,6 +332,7 @@ class Planner:
             level,
             importance=self._importances[chain.importance],
             fraction=study.fraction,
+            keep_dense=self.kept_dense,
             seed=chain.order_seed,
         )
         if lasts:
@@ -321,6 +349,7 @@ class Planner:
             importance=chain.importance,
             fraction=self.study.fraction,
             seed=chain.order_seed,
+            kept_dense=self.kept_dense,
         )
 
     def _name_mask(self, chain: Chain, ticket: Ticket) -> str:

@@ -60,13 +60,19 @@ class Study(BaseModel):
     fraction: Annotated[float, Field(gt=0, lt=1)] = Field(
         default=0.2, description="share of the connections alive that each round prunes"
     )
-    data_seeds: Tuple[Count] = Field(
-        default=(), description="seeds of further data orders for the first importance, which give the noise floor"
+    data_seeds: Tuple[Count] = Field(default=(), description="seeds of further data orders, which give the noise floor")
+    data_seeds_for: Tuple[str] = Field(
+        default=(), description="importances that are run with these data orders too; by default the first"
     )
-    exclude: Tuple[str] = Field(default=(), description="layers that are never pruned")
+    exclude: Tuple[str] = Field(
+        default=(), description="layers that are left out: neither pruned nor counted; * matches any characters"
+    )
+    keep_dense: Tuple[str] = Field(
+        default=(), description="layers that are counted and never pruned; * matches any characters"
+    )
     device: Literal["cpu", "cuda"] = Field(default="cpu", description="device to train on: cpu or cuda")
 
-    @field_validator("importances", "seeds", "data_seeds", "exclude")
+    @field_validator("importances", "seeds", "data_seeds", "data_seeds_for", "exclude", "keep_dense")
     @classmethod
     def _no_repetition(cls, values: tuple[Any, ...]) -> tuple[Any, ...]:
         if len(set(values)) < len(values):
@@ -78,7 +84,16 @@ class Study(BaseModel):
     def _other_orders(self) -> Study:
         for seed in set(self.seeds) & set(self.data_seeds):
             raise ValueError(f"data_seeds: {seed} is the data order of seed {seed} already, choose other numbers")
+        for importance in self.data_seeds_for:
+            if importance not in self.importances:
+                message = did_you_mean(importance, self.importances)
+                raise ValueError(f"data_seeds_for: {importance!r} is not one of this study's importances; {message}")
         return self
+
+    @property
+    def repeated(self) -> tuple[str, ...]:
+        """The importances that are run with the data orders of `data_seeds` too."""
+        return self.data_seeds_for or self.importances[:1]
 
 
 def presets() -> dict[str, Path]:
@@ -91,7 +106,10 @@ def load_study(name: str, overrides: Mapping[str, Any] | None = None) -> Study:
     """Load a preset or a TOML file as a study, with some fields overridden.
 
     An override of `recipe.epochs` also removes the file's `iterations`, and vice versa. An override of
-    `recipe.optimizer` with Adam or AdamW also removes the file's `momentum` and `nesterov`.
+    `recipe.optimizer` with Adam or AdamW also removes the file's `momentum` and `nesterov`. An override of
+    `importances` also removes all others from the file's `data_seeds_for`, an override of `exclude` removes its
+    layers from the file's `keep_dense`, and an override of `task.model` removes all of them, because the layers of
+    another model have other names.
 
     Args:
         name: a preset's name, or the path of a TOML file (with a slash, or ending in `.toml`).
@@ -126,6 +144,12 @@ def load_study(name: str, overrides: Mapping[str, Any] | None = None) -> Study:
         _drop_unused_momentum(recipe, str(overrides.get("recipe.optimizer")))
     for field, value in overrides.items():
         _set(document, field.split("."), value)
+    if "importances" in overrides and "data_seeds_for" not in overrides:
+        _drop_other_importances(document)
+    if "keep_dense" not in overrides and isinstance(document.get("keep_dense"), list):
+        left_out = overrides.get("exclude") or ()
+        kept = [] if "task.model" in overrides else [each for each in document["keep_dense"] if each not in left_out]
+        document["keep_dense"] = kept
     if isinstance(document.get("recipe"), dict):
         document["recipe"] = _rewrite_old_optimizer(document["recipe"], name)
     try:
@@ -161,6 +185,13 @@ def _drop_unused_momentum(recipe: dict[str, Any], optimizer: str) -> None:
     if optimizer in ("adam", "adamw") or (optimizer == "sgd" and recipe.get("optimizer") in ("momentum", "nesterov")):
         recipe.pop("momentum", None)
         recipe.pop("nesterov", None)
+
+
+def _drop_other_importances(document: dict[str, Any]) -> None:
+    """Remove from a file's `data_seeds_for` what an override of the importances leaves out."""
+    repeated, importances = document.get("data_seeds_for"), document["importances"]
+    if isinstance(repeated, list) and isinstance(importances, list | tuple):
+        document["data_seeds_for"] = [name for name in repeated if name in importances]
 
 
 def _rewrite_old_optimizer(recipe: dict[str, Any], study: str) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -89,7 +89,16 @@ def name_training(
     return Training(name_of(identity), identity, initial, mask, seed, begin, end)
 
 
-def name_mask(weights: Weights, mask: Mask, level: int, *, importance: str, fraction: float, seed: int) -> str:
+def name_mask(
+    weights: Weights,
+    mask: Mask,
+    level: int,
+    *,
+    importance: str,
+    fraction: float,
+    seed: int,
+    kept_dense: Collection[str] = (),
+) -> str:
     """Return the name of the mask that results from a round of pruning by a built-in importance.
 
     Args:
@@ -99,5 +108,7 @@ def name_mask(weights: Weights, mask: Mask, level: int, *, importance: str, frac
         importance: the name of the importance.
         fraction: the fraction of the alive connections that the round removes, in (0, 1).
         seed: the seed of the random numbers that the importance draws.
+        kept_dense: the layers that the round does not prune, by parameter name.
     """
-    return name_of([PRUNING, weights.hash, mask.hash, importance, fraction, seed, level])
+    identity = [PRUNING, weights.hash, mask.hash, importance, fraction, seed, level]
+    return name_of([*identity, sorted(kept_dense)] if kept_dense else identity)
