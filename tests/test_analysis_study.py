@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
 import json
 import os
@@ -17,7 +18,7 @@ import torch
 from torch import nn
 
 from tombola import Planner, Store, UserError, load_problem, load_study, train
-from tombola.analysis import connectivity, functions, layers, overlap, reinit, stability, weights, winners
+from tombola.analysis import claims, connectivity, functions, layers, overlap, reinit, stability, weights, winners
 from tombola.cli import main
 from tombola.study.planner import Chain
 from tombola.study.reinitialisation import plan
@@ -443,3 +444,42 @@ def test_reinit_plans_runs_and_tells(folder: Path, capsys: pytest.CaptureFixture
     out = capsys.readouterr().out
     assert "seed 0: " in out
     assert "connections kept" in out
+
+
+def test_claims_of_a_study(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tickets = Tickets(open_planner(folder))
+    table = claims.of_study(tickets)
+    assert table.columns == [field.name for field in dataclasses.fields(claims.Claim)]
+    assert table["number"].to_list() == [
+        "1a",
+        "1b",
+        "2",
+        "3a",
+        "3b",
+        "3c",
+        "3d",
+        "4a",
+        "4b",
+        "4c",
+        "5a",
+        "5b",
+        "5c",
+        "6",
+    ]
+    evidence = claims.collect(tickets)
+    assert evidence.describe() == ("Tickets of magnitude, l1 are compared at level 3 (sparsity 87.50 %), from 2 seeds.")
+    assert claims.collect(tickets, ["l1", "min_max"], 1).level == 1
+    with pytest.raises(UserError, match=r"level 9: expected a level from 1 to 3, which all of magnitude, l1 have"):
+        claims.collect(tickets, level=9)
+    with pytest.raises(UserError, match="expected at least 2 to compare"):
+        claims.collect(tickets, ["l1"])
+    arguments = [str(folder / "study.toml"), "--store", str(folder / "store")]
+    assert main(["claims", *arguments]) == 0
+    printed = capsys.readouterr().out
+    assert " ".join(printed.split()).startswith(" ".join(claims.summarise(claims.judge(evidence))))
+    assert "\n4b  The tickets differ by more than another data order makes them differ.\n    verdict: " in printed
+    assert max(map(len, printed.splitlines())) <= 100
+    assert main(["claims", *arguments, "--format", "json", "--importances", "l1", "min_max"]) == 0
+    assert [row["number"] for row in json.loads(capsys.readouterr().out)] == table["number"].to_list()
+    assert main(["claims", *arguments, "--levels", "0"]) == 2
+    assert "no level from 1 on is in" in capsys.readouterr().err

@@ -42,8 +42,12 @@ class Row:
         return asdict(self) | {"collapsed": list(self.collapsed)}
 
 
-def rows(tickets: Tickets) -> list[Row]:
+def rows(tickets: Tickets, chains: Sequence[Chain] | None = None) -> list[Row]:
     """Return the results that the store has, by importance, seed and level.
+
+    Args:
+        tickets: of the study.
+        chains: whose results; by default those of the study, without its other data orders.
 
     Raises:
         tombola.errors.DamagedResultError: where a stored result is damaged.
@@ -51,7 +55,9 @@ def rows(tickets: Tickets) -> list[Row]:
     order = tickets.study.importances
     return [
         row
-        for chain in sorted(tickets.planner.chains, key=lambda chain: order.index(chain.importance))
+        for chain in sorted(
+            tickets.planner.chains if chains is None else chains, key=lambda chain: order.index(chain.importance)
+        )
         for row in _rows(chain, tickets.progress(chain))
     ]
 

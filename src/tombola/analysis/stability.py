@@ -67,16 +67,25 @@ def of_study(
                     tickets.planner.initial(seed).load(),
                     masks[level, chain],
                     shared,
+                    tickets.planner.kept_dense,
                 )
                 table = table if layers is None else table.filter(pl.col("layer").is_in(list(layers)))
                 tables.append(after(table, level=level, importance=chain.importance, seed=seed))
     return pl.concat(tables)
 
 
-def of_ticket(trained: Iterable[State], rewind: State, initial: State, mask: Mask, shared: Mask) -> pl.DataFrame:
+def of_ticket(
+    trained: Iterable[State],
+    rewind: State,
+    initial: State,
+    mask: Mask,
+    shared: Mask,
+    kept_dense: Collection[str] = (),
+) -> pl.DataFrame:
     """Return how stable a ticket's shared connections are, compared with its other connections.
 
-    One row for each measure and layer (and one for all layers, "(all)"), with the columns
+    One row for each measure and layer, and one for all layers together ("(all)"). The latter leaves out the layers that
+    are kept dense, whose connections are all shared by construction. The columns are
 
     - layer; measure, of a connection:
       - sd: the standard deviation (n - 1) of its trained weight over levels 0 to the ticket's.
@@ -102,6 +111,7 @@ def of_ticket(trained: Iterable[State], rewind: State, initial: State, mask: Mas
         initial: initial weights.
         mask: mask of the ticket.
         shared: connections alive in all compared tickets; a subset of the mask.
+        kept_dense: the layers that are counted and never pruned, by parameter name.
     """
     at_first = {name: _select_alive(rewind[name], mask[name]) for name in mask}
     before: dict[str, Values] = {}
@@ -132,12 +142,13 @@ def of_ticket(trained: Iterable[State], rewind: State, initial: State, mask: Mas
         "movement": {name: np.abs(each - _select_alive(initial[name], mask[name])) for name, each in before.items()},
     }
     is_shared = {name: shared[name][mask[name]].numpy() for name in mask}
-    whole = np.concatenate(list(is_shared.values()))
+    pruned = [name for name in mask if name not in kept_dense]
+    whole = np.concatenate([is_shared[name] for name in pruned])
     lines = []
     for measure, by_layer in measures.items():
         for name, values in by_layer.items():
             lines.append({"layer": name, "measure": measure} | _compare(values, is_shared[name]))
-        together = np.concatenate(list(by_layer.values()))
+        together = np.concatenate([by_layer[name] for name in pruned])
         lines.append({"layer": ALL, "measure": measure} | _compare(together, whole))
     return pl.DataFrame(lines, infer_schema_length=None)
 

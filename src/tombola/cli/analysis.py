@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from functools import partial
 from typing import TYPE_CHECKING
@@ -16,11 +16,16 @@ from tombola.errors import UserError, did_you_mean
 if TYPE_CHECKING:
     import polars as pl
 
+    from tombola.analysis.claims import Claim, Evidence
     from tombola.study.tickets import Tickets
 
 
 def add_verbs(verbs: Verbs) -> None:
     """Add the verbs to the command line."""
+    added = verbs.add("claims", claims, verbs.study, verbs.table)
+    added.add_argument(
+        "--level", type=whole_number(1), metavar="N", help="the level to compare (nearest to the paper's, 96.48 %%)"
+    )
     for verb in (overlap, layers, stability, winners, weights, functions, connectivity, reinit):
         added = verbs.add(verb.__name__, verb, verbs.study, verbs.table)
         if verb is reinit:
@@ -52,6 +57,21 @@ def add_verbs(verbs: Verbs) -> None:
             added.add_argument(
                 "--points", type=whole_number(2), default=11, metavar="N", help="points on each line (%(default)s)"
             )
+
+
+def claims(options: argparse.Namespace) -> int:
+    """Show whether the tickets agree with each claim of the paper: are they unique, alike, more stable where shared."""
+    from tombola.analysis import claims
+
+    tickets, names = _open(options)
+    with _warnings_as_notes():
+        evidence = claims.collect(tickets, names, options.level)
+    found = claims.judge(evidence)
+    if options.format == "table":
+        _print_claims(evidence, found)
+    else:
+        _show(claims.to_frame(found), options.format, lambda table: table)
+    return 0
 
 
 def overlap(options: argparse.Namespace) -> int:
@@ -226,6 +246,20 @@ def _show(table: pl.DataFrame, form: str, view: Callable[[pl.DataFrame], pl.Data
     from tombola.cli.tables import show_frame
 
     show_frame(view(table) if form == "table" else table, form)
+
+
+def _print_claims(evidence: Evidence, found: Sequence[Claim]) -> None:
+    """Print the three sentences, then each claim with its verdict, ours, chance, noise floor and the paper's number."""
+    from tombola.analysis.claims import describe, summarise
+    from tombola.cli.tables import wrap
+
+    print(wrap(" ".join(summarise(found))))
+    print()
+    print(wrap(evidence.describe()))
+    for claim in found:
+        print(f"\n{claim.number:3} {wrap(claim.statement, 4)}")
+        for name, text in describe(claim).items():
+            print(wrap(f"    {name}: {text}", 6))
 
 
 def _overlap_by_level(table: pl.DataFrame, total: str = "(all)") -> pl.DataFrame:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import csv
 import io
 import json
+import shutil
 import sys
+import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -120,6 +122,19 @@ def percent_range(low: str, high: str, digits: int = 2, *, sign: bool = False) -
         return form.format(100 * first) + " .. " + form.format(100 * last)
 
     return pl.struct(low, high).map_elements(text, return_dtype=pl.String)
+
+
+def wrap(text: str, indent: int = 0) -> str:
+    """Return a text in lines of at most 100 characters, or of the terminal's width if that is less.
+
+    Args:
+        text: the text; its leading spaces are kept.
+        indent: the number of spaces in front of every line except the first.
+    """
+    start = len(text) - len(text.lstrip())
+    width = max(40, min(100, shutil.get_terminal_size().columns))
+    lines = textwrap.wrap(text.strip(), width, initial_indent=" " * start, subsequent_indent=" " * indent)
+    return "\n".join(lines)
 
 
 def count(number: int, what: str) -> str:

@@ -11,8 +11,9 @@ from typing import Any
 import polars as pl
 
 from tombola import __version__
-from tombola.analysis import connectivity, functions, layers, overlap, reinit, stability, weights, winners
+from tombola.analysis import claims, connectivity, functions, layers, overlap, reinit, stability, weights, winners
 from tombola.analysis.accuracy import Row, rows
+from tombola.analysis.claims import Claim
 from tombola.analysis.gather import label
 from tombola.engine.machine import differences
 from tombola.engine.run import count_remaining
@@ -61,6 +62,8 @@ class Contents:
         margin: a ticket keeps the accuracy if it loses at most this much; on the scale 0..1.
         tables: the analyses' tables by name; see `tombola.analysis`.
         absent: for analyses without a table, the reason.
+        claims: the paper's claims with the verdicts of the study's tickets; empty if nothing can be compared yet.
+        compared: a sentence on the tickets that decide on the claims.
         paper: see `tombola.report.paper.of_study`.
         tickets, expected: number of stored tickets, and of all tickets of the study, including other data orders.
         trainings_left: number of trainings that remain.
@@ -82,6 +85,8 @@ class Contents:
     margin: float
     tables: Mapping[str, pl.DataFrame]
     absent: Mapping[str, str]
+    claims: tuple[Claim, ...] = ()
+    compared: str = ""
     paper: pl.DataFrame | None = None
     tickets: int = 0
     expected: int = 0
@@ -143,6 +148,7 @@ def gather(
             if "connectivity" in costly:
                 add("connectivity", lambda: connectivity.of_study(tickets, levels=[shown]))
         add("reinit", lambda: reinit.of_study(tickets))
+        evidence = _collect_evidence(tickets)
     records = tuple(tickets.records().values())
     data = planner.problem.data
     return Contents(
@@ -163,6 +169,8 @@ def gather(
         margin=margin,
         tables=tables,
         absent=absent,
+        claims=() if evidence is None else tuple(claims.judge(evidence)),
+        compared="" if evidence is None else evidence.describe(),
         paper=paper.of_study(planner.study),
         tickets=sum(len(each.tickets) for each in progress.values()),
         expected=len(progress) * (planner.study.levels + 1),
@@ -193,6 +201,14 @@ def summarise_verification(records: Sequence[Mapping[str, Any]]) -> Verification
         contradicted += outcome == "contradicted"
         elsewhere |= outcome == "contradicted" and bool(differences(record.get("machine", {}), note.get("machine", {})))
     return Verification(len(records), confirmed, contradicted, max(times, default=None), elsewhere)
+
+
+def _collect_evidence(tickets: Tickets) -> claims.Evidence | None:
+    """Return what decides on the paper's claims; None where fewer than two importances have a level from 1 on."""
+    try:
+        return claims.collect(tickets)
+    except UserError:
+        return None
 
 
 def _choose_level(tickets: Tickets, level: int | None, best: pl.DataFrame | None) -> int | None:

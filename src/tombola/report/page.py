@@ -17,7 +17,8 @@ import jinja2
 import polars as pl
 import vl_convert
 
-from tombola.report import findings, look, provenance
+from tombola.analysis.claims import summarise
+from tombola.report import findings, look, provenance, tables
 from tombola.report.contents import Contents
 from tombola.report.sections import sections
 
@@ -45,6 +46,8 @@ def page(contents: Contents, *, refreshed: str = "") -> str:
         policy=policy,
         css=look.css() + _asset("page.css"),
         scripts=scripts,
+        summary=summarise(contents.claims) if contents.claims else (),
+        claims=tables.claims(contents.claims),
         findings=findings.findings(contents),
         progress=findings.progress(contents),
         keeps=findings.keeps(contents),

@@ -12,6 +12,7 @@ import polars as pl
 
 from tombola import analysis
 from tombola.analysis.accuracy import Row
+from tombola.analysis.claims import Claim, describe
 from tombola.analysis.gather import ALL, DATA_ORDER, IMPORTANCES, PRUNABLE
 
 DENSITY = "alive %"
@@ -54,6 +55,13 @@ def accuracy(results: Sequence[Row]) -> pl.DataFrame:
         (mean + sd).round(3).alias("high"),
         pl.col("diverged").sum().cast(pl.Int64),
     )
+
+
+def claims(found: Sequence[Claim]) -> pl.DataFrame:
+    """Return the paper's claims with their verdicts and the numbers that decide, in words."""
+    names = ("verdict", "ours", "chance", "noise floor", "paper")
+    rows = [[claim.number, claim.statement, *(describe(claim).get(name, "–") for name in names)] for claim in found]
+    return pl.DataFrame(rows, dict.fromkeys(("claim", "statement", *names), pl.String), orient="row")
 
 
 def paper(reported: pl.DataFrame, found: pl.DataFrame) -> pl.DataFrame:

@@ -1,0 +1,748 @@
+"""Claims: what the paper says about lottery tickets, and whether the tickets of a study agree.
+
+Each claim of the paper (Vandersmissen and Oramas, arXiv 2302.11244) is tested with a number of the study, which is
+compared with chance and with the noise floor where these exist. Intervals are 95 % intervals over seeds (Student's t).
+From one seed there is no interval, so a claim that needs one is not testable.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from itertools import combinations, pairwise
+from typing import Literal
+
+import polars as pl
+from scipy import stats
+
+from tombola.analysis import layers, overlap, reinit, stability
+from tombola.analysis.accuracy import Row, rows
+from tombola.analysis.gather import ALL, DATA_ORDER, IMPORTANCES, PRUNABLE, last_level
+from tombola.analysis.winners import mean_with_interval
+from tombola.errors import NothingStoredError, UserError
+from tombola.study.planner import select_chains
+from tombola.study.tickets import Tickets
+
+Verdict = Literal["holds", "holds in part", "does not hold", "not testable"]
+
+ALIKE = ("magnitude", "l1", "l2")
+"""The importances that the paper's claims compare."""
+
+SPARSITY = 0.9648
+"""The sparsity at which the paper compares tickets: that of level 15, after rounds of 20 %."""
+
+MARGIN = 0.5
+"""Accuracies that differ by at most this many percentage points are alike."""
+
+DEEP = 0.988
+"""The sparsity from which a missing collapse counts against the claim that magnitude collapses."""
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A claim with its evidence and verdict.
+
+    Args:
+        number: the number of the claim and a letter for its part, such as "4b".
+        statement: what is claimed.
+        paper: what the paper measured, in words.
+        verdict: what the study's tickets say about it.
+        reason: why, in one sentence.
+        measure: what `value` is.
+        value: the number that decides, a mean over seeds. low, high: its 95 % interval; None where there is none.
+        chance: what chance would give. noise: the noise floor, what another data order alone gives.
+        seeds: the number of seeds.
+    """
+
+    number: str
+    statement: str
+    paper: str
+    verdict: Verdict
+    reason: str
+    measure: str = ""
+    value: float | None = None
+    low: float | None = None
+    high: float | None = None
+    chance: float | None = None
+    noise: float | None = None
+    seeds: int = 0
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """The tables of a study that decide on its claims.
+
+    Args:
+        compared: the importances whose tickets are compared.
+        importances: all importances of the study.
+        level: the level at which tickets are compared.
+        results: the result of each ticket.
+        order_results: the results of tickets with other data orders.
+        shapes: the shapes of the layers, in order, by parameter name.
+        kept_dense: the layers that are counted and never pruned.
+        guess: the accuracy of a random guess, in 0..1.
+        layers, overlap, stability, reinit: tables of the analyses with these names; None if they are not stored.
+    """
+
+    compared: tuple[str, ...]
+    importances: tuple[str, ...]
+    level: int
+    results: tuple[Row, ...]
+    order_results: tuple[Row, ...]
+    shapes: Mapping[str, tuple[int, ...]]
+    kept_dense: frozenset[str]
+    guess: float
+    layers: pl.DataFrame
+    overlap: pl.DataFrame
+    stability: pl.DataFrame
+    reinit: pl.DataFrame | None = None
+
+    def describe(self) -> str:
+        """Return a sentence on what was compared."""
+        density = statistics.fmean(row.density for row in self.results if row.level == self.level)
+        seeds = f"{len(self.seeds)} seeds" if len(self.seeds) > 1 else "one seed, so that there are no intervals"
+        return (
+            f"Tickets of {', '.join(self.compared)} are compared at level {self.level} (sparsity "
+            f"{100 * (1 - density):.2f} %), from {seeds}."
+        )
+
+    @property
+    def seeds(self) -> list[int]:
+        """The seeds that have a result at the compared level, in order."""
+        return sorted({row.seed for row in self.results if row.level == self.level})
+
+    @property
+    def convolutional(self) -> bool:
+        """Whether the network has convolutions."""
+        return any(len(shape) > 2 for shape in self.shapes.values())
+
+    @property
+    def groups(self) -> dict[str, list[str]]:
+        """The layers that may be pruned: the input layer, the output layer, 1x1 shortcuts, and the other layers."""
+        first, *_, last = self.shapes
+        shortcuts = [
+            name for name, shape in self.shapes.items() if shape[2:] in {(1, 1), (1,)} and name not in (first, last)
+        ]
+        others = [name for name in self.shapes if name not in {first, last, *shortcuts}]
+        found = {"input layer": [first], "output layer": [last], "1x1 shortcuts": shortcuts, "other layers": others}
+        return {group: [name for name in names if name not in self.kept_dense] for group, names in found.items()}
+
+
+def of_study(tickets: Tickets, importances: Sequence[str] | None = None, level: int | None = None) -> pl.DataFrame:
+    """Return the paper's claims with the verdicts of a study's tickets: one row for each claim.
+
+    The columns are the fields of `Claim`. The compared importances are by default those of the paper's claims
+    (magnitude, l1 and l2) that the study has, if it has two of them, and otherwise all of the study's.
+
+    Args:
+        tickets: tickets of the study.
+        importances: the importances to compare, two or more.
+        level: the level at which tickets are compared; by default the level nearest to the paper's sparsity, 96.48 %,
+            or the last that all compared importances have if that is denser.
+
+    Raises:
+        UserError: if importances or the level are not in the study.
+        NothingStoredError: if they are not stored yet.
+    """
+    return to_frame(judge(collect(tickets, importances, level)))
+
+
+def to_frame(claims: Iterable[Claim]) -> pl.DataFrame:
+    """Return claims as a table whose columns are the fields of `Claim`."""
+    kinds = {"value": pl.Float64, "low": pl.Float64, "high": pl.Float64, "chance": pl.Float64, "noise": pl.Float64}
+    names = [each.name for each in fields(Claim)]
+    return pl.DataFrame(
+        [[getattr(claim, name) for name in names] for claim in claims],
+        {name: kinds.get(name, pl.Int64 if name == "seeds" else pl.String) for name in names},
+        orient="row",
+    )
+
+
+def collect(tickets: Tickets, importances: Sequence[str] | None = None, level: int | None = None) -> Evidence:
+    """Collect the tables that decide on the claims; see `of_study`."""
+    study, planner = tickets.study, tickets.planner
+    if importances is None:
+        known = [name for name in ALIKE if name in study.importances]
+        importances = known if len(known) > 1 else study.importances
+    chains = select_chains(study, importances, at_least=2)
+    compared = tuple(dict.fromkeys(chain.importance for chain in chains))
+    last = last_level(tickets, chains)
+    if last < 1:
+        raise NothingStoredError(f"no level from 1 on is in {planner.store.root} for {', '.join(compared)}")
+    if level is None:
+        results = [row for row in rows(tickets) if row.importance in compared and 1 <= row.level <= last]
+        level = min({row.level for row in results}, key=lambda each: _distance(results, each))
+    elif not 1 <= level <= last:
+        raise UserError(f"level {level}: expected a level from 1 to {last}, which all of {', '.join(compared)} have")
+    return Evidence(
+        compared=compared,
+        importances=study.importances,
+        level=level,
+        results=tuple(rows(tickets)),
+        order_results=tuple(rows(tickets, planner.repeats)),
+        shapes=planner.dense.shapes,
+        kept_dense=planner.kept_dense,
+        guess=1 / len(planner.problem.data.classes),
+        layers=layers.of_study(tickets),
+        overlap=overlap.of_study(tickets, compared, [level]),
+        stability=stability.of_study(tickets, compared, [level]),
+        reinit=_find_reinit(tickets, compared),
+    )
+
+
+def _distance(results: Sequence[Row], level: int) -> float:
+    return abs(1 - SPARSITY - statistics.fmean(row.density for row in results if row.level == level))
+
+
+def _find_reinit(tickets: Tickets, compared: Collection[str]) -> pl.DataFrame | None:
+    """Return the sparsest partial reinitialisation of these importances that the store has."""
+    try:
+        table = reinit.of_study(tickets)
+    except NothingStoredError:
+        return None
+    own = table.filter(pl.col("compared").list.sort() == pl.lit(sorted(compared)))
+    own = own.filter(pl.col("draws") > 0)
+    return own.filter(pl.col("level") == pl.col("level").max()) if len(own) else None
+
+
+def judge(evidence: Evidence) -> list[Claim]:
+    """Return every claim with its verdict, in the paper's order."""
+    return [claim(evidence) for claim in CLAIMS]
+
+
+# 1. Accuracy.
+
+
+def perform_alike(evidence: Evidence) -> Claim:
+    """Judge claim 1a: magnitude, l1 and l2 are alike.
+
+    The value is the mean |difference| of the accuracies of two importances with the same seed, over all pairs and all
+    levels from 1 to the compared level, minus the same of two data orders of one importance. The claim holds if its
+    interval is at most half a point, and does not hold if it is more than that.
+    """
+    claim = _claim("1a", "Tickets of different importances have the same accuracy.", "within the standard deviation")
+    by_ticket = {(row.importance, row.seed, row.level): row.test_accuracy for row in evidence.results}
+    others = {(row.importance, row.seed, row.level): row.test_accuracy for row in evidence.order_results}
+    levels = range(1, evidence.level + 1)
+    two, noise = [], []
+    for seed in evidence.seeds:
+        pairs = [
+            (by_ticket.get((one, seed, level)), by_ticket.get((other, seed, level)))
+            for one, other in combinations(evidence.compared, 2)
+            for level in levels
+        ]
+        orders = [(by_ticket.get(key), value) for key, value in others.items() if key[1] == seed and key[2] in levels]
+        two.append(_mean_difference(pairs))
+        noise.append(_mean_difference(orders))
+    known = [value for value in two if value is not None]
+    floor = [value for value in noise if value is not None]
+    if not known:
+        return claim("not testable", "no two accuracies at one level are stored")
+    excess = [a - b for a, b in zip(two, noise, strict=True) if a is not None and b is not None]
+    mean, low, high = mean_with_interval([100 * value for value in excess or known])
+    measured = claim.measured("points between two importances", [100 * value for value in known])
+    measured = measured.against(noise=100 * statistics.fmean(floor) if floor else None)
+    what = "more than two data orders do" if excess else "on average"
+    text = f"they differ by {mean:+.2f} points {what}{_bracket(low, high, '.2f')}"
+    return measured(*_conclude({text: None if low is None or high is None else _side(-high, -low, -MARGIN)}))
+
+
+def fall_behind(evidence: Evidence) -> Claim:
+    """Judge claim 1b: softmax and min_max keep up early and fall behind later, but not on a fully connected network.
+
+    The value is the accuracy of softmax and min_max minus the mean of the compared importances, at the last level.
+    """
+    expected = evidence.convolutional
+    claim = _claim(
+        "1b",
+        f"softmax and min_max {'fall behind at high sparsity' if expected else 'keep up also at high sparsity'}.",
+        "behind by 10 points and more at 99.5 %" if expected else "+0.4 and +1.2 points at 99.53 %",
+    )
+    differences: dict[str, list[float]] = {}
+    for name in [name for name in evidence.importances if name in ("softmax", "min_max")]:
+        last = min(_last_level(evidence, each) for each in (name, *evidence.compared))
+        at = {(row.importance, row.seed): row.test_accuracy for row in evidence.results if row.level == last}
+        for seed in evidence.seeds:
+            reference = [at.get((each, seed)) for each in evidence.compared]
+            own = at.get((name, seed))
+            if own is not None and None not in reference and last > 0:
+                mean = statistics.fmean(each for each in reference if each is not None)
+                differences.setdefault(name, []).append(100 * (own - mean))
+    if not differences:
+        return claim("not testable", "softmax and min_max are not among the results")
+    parts: dict[str, bool | None] = {}
+    for name, values in differences.items():
+        mean, low, high = mean_with_interval(values)
+        keeps_up = None if low is None or high is None else _side(low, high, -MARGIN)
+        parts[f"{name} {mean:+.2f} points{_bracket(low, high, '.2f')}"] = keeps_up if not expected else _not(keeps_up)
+    over = [statistics.fmean(values) for values in zip(*differences.values(), strict=False)]
+    measured = claim.measured("points from the compared importances", over)
+    return measured(*_conclude(parts, "at the last level"))
+
+
+# 2. Collapse.
+
+
+def collapse(evidence: Evidence) -> Claim:
+    """Judge claim 2: magnitude and softmax lose whole layers, l1 and l2 do not.
+
+    The value is the share of chains of magnitude that have a collapsed layer.
+    """
+    claim = _claim("2", "magnitude and softmax lose whole layers; l1 and l2 do not.", "in every VGG and ResNet run")
+    chains: dict[str, dict[int, int | None]] = {}
+    for row in sorted(evidence.results, key=lambda row: row.level):
+        first = chains.setdefault(row.importance, {}).setdefault(row.seed, None)
+        if first is None and row.collapsed:
+            chains[row.importance][row.seed] = row.level
+    text = "; ".join(f"{name}: {_describe_collapse(levels.values())}" for name, levels in chains.items())
+    deepest = 1 - min(row.density for row in evidence.results)
+    expected = {"magnitude": True, "softmax": True, "l1": False, "l2": False}
+    agree = {
+        name: any(level is not None for level in levels.values()) == expected[name]
+        for name, levels in chains.items()
+        if name in expected
+    }
+    if not {"magnitude"} < agree.keys():
+        return claim("not testable", f"it compares magnitude with l1, l2 or softmax; {text}")
+    own = [float(level is not None) for level in chains["magnitude"].values()]
+    measured = claim.measured("share of seeds in which magnitude loses a layer", own, interval=False)
+    if not evidence.convolutional:
+        return measured("not testable", f"the paper says this of convolutional networks; {text}")
+    if not agree["magnitude"] and deepest < DEEP:
+        return measured("not testable", f"the study ends at a sparsity of {100 * deepest:.2f} %; {text}")
+    if len(evidence.seeds) < 2:
+        text += "; from one seed"
+    verdict: Verdict = "holds" if all(agree.values()) else "holds in part" if agree["magnitude"] else "does not hold"
+    return measured(verdict, text)
+
+
+def _describe_collapse(levels: Collection[int | None]) -> str:
+    first = [level for level in levels if level is not None]
+    if not first:
+        return "no layer lost"
+    return f"in {len(first)} of {len(levels)} seeds, first at level {min(first)}"
+
+
+# 3. Layers.
+
+
+def special_layers(evidence: Evidence) -> Claim:
+    """Judge claim 3a: input layer, output layer and 1x1 shortcuts are pruned less than the other layers.
+
+    The value is the density of the input layer divided by that of the other layers, at the compared level.
+    """
+    claim = _claim(
+        "3a", "Input layer, output layer and 1x1 shortcuts are pruned less than the other layers.", "in all systems"
+    )
+    groups = evidence.groups
+    if not groups["other layers"]:
+        return claim("not testable", "the network has no other layers")
+    ratios = {
+        group: [
+            _density(evidence, seed, groups[group]) / max(_density(evidence, seed, groups["other layers"]), 1e-12)
+            for seed in evidence.seeds
+        ]
+        for group in ("input layer", "output layer", "1x1 shortcuts")
+        if groups[group]
+    }
+    measured = claim.measured("density of the input layer / of the other layers", ratios.get("input layer", []))
+    return measured(*_conclude(_compare(ratios, 1, ".2f"), "density, divided by that of the other layers"))
+
+
+def deeper_layers(evidence: Evidence) -> Claim:
+    """Judge claim 3b: deeper layers are sparser.
+
+    The value is Spearman's rank correlation (American Journal of Psychology 15, 1904) of the position of a layer and
+    its density, over the layers that are neither input, output nor shortcut, at the compared level.
+    """
+    claim = _claim("3b", "Deeper layers are sparser.", "in all convolutional systems")
+    body = evidence.groups["other layers"]
+    if len(body) < 4:
+        layers = f"{len(body)} layer{'' if len(body) == 1 else 's'}"
+        return claim("not testable", f"the network has {layers} between input and output, 4 are needed")
+    correlations = [
+        _correlate_with_position([_density(evidence, seed, [name]) for name in body]) for seed in evidence.seeds
+    ]
+    mean, low, high = mean_with_interval(correlations)
+    sparser = None if low is None or high is None else _side(-high, -low, 0)
+    measured = claim.measured("rank correlation of depth and density", correlations).against(chance=0.0)
+    return measured(*_conclude({f"the rank correlation is {mean:+.2f}{_bracket(low, high, '+.2f')}": sparser}))
+
+
+def spikes(evidence: Evidence) -> Claim:
+    """Judge claim 3c: softmax prunes in spikes, a layer untouched in one round and much pruned in another.
+
+    The value is the standard deviation over rounds of the share of a layer's connections that a round prunes, mean over
+    layers, for softmax. The claim holds if it is at least one and a half times that of each other importance.
+    """
+    claim = _claim("3c", "softmax prunes a layer in spikes.", "softmax alone")
+    if "softmax" not in evidence.importances or len(evidence.importances) < 2:
+        return claim("not testable", "softmax and another importance are needed")
+    found = {name: [_unevenness(evidence, name, seed) for seed in evidence.seeds] for name in evidence.importances}
+    known = {name: [value for value in values if value is not None] for name, values in found.items()}
+    if not all(len(values) == len(evidence.seeds) for values in known.values()):
+        return claim("not testable", "fewer than three levels of some importance are stored")
+    others = {name: values for name, values in known.items() if name != "softmax"}
+    largest = [max(values[number] for values in others.values()) for number in range(len(evidence.seeds))]
+    agree = [own >= 1.5 * other for own, other in zip(known["softmax"], largest, strict=True)]
+    text = ", ".join(f"{name} {statistics.fmean(values):.3f}" for name, values in known.items())
+    measured = claim.measured("standard deviation over rounds of the share pruned", known["softmax"])
+    return measured(*_count(agree, text))
+
+
+def follows(evidence: Evidence) -> Claim:
+    """Judge claim 3d: min_max follows the global sparsity best.
+
+    The value is the mean |density of the network - density of a layer| over layers and levels, for min_max.
+    """
+    claim = _claim("3d", "min_max follows the sparsity of the network best.", "best of five importances")
+    if "min_max" not in evidence.importances or len(evidence.importances) < 2:
+        return claim("not testable", "min_max and another importance are needed")
+    names = [name for group in evidence.groups.values() for name in group]
+    table = evidence.layers.filter(pl.col("layer").is_in(names) & (pl.col("level") > 0))
+    means = table.group_by("importance", "seed").agg(pl.col("ahead").abs().mean() * 100).sort("seed")
+    found = {name: means.filter(pl.col("importance") == name)["ahead"].to_list() for name in evidence.importances}
+    if not all(len(values) == len(evidence.seeds) for values in found.values()):
+        return claim("not testable", "some importances have no results")
+    agree = [all(own <= other for other in seed) for own, *seed in zip(found["min_max"], *found.values(), strict=True)]
+    average = sorted((statistics.fmean(values), name) for name, values in found.items())
+    measured = claim.measured("points of density from the network's", found["min_max"])
+    return measured(*_count(agree, f"in points: {', '.join(f'{name} {mean:.2f}' for mean, name in average)}"))
+
+
+# 4. Overlap.
+
+
+def overlap_little(evidence: Evidence) -> Claim:
+    """Judge claim 4a: the tickets overlap little.
+
+    The value is the share of a ticket's connections that the tickets of all compared importances have, in %, at the
+    compared level, without the layers that are kept dense. The claim holds if less than half are shared.
+    """
+    claim = _claim("4a", "The tickets of different importances share few connections.", "9.34 % of a ticket")
+    table = evidence.overlap.filter(
+        (pl.col("kind") == IMPORTANCES)
+        & (pl.col("k") == len(evidence.compared))
+        & (pl.col("layer") == _total(evidence))
+    )
+    if not len(table):
+        return claim("not testable", "the tickets of one seed are not all stored")
+    values = [100 * value for value in table["shared_of_ticket"].to_list()]
+    chance = statistics.fmean((100 * table["layers_expected"] / table["alive"]).to_list())
+    measured = claim.measured("% of a ticket shared by all", values)
+    measured = measured.against(chance=chance, noise=_shares(evidence, DATA_ORDER)[1])
+    few = None if measured.low is None or measured.high is None else _side(-measured.high, -measured.low, -50)
+    text = f"they share {measured.value:.1f} %{_bracket(measured.low, measured.high, '.1f')}, chance {chance:.1f} %"
+    return measured(*_conclude({text: few}))
+
+
+def distinct_beyond_noise(evidence: Evidence) -> Claim:
+    """Judge claim 4b: tickets of two importances differ by more than tickets of two data orders do.
+
+    The value is the noise floor minus the share of a ticket that two importances have in common, in points, at the
+    compared level, without the layers that are kept dense: positive if importances matter more than the data order.
+    """
+    claim = _claim("4b", "The tickets differ by more than another data order makes them differ.", "not measured")
+    two, mean_two = _shares(evidence, IMPORTANCES)
+    noise, mean_noise = _shares(evidence, DATA_ORDER)
+    both = [seed for seed in two if seed in noise]
+    if not both or mean_two is None or mean_noise is None:
+        return claim("not testable", "the study has no second data order, which gives the noise floor")
+    measured = claim.measured("points between noise floor and overlap", [noise[seed] - two[seed] for seed in both])
+    measured = measured.against(chance=0.0, noise=mean_noise)
+    beyond = _compare({"a difference of": [noise[seed] - two[seed] for seed in both]}, 0, "+.1f")
+    return measured(*_conclude(beyond, f"two importances share {mean_two:.1f} %, two data orders {mean_noise:.1f} %"))
+
+
+def ends_share_more(evidence: Evidence) -> Claim:
+    """Judge claim 4c: the tickets share more in the input and output layers than elsewhere.
+
+    The value is the share that all compared tickets have in common in the input layer minus that in all layers.
+    """
+    claim = _claim("4c", "They share more in the input and the output layer.", "68.78 % in the first convolution")
+    table = evidence.overlap.filter((pl.col("kind") == IMPORTANCES) & (pl.col("k") == len(evidence.compared)))
+    shares: dict[str, list[float]] = {}
+    for seed in evidence.seeds:
+        own = {row["layer"]: row["shared_of_ticket"] for row in table.filter(pl.col("seed") == seed).to_dicts()}
+        for group in ("input layer", "output layer"):
+            for name in evidence.groups[group]:
+                if own.get(name) is not None and own.get(_total(evidence)) is not None:
+                    shares.setdefault(group, []).append(100 * (own[name] - own[_total(evidence)]))
+    if not shares:
+        return claim("not testable", "neither layer has connections that all tickets share")
+    measured = claim.measured("points more in the input layer", shares.get("input layer", []))
+    return measured(*_conclude(_compare(shares, 0, "+.1f"), "points more than in all layers"))
+
+
+# 5. Stability.
+
+
+def vary_less(evidence: Evidence) -> Claim:
+    """Judge claim 5a: the trained weights of shared connections vary less from level to level.
+
+    The value is Cliff's delta of the standard deviation, see `tombola.analysis.stability`; mean over importances.
+    """
+    return _judge_effect(evidence, "5a", "Shared connections have a lower standard deviation over levels.", "sd")
+
+
+def flip_less(evidence: Evidence) -> Claim:
+    """Judge claim 5b: shared connections change their sign less often.
+
+    The value is Cliff's delta of whether a connection changes its sign at all, which is the difference of two shares.
+    """
+    return _judge_effect(evidence, "5b", "Shared connections change their sign less often.", "flipped")
+
+
+def move_further(evidence: Evidence) -> Claim:
+    """Judge claim 5c: in the input layer, shared connections move further from their initial value.
+
+    The value is Cliff's delta of the distance between trained and initial weight, in the input layer.
+    """
+    layer = next(iter(evidence.shapes))
+    statement = "In the input layer, shared connections move further from their initial value."
+    return _judge_effect(evidence, "5c", statement, "movement", layer=layer, below=False)
+
+
+def _judge_effect(
+    evidence: Evidence, number: str, statement: str, measure: str, *, layer: str = ALL, below: bool = True
+) -> Claim:
+    claim = _claim(number, statement, "in all its figures")
+    table = evidence.stability.filter((pl.col("measure") == measure) & (pl.col("layer") == layer))
+    by_seed = table.drop_nulls("effect").group_by("seed").agg(pl.col("effect").mean()).sort("seed")
+    if not len(by_seed):
+        return claim("not testable", "there are no shared connections, or no others")
+    values = by_seed["effect"].to_list()
+    mean, low, high = mean_with_interval(values)
+    agrees = None
+    if low is not None and high is not None:
+        agrees = _side(-high, -low, 0) if below else _side(low, high, 0)
+    measured = claim.measured("Cliff's delta, shared against others", values).against(chance=0.0)
+    return measured(*_conclude({f"Cliff's delta is {mean:+.3f}{_bracket(low, high, '+.3f')}": agrees}))
+
+
+# 6. Partial reinitialisation.
+
+
+def found_again(evidence: Evidence) -> Claim:
+    """Judge claim 6: connections that keep their initial weight survive more often than by chance.
+
+    The value is how much more often they survive in the input layer, in %.
+    """
+    claim = _claim(
+        "6",
+        "Shared connections that keep their initial weight survive more often than by chance.",
+        "+8.5 to +70 % in the first convolution, +440 to +480 % in the classifier, -3.2 to +20 % in the shortcuts",
+    )
+    if evidence.reinit is None:
+        return claim("not testable", "no partial reinitialisation of these importances is stored")
+    found: dict[str, list[float]] = {}
+    for group in ("input layer", "output layer", "1x1 shortcuts"):
+        names = evidence.groups[group]
+        own = evidence.reinit.filter(pl.col("layer").is_in(names)).drop_nulls("excess")
+        if len(own):
+            means = own.group_by("seed").agg(pl.col("excess").mean() * 100).sort("seed")
+            found[group] = means["excess"].to_list()
+    if not found:
+        return claim("not testable", "nothing is expected by chance in these layers")
+    level, draws = evidence.reinit["level"][0], evidence.reinit["draws"][0]
+    measured = claim.measured("% more often than by chance, input layer", found.get("input layer", []))
+    about = f"level {level}, {draws} {'draw' if draws == 1 else 'draws'}, % more often than by chance"
+    return measured.against(chance=0.0)(*_conclude(_compare(found, 0, "+.1f"), about))
+
+
+CLAIMS: tuple[Callable[[Evidence], Claim], ...] = (
+    *(perform_alike, fall_behind, collapse),
+    *(special_layers, deeper_layers, spikes, follows),
+    *(overlap_little, distinct_beyond_noise, ends_share_more),
+    *(vary_less, flip_less, move_further),
+    found_again,
+)
+"""The paper's claims in its order. Claim 7, the ranges of weights, is a description: see `tombola.analysis.weights`."""
+
+
+def summarise(claims: Sequence[Claim]) -> tuple[str, str, str]:
+    """Return three sentences: are the tickets unique beyond noise, do they perform alike, are shared ones more stable.
+
+    Args:
+        claims: of `judge`.
+    """
+    by_number = {claim.number: claim for claim in claims}
+    unique, alike = by_number["4b"], by_number["1a"]
+    distinct = {
+        "holds": "Tickets of different importances differ by more than another data order makes them differ",
+        "does not hold": "Tickets of different importances differ no more than another data order makes them differ",
+        "not testable": "It is not known whether importances make tickets differ by more than another data order does",
+    }
+    perform = {
+        "holds": "They perform alike",
+        "does not hold": "They do not perform alike",
+        "not testable": "It is not known whether they perform alike",
+    }
+    spread, sign = by_number["5a"], by_number["5b"]
+    if {spread.verdict, sign.verdict} == {"holds"}:
+        text = "Shared connections are more stable than others"
+    elif "not testable" in (spread.verdict, sign.verdict):
+        text = "It is not known whether shared connections are more stable than others"
+    else:
+        text = "Shared connections are not in every respect more stable than others"
+    return (
+        f"{distinct[unique.verdict]}: {unique.reason}.",
+        f"{perform[alike.verdict]}: {alike.reason}.",
+        f"{text}: for the spread of a weight over levels, {spread.reason}; for a change of its sign, {sign.reason}.",
+    )
+
+
+def describe(claim: Claim) -> dict[str, str]:
+    """Return the evidence of a claim in words: verdict, ours, chance, noise floor and the paper's number, where known.
+
+    >>> claim = Claim("4b", "They differ.", "not measured", "holds", "they do", "points", 2.0, 1.0, 3.0, 0.0, 61.0, 3)
+    >>> describe(claim)["ours"]
+    '2 (95 % 1 to 3) points; 3 seeds'
+    """
+    found = {"verdict": f"{claim.verdict}; {claim.reason}."}
+    if claim.value is not None:
+        seeds = f"{claim.seeds} seed{'s' if claim.seeds != 1 else ''}"
+        interval = _bracket(claim.low, claim.high, ".4g")
+        found["ours"] = f"{claim.value:.4g}{interval} {claim.measure}; {seeds}"
+    if claim.chance is not None:
+        found["chance"] = f"{claim.chance:.4g}"
+    if claim.noise is not None:
+        found["noise floor"] = f"{claim.noise:.4g}"
+    return found | {"paper": claim.paper}
+
+
+@dataclass(frozen=True)
+class _Open:
+    """A claim without a verdict yet: calling it with a verdict and a reason completes it."""
+
+    number: str
+    statement: str
+    paper: str
+    measure: str = ""
+    value: float | None = None
+    low: float | None = None
+    high: float | None = None
+    chance: float | None = None
+    noise: float | None = None
+    seeds: int = 0
+
+    def measured(self, measure: str, values: Sequence[float], *, interval: bool = True) -> _Open:
+        """Add the number that decides: the mean of these values, one for each seed, with its interval."""
+        if not values:
+            return self
+        mean, low, high = mean_with_interval(values)
+        bounds = (low, high) if interval else (None, None)
+        return replace(self, measure=measure, value=mean, low=bounds[0], high=bounds[1], seeds=len(values))
+
+    def against(self, *, chance: float | None = None, noise: float | None = None) -> _Open:
+        """Add what chance and another data order give."""
+        return replace(self, chance=chance, noise=noise)
+
+    def __call__(self, verdict: Verdict, reason: str) -> Claim:
+        """Return the claim with its verdict."""
+        measured = (self.measure, self.value, self.low, self.high, self.chance, self.noise, self.seeds)
+        return Claim(self.number, self.statement, self.paper, verdict, reason, *measured)
+
+
+def _claim(number: str, statement: str, paper: str) -> _Open:
+    return _Open(number, statement, paper)
+
+
+def _side(low: float, high: float, limit: float) -> bool | None:
+    """Return whether an interval lies above a limit; None if it contains the limit and both answers are possible."""
+    return True if low > limit else False if high <= limit else None
+
+
+def _not(answer: bool | None) -> bool | None:
+    return None if answer is None else not answer
+
+
+def _compare(parts: Mapping[str, Sequence[float]], limit: float, form: str) -> dict[str, bool | None]:
+    """Return for each part, in words with its mean and interval, whether it is above a limit; None if that is open."""
+    found = {}
+    for name, values in parts.items():
+        mean, low, high = mean_with_interval(values)
+        above = None if low is None or high is None else _side(low, high, limit)
+        found[f"{name} {mean:{form}}{_bracket(low, high, form)}"] = above
+    return found
+
+
+def _conclude(parts: Mapping[str, bool | None], about: str = "") -> tuple[Verdict, str]:
+    """Return verdict and reason from the parts of a claim: each in words, and whether it agrees with the claim."""
+    answers = list(parts.values())
+    text = f"{about}: {', '.join(parts)}" if about else ", ".join(parts)
+    if None in answers:
+        text += "; more seeds are needed to decide" if True not in answers else "; more seeds are needed for the rest"
+    if True in answers:
+        return "holds" if all(answers) else "holds in part", text
+    return "not testable" if None in answers else "does not hold", text
+
+
+def _count(agree: Sequence[bool], text: str) -> tuple[Verdict, str]:
+    """Return verdict and reason of a claim that each seed agrees with or not."""
+    found: Verdict = "holds" if all(agree) else "holds in part" if any(agree) else "does not hold"
+    return found, f"{text}; in {sum(agree)} of {len(agree)} {'seeds' if len(agree) > 1 else 'seed'}"
+
+
+def _bracket(low: float | None, high: float | None, form: str) -> str:
+    return "" if low is None or high is None else f" (95 % {low:{form}} to {high:{form}})"
+
+
+def _mean_difference(pairs: Iterable[tuple[float | None, float | None]]) -> float | None:
+    differences = [abs(one - other) for one, other in pairs if one is not None and other is not None]
+    return statistics.fmean(differences) if differences else None
+
+
+def _last_level(evidence: Evidence, importance: str) -> int:
+    """Return the last level that every seed has."""
+    return min(
+        max((row.level for row in evidence.results if (row.importance, row.seed) == (importance, seed)), default=0)
+        for seed in evidence.seeds
+    )
+
+
+def _correlate_with_position(values: Sequence[float]) -> float:
+    """Return Spearman's rank correlation of values and their position; 0 if all are equal."""
+    return 0.0 if len(set(values)) == 1 else float(stats.spearmanr(range(len(values)), values).statistic)
+
+
+def _density(evidence: Evidence, seed: int, names: Sequence[str]) -> float:
+    """Return the density of some layers together, mean over the compared importances."""
+    table = evidence.layers.filter(
+        (pl.col("level") == evidence.level)
+        & (pl.col("seed") == seed)
+        & pl.col("importance").is_in(evidence.compared)
+        & pl.col("layer").is_in(names)
+    )
+    alive, connections = (sum(table[column].to_list()) for column in ("alive", "connections"))
+    return float(alive / connections)
+
+
+def _unevenness(evidence: Evidence, importance: str, seed: int) -> float | None:
+    """Return the standard deviation over rounds of the share of a layer that a round prunes, mean over layers."""
+    names = [name for group in evidence.groups.values() for name in group]
+    found = []
+    for name in names:
+        table = evidence.layers.filter(
+            (pl.col("importance") == importance) & (pl.col("seed") == seed) & (pl.col("layer") == name)
+        ).sort("level")
+        alive = table["alive"].to_list()
+        shares = [1 - after / before for before, after in pairwise(alive) if before]
+        if len(shares) > 1:
+            found.append(statistics.stdev(shares))
+    return statistics.fmean(found) if found else None
+
+
+def _total(evidence: Evidence) -> str:
+    return PRUNABLE if evidence.kept_dense else ALL
+
+
+def _shares(evidence: Evidence, kind: str) -> tuple[dict[int, float], float | None]:
+    """Return the share of a ticket, in %, that two tickets have in common: by seed, and the mean."""
+    table = evidence.overlap.filter(
+        (pl.col("kind") == kind) & (pl.col("k") == 2) & (pl.col("layer") == _total(evidence))
+    ).drop_nulls("shared_of_ticket")
+    means = table.group_by("seed").agg(pl.col("shared_of_ticket").mean() * 100).sort("seed")
+    by_seed = dict(zip(means["seed"].to_list(), means["shared_of_ticket"].to_list(), strict=True))
+    return by_seed, statistics.fmean(by_seed.values()) if by_seed else None

@@ -1,0 +1,300 @@
+"""The verdicts on the paper's claims: on cases worked by hand, and on a study."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import polars as pl
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tombola.analysis import claims
+from tombola.analysis.accuracy import Row
+from tombola.analysis.claims import Claim, Evidence
+
+THREE = ("magnitude", "l1", "l2")
+FIVE = (*THREE, "softmax", "min_max")
+DENSE = {"conv1.weight": (4, 3, 3, 3), "a.weight": (8, 4, 3, 3), "s.weight": (8, 4, 1, 1), "fc.weight": (2, 8)}
+DEEP = {
+    "conv1.weight": (4, 3, 3, 3),
+    **{f"b{number}.weight": (4, 4, 3, 3) for number in range(4)},
+    "s.weight": (8, 4, 1, 1),
+    "fc.weight": (2, 8),
+}
+
+
+def row(importance: str, seed: int, level: int, accuracy: float, collapsed: Sequence[str] = ()) -> Row:
+    return Row(importance, seed, level, 0.5**level, accuracy, 1, 0.1, False, tuple(collapsed))
+
+
+def results(
+    accuracy: Callable[[str, int, int], float], importances: Sequence[str] = THREE, levels: int = 3
+) -> tuple[Row, ...]:
+    return tuple(
+        row(name, seed, level, accuracy(name, seed, level))
+        for name in importances
+        for seed in (0, 1, 2)
+        for level in range(4)
+    )
+
+
+def layers(alive: Callable[[str, str, int, int], int], importances: Sequence[str] = THREE) -> pl.DataFrame:
+    """Make a table of layers of 100 connections, with this number alive: of (importance, layer, level, seed)."""
+    lines = []
+    for name in importances:
+        for seed in (0, 1, 2):
+            for level in range(4):
+                counts = {layer: alive(name, layer, level, seed) for layer in DEEP}
+                density = sum(counts.values()) / (100 * len(counts))
+                lines += [
+                    {"level": level, "importance": name, "seed": seed, "layer": layer, "connections": 100}
+                    | {"alive": count, "ahead": density - count / 100}
+                    for layer, count in counts.items()
+                ]
+    return pl.DataFrame(lines)
+
+
+def overlap(two: Sequence[float], noise: Sequence[float], layer: str = "(all)") -> pl.DataFrame:
+    """Make a table of overlap: of all three and of each two importances by seed, and of two data orders."""
+    lines = [
+        {"seed": seed, "kind": kind, "k": k, "layer": layer, "alive": 10.0, "shared_of_ticket": value}
+        for values, kind, k in ((two, "importances", 2), (two, "importances", 3), (noise, "data order", 2))
+        for seed, value in enumerate(values)
+    ]
+    return pl.DataFrame(lines).with_columns(layers_expected=pl.lit(0.5))
+
+
+def stability(effects: Sequence[float | None], measure: str = "sd", layer: str = "(all)") -> pl.DataFrame:
+    lines = [{"seed": seed, "measure": measure, "layer": layer, "effect": value} for seed, value in enumerate(effects)]
+    return pl.DataFrame(lines, {"seed": pl.Int64, "measure": pl.String, "layer": pl.String, "effect": pl.Float64})
+
+
+EVIDENCE = Evidence(
+    compared=THREE,
+    importances=THREE,
+    level=3,
+    results=results(lambda *_: 0.9),
+    order_results=results(lambda *_: 0.9),
+    shapes=DEEP,
+    kept_dense=frozenset(),
+    guess=0.1,
+    layers=layers(lambda *_: 50),
+    overlap=overlap([0.1, 0.1, 0.1], [0.5, 0.5, 0.5]),
+    stability=stability([-0.5, -0.4, -0.6]),
+)
+
+
+def judge(claim: Callable[[Evidence], Claim], **changes: object) -> Claim:
+    return claim(replace(EVIDENCE, **changes))  # type: ignore[arg-type]
+
+
+# 1.
+
+
+def test_alike_is_measured_against_two_data_orders() -> None:
+    equal = judge(claims.perform_alike)
+    assert (equal.verdict, equal.value, equal.noise) == ("holds", 0.0, 0.0)
+
+    def apart(name: str, seed: int, level: int) -> float:
+        return 0.9 - (0.02 + 0.001 * seed if name == "l2" and level > 0 else 0)
+
+    far = judge(claims.perform_alike, results=results(apart))
+    assert far.verdict == "does not hold"
+    assert far.value == pytest.approx((2 * (2.0 + 2.1 + 2.2) / 3) / 3)  # two of the three pairs
+    orders = results(lambda name, seed, level: apart(name, seed, level) - 0.02)
+    noisy = judge(claims.perform_alike, results=results(apart), order_results=orders)
+    assert (noisy.verdict, round(noisy.noise or 0, 6)) == ("holds", 2.0)
+    assert "points more than two data orders do" in noisy.reason
+    alone = judge(claims.perform_alike, order_results=())
+    assert (alone.verdict, alone.noise) == ("holds", None)
+    assert "points on average" in alone.reason
+
+
+def test_levels_beyond_the_compared_one_and_the_dense_network_do_not_count() -> None:
+    accuracy = results(lambda name, seed, level: 0.9 - (0.3 if name == "l1" and level in (0, 3) else 0))
+    assert judge(claims.perform_alike, results=accuracy, level=2).value == 0
+    assert judge(claims.perform_alike, results=accuracy, level=3).value == pytest.approx(100 * 0.3 * 2 / 9)
+
+
+@pytest.mark.parametrize("convolutional", [True, False])
+def test_softmax_and_min_max_fall_behind_on_convolutional_networks_only(convolutional: bool) -> None:
+    shapes = DEEP if convolutional else {"fc1.weight": (9, 9), "fc.weight": (2, 9)}
+
+    def found(softmax: float, min_max: float) -> Claim:
+        loss = {"softmax": softmax, "min_max": min_max}
+        accuracy = results(lambda name, seed, level: 0.9 - loss.get(name, 0) * (level == 3), FIVE)
+        return judge(claims.fall_behind, importances=FIVE, results=accuracy, shapes=shapes)
+
+    assert found(0.1, 0.2).verdict == ("holds" if convolutional else "does not hold")
+    assert found(0.0, 0.2).verdict == "holds in part"
+    assert found(0.0, 0.0).verdict == ("does not hold" if convolutional else "holds")
+    assert found(0.1, 0.2).value == pytest.approx(-15)
+    assert judge(claims.fall_behind).verdict == "not testable"
+
+
+# 2.
+
+
+def collapsing(
+    *names: str, level: int = 2, deepest: int = 7, importances: Sequence[str] = (*THREE, "softmax")
+) -> tuple[Row, ...]:
+    return tuple(
+        row(name, seed, each, 0.9, ["a.weight"] if name in names and each >= 2 else [])
+        for name in importances
+        for seed in (0, 1)
+        for each in range(deepest + 1)
+    )
+
+
+def test_who_collapses() -> None:
+    as_claimed = judge(claims.collapse, results=collapsing("magnitude", "softmax"))
+    assert (as_claimed.verdict, as_claimed.value) == ("holds", 1.0)
+    assert "magnitude: in 2 of 2 seeds, first at level 2; l1: no layer lost" in as_claimed.reason
+    assert judge(claims.collapse, results=collapsing("magnitude", "l1", "softmax")).verdict == "holds in part"
+    assert judge(claims.collapse, results=collapsing("softmax")).verdict == "does not hold"
+    assert judge(claims.collapse, results=collapsing("softmax", deepest=4)).verdict == "not testable"
+    assert judge(claims.collapse, results=collapsing(importances=("l1", "l2"))).verdict == "not testable"
+    perceptron = judge(claims.collapse, results=collapsing("magnitude", "softmax"), shapes={"fc.weight": (2, 2)})
+    assert perceptron.verdict == "not testable"
+    assert "the paper says this of convolutional networks" in perceptron.reason
+
+
+# 3.
+
+
+def test_layers_that_are_pruned_less() -> None:
+    def alive(_: str, layer: str, level: int, seed: int) -> int:
+        return {"conv1.weight": 80, "s.weight": 60 + seed, "fc.weight": 20}.get(layer, 40) if level == 3 else 100
+
+    found = judge(claims.special_layers, layers=layers(alive))
+    assert (found.verdict, found.value, found.low) == ("holds in part", 2.0, 2.0)
+    assert "output layer 0.50 (95 % 0.50 to 0.50)" in found.reason
+    kept = judge(claims.special_layers, layers=layers(alive), kept_dense=frozenset(["fc.weight"]))
+    assert kept.verdict == "holds"
+    assert "output layer" not in kept.reason
+    assert judge(claims.special_layers, shapes={"a.weight": (2, 2), "b.weight": (2, 2)}).verdict == "not testable"
+
+
+def test_deeper_layers() -> None:
+    depth = {layer: number for number, layer in enumerate(DEEP)}
+    sparser = judge(claims.deeper_layers, layers=layers(lambda _, layer, *__: 90 - 10 * depth[layer]))
+    assert (sparser.verdict, sparser.value) == ("holds", -1.0)
+    denser = judge(claims.deeper_layers, layers=layers(lambda _, layer, *__: 10 + 10 * depth[layer]))
+    assert (denser.verdict, denser.value) == ("does not hold", 1.0)
+    few = judge(claims.deeper_layers, shapes=DENSE)
+    assert few.reason == "the network has 1 layer between input and output, 4 are needed"
+
+
+def test_spikes_and_who_follows() -> None:
+    def alive(name: str, layer: str, level: int, _: int) -> int:
+        if name == "softmax":  # half of the layers in each round
+            early = layer in ("conv1.weight", "b0.weight", "b1.weight")
+            return (100, 50 if early else 100, 50, 25 if early else 50)[level]
+        return (100, 80, 64, 51)[level] + (0 if name == "min_max" else 9 * (layer == "b0.weight") * (level > 0))
+
+    table = layers(alive, FIVE)
+    assert judge(claims.spikes, importances=FIVE, layers=table).verdict == "holds"
+    follows = judge(claims.follows, importances=FIVE, layers=table)
+    assert (follows.verdict, follows.value) == ("holds", 0.0)
+    swapped = table.with_columns(pl.col("importance").replace({"softmax": "min_max", "min_max": "softmax"}))
+    assert judge(claims.spikes, importances=FIVE, layers=swapped).verdict == "does not hold"
+    assert judge(claims.follows, importances=FIVE, layers=swapped).verdict == "does not hold"
+    assert judge(claims.spikes).verdict == judge(claims.follows).verdict == "not testable"
+
+
+# 4.
+
+
+def test_overlap_is_measured_against_chance_and_against_two_data_orders() -> None:
+    few = judge(claims.overlap_little)
+    assert (few.verdict, few.value, few.chance, few.noise) == ("holds", 10.0, 5.0, 50.0)
+    assert judge(claims.overlap_little, overlap=overlap([0.6, 0.61, 0.62], [])).verdict == "does not hold"
+    assert judge(claims.overlap_little, overlap=overlap([0.3, 0.8], [])).verdict == "not testable"
+    beyond = judge(claims.distinct_beyond_noise)
+    assert (beyond.verdict, beyond.value, beyond.noise) == ("holds", 40.0, 50.0)
+    same = judge(claims.distinct_beyond_noise, overlap=overlap([0.62, 0.61, 0.63], [0.61, 0.61, 0.61]))
+    assert same.verdict == "not testable"
+    assert same.reason.endswith("more seeds are needed to decide")
+    more = judge(claims.distinct_beyond_noise, overlap=overlap([0.7, 0.71, 0.72], [0.6, 0.61, 0.62]))
+    assert more.verdict == "does not hold"
+    assert judge(claims.distinct_beyond_noise, overlap=overlap([0.1, 0.2], [])).verdict == "not testable"
+
+
+def test_what_is_kept_dense_does_not_count_as_shared() -> None:
+    kept = frozenset(["fc.weight"])
+    table = pl.concat([overlap([0.9] * 3, [0.9] * 3), overlap([0.2] * 3, [0.6] * 3, "(prunable)")])
+    assert judge(claims.overlap_little, overlap=table, kept_dense=kept).value == pytest.approx(20)
+    assert judge(claims.distinct_beyond_noise, overlap=table, kept_dense=kept).value == pytest.approx(40)
+    assert judge(claims.overlap_little, overlap=table).value == pytest.approx(90)
+
+
+def test_ends_share_more() -> None:
+    parts = [overlap([0.1] * 3, []), overlap([0.5, 0.6, 0.7], [], "conv1.weight"), overlap([0.05] * 3, [], "fc.weight")]
+    found = judge(claims.ends_share_more, overlap=pl.concat(parts))
+    assert (found.verdict, found.value) == ("holds in part", pytest.approx(50))
+
+
+# 5.
+
+
+def test_effects_on_shared_connections() -> None:
+    assert judge(claims.vary_less).verdict == "holds"
+    assert judge(claims.vary_less, stability=stability([0.5, 0.4, 0.6])).verdict == "does not hold"
+    assert judge(claims.vary_less, stability=stability([-0.5, 0.4, 0.6])).verdict == "not testable"
+    assert judge(claims.vary_less, stability=stability([0.0, 0.0])).verdict == "does not hold"
+    assert judge(claims.vary_less, stability=stability([None])).verdict == "not testable"
+    assert judge(claims.flip_less, stability=stability([-0.5, -0.5], "flipped")).verdict == "holds"
+    further = stability([0.5, 0.4, 0.6], "movement", "conv1.weight")
+    assert judge(claims.move_further, stability=further).verdict == "holds"
+    assert judge(claims.move_further, stability=further.with_columns(-pl.col("effect"))).verdict == "does not hold"
+
+
+# 6.
+
+
+def test_connections_found_again() -> None:
+    assert judge(claims.found_again).verdict == "not testable"
+
+    def table(**excess: float) -> pl.DataFrame:
+        lines = [
+            {"level": 3, "draws": 3, "seed": seed, "layer": f"{layer}.weight", "excess": value + 0.01 * seed}
+            for layer, value in excess.items()
+            for seed in (0, 1, 2)
+        ]
+        return pl.DataFrame(lines)
+
+    found = judge(claims.found_again, reinit=table(conv1=0.2, s=0.1, fc=4.5))
+    assert (found.verdict, found.value, found.chance) == ("holds", pytest.approx(21), 0.0)
+    assert found.reason.startswith("level 3, 3 draws, % more often than by chance: input layer +21.0 (95 % +18.5")
+    assert judge(claims.found_again, reinit=table(conv1=0.2, fc=-0.5)).verdict == "holds in part"
+
+
+# All.
+
+
+@given(number=st.integers(0, len(claims.CLAIMS) - 1))
+def test_from_one_seed_nothing_is_claimed_with_an_interval(number: int) -> None:
+    one = replace(
+        EVIDENCE,
+        results=tuple(each for each in EVIDENCE.results if each.seed == 0),
+        layers=EVIDENCE.layers.filter(seed=0),
+        overlap=EVIDENCE.overlap.filter(seed=0),
+        stability=EVIDENCE.stability.filter(seed=0),
+    )
+    claim = claims.CLAIMS[number](one)
+    assert claim.low is None
+    assert claim.high is None
+    assert claim.verdict == "not testable" or "seed" in claim.reason
+
+
+def test_three_sentences() -> None:
+    sentences = claims.summarise(claims.judge(EVIDENCE))
+    assert len(sentences) == 3
+    assert sentences[0].startswith("Tickets of different importances differ by more than another data order makes")
+    assert sentences[1].startswith("They perform alike: they differ by +0.00 points more than two data orders do")
+    assert sentences[2].startswith("It is not known whether shared connections are more stable than others")
+    both = pl.concat([stability([-0.5, -0.5]), stability([-0.1, -0.1], "flipped")])
+    stable = claims.summarise(claims.judge(replace(EVIDENCE, stability=both)))[2]
+    assert stable.startswith("Shared connections are more stable than others: for the spread of a weight over levels,")
