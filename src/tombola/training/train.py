@@ -170,9 +170,9 @@ def _mask_gradients(masked: list[tuple[nn.Parameter, Tensor]]) -> None:
 
     A weight that starts at 0.0 and whose gradients are 0.0 stays at 0.0, also under momentum and weight decay.
     """
-    for weight, mask in masked:
-        if weight.grad is not None:
-            weight.grad.mul_(mask)
+    pairs = [(weight.grad, mask) for weight, mask in masked if weight.grad is not None]
+    if pairs:
+        torch._foreach_mul_([gradient for gradient, _ in pairs], [mask for _, mask in pairs])
 
 
 def _is_finite(state: State, model: nn.Module, initial: State) -> bool:
