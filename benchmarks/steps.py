@@ -38,7 +38,7 @@ class System:
 
 def lenet(iterations: int = 200, images: int = 30_000) -> System:
     """LeNet-300-100 on images of MNIST's shape."""
-    return System(lenet_300_100, _random_images(images, (1, 28, 28)), Recipe(iterations=iterations, batch_size=BATCH))
+    return System(lenet_300_100, random_images(images, (1, 28, 28)), Recipe(iterations=iterations, batch_size=BATCH))
 
 
 def convolutional(build: Callable[[], nn.Module], iterations: int) -> System:
@@ -50,7 +50,7 @@ def convolutional(build: Callable[[], nn.Module], iterations: int) -> System:
         batch_size=BATCH,
         augmentation=Augmentation(flip=True, crop=4),
     )
-    return System(build, _random_images(4000, (3, 32, 32)), recipe)
+    return System(build, random_images(4000, (3, 32, 32)), recipe)
 
 
 def cifar_resnet() -> System:
@@ -242,7 +242,7 @@ def _ready_batches(system: System) -> Callable[[int], tuple[torch.Tensor, torch.
     return batch
 
 
-def _random_images(count: int, shape: tuple[int, int, int]) -> Dataset:
+def random_images(count: int, shape: tuple[int, int, int]) -> Dataset:
     draw = torch.Generator().manual_seed(0)
     images = torch.randint(256, (count, *shape), generator=draw, dtype=torch.uint8)
     labels = torch.randint(10, (count,), generator=draw)

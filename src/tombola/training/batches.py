@@ -25,12 +25,14 @@ def batches(data: Dataset, recipe: Recipe, seed: int, begin: int, end: int) -> I
     augmented = recipe.augmentation != Augmentation()
     images = data.train_inputs.dtype == torch.uint8
     mean, scale = _mean_and_scale(data)
+    device = data.train_inputs.device
     for iteration in range(begin, end):
         epoch, step = divmod(iteration, per_epoch)
         if step == 0 or iteration == begin:
-            order = torch.randperm(count, generator=generator(seed, "data order", epoch))
-            changes = Changes(seed, epoch, count, recipe.augmentation) if augmented else None
-        chosen = order[step * recipe.batch_size : (step + 1) * recipe.batch_size].to(data.train_inputs.device)
+            # Both are copied to a GPU once an epoch: a copy in each iteration would wait for the GPU.
+            order = torch.randperm(count, generator=generator(seed, "data order", epoch)).to(device)
+            changes = Changes(seed, epoch, count, recipe.augmentation, device) if augmented else None
+        chosen = order[step * recipe.batch_size : (step + 1) * recipe.batch_size]
         if changes is not None:
             changed = changes.apply(data.train_inputs.index_select(0, chosen), chosen)
             inputs = kernels.normalise(changed, mean, scale)
@@ -48,20 +50,23 @@ class Changes:
         seed, epoch: the identity of the stream from which the random numbers are drawn.
         examples: the number of examples in the training set.
         augmentation: the possible changes of an image.
+        device: the device of the images.
     """
 
-    def __init__(self, seed: int, epoch: int, examples: int, augmentation: Augmentation) -> None:
+    def __init__(
+        self, seed: int, epoch: int, examples: int, augmentation: Augmentation, device: torch.device | str = "cpu"
+    ) -> None:
         self.crop = augmentation.crop
         draw = generator(seed, "augmentation", epoch)
-        self.offsets = torch.randint(2 * self.crop + 1, (examples, 2), generator=draw)
-        self.flips = torch.randint(2, (examples,), generator=draw).bool()
+        self.offsets = torch.randint(2 * self.crop + 1, (examples, 2), generator=draw).to(device)
+        self.flips = torch.randint(2, (examples,), generator=draw).bool().to(device)
         if not augmentation.flip:
             self.flips.zero_()
 
     def apply(self, images: Tensor, chosen: Tensor) -> Tensor:
         """Return the images of the `chosen` examples, shape (n, channels, height, width), augmented."""
         height, width = images.shape[2:]
-        offsets, flips = self.offsets.to(images.device)[chosen], self.flips.to(images.device)[chosen]
+        offsets, flips = self.offsets[chosen], self.flips[chosen]
         rows = offsets[:, :1] + torch.arange(height, device=images.device)
         columns = torch.arange(width, device=images.device)
         columns = offsets[:, 1:] + torch.where(flips[:, None], columns.flip(0), columns)

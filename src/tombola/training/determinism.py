@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -40,10 +41,15 @@ def deterministic_algorithms(device: str) -> Iterator[None]:
         return
     cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
     before = cudnn.benchmark, cudnn.allow_tf32, matmul.allow_tf32, torch.are_deterministic_algorithms_enabled()
+    memory: Any = torch.utils.deterministic
+    filled_before = memory.fill_uninitialized_memory
     cudnn.benchmark, cudnn.allow_tf32, matmul.allow_tf32 = False, False, False
     torch.use_deterministic_algorithms(True)
+    # Otherwise torch fills every tensor with NaN before the kernel that computes it: a launch and a pass over memory.
+    memory.fill_uninitialized_memory = False
     try:
         yield
     finally:
         cudnn.benchmark, cudnn.allow_tf32, matmul.allow_tf32 = before[:3]
         torch.use_deterministic_algorithms(before[3])
+        memory.fill_uninitialized_memory = filled_before

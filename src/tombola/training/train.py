@@ -19,6 +19,7 @@ from tombola.streams import ambient
 from tombola.training.batches import batches
 from tombola.training.determinism import deterministic_algorithms, flush_denormals, seed_random_layers
 from tombola.training.evaluation import Loss, evaluate
+from tombola.training.graphs import RecordedStep, can_be_recorded
 from tombola.training.history import Checkpoint, History, Trained, Watch
 from tombola.training.losses import Losses
 from tombola.training.optimizer import Optimizer
@@ -91,6 +92,8 @@ def train(
     step = kernels.accelerate(
         model, mask, batch_size=batch_size, precision=precision, device=device, loss=loss, stacklevel=2
     )
+    recorded = device == "cuda" and can_be_recorded(model, loss)
+    compute = RecordedStep(step, batch_size) if recorded else step
     masked = _dense_masks(model, mask)
     optimizer = Optimizer(recipe, [p for p in model.parameters() if p.requires_grad], start.optimizer)
     losses = Losses(begin, end, recipe.iterations_per_epoch(examples), device)
@@ -107,7 +110,7 @@ def train(
             optimizer.zero_grad()
             if step.draws_random_numbers:
                 seed_random_layers(seed, losses.iteration, device)
-            batch_loss = step(inputs, labels)
+            batch_loss = compute(inputs, labels)
             _mask_gradients(masked)
             optimizer.step(recipe.lr_at(losses.iteration, examples))
             losses.append(batch_loss)
@@ -170,9 +173,9 @@ def _mask_gradients(masked: list[tuple[nn.Parameter, Tensor]]) -> None:
 
     A weight that starts at 0.0 and whose gradients are 0.0 stays at 0.0, also under momentum and weight decay.
     """
-    for weight, mask in masked:
-        if weight.grad is not None:
-            weight.grad.mul_(mask)
+    pairs = [(weight.grad, mask) for weight, mask in masked if weight.grad is not None]
+    if pairs:
+        torch._foreach_mul_([gradient for gradient, _ in pairs], [mask for _, mask in pairs])
 
 
 def _is_finite(state: State, model: nn.Module, initial: State) -> bool:
