@@ -133,6 +133,17 @@ def test_data_orders_of_several_importances(tmp_path: Path) -> None:
         load_study("lenet-mnist", {"data_seeds_for": ["l3"]})
 
 
+def test_layers_that_use_the_sparse_kernels_depend_on_the_batch_size(tmp_path: Path) -> None:
+    sparse = {}
+    for batch_size in (4, 128):
+        plan = planner(tmp_path, **{"recipe.batch_size": batch_size})
+        initial = plan.initial(0)
+        mask = prune(initial.load(), plan.dense, IMPORTANCES["magnitude"], 0.95)
+        sparse[batch_size] = plan.training(0, initial, mask, 0, plan.end).identity["sparse"]
+    assert sparse[4] == []
+    assert "fc1.weight" in sparse[128]
+
+
 # What the tables count.
 
 

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from tombola.analysis.gather import after, groups, last_level
 from tombola.datasets.dataset import Dataset
 from tombola.errors import NothingStoredError, UserError
-from tombola.lottery.ticket import Ticket
 from tombola.streams import ambient
 from tombola.study.planner import Planner, select_chains
 from tombola.study.tickets import Tickets
@@ -60,7 +59,7 @@ def of_study(
     tables = []
     for group in groups(tickets, importances, wanted):
         for pair in combinations(group.tickets, 2):
-            first, second = (_load_trained(group.tickets[name]) for name in pair)
+            first, second = (group.tickets[name].load_trained() for name in pair)
             table = along_line(first, second, measure, points)
             named = table.select(pl.Series("tickets", [list(pair)] * len(table)), pl.all())
             tables.append(after(named, level=group.level, seed=group.seed, kind=group.kind))
@@ -158,8 +157,3 @@ def _between(first: Tensor, second: Tensor, alpha: float) -> Tensor:
     if not first.is_floating_point() or alpha == 0:
         return first
     return second if alpha == 1 else torch.lerp(first, second, alpha)
-
-
-def _load_trained(ticket: Ticket) -> State:
-    assert ticket.trained is not None
-    return ticket.trained.weights.load()

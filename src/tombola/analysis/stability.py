@@ -14,7 +14,6 @@ from torch import Tensor
 
 from tombola.analysis.gather import ALL, after, by_level, last_level
 from tombola.errors import UserError
-from tombola.lottery.ticket import Ticket
 from tombola.pruning.mask import Mask
 from tombola.study.planner import select_chains
 from tombola.study.tickets import Tickets
@@ -62,7 +61,7 @@ def of_study(
             for chain in own:
                 own_tickets = tickets.progress(chain).tickets[: level + 1]
                 table = of_ticket(
-                    (_load_trained(ticket) for ticket in own_tickets),
+                    (ticket.load_trained() for ticket in own_tickets),
                     own_tickets[0].rewind.load(),
                     tickets.planner.initial(seed).load(),
                     masks[level, chain],
@@ -171,8 +170,3 @@ def _compare(values: Values, is_shared: npt.NDArray[np.bool_]) -> dict[str, floa
 def _select_alive(weights: Tensor, alive: Tensor) -> Values:
     values: Values = weights[alive].double().numpy()
     return values
-
-
-def _load_trained(ticket: Ticket) -> State:
-    assert ticket.trained is not None
-    return ticket.trained.weights.load()

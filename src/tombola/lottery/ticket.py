@@ -53,14 +53,19 @@ class Ticket:
         Raises:
             UserError: if the ticket does not fit the model, or if the trained state is not known.
         """
-        state = self._trained_state() if trained else self.rewound
+        state = self.load_trained() if trained else self.rewound
         try:
             model.load_state_dict(state)
         except RuntimeError as error:
             raise UserError(f"the ticket does not fit the model: {' '.join(str(error).split())}") from error
         zero_pruned(model, self.mask.load())
 
-    def _trained_state(self) -> State:
+    def load_trained(self) -> State:
+        """Return the trained state, with pruned weights 0.0.
+
+        Raises:
+            UserError: if it is not known.
+        """
         if self.trained is None:
             raise UserError(f"the ticket of level {self.level} has no trained weights")
         return self.trained.weights.load()
@@ -74,7 +79,7 @@ class Ticket:
         tensors = {f"mask.{name}": alive for name, alive in self.mask.load().items()}
         tensors |= {f"rewind.{name}": tensor.contiguous() for name, tensor in self.rewound.items()}
         if trained:
-            tensors |= {f"trained.{name}": tensor.contiguous() for name, tensor in self._trained_state().items()}
+            tensors |= {f"trained.{name}": tensor.contiguous() for name, tensor in self.load_trained().items()}
         about = {
             "level": self.level,
             "layers": list(self.mask),
