@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import safetensors
-import safetensors.torch
 from torch import nn
 
 from tombola.errors import UserError
 from tombola.files import write_atomically
+from tombola.lottery.ticket_file import Content, encode, read
 from tombola.pruning.mask import Mask
 from tombola.training.history import History, Trained
 from tombola.training.weights import State, Weights, apply_mask, zero_pruned
@@ -71,41 +69,32 @@ class Ticket:
         return self.trained.weights.load()
 
     def save(self, path: Path, *, trained: bool = False) -> None:
-        """Write the ticket to a safetensors file.
+        """Write the ticket to a safetensors file, see `tombola.lottery.ticket_file`.
 
-        The file has the tensors `mask.<parameter>` (bool), `rewind.<name>` for every entry of the rewound state, and
-        with `trained` also `trained.<name>`. Level, history and provenance are in the metadata, as JSON.
+        Args:
+            path: the file.
+            trained: whether to include the trained weights.
+
+        Raises:
+            UserError: if the file cannot be written, or if the trained weights are not known.
         """
-        tensors = {f"mask.{name}": alive for name, alive in self.mask.load().items()}
-        tensors |= {f"rewind.{name}": tensor.contiguous() for name, tensor in self.rewound.items()}
-        if trained:
-            tensors |= {f"trained.{name}": tensor.contiguous() for name, tensor in self.load_trained().items()}
-        about = {
-            "level": self.level,
-            "layers": list(self.mask),
-            "history": self.trained.history.to_json() if self.trained else History().to_json(),
-            "provenance": dict(self.provenance),
-        }
-        write_atomically(path, safetensors.torch.save(tensors, {"tombola": json.dumps(about, sort_keys=True)}))
+        history = self.trained.history if self.trained else History()
+        state = self.load_trained() if trained else None
+        content = Content(self.level, self.mask.load(), self.rewound, state, history, self.provenance)
+        write_atomically(path, encode(content))
 
     @classmethod
     def load(cls, path: Path) -> Ticket:
         """Return the ticket that `save` wrote; its `trained` is None if it was saved without the trained weights.
 
+        Every part of the file is checked against the others, and all of them against the seal.
+
         Raises:
-            UserError: if the file is missing or is not a ticket.
+            UserError: if the file is missing, is not a ticket, or was changed or damaged since it was written.
+
+        Warns:
+            UnsealedTicketWarning: if the file was written before tickets had a seal.
         """
-        try:
-            with safetensors.safe_open(path, "pt") as file:
-                about = json.loads((file.metadata() or {})["tombola"])
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
-            mask = Mask.from_tensors({name: tensors[f"mask.{name}"] for name in about["layers"]})
-            history, level, provenance = History.from_json(about["history"]), about["level"], about["provenance"]
-        except (OSError, safetensors.SafetensorError, KeyError, ValueError, TypeError) as error:
-            raise UserError(f"{path}: cannot be read as a ticket that tombola saved: {error}") from error
-
-        def part(prefix: str) -> State:
-            return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
-
-        trained = Trained(Weights.of(part("trained.")), history) if part("trained.") else None
-        return cls(level, mask, Weights.of(part("rewind.")), trained, provenance)
+        content = read(path)
+        trained = None if content.trained is None else Trained(Weights.of(content.trained), content.history)
+        return cls(content.level, content.mask, Weights.of(content.rewound), trained, content.provenance)
