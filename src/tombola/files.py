@@ -13,6 +13,8 @@ from tombola.errors import UserError
 def write_atomically(path: Path, content: bytes, within: Path | None = None) -> None:
     """Replace a file atomically: at any moment, the path holds either the complete new content or what it held before.
 
+    A symbolic link stays, and the file that it names is replaced. A device or a pipe stays, and is written to.
+
     Args:
         path: the file.
         content: the new content.
@@ -22,6 +24,12 @@ def write_atomically(path: Path, content: bytes, within: Path | None = None) -> 
         UserError: if the folder cannot be written to.
     """
     try:
+        if path.is_symlink():
+            path = path.resolve()  # raises an error for a loop of links
+        if path.exists() and not path.is_file() and not path.is_dir():
+            with path.open("wb", buffering=0) as special:
+                _write_all(special.fileno(), content)
+            return
         handle, temporary = tempfile.mkstemp(dir=within or path.parent, prefix=f".{path.name[:40]}.")
         try:
             with os.fdopen(handle, "wb") as file:
@@ -33,16 +41,20 @@ def write_atomically(path: Path, content: bytes, within: Path | None = None) -> 
                 os.unlink(temporary)
             raise
         sync_folder(path.parent)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written: {error.strerror or error}") from error
+    except (OSError, RuntimeError) as error:  # RuntimeError: Python 3.11 and 3.12 raise it for a loop of links
+        raise UserError(f"{path}: cannot be written: {getattr(error, 'strerror', None) or error}") from error
 
 
 def write_durably(handle: int, content: bytes) -> None:
     """Write all of `content` to an open file and call fsync."""
+    _write_all(handle, content)
+    os.fsync(handle)
+
+
+def _write_all(handle: int, content: bytes) -> None:
     left = memoryview(content)
     while left:
         left = left[os.write(handle, left) :]
-    os.fsync(handle)
 
 
 def sync_folder(folder: Path) -> None:

@@ -1,0 +1,65 @@
+"""Files that the user names: what is there is replaced as a whole, or written to where it is no regular file."""
+
+from __future__ import annotations
+
+import os
+import threading
+from pathlib import Path
+
+import pytest
+
+from tombola import UserError
+from tombola.files import write_atomically
+
+
+def test_a_link_stays_and_its_file_is_replaced(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    target, link = tmp_path / "folder" / "target", tmp_path / "link"
+    target.write_bytes(b"before")
+    link.symlink_to(target)
+    write_atomically(link, b"after")
+    assert link.is_symlink()
+    assert target.read_bytes() == b"after"
+    assert list((tmp_path / "folder").iterdir()) == [target]
+
+
+def test_a_link_to_nothing_makes_the_file_that_it_names(tmp_path: Path) -> None:
+    link = tmp_path / "link"
+    link.symlink_to("new")
+    write_atomically(link, b"content")
+    assert link.is_symlink()
+    assert (tmp_path / "new").read_bytes() == b"content"
+
+
+def test_a_loop_of_links_is_refused(tmp_path: Path) -> None:
+    one, other = tmp_path / "one", tmp_path / "other"
+    one.symlink_to(other)
+    other.symlink_to(one)
+    with pytest.raises(UserError, match="cannot be written"):
+        write_atomically(one, b"content")
+    assert one.is_symlink()
+    assert other.is_symlink()
+
+
+def test_a_pipe_is_written_to(tmp_path: Path) -> None:
+    pipe, found = tmp_path / "pipe", list[bytes]()
+    os.mkfifo(pipe)
+    reader = threading.Thread(target=lambda: found.append(pipe.read_bytes()))
+    reader.start()
+    write_atomically(pipe, b"x" * 200_000)  # more than a pipe holds
+    reader.join()
+    assert found == [b"x" * 200_000]
+    assert pipe.is_fifo()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full; to run: on Linux")
+def test_a_device_is_written_to_and_stays(tmp_path: Path) -> None:
+    link = tmp_path / "full"
+    link.symlink_to("/dev/full")
+    for path in (link, Path("/dev/full")):
+        with pytest.raises(UserError, match=r"/dev/full: cannot be written: No space left on device"):
+            write_atomically(path, b"content")
+        assert Path("/dev/full").is_char_device()
+        assert link.is_symlink()
+    write_atomically(Path("/dev/null"), b"content")
+    assert Path("/dev/null").is_char_device()
