@@ -14,12 +14,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from tombola import Mask, Weights, prune
+from tombola import Mask, UserError, Weights, prune
 from tombola.importance import (
     IMPORTANCES,
     Importance,
     Seeded,
     as_importance,
+    find,
+    is_built_in,
     l1,
     l2,
     lamp,
@@ -27,6 +29,7 @@ from tombola.importance import (
     min_max,
     normalisation,
     random,
+    rank,
     scores,
     softmax,
 )
@@ -53,6 +56,7 @@ TRAITS = {
     "softmax": Traits(sums_to_one=True),
     "min_max": Traits(scale="invariant"),
     "lamp": Traits(scale="invariant"),
+    "rank": Traits(scale="invariant"),
     "random": Traits(by_weight=False),
 }
 
@@ -172,8 +176,14 @@ def exact_lamp(weights: list[Fraction]) -> list[Fraction]:
     return [w**2 / sum(v**2 for v in weights if v >= w) if w else w for w in weights]
 
 
+def exact_rank(weights: list[Fraction]) -> list[Fraction]:
+    others = len(weights) - 1
+    return [(sum(v < w for v in weights) + Fraction(weights.count(w) - 1, 2)) / others for w in weights]
+
+
 @pytest.mark.parametrize(
-    ("importance", "exact"), [(l1, exact_l1), (l2, exact_l2), (min_max, exact_min_max), (lamp, exact_lamp)]
+    ("importance", "exact"),
+    [(l1, exact_l1), (l2, exact_l2), (min_max, exact_min_max), (lamp, exact_lamp), (rank, exact_rank)],
 )
 @often
 @given(weights=usual_layers.filter(lambda weights: bool((weights != weights[0]).any())))
@@ -205,7 +215,7 @@ def test_the_sums_of_lamp_do_not_cancel() -> None:
     weights = torch.rand(400_000, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     largest, where = weights.topk(10)
     squares = largest.square().tolist()
-    expected = [square / math.fsum(squares[: rank + 1]) for rank, square in enumerate(squares)]
+    expected = [square / math.fsum(squares[: place + 1]) for place, square in enumerate(squares)]
     assert lamp(weights)[where].tolist() == pytest.approx(expected, rel=1e-14, abs=0)
 
 
@@ -214,7 +224,10 @@ SMALLEST = 5e-324
 
 DEGENERATE: dict[str, tuple[list[float], dict[str, list[float]]]] = {
     "empty": ([], {name: [] for name in IMPORTANCES}),
-    "one survivor": ([0.3], {"magnitude": [0.3], "l1": [1], "l2": [1], "softmax": [1], "min_max": [1], "lamp": [1]}),
+    "one survivor": (
+        [0.3],
+        {"magnitude": [0.3], "l1": [1], "l2": [1], "softmax": [1], "min_max": [1], "lamp": [1], "rank": [1]},
+    ),
     "all equal": (
         [0.3] * 4,
         {
@@ -224,15 +237,24 @@ DEGENERATE: dict[str, tuple[list[float], dict[str, list[float]]]] = {
             "softmax": [0.25] * 4,
             "min_max": [1] * 4,
             "lamp": [0.25] * 4,
+            "rank": [0.5] * 4,
         },
     ),
     "all zero": (
         [0, 0],
-        {"magnitude": [0, 0], "l1": [0, 0], "l2": [0, 0], "softmax": [0.5, 0.5], "min_max": [1, 1], "lamp": [0, 0]},
+        {
+            "magnitude": [0, 0],
+            "l1": [0, 0],
+            "l2": [0, 0],
+            "softmax": [0.5, 0.5],
+            "min_max": [1, 1],
+            "lamp": [0, 0],
+            "rank": [0.5, 0.5],
+        },
     ),
     "one survivor, zero": (
         [0],
-        {"magnitude": [0], "l1": [0], "l2": [0], "softmax": [1], "min_max": [1], "lamp": [0]},
+        {"magnitude": [0], "l1": [0], "l2": [0], "softmax": [1], "min_max": [1], "lamp": [0], "rank": [1]},
     ),
     "huge": (
         [HUGE, 0, HUGE],
@@ -243,6 +265,7 @@ DEGENERATE: dict[str, tuple[list[float], dict[str, list[float]]]] = {
             "softmax": [0.5, 0, 0.5],
             "min_max": [1, 0, 1],
             "lamp": [0.5, 0, 0.5],
+            "rank": [0.75, 0, 0.75],
         },
     ),
     "tiny": (
@@ -254,6 +277,7 @@ DEGENERATE: dict[str, tuple[list[float], dict[str, list[float]]]] = {
             "softmax": [0.5, 0.5],
             "min_max": [0, 1],
             "lamp": [0.1, 1],
+            "rank": [0, 1],
         },
     ),
     "the smallest there is": (
@@ -265,6 +289,7 @@ DEGENERATE: dict[str, tuple[list[float], dict[str, list[float]]]] = {
             "softmax": [1 / 3, 1 / 3, 1 / 3],
             "min_max": [1, 1, 0],
             "lamp": [0.5, 0.5, 0],
+            "rank": [0.75, 0.75, 0],
         },
     ),
     "tiny beside huge": (
@@ -276,6 +301,7 @@ DEGENERATE: dict[str, tuple[list[float], dict[str, list[float]]]] = {
             "softmax": [0, 1],
             "min_max": [0, 1],
             "lamp": [0, 1],
+            "rank": [0, 1],
         },
     ),
 }
@@ -391,3 +417,21 @@ def test_what_random_removes_is_frozen() -> None:
     pruned = prune(weights, dense, random, 0.5, seed=5)
     assert pruned["a"].flatten().int().tolist() == [0, 1, 0, 1, 1, 1, 0, 0, 0, 0, 0, 1]
     assert pruned["b"].int().tolist() == [0, 0, 1, 1, 1, 1, 0, 1, 1]
+
+
+def test_any_score_with_any_normalisation() -> None:
+    for name in ("magnitude", "l1", "rank", "random", "random/l1", "random/rank"):
+        assert find(name).name == name
+        assert is_built_in(name)
+    assert find("magnitude/lamp") == lamp
+    assert find("random/identity") == random
+    for name, text in (
+        ("rnk", "unknown importance 'rnk'; did you mean 'rank'?"),
+        ("random/rnk", "importance 'random/rnk': unknown normalisation 'rnk'; did you mean 'rank'?"),
+        ("randon/l1", "importance 'randon/l1': unknown score 'randon'; did you mean 'random'?"),
+        ("l1/random", "importance 'l1/random': unknown score 'l1'; choose from 'magnitude', 'random'"),
+    ):
+        assert not is_built_in(name)
+        with pytest.raises(UserError) as error:
+            find(name)
+        assert str(error.value) == text

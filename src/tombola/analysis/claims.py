@@ -159,8 +159,20 @@ def to_frame(claims: Iterable[Claim]) -> pl.DataFrame:
     )
 
 
-def collect(tickets: Tickets, importances: Sequence[str] | None = None, level: int | None = None) -> Evidence:
-    """Collect the tables that decide on the claims; see `of_study`."""
+def collect(
+    tickets: Tickets,
+    importances: Sequence[str] | None = None,
+    level: int | None = None,
+    *,
+    tables: Mapping[str, pl.DataFrame] | None = None,
+) -> Evidence:
+    """Collect the tables that decide on the claims; see `of_study`.
+
+    Args:
+        tickets, importances, level: the arguments of `of_study`.
+        tables: by default, the tables "layers" and "reinit" are computed. If tables are given, those are used, and a
+            partial reinitialisation that is not among them is taken as not stored.
+    """
     study, planner = tickets.study, tickets.planner
     if importances is None:
         known = [name for name in ALIKE if name in study.importances]
@@ -184,10 +196,10 @@ def collect(tickets: Tickets, importances: Sequence[str] | None = None, level: i
         shapes=planner.dense.shapes,
         kept_dense=planner.kept_dense,
         guess=1 / len(planner.problem.data.classes),
-        layers=layers.of_study(tickets),
+        layers=layers.of_study(tickets) if tables is None else tables["layers"],
         overlap=overlap.of_study(tickets, compared, [level]),
         stability=stability.of_study(tickets, compared, [level]),
-        reinit=_find_reinit(tickets, compared),
+        reinit=_select_reinit(_find_reinit(tickets) if tables is None else tables.get("reinit"), compared),
     )
 
 
@@ -195,14 +207,18 @@ def _distance(results: Sequence[Row], level: int) -> float:
     return abs(1 - SPARSITY - statistics.fmean(row.density for row in results if row.level == level))
 
 
-def _find_reinit(tickets: Tickets, compared: Collection[str]) -> pl.DataFrame | None:
-    """Return the sparsest partial reinitialisation of these importances that the store has."""
+def _find_reinit(tickets: Tickets) -> pl.DataFrame | None:
     try:
-        table = reinit.of_study(tickets)
+        return reinit.of_study(tickets)
     except NothingStoredError:
         return None
-    own = table.filter(pl.col("compared").list.sort() == pl.lit(sorted(compared)))
-    own = own.filter(pl.col("draws") > 0)
+
+
+def _select_reinit(table: pl.DataFrame | None, compared: Collection[str]) -> pl.DataFrame | None:
+    """Return the sparsest partial reinitialisation of these importances; None if there is none."""
+    if table is None:
+        return None
+    own = table.filter((pl.col("compared").list.sort() == pl.lit(sorted(compared))) & (pl.col("draws") > 0))
     return own.filter(pl.col("level") == pl.col("level").max()) if len(own) else None
 
 

@@ -19,11 +19,16 @@ def importances(options: argparse.Namespace) -> int:
     """List the importances."""
     from tombola.cli.tables import show_table
     from tombola.importance import IMPORTANCES
+    from tombola.importance.normalisation import NORMALISATIONS
+    from tombola.importance.scores import SCORES
 
     lines = [[name, importance.description] for name, importance in IMPORTANCES.items()]
     if options.format == "table":
         print("Pruning compares these values over all layers; x = |w| of the surviving weights of one layer")
     show_table(["importance", "description"], lines, options.format)
+    if options.format == "table":
+        print(f"Any score with any normalisation is an importance too, such as random/l1: {', '.join(SCORES)} with")
+        print(f"{', '.join(NORMALISATIONS)}.")
     return 0
 
 

@@ -5,6 +5,8 @@ An importance is a score with its normalisation (see `Importance`):
 - a score (`tombola.importance.scores`) rates the surviving connections of one layer, as `magnitude` does by |w|;
 - a normalisation (`tombola.importance.normalisation`) makes the scores of different layers comparable.
 
+Any score goes with any normalisation: `find("random/rank")` returns such an importance.
+
 The five importances of the paper (Vandersmissen and Oramas, arXiv 2302.11244) are `magnitude`, `l1`, `l2`, `softmax`
 and `min_max`. `lamp` (Lee et al., arXiv 2010.07611) and `random` are references for comparisons. You can also use a
 function of your own as an importance: it takes the absolute values of the n surviving weights of a layer, a float64
@@ -16,12 +18,15 @@ from tombola.importance.importances import (
     Importance,
     Seeded,
     as_importance,
+    find,
+    is_built_in,
     l1,
     l2,
     lamp,
     magnitude,
     min_max,
     random,
+    rank,
     softmax,
 )
 from tombola.importance.normalisation import Normalisation
@@ -35,11 +40,14 @@ __all__ = [
     "Seeded",
     "Survivors",
     "as_importance",
+    "find",
+    "is_built_in",
     "l1",
     "l2",
     "lamp",
     "magnitude",
     "min_max",
     "random",
+    "rank",
     "softmax",
 ]

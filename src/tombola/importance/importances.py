@@ -10,9 +10,10 @@ from functools import wraps
 import torch
 from torch import Tensor
 
+from tombola.errors import UserError, did_you_mean
 from tombola.importance import normalisation, scores
-from tombola.importance.normalisation import Normalisation
-from tombola.importance.scores import Score, Survivors
+from tombola.importance.normalisation import NORMALISATIONS, Normalisation
+from tombola.importance.scores import SCORES, Score, Survivors
 from tombola.streams import generator
 
 
@@ -125,7 +126,37 @@ l2 = Importance(scores.magnitude, normalisation.l2)
 softmax = Importance(scores.magnitude, normalisation.softmax)
 min_max = Importance(scores.magnitude, normalisation.min_max)
 lamp = Importance(scores.magnitude, normalisation.lamp)
+rank = Importance(scores.magnitude, normalisation.rank)
 random = Importance(scores.random)
 
-IMPORTANCES = {each.name: each for each in (magnitude, l1, l2, softmax, min_max, lamp, random)}
+IMPORTANCES = {each.name: each for each in (magnitude, l1, l2, softmax, min_max, lamp, rank, random)}
 """The built-in importances by name, as on the command line and in studies."""
+
+
+def find(name: str) -> Importance:
+    """Return the importance with a name of `IMPORTANCES`, or any score with any normalisation, `score/normalisation`.
+
+    Raises:
+        UserError: if there is no such importance, score or normalisation.
+
+    >>> find("magnitude/rank").name, find("magnitude/l1") == l1, find("random").name
+    ('rank', True, 'random')
+    """
+    if name in IMPORTANCES:
+        return IMPORTANCES[name]
+    score, slash, normalise = name.partition("/")
+    if not slash:
+        raise UserError(f"unknown importance {name!r}; {did_you_mean(name, IMPORTANCES)}")
+    for part, kind, known in ((score, "score", SCORES), (normalise, "normalisation", NORMALISATIONS)):
+        if part not in known:
+            raise UserError(f"importance {name!r}: unknown {kind} {part!r}; {did_you_mean(part, known)}")
+    return Importance(SCORES[score], NORMALISATIONS[normalise])
+
+
+def is_built_in(name: str) -> bool:
+    """Return whether `find` knows an importance of this name."""
+    try:
+        find(name)
+    except UserError:
+        return False
+    return True

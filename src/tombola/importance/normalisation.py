@@ -81,6 +81,23 @@ def min_max(scores: Tensor) -> Tensor:
     return (scores - least) / (largest - least)
 
 
+def rank(scores: Tensor) -> Tensor:
+    """Return the share of scores that are lower, in 0..1: each layer gives the same values, whatever its scores.
+
+    The value is (number of lower scores + number of equal other scores / 2) / (n - 1), so equal scores give equal
+    values, and the mean is 1/2. A layer with one survivor gives 1, as with min-max.
+
+    >>> rank(torch.tensor([3.0, 1.0, 2.0, 2.0]))
+    tensor([1.0000, 0.0000, 0.5000, 0.5000], dtype=torch.float64)
+    """
+    count = scores.numel()
+    if count < 2:
+        return torch.ones(count, dtype=torch.float64)
+    ordered = scores.sort().values
+    lower, up_to = (torch.searchsorted(ordered, scores, right=right) for right in (False, True))
+    return (lower + up_to - 1).double() / (2 * (count - 1))
+
+
 def lamp(scores: Tensor) -> Tensor:
     """Return x_j^2 / sum of x_k^2 over all k with x_k >= x_j, in 0..1: LAMP (Lee et al., arXiv 2010.07611).
 
@@ -102,3 +119,9 @@ def _scale_to_one(scores: Tensor) -> Tensor:
     if scores.numel() == 0 or not (largest := scores.max()) > 0:
         return torch.zeros_like(scores)
     return scores / largest
+
+
+NORMALISATIONS: dict[str, Normalisation] = {
+    each.__name__: each for each in (identity, l1, l2, softmax, min_max, lamp, rank)
+}
+"""The normalisations by name."""

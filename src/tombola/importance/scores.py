@@ -47,3 +47,7 @@ def random(survivors: Survivors) -> Tensor:
     torch.Size([2])
     """
     return torch.rand(survivors.magnitudes.shape, dtype=torch.float64, generator=survivors.generator)
+
+
+SCORES: dict[str, Score] = {each.__name__: each for each in (magnitude, random)}
+"""The scores by name."""

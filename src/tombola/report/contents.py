@@ -148,7 +148,7 @@ def gather(
             if "connectivity" in costly:
                 add("connectivity", lambda: connectivity.of_study(tickets, levels=[shown]))
         add("reinit", lambda: reinit.of_study(tickets))
-        evidence = _collect_evidence(tickets)
+        evidence = _collect_evidence(tickets, tables)
     records = tuple(tickets.records().values())
     data = planner.problem.data
     return Contents(
@@ -203,10 +203,10 @@ def summarise_verification(records: Sequence[Mapping[str, Any]]) -> Verification
     return Verification(len(records), confirmed, contradicted, max(times, default=None), elsewhere)
 
 
-def _collect_evidence(tickets: Tickets) -> claims.Evidence | None:
+def _collect_evidence(tickets: Tickets, tables: Mapping[str, pl.DataFrame]) -> claims.Evidence | None:
     """Return what decides on the paper's claims; None where fewer than two importances have a level from 1 on."""
     try:
-        return claims.collect(tickets)
+        return claims.collect(tickets, tables=tables) if "layers" in tables else None
     except UserError:
         return None
 

@@ -14,7 +14,7 @@ from functools import partial
 from typing import Any, TypeAlias
 
 from tombola.errors import DamagedResultError, ImportanceError, UserError, did_you_mean
-from tombola.importance import IMPORTANCES
+from tombola.importance import is_built_in
 from tombola.kernels import sparse_layers
 from tombola.lottery.rewinding import check_levels, lottery_ticket_rewinding, prune_round
 from tombola.lottery.ticket import Ticket
@@ -199,7 +199,7 @@ class Planner:
         self.kept_dense = resolve_kept_dense(self.dense, study.keep_dense)
         kept = sum(self.dense.sizes[layer] for layer in self.kept_dense)
         check_levels(self.dense.total, study.fraction, study.levels, kept_dense=kept)
-        for name in [name for name in study.importances if name not in IMPORTANCES]:  # fail before any training
+        for name in [name for name in study.importances if not is_built_in(name)]:  # fail before any training
             self._prune(self.initial(study.seeds[0]), self.dense, 0, Chain(study.seeds[0], name))
 
     def describe_counted(self) -> str:
@@ -322,7 +322,7 @@ class Planner:
         """
         study = self.study
         name = self._name(weights, mask, level, chain)
-        lasts = self._remember and chain.importance in IMPORTANCES
+        lasts = self._remember and is_built_in(chain.importance)
         known = self.store.masks.get(name) if lasts else self._computed.get(name)
         if known is not None:
             return known

@@ -51,7 +51,7 @@ class Study(BaseModel):
     task: Task
     recipe: Recipe
     importances: Annotated[Tuple[str], Field(min_length=1)] = Field(
-        description="names of importances, or module:function of your own"
+        description="names of importances, score/normalisation, or module:function of your own"
     )
     seeds: Annotated[Tuple[Count], Field(min_length=1)] = Field(
         description="random seeds; each gives one chain of tickets per importance"

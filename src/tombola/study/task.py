@@ -16,7 +16,7 @@ from torch.nn import functional
 from tombola import datasets, models
 from tombola.datasets.dataset import Dataset
 from tombola.errors import UserError, describe_exception, did_you_mean
-from tombola.importance import IMPORTANCES, Importance, as_importance
+from tombola.importance import Importance, as_importance, find
 from tombola.streams import ambient
 from tombola.study.code import resolve, source_hash
 from tombola.study.schema import Study, Task
@@ -82,12 +82,10 @@ def resolve_importance(name: str) -> Importance:
     """
     if ":" in name:
         return as_importance(resolve(name, "importance"))
-    if name not in IMPORTANCES:
-        raise UserError(
-            f"importances: unknown importance {name!r}; {did_you_mean(name, IMPORTANCES)} "
-            f"(or give module:function of your own)"
-        )
-    return IMPORTANCES[name]
+    try:
+        return find(name)
+    except UserError as error:
+        raise UserError(f"importances: {error} (or give module:function of your own)") from None
 
 
 def try_out(problem: Problem, study: Study) -> None:
