@@ -65,6 +65,7 @@ def test_a_comparison_by_hand() -> None:
         "importance": "l1", "level": 1, "density": 0.8, "seeds": 2,
         "reference_accuracy": 0.93, "reference_std": 0.01, "reference_seeds": 4, "verdict": "within",
     }  # fmt: skip
+    assert compare(ours, table("l1", 1, 0.9323, 0.01, 4))["verdict"].item() == "within"  # 0.0223 < 0.02236
     assert compare(ours, table("l1", 1, 0.9325, 0.01, 4))["verdict"].item() == "differs"  # 0.0225 > 0.02236
     assert compare(ours, table("l1", 1, 0.8875, 0.01, 4))["verdict"].item() == "differs"
 
