@@ -4,7 +4,7 @@ PIP = PIP_CONSTRAINT=requirements.lock .venv/bin/pip install --quiet --disable-p
 PYTEST = .venv/bin/pytest --pyargs tombola tests -n auto --dist loadgroup
 SOURCES = pyproject.toml requirements.lock CMakeLists.txt $(shell find src -type f -not -name '*.pyc' -not -name '*.so')
 
-.PHONY: demo test test-repeat test-torch sanitize golden mutate bench clean
+.PHONY: demo test test-repeat test-torch sanitize golden reference mutate bench clean
 
 demo: .venv/installed
 	.venv/bin/tombola run digits
@@ -59,6 +59,10 @@ test-torch:
 # The golden bits of this machine, with the reason: make golden WHY='torch 2.14 sums in another order'
 golden: .venv/installed-tests
 	.venv/bin/python tests/golden.py --why '$(WHY)'
+
+# The published reference of a preset, from a store in which it is finished: make reference STUDY='digits --store DIR'
+reference: .venv/installed-tests
+	.venv/bin/python tests/write_reference.py $(STUDY)
 
 bench: .venv/installed
 	.venv/bin/python benchmarks/run.py

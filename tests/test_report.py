@@ -27,13 +27,13 @@ from nasty_task import NASTY
 from processes import LONG, start
 from stores import InTurn
 from tombola import Planner, Recipe, Store, Study, Task, UserError, load_problem, load_study
-from tombola.analysis import layers, overlap, reinit, winners
+from tombola.analysis import layers, overlap, reference, reinit, winners
 from tombola.analysis import weights as weights_analysis
 from tombola.analysis.accuracy import Row
 from tombola.cli import main
 from tombola.engine.run import run
 from tombola.pruning.mask import Mask
-from tombola.report import charts, findings, look, paper, provenance, tables
+from tombola.report import charts, findings, look, provenance, tables
 from tombola.report.contents import COSTLY, Contents, gather, summarise_verification
 from tombola.report.figures import write
 from tombola.report.page import page
@@ -450,24 +450,36 @@ def test_one_seed_has_neither_bands_nor_intervals() -> None:
     assert "area" not in str(look.on_page(part.chart))
 
 
-def test_the_papers_points_are_shown_for_its_presets_alone() -> None:
-    reported = paper.of_study(load_study("lenet-mnist", {"seeds": (7,), "levels": 10}))
-    assert reported is not None
-    assert reported.filter((pl.col("level") == 10) & (pl.col("importance") == "l1"))["accuracy"].to_list() == [0.9815]
-    for other in ("digits", "lenet-fashion", "resnet20-cifar10-small", "vgg16-cifar10-small"):
-        assert paper.of_study(load_study(other)) is None
-    assert paper.of_study(load_study("lenet-mnist", {"recipe.epochs": 2})) is None
-    assert paper.of_study(load_study("vgg16-cifar10")) is not None
-
-
 def test_the_papers_points_stand_beside_ours() -> None:
     one = synthetic_contents(["magnitude", "mine:own"], layer_count=1, levels=5)
-    shown = dataclasses.replace(one, paper=paper.of_study(load_study("lenet-mnist")))
+    shown = dataclasses.replace(one, references=(reference.paper(load_study("lenet-mnist")),))
     parts = {part.name: part for part in sections(shown)[0].parts}
     assert parts["paper"].table["level"].to_list() == [0, 5]
     assert parts["paper"].table["paper %"].to_list() == [98.11, 98.0]
+    assert parts["paper"].table["verdict"].to_list() == [None, None], "of one seed"
     assert parts["accuracy"].table.equals(sections(one)[0].parts[0].table), "ours are as they were"
-    assert "arXiv 2302.11244" in page(shown)
+    assert "paper %" in str(look.on_page(parts["accuracy"].chart))
+    html = page(shown)
+    assert "arXiv 2302.11244" in html
+    assert "2 cells have no verdict" in html
+
+
+def test_the_published_reference_stands_beside_ours_with_a_verdict() -> None:
+    one = synthetic_contents(["magnitude", "l1"], layer_count=1, levels=2)
+    other = [dataclasses.replace(row, seed=1, test_accuracy=row.test_accuracy + 0.004) for row in one.results]
+    published = reference.published(load_study("digits"))
+    shown = dataclasses.replace(one, results=(*one.results, *other), references=(published,))
+    parts = {part.name: part for part in sections(shown)[0].parts}
+    assert "paper" not in parts
+    table = parts["reference"].table
+    assert sorted(table.select("importance", "level").rows()) == [
+        (name, n) for name in ("l1", "magnitude") for n in range(3)
+    ]
+    assert set(table["verdict"]) == {"within", "differs"}
+    assert "reference %" not in str(look.on_page(parts["accuracy"].chart)), "its points would hide ours"
+    html = page(shown)
+    assert published.source in html
+    assert "of 6 cells" in html
 
 
 @pytest.mark.parametrize("name", ["digits", "resnet18-tinyimagenet-small"])

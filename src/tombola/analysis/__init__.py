@@ -6,6 +6,7 @@ and the pure functions that it is made of, whose docstrings describe the columns
 - `overlap`: how many connections tickets share, against chance and against the noise floor.
 - `layers`: density of each layer, collapse, effective sparsity.
 - `stability`: how much trained weights change from level to level, shared connections against others.
+- `reference`: accuracies beside the paper's, or beside tombola's published ones, with a verdict for each.
 - `winners`: the sparsest ticket that keeps the dense network's accuracy.
 - `weights`: distributions of weights and importances.
 - `functions`: agreement of predictions, ensembles.
@@ -15,6 +16,6 @@ and the pure functions that it is made of, whose docstrings describe the columns
 
 from __future__ import annotations
 
-from tombola.analysis import connectivity, functions, layers, overlap, reinit, stability, weights, winners
+from tombola.analysis import connectivity, functions, layers, overlap, reference, reinit, stability, weights, winners
 
-__all__ = ["connectivity", "functions", "layers", "overlap", "reinit", "stability", "weights", "winners"]
+__all__ = ["connectivity", "functions", "layers", "overlap", "reference", "reinit", "stability", "weights", "winners"]

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from tombola.study.planner import Chain, Progress
+import polars as pl
+
+from tombola.lottery.ticket import Ticket
+from tombola.study.planner import Chain
 from tombola.study.tickets import Tickets
 
 
@@ -54,30 +57,55 @@ def rows(tickets: Tickets, chains: Sequence[Chain] | None = None) -> list[Row]:
     """
     order = tickets.study.importances
     return [
-        row
+        row_of(chain, ticket)
         for chain in sorted(
             tickets.planner.chains if chains is None else chains, key=lambda chain: order.index(chain.importance)
         )
-        for row in _rows(chain, tickets.progress(chain))
+        for ticket in tickets.progress(chain).tickets
     ]
 
 
-def _rows(chain: Chain, progress: Progress) -> Iterable[Row]:
-    for ticket in progress.tickets:
-        assert ticket.trained is not None
-        history = ticket.trained.history
-        yield Row(
-            chain.importance,
-            chain.seed,
-            ticket.level,
-            ticket.mask.density,
-            history.test_accuracy,
-            ticket.mask.alive,
-            history.test_loss,
-            history.diverged_at is not None,
-            ticket.mask.collapsed,
-            history.losses[-1] if history.losses and history.diverged_at is None else None,
-        )
+def row_of(chain: Chain, ticket: Ticket) -> Row:
+    """Return the result of a chain's ticket, which has been trained."""
+    assert ticket.trained is not None
+    history = ticket.trained.history
+    return Row(
+        chain.importance,
+        chain.seed,
+        ticket.level,
+        ticket.mask.density,
+        history.test_accuracy,
+        ticket.mask.alive,
+        history.test_loss,
+        history.diverged_at is not None,
+        ticket.mask.collapsed,
+        history.losses[-1] if history.losses and history.diverged_at is None else None,
+    )
+
+
+def summarise(results: Sequence[Row]) -> pl.DataFrame:
+    """Return the accuracy of each importance and level over seeds, in the order of the results.
+
+    Columns: importance, level, density (mean), accuracy (mean, in 0..1), std (n - 1; null for fewer than two seeds),
+    seeds (the number of accuracies) and diverged (the number of trainings that diverged, which have no accuracy). The
+    accuracy is null where all diverged.
+
+    >>> summarise([Row("l1", seed, 1, 0.8, 0.9, 8, 0.1, False) for seed in (0, 1)]).row(0)
+    ('l1', 1, 0.8, 0.9, 0.0, 2, 0)
+    """
+    schema = {"importance": pl.String, "level": pl.Int64, "density": pl.Float64, "accuracy": pl.Float64}
+    frame = pl.DataFrame(
+        [(row.importance, row.level, row.density, row.test_accuracy, row.diverged) for row in results],
+        schema | {"diverged": pl.Boolean},
+        orient="row",
+    )
+    return frame.group_by("importance", "level", maintain_order=True).agg(
+        pl.col("density").mean(),
+        pl.col("accuracy").mean(),
+        std=pl.col("accuracy").std(),
+        seeds=pl.col("accuracy").count().cast(pl.Int64),
+        diverged=pl.col("diverged").sum().cast(pl.Int64),
+    )
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, get_args, get_origin
 
 from tombola.errors import UserError, did_you_mean
-from tombola.study.schema import OldFieldWarning, fields, is_list, load_study
+from tombola.study.schema import OldFieldWarning, Study, fields, is_list, load_study
 
 if TYPE_CHECKING:
     from tombola.study.planner import Planner
@@ -153,13 +153,24 @@ class Verbs:
         return Verbs(parsers, self.study, self.table, self.store)
 
 
-def open_planner(options: argparse.Namespace) -> Planner:
-    """Return the planner of the study that the options name; do not create a missing store."""
+def open_study(options: argparse.Namespace) -> Study:
+    """Return the study that the options name."""
     with warnings.catch_warnings(record=True) as notes:
         warnings.simplefilter("always", OldFieldWarning)
         study = load_study(options.study, overrides(options))
     for note in notes:
         print(f"note: {note.message}", file=sys.stderr)
+    return study
+
+
+def open_planner(options: argparse.Namespace, study: Study | None = None) -> Planner:
+    """Return the planner of the study that the options name; do not create a missing store.
+
+    Args:
+        options: of the verb.
+        study: what `open_study` returned for them, if it has been called.
+    """
+    study = study or open_study(options)
     _find_modules([Path(options.study).resolve().parent, Path.cwd()])
     import torch
 

@@ -5,24 +5,35 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tombola.cli.options import Verbs, open_planner, whole_number
+from tombola.cli.options import Verbs, open_planner, open_study, whole_number
 from tombola.errors import NothingStoredError, UserError
 
 if TYPE_CHECKING:
+    import polars as pl
     from rich.text import Text
 
     from tombola.analysis.accuracy import Cell, Row, Table2
-    from tombola.study.planner import Planner
+    from tombola.study.schema import Study
     from tombola.study.tickets import Tickets
 
 
 def add_verbs(verbs: Verbs) -> None:
     """Add the verbs to the command line."""
-    verbs.add("results", results, verbs.study, verbs.table)
+    shown = verbs.add("results", results, verbs.study, verbs.table).add_mutually_exclusive_group()
+    shown.add_argument(
+        "--against",
+        choices=("paper", "reference"),
+        metavar="NAME",
+        help="compare with the accuracies of the paper, or with tombola's published reference: paper or reference",
+    )
+    shown.add_argument(
+        "--reference", action="store_true", help="show the published reference of the study instead, without its store"
+    )
     added = verbs.add("export", export, verbs.study)
     added.add_argument("--importance", required=True, metavar="NAME", help="the importance of the ticket")
     added.add_argument("--seed", type=whole_number(0), required=True, metavar="N", help="the seed of the ticket")
@@ -35,7 +46,12 @@ def results(options: argparse.Namespace) -> int:
     """Show the accuracy of every ticket (the paper's Table 2)."""
     from tombola.study.tickets import Tickets
 
-    show_results(Tickets(open_planner(options)), options.format)
+    if options.reference:
+        _show_reference(options)
+    elif options.against:
+        _show_comparison(options)
+    else:
+        show_results(Tickets(open_planner(options)), options.format)
     return 0
 
 
@@ -75,36 +91,121 @@ def show_results(tickets: Tickets, form: str) -> None:
     Raises:
         NothingStoredError: if the store has no result of the study.
     """
-    from tombola.analysis.accuracy import Row, rows
-    from tombola.cli.tables import show_table
+    from tombola.analysis.accuracy import rows
     from tombola.engine.machine import count_kinds, describe_kinds
 
     found = rows(tickets)
     kinds = describe_kinds(count_kinds(tickets.records().values()))
     if not found:
         raise NothingStoredError(f"no result of this study is in {tickets.planner.store.root}")
-    if form == "json":
-        print(json.dumps([row.to_json() for row in found], indent=1))
-    elif form == "csv":
-        names = list(Row.__dataclass_fields__)
-        show_table(names, [[getattr(row, name) for name in names] for row in found], "csv")
+    planner = tickets.planner
+    expected = len(planner.chains) * (planner.study.levels + 1)
+    if form == "table":
+        _print_results(found, planner.study, planner.problem.data.name, planner.describe_counted())
+        if len(found) < expected:
+            print(f"the store has {len(found)} of {expected} tickets")
     else:
-        _print_results(tickets.planner, found)
+        _show_rows(found, form)
     if kinds:
         print(kinds, file=sys.stdout if form == "table" else sys.stderr)
 
 
-def _print_results(planner: Planner, found: Sequence[Row]) -> None:
+def _show_reference(options: argparse.Namespace) -> None:
+    """Print the published reference of a study; its store and its data set are not needed."""
+    from tombola.analysis.reference import published
+
+    with _name_option("--reference"):
+        reference = published(open_study(options))
+    about = reference.about
+    if options.format == "table":
+        _print_results(reference.tickets, reference.study, about["data"]["name"], about["counted"])
+    else:
+        _show_rows(reference.tickets, options.format)
+    print(f"reference: {reference.source}", file=sys.stdout if options.format == "table" else sys.stderr)
+
+
+def _show_comparison(options: argparse.Namespace) -> None:
+    """Print the stored results of a study beside those of the paper, or of its published reference."""
+    import polars as pl
+
+    from tombola.analysis.reference import describe, of_study, paper, published
+    from tombola.cli.tables import percent, show_frame
+    from tombola.study.tickets import Tickets
+
+    study = open_study(options)
+    with _name_option(f"--against {options.against}"):
+        reference = {"paper": paper, "reference": published}[options.against](study)  # before the data set is loaded
+    planner = open_planner(options, study)
+    with _name_option(f"--against {options.against}"):
+        compared = of_study(Tickets(planner), reference)
+    if options.format != "table":
+        show_frame(compared, options.format)
+        return
+    table = compared.with_columns(twice=2 * pl.col("standard_error")).select(
+        "importance",
+        "level",
+        _mean("accuracy", "std", "seeds").alias("ours (seeds)"),
+        _mean("reference_accuracy", "reference_std", "reference_seeds").alias(f"{reference.name} (seeds)"),
+        percent("difference", sign=True),
+        percent("twice").alias("2 SE"),
+        "verdict",
+    )
+    print(f"test accuracy in % on {planner.problem.data.name}, mean ± std; SE: standard error of the difference")
+    show_frame(table, "table")
+    print(describe(compared))
+    print(f"{reference.name}: {reference.source}")
+
+
+def _mean(accuracy: str, std: str, seeds: str) -> pl.Expr:
+    """Return columns of means, standard deviations and numbers of seeds as text in percent."""
+    import polars as pl
+
+    from tombola.cli.tables import percent
+
+    deviation = pl.when(pl.col(std).is_null()).then(pl.lit("")).otherwise(pl.lit("±") + percent(std))
+    return percent(accuracy) + deviation + pl.format(" ({})", seeds)
+
+
+@contextmanager
+def _name_option(option: str) -> Iterator[None]:
+    """Put the option before the message of a `UserError`."""
+    try:
+        yield
+    except NothingStoredError:
+        raise  # it is not about the option
+    except UserError as error:
+        raise UserError(f"{option}: {error}") from error
+
+
+def _show_rows(found: Sequence[Row], form: str) -> None:
+    """Print results as csv or json."""
+    from tombola.analysis.accuracy import Row
+    from tombola.cli.tables import show_table
+
+    if form == "json":
+        print(json.dumps([row.to_json() for row in found], indent=1))
+    else:
+        names = list(Row.__dataclass_fields__)
+        show_table(names, [[getattr(row, name) for name in names] for row in found], form)
+
+
+def _print_results(found: Sequence[Row], study: Study, data: str, counted: str) -> None:
+    """Print results as a table.
+
+    Args:
+        found: the results.
+        study: whose they are.
+        data: the name of its data set.
+        counted: see `Planner.describe_counted`.
+    """
     from tombola.analysis.accuracy import table2
 
-    study = planner.study
     table = table2(found, study.importances)
     seeds = f"mean ± std over {len(study.seeds)} seeds" if len(study.seeds) > 1 else f"seed {study.seeds[0]}"
     best = "; best " + ("bold" if sys.stdout.isatty() else "*") if len(study.importances) > 1 else ""
-    print(f"test accuracy in % on {planner.problem.data.name}, {seeds}{best}")
+    print(f"test accuracy in % on {data}, {seeds}{best}")
     _print_table2(table, study.importances, len(study.seeds))
-    print(planner.describe_counted())
-    expected = len(planner.chains) * (study.levels + 1)
+    print(counted)
     diverged: dict[str, list[str]] = {}
     for (level, importance), cell in table.cells.items():
         if cell.diverged:
@@ -114,8 +215,6 @@ def _print_results(planner: Planner, found: Sequence[Row]) -> None:
     for importance, layers in table.collapses.items():
         text = ", ".join(f"{layer} from level {level}" for layer, level in layers.items())
         print(f"collapsed layers, {importance}: {text}")
-    if len(found) < expected:
-        print(f"the store has {len(found)} of {expected} tickets")
 
 
 def _print_table2(results: Table2, importances: Sequence[str], seeds: int) -> None:

@@ -35,7 +35,7 @@ def accuracy(
         table: from `tables.accuracy`.
         importances: those of the study, in its order.
         dense: accuracy of the dense network in %.
-        paper: from `tables.paper`; shown as hollow marks.
+        paper: from `tables.comparison`; shown as hollow marks.
         within: show only accuracies at most this many points below the dense network's.
     """
     x = _sparsity()
@@ -75,7 +75,7 @@ def accuracy(
                 y=y("paper %"),
                 color=_colour(importances),
                 shape=_shape(importances),
-                tooltip=["importance:N", "level:Q", *_numbers("paper %", "paper sd", "accuracy %")],
+                tooltip=["importance:N", "level:Q", *_numbers("paper %", "paper std", "accuracy %")],
             )
         )
     return alt.layer(*layers).properties(height=_HEIGHT)

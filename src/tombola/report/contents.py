@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
@@ -11,14 +12,25 @@ from typing import Any
 import polars as pl
 
 from tombola import __version__
-from tombola.analysis import claims, connectivity, functions, layers, overlap, reinit, stability, weights, winners
+from tombola.analysis import (
+    claims,
+    connectivity,
+    functions,
+    layers,
+    overlap,
+    reference,
+    reinit,
+    stability,
+    weights,
+    winners,
+)
 from tombola.analysis.accuracy import Row, rows
 from tombola.analysis.claims import Claim
 from tombola.analysis.gather import label
+from tombola.analysis.reference import Reference
 from tombola.engine.machine import differences
 from tombola.engine.run import count_remaining
 from tombola.errors import UserError
-from tombola.report import paper
 from tombola.study.planner import Planner, select_chains
 from tombola.study.schema import Study
 from tombola.study.tickets import Tickets
@@ -64,7 +76,7 @@ class Contents:
         absent: for analyses without a table, the reason.
         claims: the paper's claims with the verdicts of the study's tickets; empty if nothing can be compared yet.
         compared: a sentence on the tickets that decide on the claims.
-        paper: see `tombola.report.paper.of_study`.
+        references: accuracies to compare the study's with: the paper's, and the published ones unless they are its own.
         tickets, expected: number of stored tickets, and of all tickets of the study, including other data orders.
         trainings_left: number of trainings that remain.
         stopped: chains that cannot continue, with the reason.
@@ -87,7 +99,7 @@ class Contents:
     absent: Mapping[str, str]
     claims: tuple[Claim, ...] = ()
     compared: str = ""
-    paper: pl.DataFrame | None = None
+    references: tuple[Reference, ...] = ()
     tickets: int = 0
     expected: int = 0
     trainings_left: int = 0
@@ -171,7 +183,7 @@ def gather(
         absent=absent,
         claims=() if evidence is None else tuple(claims.judge(evidence)),
         compared="" if evidence is None else evidence.describe(),
-        paper=paper.of_study(planner.study),
+        references=tuple(_list_references(planner, results)),
         tickets=sum(len(each.tickets) for each in progress.values()),
         expected=len(progress) * (planner.study.levels + 1),
         trainings_left=count_remaining(list(progress.values())),
@@ -180,6 +192,17 @@ def gather(
         records=records,
         made=datetime.now(UTC).isoformat(timespec="seconds"),
     )
+
+
+def _list_references(planner: Planner, results: Collection[Row]) -> Iterator[Reference]:
+    """Yield the paper's accuracies and the published ones, if there are any of this study."""
+    with suppress(UserError):
+        yield reference.paper(planner.study)
+    with suppress(UserError):
+        found = reference.published(planner.study)
+        reference.check_data(found, planner.problem.data.fingerprint)
+        if not set(results) <= set(found.tickets):
+            yield found
 
 
 def summarise_verification(records: Sequence[Mapping[str, Any]]) -> Verification:

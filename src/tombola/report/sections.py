@@ -12,11 +12,11 @@ from dataclasses import dataclass, field
 import polars as pl
 
 from tombola.analysis.gather import ALL, PRUNABLE
+from tombola.analysis.reference import PAPER, compare, describe
 from tombola.report import charts, tables
 from tombola.report.contents import COSTLY, Contents
 from tombola.report.findings import dense_accuracies
 from tombola.report.look import Chart
-from tombola.report.paper import CITATION
 
 MEASURES = {
     "sd": "standard deviation of the trained weight over levels",
@@ -95,19 +95,20 @@ def _accuracy(contents: Contents) -> Section:
     table = tables.accuracy(contents.results)
     accuracies = list(dense_accuracies(contents).values())
     dense = 100 * statistics.fmean(accuracies) if accuracies else None
-    reported = tables.paper(contents.paper, table) if contents.paper is not None else None
-    if reported is not None and len(reported):
-        reading += f" Large hollow marks with bars show the paper's mean and standard deviation of 3 seeds: {CITATION}."
-    else:
-        reported = None
+    compared = [(one, found) for one in contents.references if len(found := compare(contents.results, one.table))]
+    reported = next((tables.comparison(found, PAPER) for one, found in compared if one.name == PAPER), None)
+    if reported is not None:
+        reading += " Large hollow marks with bars show the paper's mean and standard deviation over 3 seeds."
     parts = [Part("accuracy", "All levels", charts.accuracy(table, names, dense, reported), table)]
     if dense is not None:
         near = table.filter(pl.col("accuracy %") >= dense - 2)
         close = None if reported is None else reported.filter(pl.col("paper %") >= dense - 2)
         chart = charts.accuracy(table, names, dense, close, within=2)
         parts.append(Part("accuracy-near-dense", "Detail: up to 2 points below the dense network", chart, near))
-    if reported is not None:
-        parts.append(Part("paper", "Comparison with the paper", None, reported))
+    for one, found in compared:
+        whose = f"the {one.name}"
+        reading += f" Compared with {whose} ({one.source}): {describe(found)}"
+        parts.append(Part(one.name, f"Comparison with {whose}", None, tables.comparison(found, one.name)))
     return Section("accuracy", "Accuracy against sparsity", reading, tuple(parts))
 
 

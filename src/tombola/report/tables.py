@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import polars as pl
 
 from tombola import analysis
-from tombola.analysis.accuracy import Row
+from tombola.analysis.accuracy import Row, summarise
 from tombola.analysis.claims import Claim, describe
 from tombola.analysis.gather import ALL, DATA_ORDER, IMPORTANCES, PRUNABLE
 
@@ -40,20 +40,17 @@ def accuracy(results: Sequence[Row]) -> pl.DataFrame:
     >>> accuracy(rows).select("level", "seeds", "accuracy %", "low", "high").row(0)
     (1, 2, 91.0, 89.586, 92.414)
     """
-    frame = pl.DataFrame(
-        [(r.importance, r.level, r.density, r.test_accuracy, r.diverged) for r in results],
-        {"importance": pl.String, "level": pl.Int64, "d": pl.Float64, "a": pl.Float64, "diverged": pl.Boolean},
-        orient="row",
-    )
-    mean, sd = 100 * pl.col("a").mean(), 100 * pl.col("a").std()
-    return frame.group_by("importance", "level", maintain_order=True).agg(
-        (100 * pl.col("d").mean()).alias(DENSITY),
-        pl.col("a").count().cast(pl.Int64).alias("seeds"),
+    mean, std = 100 * pl.col("accuracy"), 100 * pl.col("std")
+    return summarise(results).select(
+        "importance",
+        "level",
+        (100 * pl.col("density")).alias(DENSITY),
+        "seeds",
         mean.round(4).alias("accuracy %"),
-        sd.round(4).alias("sd"),
-        (mean - sd).round(3).alias("low"),
-        (mean + sd).round(3).alias("high"),
-        pl.col("diverged").sum().cast(pl.Int64),
+        std.round(4).alias("sd"),
+        (mean - std).round(3).alias("low"),
+        (mean + std).round(3).alias("high"),
+        "diverged",
     )
 
 
@@ -64,19 +61,32 @@ def claims(found: Sequence[Claim]) -> pl.DataFrame:
     return pl.DataFrame(rows, dict.fromkeys(("claim", "statement", *names), pl.String), orient="row")
 
 
-def paper(reported: pl.DataFrame, found: pl.DataFrame) -> pl.DataFrame:
-    """Return the paper's accuracies at the levels and importances of `found`, a table of `accuracy`."""
-    ours = found.select("importance", "level", DENSITY, "accuracy %")
-    return reported.join(ours, on=["importance", "level"], how="inner", maintain_order="left").select(
+def comparison(compared: pl.DataFrame, whose: str) -> pl.DataFrame:
+    """Return the comparison of our accuracies with a reference's, with its verdicts.
+
+    `low` and `high` are the reference's mean - std and mean + std. `2 SE` is two standard errors of the difference.
+
+    Args:
+        compared: from `tombola.analysis.reference.compare`.
+        whose: the name of the reference, which is in the names of the columns.
+    """
+    ours, theirs = 100 * pl.col("accuracy"), 100 * pl.col("reference_accuracy")
+    std = 100 * pl.col("reference_std")
+    return compared.select(
         "importance",
         "level",
-        DENSITY,
-        (100 * pl.col("accuracy")).alias("paper %"),
-        (100 * pl.col("sd")).alias("paper sd"),
-        (100 * (pl.col("accuracy") - pl.col("sd"))).alias("low"),
-        (100 * (pl.col("accuracy") + pl.col("sd"))).alias("high"),
-        "accuracy %",
-        (pl.col("accuracy %") - 100 * pl.col("accuracy")).alias("ours - paper"),
+        (100 * pl.col("density")).alias(DENSITY),
+        ours.round(4).alias("accuracy %"),
+        (100 * pl.col("std")).round(4).alias("std"),
+        "seeds",
+        theirs.round(4).alias(f"{whose} %"),
+        std.round(4).alias(f"{whose} std"),
+        pl.col("reference_seeds").alias(f"{whose} seeds"),
+        (theirs - std).round(3).alias("low"),
+        (theirs + std).round(3).alias("high"),
+        (100 * pl.col("difference")).round(4).alias("difference, points"),
+        (200 * pl.col("standard_error")).round(4).alias("2 SE, points"),
+        "verdict",
     )
 
 
