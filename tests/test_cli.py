@@ -242,7 +242,7 @@ def test_an_exported_ticket_is_plain_safetensors(copied: Path, here: Here) -> No
 
 
 def test_importances_are_listed(here: Here) -> None:
-    assert [line.split()[0] for line in here("importances").splitlines()[3:]] == list(IMPORTANCES)
+    assert [line.split()[0] for line in here("importances").splitlines()[3:-2]] == list(IMPORTANCES)
     lines = list(csv.DictReader(io.StringIO(here("importances", "--format", "csv"))))
     assert [line["importance"] for line in lines] == list(IMPORTANCES)
     assert lines[1]["description"].startswith("x / sum(x), in 0..1")
@@ -276,7 +276,7 @@ def test_an_override_names_the_same_study_in_every_form(overrides: list[str], co
 
 def test_a_toml_file_and_overrides_name_the_same_study(copied: Path, here: Here) -> None:
     Path("study.toml").write_text(
-        'importances = ["magnitude", "l1"]\nseeds = [0, 1]\nlevels = 2\n'
+        'importances = ["magnitude", "l1"]\nseeds = [0, 1]\nlevels = 2\nkeep_dense = ["fc"]\n'
         '[task]\ndataset = "digits"\nmodel = "lenet_300_100"\nmodel_arguments = { inputs = 64 }\n'
         "[recipe]\nbatch_size = 64\nepochs = 1\n"
     )
@@ -443,7 +443,7 @@ def test_an_importance_that_fails_later_ends_its_chain_and_the_study_goes_on(her
 
 def test_collapsed_layers_are_said(here: Here) -> None:
     Path("mine.py").write_text("def back_first(w):\n    return w * 0 + len(w)\n")  # small layers go first
-    study = [*STUDY, "--seeds", "0", "--importances", "mine:back_first", "l1", "--fraction", "0.1"]
+    study = [*STUDY, "--seeds", "0", "--importances", "mine:back_first", "l1", "--fraction", "0.1", "--keep-dense"]
     said = here("run", *study, "--levels", "1")
     assert "collapsed layers, mine:back_first: fc.weight from level 1\n" in said
     rows = json.loads(here("results", *study, "--levels", "1", "--format", "json"))

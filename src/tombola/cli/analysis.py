@@ -78,6 +78,7 @@ def overlap(options: argparse.Namespace) -> int:
     """Show how many connections tickets share, compared with chance and with the noise floor."""
     from tombola.analysis import overlap
     from tombola.analysis.gather import PRUNABLE
+    from tombola.cli.tables import wrap
 
     tickets, names = _open(options)
     with _warnings_as_notes():
@@ -91,7 +92,7 @@ def overlap(options: argparse.Namespace) -> int:
         return 0
     _show(table, options.format, _overlap_by_level)
     if options.format == "table":
-        print(tickets.planner.describe_counted())
+        print(wrap(tickets.planner.describe_counted()))
         if tickets.planner.kept_dense:
             print("\nThe same without the layers that are kept dense:")
             _show(table, options.format, partial(_overlap_by_level, total=PRUNABLE))
@@ -101,13 +102,14 @@ def overlap(options: argparse.Namespace) -> int:
 def layers(options: argparse.Namespace) -> int:
     """Show the density of each layer, the collapsed layers, and the share of connections on paths."""
     from tombola.analysis import layers
+    from tombola.cli.tables import wrap
 
     tickets, names = _open(options)
     with _warnings_as_notes():
         table = layers.of_study(tickets, names, options.level)
     _show(table, options.format, _layers)
     if options.format == "table":
-        print(tickets.planner.describe_counted())
+        print(wrap(tickets.planner.describe_counted()))
     return 0
 
 

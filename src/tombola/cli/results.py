@@ -199,13 +199,14 @@ def _print_results(found: Sequence[Row], study: Study, data: str, counted: str) 
         counted: see `Planner.describe_counted`.
     """
     from tombola.analysis.accuracy import table2
+    from tombola.cli.tables import wrap
 
     table = table2(found, study.importances)
     seeds = f"mean ± std over {len(study.seeds)} seeds" if len(study.seeds) > 1 else f"seed {study.seeds[0]}"
     best = "; best " + ("bold" if sys.stdout.isatty() else "*") if len(study.importances) > 1 else ""
     print(f"test accuracy in % on {data}, {seeds}{best}")
     _print_table2(table, study.importances, len(study.seeds))
-    print(counted)
+    print(wrap(counted))
     diverged: dict[str, list[str]] = {}
     for (level, importance), cell in table.cells.items():
         if cell.diverged:

@@ -76,7 +76,7 @@ def plan(options: argparse.Namespace) -> int:
 
 def show_plan(planner: Planner, expected: Estimate, workers: int, form: str) -> None:
     """Print which trainings a run would do, which exist already, and the expected time and disk space."""
-    from tombola.cli.tables import count, duration, show_table, size
+    from tombola.cli.tables import count, duration, show_table, size, wrap
 
     lines = [
         [chain.importance, chain.seed, chain.order_seed, there, to_find] for chain, there, to_find in expected.chains
@@ -100,7 +100,7 @@ def show_plan(planner: Planner, expected: Estimate, workers: int, form: str) -> 
     show_table(header, lines, form)
     if form == "csv":
         return
-    print(planner.describe_counted())
+    print(wrap(planner.describe_counted()))
     if not expected.to_train:
         print(f"all {expected.existing} trainings are in {planner.store.root}: nothing is left to do")
         return

@@ -132,7 +132,7 @@ def wrap(text: str, indent: int = 0) -> str:
         indent: the number of spaces in front of every line except the first.
     """
     start = len(text) - len(text.lstrip())
-    width = max(40, min(100, shutil.get_terminal_size().columns))
+    width = max(40, min(100, shutil.get_terminal_size().columns)) if sys.stdout.isatty() else 100
     lines = textwrap.wrap(text.strip(), width, initial_indent=" " * start, subsequent_indent=" " * indent)
     return "\n".join(lines)
 
