@@ -1,0 +1,179 @@
+"""Print docs/reproduction.md from the results in a store: python docs/reproduction.py STORE [--data DIR] [SYSTEM ...]
+
+A system is a preset; by default, those are taken on which the paper's claims are tested. After `=`, it may have options
+of the command line that override fields, for example
+`'resnet20-cifar10-medium=--task.dataset image-folder --task.dataset-arguments path=images.tar.xz'`. Systems whose store
+has no ticket from level 1 on are listed as not run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import statistics
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from tombola import Planner, Store, UserError, load_problem, load_study
+from tombola.analysis import claims, reference
+from tombola.analysis.accuracy import rows, table2
+from tombola.analysis.claims import Claim
+from tombola.cli.options import study_options
+from tombola.engine.machine import count_kinds
+from tombola.engine.run import count_remaining
+from tombola.study.tickets import Tickets
+
+SYSTEMS = (
+    "lenet-mnist",
+    "lenet-fashion",
+    "resnet20-cifar10-medium",
+    "vgg16-cifar10-medium",
+    "resnet18-cifar10-medium",
+)
+"""The systems on which the paper's claims are tested, if none are given."""
+
+MARKS = {"holds": "holds", "holds in part": "in part", "does not hold": "**no**", "not testable": "–"}
+
+HEAD = """\
+# The paper's results, reproduced
+
+This page is generated from stored results: `python docs/reproduction.py STORE --data DIR`. It shows Table 2(a) of the
+paper ([arXiv 2302.11244](https://arxiv.org/abs/2302.11244)) beside ours, and a verdict on each of the paper's claims.
+[conventions.md](conventions.md) describes the settings, [analyses.md](analyses.md) how claims are judged.
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print the page."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("store", type=Path)
+    parser.add_argument("--data", type=Path)
+    parser.add_argument("systems", nargs="*", default=SYSTEMS)
+    options = parser.parse_args(arguments)
+    found = {each.partition("=")[0]: open_tickets(each, options.store, options.data) for each in options.systems}
+    begun = {name: tickets for name, tickets in found.items() if tickets is not None and has_level_1(tickets)}
+    judged = {name: claims.judge(claims.collect(tickets)) for name, tickets in begun.items()}
+    print(HEAD)
+    print("\n".join(overview(begun, [name for name in found if name not in begun])))
+    print("\n".join(verdicts(judged)))
+    for name, tickets in begun.items():
+        print("\n".join(section(name, tickets, judged[name])))
+    return 0
+
+
+def open_tickets(system: str, store: Path, data: Path | None) -> Tickets | None:
+    """Return the tickets of a system; None, with a note, if its data set is not there."""
+    name, _, words = system.partition("=")
+    options = vars(study_options().parse_args([name, *shlex.split(words)]))
+    study = load_study(name, {field: value for field, value in options.items() if "." in field and value is not None})
+    try:
+        return Tickets(Planner(study, load_problem(study.task, data), Store(store, create=False)))
+    except UserError as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        return None
+
+
+def has_level_1(tickets: Tickets) -> bool:
+    """Return whether two importances have a level from 1 on, so that there is something to compare."""
+    try:
+        claims.collect(tickets)
+    except UserError:
+        return False
+    return True
+
+
+def overview(begun: dict[str, Tickets], others: Sequence[str]) -> Iterator[str]:
+    """Yield the table of the runs."""
+    yield "| system | trainings | to do | hours of one core | kinds of machine |"
+    yield "|---|--:|--:|--:|---|"
+    for name, tickets in begun.items():
+        records = list(tickets.records().values())
+        hours = sum(record.get("seconds", 0.0) for record in records) / 3600
+        kinds = "; ".join(f"{kind or 'not recorded'}" for kind in count_kinds(records))
+        yield f"| {name} | {len(records)} | {count_remaining(list(tickets.all().values()))} | {hours:.1f} | {kinds} |"
+    for name in others:
+        yield f"| {name} | not run | | | |"
+    yield ""
+
+
+def verdicts(judged: dict[str, list[Claim]]) -> Iterator[str]:
+    """Yield the table of all claims and systems."""
+    yield "## The claims\n"
+    yield f"| claim | {' | '.join(judged)} |"
+    yield f"|---|{'---|' * len(judged)}"
+    for same in zip(*judged.values(), strict=True):
+        text = f"{same[0].number} {same[0].statement.rstrip('.')}"
+        yield f"| {text} | {' | '.join(MARKS[claim.verdict] for claim in same)} |"
+    yield "\nA dash means that the system cannot decide; the sections below say why, and what it takes.\n"
+
+
+def section(name: str, tickets: Tickets, found: Sequence[Claim]) -> Iterator[str]:
+    """Yield the section of a system: three sentences, accuracies, and each claim with its numbers."""
+    yield f"## {name}\n"
+    yield " ".join(claims.summarise(found))
+    left = count_remaining(list(tickets.all().values()))
+    if left:
+        yield f"\nThis run is not finished: {left} trainings remain."
+    yield f"\n{claims.collect(tickets).describe()} {tickets.planner.describe_counted()}\n"
+    yield from accuracies(tickets)
+    yield "\n| claim | verdict | ours | chance | noise floor | paper |"
+    yield "|---|---|---|--:|--:|---|"
+    for claim in found:
+        about: dict[str, str] = claims.describe(claim)
+        cells = [about.get(part, "") for part in ("verdict", "ours", "chance", "noise floor", "paper")]
+        yield f"| {claim.number} {claim.statement.rstrip('.')} | {' | '.join(cells)} |"
+    yield ""
+
+
+def accuracies(tickets: Tickets) -> Iterator[str]:
+    """Yield the table of accuracies: beside the paper's, with verdicts, if the paper has this system."""
+    results = rows(tickets)
+    try:
+        theirs = reference.paper(tickets.study)
+    except UserError:
+        theirs = None
+    if theirs is None:
+        yield from own_accuracies(tickets)
+        return
+    compared = reference.compare(results, theirs.table)
+    yield "Test accuracy in %: ours, the paper's, and whether they agree within 2 standard errors of the difference.\n"
+    names = tickets.study.importances
+    yield f"| sparsity | {' | '.join(names)} |"
+    yield f"|--:|{'---|' * len(names)}"
+    for at in compared.sort("level").partition_by("level", maintain_order=True):
+        cells = {row["importance"]: _describe(row) for row in at.to_dicts()}
+        density = statistics.fmean(at["density"].to_list())
+        yield f"| {100 * (1 - density):.2f} | {' | '.join(cells.get(name, '') for name in names)} |"
+    yield f"\n{reference.describe(compared)}"
+
+
+def own_accuracies(tickets: Tickets) -> Iterator[str]:
+    """Yield the table of accuracies of a system that is not the paper's: every fourth level and the last."""
+    study = tickets.study
+    table = table2(rows(tickets), study.importances)
+    yield "Test accuracy in %, mean ± standard deviation over seeds.\n"
+    yield f"| level | sparsity | {' | '.join(study.importances)} |"
+    yield f"|--:|--:|{'--:|' * len(study.importances)}"
+    last = max(level for level, _ in table.levels)
+    for level, density in table.levels:
+        if level % 4 and level != last:
+            continue
+        cells = []
+        for name in study.importances:
+            cell = table.cells[level, name]
+            std = "" if cell.std is None else f" ± {100 * cell.std:.2f}"
+            cells.append("" if cell.mean is None else f"{100 * cell.mean:.2f}{std}")
+        yield f"| {level} | {100 * (1 - density):.2f} | {' | '.join(cells)} |"
+
+
+def _describe(row: dict[str, Any]) -> str:
+    ours = f"{100 * row['accuracy']:.2f}" + ("" if row["std"] is None else f" ± {100 * row['std']:.2f}")
+    theirs = f"{100 * row['reference_accuracy']:.2f} ± {100 * row['reference_std']:.2f}"
+    verdict = {"within": "", "differs": " **differs**", None: ""}[row["verdict"]]
+    return f"{ours} (paper {theirs}){verdict}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
