@@ -483,3 +483,11 @@ def test_claims_of_a_study(folder: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert [row["number"] for row in json.loads(capsys.readouterr().out)] == table["number"].to_list()
     assert main(["claims", *arguments, "--levels", "0"]) == 2
     assert "no level from 1 on is in" in capsys.readouterr().err
+
+
+def test_claims_about_tickets_that_diverged(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    diverging = open_planner(folder, str(tmp_path / "store"), **{"recipe.lr": 1e30, "seeds": [0], "data_seeds": []})
+    finish(diverging)
+    arguments = [str(folder / "study.toml"), "--store", str(tmp_path / "store"), "--seeds", "0", "--data-seeds"]
+    assert main(["claims", *arguments, "--recipe.lr", "1e30"]) == 2
+    assert capsys.readouterr().err == ("tombola: nothing can be compared: magnitude, seed 0 diverged at level 0\n")

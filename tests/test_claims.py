@@ -100,37 +100,63 @@ def test_alike_is_measured_against_two_data_orders() -> None:
     def apart(name: str, seed: int, level: int) -> float:
         return 0.9 - (0.02 + 0.001 * seed if name == "l2" and level > 0 else 0)
 
-    far = judge(claims.perform_alike, results=results(apart))
-    assert far.verdict == "does not hold"
-    assert far.value == pytest.approx((2 * (2.0 + 2.1 + 2.2) / 3) / 3)  # two of the three pairs
+    same_order = judge(claims.perform_alike, results=results(apart), order_results=results(apart))
+    assert same_order.verdict == "does not hold"
+    assert same_order.value == pytest.approx((2 * (2.0 + 2.1 + 2.2) / 3) / 3)  # two of the three pairs
     orders = results(lambda name, seed, level: apart(name, seed, level) - 0.02)
     noisy = judge(claims.perform_alike, results=results(apart), order_results=orders)
     assert (noisy.verdict, round(noisy.noise or 0, 6)) == ("holds", 2.0)
-    assert "points more than two data orders do" in noisy.reason
-    alone = judge(claims.perform_alike, order_results=())
-    assert (alone.verdict, alone.noise) == ("holds", None)
-    assert "points on average" in alone.reason
+    assert noisy.reason.startswith(
+        "over levels 1 to 3, the difference of two importances exceeds that of two data orders by"
+    )
 
 
-def test_levels_beyond_the_compared_one_and_the_dense_network_do_not_count() -> None:
-    accuracy = results(lambda name, seed, level: 0.9 - (0.3 if name == "l1" and level in (0, 3) else 0))
-    assert judge(claims.perform_alike, results=accuracy, level=2).value == 0
-    assert judge(claims.perform_alike, results=accuracy, level=3).value == pytest.approx(100 * 0.3 * 2 / 9)
+def test_alike_needs_a_data_order_of_what_is_compared_and_no_divergence() -> None:
+    for orders in ((), results(lambda *_: 0.9, ["softmax"])):
+        alone = judge(claims.perform_alike, order_results=orders)
+        assert alone.verdict == "not testable"
+        assert alone.reason == "there is no second data order of magnitude, l1, l2, which gives the noise floor"
+    diverged = tuple(
+        replace(each, test_accuracy=None) if each.importance == "l1" else each for each in EVIDENCE.results
+    )
+    assert judge(claims.perform_alike, results=diverged).reason == "a training at these levels diverged"
+
+
+def test_alike_on_the_whole_and_not_at_the_compared_level_is_not_alike() -> None:
+    late = results(lambda name, seed, level: 0.9 - (0.06 + 0.001 * seed if name == "l1" and level == 3 else 0))
+    found = judge(claims.perform_alike, results=late, order_results=late)
+    assert found.verdict == "does not hold"
+    before = judge(claims.perform_alike, results=late, order_results=late, level=2)
+    assert (before.verdict, before.value) == ("holds", 0.0)
+    only_dense = results(lambda name, seed, level: 0.9 - (0.3 if name == "l1" and level == 0 else 0))
+    assert judge(claims.perform_alike, results=only_dense, order_results=only_dense).value == 0
 
 
 @pytest.mark.parametrize("convolutional", [True, False])
 def test_softmax_and_min_max_fall_behind_on_convolutional_networks_only(convolutional: bool) -> None:
     shapes = DEEP if convolutional else {"fc1.weight": (9, 9), "fc.weight": (2, 9)}
 
-    def found(softmax: float, min_max: float) -> Claim:
+    def found(softmax: float | None, min_max: float, levels: int = 8) -> Claim:
         loss = {"softmax": softmax, "min_max": min_max}
-        accuracy = results(lambda name, seed, level: 0.9 - loss.get(name, 0) * (level == 3), FIVE)
+        accuracy = tuple(
+            row(name, seed, level, 0.9 - (loss.get(name, 0) or 0) * (level == 8))
+            for name in FIVE
+            for seed in (0, 1, 2)
+            for level in range(levels + 1)
+        )
+        if softmax is None:
+            accuracy = tuple(
+                replace(each, test_accuracy=None) if (each.importance, each.level) == ("softmax", 8) else each
+                for each in accuracy
+            )
         return judge(claims.fall_behind, importances=FIVE, results=accuracy, shapes=shapes)
 
     assert found(0.1, 0.2).verdict == ("holds" if convolutional else "does not hold")
     assert found(0.0, 0.2).verdict == "holds in part"
     assert found(0.0, 0.0).verdict == ("does not hold" if convolutional else "holds")
     assert found(0.1, 0.2).value == pytest.approx(-15)
+    assert found(None, 0.2).value == pytest.approx((-80 - 20) / 2), "a training that diverged is a random guess"
+    assert found(0.1, 0.2, levels=5).reason == "all of them have levels up to a sparsity of 96.88 % only"
     assert judge(claims.fall_behind).verdict == "not testable"
 
 
@@ -153,7 +179,10 @@ def test_who_collapses() -> None:
     assert (as_claimed.verdict, as_claimed.value) == ("holds", 1.0)
     assert "magnitude: in 2 of 2 seeds, first at level 2; l1: no layer lost" in as_claimed.reason
     assert judge(claims.collapse, results=collapsing("magnitude", "l1", "softmax")).verdict == "holds in part"
-    assert judge(claims.collapse, results=collapsing("softmax")).verdict == "does not hold"
+    assert judge(claims.collapse, results=collapsing("softmax")).verdict == "holds in part"
+    assert judge(claims.collapse, results=collapsing("l1", "l2")).verdict == "does not hold"
+    once = tuple(replace(each, collapsed=()) if each.seed else each for each in collapsing("magnitude", "softmax"))
+    assert judge(claims.collapse, results=once).verdict == "holds in part", "not in every seed"
     assert judge(claims.collapse, results=collapsing("softmax", deepest=4)).verdict == "not testable"
     assert judge(claims.collapse, results=collapsing(importances=("l1", "l2"))).verdict == "not testable"
     perceptron = judge(claims.collapse, results=collapsing("magnitude", "softmax"), shapes={"fc.weight": (2, 2)})
@@ -194,13 +223,18 @@ def test_spikes_and_who_follows() -> None:
             return (100, 50 if early else 100, 50, 25 if early else 50)[level]
         return (100, 80, 64, 51)[level] + (0 if name == "min_max" else 9 * (layer == "b0.weight") * (level > 0))
 
-    table = layers(alive, FIVE)
-    assert judge(claims.spikes, importances=FIVE, layers=table).verdict == "holds"
-    follows = judge(claims.follows, importances=FIVE, layers=table)
+    table, accuracy = layers(alive, FIVE), results(lambda *_: 0.9, FIVE)
+    five = {"importances": FIVE, "results": accuracy}
+    assert judge(claims.spikes, layers=table, **five).verdict == "holds"
+    follows = judge(claims.follows, layers=table, **five)
     assert (follows.verdict, follows.value) == ("holds", 0.0)
     swapped = table.with_columns(pl.col("importance").replace({"softmax": "min_max", "min_max": "softmax"}))
-    assert judge(claims.spikes, importances=FIVE, layers=swapped).verdict == "does not hold"
-    assert judge(claims.follows, importances=FIVE, layers=swapped).verdict == "does not hold"
+    assert judge(claims.spikes, layers=swapped, **five).verdict == "does not hold"
+    worse = judge(claims.follows, layers=swapped, **five)
+    assert (worse.verdict, "levels 1 to 3" in worse.reason) == ("does not hold", True)
+    short = tuple(each for each in accuracy if each.importance != "l1" or each.level < 2)
+    cut = judge(claims.follows, layers=swapped, importances=FIVE, results=short)
+    assert "levels 1 to 1" in cut.reason, "levels that all importances have"
     assert judge(claims.spikes).verdict == judge(claims.follows).verdict == "not testable"
 
 
@@ -209,14 +243,14 @@ def test_spikes_and_who_follows() -> None:
 
 def test_overlap_is_measured_against_chance_and_against_two_data_orders() -> None:
     few = judge(claims.overlap_little)
-    assert (few.verdict, few.value, few.chance, few.noise) == ("holds", 10.0, 5.0, 50.0)
+    assert (few.verdict, few.value, few.chance, few.noise) == ("holds", 10.0, 5.0, None)
     assert judge(claims.overlap_little, overlap=overlap([0.6, 0.61, 0.62], [])).verdict == "does not hold"
     assert judge(claims.overlap_little, overlap=overlap([0.3, 0.8], [])).verdict == "not testable"
     beyond = judge(claims.distinct_beyond_noise)
-    assert (beyond.verdict, beyond.value, beyond.noise) == ("holds", 40.0, 50.0)
+    assert (beyond.verdict, beyond.value, beyond.noise, beyond.chance) == ("holds", 40.0, 50.0, 5.0)
     same = judge(claims.distinct_beyond_noise, overlap=overlap([0.62, 0.61, 0.63], [0.61, 0.61, 0.61]))
     assert same.verdict == "not testable"
-    assert same.reason.endswith("more seeds are needed to decide")
+    assert same.reason.endswith("the interval contains both answers")
     more = judge(claims.distinct_beyond_noise, overlap=overlap([0.7, 0.71, 0.72], [0.6, 0.61, 0.62]))
     assert more.verdict == "does not hold"
     assert judge(claims.distinct_beyond_noise, overlap=overlap([0.1, 0.2], [])).verdict == "not testable"
@@ -293,8 +327,17 @@ def test_three_sentences() -> None:
     sentences = claims.summarise(claims.judge(EVIDENCE))
     assert len(sentences) == 3
     assert sentences[0].startswith("Tickets of different importances differ by more than another data order makes")
-    assert sentences[1].startswith("They perform alike: they differ by +0.00 points more than two data orders do")
+    assert sentences[1].startswith("They perform alike: over levels 1 to 3, the difference of two importances exceeds")
     assert sentences[2].startswith("It is not known whether shared connections are more stable than others")
+    against = pl.concat([stability([0.5, 0.5]), stability([0.1, 0.1], "flipped")])
+    less = claims.summarise(claims.judge(replace(EVIDENCE, stability=against)))[2]
+    assert less.startswith("Shared connections are not more stable than others")
     both = pl.concat([stability([-0.5, -0.5]), stability([-0.1, -0.1], "flipped")])
     stable = claims.summarise(claims.judge(replace(EVIDENCE, stability=both)))[2]
     assert stable.startswith("Shared connections are more stable than others: for the spread of a weight over levels,")
+
+
+def test_networks_of_one_layer_and_effects_that_are_not_a_number() -> None:
+    one = replace(EVIDENCE, shapes={"fc.weight": (2, 2)}, stability=stability([float("nan")] * 3))
+    verdicts = {claim.number: claim.verdict for claim in claims.judge(one)}
+    assert {verdicts[number] for number in ("3a", "3b", "4c", "5a", "5b", "5c")} == {"not testable"}

@@ -115,12 +115,18 @@ def test_what_is_counted_is_said(tmp_path: Path) -> None:
     assert planner(tmp_path, exclude=["fc"]).describe_counted() == f"{text.format(49200)}; fc.weight is left out."
 
 
-def test_an_override_of_the_model_or_of_the_layers_drops_what_the_preset_keeps_dense() -> None:
+def test_an_override_of_the_model_drops_what_the_preset_keeps_dense() -> None:
     assert load_study("digits").keep_dense == ("fc",)
-    assert load_study("digits", {"exclude": ["fc"]}).keep_dense == ()
-    assert load_study("digits", {"exclude": ["fc1"]}).keep_dense == ("fc",)
+    assert load_study("digits", {"task.model": "lenet_300_100"}).keep_dense == ("fc",)
     assert load_study("digits", {"task.model": "mine:model"}).keep_dense == ()
     assert load_study("digits", {"task.model": "mine:model", "keep_dense": ["a"]}).keep_dense == ("a",)
+
+
+@pytest.mark.parametrize("exclude", ["fc", "fc.weight", "f?"])
+def test_a_layer_that_is_left_out_is_not_kept_dense(exclude: str, tmp_path: Path) -> None:
+    plan = planner(tmp_path, exclude=[exclude])
+    assert plan.kept_dense == frozenset()
+    assert plan.dense.total == 49_200
 
 
 def test_data_orders_of_several_importances(tmp_path: Path) -> None:

@@ -165,6 +165,8 @@ FULL = torch.ones(4, 5)
             _set("mask.c.weight", FULL.bool()),
             "it has masks of a.weight, b.weight, c.weight, not of the layers that it names",
         ),
+        (_set("rewind.a.bias", torch.ones(4) * torch.nan), "'rewind.a.bias' has NaN"),
+        (_set("rewind.a.bias", torch.ones(4).cfloat()), "'rewind.a.bias' is torch.complex64, expected real numbers"),
         (_set("other.a", FULL), "its tensor 'other.a' belongs to no part of a ticket"),
         (_set("mask.a.weight", FULL.bool()), "the numbers of alive connections are not those of its masks"),
         (
@@ -174,6 +176,7 @@ FULL = torch.ones(4, 5)
         (_set("trained.new", torch.ones(4)), "its rewound and its trained state differ in the type or shape of 'new'"),
         (_tell("level", 0), "it is of level 0, the dense network, and its masks have pruned connections"),
         (_tell("level", -1), "level: Input should be greater than or equal to 0"),
+        (_tell("level", 20), "its masks have 14 of 32 connections alive, at level 20"),
         (_tell("level", "3"), "level: Input should be a valid integer"),
         (_tell("layers", ["a.weight"]), "it has masks of a.weight, b.weight, not of the layers that it names"),
         (_tell("more", 1), "more: Extra inputs are not permitted"),
@@ -186,9 +189,9 @@ def test_parts_that_do_not_fit(path: Path, change: Callable[[About, Tensors], No
     assert refusal(path) == reason
 
     def without_seal(about: About, _: Tensors) -> None:
-        about.pop("seal")
+        del about["seal"], about["alive"]
 
-    if "seal" not in reason:
+    if "seal" not in reason and "numbers of alive" not in reason:
         rewrite(path, without_seal)
         assert refusal(path) == reason
 
@@ -210,6 +213,38 @@ def test_a_document_nested_too_deeply_and_a_name_of_any_length(path: Path) -> No
     assert refusal(path).endswith("n...")
     safetensors.torch.save_file(tensors, path, {"tombola": "[" * 50_000 + "]" * 50_000})
     assert refusal(path)
+
+
+def test_a_seal_that_was_removed_is_missed(path: Path) -> None:
+    for remove in (lambda about, _: about.pop("seal"), lambda about, _: about.update(seal=None)):
+        rewrite(path, remove)
+        assert refusal(path) == "its seal is missing: it was changed; get it again"
+
+
+def test_a_provenance_nested_deeply_and_a_path_that_is_too_long(path: Path) -> None:
+    with safetensors.safe_open(path, "pt") as file:
+        text = file.metadata()["tombola"]
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    nested = '{"in": ' * 980 + "1" + "}" * 980
+    safetensors.torch.save_file(tensors, path, {"tombola": text.replace('"seed": 0', f'"seed": {nested}')})
+    assert refusal(path)
+    long = path.parent / ("x" * 300)
+    with pytest.raises(UserError, match="cannot be read as a ticket that tombola saved"):
+        Ticket.load(long)
+
+
+def test_what_cannot_be_loaded_is_not_saved(tmp_path: Path) -> None:
+    state = {**TICKET.rewind.load(), "a.bias": torch.full((4,), torch.nan)}
+    with pytest.raises(UserError, match=r"the ticket cannot be saved: 'rewind.a.bias' has NaN"):
+        Ticket(3, TICKET.mask, Weights.of(state), None).save(tmp_path / "t")
+    assert not (tmp_path / "t").exists()
+
+
+def test_states_that_share_memory_are_saved(tmp_path: Path) -> None:
+    state = {**TICKET.rewind.load()}
+    state["norm.more"] = state["norm.steps"]
+    Ticket(3, TICKET.mask, Weights.of(state), Trained(Weights.of(state), History())).save(tmp_path / "t", trained=False)
+    assert Ticket.load(tmp_path / "t").rewound["norm.more"] == 7
 
 
 def test_what_is_no_regular_file_is_not_opened(tmp_path: Path) -> None:

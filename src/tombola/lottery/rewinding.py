@@ -13,7 +13,7 @@ from tombola.datasets.dataset import Dataset
 from tombola.errors import UserError
 from tombola.importance import Importance, Normalisation
 from tombola.lottery.ticket import Ticket
-from tombola.pruning.mask import Mask, resolve_kept_dense
+from tombola.pruning.mask import Mask, prunable, resolve_kept_dense
 from tombola.pruning.prune import check_fraction, count_to_remove, prune
 from tombola.streams import derive
 from tombola.training.evaluation import Loss
@@ -130,7 +130,7 @@ def find_tickets(
     """
     check_recipe_fits(recipe, data)
     dense = Mask.ones_like(model, exclude)
-    kept = resolve_kept_dense(dense, keep_dense)
+    kept = resolve_kept_dense(dense, keep_dense, prunable(model).keys() - dense.keys())
     check_levels(dense.total, fraction, levels, kept_dense=sum(dense.sizes[layer] for layer in kept))
 
     def train_network(initial: Weights, mask: Mask, begin: int, end: int) -> Trained:

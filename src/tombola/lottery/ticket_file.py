@@ -2,7 +2,8 @@
 
 The file has the tensors `mask.<parameter>` (bool), `rewind.<name>` for every entry of the rewound state, and possibly
 `trained.<name>`. Its metadata has one entry, `tombola`, a JSON document with level, layers, numbers of alive
-connections, history, provenance, and the seal: the SHA-256 over this document and all tensors.
+connections, history, provenance, and the seal: the SHA-256 over this document and all tensors. The seal shows damage
+and mistakes. It is not a signature: anybody can compute it.
 """
 
 from __future__ import annotations
@@ -59,9 +60,9 @@ class _History(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
     losses: list[float]
-    test_accuracy: float | None
+    test_accuracy: Annotated[float, Field(ge=0, le=1)] | None
     test_loss: float | None
-    diverged_at: int | None
+    diverged_at: Annotated[int, Field(ge=0)] | None
 
 
 class _About(BaseModel):
@@ -78,7 +79,11 @@ class _About(BaseModel):
 
 
 def encode(content: Content) -> bytes:
-    """Return the file of a ticket."""
+    """Return the file of a ticket.
+
+    Raises:
+        UserError: if `read` would refuse the file.
+    """
     tensors = {f"mask.{name}": alive for name, alive in content.mask.items()}
     tensors |= {f"rewind.{name}": tensor.contiguous() for name, tensor in content.rewound.items()}
     if content.trained is not None:
@@ -90,7 +95,12 @@ def encode(content: Content) -> bytes:
         "history": content.history.to_json(),
         "provenance": dict(content.provenance),
     }
+    try:
+        _to_content(_About.model_validate(about), tensors)
+    except ValueError as error:
+        raise UserError(f"the ticket cannot be saved: {error}") from error
     about["seal"] = _compute_seal(about, tensors)
+    tensors = {name: tensor.clone() for name, tensor in tensors.items()}  # safetensors refuses memory that is shared
     return safetensors.torch.save(tensors, {"tombola": json.dumps(about, sort_keys=True)})
 
 
@@ -103,14 +113,19 @@ def read(path: Path) -> Content:
     Warns:
         UnsealedTicketWarning: if the file was written before tickets had a seal.
     """
-    if path.exists() and not path.is_file():
-        raise UserError(f"{path}: cannot be read as a ticket that tombola saved: it is not a regular file")
     try:
+        if path.exists() and not path.is_file():
+            raise ValueError("it is not a regular file")
         with safetensors.safe_open(path, "pt") as file:
             document = json.loads((file.metadata() or {})["tombola"])
             about = _About.model_validate(document)
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
         content = _to_content(about, tensors)
+        unsealed = {key: value for key, value in document.items() if key != "seal"}
+        if about.seal is not None and about.seal != _compute_seal(unsealed, tensors):
+            raise ValueError("its content does not match its seal: it was changed or damaged; get it again")
+        if about.seal is None and about.alive is not None:
+            raise ValueError("its seal is missing: it was changed; get it again")
     except KeyError as error:
         raise _refuse(path, f"{error} is missing") from error
     except ValidationError as error:
@@ -125,8 +140,6 @@ def read(path: Path) -> Content:
             UnsealedTicketWarning,
             stacklevel=3,
         )
-    elif about.seal != _compute_seal({key: value for key, value in document.items() if key != "seal"}, tensors):
-        raise _refuse(path, "its content does not match its seal: it was changed or damaged; get it again")
     return content
 
 
@@ -156,6 +169,8 @@ def _to_content(about: _About, tensors: Mapping[str, Tensor]) -> Content:
         raise ValueError("the numbers of alive connections are not those of its masks")
     if about.level == 0 and mask.alive < mask.total:
         raise ValueError("it is of level 0, the dense network, and its masks have pruned connections")
+    if not 0 < mask.alive <= mask.total - about.level:  # each round removes at least one connection, and not all
+        raise ValueError(f"its masks have {mask.alive} of {mask.total} connections alive, at level {about.level}")
     diverged = about.history.diverged_at is not None
     _check_state("rewind", rewound, mask, finite=True)
     if trained:
@@ -179,6 +194,11 @@ def _check_state(part: str, state: State, mask: Mask, *, finite: bool) -> None:
             raise ValueError(f"'{part}.{name}' is not finite (NaN or infinite)")
         if (weight.masked_select(~alive) != 0).any():
             raise ValueError(f"'{part}.{name}' has a pruned weight that is not 0")
+    for name, tensor in state.items():
+        if tensor.is_complex():
+            raise ValueError(f"'{part}.{name}' is {tensor.dtype}, expected real numbers")
+        if finite and tensor.isnan().any():
+            raise ValueError(f"'{part}.{name}' has NaN")
 
 
 def _kind(tensor: Tensor) -> tuple[torch.dtype, torch.Size]:

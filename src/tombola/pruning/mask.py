@@ -249,12 +249,13 @@ def resolve_layers(parameters: Collection[str], layers: Collection[str], field: 
     return frozenset(resolved)
 
 
-def resolve_kept_dense(mask: Mask, layers: Collection[str]) -> frozenset[str]:
+def resolve_kept_dense(mask: Mask, layers: Collection[str], left_out: Collection[str] = ()) -> frozenset[str]:
     """Return the layers of a dense network's mask that are kept dense: counted, and never pruned.
 
     Args:
         mask: the mask of the dense network.
         layers: names of layers, see `resolve_layers`.
+        left_out: prunable layers that are not in the mask; they may be among `layers`, and stay left out.
 
     Raises:
         UserError: if one of `layers` matches no layer of the mask, or if no layer would be left to prune.
@@ -263,7 +264,7 @@ def resolve_kept_dense(mask: Mask, layers: Collection[str]) -> frozenset[str]:
     >>> sorted(resolve_kept_dense(mask, ["fc"]))
     ['fc.weight']
     """
-    kept = resolve_layers(mask, layers, "keep_dense")
+    kept = resolve_layers([*mask, *left_out], layers, "keep_dense") - set(left_out)
     if kept == set(mask):
         raise UserError(f"keep_dense: {', '.join(map(repr, layers))} match all {len(mask)} layers; leave one to prune")
     return kept

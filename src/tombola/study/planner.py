@@ -196,7 +196,8 @@ class Planner:
         with ambient(0):
             self.model = problem.build()
         self.dense = Mask.ones_like(self.model, study.exclude)
-        self.kept_dense = resolve_kept_dense(self.dense, study.keep_dense)
+        left_out = prunable(self.model).keys() - self.dense.keys()
+        self.kept_dense = resolve_kept_dense(self.dense, study.keep_dense, left_out)
         kept = sum(self.dense.sizes[layer] for layer in self.kept_dense)
         check_levels(self.dense.total, study.fraction, study.levels, kept_dense=kept)
         for name in [name for name in study.importances if not is_built_in(name)]:  # fail before any training

@@ -107,9 +107,8 @@ def load_study(name: str, overrides: Mapping[str, Any] | None = None) -> Study:
 
     An override of `recipe.epochs` also removes the file's `iterations`, and vice versa. An override of
     `recipe.optimizer` with Adam or AdamW also removes the file's `momentum` and `nesterov`. An override of
-    `importances` also removes all others from the file's `data_seeds_for`, an override of `exclude` removes its
-    layers from the file's `keep_dense`, and an override of `task.model` removes all of them, because the layers of
-    another model have other names.
+    `importances` also removes all others from the file's `data_seeds_for`, and an override of `task.model` with
+    another model removes the file's `keep_dense`, because the layers of another model have other names.
 
     Args:
         name: a preset's name, or the path of a TOML file (with a slash, or ending in `.toml`).
@@ -142,14 +141,13 @@ def load_study(name: str, overrides: Mapping[str, Any] | None = None) -> Study:
             if f"recipe.{one}" in overrides:
                 recipe.pop(other, None)
         _drop_unused_momentum(recipe, str(overrides.get("recipe.optimizer")))
+    model = document["task"].get("model") if isinstance(document.get("task"), dict) else None
     for field, value in overrides.items():
         _set(document, field.split("."), value)
+    if overrides.get("task.model", model) != model and "keep_dense" not in overrides:
+        document.pop("keep_dense", None)
     if "importances" in overrides and "data_seeds_for" not in overrides:
         _drop_other_importances(document)
-    if "keep_dense" not in overrides and isinstance(document.get("keep_dense"), list):
-        left_out = overrides.get("exclude") or ()
-        kept = [] if "task.model" in overrides else [each for each in document["keep_dense"] if each not in left_out]
-        document["keep_dense"] = kept
     if isinstance(document.get("recipe"), dict):
         document["recipe"] = _rewrite_old_optimizer(document["recipe"], name)
     try:
