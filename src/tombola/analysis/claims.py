@@ -759,7 +759,7 @@ def _compare(parts: Mapping[str, Sequence[float]], limit: float, form: str) -> d
     for name, values in parts.items():
         mean, low, high = mean_with_interval(values)
         above = None if low is None or high is None else _side(low, high, limit)
-        found[f"{name} {mean:{form}}{_bracket(low, high, form)}"] = above
+        found[f"{name} {_number(mean, form)}{_bracket(low, high, form)}"] = above
     return found
 
 
@@ -781,7 +781,17 @@ def _count(agree: Sequence[bool], text: str) -> tuple[Verdict, str]:
 
 
 def _bracket(low: float | None, high: float | None, form: str) -> str:
-    return "" if low is None or high is None else f" (95 % {low:{form}} to {high:{form}})"
+    return "" if low is None or high is None else f" (95 % {_number(low, form)} to {_number(high, form)})"
+
+
+def _number(value: float, form: str) -> str:
+    """Format a number; a number that is rounded to zero has no minus.
+
+    >>> _number(-0.001, "+.2f"), _number(-0.01, ".2f")
+    ('+0.00', '-0.01')
+    """
+    text = f"{value:{form}}"
+    return f"{0:{form}}" if float(text) == 0 else text
 
 
 def _mean_difference(pairs: Iterable[tuple[float | None, float | None]]) -> float | None:
@@ -839,7 +849,7 @@ def _unevenness(evidence: Evidence, importance: str, seed: int, last: int) -> fl
 
 def _mean(values: Sequence[float], form: str) -> str:
     mean, low, high = mean_with_interval(values)
-    return f"{mean:{form}}{_bracket(low, high, form)}"
+    return f"{_number(mean, form)}{_bracket(low, high, form)}"
 
 
 def _chance_of_two(evidence: Evidence) -> float:
