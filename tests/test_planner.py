@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from tombola.analysis import connectivity, functions, layers, overlap, reinit, s
 from tombola.analysis.accuracy import rows
 from tombola.engine.run import run
 from tombola.errors import DamagedResultError, ImportanceError, NothingStoredError, UserError
+from tombola.files import read_regular
 from tombola.lottery.ticket import Ticket
 from tombola.pruning.mask import Mask
 from tombola.report.contents import COSTLY, gather
@@ -143,14 +143,13 @@ def test_initial_weights_can_be_given(tmp_path: Path) -> None:
 def count_reads(monkeypatch: pytest.MonkeyPatch) -> Counter[Path]:
     """Return a counter of how often each `result.json` is read from now on."""
     reads: Counter[Path] = Counter()
-    read: Callable[[Path], bytes] = Path.read_bytes
 
-    def count(path: Path) -> bytes:
+    def count(path: Path, most: int) -> bytes:
         if path.name == "result.json":
             reads[path] += 1
-        return read(path)
+        return read_regular(path, most)
 
-    monkeypatch.setattr(Path, "read_bytes", count)
+    monkeypatch.setattr("tombola.store.results.read_regular", count)
     return reads
 
 

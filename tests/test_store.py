@@ -23,7 +23,9 @@ from tombola.store.store import Store
 from tombola.training.history import Checkpoint, History, Trained
 from tombola.training.weights import Weights, apply_mask
 
-KEY = name_of({"some": "training"})
+IDENTITY = {"some": "training"}
+KEY = name_of(IDENTITY)
+MASK_NAME, CHECKPOINT_NAME = name_of("a mask"), name_of("a checkpoint")
 MASK = Mask.from_tensors({"a.weight": torch.rand(5, 7, generator=torch.Generator().manual_seed(0)) < 0.4})
 STATE = apply_mask(
     {
@@ -41,8 +43,8 @@ def store(tmp_path: Path) -> Store:
     return Store(tmp_path / "store")
 
 
-def put(store: Store, key: str = KEY) -> None:
-    store.results.put(key, {"some": "training"}, MASK, TRAINED, {"seconds": 1.0})
+def put(store: Store, identity: dict[str, str] = IDENTITY) -> None:
+    store.results.put(name_of(identity), identity, MASK, TRAINED, {"seconds": 1.0})
 
 
 def files(root: Path) -> list[str]:
@@ -67,13 +69,13 @@ def test_what_is_put_comes_back_to_the_bit(store: Store) -> None:
 def test_only_living_weights_are_stored(store: Store) -> None:
     mask = Mask.from_tensors({"w": torch.arange(100_000).reshape(100, 1000) % 100 == 0})
     state = apply_mask({"w": torch.ones(100, 1000)}, mask)
-    store.results.put(KEY, {}, mask, Trained(Weights.of(state), History()), {})
+    store.results.put(KEY, IDENTITY, mask, Trained(Weights.of(state), History()), {})
     assert (store.results.folder(KEY) / "weights.safetensors").stat().st_size < 4 * 1000 + 100_000 / 8 + 1000
 
 
 def test_a_result_that_is_there_stays_as_it_is(store: Store) -> None:
     put(store)
-    store.results.put(KEY, {}, MASK, Trained(TRAINED.weights, History()), {"seconds": 2.0})
+    store.results.put(KEY, IDENTITY, MASK, Trained(TRAINED.weights, History()), {"seconds": 2.0})
     assert store.results.record(KEY) == {"seconds": 1.0}
     found = store.results.get(KEY)
     assert found is not None
@@ -250,22 +252,22 @@ def test_confirmations_are_kept_in_the_record_alone(store: Store) -> None:
 
 
 def test_masks_come_back_and_damaged_ones_do_not(store: Store) -> None:
-    store.masks.put("m" * 64, MASK)
-    assert store.masks.get("m" * 64) == MASK
-    path = store.root / "masks" / "mm" / f"{'m' * 64}.safetensors"
+    store.masks.put(MASK_NAME, MASK)
+    assert store.masks.get(MASK_NAME) == MASK
+    path = store.root / "masks" / MASK_NAME[:2] / f"{MASK_NAME}.safetensors"
     whole = path.read_bytes()
     for place in range(0, len(whole), 11):
         damaged = bytearray(whole)
         damaged[place] ^= 1
         path.write_bytes(damaged)
-        found = store.masks.get("m" * 64)
+        found = store.masks.get(MASK_NAME)
         assert found is None or found == MASK
     damaged = bytearray(whole)
     damaged[-1] ^= 1
     path.write_bytes(damaged)
-    assert store.masks.get("m" * 64) is None
+    assert store.masks.get(MASK_NAME) is None
     path.write_bytes(whole[: len(whole) // 2])
-    assert store.masks.get("m" * 64) is None
+    assert store.masks.get(MASK_NAME) is None
 
 
 CHECKPOINT = Checkpoint(17, STATE, {"0.momentum_buffer": torch.randn(5, 7)}, torch.tensor([0.1, 1 / 3, 2 / 3]))
@@ -389,20 +391,20 @@ def test_a_read_only_store_can_be_read_and_says_so(store: Store, monkeypatch: py
     again = Store(store.root, create=False)
     assert again.results.get(KEY) is not None
     again.results.check(KEY)
-    again.masks.put("m" * 64, MASK)
-    assert again.masks.get("m" * 64) is None
+    again.masks.put(MASK_NAME, MASK)
+    assert again.masks.get(MASK_NAME) is None
     with pytest.raises(UserError, match="it cannot be written to: Read-only file system"):
         again.check_writable()
     with pytest.raises(UserError, match="Read-only file system"):
-        put(again, name_of("another"))
+        put(again, {"another": "training"})
 
 
 def test_entries_are_what_lies_in_the_store(store: Store) -> None:
     put(store)
-    store.masks.put("m" * 64, MASK)
-    store.checkpoints.put("c" * 64, checkpoint_to_bytes(CHECKPOINT))
+    store.masks.put(MASK_NAME, MASK)
+    store.checkpoints.put(CHECKPOINT_NAME, checkpoint_to_bytes(CHECKPOINT))
     found = {(entry.kind, entry.name): entry for entry in store.entries()}
-    assert set(found) == {("result", KEY), ("mask", "m" * 64), ("checkpoint", "c" * 64)}
+    assert set(found) == {("result", KEY), ("mask", MASK_NAME), ("checkpoint", CHECKPOINT_NAME)}
     assert sum(entry.bytes for entry in found.values()) == sum(
         (store.root / name).stat().st_size for name in files(store.root) if name != "store.json"
     )

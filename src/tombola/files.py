@@ -1,13 +1,66 @@
-"""Atomic writes: a file is written completely or not at all."""
+"""Files: written completely or not at all, and read only where a regular file lies."""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
+import shutil
+import stat
 import tempfile
 from pathlib import Path
+from typing import BinaryIO
 
 from tombola.errors import UserError
+
+
+class IrregularFileError(OSError):
+    """Something else than a regular file lies where one is expected, or the file is larger than allowed."""
+
+
+_IRREGULAR = {errno.ELOOP, errno.ENOTDIR, errno.ENXIO, errno.EISDIR}
+"""The errors of opening a loop of links, a path through something that is no folder, a socket, a folder."""
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Open a regular file for reading. Nothing is waited for, whatever lies there: a pipe could wait for ever.
+
+    Raises:
+        IrregularFileError: if something else lies there, for example a folder, a pipe or a loop of links.
+        OSError: if the file is missing or cannot be opened.
+    """
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+    except OSError as error:
+        if error.errno in _IRREGULAR:
+            raise IrregularFileError(error.errno, "it is not a regular file", str(path)) from None
+        raise
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise IrregularFileError(errno.EINVAL, "it is not a regular file", str(path))
+    return os.fdopen(handle, "rb")
+
+
+def read_regular(path: Path, most: int) -> bytes:
+    """Return the content of a regular file of at most so many bytes.
+
+    Raises:
+        IrregularFileError: if something else lies there, or the file is larger.
+        OSError: if the file is missing or cannot be read.
+    """
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > most:
+            raise IrregularFileError(errno.EFBIG, f"it has {size} bytes, expected at most {most}", str(path))
+        return file.read()
+
+
+def remove_path(path: Path) -> None:
+    """Remove a file, a link or a folder, if it exists."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def write_atomically(path: Path, content: bytes, within: Path | None = None) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -144,13 +145,13 @@ def _facts(store: Store, one: Entry) -> list[Any]:
     when = [record.get("finished"), confirmed[-1] if confirmed else None]
     try:
         document = store.results.document(one.name)
-    except DamagedResultError:
+    except (DamagedResultError, UserError):
         document = None
     if document is None:
         return [one.kind, one.name, one.bytes, None, "damaged", *when]
-    total = sum(math.prod(shape) for _, shape in document["mask"])
-    density = round(sum(document["alive"].values()) / total, 6) if total else None
-    return [one.kind, one.name, one.bytes, density, document["history"]["test_accuracy"], *when]
+    total = sum(map(math.prod, document.shapes.values()))
+    density = round(sum(document.alive.values()) / total, 6) if total else None
+    return [one.kind, one.name, one.bytes, density, document.history.test_accuracy, *when]
 
 
 def _print_totals(found: list[Entry]) -> None:
@@ -162,33 +163,45 @@ def _print_totals(found: list[Entry]) -> None:
 
 
 def check(options: argparse.Namespace) -> int:
-    """Read the whole store and compare checksums; the exit status is 1 if anything is damaged."""
+    """Read all results, masks, checkpoints, records and claims; the exit status is 1 if anything is damaged.
+
+    Files that do not belong to the store are listed, and do not change the exit status: nothing reads them.
+    """
     from tombola.cli.tables import show_table, size
+    from tombola.store.check import list_damage
+    from tombola.store.layout import list_strays
 
     store = _open(options.store)
     found = list(store.entries())
-    damaged = [(one, reason) for one in found if (reason := _damage(store, one))]
-    if options.format != "table":
-        lines = [[one.kind, one.name, reason] for one, reason in damaged]
+    damaged = list(list_damage(store))
+    plain = options.format == "table"
+    for path in list_strays(store.root):
+        print(f"{path} does not belong to the store and is ignored", file=sys.stdout if plain else sys.stderr)
+    if not plain:
+        lines = [[one.kind, one.name, one.reason] for one in damaged]
         show_table(["kind", "name", "damage"], lines, options.format)
         return 1 if damaged else 0
-    for one, reason in damaged:
-        print(f"{one.kind} {one.name[:12]} is damaged: {reason}")
+    for one in damaged:
+        name = one.name[:12] if one.kind in ("result", "record", "mask", "checkpoint", "claim") else one.name
+        print(f"{one.kind} {name} is damaged: {one.reason}")
+    kinds = {one.kind for one in damaged}
+    cures = [cure for kind, cure in _CURES.items() if kind in kinds]
     print(f"{len(found)} results, masks and checkpoints read, {size(sum(one.bytes for one in found))}: ", end="")
-    print(f"{len(damaged)} are damaged; `tombola run` repeats them" if damaged else "all checksums are correct")
+    print("; ".join([f"{len(damaged)} damaged", *dict.fromkeys(cures)]) if damaged else "all checksums are correct")
     return 1 if damaged else 0
 
 
-def _damage(store: Store, one: Entry) -> str | None:
-    if one.kind == "mask":
-        return None if store.masks.get(one.name) is not None else "its bits do not match their checksum"
-    if one.kind == "checkpoint":
-        return None if store.checkpoints.get(one.name) is not None else "its bytes do not match their checksum"
-    try:
-        store.results.check(one.name)
-    except DamagedResultError as damage:
-        return damage.reason
-    return None
+_AGAIN = "`tombola run` repeats what is damaged of its study"
+_GONE = "the next `tombola run` removes claims of no run"
+_CURES = {
+    "result": _AGAIN,
+    "mask": _AGAIN,
+    "checkpoint": _AGAIN,
+    "record": "`tombola verify` repeats a training and begins a new record",
+    "run": _GONE,
+    "claim": _GONE,
+    "folder": "remove what lies in the place of a folder",
+}
 
 
 def gc(options: argparse.Namespace) -> int:
@@ -233,6 +246,6 @@ def gc(options: argparse.Namespace) -> int:
 def _open(root: Path) -> Store:
     from tombola.store.store import Store
 
-    if not (root / "store.json").exists():
+    if not os.path.lexists(root / "store.json"):
         raise StoreError(f"store {root}: there is no store in this folder")
     return Store(root, create=False)

@@ -65,10 +65,10 @@ class Timing:
     @classmethod
     def of(cls, density: float, record: Mapping[str, Any]) -> Timing | None:
         """Read the times from the record of a training; return None if it has no time of an iteration."""
-        each = record.get("seconds_per_iteration")
-        if each is None:
+        each, seconds, iterations = (record.get(name) for name in ("seconds_per_iteration", "seconds", "iterations"))
+        if each is None or seconds is None or iterations is None:
             return None
-        return cls(density, each, max(0.0, record["seconds"] - each * record["iterations"]))
+        return cls(density, each, max(0.0, seconds - each * iterations))
 
 
 def refine(speed: Speed, timings: Iterable[Timing]) -> Speed:

@@ -188,7 +188,7 @@ def _perform(job: Job, problem: Problem, store: Store | None, checkpoint_every: 
     if store is None:
         return perform(job, problem, None, make_watch(tell, None, checkpoint_every))
     keep, kind = partial(store.checkpoints.put, job.key), str(kind_here(job.device))
-    watch = make_watch(tell, keep, checkpoint_every, kind=kind)
+    watch = make_watch(tell, keep, checkpoint_every, kind=kind, key=job.key)
     return perform(job, problem, store.checkpoints.get(job.key, kind), watch)
 
 

@@ -234,8 +234,8 @@ def _train(
         post.keep.remote(job.key, checkpoint)
 
     kind = str(kind_here(job.device))
-    resume = None if stopped is None else checkpoint_from_bytes(stopped, kind)
-    watch = make_watch(tell, keep, checkpoint_every, kind=kind)
+    resume = None if stopped is None else checkpoint_from_bytes(stopped, kind, job.key)
+    watch = make_watch(tell, keep, checkpoint_every, kind=kind, key=job.key)
     try:
         return perform(replace(job, initial=initial), _load(problem[0]), resume, watch)
     except Exception as error:

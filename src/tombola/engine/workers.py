@@ -78,6 +78,7 @@ def make_watch(
     checkpoint_every: float,
     clock: Callable[[], float] = time.monotonic,
     kind: str | None = None,
+    key: str | None = None,
 ) -> Watch:
     """Return a watch that regularly passes the iteration of a training to `tell` and its checkpoints to `keep`.
 
@@ -87,6 +88,7 @@ def make_watch(
         checkpoint_every: the seconds between two checkpoints; 0 for one after each iteration.
         clock: a function that returns the time in seconds.
         kind: the kind of this machine, which the checkpoints name.
+        key: the name of the training, which the checkpoints name too.
     """
     last_tell = last_keep = clock()
 
@@ -97,7 +99,7 @@ def make_watch(
             tell(iteration)
             last_tell = now
         if keep is not None and now - last_keep >= checkpoint_every:
-            keep(checkpoint_to_bytes(checkpoint(), kind))
+            keep(checkpoint_to_bytes(checkpoint(), kind, key))
             last_keep = clock()
 
     return watch

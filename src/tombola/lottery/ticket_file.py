@@ -24,7 +24,7 @@ from torch import Tensor
 
 from tombola.errors import UserError
 from tombola.pruning.mask import Mask
-from tombola.training.history import History
+from tombola.training.history import History, HistoryDocument
 from tombola.training.weights import State, state_hash
 
 _LONGEST = 300
@@ -56,15 +56,6 @@ class Content:
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
 
-class _History(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-    losses: list[float]
-    test_accuracy: Annotated[float, Field(ge=0, le=1)] | None
-    test_loss: float | None
-    diverged_at: Annotated[int, Field(ge=0)] | None
-
-
 class _About(BaseModel):
     """The document in the metadata; `alive` and `seal` are missing in files of tombola's first version."""
 
@@ -73,7 +64,7 @@ class _About(BaseModel):
     level: Annotated[int, Field(ge=0)]
     layers: list[str]
     alive: list[int] | None = None
-    history: _History
+    history: HistoryDocument
     provenance: dict[str, Any]
     seal: str | None = None
 

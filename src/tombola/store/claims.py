@@ -10,6 +10,10 @@ the run are the same file, so the claim needs no heartbeat of its own. Another p
 - on another machine, which may not see locks, by the modification time of the file: a run that has not touched its file
   for two minutes counts as dead. The reader measures these two minutes with its own clock, so clocks need not agree.
 
+The file of a run gets its content and its lock in `tmp` before it is renamed into `runs`, so a file there without
+the content of a run is what a full disk or a damage has left; it belongs to no run unless it is locked. Files with
+other names, such as those of a file manager, are ignored.
+
 No result depends on claims: it has the same bits whichever run computed it, and it is stored atomically. At worst a
 training is done twice. This also happens on a file system without hard links, because nothing can be claimed there.
 """
@@ -18,16 +22,22 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import json
 import os
 import secrets
 import socket
 import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+from tombola.errors import UserError
+from tombola.files import open_regular, remove_path, write_durably
+from tombola.store.documents import describe, read_document
+from tombola.store.layout import KEY, RUN, temporary_folder
+from tombola.store.names import canonical
 
 HEARTBEAT = 5.0
 """Seconds between two touches of a run's file."""
@@ -35,6 +45,9 @@ HEARTBEAT = 5.0
 PATIENCE = 120.0
 """Seconds without a touch after which a run on another machine counts as dead. Network file systems may show
 times that are up to a minute old."""
+
+_TRIES = 10
+"""How often a run that starts writes its file, if others remove it before it has its place."""
 
 
 class Claims:
@@ -46,6 +59,9 @@ class Claims:
         patience: the seconds after which a silent run counts as dead, see `PATIENCE`.
         host: the name of the machine, or container, on which locks are visible.
         clock: a function that returns the time in seconds; it measures the patience.
+
+    Raises:
+        UserError: if the file of the run cannot be written.
     """
 
     def __init__(
@@ -57,7 +73,7 @@ class Claims:
         host: str | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._runs, self._claims = root / "runs", root / "claims"
+        self._root, self._runs, self._claims = root, root / "runs", root / "claims"
         self._patience = patience
         self._host = host or _this_host()
         self._clock = clock
@@ -93,8 +109,9 @@ class Claims:
                     return False
                 self._bury(claim)
             except FileNotFoundError:  # another run took this one for dead, because this machine slept
-                os.close(self._handle)
+                before = self._handle
                 self._register()
+                os.close(before)
             except OSError:
                 return True  # the file system has no hard links
             else:
@@ -113,28 +130,46 @@ class Claims:
     def owner(self, key: str) -> str | None:
         """Describe the process that does a training; return None if no process does it."""
         about = _read(self._claims / key)
-        return f"process {about['pid']} on {about['name']}" if about else None
+        return f"process {about.pid} on {about.name}" if about else None
 
     def alone(self) -> bool:
         """Return whether no other run is alive; remove the files of dead runs."""
-        for folder in (self._claims, self._runs):
-            for path in folder.iterdir():
-                if path != self._file and not self._alive(path):
-                    self._bury(path)
-        return not any(path != self._file for path in self._runs.iterdir())
+        for path in (*_list_claims(self._root), *self._list_other_runs()):
+            if not self._alive(path):
+                self._bury(path)
+        return not self._list_other_runs()
+
+    def _list_other_runs(self) -> list[Path]:
+        return [path for path in _list_runs(self._root) if path != self._file]
 
     def _register(self) -> None:
         """Create this run's file and lock it."""
+        for left in reversed(range(_TRIES)):
+            try:
+                self._file, self._handle = self._write_file()
+                return
+            except OSError as error:
+                if left and isinstance(error, FileNotFoundError):
+                    continue  # another run, which was alone until now, has emptied `tmp`
+                raise UserError(f"store {self._root}: it cannot be written to: {describe(error)}") from error
+
+    def _write_file(self) -> tuple[Path, int]:
+        """Write and lock this run's file; return its path and its open handle."""
         for folder in (self._runs, self._claims):
             folder.mkdir(exist_ok=True)
-        about: dict[str, Any] = {"host": self._host, "name": socket.gethostname(), "pid": os.getpid(), "locked": True}
-        self._file = self._runs / f"{about['name']}.{about['pid']}.{secrets.token_hex(4)}"
-        self._handle = os.open(self._file, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
+        name, pid = socket.gethostname(), os.getpid()
+        path = self._runs / f"{name}.{pid}.{secrets.token_hex(4)}"
+        unfinished = temporary_folder(self._root) / path.name
+        handle = os.open(unfinished, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
         try:
-            fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            about["locked"] = False  # a file system without locks
-        os.write(self._handle, json.dumps(about).encode())
+            about = _About(host=self._host, name=name, pid=pid, locked=_lock(handle))
+            write_durably(handle, canonical(about.model_dump()))
+            unfinished.rename(path)
+        except BaseException:
+            os.close(handle)
+            remove_path(unfinished)
+            raise
+        return path, handle
 
     def _beat(self, seconds: float) -> None:
         while not self._over.wait(seconds):
@@ -144,47 +179,94 @@ class Claims:
     def _alive(self, path: Path) -> bool:
         """Return whether the run that owns this file or claim is alive."""
         about = _read(path)
-        if about is None and not path.exists():
-            return False
         try:
-            handle = os.open(path, os.O_RDONLY)  # opening a file makes a network file system refresh its attributes
+            with open_regular(path) as file:  # opening a file makes a network file system refresh its attributes
+                status = os.fstat(file.fileno())
+                if status.st_ino == os.fstat(self._handle).st_ino:
+                    return True
+                if about is None or (about.locked and about.host == self._host):
+                    return _is_locked(file.fileno())
         except OSError:
-            return path.exists()
-        try:
-            status = os.fstat(handle)
-            if status.st_ino == os.fstat(self._handle).st_ino:
-                return True
-            if about is not None and about["locked"] and about["host"] == self._host:
-                with contextlib.suppress(BlockingIOError):
-                    fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
-                    return False
-                return True
-            changed, since = self._seen.get(status.st_ino, (None, 0.0))
-            if changed != status.st_mtime_ns:
-                self._seen[status.st_ino] = status.st_mtime_ns, self._clock()
-                return True
-            return self._clock() - since < self._patience
-        finally:
-            os.close(handle)
+            return path.is_file()  # there is one that cannot be opened
+        changed, since = self._seen.get(status.st_ino, (None, 0.0))
+        if changed != status.st_mtime_ns:
+            self._seen[status.st_ino] = status.st_mtime_ns, self._clock()
+            return True
+        return self._clock() - since < self._patience
 
     def _bury(self, path: Path) -> None:
         """Remove the file of a dead run, unless a live run has put its own file there in the meantime."""
-        grave = self._runs.parent / "tmp" / f"{path.name}.{secrets.token_hex(4)}"
         with contextlib.suppress(OSError):
-            grave.parent.mkdir(exist_ok=True)
+            grave = temporary_folder(self._root) / f"{path.name}.{secrets.token_hex(4)}"
             path.rename(grave)
             if self._alive(grave):
                 os.link(grave, path)
-            grave.unlink()
+            remove_path(grave)
 
 
-def _read(path: Path) -> dict[str, Any] | None:
-    """Return the content of a run's file; None if it is missing or empty."""
+class _About(BaseModel):
+    """The content of a run's file."""
+
+    model_config = ConfigDict(strict=True)
+
+    host: str
+    name: str
+    pid: int
+    locked: bool
+
+
+def check_claims(root: Path) -> Iterator[tuple[Path, str]]:
+    """Yield the files of runs and the claims that cannot be read, with what is wrong with each.
+
+    They do no harm: they belong to no run, and the next run removes them.
+
+    Args:
+        root: the store's folder.
+    """
+    for path in (*_list_runs(root), *_list_claims(root)):
+        try:
+            _About.model_validate(read_document(path))
+        except FileNotFoundError:
+            if path.is_symlink():
+                yield path, "it is a link to nothing"  # otherwise the run has just ended
+        except (OSError, ValueError) as error:
+            yield path, describe(error)
+
+
+def _list_runs(root: Path) -> list[Path]:
+    return sorted(path for path in (root / "runs").glob("*") if RUN.fullmatch(path.name))
+
+
+def _list_claims(root: Path) -> list[Path]:
+    return sorted(path for path in (root / "claims").glob("*") if KEY.fullmatch(path.name))
+
+
+def _read(path: Path) -> _About | None:
+    """Return the content of a run's file; None if it has none."""
     try:
-        about = json.loads(path.read_text())
-        return about if {"host", "name", "pid", "locked"} <= set(about) else None
-    except (OSError, ValueError, TypeError):
+        return _About.model_validate(read_document(path))
+    except (OSError, ValueError):
         return None
+
+
+def _lock(handle: int) -> bool:
+    """Lock a file; return whether the file system has locks."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+def _is_locked(handle: int) -> bool:
+    """Return whether another process has locked a file."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        pass  # the file system has no locks
+    return False
 
 
 def _this_host() -> str:

@@ -1,10 +1,36 @@
-"""The layout of a store's folder: its version, and the folder for files that are being written."""
+"""The layout of a store's folder: its version, where its files lie, and the folder for files that are being written."""
 
 from __future__ import annotations
 
+import os
+import re
+from collections.abc import Iterator
 from pathlib import Path
 
 VERSION = 1
+
+RUN = re.compile(r".+\.[0-9]+\.[0-9a-f]{8}")
+"""The name of a run's file, see `tombola.store.claims`."""
+
+KEY = re.compile("[0-9a-f]{64}")
+"""The name of a result, of a mask, of a checkpoint or of a claim."""
+
+_SPREAD = "(?P<first>[0-9a-f]{2})/(?P=first)[0-9a-f]{62}"
+_FOLDER = re.compile("results|masks|checkpoints|runs|claims|tmp|(results|masks)/[0-9a-f]{2}")
+_RESULT = re.compile(f"results/{_SPREAD}")
+_FILES = {
+    "masks": re.compile(rf"masks/{_SPREAD}\.safetensors"),
+    "checkpoints": re.compile(rf"checkpoints/{KEY.pattern}\.safetensors"),
+}
+_PLACES = [
+    _FOLDER,
+    _RESULT,
+    *_FILES.values(),
+    re.compile(rf"results/{_SPREAD}/(result\.json|weights\.safetensors|SHA256SUMS|record\.json)"),
+    re.compile(f"runs/{RUN.pattern}"),
+    re.compile(f"claims/{KEY.pattern}"),
+    re.compile(r"store\.json|\.store\.json\..+"),
+]
 
 
 def temporary_folder(root: Path) -> Path:
@@ -23,5 +49,43 @@ def unfinished_markers(root: Path) -> list[Path]:
 
 
 def list_files(root: Path, kind: str) -> list[Path]:
-    """Return the safetensors files below one of the store's folders, in the order of their names."""
-    return sorted((root / kind).glob("**/*.safetensors"))
+    """Return what is named as a mask or as a checkpoint, sorted; it need not be a regular file.
+
+    Args:
+        root: the store's folder.
+        kind: "masks" or "checkpoints".
+    """
+    pattern = "*/*" if kind == "masks" else "*"
+    return sorted(path for path in (root / kind).glob(pattern) if _FILES[kind].fullmatch(_name(root, path)))
+
+
+def list_results(root: Path) -> list[Path]:
+    """Return what is named as the folder of a result, sorted; it need not be a folder."""
+    return sorted(path for path in (root / "results").glob("*/*") if _RESULT.fullmatch(_name(root, path)))
+
+
+def list_strays(root: Path) -> list[Path]:
+    """Return the files and folders that have no place in a store, such as those of a file manager, sorted."""
+    return sorted(path for path, name in _walk(root) if not any(place.fullmatch(name) for place in _PLACES))
+
+
+def list_no_folders(root: Path) -> list[Path]:
+    """Return what is named as one of the store's own folders and is none, sorted."""
+    return sorted(path for path, name in _walk(root) if _FOLDER.fullmatch(name) and not path.is_dir())
+
+
+def _walk(root: Path) -> Iterator[tuple[Path, str]]:
+    """Yield everything in a store with its name in it, except what lies in `tmp` or in a folder without a place."""
+    for folder, folders, files in os.walk(root):
+        found = [Path(folder) / name for name in (*folders, *files)]
+        yield from ((path, _name(root, path)) for path in found)
+        inner = [_name(root, Path(folder) / name) for name in folders]
+        folders[:] = [
+            each
+            for each, name in zip(folders, inner, strict=True)
+            if name != "tmp" and (_FOLDER.fullmatch(name) or _RESULT.fullmatch(name))
+        ]
+
+
+def _name(root: Path, path: Path) -> str:
+    return path.relative_to(root).as_posix()

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from pathlib import Path
 
 import safetensors
 import safetensors.numpy
+from pydantic import BaseModel, StrictInt, StrictStr
 
 from tombola.errors import UserError
 from tombola.files import write_atomically
 from tombola.pruning.mask import Mask
+from tombola.store.documents import describe, parse_json, read_metadata, read_tensors
 from tombola.store.layout import temporary_folder
 from tombola.store.names import canonical
 
@@ -34,23 +35,40 @@ class Masks:
         self._root = root
 
     def get(self, name: str) -> Mask | None:
-        """Return a mask that `put` stored; None if it is missing or damaged."""
+        """Return a mask that `put` stored; None if it is missing or damaged, or is that of another name."""
         try:
-            with safetensors.safe_open(self._path(name), "np") as file:
-                about = json.loads(file.metadata()["mask"])
-                mask = Mask(
-                    {layer: tuple(shape) for layer, shape in about["layers"]},
-                    {layer: file.get_tensor(layer) for layer, _ in about["layers"]},
-                )
-        except (OSError, safetensors.SafetensorError, ValueError, KeyError, TypeError):
+            return self._read(name)
+        except (OSError, ValueError):
             return None
-        return mask if mask.hash == about["hash"] else None
+
+    def check(self, name: str) -> str | None:
+        """Read every byte of a mask; return what is wrong with it, or None."""
+        try:
+            self._read(name)
+        except (OSError, ValueError) as error:
+            return describe(error)
+        return None
+
+    def _read(self, name: str) -> Mask:
+        content = read_tensors(self._path(name))
+        try:
+            about = _About.model_validate(parse_json(read_metadata(content)["mask"]))
+            bits = safetensors.numpy.load(content)
+            mask = Mask(dict(about.layers), {layer: bits[layer] for layer, _ in about.layers})
+        except (safetensors.SafetensorError, ValueError, KeyError, TypeError):
+            raise ValueError("it does not hold a mask") from None
+        if about.name not in (None, name):
+            raise ValueError(f"it holds the mask of another name, {about.name[:12]}")
+        if mask.hash != about.hash:
+            raise ValueError("its bits do not match their checksum")
+        return mask
 
     def put(self, name: str, mask: Mask) -> None:
         """Store a mask under a name, unless the store does not exist or is not writable."""
         if not (self._root / "store.json").exists():
             return
-        about = {"hash": mask.hash, "layers": [[layer, list(shape)] for layer, shape in mask.shapes.items()]}
+        layers = [[layer, list(shape)] for layer, shape in mask.shapes.items()]
+        about = {"hash": mask.hash, "layers": layers, "name": name}
         path = self._path(name)
         with contextlib.suppress(OSError, UserError):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -59,3 +77,11 @@ class Masks:
 
     def _path(self, name: str) -> Path:
         return self._root / "masks" / name[:2] / f"{name}.safetensors"
+
+
+class _About(BaseModel):
+    """The metadata of a mask; earlier versions wrote no name."""
+
+    hash: StrictStr
+    layers: list[tuple[StrictStr, tuple[StrictInt, ...]]]
+    name: StrictStr | None = None

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
+import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import safetensors
 import safetensors.torch
@@ -18,14 +18,24 @@ import torch
 from torch import Tensor
 
 from tombola.errors import DamagedResultError, UserError
-from tombola.files import sync_folder, write_atomically, write_durably
+from tombola.files import IrregularFileError, read_regular, sync_folder, write_atomically, write_durably
 from tombola.pruning.mask import Mask
-from tombola.store.layout import temporary_folder
-from tombola.store.names import canonical
+from tombola.store.documents import (
+    LARGEST,
+    ResultDocument,
+    check_tensors,
+    describe,
+    parse_json,
+    read_record,
+    read_tensors,
+)
+from tombola.store.layout import list_results, temporary_folder
+from tombola.store.names import canonical, name_of
 from tombola.training.history import History, Trained
 from tombola.training.weights import State, Weights
 
 Shapes = Mapping[str, tuple[int, ...]]
+_Content = TypeVar("_Content")
 
 
 class Results:
@@ -47,47 +57,56 @@ class Results:
         return self._root / "results" / key[:2] / key
 
     def __contains__(self, key: str) -> bool:
-        return self.folder(key).is_dir()
+        return os.path.lexists(self.folder(key))
 
     def __iter__(self) -> Iterator[str]:
-        """Yield the names of all results, sorted."""
-        return (folder.name for folder in sorted((self._root / "results").glob("??/*")))
+        """Yield the names of all results, sorted; files and folders with other names are no results."""
+        return (folder.name for folder in list_results(self._root))
 
     def get(self, key: str) -> Trained | None:
         """Return a training's result, whose weights stay on disk; None if the store does not have it.
 
         Raises:
-            DamagedResultError: if `result.json` is damaged.
+            DamagedResultError: if `result.json` is damaged, or is that of another training.
+            UserError: if it cannot be read.
         """
         document = self.document(key)
         if document is None:
             return None
-        shapes = {name: tuple(shape) for name, shape in document["mask"]}
-        load = partial(self._load_weights, key, shapes)
-        return Trained(Weights(document["weights"], load), History.from_json(document["history"]))
+        load = partial(self._load_weights, key, document.shapes)
+        return Trained(Weights(document.weights, load), History.from_json(document.history.model_dump()))
 
-    def document(self, key: str) -> dict[str, Any] | None:
+    def document(self, key: str) -> ResultDocument | None:
         """Return the content of a result's `result.json`; None if the store does not have the result.
 
         Raises:
-            DamagedResultError: if `result.json` is damaged.
+            DamagedResultError: if `result.json` is damaged, or is that of another training.
+            UserError: if it cannot be read, or something else lies in the place of a folder of results.
         """
+        if key not in self:
+            self._check_folders(key)
+            return None
         try:
             content = self._read(key, "result.json")
-        except FileNotFoundError:
-            if key in self:
-                raise DamagedResultError(key, "a file is missing") from None
-            return None
-        document: dict[str, Any] = json.loads(content)
+        except DamagedResultError:
+            if key not in self:  # another run has just removed it
+                return None
+            raise
+        try:
+            document = ResultDocument.model_validate(parse_json(content))
+            named = name_of(document.identity)
+        except ValueError as error:
+            raise DamagedResultError(key, f"result.json does not describe a result: {describe(error)}") from None
+        if named != key:
+            raise DamagedResultError(key, f"it is the result of another training, {named[:12]}")
         return document
 
     def record(self, key: str) -> dict[str, Any]:
         """Return the record of when, where and how long a training ran; an empty record if it is lost."""
         try:
-            record: dict[str, Any] = json.loads((self.folder(key) / "record.json").read_text())
+            return read_record(self.folder(key) / "record.json")
         except (OSError, ValueError):
             return {}
-        return record
 
     def put(self, key: str, identity: Mapping[str, Any], mask: Mask, trained: Trained, record: Any) -> None:
         """Store the result of a training atomically. A result that the store already has is not changed.
@@ -143,16 +162,14 @@ class Results:
         shutil.rmtree(temporary)
 
     def check(self, key: str) -> None:
-        """Read every byte of a result and compare checksums.
+        """Read every byte of a result, and compare checksums and name.
 
         Raises:
-            DamagedResultError: if a checksum differs.
+            DamagedResultError: if a checksum differs, or if it is the result of another training.
+            UserError: if a file cannot be read.
         """
-        for name in ("result.json", "weights.safetensors"):
-            try:
-                self._read(key, name)
-            except FileNotFoundError as error:
-                raise DamagedResultError(key, f"{Path(error.filename).name} is missing") from None
+        self.document(key)
+        self._read(key, "weights.safetensors")
 
     def mask(self, key: str) -> Mask:
         """Return the mask that a result was trained with, after a check of all bytes of the result.
@@ -162,8 +179,7 @@ class Results:
         """
         document = self.document(key)
         assert document is not None
-        packed = safetensors.torch.load(self._read(key, "weights.safetensors"))
-        return unpack_mask(packed, {name: tuple(shape) for name, shape in document["mask"]})
+        return self._unpack(key, partial(unpack_mask, shapes=document.shapes))
 
     def read_mask(self, key: str, shapes: Shapes) -> Mask:
         """Return the mask that a result was trained with; read only its bytes, without a check.
@@ -171,11 +187,17 @@ class Results:
         Raises:
             DamagedResultError: if the mask cannot be read.
         """
+        path = self.folder(key) / "weights.safetensors"
         try:
-            with safetensors.safe_open(self.folder(key) / "weights.safetensors", "np") as file:
+            check_tensors(path)
+            with safetensors.safe_open(path, "np") as file:
                 return Mask(shapes, {name: file.get_tensor(f"mask.{name}") for name in shapes})
-        except (OSError, safetensors.SafetensorError, UserError) as error:
+        except (FileNotFoundError, IrregularFileError) as error:
+            raise DamagedResultError(key, f"its mask cannot be read: {describe(error)}") from error
+        except (safetensors.SafetensorError, UserError) as error:
             raise DamagedResultError(key, f"its mask cannot be read: {error}") from error
+        except OSError as error:
+            raise UserError(f"store {self._root}: {path} cannot be read: {describe(error)}") from error
 
     def batch_losses(self, key: str) -> Tensor:
         """Return the training loss of every iteration of a result, float32.
@@ -183,13 +205,13 @@ class Results:
         Raises:
             DamagedResultError: if the result is damaged.
         """
-        packed = safetensors.torch.load(self._read(key, "weights.safetensors"))
-        if "losses" not in packed:
-            raise DamagedResultError(key, "it has no losses")
-        return packed["losses"]
+        return self._unpack(key, lambda packed: packed["losses"])
 
     def confirm(self, key: str, confirmation: Mapping[str, Any]) -> None:
-        """Add to a result's record when and on which machine its training was repeated with equal bits."""
+        """Add to a result's record when and on which machine its training was repeated with equal bits.
+
+        If the record is lost, this begins a new one.
+        """
         self._note(key, "confirmed", confirmation)
 
     def contradict(self, key: str, contradiction: Mapping[str, Any]) -> None:
@@ -202,20 +224,45 @@ class Results:
         write_atomically(self.folder(key) / "record.json", canonical(record), temporary_folder(self._root))
 
     def _read(self, key: str, name: str) -> bytes:
-        """Return the content of one file of a result, after a comparison with its checksum."""
-        folder = self.folder(key)
-        content = (folder / name).read_bytes()
-        lines = (folder / "SHA256SUMS").read_text(errors="replace").splitlines()
+        """Return the content of one file of a result, after a comparison with its checksum.
+
+        Raises:
+            DamagedResultError: if the file or the checksums are missing or damaged.
+            UserError: if they cannot be read for another reason, such as a lack of permission.
+        """
+        lines = self._read_part(key, "SHA256SUMS").decode(errors="replace").splitlines()
         sums = {file: checksum for checksum, _, file in (line.partition("  ") for line in lines)}
+        content = self._read_part(key, name)
         if hashlib.sha256(content).hexdigest() != sums.get(name):
             raise DamagedResultError(key, f"{name} does not match its checksum")
         return content
 
-    def _load_weights(self, key: str, shapes: Shapes) -> State:
+    def _check_folders(self, key: str) -> None:
+        """Raise `UserError` if something else lies in the place of a folder of results, which may have been full."""
+        for folder in (self._root / "results", self.folder(key).parent):
+            if os.path.lexists(folder) and not folder.is_dir():
+                raise UserError(f"store {self._root}: {folder} is not a folder; remove it, or restore the folder")
+
+    def _read_part(self, key: str, name: str) -> bytes:
+        path = self.folder(key) / name
         try:
-            return unpack_state(safetensors.torch.load(self._read(key, "weights.safetensors")), shapes)
+            return read_tensors(path) if path.suffix == ".safetensors" else read_regular(path, LARGEST)
         except FileNotFoundError:
-            raise DamagedResultError(key, "weights.safetensors is missing") from None
+            raise DamagedResultError(key, f"{name} is missing") from None
+        except IrregularFileError as error:
+            raise DamagedResultError(key, f"{name}: {describe(error)}") from None
+        except OSError as error:
+            raise UserError(f"store {self._root}: {path} cannot be read: {describe(error)}") from error
+
+    def _unpack(self, key: str, unpack: Callable[[State], _Content]) -> _Content:
+        content = self._read(key, "weights.safetensors")
+        try:
+            return unpack(safetensors.torch.load(content))
+        except (safetensors.SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
+            raise DamagedResultError(key, f"weights.safetensors does not fit the result: {error}") from error
+
+    def _load_weights(self, key: str, shapes: Shapes) -> State:
+        return self._unpack(key, partial(unpack_state, shapes=shapes))
 
 
 def pack_state(state: State, mask: Mask) -> State:

@@ -6,7 +6,8 @@
                                                   and the training loss of every iteration
                              SHA256SUMS           checksums of the two files, in the format of `sha256sum -c`
                              record.json          when, where and how long the training ran; not a part of the result
-    STORE/masks/ab/abcd....safetensors    masks that pruning computed, kept so that they need not be recomputed
+    STORE/masks/ab/abcd....safetensors    masks that pruning computed, kept so that they need not be recomputed; each
+                                          holds its own name, as does a checkpoint
     STORE/checkpoints/abcd....safetensors the states of unfinished trainings
     STORE/runs/, STORE/claims/            which process does which training: see `tombola.store.claims`
     STORE/tmp/                            files that are being written
@@ -17,17 +18,18 @@ nothing. Files that a killed process leaves in `tmp` do no harm; the next run th
 
 from __future__ import annotations
 
-import json
 import os
-import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from pydantic import BaseModel, StrictInt
+
 from tombola.errors import StoreError, UserError
-from tombola.files import write_atomically
+from tombola.files import remove_path, write_atomically
 from tombola.store.checkpoints import Checkpoints
+from tombola.store.documents import describe, read_document
 from tombola.store.layout import VERSION, list_files, temporary_folder, unfinished_markers
 from tombola.store.masks import Masks
 from tombola.store.names import canonical
@@ -36,7 +38,7 @@ from tombola.store.results import Results
 
 @dataclass(frozen=True)
 class Entry:
-    """One result, mask or checkpoint of a store.
+    """One result, mask or checkpoint of a store; it may be damaged, or something else may lie in its place.
 
     Args:
         kind: "result", "mask" or "checkpoint".
@@ -79,12 +81,14 @@ class Store:
         self.checkpoints = Checkpoints(root)
         marker = root / "store.json"
         try:
-            text = marker.read_text(errors="replace")
+            version = _Marker.model_validate(read_document(marker)).store
         except FileNotFoundError:
-            text = None
+            version = None
         except OSError as error:
-            raise UserError(f"store {root}: {marker} cannot be read: {error.strerror or error}") from error
-        if text is None:
+            raise UserError(f"store {root}: {marker} cannot be read: {describe(error)}") from error
+        except ValueError as error:
+            raise StoreError(f"store {root}: {marker} is damaged, expected {{'store': {VERSION}}}") from error
+        if version is None:
             if root.is_dir() and any(path not in unfinished_markers(root) for path in root.iterdir()):
                 raise StoreError(f"store {root}: the folder is not empty and is not a store")
             if create:
@@ -94,10 +98,6 @@ class Store:
                     raise UserError(f"store {root}: the folder cannot be made: {error.strerror or error}") from error
                 write_atomically(marker, canonical({"store": VERSION}))
             return
-        try:
-            version = json.loads(text)["store"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise StoreError(f"store {root}: {marker} is damaged, expected {{'store': {VERSION}}}") from error
         if version != VERSION:
             raise StoreError(
                 f"store {root}: it has version {version} and this tombola reads version {VERSION}; "
@@ -130,10 +130,10 @@ class Store:
         """Yield every result, mask and checkpoint, ordered by kind and name."""
         for key in self.results:
             folder = self.results.folder(key)
-            yield Entry("result", key, folder, sum(path.stat().st_size for path in folder.iterdir()))
+            yield Entry("result", key, folder, _size(folder))
         for kind in ("mask", "checkpoint"):
             for path in list_files(self.root, f"{kind}s"):
-                yield Entry(kind, path.stem, path, path.stat().st_size)
+                yield Entry(kind, path.stem, path, _size(path))
 
     def remove(self, entry: Entry) -> None:
         """Remove an entry from the store."""
@@ -143,9 +143,15 @@ class Store:
             remove_path(entry.path)
 
 
-def remove_path(path: Path) -> None:
-    """Remove a file or folder, if it exists."""
-    if path.is_dir():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
+class _Marker(BaseModel):
+    """The schema of `store.json`."""
+
+    store: StrictInt
+
+
+def _size(path: Path) -> int:
+    """Return the bytes of a file, or of the files in a folder; 0 for what another process has just removed."""
+    try:
+        return sum(inner.lstat().st_size for inner in path.iterdir()) if path.is_dir() else path.lstat().st_size
+    except OSError:
+        return 0

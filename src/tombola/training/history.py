@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from typing import Any, TypeAlias
+from typing import Annotated, Any, TypeAlias
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from tombola.training.weights import State, Weights
@@ -39,6 +40,17 @@ class History:
     def from_json(cls, document: dict[str, Any]) -> History:
         """Return the history from a document that `to_json` returned."""
         return cls(**{**document, "losses": tuple(document["losses"])})
+
+
+class HistoryDocument(BaseModel):
+    """The schema of the document that `History.to_json` returns, for documents that were read from a file."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    losses: list[float]
+    test_accuracy: Annotated[float, Field(ge=0, le=1)] | None
+    test_loss: float | None
+    diverged_at: Annotated[int, Field(ge=0)] | None
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,244 @@
+"""Documents: the files of a store are read here, whatever lies in their place, and compared with a schema."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any, BinaryIO, NoReturn, TypeAlias
+
+from pydantic import BaseModel, ConfigDict, Field, StrictInt, StrictStr, ValidationError
+
+from tombola.files import IrregularFileError, open_regular, read_regular
+from tombola.training.history import HistoryDocument
+
+LARGEST = 2**24
+"""Bytes of a document: many times as many as the longest training needs."""
+
+DEEPEST = 100
+"""Levels of nesting of a document."""
+
+
+def read_document(path: Path) -> Any:
+    """Return the JSON document in a file.
+
+    Raises:
+        ValueError: if it is no JSON, or nested more than `DEEPEST` levels deep, or has half a character.
+        OSError: if there is no regular file of at most `LARGEST` bytes that can be read.
+    """
+    document = parse_json(read_regular(path, LARGEST))
+    json.dumps(document, ensure_ascii=False).encode()  # no lone surrogate, which could not be printed
+    return document
+
+
+def parse_json(content: bytes | str) -> Any:
+    """Return the JSON document in a text.
+
+    Raises:
+        ValueError: if it is no JSON, or nested more than `DEEPEST` levels deep.
+
+    >>> parse_json("[" * 100_000)
+    Traceback (most recent call last):
+    ValueError: it is nested more than 100 levels deep
+    """
+    try:
+        document = json.loads(content, parse_constant=_refuse_constant)
+    except RecursionError:
+        raise _too_deep() from None
+    level = [document]
+    for _ in range(DEEPEST + 1):
+        level = [part for each in level for part in _parts(each)]
+        if not level:
+            return document
+    raise _too_deep()
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no number in JSON")
+
+
+def _too_deep() -> ValueError:
+    return ValueError(f"it is nested more than {DEEPEST} levels deep")
+
+
+def _parts(document: Any) -> Iterable[Any]:
+    return document.values() if isinstance(document, dict) else document if isinstance(document, list) else ()
+
+
+def read_tensors(path: Path) -> bytes:
+    """Return the bytes of a safetensors file whose size is the one that its header says.
+
+    A file of tensors may be of any size, so the size is compared before it is read.
+
+    Raises:
+        OSError: if there is no such file that can be read.
+    """
+    with open_regular(path) as file:
+        _check_size(file, path)
+        file.seek(0)
+        return file.read()
+
+
+def check_tensors(path: Path) -> None:
+    """Compare the size of a safetensors file with its header, before the file is mapped into memory.
+
+    Raises:
+        OSError: if there is no such file that can be read.
+    """
+    with open_regular(path) as file:
+        _check_size(file, path)
+
+
+def read_metadata(content: bytes) -> dict[str, Any]:
+    """Return the metadata of a safetensors file, given its bytes or the first of them.
+
+    Raises:
+        ValueError: if it has none.
+
+    >>> import numpy, safetensors.numpy
+    >>> read_metadata(safetensors.numpy.save({"w": numpy.zeros(2)}, {"name": "x"}))
+    {'name': 'x'}
+    """
+    length = int.from_bytes(content[:8], "little")
+    header = parse_json(content[8 : 8 + length])
+    metadata = header.get("__metadata__") if isinstance(header, dict) else None
+    if not isinstance(metadata, dict):
+        raise ValueError("it has no metadata")
+    return metadata
+
+
+def _check_size(file: BinaryIO, path: Path) -> None:
+    size = os.fstat(file.fileno()).st_size
+    length = int.from_bytes(file.read(8), "little")
+    try:
+        if length > min(size - 8, LARGEST):
+            raise ValueError("the header is longer than the file")
+        tensors = _Header.model_validate(parse_json(file.read(length))).tensors
+    except ValueError:
+        raise IrregularFileError(errno.EINVAL, "it is cut short or no file of tensors", str(path)) from None
+    stated = 8 + length + max((tensor.data_offsets[1] for tensor in tensors.values()), default=0)
+    if size != stated:
+        raise IrregularFileError(errno.EINVAL, f"it has {size} bytes, its header says {stated}", str(path))
+
+
+class _Tensor(BaseModel):
+    data_offsets: tuple[StrictInt, StrictInt]
+
+
+class _Header(BaseModel):
+    """The header of a safetensors file: tensors by name, and metadata."""
+
+    metadata: Annotated[dict[str, Any], Field(alias="__metadata__")] = {}
+    __pydantic_extra__: dict[str, _Tensor]
+    model_config = ConfigDict(extra="allow")
+
+    @property
+    def tensors(self) -> dict[str, _Tensor]:
+        return self.__pydantic_extra__
+
+
+_Size: TypeAlias = Annotated[int, Field(strict=True, ge=0, lt=2**63)]
+_Hash: TypeAlias = Annotated[str, Field(strict=True, pattern=r"^[0-9a-f]{64}$")]
+_Seconds: TypeAlias = Annotated[float, Field(strict=True, ge=0, lt=1e12)]
+_Scalar: TypeAlias = str | int | float | bool | None
+_ABSENT: Any = None  # the default of a field that may be missing and is not null where it is there
+_STRICT = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
+
+
+class ResultDocument(BaseModel):
+    """The schema of `result.json`.
+
+    Args:
+        identity: everything that determines the bits of the result; its hash is the result's key.
+        history: the losses and the accuracy.
+        mask: name and shape of each layer of the mask.
+        alive: the number of alive connections of each layer.
+        weights: the hash of the weights.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    identity: dict[StrictStr, Any]
+    history: HistoryDocument
+    mask: list[tuple[StrictStr, tuple[_Size, ...]]]
+    alive: dict[StrictStr, _Size]
+    weights: _Hash
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of each layer of the mask."""
+        return dict(self.mask)
+
+
+class _Machine(BaseModel):
+    """What `tombola.engine.machine.machine` returns; earlier versions recorded less."""
+
+    model_config = _STRICT
+    __pydantic_extra__: dict[str, _Scalar | dict[str, _Scalar]]
+
+    system: str = ""
+    vendor: str = ""
+    instruction_set: str = ""
+    kernels: str | None = None
+    versions: dict[str, str] = {}
+
+
+class _Confirmation(BaseModel):
+    model_config = _STRICT
+
+    when: str
+    machine: _Machine = _ABSENT
+
+
+class _Reinitialisation(BaseModel):
+    model_config = _STRICT
+
+    level: Annotated[int, Field(ge=1, lt=2**31)]
+    draws: Annotated[int, Field(ge=1, le=100_000)]
+    importances: list[str]
+
+
+class _Record(BaseModel):
+    """The schema of `record.json`. Every field may be missing, and there may be others."""
+
+    model_config = _STRICT
+
+    finished: str = ""
+    seconds: _Seconds = 0.0
+    iterations: _Size = 0
+    seconds_per_iteration: _Seconds | None = None
+    threads: _Size = 1
+    device: str = ""
+    machine: _Machine = _ABSENT
+    confirmed: list[_Confirmation] = []
+    contradicted: list[_Confirmation] = []
+    reinit: _Reinitialisation = _ABSENT
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """Return the record in a file, as it is.
+
+    Raises:
+        ValueError: if it is no record.
+        OSError: if there is no regular file that can be read.
+    """
+    record: dict[str, Any] = read_document(path)
+    _Record.model_validate(record)
+    return record
+
+
+def describe(error: OSError | ValueError) -> str:
+    """Return what is wrong with a file that could not be read, in a few words.
+
+    >>> describe(FileNotFoundError(2, "No such file or directory"))
+    'No such file or directory'
+    """
+    if isinstance(error, ValidationError):
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        return f"{where[:100]}: {first['msg']}" if where else first["msg"]
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    return str(error)
