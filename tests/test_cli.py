@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import csv
 import importlib
@@ -29,6 +30,7 @@ from small_study import OVERRIDES, STUDY
 from stores import results, study, write_study
 from tombola import Planner, Store, Ticket, load_problem, load_study
 from tombola.cli import main
+from tombola.cli.options import count_workers
 from tombola.engine.run import Status
 from tombola.importance import IMPORTANCES
 from tombola.study.planner import Chain, Progress, Waiting
@@ -587,3 +589,9 @@ def test_a_table_too_wide_for_a_terminal_is_printed_in_parts(finished: Path, ter
     assert terminal.width <= 80
     assert terminal.plain.count("level  sparsity") == 2
     assert all(name in terminal.plain for name in names)
+
+
+def test_trainings_at_once_are_one_per_core_and_one_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(6)), raising=False)
+    for given, device, expected in ((None, "cpu", 6), (None, "cuda", 1), (3, "cpu", 3), (3, "cuda", 3)):
+        assert count_workers(argparse.Namespace(workers=given), device) == expected

@@ -183,7 +183,7 @@ def reinit(options: argparse.Namespace) -> int:
     tickets, names = _open(options)
     with _warnings_as_notes():
         plans = plan_draws(tickets, options.level, options.draws, names)
-    count = count_workers(options)
+    count = count_workers(options, tickets.study.device)
     if options.plan:
         for plan in plans:
             print(f"seed {plan.seed}: {plan.kept.alive} of {plan.kept.total} connections kept")

@@ -65,7 +65,10 @@ def study_options() -> Parser:
         "--data", type=Path, metavar="DIR", help="the folder of the data sets (data/, then the user's cache)"
     )
     parser.add_argument(
-        "--workers", type=whole_number(1), metavar="N", help="trainings at the same time (one per processor core)"
+        "--workers",
+        type=whole_number(1),
+        metavar="N",
+        help="trainings at the same time (one per processor core, one on a GPU)",
     )
     overrides = parser.add_argument_group("fields of the study", "Each replaces the value in the study's file.")
     for name, (annotation, text) in _FIELDS.items():
@@ -205,10 +208,17 @@ def flags(fields: dict[str, Any]) -> list[str]:
     return words
 
 
-def count_workers(options: argparse.Namespace) -> int:
-    """Return the number of parallel trainings: the option, or one for each core that this process may use."""
+def count_workers(options: argparse.Namespace, device: str) -> int:
+    """Return the number of parallel trainings: the option, or one for each core that this process may use.
+
+    On a GPU it is 1 by default, because several trainings at once take as long as one after the other.
+
+    Args:
+        options: the options of the command line.
+        device: the device of the study.
+    """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return options.workers or cores or 1
+    return options.workers or (1 if device == "cuda" else cores) or 1
 
 
 class Arguments(argparse.Action):

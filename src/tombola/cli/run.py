@@ -50,7 +50,7 @@ def run(options: argparse.Namespace) -> int:
     planner.store.check_writable()
     if here.device == "cpu" and not kernels.available():
         print(f"note: {kernels.MISSING}", file=sys.stderr)
-    speed = prior_speed(planner, count_workers(options), options.data) if local else None
+    speed = prior_speed(planner, count_workers(options, study.device), options.data) if local else None
     with open_workers(options, planner) as workers, show_progress(planner, workers.count) as show:
         status = run_study(planner, workers, show, speed=speed)
     stopped = {f"{chain}: {progress.stopped}" for chain, progress in status.chains.items() if progress.stopped}
@@ -69,7 +69,7 @@ def plan(options: argparse.Namespace) -> int:
 
     planner = open_planner(options)
     try_out(planner.problem, planner.study)
-    workers = count_workers(options)
+    workers = count_workers(options, planner.study.device)
     show_plan(planner, estimate(planner, workers, options.data), workers, options.format)
     return 0
 
@@ -126,7 +126,7 @@ def open_workers(options: argparse.Namespace, planner: Planner) -> Workers:
             raise UserError("--address is for --engine ray")
         from tombola.engine.local import LocalWorkers
 
-        return LocalWorkers(count_workers(options), task, options.data, store.root)
+        return LocalWorkers(count_workers(options, planner.study.device), task, options.data, store.root)
     try:
         from tombola.engine.ray import RayWorkers
     except ImportError as error:

@@ -49,7 +49,7 @@ def verify(options: argparse.Namespace) -> int:
     tickets = Tickets(planner)
     chains = list(tickets.all())
     plain = options.format == "table"
-    with LocalWorkers(count_workers(options), planner.study.task, options.data, None) as fresh:
+    with LocalWorkers(count_workers(options, planner.study.device), planner.study.task, options.data, None) as fresh:
         if options.chains:
             there = [chain for chain in chains if tickets.progress(chain).tickets]
             list_places(tickets, there)
