@@ -595,3 +595,28 @@ def test_trainings_at_once_are_one_per_core_and_one_on_a_gpu(monkeypatch: pytest
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(6)), raising=False)
     for given, device, expected in ((None, "cpu", 6), (None, "cuda", 1), (3, "cpu", 3), (3, "cuda", 3)):
         assert count_workers(argparse.Namespace(workers=given), device) == expected
+
+
+def test_what_a_users_code_prints_is_not_in_csv_or_json(
+    tmp_path: Path, tombola: Callable[..., subprocess.CompletedProcess[str]]
+) -> None:
+    (tmp_path / "loud.py").write_text(
+        "import torch\nfrom torch import nn\nprint('module')\n"
+        "class Loud(nn.Sequential):\n    def forward(self, x):\n"
+        "        print('forward')\n        return super().forward(x)\n"
+        "def network():\n    print('network')\n"
+        "    return Loud(nn.Flatten(), nn.Linear(64, 20), nn.ReLU(), nn.Linear(20, 10))\n"
+        "def importance(w):\n    print('importance')\n    return w\n"
+    )
+    (tmp_path / "s.toml").write_text(
+        'importances = ["loud:importance", "l1"]\nseeds = [0]\nlevels = 1\n'
+        'task = { dataset = "digits", model = "loud:network" }\n'
+        "recipe = { iterations = 3, batch_size = 16 }\n"
+    )
+    run = tombola("run", "s.toml", folder=tmp_path)
+    assert run.returncode == 0, run.stderr
+    for verb in (["plan"], ["results"], ["layers"], ["functions"], ["verify"], ["claims", "--level", "1"]):
+        done = tombola(verb[0], "s.toml", *verb[1:], "--format", "json", folder=tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert json.loads(done.stdout)
+        assert "module" in done.stderr

@@ -37,7 +37,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         try:
             options = _parser().parse_args([with_dashes(argument) for argument in given])
             verb: Verb = options.verb
-            return verb(options)
+            if getattr(options, "format", None) not in ("csv", "json"):
+                return verb(options)
+            from tombola.cli.tables import reserve_output
+
+            with reserve_output():
+                return verb(options)
         finally:
             sys.stdout.flush()
     except BrokenPipeError:  # for example `head` has exited; discard the remaining output

@@ -180,10 +180,10 @@ def _name_option(option: str) -> Iterator[None]:
 def _show_rows(found: Sequence[Row], form: str) -> None:
     """Print results as csv or json."""
     from tombola.analysis.accuracy import Row
-    from tombola.cli.tables import show_table
+    from tombola.cli.tables import emit, show_table
 
     if form == "json":
-        print(json.dumps([row.to_json() for row in found], indent=1))
+        emit(json.dumps([row.to_json() for row in found], indent=1))
     else:
         names = list(Row.__dataclass_fields__)
         show_table(names, [[getattr(row, name) for name in names] for row in found], form)

@@ -76,7 +76,7 @@ def plan(options: argparse.Namespace) -> int:
 
 def show_plan(planner: Planner, expected: Estimate, workers: int, form: str) -> None:
     """Print which trainings a run would do, which exist already, and the expected time and disk space."""
-    from tombola.cli.tables import count, duration, show_table, size, wrap
+    from tombola.cli.tables import count, duration, emit, show_table, size, wrap
 
     lines = [
         [chain.importance, chain.seed, chain.order_seed, there, to_find] for chain, there, to_find in expected.chains
@@ -95,7 +95,7 @@ def show_plan(planner: Planner, expected: Estimate, workers: int, form: str) -> 
             "bytes": expected.bytes,
             "chains": [dict(zip(keys, line, strict=True)) for line in lines],
         }
-        print(json.dumps(document, indent=1))
+        emit(json.dumps(document, indent=1))
         return
     show_table(header, lines, form)
     if form == "csv":

@@ -8,8 +8,10 @@ import json
 import shutil
 import sys
 import textwrap
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any, TextIO
 
 from rich import box
 from rich.console import Console
@@ -21,6 +23,25 @@ if TYPE_CHECKING:
 
 BLANK = "\ue000"
 """A placeholder in cells without a star, so that the columns stay aligned; rich would strip a space."""
+
+
+_OUTPUT: ContextVar[TextIO | None] = ContextVar("output", default=None)
+
+
+@contextmanager
+def reserve_output() -> Iterator[None]:
+    """Reserve standard output for `emit`. What else is printed, by a user's module for example, goes to stderr."""
+    token = _OUTPUT.set(sys.stdout)
+    try:
+        with redirect_stdout(sys.stderr):
+            yield
+    finally:
+        _OUTPUT.reset(token)
+
+
+def emit(text: str) -> None:
+    """Print csv or json to standard output."""
+    print(text, file=_OUTPUT.get() or sys.stdout)
 
 
 def open_console() -> Console:
@@ -53,11 +74,11 @@ def show_table(header: Sequence[str], lines: Sequence[Sequence[Any]], form: str)
     """Print a table as a table, csv or json; in csv and json the words of a header are joined by `_`."""
     keys = [title.replace(" ", "_") for title in header]
     if form == "json":
-        print(json.dumps([dict(zip(keys, line, strict=True)) for line in lines], indent=1))
+        emit(json.dumps([dict(zip(keys, line, strict=True)) for line in lines], indent=1))
     elif form == "csv":
         out = io.StringIO()
         csv.writer(out, lineterminator="\n").writerows([keys, *([_in_csv(value) for value in line] for line in lines)])
-        print(out.getvalue(), end="")
+        emit(out.getvalue().removesuffix("\n"))
     else:
         table = empty_table()
         for title, values in zip(header, zip(*lines, strict=True), strict=True):

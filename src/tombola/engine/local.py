@@ -163,6 +163,8 @@ def _no_ctrl_c() -> Iterator[None]:
 def _work(connection: Connection, setting: _Setting) -> None:
     """Do jobs until the parent exits."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C and stops this process
+    with contextlib.suppress(OSError):  # there may be no standard error
+        os.dup2(2, 1)  # what a user's code prints goes there: standard output belongs to the command
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(THREADS)
     store = None if setting.store is None else Store(setting.store, create=False)
