@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tombola import UserError
-from tombola.files import write_atomically
+from tombola.files import write_output
 
 
 def test_a_link_stays_and_its_file_is_replaced(tmp_path: Path) -> None:
@@ -17,7 +17,7 @@ def test_a_link_stays_and_its_file_is_replaced(tmp_path: Path) -> None:
     target, link = tmp_path / "folder" / "target", tmp_path / "link"
     target.write_bytes(b"before")
     link.symlink_to(target)
-    write_atomically(link, b"after")
+    write_output(link, b"after")
     assert link.is_symlink()
     assert target.read_bytes() == b"after"
     assert list((tmp_path / "folder").iterdir()) == [target]
@@ -26,7 +26,7 @@ def test_a_link_stays_and_its_file_is_replaced(tmp_path: Path) -> None:
 def test_a_link_to_nothing_makes_the_file_that_it_names(tmp_path: Path) -> None:
     link = tmp_path / "link"
     link.symlink_to("new")
-    write_atomically(link, b"content")
+    write_output(link, b"content")
     assert link.is_symlink()
     assert (tmp_path / "new").read_bytes() == b"content"
 
@@ -36,7 +36,7 @@ def test_a_loop_of_links_is_refused(tmp_path: Path) -> None:
     one.symlink_to(other)
     other.symlink_to(one)
     with pytest.raises(UserError, match="cannot be written"):
-        write_atomically(one, b"content")
+        write_output(one, b"content")
     assert one.is_symlink()
     assert other.is_symlink()
 
@@ -46,7 +46,7 @@ def test_a_pipe_is_written_to(tmp_path: Path) -> None:
     os.mkfifo(pipe)
     reader = threading.Thread(target=lambda: found.append(pipe.read_bytes()))
     reader.start()
-    write_atomically(pipe, b"x" * 200_000)  # more than a pipe holds
+    write_output(pipe, b"x" * 200_000)  # more than a pipe holds
     reader.join()
     assert found == [b"x" * 200_000]
     assert pipe.is_fifo()
@@ -58,8 +58,8 @@ def test_a_device_is_written_to_and_stays(tmp_path: Path) -> None:
     link.symlink_to("/dev/full")
     for path in (link, Path("/dev/full")):
         with pytest.raises(UserError, match=r"/dev/full: cannot be written: No space left on device"):
-            write_atomically(path, b"content")
+            write_output(path, b"content")
         assert Path("/dev/full").is_char_device()
         assert link.is_symlink()
-    write_atomically(Path("/dev/null"), b"content")
+    write_output(Path("/dev/null"), b"content")
     assert Path("/dev/null").is_char_device()

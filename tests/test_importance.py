@@ -56,7 +56,7 @@ TRAITS = {
     "softmax": Traits(sums_to_one=True),
     "min_max": Traits(scale="invariant"),
     "lamp": Traits(scale="invariant"),
-    "rank": Traits(scale="invariant"),
+    "rank": Traits(),  # invariant, but rounding can make two weights equal
     "random": Traits(by_weight=False),
 }
 
@@ -435,3 +435,9 @@ def test_any_score_with_any_normalisation() -> None:
         with pytest.raises(UserError) as error:
             find(name)
         assert str(error.value) == text
+
+
+@often
+@given(weights=usual_layers, exponent=st.integers(-500, 500))
+def test_ranks_stay_the_same_under_scaling_without_rounding(weights: Tensor, exponent: int) -> None:
+    assert torch.equal(rank(weights * 2.0**exponent), rank(weights))

@@ -66,8 +66,6 @@ def remove_path(path: Path) -> None:
 def write_atomically(path: Path, content: bytes, within: Path | None = None) -> None:
     """Replace a file atomically: at any moment, the path holds either the complete new content or what it held before.
 
-    A symbolic link stays, and the file that it names is replaced. A device or a pipe stays, and is written to.
-
     Args:
         path: the file.
         content: the new content.
@@ -77,12 +75,6 @@ def write_atomically(path: Path, content: bytes, within: Path | None = None) -> 
         UserError: if the folder cannot be written to.
     """
     try:
-        if path.is_symlink():
-            path = path.resolve()  # raises an error for a loop of links
-        if path.exists() and not path.is_file() and not path.is_dir():
-            with path.open("wb", buffering=0) as special:
-                _write_all(special.fileno(), content)
-            return
         handle, temporary = tempfile.mkstemp(dir=within or path.parent, prefix=f".{path.name[:40]}.")
         try:
             with os.fdopen(handle, "wb") as file:
@@ -94,8 +86,28 @@ def write_atomically(path: Path, content: bytes, within: Path | None = None) -> 
                 os.unlink(temporary)
             raise
         sync_folder(path.parent)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error.strerror or error}") from error
+
+
+def write_output(path: Path, content: bytes) -> None:
+    """Write a file that a user has named, atomically if it is a regular file.
+
+    A symbolic link stays, and the file that it names is replaced. A device or a pipe stays, and is written to.
+
+    Raises:
+        UserError: if it cannot be written.
+    """
+    try:
+        if path.is_symlink():
+            path = path.resolve()  # raises an error for a loop of links
+        if path.exists() and not path.is_file() and not path.is_dir():
+            with path.open("wb", buffering=0) as special:
+                _write_all(special.fileno(), content)
+            return
     except (OSError, RuntimeError) as error:  # RuntimeError: Python 3.11 and 3.12 raise it for a loop of links
         raise UserError(f"{path}: cannot be written: {getattr(error, 'strerror', None) or error}") from error
+    write_atomically(path, content)
 
 
 def write_durably(handle: int, content: bytes) -> None:

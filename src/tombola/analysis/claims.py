@@ -768,7 +768,10 @@ def _conclude(parts: Mapping[str, bool | None], about: str = "") -> tuple[Verdic
     answers = list(parts.values())
     text = f"{about}: {', '.join(parts)}" if about else ", ".join(parts)
     if None in answers:
-        text += "; the interval contains both answers" if len(answers) == 1 else "; some intervals contain both answers"
+        if not any("(95 %" in part for part in parts):
+            text += "; one seed gives no interval"
+        else:
+            text += f"; {'the interval contains' if len(answers) == 1 else 'some intervals contain'} both answers"
     if True in answers:
         return "holds" if all(answers) else "holds in part", text
     return "not testable" if None in answers else "does not hold", text

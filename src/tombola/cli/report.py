@@ -61,13 +61,13 @@ def report(options: argparse.Namespace) -> int:
     with _check_installed():
         from tombola.report.page import page
     from tombola.cli.tables import size
-    from tombola.files import write_atomically
+    from tombola.files import write_output
 
     _check_output(options.output)
     planner = open_planner(options)
     contents = _gather_results(options, planner)
     content = page(contents).encode()
-    write_atomically(options.output, content)
+    write_output(options.output, content)
     print(f"{options.output}: {size(len(content))}, {contents.tickets} of {contents.expected} tickets")
     return 0
 

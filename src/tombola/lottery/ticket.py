@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from tombola.errors import UserError
-from tombola.files import write_atomically
+from tombola.files import write_output
 from tombola.lottery.ticket_file import Content, encode, read
 from tombola.pruning.mask import Mask
 from tombola.training.history import History, Trained
@@ -81,7 +81,7 @@ class Ticket:
         history = self.trained.history if self.trained else History()
         state = self.load_trained() if trained else None
         content = Content(self.level, self.mask.load(), self.rewound, state, history, self.provenance)
-        write_atomically(path, encode(content))
+        write_output(path, encode(content))
 
     @classmethod
     def load(cls, path: Path) -> Ticket:

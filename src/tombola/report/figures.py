@@ -11,7 +11,7 @@ from typing import Any
 import vl_convert
 
 from tombola.errors import UserError
-from tombola.files import write_atomically
+from tombola.files import write_output
 from tombola.report.look import on_paper
 from tombola.report.page import VEGA_LITE
 from tombola.report.sections import Part
@@ -42,7 +42,7 @@ def write(parts: Sequence[Part], folder: Path, formats: Sequence[str], inches: f
         specification = json.dumps(on_paper(part.chart, inches))
         for name in formats:
             path = folder / f"{part.name}.{name}"
-            write_atomically(path, _draw(specification, name))
+            write_output(path, _draw(specification, name))
             written.append(path)
     return written
 
