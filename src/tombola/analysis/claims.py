@@ -41,7 +41,7 @@ DEEP = 0.988
 
 @dataclass(frozen=True)
 class Claim:
-    """A claim with its evidence and verdict.
+    """A claim with its evidence and verdict; it is "not testable" until `decide` gives another verdict and the reason.
 
     Args:
         number: the number of the claim and a letter for its part, such as "4b".
@@ -58,8 +58,8 @@ class Claim:
     number: str
     statement: str
     paper: str
-    verdict: Verdict
-    reason: str
+    verdict: Verdict = "not testable"
+    reason: str = ""
     measure: str = ""
     value: float | None = None
     low: float | None = None
@@ -67,6 +67,21 @@ class Claim:
     chance: float | None = None
     noise: float | None = None
     seeds: int = 0
+
+    def add_measure(self, measure: str, values: Sequence[float]) -> Claim:
+        """Add the number that decides: the mean of these values, one for each seed, with its interval."""
+        if not values:
+            return self
+        mean, low, high = mean_with_interval(values)
+        return replace(self, measure=measure, value=mean, low=low, high=high, seeds=len(values))
+
+    def add_baselines(self, *, chance: float | None = None, noise: float | None = None) -> Claim:
+        """Add what chance and another data order give."""
+        return replace(self, chance=chance, noise=noise)
+
+    def decide(self, verdict: Verdict, reason: str) -> Claim:
+        """Return the claim with its verdict."""
+        return replace(self, verdict=verdict, reason=reason)
 
 
 @dataclass(frozen=True)
@@ -116,6 +131,11 @@ class Evidence:
     def convolutional(self) -> bool:
         """Whether the network has convolutions."""
         return any(len(shape) > 2 for shape in self.shapes.values())
+
+    @property
+    def prunable(self) -> list[str]:
+        """The layers of all `groups`."""
+        return [name for names in self.groups.values() for name in names]
 
     @property
     def groups(self) -> dict[str, list[str]]:
@@ -188,16 +208,17 @@ def collect(
                 if ticket.trained is not None and ticket.trained.history.diverged_at is not None:
                     raise UserError(f"nothing can be compared: {chain} diverged at level {ticket.level}")
         raise NothingStoredError(f"no level from 1 on is in {planner.store.root} for {', '.join(compared)}")
+    results = rows(tickets)
     if level is None:
-        results = [row for row in rows(tickets) if row.importance in compared and 1 <= row.level <= last]
-        level = min({row.level for row in results}, key=lambda each: _distance(results, each, SPARSITY))
+        own = [row for row in results if row.importance in compared]
+        level = min(range(1, last + 1), key=lambda each: _distance(own, each, SPARSITY))
     elif not 1 <= level <= last:
         raise UserError(f"level {level}: expected a level from 1 to {last}, which all of {', '.join(compared)} have")
     return Evidence(
         compared=compared,
         importances=study.importances,
         level=level,
-        results=tuple(rows(tickets)),
+        results=tuple(results),
         order_results=tuple(rows(tickets, planner.repeats)),
         shapes=planner.dense.shapes,
         kept_dense=planner.kept_dense,
@@ -259,7 +280,7 @@ def perform_alike(evidence: Evidence) -> Claim:
     data orders of one of these importances, over all levels from 1 to the compared level. The claim holds if this is at
     most half a point, and so is the same number at the compared level alone.
     """
-    claim = _claim(
+    claim = Claim(
         *("1a", "Tickets of different importances have the same accuracy."),
         "at most 1.5 points apart up to 98.85 %; on VGG-16, up to 33 points from 99.88 % on",
     )
@@ -267,10 +288,10 @@ def perform_alike(evidence: Evidence) -> Claim:
     found = [_accuracy_differences(evidence, seed, range(1, evidence.level + 1)) for seed in seeds]
     last = [_accuracy_differences(evidence, seed, [evidence.level]) for seed in seeds]
     if any(two is None for two, _ in (*found, *last)):
-        return claim("not testable", "a training at these levels diverged")
+        return claim.decide("not testable", "a training at these levels diverged")
     noise = [100 * floor for _, floor in found if floor is not None]
     if len(noise) < len(seeds):
-        return claim("not testable", _NO_FLOOR.format(names=", ".join(evidence.compared)))
+        return claim.decide("not testable", _NO_FLOOR.format(names=", ".join(evidence.compared)))
     exceeds = "the difference of two importances exceeds that of two data orders by"
     excess = {
         name: [100 * (two - floor) for two, floor in each if two is not None and floor is not None]
@@ -279,15 +300,13 @@ def perform_alike(evidence: Evidence) -> Claim:
             (f"and at level {evidence.level} by", last),
         )
     }
-    apart = {name: [-value for value in values] for name, values in excess.items()}
-    answers = _compare(apart, -MARGIN, "+.2f").values()
-    words = [f"{name} {_mean(values, '+.2f')} points" for name, values in excess.items()]
-    measured = claim.measured("points more than two data orders differ by", next(iter(excess.values())))
-    measured = measured.against(noise=statistics.fmean(noise))
-    verdict, reason = _conclude(dict(zip(words, answers, strict=True)))
+    parts = {f"{name} {_mean(values, '+.2f')} points": _is_below(values, MARGIN) for name, values in excess.items()}
+    measured = claim.add_measure("points more than two data orders differ by", next(iter(excess.values())))
+    measured = measured.add_baselines(noise=statistics.fmean(noise))
+    verdict, reason = _conclude(parts)
     if verdict == "holds in part":  # alike on the whole, but not where it counts
-        verdict = "does not hold" if list(answers)[-1] is False else "not testable"
-    return measured(verdict, reason)
+        verdict = "does not hold" if list(parts.values())[-1] is False else "not testable"
+    return measured.decide(verdict, reason)
 
 
 def _accuracy_differences(evidence: Evidence, seed: int, levels: Collection[int]) -> tuple[float | None, float | None]:
@@ -317,7 +336,7 @@ def fall_behind(evidence: Evidence) -> Claim:
     a sparsity of 99.5 %. A training that diverged counts as a random guess.
     """
     expected = evidence.convolutional
-    claim = _claim(
+    claim = Claim(
         "1b",
         f"softmax and min_max {'fall behind at high sparsity' if expected else 'keep up also at high sparsity'}.",
         "at 98.85 % -0.3 to -29.6 and -0.4 to -3.6 points, at 99.62 % -0.1 to -30.8 and +0.4 to -13.0"
@@ -326,15 +345,17 @@ def fall_behind(evidence: Evidence) -> Claim:
     )
     names = [name for name in evidence.importances if name in ("softmax", "min_max")]
     if not names:
-        return claim("not testable", "softmax and min_max are not among the importances")
+        return claim.decide("not testable", "softmax and min_max are not among the importances")
     at = _rows_at(evidence, 0.995, (*names, *evidence.compared))
     density = statistics.fmean(row.density for row in at.values())
     if 1 - density < DEEP:
-        return claim("not testable", f"all of them have levels up to a sparsity of {100 * (1 - density):.2f} % only")
+        return claim.decide(
+            "not testable", f"all of them have levels up to a sparsity of {100 * (1 - density):.2f} % only"
+        )
     accuracy = {key: evidence.guess if row.test_accuracy is None else row.test_accuracy for key, row in at.items()}
     others = [statistics.fmean(accuracy[name, seed] for name in evidence.compared) for seed in evidence.seeds]
     if statistics.fmean(others) < 2 * evidence.guess:
-        return claim("not testable", "the other tickets are near a random guess at this sparsity, too")
+        return claim.decide("not testable", "the other tickets are near a random guess at this sparsity, too")
     behind = {
         name: [100 * (accuracy[name, seed] - other) for seed, other in zip(evidence.seeds, others, strict=True)]
         for name in names
@@ -342,10 +363,10 @@ def fall_behind(evidence: Evidence) -> Claim:
     parts = {
         text: _not(keeps_up) if expected else keeps_up for text, keeps_up in _compare(behind, -MARGIN, "+.2f").items()
     }
-    measured = claim.measured(
+    measured = claim.add_measure(
         "points from the compared importances", [statistics.fmean(each) for each in zip(*behind.values(), strict=True)]
     )
-    return measured(*_conclude(parts, f"points at a sparsity of {100 * (1 - density):.2f} %"))
+    return measured.decide(*_conclude(parts, f"points at a sparsity of {100 * (1 - density):.2f} %"))
 
 
 def _rows_at(evidence: Evidence, sparsity: float, importances: Collection[str]) -> dict[tuple[str, int], Row]:
@@ -364,7 +385,7 @@ def collapse(evidence: Evidence) -> Claim:
 
     The value is the share of chains of magnitude that have a collapsed layer.
     """
-    claim = _claim("2", "magnitude and softmax lose whole layers; l1 and l2 do not.", "in every VGG and ResNet run")
+    claim = Claim("2", "magnitude and softmax lose whole layers; l1 and l2 do not.", "in every VGG and ResNet run")
     chains: dict[str, dict[int, int | None]] = {}
     for row in sorted(evidence.results, key=lambda row: row.level):
         first = chains.setdefault(row.importance, {}).setdefault(row.seed, None)
@@ -374,19 +395,21 @@ def collapse(evidence: Evidence) -> Claim:
     expected = {"magnitude": True, "softmax": True, "l1": False, "l2": False}
     known = {name: levels for name, levels in chains.items() if name in expected}
     if "magnitude" not in known or len(known) < 2:
-        return claim("not testable", f"it compares magnitude with l1, l2 or softmax; {text}")
+        return claim.decide("not testable", f"it compares magnitude with l1, l2 or softmax; {text}")
     lost = {name: [level is not None for level in levels.values()] for name, levels in known.items()}
     agree = {name: all(each) if expected[name] else not any(each) for name, each in lost.items()}
-    measured = claim.measured("of the seeds, share in which magnitude loses a layer", [*map(float, lost["magnitude"])])
+    measured = claim.add_measure(
+        "as the share of seeds in which magnitude loses a layer", [*map(float, lost["magnitude"])]
+    )
     measured = replace(measured, low=None, high=None)
     if not evidence.convolutional:
-        return measured("not testable", f"the paper says this of convolutional networks; {text}")
+        return measured.decide("not testable", f"the paper says this of convolutional networks; {text}")
     deepest = 1 - min(row.density for row in evidence.results)
     if not agree["magnitude"] and deepest < DEEP:
-        return measured("not testable", f"the study ends at a sparsity of {100 * deepest:.2f} %; {text}")
+        return measured.decide("not testable", f"the study ends at a sparsity of {100 * deepest:.2f} %; {text}")
     if len(evidence.seeds) < 2:
         text += "; from one seed"
-    return measured(
+    return measured.decide(
         "holds" if all(agree.values()) else "holds in part" if any(agree.values()) else "does not hold", text
     )
 
@@ -409,12 +432,12 @@ def special_layers(evidence: Evidence) -> Claim:
 
     The value is the density of the input layer divided by that of the other layers, at the compared level.
     """
-    claim = _claim(
+    claim = Claim(
         "3a", "Input layer, output layer and 1x1 shortcuts are pruned less than the other layers.", "in all systems"
     )
     groups = evidence.groups
     if not groups["other layers"]:
-        return claim("not testable", "the network has no other layers")
+        return claim.decide("not testable", "the network has no other layers")
     ratios = {
         group: [
             _density(evidence, seed, groups[group]) / max(_density(evidence, seed, groups["other layers"]), 1e-12)
@@ -423,8 +446,8 @@ def special_layers(evidence: Evidence) -> Claim:
         for group in ("input layer", "output layer", "1x1 shortcuts")
         if groups[group]
     }
-    measured = claim.measured("density of the input layer / of the other layers", ratios.get("input layer", []))
-    return measured(*_conclude(_compare(ratios, 1, ".2f"), "density, divided by that of the other layers"))
+    measured = claim.add_measure("density of the input layer / of the other layers", ratios.get("input layer", []))
+    return measured.decide(*_conclude(_compare(ratios, 1, ".2f"), "density, divided by that of the other layers"))
 
 
 def deeper_layers(evidence: Evidence) -> Claim:
@@ -433,18 +456,18 @@ def deeper_layers(evidence: Evidence) -> Claim:
     The value is Spearman's rank correlation (American Journal of Psychology 15, 1904) of the position of a layer and
     its density, over the layers that are neither input, output nor shortcut, at the compared level.
     """
-    claim = _claim("3b", "Deeper layers are sparser.", "in all convolutional systems")
+    claim = Claim("3b", "Deeper layers are sparser.", "in all convolutional systems")
     body = evidence.groups["other layers"]
     if len(body) < 4:
         layers = f"{len(body)} layer{'' if len(body) == 1 else 's'}"
-        return claim("not testable", f"the network has {layers} between input and output, 4 are needed")
+        return claim.decide("not testable", f"the network has {layers} between input and output, 4 are needed")
     correlations = [
         _correlate_with_position([_density(evidence, seed, [name]) for name in body]) for seed in evidence.seeds
     ]
-    mean, low, high = mean_with_interval(correlations)
-    sparser = None if low is None or high is None else _side(-high, -low, 0)
-    measured = claim.measured("rank correlation of depth and density", correlations).against(chance=0.0)
-    return measured(*_conclude({f"the rank correlation is {mean:+.2f}{_bracket(low, high, '+.2f')}": sparser}))
+    measured = claim.add_measure("rank correlation of depth and density", correlations).add_baselines(chance=0.0)
+    return measured.decide(
+        *_conclude({f"the rank correlation is {_mean(correlations, '+.2f')}": _is_below(correlations, 0)})
+    )
 
 
 def spikes(evidence: Evidence) -> Claim:
@@ -453,22 +476,22 @@ def spikes(evidence: Evidence) -> Claim:
     The value is the standard deviation over rounds of the share of a layer's connections that a round prunes, mean over
     layers, for softmax. The claim holds if it is at least one and a half times that of each other importance.
     """
-    claim = _claim("3c", "softmax prunes a layer in spikes.", "softmax alone")
+    claim = Claim("3c", "softmax prunes a layer in spikes.", "softmax alone")
     if "softmax" not in evidence.importances or len(evidence.importances) < 2:
-        return claim("not testable", "softmax and another importance are needed")
+        return claim.decide("not testable", "softmax and another importance are needed")
     last = _common_level(evidence)
     found = {
         name: [_unevenness(evidence, name, seed, last) for seed in evidence.seeds] for name in evidence.importances
     }
     known = {name: [value for value in values if value is not None] for name, values in found.items()}
     if not all(len(values) == len(evidence.seeds) for values in known.values()):
-        return claim("not testable", "fewer than three levels of some importance are stored")
+        return claim.decide("not testable", "fewer than three levels of some importance are stored")
     others = {name: values for name, values in known.items() if name != "softmax"}
     largest = [max(values[number] for values in others.values()) for number in range(len(evidence.seeds))]
     agree = [own >= 1.5 * other for own, other in zip(known["softmax"], largest, strict=True)]
     text = ", ".join(f"{name} {statistics.fmean(values):.3f}" for name, values in known.items())
-    measured = claim.measured("standard deviation over rounds of the share pruned", known["softmax"])
-    return measured(*_count(agree, text))
+    measured = claim.add_measure("standard deviation over rounds of the share pruned", known["softmax"])
+    return measured.decide(*_count(agree, text))
 
 
 def follows(evidence: Evidence) -> Claim:
@@ -476,20 +499,19 @@ def follows(evidence: Evidence) -> Claim:
 
     The value is the mean |density of the network - density of a layer| over layers and levels, for min_max.
     """
-    claim = _claim("3d", "min_max follows the sparsity of the network best.", "best of five importances")
+    claim = Claim("3d", "min_max follows the sparsity of the network best.", "best of five importances")
     if "min_max" not in evidence.importances or len(evidence.importances) < 2:
-        return claim("not testable", "min_max and another importance are needed")
-    names = [name for group in evidence.groups.values() for name in group]
+        return claim.decide("not testable", "min_max and another importance are needed")
     last = _common_level(evidence)
-    table = evidence.layers.filter(pl.col("layer").is_in(names) & pl.col("level").is_between(1, last))
+    table = evidence.layers.filter(pl.col("layer").is_in(evidence.prunable) & pl.col("level").is_between(1, last))
     means = table.group_by("importance", "seed").agg(pl.col("ahead").abs().mean() * 100).sort("seed")
     found = {name: means.filter(pl.col("importance") == name)["ahead"].to_list() for name in evidence.importances}
     if not all(len(values) == len(evidence.seeds) for values in found.values()):
-        return claim("not testable", "some importances have no results")
+        return claim.decide("not testable", "some importances have no results")
     agree = [all(own <= other for other in seed) for own, *seed in zip(found["min_max"], *found.values(), strict=True)]
     average = sorted((statistics.fmean(values), name) for name, values in found.items())
-    measured = claim.measured("points of density from the network's", found["min_max"])
-    return measured(
+    measured = claim.add_measure("points of density from the network's", found["min_max"])
+    return measured.decide(
         *_count(agree, f"in points, levels 1 to {last}: {', '.join(f'{name} {mean:.2f}' for mean, name in average)}")
     )
 
@@ -503,20 +525,16 @@ def overlap_little(evidence: Evidence) -> Claim:
     The value is the share of a ticket's connections that the tickets of all compared importances have, in %, at the
     compared level, without the layers that are kept dense. The claim holds if less than half are shared.
     """
-    claim = _claim("4a", "The tickets of different importances share few connections.", "9.34 % of a ticket")
+    claim = Claim("4a", "The tickets of different importances share few connections.", "9.34 % of a ticket")
     k = len(evidence.compared)
-    table = evidence.overlap.filter(
-        (pl.col("kind") == IMPORTANCES) & (pl.col("k") == k) & (pl.col("layer") == _total(evidence))
-    )
+    table = _overlap_of(evidence, IMPORTANCES, k)
     if not len(table):
-        return claim("not testable", "the tickets of one seed are not all stored")
-    values = [100 * value for value in table["shared_of_ticket"].to_list()]
-    chance = statistics.fmean((100 * table["layers_expected"] / table["alive"]).to_list())
-    measured = claim.measured("% of a ticket shared by all", values)
-    measured = measured.against(chance=chance, noise=_shares(evidence, DATA_ORDER)[1] if k == 2 else None)
-    few = None if measured.low is None or measured.high is None else _side(-measured.high, -measured.low, -50)
+        return claim.decide("not testable", "the tickets of one seed are not all stored")
+    values, chance = table["shared"].to_list(), statistics.fmean(table["chance"].to_list())
+    measured = claim.add_measure("% of a ticket shared by all", values)
+    measured = measured.add_baselines(chance=chance, noise=_shares(evidence, DATA_ORDER)[1] if k == 2 else None)
     text = f"they share {measured.value:.1f} %{_bracket(measured.low, measured.high, '.1f')}, chance {chance:.1f} %"
-    return measured(*_conclude({text: few}))
+    return measured.decide(*_conclude({text: _is_below(values, 50)}))
 
 
 def distinct_beyond_noise(evidence: Evidence) -> Claim:
@@ -525,18 +543,18 @@ def distinct_beyond_noise(evidence: Evidence) -> Claim:
     The value is the noise floor minus the share of a ticket that two importances have in common, in points, at the
     compared level, without the layers that are kept dense: positive if importances matter more than the data order.
     """
-    claim = _claim("4b", "The tickets differ by more than another data order makes them differ.", "not measured")
+    claim = Claim("4b", "The tickets differ by more than another data order makes them differ.", "not measured")
     two, mean_two = _shares(evidence, IMPORTANCES)
     noise, mean_noise = _shares(evidence, DATA_ORDER)
     both = [seed for seed in two if seed in noise]
     if not both or mean_two is None or mean_noise is None:
-        return claim("not testable", _NO_FLOOR.format(names=", ".join(evidence.compared)))
-    measured = claim.measured("points between noise floor and overlap", [noise[seed] - two[seed] for seed in both])
-    measured = measured.against(chance=_chance_of_two(evidence), noise=mean_noise)
+        return claim.decide("not testable", _NO_FLOOR.format(names=", ".join(evidence.compared)))
     lower = [noise[seed] - two[seed] for seed in both]
-    (beyond,) = _compare({"": lower}, 0, ".1f").values()
+    chance = statistics.fmean(_overlap_of(evidence, IMPORTANCES, 2)["chance"].to_list())
+    measured = claim.add_measure("points between noise floor and overlap", lower)
+    measured = measured.add_baselines(chance=chance, noise=mean_noise)
     shares = f"two importances share {mean_two:.1f} % of a ticket and two data orders {mean_noise:.1f} %"
-    return measured(*_conclude({f"{shares}, {_mean(lower, '.1f')} points more": beyond}))
+    return measured.decide(*_conclude({f"{shares}, {_mean(lower, '.1f')} points more": _is_above(lower, 0)}))
 
 
 def ends_share_more(evidence: Evidence) -> Claim:
@@ -545,7 +563,7 @@ def ends_share_more(evidence: Evidence) -> Claim:
     The value is the share that all compared tickets have in common beyond chance in the input layer, minus the same in
     all layers; chance is that of the densities of the layers.
     """
-    claim = _claim("4c", "They share more in the input and the output layer.", "68.78 % in the first convolution")
+    claim = Claim("4c", "They share more in the input and the output layer.", "68.78 % in the first convolution")
     table = evidence.overlap.filter((pl.col("kind") == IMPORTANCES) & (pl.col("k") == len(evidence.compared)))
     shares: dict[str, list[float]] = {}
     for seed in evidence.seeds:
@@ -558,9 +576,9 @@ def ends_share_more(evidence: Evidence) -> Claim:
                 if own.get(name) is not None and own.get(_total(evidence)) is not None:
                     shares.setdefault(group, []).append(100 * (own[name] - own[_total(evidence)]))
     if not shares:
-        return claim("not testable", "neither layer has connections that all tickets share")
-    measured = claim.measured("points more in the input layer", shares.get("input layer", []))
-    return measured(*_conclude(_compare(shares, 0, "+.1f"), "points beyond chance, more than in all layers"))
+        return claim.decide("not testable", "neither layer has connections that all tickets share")
+    measured = claim.add_measure("points more in the input layer", shares.get("input layer", []))
+    return measured.decide(*_conclude(_compare(shares, 0, "+.1f"), "points beyond chance, more than in all layers"))
 
 
 # 5. Stability.
@@ -595,7 +613,7 @@ def move_further(evidence: Evidence) -> Claim:
 def _judge_effect(
     evidence: Evidence, number: str, statement: str, measure: str, *, layer: str = ALL, below: bool = True
 ) -> Claim:
-    claim = _claim(number, statement, "in all its figures")
+    claim = Claim(number, statement, "in all its figures")
     table = evidence.stability.filter((pl.col("measure") == measure) & (pl.col("layer") == layer))
     by_seed = (
         table.with_columns(pl.col("effect").fill_nan(None))
@@ -605,14 +623,11 @@ def _judge_effect(
         .sort("seed")
     )
     if not len(by_seed):
-        return claim("not testable", "there are no shared connections, or no others")
+        return claim.decide("not testable", "there are no shared connections, or no others")
     values = by_seed["effect"].to_list()
-    mean, low, high = mean_with_interval(values)
-    agrees = None
-    if low is not None and high is not None:
-        agrees = _side(-high, -low, 0) if below else _side(low, high, 0)
-    measured = claim.measured("Cliff's delta, shared against others", values).against(chance=0.0)
-    return measured(*_conclude({f"Cliff's delta is {mean:+.3f}{_bracket(low, high, '+.3f')}": agrees}))
+    agrees = _is_below(values, 0) if below else _is_above(values, 0)
+    measured = claim.add_measure("Cliff's delta, shared against others", values).add_baselines(chance=0.0)
+    return measured.decide(*_conclude({f"Cliff's delta is {_mean(values, '+.3f')}": agrees}))
 
 
 # 6. Partial reinitialisation.
@@ -623,13 +638,13 @@ def found_again(evidence: Evidence) -> Claim:
 
     The value is how much more often they survive in the input layer, in %.
     """
-    claim = _claim(
+    claim = Claim(
         "6",
         "Shared connections that keep their initial weight survive more often than by chance.",
         "+8.5 to +70 % in the first convolution, +440 to +480 % in the classifier, -3.2 to +20 % in the shortcuts",
     )
     if evidence.reinit is None:
-        return claim("not testable", "no partial reinitialisation of these importances is stored")
+        return claim.decide("not testable", "no partial reinitialisation of these importances is stored")
     found: dict[str, list[float]] = {}
     for group in ("input layer", "output layer", "1x1 shortcuts"):
         names = evidence.groups[group]
@@ -638,11 +653,11 @@ def found_again(evidence: Evidence) -> Claim:
             means = own.group_by("seed").agg(pl.col("excess").mean() * 100).sort("seed")
             found[group] = means["excess"].to_list()
     if not found:
-        return claim("not testable", "nothing is expected by chance in these layers")
+        return claim.decide("not testable", "nothing is expected by chance in these layers")
     level, draws = evidence.reinit["level"][0], evidence.reinit["draws"][0]
-    measured = claim.measured("% more often than by chance, input layer", found.get("input layer", []))
+    measured = claim.add_measure("% more often than by chance, input layer", found.get("input layer", []))
     about = f"level {level}, {draws} {'draw' if draws == 1 else 'draws'}, % more often than by chance"
-    return measured.against(chance=0.0)(*_conclude(_compare(found, 0, "+.1f"), about))
+    return measured.add_baselines(chance=0.0).decide(*_conclude(_compare(found, 0, "+.1f"), about))
 
 
 CLAIMS: tuple[Callable[[Evidence], Claim], ...] = (
@@ -708,45 +723,17 @@ def describe(claim: Claim) -> dict[str, str]:
     return found | {"paper": claim.paper}
 
 
-@dataclass(frozen=True)
-class _Open:
-    """A claim without a verdict yet: calling it with a verdict and a reason completes it."""
-
-    number: str
-    statement: str
-    paper: str
-    measure: str = ""
-    value: float | None = None
-    low: float | None = None
-    high: float | None = None
-    chance: float | None = None
-    noise: float | None = None
-    seeds: int = 0
-
-    def measured(self, measure: str, values: Sequence[float]) -> _Open:
-        """Add the number that decides: the mean of these values, one for each seed, with its interval."""
-        if not values:
-            return self
-        mean, low, high = mean_with_interval(values)
-        return replace(self, measure=measure, value=mean, low=low, high=high, seeds=len(values))
-
-    def against(self, *, chance: float | None = None, noise: float | None = None) -> _Open:
-        """Add what chance and another data order give."""
-        return replace(self, chance=chance, noise=noise)
-
-    def __call__(self, verdict: Verdict, reason: str) -> Claim:
-        """Return the claim with its verdict."""
-        measured = (self.measure, self.value, self.low, self.high, self.chance, self.noise, self.seeds)
-        return Claim(self.number, self.statement, self.paper, verdict, reason, *measured)
-
-
-def _claim(number: str, statement: str, paper: str) -> _Open:
-    return _Open(number, statement, paper)
-
-
-def _side(low: float, high: float, limit: float) -> bool | None:
-    """Return whether an interval lies above a limit; None if it contains the limit and both answers are possible."""
+def _is_above(values: Sequence[float], limit: float) -> bool | None:
+    """Return whether the interval of a mean lies above a limit; None if there is none, or if it contains the limit."""
+    _, low, high = mean_with_interval(values)
+    if low is None or high is None:
+        return None
     return True if low > limit else False if high <= limit else None
+
+
+def _is_below(values: Sequence[float], limit: float) -> bool | None:
+    """Return whether the interval of a mean lies below a limit, as `_is_above` does."""
+    return _is_above([-value for value in values], -limit)
 
 
 def _not(answer: bool | None) -> bool | None:
@@ -755,12 +742,7 @@ def _not(answer: bool | None) -> bool | None:
 
 def _compare(parts: Mapping[str, Sequence[float]], limit: float, form: str) -> dict[str, bool | None]:
     """Return for each part, in words with its mean and interval, whether it is above a limit; None if that is open."""
-    found = {}
-    for name, values in parts.items():
-        mean, low, high = mean_with_interval(values)
-        above = None if low is None or high is None else _side(low, high, limit)
-        found[f"{name} {_number(mean, form)}{_bracket(low, high, form)}"] = above
-    return found
+    return {f"{name} {_mean(values, form)}": _is_above(values, limit) for name, values in parts.items()}
 
 
 def _conclude(parts: Mapping[str, bool | None], about: str = "") -> tuple[Verdict, str]:
@@ -834,9 +816,8 @@ def _common_level(evidence: Evidence) -> int:
 
 def _unevenness(evidence: Evidence, importance: str, seed: int, last: int) -> float | None:
     """Return the standard deviation over rounds of the share of a layer that a round prunes, mean over layers."""
-    names = [name for group in evidence.groups.values() for name in group]
     found = []
-    for name in names:
+    for name in evidence.prunable:
         table = evidence.layers.filter(
             (pl.col("importance") == importance)
             & (pl.col("seed") == seed)
@@ -855,23 +836,26 @@ def _mean(values: Sequence[float], form: str) -> str:
     return f"{_number(mean, form)}{_bracket(low, high, form)}"
 
 
-def _chance_of_two(evidence: Evidence) -> float:
-    """Return the share of a ticket, in %, that two random tickets with the same layer densities have in common."""
-    table = evidence.overlap.filter(
-        (pl.col("kind") == IMPORTANCES) & (pl.col("k") == 2) & (pl.col("layer") == _total(evidence))
-    ).drop_nulls("shared_of_ticket")
-    return statistics.fmean((100 * table["layers_expected"] / table["alive"]).to_list())
-
-
 def _total(evidence: Evidence) -> str:
     return PRUNABLE if evidence.kept_dense else ALL
 
 
 def _shares(evidence: Evidence, kind: str) -> tuple[dict[int, float], float | None]:
     """Return the share of a ticket, in %, that two tickets have in common: by seed, and the mean."""
-    table = evidence.overlap.filter(
-        (pl.col("kind") == kind) & (pl.col("k") == 2) & (pl.col("layer") == _total(evidence))
-    ).drop_nulls("shared_of_ticket")
-    means = table.group_by("seed").agg(pl.col("shared_of_ticket").mean() * 100).sort("seed")
-    by_seed = dict(zip(means["seed"].to_list(), means["shared_of_ticket"].to_list(), strict=True))
+    means = _overlap_of(evidence, kind, 2).group_by("seed").agg(pl.col("shared").mean()).sort("seed")
+    by_seed = dict(means.select("seed", "shared").rows())
     return by_seed, statistics.fmean(by_seed.values()) if by_seed else None
+
+
+def _overlap_of(evidence: Evidence, kind: str, k: int) -> pl.DataFrame:
+    """Return seed, shared and chance, in % of a ticket, of each comparison of k tickets that have connections.
+
+    Layers that are kept dense do not count. Chance is that of random tickets with the same layer densities.
+    """
+    layer = pl.col("layer") == _total(evidence)
+    table = evidence.overlap.filter((pl.col("kind") == kind) & (pl.col("k") == k) & layer)
+    return table.drop_nulls("shared_of_ticket").select(
+        "seed",
+        shared=100 * pl.col("shared_of_ticket"),
+        chance=100 * pl.col("layers_expected") / pl.col("alive"),
+    )

@@ -23,6 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
 from tombola.errors import UserError
+from tombola.files import open_regular
 from tombola.pruning.mask import Mask
 from tombola.training.history import History, HistoryDocument
 from tombola.training.weights import State, state_hash
@@ -105,8 +106,7 @@ def read(path: Path) -> Content:
         UnsealedTicketWarning: if the file was written before tickets had a seal.
     """
     try:
-        if path.exists() and not path.is_file():
-            raise ValueError("it is not a regular file")
+        open_regular(path).close()
         with safetensors.safe_open(path, "pt") as file:
             document = json.loads((file.metadata() or {})["tombola"])
             about = _About.model_validate(document)
@@ -122,7 +122,9 @@ def read(path: Path) -> Content:
     except ValidationError as error:
         first = error.errors()[0]
         raise _refuse(path, f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from error
-    except (OSError, safetensors.SafetensorError, ValueError, TypeError, RuntimeError) as error:
+    except OSError as error:
+        raise _refuse(path, error.strerror or str(error)) from error
+    except (safetensors.SafetensorError, ValueError, TypeError, RuntimeError) as error:
         raise _refuse(path, str(error)) from error  # RuntimeError: also a document nested too deeply
     if about.seal is None:
         warnings.warn(
