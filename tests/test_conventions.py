@@ -104,7 +104,7 @@ def test_masks_are_remembered_under_another_name_where_layers_are_kept_dense(tmp
     names = set()
     for kept in ([], ["fc"], ["fc", "fc2"]):
         plan = planner(tmp_path, keep_dense=kept)
-        names.add(plan._name(plan.initial(0), plan.dense, 0, Chain(0, "l1")))
+        names.add(plan._name(plan.initial(0), plan.dense, 0, plan.initial(0), Chain(0, "l1")))
     assert len(names) == 3
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from tombola import Mask, UserError, Weights, prune
 from tombola.importance import (
     IMPORTANCES,
+    SCORES,
     Importance,
     Seeded,
     as_importance,
@@ -33,7 +34,7 @@ from tombola.importance import (
     scores,
     softmax,
 )
-from tombola.lottery.rewinding import prune_round
+from tombola.lottery.rewinding import Rule, prune_round
 
 EPSILON = 2.0**-52
 
@@ -378,7 +379,8 @@ def test_random_does_not_depend_on_the_weights() -> None:
 def _random_masks(seed: int, level: int) -> Mask:
     state = {name: torch.ones(10, 10) for name in ("first.weight", "second.weight")}
     dense = Mask.from_tensors({name: weight.bool() for name, weight in state.items()})
-    return prune_round(Weights.of(state), dense, level, importance=random, fraction=0.5, seed=seed)
+    weights = Weights.of(state)
+    return prune_round(weights, dense, level, weights, importance=random, rule=Rule(0.5), seed=seed)
 
 
 def test_random_is_another_in_each_layer_and_round() -> None:
@@ -420,7 +422,7 @@ def test_what_random_removes_is_frozen() -> None:
 
 
 def test_any_score_with_any_normalisation() -> None:
-    for name in ("magnitude", "l1", "rank", "random", "random/l1", "random/rank"):
+    for name in ("magnitude", "l1", "rank", "random", "random/l1", "random/rank", "taylor", "grasp/min_max"):
         assert find(name).name == name
         assert is_built_in(name)
     assert find("magnitude/lamp") == lamp
@@ -429,7 +431,7 @@ def test_any_score_with_any_normalisation() -> None:
         ("rnk", "unknown importance 'rnk'; did you mean 'rank'?"),
         ("random/rnk", "importance 'random/rnk': unknown normalisation 'rnk'; did you mean 'rank'?"),
         ("randon/l1", "importance 'randon/l1': unknown score 'randon'; did you mean 'random'?"),
-        ("l1/random", "importance 'l1/random': unknown score 'l1'; choose from 'magnitude', 'random'"),
+        ("l1/random", f"importance 'l1/random': unknown score 'l1'; choose from {', '.join(map(repr, SCORES))}"),
     ):
         assert not is_built_in(name)
         with pytest.raises(UserError) as error:

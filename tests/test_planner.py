@@ -73,11 +73,11 @@ def test_a_chain_waits_for_one_training_after_the_other_until_it_is_finished(tmp
     while isinstance(end := of.progress(CHAIN).end, Waiting):
         progress = of.progress(CHAIN)
         assert progress.waits_for is not None
-        assert progress.waits_for.key == end.training.key
-        seen.append((end.training.begin, end.training.end, end.remaining, end.shared, len(progress.tickets)))
-        assert end.training.key not in of.store.results
-        put(of.store, end.training, History(test_accuracy=0.5))
-        assert [training.key for training in of.progress(CHAIN).trainings][-1] == end.training.key
+        assert progress.waits_for.key == end.need.key
+        seen.append((end.need.begin, end.need.end, end.remaining, end.shared, len(progress.tickets)))
+        assert end.need.key not in of.store.results
+        put(of.store, end.need, History(test_accuracy=0.5))
+        assert [training.key for training in of.progress(CHAIN).trainings][-1] == end.need.key
     assert seen == [(0, 10, 3, 2, 0), (10, 60, 2, 1, 0), (10, 60, 1, 1, 1)]
     progress = of.progress(CHAIN)
     assert (progress.end, progress.waits_for, progress.remaining, progress.stopped) == (Finished(), None, 0, None)
@@ -111,7 +111,7 @@ def test_a_chain_stops_where_its_importance_fails(tmp_path: Path, monkeypatch: p
     def fail(*_: Any, **__: Any) -> Mask:
         raise ImportanceError("importance 'l1', layer '0.weight': it returned NaN")
 
-    monkeypatch.setattr("tombola.study.planner.prune_round", fail)
+    monkeypatch.setattr("tombola.study.rounds.prune_round", fail)
     progress = of.progress(CHAIN)
     assert progress.end == Stopped("importance 'l1', layer '0.weight': it returned NaN")
     assert progress.stopped == "importance 'l1', layer '0.weight': it returned NaN"
@@ -120,7 +120,7 @@ def test_a_chain_stops_where_its_importance_fails(tmp_path: Path, monkeypatch: p
     def mistake(*_: Any, **__: Any) -> Mask:
         raise UserError("another mistake")
 
-    monkeypatch.setattr("tombola.study.planner.prune_round", mistake)
+    monkeypatch.setattr("tombola.study.rounds.prune_round", mistake)
     with pytest.raises(UserError, match="another mistake"):
         of.progress(CHAIN)
 

@@ -35,7 +35,7 @@ from tombola import (
     train,
 )
 from tombola.importance import IMPORTANCES, l1, magnitude
-from tombola.lottery.rewinding import check_levels, prune_round
+from tombola.lottery.rewinding import Rule, check_levels, prune_round
 from tombola.streams import generator
 from tombola.training.train import initial_state
 from tombola.training.weights import State, apply_mask, state_hash
@@ -81,7 +81,7 @@ class Notebook:
             return None
         return Trained(_name(name), History(diverged_at=3 if name == self.diverges else None))
 
-    def prune(self, weights: Weights, mask: Mask, level: int) -> Mask:
+    def prune(self, weights: Weights, mask: Mask, level: int, rewind: Weights) -> Mask:
         self.calls.append(("prune", weights.hash, mask.alive, level))
         bits = mask["w"].clone()
         bits[int(bits.nonzero()[0])] = False
@@ -275,7 +275,7 @@ def test_a_ticket_is_the_rewind_point_and_what_was_trained_from_it() -> None:
         assert ticket.trained is not None
         assert ticket.trained.weights.hash == trained.weights.hash
         assert ticket.trained.history == trained.history
-        mask = prune_round(trained.weights, mask, ticket.level, importance=l1, fraction=0.2, seed=0)
+        mask = prune_round(trained.weights, mask, ticket.level, ticket.rewind, importance=l1, rule=Rule(0.2), seed=0)
 
 
 def test_equal_arguments_find_equal_tickets_and_change_nothing() -> None:

@@ -9,9 +9,10 @@ import numpy.typing as npt
 import polars as pl
 
 from tombola.analysis.gather import after, by_level, last_level
-from tombola.importance import Importance, Normalisation, Survivors, as_importance
+from tombola.importance import Importance, NetworkScore, Normalisation, Survivors, as_importance
+from tombola.lottery.rewinding import pruning_seed
 from tombola.pruning.mask import Mask
-from tombola.streams import derive, generator
+from tombola.streams import generator
 from tombola.study.planner import select_chains
 from tombola.study.task import resolve_importance
 from tombola.study.tickets import Tickets
@@ -29,7 +30,8 @@ def of_study(
 
     - level, importance, seed: of the ticket.
     - quantity: "initial", "rewind" or "end": the weights at initialisation, at the rewind point and at the end of the
-      ticket's training; or "score": the importance of each weight at the end, by which the next round prunes.
+      ticket's training; or "score": the importance of each weight, by which the next round prunes. Importances that
+      score the whole network, such as taylor, have no rows of this quantity, because only their masks are stored.
 
     Args:
         tickets: tickets of the study.
@@ -43,19 +45,21 @@ def of_study(
     chains = select_chains(tickets.study, importances)
     wanted = sorted(levels) if levels is not None else [last_level(tickets, chains)]
     tables = []
-    for level, found in by_level(tickets, chains, wanted):
-        for chain, ticket in found.items():
+    for level, at_level in by_level(tickets, chains, wanted):
+        for chain, ticket in at_level.items():
             assert ticket.trained is not None
-            end = ticket.trained.weights.load()
-            scores = of_importance(
-                end, ticket.mask, resolve_importance(chain.importance), derive(chain.seed, "pruning", level)
-            )
-            for quantity, table in (
-                ("initial", of_state(tickets.planner.initial(chain.seed).load(), ticket.mask)),
-                ("rewind", of_state(ticket.rewind.load(), ticket.mask)),
-                ("end", of_state(end, ticket.mask)),
-                ("score", scores),
-            ):
+            end, rewind = ticket.trained.weights.load(), ticket.rewind.load()
+            found = {
+                "initial": of_state(tickets.planner.initial(chain.seed).load(), ticket.mask),
+                "rewind": of_state(rewind, ticket.mask),
+                "end": of_state(end, ticket.mask),
+            }
+            importance = resolve_importance(chain.importance)
+            if not isinstance(importance.score, NetworkScore):
+                scored = end if tickets.study.score_at == "end" else rewind
+                numbers = pruning_seed(chain.order_seed, level)
+                found["score"] = of_importance(scored, ticket.mask, importance, numbers, rewound=rewind)
+            for quantity, table in found.items():
                 where = {"level": level, "importance": chain.importance, "seed": chain.seed, "quantity": quantity}
                 tables.append(after(table, **where))
     return pl.concat(tables)
@@ -80,7 +84,14 @@ def of_state(state: State, mask: Mask) -> pl.DataFrame:
     return _table({name: state[name][mask[name]].double().numpy() for name in mask})
 
 
-def of_importance(state: State, mask: Mask, importance: Importance | Normalisation, seed: int = 0) -> pl.DataFrame:
+def of_importance(
+    state: State,
+    mask: Mask,
+    importance: Importance | Normalisation,
+    seed: int = 0,
+    *,
+    rewound: State | None = None,
+) -> pl.DataFrame:
     """Return the distribution of an importance over the alive connections of each layer; columns as in `of_state`.
 
     Args:
@@ -88,6 +99,7 @@ def of_importance(state: State, mask: Mask, importance: Importance | Normalisati
         mask: selects the alive connections.
         importance: see `tombola.importance`.
         seed: seed of the random stream that the importance may draw from, as in `tombola.prune`.
+        rewound: the weights at the rewind point, for scores that need them, such as `movement`.
 
     >>> import torch
     >>> from tombola.importance import l1
@@ -97,8 +109,10 @@ def of_importance(state: State, mask: Mask, importance: Importance | Normalisati
     """
     importance, scores = as_importance(importance), {}
     for name in mask:
-        magnitudes = state[name][mask[name]].double().abs()
-        scores[name] = importance.of(Survivors(magnitudes, generator(seed, "importance", name))).numpy()
+        weights = state[name][mask[name]].double()
+        start = {} if rewound is None else {"rewound": rewound[name][mask[name]].double}
+        survivors = Survivors(weights.abs(), generator(seed, "importance", name), weights.clone, **start)
+        scores[name] = importance.of(survivors).numpy()
     return _table(scores)
 
 

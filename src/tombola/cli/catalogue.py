@@ -16,19 +16,24 @@ def add_verbs(verbs: Verbs) -> None:
 
 
 def importances(options: argparse.Namespace) -> int:
-    """List the importances."""
-    from tombola.cli.tables import show_table
-    from tombola.importance import IMPORTANCES
-    from tombola.importance.normalisation import NORMALISATIONS
-    from tombola.importance.scores import SCORES
+    """List the importances, and the scores and normalisations that importances are made of."""
+    from tombola.cli.tables import show_table, wrap
+    from tombola.importance import IMPORTANCES, NORMALISATIONS, SCORES, Importance
 
+    scores = {name: Importance(score).description for name, score in SCORES.items() if name not in IMPORTANCES}
     lines = [[name, importance.description] for name, importance in IMPORTANCES.items()]
+    lines += [[name, description] for name, description in scores.items()]
     if options.format == "table":
         print("Pruning compares these values over all layers; x = |w| of the surviving weights of one layer")
     show_table(["importance", "description"], lines, options.format)
     if options.format == "table":
-        print(f"Any score with any normalisation is an importance too, such as random/l1: {', '.join(SCORES)} with")
-        print(f"{', '.join(NORMALISATIONS)}.")
+        print(wrap("In these formulas, w are the weights, g is the gradient of the loss and H its Hessian."))
+        print(
+            wrap(
+                f"Any score with any normalisation is an importance too, such as taylor/l1. The scores: "
+                f"{', '.join(SCORES)}. The normalisations: {', '.join(NORMALISATIONS)}."
+            )
+        )
     return 0
 
 

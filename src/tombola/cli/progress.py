@@ -121,9 +121,10 @@ def _accuracy(ticket: Ticket) -> str:
 
 
 def _state(status: Status, chain: Chain) -> str:
-    """Return the progress of the training that a chain waits for; empty if it is not running."""
-    waits_for = status.chains[chain].waits_for
-    if waits_for is None or waits_for.key not in status.running:
-        return ""
-    training, iteration = status.running[waits_for.key]
-    return f"training: {100 * (iteration - training.begin) // max(1, training.end - training.begin)} %"
+    """Return the progress of the jobs that a chain waits for; empty if none is running."""
+    running = [status.running[need.key] for need in status.chains[chain].needs if need.key in status.running]
+    trainings = [(need, iteration) for need, iteration in running if isinstance(need, Training)]
+    if not trainings:
+        return "scoring" if running else ""
+    reached = [100 * (at - each.begin) // max(1, each.end - each.begin) for each, at in trainings]
+    return f"training: {', '.join(f'{each} %' for each in reached)}"

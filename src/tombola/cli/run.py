@@ -101,6 +101,8 @@ def show_plan(planner: Planner, expected: Estimate, workers: int, form: str) -> 
     if form == "csv":
         return
     print(wrap(planner.describe_counted()))
+    if planner.study.score_at == "rewind":
+        print(wrap("The rewind point alone decides the masks, so all levels of a chain can be trained side by side."))
     if not expected.to_train:
         print(f"all {expected.existing} trainings are in {planner.store.root}: nothing is left to do")
         return

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from tombola.engine.forecast import Speed, Timing, makespan, refine, steps_ahead
+from tombola.engine.forecast import Speed, Timing, makespan, paths_ahead, refine
 from tombola.engine.job import Job
 from tombola.engine.local import LocalWorkers
 from tombola.engine.run import count_remaining
@@ -68,15 +68,16 @@ def estimate(planner: Planner, workers: int, directory: Path | None = None) -> E
     if not to_train:
         return Estimate(chains, len(keys), 0, 0.0, "nothing to do", 0.0, None, 0)
     speed = _speed(planner, list(progress.values()), workers, directory)
-    ahead = {chain: steps_ahead(planner, chain, p, speed) for chain, p in progress.items() if p.waits_for is not None}
-    total = sum(step.seconds for step in {step.name: step for steps in ahead.values() for step in steps}.values())
-    longest = max(ahead, key=lambda chain: sum(step.seconds for step in ahead[chain]))
-    seconds = speed.start + makespan(list(ahead.values()), workers)
+    waiting = {chain: p for chain, p in progress.items() if p.waits_for is not None}
+    ahead = [(chain, path) for chain, p in waiting.items() for path in paths_ahead(planner, chain, p, speed)]
+    total = sum(step.seconds for step in {step.name: step for _, steps in ahead for step in steps}.values())
+    lengths = [(chain, sum(step.seconds for step in steps)) for chain, steps in ahead]
+    seconds = speed.start + makespan([steps for _, steps in ahead], workers)
     missing = [
         level for p in progress.values() if p.waits_for for level in range(len(p.tickets), planner.study.levels + 1)
     ]
     sizes = sum(_bytes(planner, level) for level in missing) * to_train // max(1, len(missing))
-    critical = longest, sum(step.seconds for step in ahead[longest])
+    critical = max(lengths, key=lambda each: each[1])
     return Estimate(chains, len(keys), to_train, total / to_train, speed.source, seconds, critical, sizes)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from tombola.study.planner import Chain, Planner, Progress
+from tombola.study.planner import Chain, Need, Planner, Progress
 from tombola.study.trainings import Training
 
 _RECOMPUTED_EVERY = 1.0  # seconds
@@ -130,6 +130,22 @@ def steps_ahead(planner: Planner, chain: Chain, progress: Progress, speed: Speed
     return steps
 
 
+def paths_ahead(planner: Planner, chain: Chain, progress: Progress, speed: Speed) -> list[list[Step]]:
+    """Return the trainings that a chain still needs, in sequences that can be done side by side."""
+    steps = steps_ahead(planner, chain, progress, speed)
+    if planner.study.score_at == "end" or not steps:
+        return [steps]
+    first = [steps[0]] if progress.shared == 2 else []  # the rewind point comes before all levels
+    trainings = [need for need in progress.needs if isinstance(need, Training)]
+    iterations = planner.end - planner.study.recipe.rewind
+    known = [
+        Step((training.key, 0), speed.training(training.mask.density, iterations))
+        for training in trainings
+        if training.end == planner.end
+    ]
+    return [[*first, step] for step in [*known, *steps[max(len(first), len(known)) :]]]
+
+
 def makespan(
     chains: Sequence[Sequence[Step]], workers: int, running: Mapping[tuple[str, int], float] | None = None
 ) -> float:
@@ -234,24 +250,25 @@ class Forecast:
         if timing := Timing.of(training.mask.density, record):
             self._timings.append(timing)
 
-    def seconds_left(
-        self, chains: Mapping[Chain, Progress], running: Mapping[str, tuple[Training, int]]
-    ) -> float | None:
+    def seconds_left(self, chains: Mapping[Chain, Progress], running: Mapping[str, tuple[Need, int]]) -> float | None:
         """Return the seconds until all chains are finished; None if no speed is known yet.
 
         Args:
             chains: the progress of each chain.
-            running: the running trainings and the iteration that each has reached, by key.
+            running: the running jobs and the iteration that each training has reached, by key.
         """
         now = self._clock()
-        self._watch(running, now)
+        trainings = {key: (need, at) for key, (need, at) in running.items() if isinstance(need, Training)}
+        self._watch(trainings, now)
         if self._computed is not None and now - self._computed[0] < _RECOMPUTED_EVERY:
             return max(0.0, self._computed[1] - (now - self._computed[0]))
-        speed = refine(self._prior, [*self._timings, *self._time_running(running)])
+        speed = refine(self._prior, [*self._timings, *self._time_running(trainings)])
         if not speed.iteration:
             return None
-        at_work = {(key, 0): self._left(key, training, speed, now) for key, (training, _) in running.items()}
-        ahead = [steps_ahead(self._planner, chain, progress, speed) for chain, progress in chains.items()]
+        at_work = {(key, 0): self._left(key, training, speed, now) for key, (training, _) in trainings.items()}
+        ahead = [
+            path for chain, progress in chains.items() for path in paths_ahead(self._planner, chain, progress, speed)
+        ]
         seconds = makespan(ahead, self._workers, at_work) + (0.0 if self._begun else speed.start)
         self._computed = now, seconds
         return seconds

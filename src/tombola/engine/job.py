@@ -1,4 +1,7 @@
-"""Jobs: a training as a worker receives it, and its outcome as the worker returns it, both as bytes and plain data."""
+"""Jobs as a worker receives them, and their outcomes as the worker returns them, both as bytes and plain data.
+
+A job is a training, or a round of pruning whose importance scores the whole network.
+"""
 
 from __future__ import annotations
 
@@ -14,11 +17,14 @@ import safetensors.torch
 import torch
 
 from tombola.engine.machine import device_name, machine
+from tombola.errors import ImportanceError
 from tombola.kernels import NoKernelsWarning
+from tombola.lottery.rewinding import Rule
 from tombola.pruning.mask import Mask
+from tombola.study.rounds import compute_mask
 from tombola.study.schema import Study
-from tombola.study.task import Problem
-from tombola.study.trainings import Training
+from tombola.study.task import Problem, resolve_importance
+from tombola.study.trainings import Round, Training
 from tombola.training.history import Checkpoint, History, Trained, Watch
 from tombola.training.recipe import Recipe
 from tombola.training.train import train
@@ -44,15 +50,59 @@ class Job:
         """Make the job for a training of a study."""
         return cls(
             training.key,
-            safetensors.torch.save({name: t.contiguous() for name, t in training.initial.load().items()}),
+            _state_to_bytes(training.initial),
             training.mask.shapes,
-            {name: bits.tobytes() for name, bits in training.mask.bits.items()},
+            _mask_to_bytes(training.mask),
             study.recipe.model_dump(),
             training.seed,
             training.begin,
             training.end,
             study.device,
         )
+
+
+@dataclass(frozen=True)
+class RoundJob:
+    """The arguments of a round of pruning, except for the problem, which each worker loads itself."""
+
+    key: str
+    initial: bytes
+    shapes: Mapping[str, tuple[int, ...]]
+    bits: Mapping[str, bytes]
+    study: Study
+    rule: Rule
+    level: int
+    importance: str
+    seed: int
+
+    @classmethod
+    def of(cls, pruning: Round, study: Study, rule: Rule) -> RoundJob:
+        """Make the job for a round of pruning of a study."""
+        return cls(
+            pruning.key,
+            _state_to_bytes(pruning.weights),
+            pruning.mask.shapes,
+            _mask_to_bytes(pruning.mask),
+            study,
+            rule,
+            pruning.level,
+            pruning.importance,
+            pruning.seed,
+        )
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """The result of a round of pruning: the bits of the mask, or the message of the importance's failure."""
+
+    key: str
+    shapes: Mapping[str, tuple[int, ...]]
+    bits: Mapping[str, bytes] | str
+
+    @property
+    def mask(self) -> Mask | str:
+        """The mask, or the message of the failure."""
+        return self.bits if isinstance(self.bits, str) else _mask_from_bytes(self.shapes, self.bits)
 
 
 @dataclass(frozen=True)
@@ -82,7 +132,7 @@ def perform(job: Job, problem: Problem, resume: Checkpoint | None, watch: Watch)
         watch: a function that is called after every iteration.
     """
     clock = _Clock(watch)
-    mask = Mask(job.shapes, {name: np.frombuffer(bits, np.uint8) for name, bits in job.bits.items()})
+    mask = _mask_from_bytes(job.shapes, job.bits)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", NoKernelsWarning)  # the run has already warned once
         trained = train(
@@ -110,6 +160,35 @@ def perform(job: Job, problem: Problem, resume: Checkpoint | None, watch: Watch)
     }
     losses = safetensors.torch.save({"losses": trained.batch_losses})
     return Outcome(job.key, safetensors.torch.save(trained.weights.load()), losses, trained.history.to_json(), record)
+
+
+def perform_round(job: RoundJob, problem: Problem) -> Pruned:
+    """Do a round of pruning.
+
+    Args:
+        job: the round.
+        problem: the data set, model and loss.
+    """
+    weights = Weights.of(safetensors.torch.load(job.initial))
+    mask = _mask_from_bytes(job.shapes, job.bits)
+    pruning = Round(job.key, weights, weights, mask, job.level, job.importance, job.seed)
+    try:
+        found = compute_mask(pruning, problem, job.study, job.rule, resolve_importance(job.importance))
+    except ImportanceError as error:
+        return Pruned(job.key, {}, str(error))
+    return Pruned(job.key, found.shapes, _mask_to_bytes(found))
+
+
+def _state_to_bytes(weights: Weights) -> bytes:
+    return safetensors.torch.save({name: tensor.contiguous() for name, tensor in weights.load().items()})
+
+
+def _mask_to_bytes(mask: Mask) -> dict[str, bytes]:
+    return {name: bits.tobytes() for name, bits in mask.bits.items()}
+
+
+def _mask_from_bytes(shapes: Mapping[str, tuple[int, ...]], bits: Mapping[str, bytes]) -> Mask:
+    return Mask(shapes, {name: np.frombuffer(each, np.uint8) for name, each in bits.items()})
 
 
 class _Clock:

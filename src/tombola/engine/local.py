@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from tombola.engine.job import Job, perform
+from tombola.engine.job import Job, RoundJob, perform, perform_round
 from tombola.engine.machine import kind_here
 from tombola.engine.workers import CHECKPOINT_EVERY, TRIES, At, Event, Failed, make_watch
 from tombola.store.store import Store
@@ -90,7 +90,7 @@ class LocalWorkers:
         """Whether another job can start now."""
         return sum(worker.job is not None for worker in self._workers) < self.count
 
-    def submit(self, job: Job) -> None:
+    def submit(self, job: Job | RoundJob) -> None:
         """Start a job. Call it only while `idle`."""
         worker = next((worker for worker in self._workers if worker.job is None), None)
         if worker is None:
@@ -132,7 +132,7 @@ class LocalWorkers:
 class _Worker:
     process: BaseProcess
     connection: Connection
-    job: Job | None = None
+    job: Job | RoundJob | None = None
 
     @classmethod
     def start(cls, setting: _Setting) -> _Worker:
@@ -171,7 +171,7 @@ def _work(connection: Connection, setting: _Setting) -> None:
     problem: Problem | None = None
     try:
         while True:
-            job: Job = connection.recv()
+            job: Job | RoundJob = connection.recv()
             try:
                 problem = problem or load_problem(setting.task, setting.directory)
                 connection.send(_perform(job, problem, store, setting.checkpoint_every, connection))
@@ -183,7 +183,12 @@ def _work(connection: Connection, setting: _Setting) -> None:
         sys.exit(0)  # the parent has exited
 
 
-def _perform(job: Job, problem: Problem, store: Store | None, checkpoint_every: float, connection: Connection) -> Event:
+def _perform(
+    job: Job | RoundJob, problem: Problem, store: Store | None, checkpoint_every: float, connection: Connection
+) -> Event:
+    if isinstance(job, RoundJob):
+        return perform_round(job, problem)
+
     def tell(iteration: int) -> None:
         connection.send(At(job.key, iteration))
 

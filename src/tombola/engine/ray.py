@@ -24,14 +24,14 @@ import torch
 from ray import exceptions
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from tombola.engine.job import Job, Outcome, perform
+from tombola.engine.job import Job, Outcome, Pruned, RoundJob, perform, perform_round
 from tombola.engine.machine import differences, kind_here, machine
 from tombola.engine.workers import CHECKPOINT_EVERY, TRIES, At, Event, Failed, make_watch
 from tombola.errors import ClusterError
 from tombola.store.checkpoints import checkpoint_from_bytes
 from tombola.store.store import Store
 from tombola.study.code import own_modules
-from tombola.study.schema import Study, Task
+from tombola.study.schema import Study
 from tombola.study.task import Problem
 from tombola.study.trainings import THREADS
 
@@ -88,12 +88,12 @@ class RayWorkers:
         there = ray.cluster_resources()
         fitting = int(there.get("GPU", 0)) * per_gpu if gpu else int(there.get("CPU", 0)) // THREADS
         self.count = count or max(1, fitting)
-        for name in _own_modules(study.task) & set(sys.modules):
+        for name in _own_modules(study) & set(sys.modules):
             ray.cloudpickle.register_pickle_by_value(sys.modules[name])
         self._problem = ray.put(problem)
         self._post = self._new_post()
         self._initial: dict[str, Any] = {}
-        self._running: dict[Any, Job] = {}
+        self._running: dict[Any, Job | RoundJob] = {}
         self._tries: dict[str, int] = {}
 
     def __enter__(self) -> RayWorkers:
@@ -113,7 +113,7 @@ class RayWorkers:
         """Whether another job can start now."""
         return len(self._running) < self.count
 
-    def submit(self, job: Job) -> None:
+    def submit(self, job: Job | RoundJob) -> None:
         """Start a job. Call it only while `idle`."""
         self._tries[job.key] = self._tries.get(job.key, 0) + 1
         task = ray.remote(_train).options(max_retries=0, **self._needs)  # this class retries from the last checkpoint
@@ -138,7 +138,7 @@ class RayWorkers:
         for reference in ready:
             job = self._running.pop(reference)
             try:
-                outcome: Outcome | Failed = ray.get(reference)
+                outcome: Outcome | Pruned | Failed = ray.get(reference)
             except _LOST as error:
                 if isinstance(error, exceptions.NodeDiedError):
                     self._tries[job.key] -= 1  # the job did not cause the failure
@@ -186,9 +186,11 @@ def _reach(address: str | None) -> None:
         socket.create_connection((host.removeprefix("ray://"), int(port)), timeout=10).close()
 
 
-def _own_modules(task: Task) -> set[str]:
+def _own_modules(study: Study) -> set[str]:
     """Return the names of the user's own modules, whose code is sent to the workers with the problem."""
-    references = [reference for reference in (task.dataset, task.model, task.loss) if ":" in reference]
+    task = study.task
+    parts = [task.dataset, task.model, task.loss, *(part for name in study.importances for part in name.split("/"))]
+    references = [reference for reference in parts if ":" in reference]
     return {name for reference in references for name in own_modules(reference.partition(":")[0])}
 
 
@@ -212,14 +214,14 @@ class _Post:
 
 
 def _train(
-    job: Job,
+    job: Job | RoundJob,
     initial: bytes,
     problem: list[Any],
     stopped: bytes | None,
     post: Any,
     checkpoint_every: float,
     driver: dict[str, Any],
-) -> Outcome | Failed:
+) -> Outcome | Pruned | Failed:
     """Do a job on a machine of the cluster."""
     torch.set_num_threads(THREADS)
     if other := differences({name: driver[name] for name in _MUST_AGREE}, machine()):
@@ -233,11 +235,14 @@ def _train(
     def keep(checkpoint: bytes) -> None:
         post.keep.remote(job.key, checkpoint)
 
-    kind = str(kind_here(job.device))
-    resume = None if stopped is None else checkpoint_from_bytes(stopped, kind, job.key)
-    watch = make_watch(tell, keep, checkpoint_every, kind=kind, key=job.key)
     try:
-        return perform(replace(job, initial=initial), _load(problem[0]), resume, watch)
+        job, loaded = replace(job, initial=initial), _load(problem[0])
+        if isinstance(job, RoundJob):
+            return perform_round(job, loaded)
+        kind = str(kind_here(job.device))
+        resume = None if stopped is None else checkpoint_from_bytes(stopped, kind, job.key)
+        watch = make_watch(tell, keep, checkpoint_every, kind=kind, key=job.key)
+        return perform(job, loaded, resume, watch)
     except Exception as error:
         return Failed.by(job.key, error)
 

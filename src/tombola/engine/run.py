@@ -7,12 +7,12 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from tombola.engine.forecast import Forecast, Speed
-from tombola.engine.job import Job, Outcome
+from tombola.engine.job import Job, Outcome, Pruned, RoundJob
 from tombola.engine.machine import Kind, kind, kind_here
 from tombola.engine.workers import At, Event, Failed, Workers
 from tombola.errors import DamagedResultError, UserError
 from tombola.store.claims import Claims
-from tombola.study.planner import Chain, Planner, Progress
+from tombola.study.planner import Chain, Need, Planner, Progress
 from tombola.study.trainings import Training
 
 _LOOK_EVERY = 1.0  # seconds between two checks for results and claims of other runs
@@ -27,7 +27,7 @@ class Status:
             decrease, because chains that reach the same mask share trainings.
         done: the number of these trainings that are done.
         chains: the progress of each chain.
-        running: the running trainings and the iteration that each has reached, by key.
+        running: the running trainings and the iteration that each has reached, by key; for a round of pruning, it is 0.
         seconds_left: the estimated remaining seconds; None if nothing is known yet.
         notes: sentences for the user.
     """
@@ -35,7 +35,7 @@ class Status:
     total: int
     done: int = 0
     chains: dict[Chain, Progress] = field(default_factory=dict)
-    running: dict[str, tuple[Training, int]] = field(default_factory=dict)
+    running: dict[str, tuple[Need, int]] = field(default_factory=dict)
     seconds_left: float | None = None
     notes: list[str] = field(default_factory=list)
 
@@ -89,11 +89,11 @@ def _run(
     status.seconds_left = forecast.seconds_left(status.chains, status.running)
     looked = 0.0
     show(status, None)  # before the workers start, which takes a while
-    while waiting := _next_trainings(status):
+    while waiting := _list_needs(status):
         if time.monotonic() - looked > _LOOK_EVERY:
             looked = time.monotonic()
             _take_results_of_other_runs(planner, waiting, status)
-            waiting = _next_trainings(status)
+            waiting = _list_needs(status)
         _submit(planner, workers, claims, waiting, status)
         _note_other_runs(status, claims, waiting)
         for event in workers.events(timeout=0.2):
@@ -106,26 +106,30 @@ def _run(
     return status
 
 
-def _take_results_of_other_runs(planner: Planner, waiting: dict[str, Training], status: Status) -> None:
+def _take_results_of_other_runs(planner: Planner, waiting: dict[str, Need], status: Status) -> None:
     """Follow the chains whose trainings another run on the store has done."""
     for key in waiting.keys() - status.running.keys():
-        if key in planner.store.results:
+        if planner.has(waiting[key]):
             _go_on(planner, key, status)
 
 
-def _submit(planner: Planner, workers: Workers, claims: Claims, waiting: dict[str, Training], status: Status) -> None:
-    """Give trainings to idle workers, those with the most trainings behind them first."""
-    for training in sorted(waiting.values(), key=lambda each: -_remaining_behind(each, status)):
+def _submit(planner: Planner, workers: Workers, claims: Claims, waiting: dict[str, Need], status: Status) -> None:
+    """Give trainings and rounds to idle workers, those with the most trainings behind them first."""
+    for need in sorted(waiting.values(), key=lambda each: -_remaining_behind(each, status)):
         if not workers.idle:
             return
-        if training.key in status.running or not claims.take(training.key):
+        if need.key in status.running or not claims.take(need.key):
             continue
-        if training.key in planner.store.results:  # another run did it before the claim was ours
-            claims.release(training.key)
-            _go_on(planner, training.key, status)
+        if planner.has(need):  # another run did it before the claim was ours
+            claims.release(need.key)
+            _go_on(planner, need.key, status)
             return  # other trainings are waited for now
-        status.running[training.key] = (training, training.begin)
-        workers.submit(Job.of(training, planner.study))
+        if isinstance(need, Training):
+            status.running[need.key] = need, need.begin
+            workers.submit(Job.of(need, planner.study))
+        else:
+            status.running[need.key] = need, 0
+            workers.submit(RoundJob.of(need, planner.study, planner.rule))
 
 
 def _handle(
@@ -136,26 +140,39 @@ def _handle(
     Raises:
         UserError: if the training failed.
     """
-    training, _ = status.running[event.key]
+    need, _ = status.running[event.key]
     match event:
         case At(key, iteration):
-            status.running[key] = (training, iteration)
+            status.running[key] = (need, iteration)
             return None
         case Failed(_, reason):
-            raise UserError(f"the training {_describe(training, status)} failed: {reason}")
+            raise UserError(f"{_describe(need, status)} failed: {reason}")
+        case Pruned(key) as pruned:
+            if isinstance(mask := pruned.mask, str):
+                planner.fail(key, mask)
+            else:
+                planner.keep(key, mask)
+            _release(planner, key, claims, status)
+            return None
         case Outcome() as outcome:
+            assert isinstance(need, Training)
             record = {**outcome.record, **planner.about}
-            planner.store.results.put(training.key, training.identity, training.mask, outcome.trained, record)
-            planner.store.checkpoints.discard(training.key)
-            claims.release(training.key)
-            del status.running[training.key]
-            forecast.add(training, record)
-            _go_on(planner, training.key, status)
-            _note_kinds(planner, workers, status, _chains_with(training, status))
-            return training
+            planner.store.results.put(need.key, need.identity, need.mask, outcome.trained, record)
+            planner.store.checkpoints.discard(need.key)
+            forecast.add(need, record)
+            _release(planner, need.key, claims, status)
+            _note_kinds(planner, workers, status, _chains_with(need, status))
+            return need
 
 
-def _note_other_runs(status: Status, claims: Claims, waiting: dict[str, Training]) -> None:
+def _release(planner: Planner, key: str, claims: Claims, status: Status) -> None:
+    """Give back the claim on a job that is done, and follow the chains that waited for it."""
+    claims.release(key)
+    del status.running[key]
+    _go_on(planner, key, status)
+
+
+def _note_other_runs(status: Status, claims: Claims, waiting: dict[str, Need]) -> None:
     """If this run has nothing else to do, note once which other run does the trainings that it waits for."""
     if status.running:
         return
@@ -169,20 +186,23 @@ def count_remaining(chains: list[Progress]) -> int:
 
     As long as the store does not have level 0, chains of one seed share all trainings up to that level.
     """
-    groups: dict[str, list[Progress]] = {}
+    ready: set[str] = set()
+    shared_later: dict[str, int] = {}
+    count = 0
     for progress in chains:
         if progress.waits_for is not None:
-            groups.setdefault(progress.waits_for.key, []).append(progress)
-    count = 0
-    for group in groups.values():
-        count += group[0].shared + sum(progress.remaining - progress.shared for progress in group)
-    return count
+            now = {need.key for need in progress.needs if isinstance(need, Training)}
+            later = max(0, progress.shared - 1)
+            ready |= now
+            shared_later[progress.waits_for.key] = later
+            count += progress.remaining - len(now) - later
+    return count + len(ready) + sum(shared_later.values())
 
 
 def _go_on(planner: Planner, key: str, status: Status) -> None:
-    """Follow the chains that waited for a training."""
+    """Follow the chains that waited for a training or a round of pruning."""
     for chain, progress in list(status.chains.items()):
-        if progress.waits_for is not None and progress.waits_for.key == key:
+        if any(need.key == key for need in progress.needs):
             _follow(planner, chain, status)
 
 
@@ -251,19 +271,26 @@ def _note(status: Status, text: str) -> None:
         status.notes.append(text)
 
 
-def _next_trainings(status: Status) -> dict[str, Training]:
-    """Return the trainings that chains wait for, by name."""
-    waited_for = (progress.waits_for for progress in status.chains.values())
-    return {training.key: training for training in waited_for if training is not None}
+def _list_needs(status: Status) -> dict[str, Need]:
+    """Return the trainings and rounds of pruning that chains wait for, by name."""
+    return {need.key: need for progress in status.chains.values() for need in progress.needs}
 
 
-def _remaining_behind(training: Training, status: Status) -> int:
+def _remaining_behind(need: Need, status: Status) -> int:
     """Return the length of the longest chain of trainings that begins with this one."""
-    return max(p.remaining for p in status.chains.values() if p.waits_for and p.waits_for.key == training.key)
+    return max(_length_behind(need, progress) for progress in status.chains.values())
 
 
-def _describe(training: Training, status: Status) -> str:
+def _length_behind(need: Need, progress: Progress) -> int:
+    if not any(each.key == need.key for each in progress.needs):
+        return 0
+    return progress.remaining if progress.waits_for is not None and progress.waits_for.key == need.key else 1
+
+
+def _describe(need: Need, status: Status) -> str:
+    what = "the training" if isinstance(need, Training) else "the scoring"
     for chain, progress in status.chains.items():
-        if progress.waits_for is not None and progress.waits_for.key == training.key:
-            return f"of {chain}, level {len(progress.tickets)}"
-    return training.key[:12]
+        for number, each in enumerate(progress.needs):
+            if each.key == need.key:
+                return f"{what} of {chain}, level {len(progress.tickets) + number}"
+    return f"{what} {need.key[:12]}"

@@ -113,7 +113,7 @@ def verify_trainings(planner: Planner, places: Sequence[Place], workers: Workers
         try:
             remembered, progress = tickets.progress(chain).trainings, again.progress(chain)
             # A training by a wrong mask has another name: with the right one, the chain waits for it.
-            computed = [*progress.trainings, *([progress.waits_for] if progress.waits_for else [])]
+            computed = [*progress.trainings, *(need for need in progress.needs if isinstance(need, Training))]
         except DamagedResultError as damage:
             yield Finding(damage.key, str(chain), str(damage))
             waiting = [place for place in waiting if place.training.key != damage.key]
@@ -179,6 +179,7 @@ def _places(planner: Planner, chain: Chain, progress: Progress) -> list[Place]:
     """Return the stored trainings of a chain with their levels."""
     trainings = progress.trainings
     first = -1 if trainings and trainings[0].end < planner.end else 0  # the rewind point comes before level 0
+    trainings = trainings[: len(progress.tickets) - first]  # without later levels that are trained side by side
     return [Place(one, chain, level if level >= 0 else None) for level, one in enumerate(trainings, first)]
 
 

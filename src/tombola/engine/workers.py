@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol, Self, TypeAlias
 
-from tombola.engine.job import Job, Outcome
+from tombola.engine.job import Job, Outcome, Pruned, RoundJob
 from tombola.errors import UserError, describe_exception
 from tombola.store.checkpoints import checkpoint_to_bytes
 from tombola.training.history import Checkpoint, Watch
@@ -42,7 +42,7 @@ class Failed:
         return cls(key, str(error) if isinstance(error, UserError) else describe_exception(error))
 
 
-Event: TypeAlias = At | Outcome | Failed
+Event: TypeAlias = At | Outcome | Pruned | Failed
 
 
 class Workers(Protocol):
@@ -59,7 +59,7 @@ class Workers(Protocol):
     def idle(self) -> bool:
         """Whether another job can start now."""
 
-    def submit(self, job: Job) -> None:
+    def submit(self, job: Job | RoundJob) -> None:
         """Start a job. Call it only while `idle`."""
 
     def events(self, timeout: float) -> Iterator[Event]:

@@ -10,10 +10,11 @@ from functools import wraps
 import torch
 from torch import Tensor
 
-from tombola.errors import UserError, did_you_mean
+from tombola.errors import ImportanceError, UserError, did_you_mean
 from tombola.importance import normalisation, scores
+from tombola.importance.network_scores import NETWORK_SCORES, NetworkScore
 from tombola.importance.normalisation import NORMALISATIONS, Normalisation
-from tombola.importance.scores import SCORES, Score, Survivors
+from tombola.importance.scores import LAYER_SCORES, Score, Survivors
 from tombola.streams import generator
 
 
@@ -22,7 +23,8 @@ class Importance:
     """A score with its normalisation: normalise(score(survivors)), layer by layer.
 
     Args:
-        score: a function that rates the surviving connections of a layer, see `tombola.importance.scores`.
+        score: a function that rates the surviving connections of a layer, see `tombola.importance.scores`, or a score
+            of the whole network, see `tombola.importance.network_scores`.
         normalise: a function that makes the scores of all layers comparable, see `tombola.importance.normalisation`.
 
     >>> importance = Importance(scores.magnitude, normalisation.l1)
@@ -32,7 +34,7 @@ class Importance:
     tensor([0.7500, 0.2500])
     """
 
-    score: Score
+    score: Score | NetworkScore
     normalise: Normalisation = normalisation.identity
 
     @property
@@ -64,8 +66,19 @@ class Importance:
         of = "" if self.score is scores.magnitude else f", of the score {_name_of(self.score)}"
         return _first_line_of(self.normalise) + of
 
+    @property
+    def reads_rewind_point(self) -> bool:
+        """Whether the scores may depend on the weights at the rewind point."""
+        return self.score not in (scores.magnitude, scores.random) and not isinstance(self.score, NetworkScore)
+
     def of(self, survivors: Survivors) -> Tensor:
-        """Return the importances of a layer's n surviving connections, of shape (n,) in flat order."""
+        """Return the importances of a layer's n surviving connections, of shape (n,) in flat order.
+
+        Raises:
+            ImportanceError: if the score needs the whole network.
+        """
+        if isinstance(self.score, NetworkScore):
+            raise ImportanceError("it needs the whole network, not one layer's weights alone")
         return self.normalise(self.score(survivors))
 
     def __call__(self, magnitudes: Tensor, seed: int = 0) -> Tensor:
@@ -98,25 +111,38 @@ def Seeded(function: Callable[[Tensor, torch.Generator], Tensor]) -> Importance:
     return Importance(score)
 
 
-def as_importance(importance: Importance | Normalisation) -> Importance:
-    """Convert a function to an importance; return an importance unchanged.
+@dataclass(frozen=True)
+class _OfMagnitudes:
+    """A user's function of the absolute weights of a layer, as a score."""
 
-    A function of the absolute weights of a layer is taken as a normalisation of the magnitude.
+    function: Callable[[Tensor], Tensor]
+
+    def __call__(self, survivors: Survivors) -> Tensor:
+        return self.function(survivors.magnitudes)
+
+
+def as_importance(importance: Importance | Callable[[Tensor], Tensor]) -> Importance:
+    """Convert a function of the absolute weights of a layer to an importance; return an importance unchanged.
 
     >>> def cubic(weights):
     ...     return weights**3 / (weights**3).sum()
-    >>> as_importance(cubic) == Importance(scores.magnitude, cubic)
-    True
+    >>> as_importance(cubic).name, as_importance(cubic)(torch.tensor([1.0, 1.0]))
+    ('cubic', tensor([0.5000, 0.5000]))
     """
-    return importance if isinstance(importance, Importance) else Importance(scores.magnitude, importance)
+    return importance if isinstance(importance, Importance) else Importance(_OfMagnitudes(importance))
 
 
-def _name_of(function: Callable[..., Tensor]) -> str:
+def _name_of(part: Score | NetworkScore | Normalisation) -> str:
+    function = _function_of(part)
     return str(getattr(function, "__name__", type(function).__name__))
 
 
-def _first_line_of(function: Callable[..., Tensor]) -> str:
-    text = inspect.getdoc(function) or _name_of(function)
+def _function_of(part: Score | NetworkScore | Normalisation) -> Callable[..., object]:
+    return part.function if isinstance(part, NetworkScore | _OfMagnitudes) else part
+
+
+def _first_line_of(part: Score | NetworkScore | Normalisation) -> str:
+    text = inspect.getdoc(_function_of(part)) or _name_of(part)
     return text.splitlines()[0].removeprefix("Return ").rstrip(".")
 
 
@@ -133,24 +159,44 @@ IMPORTANCES = {each.name: each for each in (magnitude, l1, l2, softmax, min_max,
 """The built-in importances by name, as on the command line and in studies."""
 
 
+SCORES: dict[str, Score | NetworkScore] = {**LAYER_SCORES, **NETWORK_SCORES}
+"""All scores by name."""
+
+
 def find(name: str) -> Importance:
-    """Return the importance with a name of `IMPORTANCES`, or any score with any normalisation, `score/normalisation`.
+    """Return the importance with a name of `IMPORTANCES`, a score, or any score with any normalisation.
+
+    The last is written `score/normalisation`.
 
     Raises:
         UserError: if there is no such importance, score or normalisation.
 
-    >>> find("magnitude/rank").name, find("magnitude/l1") == l1, find("random").name
-    ('rank', True, 'random')
+    >>> find("magnitude/rank").name, find("magnitude/l1") == l1, find("taylor").name
+    ('rank', True, 'taylor')
     """
     if name in IMPORTANCES:
         return IMPORTANCES[name]
     score, slash, normalise = name.partition("/")
     if not slash:
-        raise UserError(f"unknown importance {name!r}; {did_you_mean(name, IMPORTANCES)}")
-    for part, kind, known in ((score, "score", SCORES), (normalise, "normalisation", NORMALISATIONS)):
-        if part not in known:
-            raise UserError(f"importance {name!r}: unknown {kind} {part!r}; {did_you_mean(part, known)}")
-    return Importance(SCORES[score], NORMALISATIONS[normalise])
+        if name not in SCORES:
+            raise UserError(f"unknown importance {name!r}; {did_you_mean(name, [*IMPORTANCES, *SCORES])}")
+        normalise = "identity"
+    return Importance(find_score(score, name), find_normalisation(normalise, name))
+
+
+def find_score(name: str, importance: str) -> Score | NetworkScore:
+    """Return the built-in score of this name; raise `UserError` if there is none, which names the importance."""
+    if name not in SCORES:
+        raise UserError(f"importance {importance!r}: unknown score {name!r}; {did_you_mean(name, SCORES)}")
+    return SCORES[name]
+
+
+def find_normalisation(name: str, importance: str) -> Normalisation:
+    """Return the built-in normalisation of this name; raise `UserError` if there is none, like `find_score`."""
+    if name not in NORMALISATIONS:
+        close = did_you_mean(name, NORMALISATIONS)
+        raise UserError(f"importance {importance!r}: unknown normalisation {name!r}; {close}")
+    return NORMALISATIONS[name]
 
 
 def is_built_in(name: str) -> bool:

@@ -1,10 +1,12 @@
 """Normalisations: make the scores of different layers comparable (Vandersmissen and Oramas, arXiv 2302.11244).
 
 A normalisation is a function of the scores of one layer. It takes a float64 tensor of shape (n,) and returns another
-tensor of that shape, in the same order. It must depend on nothing else, and it must not change its argument.
+tensor of that shape, in the same order. It must depend on nothing else, it must not change its argument, and it must
+not give a lower value to a higher score: the order of the connections within a layer is that of their scores.
 
-Below, x are the n scores of a layer, which are finite and not negative. For a layer without survivors, each function
-returns an empty tensor. None of the functions overflows.
+Below, x are the n scores of a layer, which are finite. Most scores are never negative. For those that may be, such as
+`grasp`, the functions say what happens to the sign. For a layer without survivors, each function returns an empty
+tensor. None of the functions overflows.
 """
 
 from __future__ import annotations
@@ -14,6 +16,8 @@ from typing import TypeAlias
 
 import torch
 from torch import Tensor
+
+from tombola.errors import ImportanceError
 
 Normalisation: TypeAlias = Callable[[Tensor], Tensor]
 
@@ -30,27 +34,28 @@ def identity(scores: Tensor) -> Tensor:
 def l1(scores: Tensor) -> Tensor:
     """Return x / sum(x), in 0..1; the values of a layer sum to one.
 
-    A layer whose scores are all zero gives 0 throughout.
+    If a score is negative, it is x / sum(|x|), in -1..1. A layer whose scores are all zero gives 0 throughout.
 
-    >>> l1(torch.tensor([3.0, 1.0]))
-    tensor([0.7500, 0.2500])
+    >>> l1(torch.tensor([3.0, 1.0])), l1(torch.tensor([3.0, -1.0]))
+    (tensor([0.7500, 0.2500]), tensor([ 0.7500, -0.2500]))
     """
-    total = scores.sum()
+    total = (scores.abs() if _has_negative(scores) else scores).sum()
     if 0 < total < torch.inf:
         return scores / total
     scaled = _scale_to_one(scores)
-    return scaled / scaled.sum() if scaled.any() else scaled
+    return scaled / scaled.abs().sum() if scaled.any() else scaled
 
 
 def l2(scores: Tensor) -> Tensor:
     """Return x^2 / sum(x^2), in 0..1; the values of a layer sum to one.
 
-    A layer whose scores are all zero gives 0 throughout.
+    A negative score keeps its sign: it gives -x^2 / sum(x^2). A layer whose scores are all zero gives 0 throughout.
 
-    >>> l2(torch.tensor([3.0, 1.0]))
-    tensor([0.9000, 0.1000])
+    >>> l2(torch.tensor([3.0, 1.0])), l2(torch.tensor([3.0, -1.0]))
+    (tensor([0.9000, 0.1000]), tensor([ 0.9000, -0.1000]))
     """
-    return l1(_scale_to_one(scores).square())
+    shares = l1(_scale_to_one(scores).square())
+    return shares.copysign(scores) if _has_negative(scores) else shares
 
 
 def softmax(scores: Tensor) -> Tensor:
@@ -103,9 +108,14 @@ def lamp(scores: Tensor) -> Tensor:
 
     Equal scores give equal values. A layer whose scores are all zero gives 0 throughout.
 
+    Raises:
+        ImportanceError: if a score is negative, because the squares are then in another order than the scores.
+
     >>> lamp(torch.tensor([3.0, 1.0, 2.0]))
     tensor([1.0000, 0.0714, 0.3077])
     """
+    if _has_negative(scores):
+        raise ImportanceError("the score has negative values, which lamp cannot normalise; use identity, l1 or rank")
     squares = _scale_to_one(scores).square()
     descending = squares.sort(descending=True).values
     # Sum from the largest down, because the total minus the sum of the smaller squares would lose digits.
@@ -115,10 +125,15 @@ def lamp(scores: Tensor) -> Tensor:
 
 
 def _scale_to_one(scores: Tensor) -> Tensor:
-    """Return x / max(x), so that neither sums nor squares overflow; if all scores are zero, return zeros."""
-    if scores.numel() == 0 or not (largest := scores.max()) > 0:
+    """Return x / max(|x|), so that neither sums nor squares overflow; if all scores are zero, return zeros."""
+    if scores.numel() == 0:
         return torch.zeros_like(scores)
-    return scores / largest
+    largest = torch.maximum(scores.max(), -scores.min()) if _has_negative(scores) else scores.max()
+    return scores / largest if largest > 0 else torch.zeros_like(scores)
+
+
+def _has_negative(scores: Tensor) -> bool:
+    return scores.numel() > 0 and bool(scores.min() < 0)
 
 
 NORMALISATIONS: dict[str, Normalisation] = {

@@ -1,7 +1,8 @@
 """Scores: ratings of the connections of one layer, before the layers are made comparable.
 
 A score is a function of the surviving connections of one layer. It returns one number for each of them, as a float64
-tensor of shape (n,) in flat order. A higher score means a more important connection.
+tensor of shape (n,) in flat order. A higher score means a more important connection. Scores that need the network, a
+loss and examples are in `tombola.importance.network_scores`.
 """
 
 from __future__ import annotations
@@ -13,6 +14,12 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from tombola.errors import ImportanceError
+
+
+def _not_given() -> Tensor:
+    raise ImportanceError("it needs more than the absolute weights, which are all that is known here")
+
 
 @dataclass(frozen=True)
 class Survivors:
@@ -22,10 +29,14 @@ class Survivors:
         magnitudes: the absolute values |w| of their weights, float64 of shape (n,), finite. The memory is reused for
             the next layer, so a score that keeps them for later has to copy them.
         generator: the random stream of this layer in this round of pruning.
+        weights: a function that returns the weights w with their signs, float64 of shape (n,).
+        rewound: a function that returns the weights at the rewind point, float64 of shape (n,).
     """
 
     magnitudes: Tensor
     generator: torch.Generator
+    weights: Callable[[], Tensor] = _not_given
+    rewound: Callable[[], Tensor] = _not_given
 
 
 Score: TypeAlias = Callable[[Survivors], Tensor]
@@ -40,6 +51,26 @@ def magnitude(survivors: Survivors) -> Tensor:
     return survivors.magnitudes
 
 
+def movement(survivors: Survivors) -> Tensor:
+    """Return |w - w_rewind|, how far training moved the weight (Zhou et al., arXiv 1905.01067).
+
+    >>> weights, rewound = torch.tensor([3.0, -1.0]), torch.tensor([2.5, 1.0])
+    >>> movement(Survivors(weights.abs(), torch.Generator(), lambda: weights, lambda: rewound))
+    tensor([0.5000, 2.0000])
+    """
+    return (survivors.weights() - survivors.rewound()).abs_()
+
+
+def initial(survivors: Survivors) -> Tensor:
+    """Return |w_rewind|, the absolute weight at the rewind point (Zhou et al., arXiv 1905.01067).
+
+    >>> weights, rewound = torch.tensor([3.0, -1.0]), torch.tensor([2.5, 1.0])
+    >>> initial(Survivors(weights.abs(), torch.Generator(), lambda: weights, lambda: rewound))
+    tensor([2.5000, 1.0000])
+    """
+    return survivors.rewound().abs()
+
+
 def random(survivors: Survivors) -> Tensor:
     """Return random numbers, uniform in [0, 1) and independent of the weights: pruning without any knowledge.
 
@@ -49,5 +80,5 @@ def random(survivors: Survivors) -> Tensor:
     return torch.rand(survivors.magnitudes.shape, dtype=torch.float64, generator=survivors.generator)
 
 
-SCORES: dict[str, Score] = {each.__name__: each for each in (magnitude, random)}
-"""The scores by name."""
+LAYER_SCORES: dict[str, Score] = {each.__name__: each for each in (magnitude, movement, initial, random)}
+"""The scores of one layer's connections by name."""

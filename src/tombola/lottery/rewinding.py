@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+import math
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Protocol
+from typing import Literal, Protocol, TypeAlias
 
 from torch import nn
 from torch.nn import functional
 
 from tombola.datasets.dataset import Dataset
-from tombola.errors import UserError
-from tombola.importance import Importance, Normalisation
+from tombola.errors import UserError, did_you_mean
+from tombola.importance import Importance, Normalisation, as_importance
 from tombola.lottery.ticket import Ticket
-from tombola.pruning.mask import Mask, prunable, resolve_kept_dense
-from tombola.pruning.prune import check_fraction, count_to_remove, prune
+from tombola.pruning.mask import Mask, prunable, resolve_kept_dense, resolve_layers
+from tombola.pruning.prune import ScoreNetwork, check_fraction, count_to_remove, prune
+from tombola.pruning.selection import SELECTIONS, apportion
 from tombola.streams import derive
 from tombola.training.evaluation import Loss
 from tombola.training.history import Trained
 from tombola.training.recipe import Recipe
+from tombola.training.scoring import EXAMPLES, score_network
 from tombola.training.train import check_recipe_fits, train
 from tombola.training.weights import Weights
+
+ScoreAt: TypeAlias = Literal["end", "rewind"]
+"""The weights that are scored: those at the end of a training, or those of the rewind point."""
 
 _FEWEST_LEFT = 1 / 8
 """What a round has to leave at least, relative to what it leaves without layers that are kept dense."""
@@ -40,17 +47,56 @@ class Train(Protocol):
 class Prune(Protocol):
     """A function that does one round of pruning."""
 
-    def __call__(self, weights: Weights, mask: Mask, level: int) -> Mask:
-        """Return `mask` without the connections of the lowest importance, given the trained weights of `level`."""
+    def __call__(self, weights: Weights, mask: Mask, level: int, rewind: Weights) -> Mask | None:
+        """Return `mask` without the connections of the lowest importance.
+
+        Args:
+            weights: the weights to score: the trained weights of `level`, or those of the rewind point.
+            mask: the mask of the ticket at `level`.
+            level: the level whose ticket is pruned.
+            rewind: the weights of the rewind point.
+
+        Returns:
+            The mask of the next level, or None if the scores have not been computed yet.
+        """
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What all rounds of a study have in common, besides the importance; see `tombola.prune`.
+
+    Args:
+        fraction: the fraction of the alive connections that each round removes, in (0, 1).
+        keep_dense: the layers that are counted and never pruned, by parameter name.
+        selection: how many connections each layer loses, see `tombola.pruning.selection.apportion`.
+        shares: the shares of layers for the selection `shares`, by parameter name.
+    """
+
+    fraction: float
+    keep_dense: Collection[str] = ()
+    selection: str = "global"
+    shares: Mapping[str, float] = field(default_factory=dict)
 
 
 def lottery_ticket_rewinding(
-    train: Train, prune: Prune, theta_0: Weights, dense: Mask, *, rewind: int, end: int, levels: int
+    train: Train,
+    prune: Prune,
+    theta_0: Weights,
+    dense: Mask,
+    *,
+    rewind: int,
+    end: int,
+    levels: int,
+    score_at: ScoreAt = "end",
 ) -> Iterator[Ticket]:
     """Yield the ticket of each level: Algorithm 2 of the paper (arXiv 2302.11244).
 
     The last ticket is that of level `levels`. If a training diverged, its ticket is the last, because its weights
     cannot decide what is pruned next. If `train` returns None, there is no ticket for that training, and none after it.
+
+    Scores at the rewind point, as in SNIP (arXiv 1810.02340), need no trained weights: all masks follow from the rewind
+    point, round by round. Then every level has a ticket, and the result of its training is None if `train` returns
+    None.
 
     Args:
         train: a function that trains a network, or looks up the result of an earlier training.
@@ -60,6 +106,8 @@ def lottery_ticket_rewinding(
         rewind: the iteration k to whose weights tickets are rewound, 0 <= k < m.
         end: the number m of iterations of a complete training.
         levels: the number n of rounds, 0 or more.
+        score_at: the weights that are scored: those at the end of the training ("end", the paper's), or those of the
+            rewind point ("rewind").
 
     An example with a training that does not change the weights:
 
@@ -68,7 +116,7 @@ def lottery_ticket_rewinding(
     >>> theta_0 = Weights.of({"w": torch.tensor([4.0, 1.0, 3.0, 2.0])})
     >>> tickets = lottery_ticket_rewinding(
     ...     lambda initial, mask, begin, end: Trained(initial, History()),
-    ...     lambda weights, mask, level: prune(weights.load(), mask, lambda w: w, 0.5),
+    ...     lambda weights, mask, level, rewind: prune(weights.load(), mask, lambda w: w, 0.5),
     ...     theta_0, Mask.from_tensors({"w": torch.ones(4, dtype=torch.bool)}), rewind=0, end=1, levels=2)
     >>> [ticket.mask["w"].tolist() for ticket in tickets][1:]
     [[True, False, True, False], [True, False, False, False]]
@@ -81,12 +129,16 @@ def lottery_ticket_rewinding(
         theta_k = rewind_point.weights
     for level in range(levels + 1):
         trained = train(theta_k, mask, rewind, end)  # step 3a; starting from theta_k is the rewinding of step 3d
-        if trained is None:
+        if trained is None and score_at == "end":
             return
         yield Ticket(level, mask, theta_k, trained)
-        if trained.history.diverged_at is not None or level == levels:
+        if level == levels or (score_at == "end" and trained is not None and trained.history.diverged_at is not None):
             return
-        mask = prune(trained.weights, mask, level)  # steps 3b and 3c
+        scored = trained.weights if trained is not None and score_at == "end" else theta_k
+        pruned = prune(scored, mask, level, theta_k)  # steps 3b and 3c
+        if pruned is None:
+            return
+        mask = pruned
 
 
 def find_tickets(
@@ -100,6 +152,10 @@ def find_tickets(
     seed: int = 0,
     exclude: Collection[str] = (),
     keep_dense: Collection[str] = (),
+    selection: str = "global",
+    shares: Mapping[str, float] | None = None,
+    score_at: ScoreAt = "end",
+    score_examples: int = EXAMPLES,
     loss: Loss = functional.cross_entropy,
 ) -> Iterator[Ticket]:
     """Find the tickets of a network: yield the ticket of each level as soon as it is trained.
@@ -114,6 +170,11 @@ def find_tickets(
         seed: the seed of the data order, the augmentation and every other random choice.
         exclude: layers that are left out: they are neither pruned nor counted, such as `["fc"]`.
         keep_dense: layers that are counted and never pruned.
+        selection: how many connections each layer loses: `global`, `uniform`, `erk` or `shares`, see
+            `tombola.pruning.selection.apportion`.
+        shares: the shares of layers for the selection `shares`, by layer or parameter name.
+        score_at: the weights that are scored: those at the end of the training, or those of the rewind point.
+        score_examples: the number of training examples that a score with data sees, such as `taylor`.
         loss: a function of outputs and labels that returns the mean over the batch.
 
     Raises:
@@ -131,19 +192,36 @@ def find_tickets(
     check_recipe_fits(recipe, data)
     dense = Mask.ones_like(model, exclude)
     kept = resolve_kept_dense(dense, keep_dense, prunable(model).keys() - dense.keys())
-    check_levels(dense.total, fraction, levels, kept_dense=sum(dense.sizes[layer] for layer in kept))
+    rule = Rule(fraction, kept, selection, resolve_shares(dense, shares or {}))
+    check_rule(rule, dense, levels)
 
     def train_network(initial: Weights, mask: Mask, begin: int, end: int) -> Trained:
         return train(model, initial.load(), mask, data, recipe, seed, begin=begin, end=end, loss=loss)
 
+    def prune_network(weights: Weights, mask: Mask, level: int, rewind: Weights) -> Mask:
+        score = partial(
+            score_network,
+            model=model,
+            state=weights.load(),
+            data=data,
+            loss=loss,
+            seed=pruning_seed(seed, level),
+            examples=score_examples,
+            batch_size=recipe.batch_size,
+        )
+        return prune_round(
+            weights, mask, level, rewind, importance=importance, rule=rule, seed=seed, score_network=score
+        )
+
     yield from lottery_ticket_rewinding(
         train_network,
-        partial(prune_round, importance=importance, fraction=fraction, keep_dense=kept, seed=seed),
+        prune_network,
         Weights.of({name: tensor.detach().clone() for name, tensor in model.state_dict().items()}),
         dense,
         rewind=recipe.rewind,
         end=recipe.total_iterations(len(data.train_inputs)),
         levels=levels,
+        score_at=score_at,
     )
 
 
@@ -151,15 +229,93 @@ def prune_round(
     weights: Weights,
     mask: Mask,
     level: int,
+    rewind: Weights,
     *,
     importance: Importance | Normalisation,
-    fraction: float,
-    keep_dense: Collection[str] = (),
+    rule: Rule,
     seed: int,
+    score_network: ScoreNetwork | None = None,
 ) -> Mask:
-    """Prune by the trained weights of `level`, see `tombola.prune`; each level has its own random numbers."""
-    numbers = derive(seed, "pruning", level)
-    return prune(weights.load(), mask, importance, fraction, keep_dense=keep_dense, seed=numbers)
+    """Prune the ticket of `level`, see `Prune` and `tombola.prune`; each level has its own random numbers."""
+    importance = as_importance(importance)
+    return prune(
+        weights.load(),
+        mask,
+        importance,
+        rule.fraction,
+        keep_dense=rule.keep_dense,
+        selection=rule.selection,
+        shares=rule.shares,
+        rewound=rewind.load() if importance.reads_rewind_point else None,
+        score_network=score_network,
+        seed=pruning_seed(seed, level),
+    )
+
+
+def pruning_seed(seed: int, level: int) -> int:
+    """Return the seed of the random numbers that pruning the ticket of a level draws."""
+    return derive(seed, "pruning", level)
+
+
+def resolve_shares(mask: Mask, shares: Mapping[str, float]) -> dict[str, float]:
+    """Return the share of each layer that `shares` names, by parameter name; a later name overrides an earlier one.
+
+    Args:
+        mask: the mask of the dense network.
+        shares: layer -> share, see `tombola.pruning.mask.resolve_layers` for the names.
+
+    Raises:
+        UserError: if a name matches no layer, or if a share is negative or not finite.
+
+    >>> import torch
+    >>> mask = Mask.from_tensors({"fc1.weight": torch.ones(4).bool(), "fc2.weight": torch.ones(2).bool()})
+    >>> resolve_shares(mask, {"*": 1.0, "fc2": 0.5})
+    {'fc1.weight': 1.0, 'fc2.weight': 0.5}
+    """
+    found: dict[str, float] = {}
+    for name, share in shares.items():
+        if not 0 <= share < math.inf:
+            raise UserError(f"shares: {name!r} has the share {share}; expected a number from 0")
+        found |= dict.fromkeys(sorted(resolve_layers(mask, [name], "shares")), share)
+    return found
+
+
+def check_rule(rule: Rule, dense: Mask, levels: int) -> None:
+    """Check that each of `levels` rounds can remove what the rule asks for, see `check_levels` for the total.
+
+    Args:
+        rule: what all rounds have in common.
+        dense: the mask of the dense network.
+        levels: the number of rounds, 0 or more.
+
+    Raises:
+        UserError: if a round cannot, if there is no such selection, or if shares are given for another selection.
+
+    >>> import torch
+    >>> dense = Mask.from_tensors({"a": torch.ones(80).bool(), "b": torch.ones(20).bool()})
+    >>> check_rule(Rule(0.2, selection="uniform"), dense, 9)
+    >>> check_rule(Rule(0.2, selection="shares", shares={"b": 9.0}), dense, 9)  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+    tombola.errors.UserError: levels: 9 are too many, at most 1 is possible; shares: layer 'b' would lose ...
+    """
+    selection, shares = rule.selection, rule.shares
+    if selection not in SELECTIONS:
+        raise UserError(f"selection: unknown {selection!r}; {did_you_mean(selection, SELECTIONS)}")
+    if shares and selection != "shares":
+        raise UserError(f"shares: they are for the selection 'shares', and the selection is {selection!r}")
+    kept = sum(dense.sizes[layer] for layer in rule.keep_dense)
+    check_levels(dense.total, rule.fraction, levels, kept_dense=kept)
+    alive = {layer: size for layer, size in dense.sizes.items() if layer not in rule.keep_dense}
+    for level in range(1, levels + 1):
+        count = count_to_remove(kept + sum(alive.values()), rule.fraction)
+        try:
+            numbers = apportion(selection, alive, dense.shapes, count, shares)
+        except UserError as error:
+            possible = f"at most {level - 1} {'is' if level == 2 else 'are'} possible"
+            raise UserError(f"levels: {levels} are too many, {possible}; {error}") from None
+        if numbers is None:
+            return
+        alive = {layer: number - numbers[layer] for layer, number in alive.items()}
 
 
 def check_levels(connections: int, fraction: float, levels: int, *, kept_dense: int = 0) -> None:

@@ -1,18 +1,133 @@
-"""Selection: find the connections with the lowest scores of all layers, which a round of pruning removes."""
+"""Selection: how many connections a round of pruning removes from each layer, and which.
+
+Three selections fix the number for each layer, see `apportion`. The paper's, `global`, does not: it removes the lowest
+scores of all layers together.
+"""
 
 from __future__ import annotations
 
 import functools
 import math
 from collections.abc import Callable, Iterator, Mapping
+from fractions import Fraction
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from tombola.errors import UserError
+
+SELECTIONS = ("global", "uniform", "erk", "shares")
+"""The names of the selections."""
+
 _KEPT = 1 << 24  # up to this many scores are kept (128 MiB); more are computed twice, which takes less time
 _SAMPLED = 1 << 20  # size of the sample of scores that gives bounds of the threshold
+
+
+def select(
+    scores: Callable[[str], Tensor], sizes: Mapping[str, int], count: int, numbers: Mapping[str, int] | None = None
+) -> dict[str, Tensor]:
+    """Select exactly `count` connections: the lowest of all layers together, or of each layer if `numbers` says so.
+
+    Args:
+        scores: a function layer -> scores, see `select_lowest`.
+        sizes: layer -> number of connections.
+        count: the number of connections to select, in 0..sum of sizes.
+        numbers: layer -> how many of them are in this layer; None if the scores decide.
+
+    Returns:
+        layer -> a bool tensor of shape (sizes[layer],), True if selected.
+
+    >>> scores = {"a": torch.tensor([0.5, 0.1, 0.3]), "b": torch.tensor([0.9, 0.8])}
+    >>> select(scores.__getitem__, {"a": 3, "b": 2}, 2, {"a": 1, "b": 1})
+    {'a': tensor([False,  True, False]), 'b': tensor([False,  True])}
+    """
+    if numbers is None:
+        return select_lowest(scores, sizes, count)
+    return {layer: select_lowest(scores, {layer: size}, numbers[layer])[layer] for layer, size in sizes.items()}
+
+
+def apportion(
+    selection: str,
+    alive: Mapping[str, int],
+    shapes: Mapping[str, tuple[int, ...]],
+    count: int,
+    shares: Mapping[str, float] | None = None,
+) -> dict[str, int] | None:
+    """Return how many of the `count` connections a round removes from each layer; None if the scores decide.
+
+    - `global` (the paper's): the scores decide.
+    - `uniform`: the same share of each layer, count / (sum of alive).
+    - `erk` (Erdos-Renyi kernel, Evci et al., arXiv 1911.11134): as many stay in each layer as c * (sum of the weight's
+      dimensions), at most all that are alive, with the c for which `count` are removed. The density of a layer is then
+      proportional to (inputs + outputs + kernel height + kernel width) / (its number of connections).
+    - `shares`: a share of each layer that is proportional to shares[layer].
+
+    Whole numbers come from the method of largest remainders; of equal remainders, that of the earlier layer counts.
+
+    Args:
+        selection: one of `SELECTIONS`.
+        alive: layer -> number of connections that are alive and may be pruned.
+        shapes: layer -> the shape of its weight.
+        count: the number of connections to remove, in 0..sum of alive.
+        shares: layer -> its share relative to the others, 0 or more; 1 for layers that are not named.
+
+    Raises:
+        UserError: if a layer would have to lose more connections than it has.
+
+    >>> alive, shapes = {"a": 80, "b": 20}, {"a": (8, 10), "b": (2, 10)}
+    >>> apportion("uniform", alive, shapes, 20), apportion("shares", alive, shapes, 20, {"b": 2.0})
+    ({'a': 16, 'b': 4}, {'a': 13, 'b': 7})
+    >>> apportion("erk", alive, shapes, 70)  # 30 stay: 18 and 12, as 8 + 10 is to 2 + 10
+    {'a': 62, 'b': 8}
+    """
+    if selection == "global":
+        return None
+    if selection == "erk":
+        ideal = _erk(alive, shapes, count)
+    else:
+        given = shares or {} if selection == "shares" else {}
+        weights = {layer: number * Fraction(given.get(layer, 1)) for layer, number in alive.items()}
+        whole = sum(weights.values())
+        if count and not whole:
+            raise UserError("shares: all layers that have connections left have share 0; give one of them a share")
+        ideal = {layer: count * weight / whole if count else Fraction(0) for layer, weight in weights.items()}
+    for layer, number in ideal.items():
+        if number > alive[layer]:
+            raise UserError(
+                f"shares: layer {layer!r} would lose {math.ceil(number)} connections in a round and has only "
+                f"{alive[layer]}; give it a smaller share, or use fewer levels"
+            )
+    return _round_to_sum(ideal, alive, count)
+
+
+def _erk(alive: Mapping[str, int], shapes: Mapping[str, tuple[int, ...]], count: int) -> dict[str, Fraction]:
+    """Return how many connections each layer loses so that what stays is proportional to the sum of its dimensions.
+
+    A layer for which more would stay than it has loses none, and the proportion is solved again for the others.
+    """
+    stay = sum(alive.values()) - count
+    free = {layer: sum(shapes[layer]) for layer in alive}
+    full: set[str] = set()
+    while True:
+        rest = sum(size for layer, size in free.items() if layer not in full)
+        left = stay - sum(alive[layer] for layer in full)
+        scale = Fraction(left, rest) if rest else Fraction(0)
+        over = {layer for layer in alive if layer not in full and scale * free[layer] > alive[layer]}
+        if not over:
+            return {layer: Fraction(0) if layer in full else alive[layer] - scale * free[layer] for layer in alive}
+        full |= over
+
+
+def _round_to_sum(ideal: Mapping[str, Fraction], limits: Mapping[str, int], count: int) -> dict[str, int]:
+    """Round numbers to whole numbers with the sum `count`, none above its limit: the method of largest remainders."""
+    numbers = {layer: min(limits[layer], math.floor(number)) for layer, number in ideal.items()}
+    by_remainder = sorted(ideal, key=lambda layer: numbers[layer] - ideal[layer])  # the largest remainder first
+    while missing := count - sum(numbers.values()):
+        for layer in [layer for layer in by_remainder if numbers[layer] < limits[layer]][:missing]:
+            numbers[layer] += 1
+    return numbers
 
 
 def select_lowest(scores: Callable[[str], Tensor], sizes: Mapping[str, int], count: int) -> dict[str, Tensor]:

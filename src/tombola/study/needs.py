@@ -33,6 +33,5 @@ def list_chain_needs(tickets: Tickets) -> set[str]:
     for chain, progress in tickets.all().items():
         needs |= {training.key for training in progress.trainings}
         needs |= set(tickets.planner.name_masks(chain, progress.tickets))
-        if progress.waits_for is not None:
-            needs.add(progress.waits_for.key)
+        needs |= {need.key for need in progress.needs}
     return needs

@@ -10,20 +10,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any, TypeAlias
 
 from tombola.errors import DamagedResultError, ImportanceError, UserError, did_you_mean
-from tombola.importance import is_built_in
+from tombola.importance import Importance, NetworkScore, is_built_in
 from tombola.kernels import sparse_layers
-from tombola.lottery.rewinding import check_levels, lottery_ticket_rewinding, prune_round
+from tombola.lottery.rewinding import Rule, check_rule, lottery_ticket_rewinding, resolve_shares
 from tombola.lottery.ticket import Ticket
 from tombola.pruning.mask import Mask, prunable, resolve_kept_dense
 from tombola.store.store import Store
 from tombola.streams import ambient
+from tombola.study.rounds import compute_mask
 from tombola.study.schema import Study
-from tombola.study.task import Problem, resolve_importance
-from tombola.study.trainings import Training, name_mask, name_training
+from tombola.study.task import Problem, importance_sources, resolve_importance
+from tombola.study.trainings import Round, Training, name_mask, name_training
 from tombola.training.history import Trained
 from tombola.training.train import initial_state
 from tombola.training.weights import Weights
@@ -56,19 +56,25 @@ class Chain:
         return f"{self.importance}, seed {self.seed}{other}"
 
 
+Need: TypeAlias = Training | Round
+"""What a chain may wait for: a training, or a round of pruning whose scores a worker computes."""
+
+
 @dataclass(frozen=True)
 class Waiting:
-    """The chain waits for a training.
+    """The chain waits for a training or for a round of pruning.
 
     Args:
-        training: the training to do next.
+        need: the training or the round to do next.
         remaining: the number of trainings that the chain still needs.
-        shared: how many of these trainings, from the first on, are needed by all chains that wait for `training`.
+        shared: how many of these trainings, from the first on, are needed by all chains that wait for `need`.
+        beside: further trainings that can be done at the same time.
     """
 
-    training: Training
+    need: Need
     remaining: int
     shared: int
+    beside: tuple[Training, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -102,7 +108,8 @@ class Progress:
 
     Args:
         tickets: the tickets whose trainings are done, from level 0 on. Their masks and weights stay on disk.
-        trainings: the trainings that the store has: that of the rewind point, if any, and those of the tickets.
+        trainings: the trainings that the store has: that of the rewind point, if any, those of the tickets, and those
+            of later levels if levels are trained side by side.
         end: the reason why there are no further tickets.
     """
 
@@ -111,9 +118,14 @@ class Progress:
     end: End
 
     @property
-    def waits_for(self) -> Training | None:
-        """The training to do next; None if the chain does not wait for one."""
-        return self.end.training if isinstance(self.end, Waiting) else None
+    def waits_for(self) -> Need | None:
+        """The training or the round to do next; None if the chain does not wait for one."""
+        return self.end.need if isinstance(self.end, Waiting) else None
+
+    @property
+    def needs(self) -> tuple[Need, ...]:
+        """All trainings and rounds that can be done now."""
+        return (self.end.need, *self.end.beside) if isinstance(self.end, Waiting) else ()
 
     @property
     def remaining(self) -> int:
@@ -150,6 +162,7 @@ class Planner:
         model: the network, with arbitrary weights.
         dense: the mask of the dense network.
         kept_dense: the layers that are counted and never pruned, by parameter name.
+        rule: what all rounds of pruning have in common.
         end: the number of iterations of a complete training.
 
     Raises:
@@ -191,17 +204,21 @@ class Planner:
         self._initialise = initial or (lambda seed: Weights.of(initial_state(problem.build, seed)))
         self._initial: dict[int, Weights] = {}
         self._importances = {name: resolve_importance(name) for name in study.importances}
+        self._sources = {name: importance_sources(name) for name in study.importances}
         self._computed: dict[str, Mask] = {}
+        self._failures: dict[str, str] = {}
         self._remember = remember
         with ambient(0):
             self.model = problem.build()
         self.dense = Mask.ones_like(self.model, study.exclude)
         left_out = prunable(self.model).keys() - self.dense.keys()
         self.kept_dense = resolve_kept_dense(self.dense, study.keep_dense, left_out)
-        kept = sum(self.dense.sizes[layer] for layer in self.kept_dense)
-        check_levels(self.dense.total, study.fraction, study.levels, kept_dense=kept)
+        shares = resolve_shares(self.dense, study.shares)
+        self.rule = Rule(study.fraction, self.kept_dense, study.selection, shares)
+        check_rule(self.rule, self.dense, study.levels)
         for name in [name for name in study.importances if not is_built_in(name)]:  # fail before any training
-            self._prune(self.initial(study.seeds[0]), self.dense, 0, Chain(study.seeds[0], name))
+            start = self.initial(study.seeds[0])
+            self._prune(start, self.dense, 0, start, Chain(study.seeds[0], name))
 
     def describe_counted(self) -> str:
         """Return a sentence on what density is about: how many of the network's parameters are counted.
@@ -266,21 +283,30 @@ class Planner:
         """
         find = find or self.store.results.get
         asked: list[tuple[Training, Trained | None]] = []
+        missing: list[Round] = []
 
         def look_up(initial: Weights, mask: Mask, begin: int, end: int) -> Trained | None:
             training = self.training(chain.order_seed, initial, mask, begin, end)
             asked.append((training, find(training.key)))
             return asked[-1][1]
 
+        def prune(weights: Weights, mask: Mask, level: int, rewind: Weights) -> Mask | None:
+            found = self._prune(weights, mask, level, rewind, chain)
+            if isinstance(found, Mask):
+                return found
+            missing.append(found)
+            return None
+
         study = self.study
         algorithm = lottery_ticket_rewinding(
             look_up,
-            partial(self._prune, chain=chain),
+            prune,
             self.initial(chain.seed),
             self.dense,
             rewind=study.recipe.rewind,
             end=self.end,
             levels=study.levels,
+            score_at=study.score_at,
         )
         tickets: list[Ticket] = []
         provenance = self._provenance(chain)
@@ -288,24 +314,53 @@ class Planner:
         try:
             for ticket in algorithm:
                 training, trained = asked[-1]
+                if trained is None or len(tickets) < ticket.level:  # a level before this one is not trained yet
+                    continue
                 mask = self._unload(training, chain, tickets[-1]) if tickets else self.dense
                 asked[-1] = replace(training, mask=mask), trained
                 tickets.append(replace(ticket, mask=mask, provenance=provenance))
         except ImportanceError as error:
             stopped = Stopped(str(error))
         trainings = tuple(training for training, trained in asked if trained is not None)
-        return Progress(tuple(tickets), trainings, stopped or self._end(tickets, *asked[-1]))
+        ended = stopped or (Finished() if len(tickets) > study.levels else Diverged())
+        return Progress(tuple(tickets), trainings, self._wait(asked, missing) or ended)
 
     def name_masks(self, chain: Chain, tickets: Sequence[Ticket]) -> list[str]:
         """Return the names under which the store remembers the masks that these tickets of a chain are pruned to."""
         return [self._name_mask(chain, ticket) for ticket in tickets if ticket.level < self.study.levels]
 
-    def _end(self, tickets: Sequence[Ticket], training: Training, trained: Trained | None) -> End:
-        """Return why a chain has no further tickets, given the last training that it needed and its result."""
-        if trained is None:
-            shared = 2 if training.end < self.end else 1  # level 0 comes after the rewind point
-            return Waiting(training, self.study.levels - len(tickets) + shared, shared)
-        return Finished() if len(tickets) > self.study.levels else Diverged()
+    def keep(self, name: str, mask: Mask) -> None:
+        """Remember the mask that a round of pruning gave, in the store too."""
+        self.store.masks.put(name, mask)
+        if self.store.masks.get(name) is None:  # the store is not writable
+            self._computed[name] = mask
+
+    def fail(self, name: str, reason: str) -> None:
+        """Note that the importance failed in a round of pruning; the chains that wait for it end there."""
+        self._failures[name] = reason
+
+    def has(self, need: Need) -> bool:
+        """Return whether the store has the result of a training, or the mask of a round of pruning."""
+        if isinstance(need, Training):
+            return need.key in self.store.results
+        return self._find_mask(need.key) is not None
+
+    def _wait(self, asked: Sequence[tuple[Training, Trained | None]], rounds: Sequence[Round]) -> Waiting | None:
+        """Return what a chain waits for; None if it needs nothing.
+
+        Args:
+            asked: the trainings that the chain needs as far as they are known, with their results.
+            rounds: the round of pruning whose mask is not known yet, if any.
+        """
+        trainings = [training for training, trained in asked if trained is None]
+        if not trainings and not rounds:
+            return None
+        done = sum(trained is not None and training.end == self.end for training, trained in asked)
+        rewind = sum(training.end < self.end for training in trainings)  # level 0 comes after the rewind point
+        remaining = self.study.levels + 1 - done + rewind
+        if rounds:
+            return Waiting(rounds[0], remaining, 0, tuple(trainings))
+        return Waiting(trainings[0], remaining, 1 + rewind, tuple(trainings[1:]))
 
     def _provenance(self, chain: Chain) -> dict[str, Any]:
         about: dict[str, Any] = {
@@ -315,34 +370,34 @@ class Planner:
         }
         return about if chain.data_seed is None else about | {"data_seed": chain.data_seed}
 
-    def _prune(self, weights: Weights, mask: Mask, level: int, chain: Chain) -> Mask:
+    def _prune(self, weights: Weights, mask: Mask, level: int, rewind: Weights, chain: Chain) -> Mask | Round:
         """Prune as `prune_round` does; return the remembered mask if there is one.
 
-        The store remembers the masks of built-in importances. A user's own importance may have been edited since, so
-        its masks are remembered only by this planner.
+        The scores of whole networks are computed by workers: until then, the round of pruning is returned. The store
+        remembers the masks that they give and those of built-in importances. A user's own score of a layer may have
+        been edited since, so its masks are remembered only by this planner.
         """
-        study = self.study
-        name = self._name(weights, mask, level, chain)
-        lasts = self._remember and is_built_in(chain.importance)
-        known = self.store.masks.get(name) if lasts else self._computed.get(name)
+        name = self._name(weights, mask, level, rewind, chain)
+        if name in self._failures:
+            raise ImportanceError(self._failures[name])
+        importance = self._importances[chain.importance]
+        by_worker = isinstance(importance.score, NetworkScore)
+        known = self._computed.get(name)
+        if known is None and self._remember and (by_worker or is_built_in(chain.importance)):
+            known = self.store.masks.get(name)
         if known is not None:
             return known
-        found = prune_round(
-            weights,
-            mask,
-            level,
-            importance=self._importances[chain.importance],
-            fraction=study.fraction,
-            keep_dense=self.kept_dense,
-            seed=chain.order_seed,
-        )
-        if lasts:
+        pruning = Round(name, weights, rewind, mask, level, chain.importance, chain.order_seed)
+        if by_worker and self._remember:
+            return pruning
+        found = compute_mask(pruning, self.problem, self.study, self.rule, importance)
+        if self._remember and is_built_in(chain.importance):
             self.store.masks.put(name, found)
         else:
             self._computed[name] = found
         return found
 
-    def _name(self, weights: Weights, mask: Mask, level: int, chain: Chain) -> str:
+    def _name(self, weights: Weights, mask: Mask, level: int, rewind: Weights, chain: Chain) -> str:
         return name_mask(
             weights,
             mask,
@@ -351,12 +406,35 @@ class Planner:
             fraction=self.study.fraction,
             seed=chain.order_seed,
             kept_dense=self.kept_dense,
+            others=self._name_others(rewind, self._importances[chain.importance], self._sources[chain.importance]),
         )
+
+    def _name_others(self, rewind: Weights, importance: Importance, sources: Mapping[str, str]) -> dict[str, Any]:
+        """Return what determines a mask besides the arguments that all rounds have; empty for the paper's rounds."""
+        study, others = self.study, dict[str, Any]()
+        if sources:
+            others["sources"] = dict(sources)
+        if study.selection != "global":
+            others["selection"] = [study.selection, sorted(self.rule.shares.items())]
+        if importance.reads_rewind_point:
+            others["rewind"] = rewind.hash
+        if isinstance(importance.score, NetworkScore):
+            others["network"] = {
+                **self.problem.identity,
+                "examples": study.score_examples,
+                "batch_size": study.recipe.batch_size,
+                "device": study.device,
+            }
+        return others
 
     def _name_mask(self, chain: Chain, ticket: Ticket) -> str:
         """Return the name of the mask that a ticket is pruned to."""
         assert ticket.trained is not None
-        return self._name(ticket.trained.weights, ticket.mask, ticket.level, chain)
+        scored = ticket.trained.weights if self.study.score_at == "end" else ticket.rewind
+        return self._name(scored, ticket.mask, ticket.level, ticket.rewind, chain)
+
+    def _find_mask(self, name: str) -> Mask | None:
+        return self._computed.get(name) or self.store.masks.get(name)
 
     def _unload(self, training: Training, chain: Chain, before: Ticket) -> Mask:
         """Return the mask of a stored training without its bits in memory; they are read each time they are used.
@@ -369,7 +447,7 @@ class Planner:
         name, key, expected = self._name_mask(chain, before), training.key, training.mask.hash
 
         def load() -> Mask:  # without `training`, which holds the bits
-            known = self._computed.get(name) or self.store.masks.get(name)
+            known = self._find_mask(name)
             if known is None or known.hash != expected:
                 known = self.store.results.read_mask(key, self.dense.shapes)
             if known.hash != expected:

@@ -70,6 +70,18 @@ class Study(BaseModel):
     keep_dense: Tuple[str] = Field(
         default=(), description="layers that are counted and never pruned; * matches any characters"
     )
+    selection: Literal["global", "uniform", "erk", "shares"] = Field(
+        default="global", description="what a round removes: the lowest of all layers, or a number fixed for each layer"
+    )
+    shares: dict[str, float] = Field(
+        default={}, description="for the selection shares: relative shares of layers; * matches any characters"
+    )
+    score_at: Literal["end", "rewind"] = Field(
+        default="end", description="weights that are scored: those at the end of training, or of the rewind point"
+    )
+    score_examples: Annotated[int, Field(ge=1)] = Field(
+        default=1024, description="number of training examples that a score with data sees, such as taylor"
+    )
     device: Literal["cpu", "cuda"] = Field(default="cpu", description="device to train on: cpu or cuda")
 
     @field_validator("importances", "seeds", "data_seeds", "data_seeds_for", "exclude", "keep_dense")
@@ -88,6 +100,15 @@ class Study(BaseModel):
             if importance not in self.importances:
                 message = did_you_mean(importance, self.importances)
                 raise ValueError(f"data_seeds_for: {importance!r} is not one of this study's importances; {message}")
+        return self
+
+    @model_validator(mode="after")
+    def _selection(self) -> Study:
+        if self.shares and self.selection != "shares":
+            raise ValueError(f"shares: they are for selection = 'shares', and the selection is {self.selection!r}")
+        for importance in self.importances:
+            if self.score_at == "rewind" and importance.partition("/")[0] == "movement":
+                raise ValueError("importances: at the rewind point, where score_at = 'rewind' scores, movement is 0")
         return self
 
     @property

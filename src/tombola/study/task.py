@@ -16,15 +16,23 @@ from torch.nn import functional
 from tombola import datasets, models
 from tombola.datasets.dataset import Dataset
 from tombola.errors import UserError, describe_exception, did_you_mean
-from tombola.importance import Importance, as_importance, find
+from tombola.importance import Importance, NetworkScore, as_importance, find
+from tombola.importance.importances import find_normalisation, find_score
+from tombola.lottery.rewinding import Rule
+from tombola.pruning.mask import Mask, prunable, resolve_kept_dense
 from tombola.streams import ambient
 from tombola.study.code import resolve, source_hash
+from tombola.study.rounds import compute_mask
 from tombola.study.schema import Study, Task
+from tombola.study.trainings import Round
 from tombola.training.batches import batches, normalisation
 from tombola.training.evaluation import Loss
-from tombola.training.train import check_recipe_fits
+from tombola.training.train import check_recipe_fits, initial_state
+from tombola.training.weights import Weights
 
 Result = TypeVar("Result")
+
+_SCORED = 8  # examples on which a score of the whole network is tried out
 
 BUILT_IN = 1
 """Version of the built-in models and losses as a part of a training's name: increase it if their outputs change."""
@@ -72,27 +80,47 @@ def load_problem(task: Task, directory: Path | None = None) -> Problem:
 
 
 def resolve_importance(name: str) -> Importance:
-    """Return the importance that has this name or that `module:function` refers to.
+    """Return the importance that has this name, or whose score or normalisation is a function of the user.
+
+    These names are possible: a name or a pair `score/normalisation` that `tombola.importance.find` knows; such a pair
+    in which `module:function` takes the place of the score or of the normalisation; and `module:function` alone, which
+    is a `NetworkScore` or an `Importance`, or else a function of a layer's absolute weights.
 
     Raises:
         UserError: if there is no such importance.
 
-    >>> resolve_importance("l1").name
-    'l1'
+    >>> resolve_importance("l1").name, resolve_importance("taylor/torch:sqrt").name
+    ('l1', 'taylor/sqrt')
     """
-    if ":" in name:
-        return as_importance(resolve(name, "importance"))
-    try:
-        return find(name)
-    except UserError as error:
-        raise UserError(f"importances: {error} (or give module:function of your own)") from None
+    if ":" not in name:
+        try:
+            return find(name)
+        except UserError as error:
+            raise UserError(f"importances: {error} (or give module:function of your own)") from None
+    score, slash, normalise = name.partition("/")
+    if not slash:
+        own = resolve(name, "importance")
+        return Importance(own) if isinstance(own, NetworkScore) else as_importance(own)
+    return Importance(
+        resolve(score, "importance") if ":" in score else find_score(score, name),
+        resolve(normalise, "importance") if ":" in normalise else find_normalisation(normalise, name),
+    )
+
+
+def importance_sources(name: str) -> dict[str, str]:
+    """Return the hashes of the source code of a user's own score and normalisation, by reference.
+
+    >>> importance_sources("l1")
+    {}
+    """
+    return {reference: source_hash(reference) for reference in name.split("/") if ":" in reference}
 
 
 def try_out(problem: Problem, study: Study) -> None:
-    """Raise `UserError` if data, model, loss and recipe do not work together.
+    """Raise `UserError` if data, model, loss, recipe and scores do not work together.
 
     The check runs a forward and a backward pass on the smallest batch of the training (at most two examples), then a
-    forward pass on two examples of the test set.
+    forward pass on two examples of the test set. Scores of the whole network do a round of pruning on a few examples.
     """
     task, recipe, data = study.task, study.recipe, problem.data
     check_recipe_fits(recipe, data)
@@ -113,6 +141,25 @@ def try_out(problem: Problem, study: Study) -> None:
         _guard(f"task.loss {task.loss!r}: going backward", loss.backward)()
         with torch.no_grad():
             _outputs(model.eval(), normalisation(data)(data.test_inputs[:2]), problem, task)
+    _try_out_scores(problem, study)
+
+
+def _try_out_scores(problem: Problem, study: Study) -> None:
+    """Do a round of pruning of the initial network by each importance that scores the whole network."""
+    importances = [(name, resolve_importance(name)) for name in study.importances]
+    whole = [(name, importance) for name, importance in importances if isinstance(importance.score, NetworkScore)]
+    if not whole:
+        return
+    seed, few = study.seeds[0], min(_SCORED, study.score_examples)
+    state = initial_state(problem.build, seed)
+    with ambient(0):
+        model = problem.build()
+    weights, dense = Weights.of(state), Mask.ones_like(model, study.exclude)
+    left_out = prunable(model).keys() - dense.keys()
+    rule = Rule(study.fraction, resolve_kept_dense(dense, study.keep_dense, left_out))
+    for name, importance in whole:
+        pruning = Round("", weights, weights, dense, 0, name, seed)
+        compute_mask(pruning, problem, study.model_copy(update={"score_examples": few}), rule, importance)
 
 
 def _outputs(model: nn.Module, inputs: Tensor, problem: Problem, task: Task) -> Tensor:

@@ -15,7 +15,7 @@ SCHEME = 2
 """Version of the naming and of `train`: increase it if `train` gives other bits than before."""
 
 PRUNING = 1
-"""Version of `prune` and of the built-in importances: increase it if they give other masks than before."""
+"""Version of `prune`, its scores and normalisations: increase it if they give other masks than before."""
 
 THREADS = 1
 """Number of threads of a training. It is a part of the name, because it determines the order of summation."""
@@ -89,6 +89,29 @@ def name_training(
     return Training(name_of(identity), identity, initial, mask, seed, begin, end)
 
 
+@dataclass(frozen=True)
+class Round:
+    """One round of pruning: the name of the mask that results from it, and its arguments.
+
+    Args:
+        key: the SHA-256 of everything that determines the mask, as 64 hexadecimal digits.
+        weights: the weights to score.
+        rewind: the weights of the rewind point.
+        mask: the mask of the ticket that is pruned.
+        level: the level of this ticket.
+        importance: the name of the importance.
+        seed: the seed of the random numbers of this round and of all others.
+    """
+
+    key: str
+    weights: Weights
+    rewind: Weights
+    mask: Mask
+    level: int
+    importance: str
+    seed: int
+
+
 def name_mask(
     weights: Weights,
     mask: Mask,
@@ -98,17 +121,20 @@ def name_mask(
     fraction: float,
     seed: int,
     kept_dense: Collection[str] = (),
+    others: Mapping[str, Any] | None = None,
 ) -> str:
-    """Return the name of the mask that results from a round of pruning by a built-in importance.
+    """Return the name of the mask that results from a round of pruning.
 
     Args:
-        weights: the trained weights of `level`.
+        weights: the weights that are scored.
         mask: the mask of the ticket at `level`.
         level: the level whose ticket is pruned.
         importance: the name of the importance.
         fraction: the fraction of the alive connections that the round removes, in (0, 1).
         seed: the seed of the random numbers that the importance draws.
         kept_dense: the layers that the round does not prune, by parameter name.
+        others: everything else that determines the mask, for importances and selections other than the paper's.
     """
     identity = [PRUNING, weights.hash, mask.hash, importance, fraction, seed, level]
-    return name_of([*identity, sorted(kept_dense)] if kept_dense else identity)
+    identity += [sorted(kept_dense)] if kept_dense else []
+    return name_of([*identity, others] if others else identity)

@@ -86,8 +86,8 @@ def train(
     examples = len(data.train_inputs)
     end = recipe.total_iterations(examples) if end is None else end
     start = resume or Checkpoint(begin, initial)
-    data = _move_data(data, device)
-    model = _load_model(model, start.state, mask, device)
+    data = move_data(data, device)
+    model = load_model(model, start.state, mask, device)
     batch_size, precision = recipe.batch_size, recipe.precision
     step = kernels.accelerate(
         model, mask, batch_size=batch_size, precision=precision, device=device, loss=loss, stacklevel=2
@@ -142,7 +142,7 @@ def check_recipe_fits(recipe: Recipe, data: Dataset) -> None:
         raise UserError(f"recipe.augmentation: it needs images (uint8), but {data.name!r} has other inputs")
 
 
-def _load_model(model: nn.Module, state: State, mask: Mask, device: str) -> nn.Module:
+def load_model(model: nn.Module, state: State, mask: Mask, device: str) -> nn.Module:
     """Return a copy of the model on the device, in this state, with pruned weights set to 0.0.
 
     Convolutional networks are stored channels-last, which is the faster layout on CPUs and GPUs.
@@ -188,7 +188,7 @@ def _is_finite(state: State, model: nn.Module, initial: State) -> bool:
     return all(bool(tensor.isfinite().all()) for name, tensor in state.items() if name not in buffers)
 
 
-def _move_data(data: Dataset, device: str) -> Dataset:
+def move_data(data: Dataset, device: str) -> Dataset:
     """Return the data set with its tensors on the device."""
     return data if device == "cpu" else _copy_data(data, device)
 

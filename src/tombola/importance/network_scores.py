@@ -1,0 +1,393 @@
+"""Scores that need the whole network: its gradients, its curvature, or the inputs of its layers.
+
+Such a score is a `NetworkScore`. Its function receives a `Network` and returns a tensor of the weight's shape for each
+layer. A higher score means a more important connection. The values of pruned connections are ignored.
+
+Below, L is the mean loss over all examples, g its gradient, H its Hessian, and * multiplies element by element. The
+weights of pruned connections are 0, so every score depends on the surviving connections alone.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn import functional
+
+from tombola.errors import ImportanceError
+
+Convolution: TypeAlias = nn.Conv1d | nn.Conv2d | nn.Conv3d
+
+_EXAMPLES_AT_ONCE = 16  # the gradients of so many examples are in memory at the same time
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network at the point at which it is scored, and the examples that a score sees.
+
+    Batch norm normalises each batch by its own mean and variance, as in a training step, and keeps its running
+    statistics. Dropout is off.
+
+    Args:
+        model: the network, with the weights to score; the weights of pruned connections are 0.
+        alive: layer -> a bool tensor of the weight's shape, True if the connection is alive.
+        batches: pairs (inputs, labels), as the network receives them.
+        loss: a function (outputs, labels) -> scalar, the mean over the batch.
+        generator: the random stream of this round of pruning.
+    """
+
+    model: nn.Module
+    alive: Mapping[str, Tensor]
+    batches: Sequence[tuple[Tensor, Tensor]]
+    loss: Callable[[Tensor, Tensor], Tensor]
+    generator: torch.Generator
+
+    @property
+    def weights(self) -> dict[str, nn.Parameter]:
+        """The weights of the scored layers, by parameter name."""
+        parameters = dict(self.model.named_parameters())
+        return {name: parameters[name] for name in self.alive}
+
+    @property
+    def examples(self) -> int:
+        """The number of examples in all batches."""
+        return sum(len(inputs) for inputs, _ in self.batches)
+
+
+@dataclass(frozen=True)
+class NetworkScore:
+    """A score of all connections of a network at once.
+
+    Args:
+        function: a function network -> {layer: scores of the weight's shape}. It must not change the network.
+        steps: the number of steps in which a round of pruning removes its connections; the score is computed again
+            before each step.
+
+    >>> def taylor_squared(network):
+    ...     return {layer: scores**2 for layer, scores in taylor(network).items()}
+    >>> NetworkScore(taylor_squared).steps
+    1
+    """
+
+    function: Callable[[Network], Mapping[str, Tensor]]
+    steps: int = 1
+
+    def __call__(self, network: Network) -> Mapping[str, Tensor]:
+        """Return the scores of each layer, of the weight's shape."""
+        return self.function(network)
+
+
+def taylor(network: Network) -> dict[str, Tensor]:
+    """Return |w * g|, the first-order estimate of how the loss changes without the connection.
+
+    Source: Molchanov et al., arXiv 1906.10771.
+
+    >>> network = _example()  # one weight for each of two inputs, w = (3, -1); the loss is the mean output, 2 x
+    >>> taylor(network)["weight"]
+    tensor([[6., 2.]])
+    """
+    gradients = _gradients(network)
+    return {layer: (weight.detach() * gradients[layer]).abs() for layer, weight in network.weights.items()}
+
+
+def snip(network: Network) -> dict[str, Tensor]:
+    """Return |dL/dm| for the mask m, which multiplies the weights (Lee et al., arXiv 1810.02340).
+
+    Source: SNIP divides the scores by their sum over the whole network, which changes no order, so it is left out. With
+    weights w * m and m = 1, dL/dm = w * g, so SNIP equals `taylor` except for rounding.
+
+    >>> snip(_example())["weight"]
+    tensor([[6., 2.]])
+    """
+    masks = {layer: alive.to(network.weights[layer].dtype) for layer, alive in network.alive.items()}
+    masks = {layer: mask.requires_grad_() for layer, mask in masks.items()}
+
+    def model(inputs: Tensor) -> Tensor:
+        masked = {layer: weight.detach() * masks[layer] for layer, weight in network.weights.items()}
+        outputs: Tensor = functional_call(network.model, masked, (inputs,))
+        return outputs
+
+    return {layer: gradient.abs() for layer, gradient in _gradients(network, model, masks).items()}
+
+
+def grasp(network: Network) -> dict[str, Tensor]:
+    """Return w * H g, how much of the gradient's norm would be lost without the connection; it may be negative.
+
+    Source: Wang et al., arXiv 2002.07376, who remove the connections with the largest -w * H g.
+
+    >>> curved = _example(loss=lambda outputs, labels: (outputs**2).mean() / 2)
+    >>> grasp(curved)["weight"]  # outputs 4, x = (2, 2): H = x x^T, g = 4 x, H g = 64 and 64 halves
+    tensor([[192., -64.]])
+    """
+    gradients = _gradients(network)
+    total = {layer: torch.zeros_like(weight) for layer, weight in network.weights.items()}
+    for _, products in _hessian_products(network, lambda: gradients):
+        for layer, product in products.items():
+            total[layer] += product
+    return {layer: weight.detach() * total[layer] for layer, weight in network.weights.items()}
+
+
+def hessian(network: Network) -> dict[str, Tensor]:
+    """Return w^2 * diag(H) / 2, Optimal Brain Damage's estimate of how the loss grows; it may be negative.
+
+    Source: LeCun, Denker and Solla, NIPS 1989. The diagonal is Hutchinson's estimate, the mean of v * H v with random
+    signs v, which are drawn anew for each batch.
+
+    >>> curved = _example(loss=lambda outputs, labels: (outputs**2).mean() / 2)
+    >>> hessian(curved)["weight"].shape
+    torch.Size([1, 2])
+    """
+    weights = network.weights
+
+    def draw_signs() -> dict[str, Tensor]:
+        draw = partial(torch.randint, 2, generator=network.generator)
+        return {layer: draw(weight.shape).to(weight).mul_(2).sub_(1) for layer, weight in weights.items()}
+
+    diagonal = {layer: torch.zeros_like(weight) for layer, weight in weights.items()}
+    for signs, products in _hessian_products(network, draw_signs):
+        for layer, product in products.items():
+            diagonal[layer] += signs[layer] * product
+    return {layer: weight.detach().square() * diagonal[layer] / 2 for layer, weight in weights.items()}
+
+
+def fisher(network: Network) -> dict[str, Tensor]:
+    """Return w^2 * E[g_i^2], with the gradient g_i of the loss of one example: Optimal Brain Damage's empirical Fisher.
+
+    Source: LeCun, Denker and Solla, NIPS 1989; Theis et al., arXiv 1801.05787. The layers have to be linear or
+    convolution layers.
+
+    >>> fisher(_example())["weight"]  # the gradient of every example is (2, 2)
+    tensor([[36.,  4.]])
+    """
+    squares = {layer: torch.zeros_like(weight) for layer, weight in network.weights.items()}
+
+    def add(layer: str, module: nn.Module, inputs: Tensor, gradients: Tensor) -> None:
+        parts = (torch.split(each, _EXAMPLES_AT_ONCE) for each in (inputs, gradients))
+        for part, slopes in zip(*parts, strict=True):
+            squares[layer] += _sum_of_squares(module, part, slopes).view_as(squares[layer])
+
+    with _observe_gradients(network, add):
+        for inputs, labels in network.batches:
+            # The sum of the examples' losses, so that each example adds its own gradient.
+            outputs = network.model(inputs)
+            loss = _finite(network.loss(outputs, labels)) * len(inputs)
+            torch.autograd.grad(loss, list(network.weights.values()))
+    count = network.examples
+    return {layer: weight.detach().square() * squares[layer] / count for layer, weight in network.weights.items()}
+
+
+def wanda(network: Network) -> dict[str, Tensor]:
+    """Return |w| * ||x||, with the norm of the connection's input over all examples and positions.
+
+    Source: Sun et al., arXiv 2306.11695. The layers have to be linear or convolution layers.
+
+    >>> wanda(_example())["weight"]  # three examples, each with inputs (2, 2)
+    tensor([[10.3923,  3.4641]])
+    """
+    squares: dict[str, Tensor] = {}
+
+    def add(layer: str, module: nn.Module, inputs: Tensor) -> None:
+        found = _input_squares(module, inputs)
+        squares[layer] = squares[layer] + found if layer in squares else found
+
+    with _observe_inputs(network, add), torch.no_grad():
+        for inputs, _ in network.batches:
+            network.model(inputs)
+    for layer, weight in network.weights.items():
+        squares.setdefault(layer, torch.zeros_like(weight[:1]))  # the network does not use this layer
+    return {layer: weight.detach().abs() * squares[layer].sqrt() for layer, weight in network.weights.items()}
+
+
+def synflow(network: Network) -> dict[str, Tensor]:
+    """Return |w| * dR/d|w|, with R the sum of the outputs for inputs 1 and absolute parameters; in float64.
+
+    Source: SynFlow (Tanaka et al., arXiv 2006.05467). It sees no data. As SynFlow prunes in many small steps, a round
+    of pruning removes its connections in five steps. All parameters and running statistics are replaced by their
+    absolute values, and batch norm uses its running statistics.
+
+    >>> synflow(_example())["weight"]
+    tensor([[3., 1.]], dtype=torch.float64)
+    """
+    model = copy.deepcopy(network.model).double().eval()
+    with torch.no_grad():
+        for tensor in model.state_dict().values():
+            if tensor.is_floating_point():
+                tensor.abs_()
+    inputs, _ = network.batches[0]
+    weights = {layer: model.get_parameter(layer) for layer in network.alive}
+    total = _finite(model(torch.ones_like(inputs[:1], dtype=torch.float64)).sum())
+    gradients = torch.autograd.grad(total, list(weights.values()), allow_unused=True)
+    return {
+        layer: torch.zeros_like(weight) if gradient is None else weight.detach() * gradient
+        for (layer, weight), gradient in zip(weights.items(), gradients, strict=True)
+    }
+
+
+NETWORK_SCORES: dict[str, NetworkScore] = {
+    **{each.__name__: NetworkScore(each) for each in (taylor, snip, grasp, hessian, fisher, wanda)},
+    "synflow": NetworkScore(synflow, steps=5),
+}
+"""The scores of whole networks by name."""
+
+
+def _gradients(
+    network: Network,
+    model: Callable[[Tensor], Tensor] | None = None,
+    tensors: Mapping[str, Tensor] | None = None,
+) -> dict[str, Tensor]:
+    """Return the gradient of the mean loss over all examples, by default with respect to the weights."""
+    tensors = network.weights if tensors is None else tensors
+    total = {layer: torch.zeros_like(tensor) for layer, tensor in tensors.items()}
+    for loss in _losses(network, model or network.model):
+        for layer, gradient in _gradient_of(loss, tensors).items():
+            total[layer] += gradient
+    return total
+
+
+def _hessian_products(
+    network: Network, direction: Callable[[], Mapping[str, Tensor]]
+) -> Iterator[tuple[Mapping[str, Tensor], dict[str, Tensor]]]:
+    """Yield a direction v and the part of the product H v that each batch adds; the parts sum to H v."""
+    weights = network.weights
+    for loss in _losses(network, network.model):
+        slopes, along = _gradient_of(loss, weights, create_graph=True), direction()
+        slope = torch.stack([(slopes[layer] * along[layer]).sum() for layer in weights]).sum()
+        if slope.requires_grad:  # the loss is not linear in the weights
+            yield along, _gradient_of(slope, weights)
+
+
+def _losses(network: Network, model: Callable[[Tensor], Tensor]) -> Iterator[Tensor]:
+    """Yield the loss of each batch, weighted by its share of the examples: their sum is the mean over all examples."""
+    for inputs, labels in network.batches:
+        yield _finite(network.loss(model(inputs), labels)) * (len(inputs) / network.examples)
+
+
+def _gradient_of(value: Tensor, tensors: Mapping[str, Tensor], *, create_graph: bool = False) -> dict[str, Tensor]:
+    gradients = torch.autograd.grad(value, list(tensors.values()), allow_unused=True, create_graph=create_graph)
+    return {
+        layer: torch.zeros_like(tensor) if gradient is None else gradient
+        for (layer, tensor), gradient in zip(tensors.items(), gradients, strict=True)
+    }
+
+
+def _finite(value: Tensor) -> Tensor:
+    """Return a loss; raise `ImportanceError` if it is not finite."""
+    if not value.isfinite():
+        raise ImportanceError(f"the loss is {value.item()} at the weights that are scored")
+    return value
+
+
+@contextmanager
+def _observe_inputs(network: Network, tell: Callable[[str, nn.Module, Tensor], None]) -> Iterator[None]:
+    """Tell the inputs of each scored layer, whenever the network computes, as `tell(layer, module, inputs)`."""
+
+    def hook(layer: str, module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        tell(layer, module, arguments[0].detach())
+
+    handles = [module.register_forward_pre_hook(partial(hook, layer)) for layer, module in _modules(network)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _observe_gradients(network: Network, tell: Callable[[str, nn.Module, Tensor, Tensor], None]) -> Iterator[None]:
+    """Tell the inputs of each scored layer and the gradients of its outputs, as `tell(layer, module, x, dL/dy)`."""
+
+    def hook(layer: str, module: nn.Module, arguments: tuple[Tensor, ...], outputs: Tensor) -> None:
+        inputs = arguments[0].detach()
+        outputs.register_hook(  # type: ignore[no-untyped-call]
+            lambda gradients: tell(layer, module, inputs, gradients.detach())
+        )
+
+    handles = [module.register_forward_hook(partial(hook, layer)) for layer, module in _modules(network)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _modules(network: Network) -> Iterator[tuple[str, nn.Module]]:
+    """Yield each module that computes with a scored weight, with the weight's name.
+
+    Raises:
+        ImportanceError: if a scored weight belongs to no linear or convolution layer.
+    """
+    names = {id(weight): layer for layer, weight in network.weights.items()}
+    found = set()
+    for module in network.model.modules():
+        layer = names.get(id(getattr(module, "weight", None)))
+        if layer is not None and isinstance(module, nn.Linear | Convolution):
+            found.add(layer)
+            yield layer, module
+    if missing := sorted(set(network.alive) - found):
+        raise ImportanceError(f"it rates only linear and convolution layers, and {missing[0]!r} belongs to none")
+
+
+def _sum_of_squares(module: nn.Module, inputs: Tensor, gradients: Tensor) -> Tensor:
+    """Return the sum over the examples of the squared gradient of the weight, as many numbers as the weight has."""
+    if isinstance(module, nn.Linear):
+        if inputs.dim() == 2:
+            return gradients.square().T @ inputs.square()
+        rows = inputs.flatten(1, -2)
+        return torch.bmm(gradients.flatten(1, -2).transpose(1, 2), rows).square_().sum(0)
+    assert isinstance(module, Convolution)
+    patches = _patches(module, inputs)  # (examples, groups, inputs per group * taps, positions)
+    slopes = gradients.reshape(len(gradients), module.groups, module.out_channels // module.groups, -1)
+    return (slopes @ patches.transpose(2, 3)).square_().sum(0)
+
+
+def _input_squares(module: nn.Module, inputs: Tensor) -> Tensor:
+    """Return the sum of squares of each connection's input over examples and positions; it broadcasts to the weight."""
+    if isinstance(module, nn.Linear):
+        return inputs.flatten(0, -2).square().sum(0, keepdim=True)
+    assert isinstance(module, Convolution)
+    summed = inputs.square().sum(0, keepdim=True)
+    by_group = _patches(module, summed).sum((0, 3))  # (groups, inputs per group * taps)
+    per_group = module.out_channels // module.groups
+    return by_group.repeat_interleave(per_group, 0).view_as(module.weight)
+
+
+def _patches(module: Convolution, inputs: Tensor) -> Tensor:
+    """Return the inputs of each position, of shape (examples, groups, inputs per group * taps, positions)."""
+    missing = 2 - len(module.kernel_size)
+    if missing < 0:
+        raise ImportanceError("it rates no three-dimensional convolutions")
+    one = (1,) * missing  # a one-dimensional convolution has a height of 1
+    if module.padding_mode != "zeros":
+        inputs = functional.pad(inputs, module._reversed_padding_repeated_twice, mode=module.padding_mode)
+        padding: tuple[int, ...] = (0,) * len(module.kernel_size)
+    elif isinstance(module.padding, str):
+        inputs = functional.pad(inputs, module._reversed_padding_repeated_twice)
+        padding = (0,) * len(module.kernel_size)
+    else:
+        padding = module.padding
+    if missing:
+        inputs = inputs.unsqueeze(2)
+    unfolded = functional.unfold(
+        inputs,
+        one + module.kernel_size,
+        dilation=one + module.dilation,
+        padding=(0,) * missing + padding,
+        stride=one + module.stride,
+    )
+    return unfolded.reshape(len(inputs), module.groups, -1, unfolded.shape[-1])
+
+
+def _example(loss: Callable[[Tensor, Tensor], Tensor] = lambda outputs, _: outputs.mean()) -> Network:
+    """Return the network of the examples above: outputs 3 x_1 - x_2, for three examples with inputs (2, 2)."""
+    model = nn.Linear(2, 1, bias=False)
+    with torch.no_grad():
+        model.weight.copy_(torch.tensor([[3.0, -1.0]]))
+    alive = {"weight": torch.ones(1, 2, dtype=torch.bool)}
+    return Network(model, alive, [(torch.full((3, 2), 2.0), torch.zeros(3))], loss, torch.Generator().manual_seed(0))

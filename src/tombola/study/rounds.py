@@ -1,0 +1,54 @@
+"""Rounds of pruning of a study, computed from their arguments."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING
+
+from tombola.importance import Importance, NetworkScore
+from tombola.lottery.rewinding import Rule, prune_round, pruning_seed
+from tombola.pruning.mask import Mask
+from tombola.study.schema import Study
+from tombola.study.trainings import Round
+from tombola.training.scoring import score_network
+
+if TYPE_CHECKING:
+    from tombola.study.task import Problem
+
+
+def compute_mask(pruning: Round, problem: Problem, study: Study, rule: Rule, importance: Importance) -> Mask:
+    """Return the mask that results from a round of pruning.
+
+    Args:
+        pruning: the pruning.
+        problem: the data set, model and loss, for a score that needs the network.
+        study: the study, for how such a score is computed.
+        rule: what all rounds have in common.
+        importance: the importance that the round names.
+
+    Raises:
+        ImportanceError: if the importance fails.
+    """
+    score = None
+    if isinstance(importance.score, NetworkScore):
+        score = partial(
+            score_network,
+            model=problem.build(),
+            state=pruning.weights.load(),
+            data=problem.data,
+            loss=problem.loss,
+            seed=pruning_seed(pruning.seed, pruning.level),
+            examples=study.score_examples,
+            batch_size=study.recipe.batch_size,
+            device=study.device,
+        )
+    return prune_round(
+        pruning.weights,
+        pruning.mask,
+        pruning.level,
+        pruning.rewind,
+        importance=importance,
+        rule=rule,
+        seed=pruning.seed,
+        score_network=score,
+    )
