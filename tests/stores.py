@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from tombola.engine.job import Job, perform
+from tombola.engine.job import Job, RoundJob, perform, perform_round
 from tombola.engine.local import LocalWorkers
 from tombola.engine.run import Status, run
 from tombola.engine.workers import At, Event
@@ -71,7 +71,7 @@ class InTurn:
     are_here = True
 
     def __init__(self, *, last_first: bool, works_on: Problem | None = None) -> None:
-        self._jobs: list[Job] = []
+        self._jobs: list[Job | RoundJob] = []
         self._problem = works_on or problem()
         self._last_first = last_first
         self._looks = 0
@@ -87,7 +87,7 @@ class InTurn:
     def idle(self) -> bool:
         return len(self._jobs) < self.count
 
-    def submit(self, job: Job) -> None:
+    def submit(self, job: Job | RoundJob) -> None:
         self._jobs.append(job)
 
     def events(self, timeout: float) -> Iterator[Event]:
@@ -95,6 +95,9 @@ class InTurn:
             self._looks = 0
             job = self._jobs.pop(-1 if self._last_first else 0)
             self.order.append(job.key)
+            if isinstance(job, RoundJob):
+                yield perform_round(job, self._problem)
+                return
             yield At(job.key, job.begin)
             yield perform(job, self._problem, None, lambda *_: None)
         else:
