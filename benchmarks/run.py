@@ -89,6 +89,28 @@ def sparse_steps() -> Iterator[Line]:
             yield line(f"{name} step, density {density}, against masked eager", ours, theirs, "ms", target, least)
 
 
+def scores() -> Iterator[Line]:
+    """Scores of the whole network, against training steps by hand on as many examples."""
+    import steps
+
+    systems = {
+        "LeNet-300-100": (steps.lenet(), 8, 7),
+        "ResNet-20": (steps.cifar_resnet(), 2, 3),
+        "VGG-16": (steps.cifar_vgg(), 1, 2),
+    }
+    for name, (system, batches, rounds) in systems.items():
+        ones, last = system.mask(1), name != "LeNet-300-100"
+        for score in steps.NETWORK_SCORES:
+            ours, theirs = in_turn(
+                lambda system=system, score=score, batches=batches: (  # type: ignore[misc]
+                    1e3 * steps.score(system, score, batches) / batches
+                ),
+                lambda system=system, ones=ones, last=last: 1e3 * steps.by_hand(system, ones, channels_last=last),  # type: ignore[misc]
+                rounds,
+            )
+            yield line(f"{name}, {score} of a batch, against a training step", ours, theirs, "ms", 1.5)
+
+
 def whole_chain() -> Iterator[Line]:
     """A chain of LeNet-300-100 on images of MNIST's shape and number: 24 levels, one epoch each."""
     import steps
@@ -179,7 +201,7 @@ def _machine() -> str:
     return f"one thread of this machine: {products:.0f} Gflop/s in a matrix product, {memory:.1f} GB/s in a copy"
 
 
-PINNED = {"dense": dense_steps, "sparse": sparse_steps, "chain": whole_chain}
+PINNED = {"dense": dense_steps, "sparse": sparse_steps, "scores": scores, "chain": whole_chain}
 FREE = {"pruning": pruning, "workers": workers, "help": help_text, "peers": peers}
 
 

@@ -15,8 +15,10 @@ from torch.nn import functional
 
 from tombola import Augmentation, Dataset, Mask, Recipe, find_tickets, prune, train
 from tombola.importance import magnitude
+from tombola.importance.network_scores import NETWORK_SCORES
 from tombola.models import lenet_300_100, resnet20, vgg16
 from tombola.training.batches import batches, normalisation
+from tombola.training.scoring import score_network
 
 BATCH = 128
 
@@ -115,6 +117,25 @@ def _trained_by_hand(
         optimizer.step()
         marks.append(time.perf_counter())
     return marks
+
+
+def score(system: System, name: str, batches: int) -> float:
+    """Return the seconds of a score of the dense network on so many batches."""
+    model = system.build()
+    mask, state = Mask.ones_like(model), model.state_dict()
+    begun = time.perf_counter()
+    score_network(
+        NETWORK_SCORES[name],
+        mask,
+        model=model,
+        state=state,
+        data=system.data,
+        loss=functional.cross_entropy,
+        seed=0,
+        examples=batches * BATCH,
+        batch_size=BATCH,
+    )
+    return time.perf_counter() - begun
 
 
 def by_peer(system: System, mask: Mask, replace: Callable[[nn.Linear], nn.Module]) -> float:

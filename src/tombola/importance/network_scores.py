@@ -178,7 +178,7 @@ def fisher(network: Network) -> dict[str, Tensor]:
             # The sum of the examples' losses, so that each example adds its own gradient.
             outputs = network.model(inputs)
             loss = _finite(network.loss(outputs, labels)) * len(inputs)
-            torch.autograd.grad(loss, list(network.weights.values()))
+            loss.backward()  # type: ignore[no-untyped-call]
     count = network.examples
     return {layer: weight.detach().square() * squares[layer] / count for layer, weight in network.weights.items()}
 
@@ -301,18 +301,29 @@ def _observe_inputs(network: Network, tell: Callable[[str, nn.Module, Tensor], N
 
 @contextmanager
 def _observe_gradients(network: Network, tell: Callable[[str, nn.Module, Tensor, Tensor], None]) -> Iterator[None]:
-    """Tell the inputs of each scored layer and the gradients of its outputs, as `tell(layer, module, x, dL/dy)`."""
+    """Tell the inputs of each scored layer and the gradients of its outputs, as `tell(layer, module, x, dL/dy)`.
 
-    def hook(layer: str, module: nn.Module, arguments: tuple[Tensor, ...], outputs: Tensor) -> None:
+    Inside the block, the scored weights require no gradient, since those of the outputs are enough.
+    """
+
+    def hook(layer: str, module: nn.Module, arguments: tuple[Tensor, ...], outputs: Tensor) -> Tensor:
         inputs = arguments[0].detach()
+        if not outputs.requires_grad:
+            outputs = outputs.requires_grad_().clone()  # a copy may be changed in place
         outputs.register_hook(  # type: ignore[no-untyped-call]
             lambda gradients: tell(layer, module, inputs, gradients.detach())
         )
+        return outputs
 
     handles = [module.register_forward_hook(partial(hook, layer)) for layer, module in _modules(network)]
+    trainable = [weight for weight in network.weights.values() if weight.requires_grad]
+    for weight in trainable:
+        weight.requires_grad_(False)
     try:
         yield
     finally:
+        for weight in trainable:
+            weight.requires_grad_()
         for handle in handles:
             handle.remove()
 
