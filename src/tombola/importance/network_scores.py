@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TypeAlias
 
@@ -25,6 +25,7 @@ from tombola.errors import ImportanceError
 
 Convolution: TypeAlias = nn.Conv1d | nn.Conv2d | nn.Conv3d
 
+_TEMPERATURE = 200.0
 _EXAMPLES_AT_ONCE = 16  # the gradients of so many examples are in memory at the same time
 
 
@@ -120,15 +121,18 @@ def snip(network: Network) -> dict[str, Tensor]:
 def grasp(network: Network) -> dict[str, Tensor]:
     """Return w * H g, how much of the gradient's norm would be lost without the connection; it may be negative.
 
-    Source: Wang et al., arXiv 2002.07376, who remove the connections with the largest -w * H g.
+    Source: Wang et al., arXiv 2002.07376, who remove the connections with the largest -w * H g. As in their code, the
+    outputs are divided by 200 before the loss. Without this, a network that is certain of its predictions has its
+    largest gradients where it is wrong, and the connections that make it right would be removed.
 
-    >>> curved = _example(loss=lambda outputs, labels: (outputs**2).mean() / 2)
-    >>> grasp(curved)["weight"]  # outputs 4, x = (2, 2): H = x x^T, g = 4 x, H g = 64 and 64 halves
+    >>> curved = _example(loss=lambda outputs, labels: 200**2 * (outputs**2).mean() / 2)
+    >>> grasp(curved)["weight"].round()  # outputs 4, x = (2, 2): H = x x^T, g = 4 x, H g = 64 and 64 halves
     tensor([[192., -64.]])
     """
-    gradients = _gradients(network)
+    tempered = replace(network, loss=lambda outputs, labels: network.loss(outputs / _TEMPERATURE, labels))
+    gradients = _gradients(tempered)
     total = {layer: torch.zeros_like(weight) for layer, weight in network.weights.items()}
-    for _, products in _hessian_products(network, lambda: gradients):
+    for _, products in _hessian_products(tempered, lambda: gradients):
         for layer, product in products.items():
             total[layer] += product
     return {layer: weight.detach() * total[layer] for layer, weight in network.weights.items()}
