@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
@@ -339,3 +340,19 @@ def test_all_levels_can_be_trained_side_by_side(tmp_path: Path) -> None:
 def test_what_makes_no_sense_at_the_rewind_point_is_refused() -> None:
     with pytest.raises(ValueError, match="movement is 0"):
         variant(("movement/l1",), score_at="rewind")
+
+
+def test_the_documentation_of_importances_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (Path(__file__).parents[1] / "docs" / "importances.md").read_text()
+    blocks = re.findall(r"^```python\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
+    assert len(blocks) == 1
+    (tmp_path / "mine.py").write_text(blocks[0])
+    monkeypatch.syspath_prepend(str(tmp_path))
+    names = re.findall(r"--importances (magnitude/mine.*)", page)[0].split()
+    assert len(names) == 4
+    of = variant(tuple(names), levels=1)
+    try_out(problem(), of)
+    plan = planner(tmp_path / "store", of)
+    finish(plan)
+    assert all(isinstance(plan.progress(chain).end, Finished) for chain in plan.chains)
+    assert len({plan.progress(chain).tickets[1].mask.hash for chain in plan.chains}) >= 3
