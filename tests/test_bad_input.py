@@ -192,7 +192,7 @@ def test_a_users_importance_that_fails(verb: str, code: str, sentence: str, refu
         ("def f(): raise KeyError('q')", "task.model '{module}:f' raised KeyError: 'q' (in {path}, line 3)"),
         ("def f(): return nn.Flatten()", "Flatten has no linear or convolution weight to prune"),
         ("def f(): return nn.Linear(8, 10)", "for inputs of shape (2, 1, 8, 8) from 'digits' it should give outputs of shape (2, 10)"),
-        ("def f(): return nn.Sequential(nn.Flatten(), nn.LazyLinear(10))", "layer '1.weight' is lazy"),
+        ("def f(): return nn.Sequential(nn.Flatten(), nn.LazyLinear(10))", "task.model '{module}:f': '1.weight' of its state is lazy"),
         ("def f(): return nn.Sequential(nn.Flatten(), nn.Linear(64, 10), nn.LSTM(10, 10))", "expected a tensor, got tuple"),
         ("class F(nn.Linear):\n  def forward(self, x):\n    if not self.training: raise OSError('not now')\n"
          "    return super().forward(x.flatten(1))\ndef f(): return F(64, 10)", "it raised OSError: not now (in {path}, line 5)"),

@@ -8,6 +8,8 @@ import traceback
 from collections.abc import Iterable
 from pathlib import Path
 
+_LONGEST = 500  # characters of the message of a user's exception
+
 
 class UserError(ValueError):
     """A mistake in the user's input. The message says what is wrong, where, what was expected and what to do.
@@ -78,13 +80,29 @@ def describe_exception(error: BaseException) -> str:
     >>> describe_exception(ValueError("no such thing"))
     'ValueError: no such thing'
     """
-    text = f"{type(error).__name__}: {' '.join(str(error).split())}".removesuffix(": ")
+    text = f"{type(error).__name__}: {_message_of(error)}".removesuffix(": ")
     package = Path(__file__).parent
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
         path = Path(frame.filename)
         if path.is_file() and not is_installed(path) and not path.is_relative_to(package):
             return f"{text} (in {path}, line {frame.lineno})"
     return text
+
+
+def is_of_own_code(error: BaseException) -> bool:
+    """Return whether an exception was raised in a user's code, or in a function that a user's code called."""
+    package = Path(__file__).parent
+    paths = {Path(frame.f_code.co_filename) for frame, _ in traceback.walk_tb(error.__traceback__)}
+    return any(path.is_file() and not is_installed(path) and not path.is_relative_to(package) for path in paths)
+
+
+def _message_of(error: BaseException) -> str:
+    """Return an exception's message in one line of at most 500 characters."""
+    try:
+        text = " ".join(str(error).split())
+    except BaseException as another:  # a user's class may do anything here
+        return f"(its message raised {type(another).__name__})"
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]} ..."
 
 
 def is_installed(path: Path) -> bool:

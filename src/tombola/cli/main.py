@@ -12,7 +12,8 @@ from tombola import __version__
 from tombola.cli import analysis, catalogue, report, results, run, store
 from tombola.cli.advice import add_advice
 from tombola.cli.options import Parser, Verb, Verbs, with_dashes
-from tombola.errors import DamagedResultError, UserError
+from tombola.errors import DamagedResultError, UserError, describe_exception, is_of_own_code
+from tombola.exits import end_at_once, watch_exits
 
 EXAMPLES = """\
 examples:
@@ -36,13 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         try:
             options = _parser().parse_args([with_dashes(argument) for argument in given])
-            verb: Verb = options.verb
-            if getattr(options, "format", None) not in ("csv", "json"):
-                return verb(options)
-            from tombola.cli.tables import reserve_output
-
-            with reserve_output():
-                return verb(options)
+            return _call(options.verb, options)
         finally:
             sys.stdout.flush()
     except BrokenPipeError:  # for example `head` has exited; discard the remaining output
@@ -52,11 +47,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
         again = "; finished trainings are kept, continue with: " + shlex.join(["tombola", *given])
         print(f"\ntombola: stopped{again if given[:1] == ['run'] else ''}", file=sys.stderr, flush=True)
         if arguments is None:
-            os._exit(130)  # at once, because the normal exit of torch can take seconds
+            end_at_once(130)  # because the normal exit of torch can take seconds
         return 130
     except (UserError, DamagedResultError) as error:
         print(f"tombola: {add_advice(error)}", file=sys.stderr)
         return 2
+
+
+def _call(verb: Verb, options: argparse.Namespace) -> int:
+    """Call a verb and return its exit status. Whatever a user's code raises becomes a `UserError`."""
+    with watch_exits() as exits:
+        try:
+            if getattr(options, "format", None) not in ("csv", "json"):
+                return verb(options)
+            from tombola.cli.tables import reserve_output
+
+            with reserve_output():
+                return verb(options)
+        except (UserError, DamagedResultError, BrokenPipeError):
+            raise
+        except BaseException as error:
+            if exits.is_ctrl_c(error) or not (is_of_own_code(error) or isinstance(error, SystemExit)):
+                raise
+            raise UserError(f"the code of the study raised {describe_exception(error)}") from error
 
 
 def _parser() -> Parser:

@@ -21,6 +21,7 @@ import torch
 from tombola.engine.job import Job, perform
 from tombola.engine.machine import kind_here
 from tombola.engine.workers import CHECKPOINT_EVERY, TRIES, At, Event, Failed, make_watch
+from tombola.exits import end_at_once, watch_exits
 from tombola.store.store import Store
 from tombola.study.schema import Task
 from tombola.study.task import Problem, load_problem
@@ -123,9 +124,21 @@ class LocalWorkers:
         if self._tries[worker.job.key] < TRIES:
             self.submit(worker.job)
             return
-        code = worker.process.exitcode
-        how = f"by {signal.Signals(-code).name}" if code is not None and code < 0 else f"with status {code}"
-        yield Failed(worker.job.key, f"its process was ended {how}, {TRIES} times; is there enough memory?")
+        yield Failed(worker.job.key, _explain_end(worker.process.exitcode))
+
+
+def _explain_end(status: int | None) -> str:
+    """Explain why a job failed whose process has ended each time that it was started.
+
+    Args:
+        status: the exit status of the process, or minus the number of the signal that ended it.
+
+    >>> _explain_end(-9)
+    'its process was ended by SIGKILL, 3 times; is there enough memory?'
+    """
+    if status is not None and status < 0:
+        return f"its process was ended by {signal.Signals(-status).name}, {TRIES} times; is there enough memory?"
+    return f"its process ended itself with status {status}, {TRIES} times; does the code of the task end the program?"
 
 
 @dataclass
@@ -172,13 +185,14 @@ def _work(connection: Connection, setting: _Setting) -> None:
     try:
         while True:
             job: Job = connection.recv()
+            event: Event
             try:
-                problem = problem or load_problem(setting.task, setting.directory)
-                connection.send(_perform(job, problem, store, setting.checkpoint_every, connection))
-            except (EOFError, BrokenPipeError, ConnectionError):
-                raise
-            except Exception as error:
-                connection.send(Failed.by(job.key, error))
+                with watch_exits():
+                    problem = problem or load_problem(setting.task, setting.directory)
+                    event = _perform(job, problem, store, setting.checkpoint_every, connection)
+            except BaseException as error:  # a user's code may raise anything
+                event = Failed.by(job.key, error)
+            connection.send(event)
     except (EOFError, OSError):
         sys.exit(0)  # the parent has exited
 
@@ -199,4 +213,4 @@ def _end_with_parent() -> None:
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()
-    os._exit(1)
+    end_at_once(1)

@@ -28,6 +28,7 @@ from tombola.engine.job import Job, Outcome, perform
 from tombola.engine.machine import differences, kind_here, machine
 from tombola.engine.workers import CHECKPOINT_EVERY, TRIES, At, Event, Failed, make_watch
 from tombola.errors import ClusterError
+from tombola.exits import watch_exits
 from tombola.store.checkpoints import checkpoint_from_bytes
 from tombola.store.store import Store
 from tombola.study.code import own_modules
@@ -188,8 +189,7 @@ def _reach(address: str | None) -> None:
 
 def _own_modules(task: Task) -> set[str]:
     """Return the names of the user's own modules, whose code is sent to the workers with the problem."""
-    references = [reference for reference in (task.dataset, task.model, task.loss) if ":" in reference]
-    return {name for reference in references for name in own_modules(reference.partition(":")[0])}
+    return {name for reference in task.own_code for name in own_modules(reference.partition(":")[0])}
 
 
 class _Post:
@@ -237,8 +237,9 @@ def _train(
     resume = None if stopped is None else checkpoint_from_bytes(stopped, kind, job.key)
     watch = make_watch(tell, keep, checkpoint_every, kind=kind, key=job.key)
     try:
-        return perform(replace(job, initial=initial), _load(problem[0]), resume, watch)
-    except Exception as error:
+        with watch_exits():
+            return perform(replace(job, initial=initial), _load(problem[0]), resume, watch)
+    except BaseException as error:  # a user's code may raise anything
         return Failed.by(job.key, error)
 
 

@@ -38,6 +38,11 @@ class Task(BaseModel):
     model_arguments: Arguments = Field(default={}, description="arguments of the model function")
     loss: str = Field(default="cross_entropy", description="cross_entropy, or module:function of (outputs, labels)")
 
+    @property
+    def own_code(self) -> list[str]:
+        """The references to the user's own functions, `module:function`."""
+        return [name for name in (self.dataset, self.model, self.loss) if ":" in name]
+
 
 class Study(BaseModel):
     """An experiment: a task, a recipe, and importances x seeds x levels.

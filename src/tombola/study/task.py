@@ -15,10 +15,10 @@ from torch.nn import functional
 
 from tombola import datasets, models
 from tombola.datasets.dataset import Dataset
-from tombola.errors import UserError, describe_exception, did_you_mean
+from tombola.errors import UserError, did_you_mean
 from tombola.importance import Importance, as_importance, find
 from tombola.streams import ambient
-from tombola.study.code import resolve, source_hash
+from tombola.study.code import attribute_failure, resolve, source_hash, steady_source
 from tombola.study.schema import Study, Task
 from tombola.training.batches import batches, normalisation
 from tombola.training.evaluation import Loss
@@ -63,10 +63,11 @@ def load_problem(task: Task, directory: Path | None = None) -> Problem:
     >>> load_problem(Task(dataset="digits", model="lenet_300_100", model_arguments={"inputs": 64})).data.name
     'digits'
     """
-    data = _load_data(task, directory)
-    model, model_identity = _function("model", task.model, models.MODELS, task.model_arguments)
-    build = _guard(f"task.model {task.model!r}", model, nn.Module, "a torch module")
-    loss, loss_identity = _function("loss", task.loss, {"cross_entropy": functional.cross_entropy}, {})
+    with steady_source(task.own_code):
+        data = load_data(task, directory)
+        model, model_identity = _function("model", task.model, models.MODELS, task.model_arguments)
+        loss, loss_identity = _function("loss", task.loss, {"cross_entropy": functional.cross_entropy}, {})
+    build = _checked(f"task.model {task.model!r}", model)
     identity = {"data": data.fingerprint, "model": model_identity, "loss": loss_identity}
     return Problem(data, build, loss, identity)
 
@@ -103,7 +104,7 @@ def try_out(problem: Problem, study: Study) -> None:
     with ambient(0):
         model = problem.build()
         for name, parameter in model.named_parameters():
-            if not torch.nn.parameter.is_lazy(parameter) and not parameter.isfinite().all():
+            if not parameter.isfinite().all():
                 raise UserError(f"task.model {task.model!r}: its initial {name!r} is not finite (NaN or infinite)")
         outputs = _outputs(model, inputs, problem, task)
         loss = _guard(f"task.loss {task.loss!r}", partial(problem.loss, outputs, labels))()
@@ -112,7 +113,7 @@ def try_out(problem: Problem, study: Study) -> None:
             raise UserError(f"task.loss {task.loss!r}: expected one number, the mean over the batch, got {got}")
         _guard(f"task.loss {task.loss!r}: going backward", loss.backward)()
         with torch.no_grad():
-            _outputs(model.eval(), normalisation(data)(data.test_inputs[:2]), problem, task)
+            _outputs(model.eval(), normalisation(data)(data.test_inputs[:2].clone()), problem, task)
 
 
 def _outputs(model: nn.Module, inputs: Tensor, problem: Problem, task: Task) -> Tensor:
@@ -129,7 +130,19 @@ def _outputs(model: nn.Module, inputs: Tensor, problem: Problem, task: Task) -> 
     return cast(Tensor, outputs)
 
 
-def _load_data(task: Task, directory: Path | None) -> Dataset:
+def load_data(task: Task, directory: Path | None = None) -> Dataset:
+    """Load the data set that a task names.
+
+    Args:
+        task: the task.
+        directory: the folder of the data sets.
+
+    Raises:
+        UserError: if it cannot be loaded.
+
+    >>> load_data(Task(dataset="digits", model="lenet_300_100")).name
+    'digits'
+    """
     what = f"task.dataset {task.dataset!r}"
     if ":" not in task.dataset:
         return _guard(what, partial(datasets.load, task.dataset, directory, **task.dataset_arguments))()
@@ -171,18 +184,42 @@ def _call(what: str, function: Callable[..., Any], arguments: Mapping[str, Any])
     return partial(function, **arguments)
 
 
+def _checked(what: str, build: Callable[[], object]) -> Callable[[], nn.Module]:
+    """Wrap a function that builds a model: it raises `UserError` unless the model's state consists of dense tensors."""
+
+    def build_and_check() -> nn.Module:
+        model = cast(nn.Module, _guard(what, build, nn.Module, "a torch module")())
+        for name, value in _guard(what, partial(model.state_dict, keep_vars=True))().items():
+            if fault := _fault_of(value):
+                raise UserError(f"{what}: {name!r} of its state {fault}")
+        return model
+
+    return build_and_check
+
+
+def _fault_of(value: object) -> str | None:
+    """Return what prevents an entry of a state from being stored and trained; None if nothing does."""
+    if not isinstance(value, Tensor):
+        return f"is of type {type(value).__name__}; keep it in a buffer, which is a tensor"
+    if torch.nn.parameter.is_lazy(value):
+        return "is lazy: its shape is not known before the first batch; give the sizes of the layer"
+    if value.is_meta:
+        return "is on the device 'meta', where it has no values; build the model on the CPU"
+    if value.layout is not torch.strided or value.is_quantized:
+        return "is sparse or quantised; expected a dense tensor"
+    return None
+
+
 def _guard(
     what: str, function: Callable[..., Result], kind: type | None = None, kind_name: str = ""
 ) -> Callable[[], Result]:
     """Wrap a function: the result raises `UserError` if the function fails or returns another type than `kind`."""
 
     def call() -> Result:
-        try:
+        with attribute_failure(what):
             result = function()
-        except UserError:
-            raise
-        except Exception as error:
-            raise UserError(f"{what} raised {describe_exception(error)}") from error
+            if inspect.iscoroutine(result):
+                result.close()  # it is refused below
         if kind is not None and not isinstance(result, kind):
             raise UserError(f"{what.removesuffix(' it')}: expected {kind_name}, got {type(result).__name__}")
         return result

@@ -1,0 +1,70 @@
+"""Repeatability: find out before a run whether the user's own code gives the same each time that it is called.
+
+A training is named by its arguments. If these are drawn anew each time, no stored result is ever found again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from tombola.errors import UserError
+from tombola.importance import is_built_in
+from tombola.lottery.rewinding import prune_round
+from tombola.streams import ambient
+from tombola.study.planner import Planner
+from tombola.study.schema import Task
+from tombola.study.task import Problem, load_data, resolve_importance
+from tombola.training.batches import normalisation
+from tombola.training.weights import state_hash
+
+
+def check_repeatable(planner: Planner) -> None:
+    """Compute everything twice that the user's own functions give, and compare the bits.
+
+    The data set is loaded a second time; the model is initialised, and applied to a few examples, twice with the same
+    seed; the importances prune the initial network twice. Nothing of this is done for built-in functions.
+
+    Args:
+        planner: the planner of the study.
+
+    Raises:
+        UserError: if a function gives something else the second time; the message names it.
+    """
+    problem, task = planner.problem, planner.study.task
+    if ":" in task.dataset and load_data(task).fingerprint != problem.data.fingerprint:
+        raise UserError(f"task.dataset {task.dataset!r}: {_ELSE.format('data')}, with a fixed seed")
+    if ":" in task.model or ":" in task.loss:
+        for (what, one), (_, other) in zip(_compute(problem, task), _compute(problem, task), strict=False):
+            if state_hash({"": one}) != state_hash({"": other}):
+                raise UserError(f"{what}, for equal seeds of torch's global generator")
+    seed = planner.study.seeds[0]
+    for name in planner.study.importances:
+        if not is_built_in(name):
+            importance = resolve_importance(name)
+            again = partial(prune_round, planner.initial(seed), planner.dense, 0, importance=importance, seed=seed)
+            masks = [again(fraction=planner.study.fraction, keep_dense=planner.kept_dense) for _ in range(2)]
+            if masks[0] != masks[1]:
+                raise UserError(f"importance {name!r}: {_ELSE.format('scores')}, from the generator of its `Survivors`")
+
+
+_ELSE = "it gives other {} each time that it is called; draw random numbers"
+
+
+def _compute(problem: Problem, task: Task) -> Iterator[tuple[str, Tensor]]:
+    """Yield what model and loss give, each with the beginning of a message about it."""
+    model_gives = f"task.model {task.model!r}: {_ELSE}"
+    few, labels = normalisation(problem.data)(problem.data.test_inputs[:2].clone()), problem.data.test_labels[:2]
+    with ambient(0):
+        model = problem.build()
+        for name, tensor in model.state_dict().items():
+            yield model_gives.format(f"initial values of {name!r}"), tensor
+        with torch.no_grad():
+            outputs = model.eval()(few)
+        yield model_gives.format("outputs"), outputs
+        with torch.no_grad():
+            loss = problem.loss(outputs, labels.clone())
+        yield f"task.loss {task.loss!r}: {_ELSE.format('values')}", loss
