@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, get_args, get_origin
 
+from tombola.cli.path import find_modules
 from tombola.errors import UserError, did_you_mean
 from tombola.study.schema import OldFieldWarning, Study, fields, is_list, load_study
 
@@ -174,7 +175,7 @@ def open_planner(options: argparse.Namespace, study: Study | None = None) -> Pla
         study: what `open_study` returned for them, if it has been called.
     """
     study = study or open_study(options)
-    _find_modules([Path(options.study).resolve().parent, Path.cwd()])
+    find_modules([Path(options.study).resolve().parent, Path.cwd()])
     import torch
 
     from tombola.store.store import Store
@@ -312,10 +313,3 @@ def metavar(annotation: Any) -> str:
 
 def _word(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
-
-
-def _find_modules(folders: list[Path]) -> None:
-    """Add these folders to the module path, after the standard library and before installed packages."""
-    installed = ("site-packages", "dist-packages")
-    place = next((i for i, entry in enumerate(sys.path) if entry.endswith(installed)), len(sys.path))
-    sys.path[place:place] = [str(folder) for folder in dict.fromkeys(folders) if str(folder) not in sys.path]
