@@ -56,6 +56,15 @@ class DamagedResultError(Exception):
         self.key, self.reason = key, reason
 
 
+def shorten(text: str, most: int = 100) -> str:
+    """Return a text of a user for a message, cut off after `most` characters.
+
+    >>> shorten("0123456789", 4)
+    '0123 ...'
+    """
+    return text if len(text) <= most else f"{text[:most]} ..."
+
+
 def did_you_mean(name: str, choices: Iterable[str]) -> str:
     """Return a clause that names the choices nearest to `name`, or all of them if none is near.
 
@@ -66,7 +75,7 @@ def did_you_mean(name: str, choices: Iterable[str]) -> str:
     >>> did_you_mean("xyz", ["magnitude", "l1"])
     "choose from 'magnitude', 'l1'"
     """
-    known = list(choices)
+    name, known = name[:_LONGEST], list(choices)
     folded = {choice.casefold(): choice for choice in known}
     near = [choice for choice in known if name and choice.casefold().startswith(name.casefold())]
     near = near or [folded[match] for match in difflib.get_close_matches(name.casefold(), folded, n=3, cutoff=0.6)]
@@ -102,7 +111,7 @@ def _message_of(error: BaseException) -> str:
         text = " ".join(str(error).split())
     except BaseException as another:  # a user's class may do anything here
         return f"(its message raised {type(another).__name__})"
-    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]} ..."
+    return shorten(text, _LONGEST)
 
 
 def is_installed(path: Path) -> bool:

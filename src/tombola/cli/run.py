@@ -26,7 +26,7 @@ def add_verbs(verbs: Verbs) -> None:
         "--address", metavar="HOST:PORT", help="the Ray cluster (RAY_ADDRESS, or Ray is started on this machine)"
     )
     engine.add_argument(
-        "--per-gpu", type=whole_number(1), default=1, metavar="N", help="trainings at the same time on one GPU"
+        "--per-gpu", type=whole_number(1, 1000), default=1, metavar="N", help="trainings at the same time on one GPU"
     )
     verbs.add("plan", plan, verbs.study, verbs.table)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -68,6 +69,8 @@ def load_problem(task: Task, directory: Path | None = None) -> Problem:
         model, model_identity = _function("model", task.model, models.MODELS, task.model_arguments)
         loss, loss_identity = _function("loss", task.loss, {"cross_entropy": functional.cross_entropy}, {})
     build = _checked(f"task.model {task.model!r}", model)
+    if task.model in models.MODELS:
+        _check_memory(build)
     identity = {"data": data.fingerprint, "model": model_identity, "loss": loss_identity}
     return Problem(data, build, loss, identity)
 
@@ -197,13 +200,22 @@ def _checked(what: str, build: Callable[[], object]) -> Callable[[], nn.Module]:
     return build_and_check
 
 
+def _check_memory(build: Callable[[], nn.Module]) -> None:
+    """Raise `UserError` if the parameters of a built-in model need more memory than the machine has."""
+    with torch.device("meta"):  # nothing is allocated
+        size = sum(parameter.numel() * parameter.itemsize for parameter in build().parameters())
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if size > there:
+        raise UserError(f"task.model: its parameters need {size:.2g} bytes, this machine has {there:.2g}")
+
+
 def _fault_of(value: object) -> str | None:
     """Return what prevents an entry of a state from being stored and trained; None if nothing does."""
     if not isinstance(value, Tensor):
         return f"is of type {type(value).__name__}; keep it in a buffer, which is a tensor"
     if torch.nn.parameter.is_lazy(value):
         return "is lazy: its shape is not known before the first batch; give the sizes of the layer"
-    if value.is_meta:
+    if value.is_meta and torch.get_default_device().type != "meta":
         return "is on the device 'meta', where it has no values; build the model on the CPU"
     if value.layout is not torch.strided or value.is_quantized:
         return "is sparse or quantised; expected a dense tensor"
