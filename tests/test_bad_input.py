@@ -138,7 +138,7 @@ def test_mistakes_on_the_command_line(refused: Refused) -> None:
     )
     assert refused("plan", "digits", "extra") == "unexpected argument 'extra' (see tombola plan --help)"
     assert refused("run", "digits", "--levels", "many") == "study digits: levels: expected a whole number, got 'many'"
-    assert "--workers: expected a whole number from 1 on, got '0'" in refused("run", "digits", "--workers", "0")
+    assert "--workers: expected a whole number from 1 to 10000, got '0'" in refused("run", "digits", "--workers", "0")
     assert "unknown --format 'yaml'; choose from 'table', 'csv', 'json'" in refused(
         "results", "digits", "--format", "yaml"
     )
