@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -40,7 +41,10 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     return content(root)
 
 
-@pytest.mark.parametrize("when", ["while it lists what is needed", "after its first removal", "before it has begun"])
+WHEN = ["before it begins", "while it lists what is needed", "between a look and a removal", "after its first removal"]
+
+
+@pytest.mark.parametrize("when", WHEN)
 def test_a_run_that_begins_during_a_collection_loses_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, undisturbed: dict[str, bytes], when: str
 ) -> None:
@@ -60,15 +64,24 @@ def test_a_run_that_begins_during_a_collection_loses_nothing(
         return set()
 
     removed: list[Entry] = []
-    remove = Store.remove
+    remove, look, looked = Store.remove, Claims.collector, threading.Event()
+
+    def look_and_tell(claims: Claims) -> str | None:
+        looked.set()
+        return look(claims)
 
     def remove_and_begin(store: Store, entry: Entry) -> None:
+        if when == "between a look and a removal":
+            begin()
+            until(lambda: looked.is_set() or not beginning.is_alive(), "the run looks for a collection")
         remove(store, entry)
         removed.append(entry)
         begin()
 
+    monkeypatch.setattr(Claims, "collector", look_and_tell)
+
     monkeypatch.setattr(Store, "remove", remove_and_begin)
-    if when == "before it has begun":
+    if when == "before it begins":
         with Claims(root), pytest.raises(UserError, match="another run of tombola uses it"):
             collect(Store(root), needs)
     else:
@@ -76,7 +89,7 @@ def test_a_run_that_begins_during_a_collection_loses_nothing(
             collect(Store(root), needs)
         beginning.join(LONG)
         assert not beginning.is_alive()
-    assert len(removed) == (when == "after its first removal")
+    assert len(removed) == ("removal" in when)
     assert content(root) == undisturbed
 
 
@@ -165,6 +178,21 @@ def test_an_unfinished_marker_that_another_process_sweeps_away_is_no_error(
 
     monkeypatch.setattr(store_module, "write_atomically", write_twice)
     Store(tmp_path / "store")
+
+
+def test_a_file_that_another_process_sweeps_away_does_not_make_a_store_unwritable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = tempfile.mkstemp
+
+    def make_and_remove(**where: Any) -> tuple[int, str]:
+        handle, name = real(**where)
+        os.unlink(name)
+        return handle, name
+
+    store = Store(tmp_path / "store")
+    monkeypatch.setattr(tempfile, "mkstemp", make_and_remove)
+    store.check_writable()
 
 
 def forge(path: Path, change: Callable[[dict[str, Any]], dict[str, Any]], changed: float) -> None:
