@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -157,10 +158,15 @@ def test_a_worker_whose_start_fails_is_started_again(error: Exception, monkeypat
         local._Worker.start("setting")  # type: ignore[arg-type]
 
 
-def test_too_few_files_for_a_worker_are_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(setting: object) -> object:
-        raise OSError(24, "Too many open files")
+def test_too_few_files_for_a_worker_are_said(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+    def connect(*_: object) -> object:
+        raise AssertionError("the process that workers are copies of would end with a traceback")
 
-    monkeypatch.setattr(local._Worker, "_start", fail)
+    monkeypatch.setattr(forkserver._forkserver, "connect_to_new_process", connect)
+    monkeypatch.setattr(local, "_FILES", 300)
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
+    request.addfinalizer(lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (before, hard)))
     with LocalWorkers(1, None, None, None) as workers, pytest.raises(UserError, match="Too many open files; fewer"):  # type: ignore[arg-type]
         workers.submit(None)  # type: ignore[arg-type]

@@ -38,6 +38,9 @@ _LONGEST_FOLDER = 70
 _LIMITS = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN, errno.ENOSPC}
 """The errors of a system that allows no more files, memory or processes: trying again is in vain."""
 
+_FILES = 16
+"""Files that the start of a process needs for a moment, and some more."""
+
 _PRELOADED = ["tombola.engine.local", "torch._dynamo"]  # torch imports the latter at an optimizer's first step
 
 
@@ -183,6 +186,7 @@ class _Worker:
 
     @classmethod
     def _start(cls, setting: _Setting) -> _Worker:
+        _check_files()
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(_PRELOADED)
         ours, theirs = context.Pipe()
@@ -197,6 +201,16 @@ class _Worker:
         finally:
             theirs.close()
         return cls(process, ours)
+
+
+def _check_files() -> None:
+    """Raise `OSError` if the start of a process could lack files.
+
+    If they lacked in the middle of it, the process that workers are forked from would end with a traceback.
+    """
+    with contextlib.ExitStack() as stack:
+        for _ in range(_FILES):
+            stack.callback(os.close, os.open(os.devnull, os.O_RDONLY))
 
 
 @contextlib.contextmanager
