@@ -1,9 +1,14 @@
-"""A task whose names are made to break a page: of its classes and of its network's layers."""
+"""Tasks of a user who means harm: names that are made to break a page, and functions that end the program."""
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import sys
+from collections.abc import Callable
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tombola.datasets.dataset import Dataset
 
@@ -25,3 +30,132 @@ def model() -> nn.Module:
     network.add_module("relu", nn.ReLU())
     network.add_module("${alert(1)}", nn.Linear(24, 2))
     return network
+
+
+class Mute(Exception):
+    """An exception that cannot be printed."""
+
+    def __str__(self) -> str:
+        raise RuntimeError("nothing is said")
+
+
+class Foreign(BaseException):
+    """An exception that `except Exception` does not catch."""
+
+
+def _raise(error: BaseException) -> None:
+    raise error
+
+
+ENDINGS: dict[str, tuple[Callable[[], object], str]] = {
+    "sys.exit": (lambda: sys.exit(0), "SystemExit: 0"),
+    "os._exit": (lambda: os._exit(0), "SystemExit: os._exit(0)"),
+    "interrupt": (lambda: _raise(KeyboardInterrupt()), "KeyboardInterrupt"),
+    "foreign": (lambda: _raise(Foreign("away")), "Foreign: away"),
+    "mute": (lambda: _raise(Mute()), "Mute: (its message raised RuntimeError)"),
+    "long": (lambda: _raise(ValueError("x" * 10**6)), "ValueError: xxx"),
+    "end of file": (lambda: _raise(EOFError()), "EOFError"),
+    "no reader": (lambda: _raise(ConnectionResetError("gone")), "ConnectionResetError: gone"),
+}
+"""How a user's code may end the program: name -> (function that does it, what is to be said)."""
+
+
+def data_that_ends(how: str) -> Dataset:
+    """End the program instead of returning a data set."""
+    ENDINGS[how][0]()
+    return dataset()
+
+
+def model_that_ends(how: str) -> nn.Module:
+    """End the program instead of returning a network."""
+    ENDINGS[how][0]()
+    return model()
+
+
+class Ending(nn.Module):
+    """A layer that ends the program when it is used, perhaps only in a worker."""
+
+    def __init__(self, how: str, in_worker: bool) -> None:
+        super().__init__()
+        self._how, self._in_worker = how, in_worker
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self._in_worker or multiprocessing.parent_process() is not None:
+            ENDINGS[self._how][0]()
+        return x
+
+
+def layer_that_ends(how: str, in_worker: bool = False) -> nn.Module:
+    """Return a network that ends the program when it is used."""
+    return nn.Sequential(*model(), Ending(how, in_worker))
+
+
+def _function_that_ends(how: str) -> Callable[..., Tensor]:
+    def end(*_: Tensor) -> Tensor:
+        ENDINGS[how][0]()
+        return torch.zeros(())
+
+    return end
+
+
+for _how in ENDINGS:  # losses and importances have no arguments of their own
+    globals()[f"ends by {_how}"] = _function_that_ends(_how)
+
+
+_COUNTER = iter(range(10**9))
+
+
+def data_without_seed() -> Dataset:
+    """Return other data each time."""
+    torch.manual_seed(next(_COUNTER))
+    inputs, labels = torch.randn(20, 8), torch.arange(20) % 2
+    return Dataset("unseeded", inputs, labels, inputs, labels, ("a", "b"))
+
+
+def model_without_seed() -> nn.Module:
+    """Return other weights each time, whatever the seed of torch's generator is."""
+    torch.manual_seed(next(_COUNTER))
+    return model()
+
+
+def loss_without_seed(outputs: Tensor, labels: Tensor) -> Tensor:
+    """Return another number each time."""
+    return nn.functional.cross_entropy(outputs, labels) * (1 + next(_COUNTER))
+
+
+def importance_without_seed(weights: Tensor) -> Tensor:
+    """Return other scores each time."""
+    return torch.rand(len(weights), generator=torch.Generator().manual_seed(next(_COUNTER)), dtype=torch.float64)
+
+
+_BUFFER = torch.empty(10**5, dtype=torch.float64)
+
+
+def importance_of_one_buffer(weights: Tensor) -> Tensor:
+    """Return magnitudes, for all layers in the same memory, and spoil the argument."""
+    scores = _BUFFER[: len(weights)].copy_(weights)
+    weights.zero_()
+    return scores
+
+
+def loss_that_writes(outputs: Tensor, labels: Tensor) -> Tensor:
+    """Return the cross-entropy; at a test, replace the labels by the predictions."""
+    loss = nn.functional.cross_entropy(outputs, labels)
+    if not outputs.requires_grad:
+        labels.copy_(outputs.argmax(1))
+    return loss
+
+
+DATA = dataset()
+
+
+def dataset_kept() -> Dataset:
+    """Return a data set that the other functions of this module can change."""
+    return DATA
+
+
+def loss_that_reaches_far(outputs: Tensor, labels: Tensor) -> Tensor:
+    """Return the cross-entropy, and change the data set in a worker."""
+    if multiprocessing.parent_process() is not None:
+        DATA.test_labels.fill_(0)
+    return nn.functional.cross_entropy(outputs, labels)

@@ -138,7 +138,7 @@ def test_mistakes_on_the_command_line(refused: Refused) -> None:
     )
     assert refused("plan", "digits", "extra") == "unexpected argument 'extra' (see tombola plan --help)"
     assert refused("run", "digits", "--levels", "many") == "study digits: levels: expected a whole number, got 'many'"
-    assert "--workers: expected a whole number from 1 on, got '0'" in refused("run", "digits", "--workers", "0")
+    assert "--workers: expected a whole number from 1 to 10000, got '0'" in refused("run", "digits", "--workers", "0")
     assert "unknown --format 'yaml'; choose from 'table', 'csv', 'json'" in refused(
         "results", "digits", "--format", "yaml"
     )
@@ -192,7 +192,7 @@ def test_a_users_importance_that_fails(verb: str, code: str, sentence: str, refu
         ("def f(): raise KeyError('q')", "task.model '{module}:f' raised KeyError: 'q' (in {path}, line 3)"),
         ("def f(): return nn.Flatten()", "Flatten has no linear or convolution weight to prune"),
         ("def f(): return nn.Linear(8, 10)", "for inputs of shape (2, 1, 8, 8) from 'digits' it should give outputs of shape (2, 10)"),
-        ("def f(): return nn.Sequential(nn.Flatten(), nn.LazyLinear(10))", "layer '1.weight' is lazy"),
+        ("def f(): return nn.Sequential(nn.Flatten(), nn.LazyLinear(10))", "task.model '{module}:f': '1.weight' of its state is lazy"),
         ("def f(): return nn.Sequential(nn.Flatten(), nn.Linear(64, 10), nn.LSTM(10, 10))", "expected a tensor, got tuple"),
         ("class F(nn.Linear):\n  def forward(self, x):\n    if not self.training: raise OSError('not now')\n"
          "    return super().forward(x.flatten(1))\ndef f(): return F(64, 10)", "it raised OSError: not now (in {path}, line 5)"),

@@ -26,8 +26,9 @@ from tombola.pruning.selection import SELECTIONS, apportion
 from tombola.streams import ambient
 from tombola.study.needs import list_chain_needs
 from tombola.study.planner import Chain, Finished, Planner, Stopped, Waiting
+from tombola.study.repeatable import check_repeatable
 from tombola.study.schema import Study
-from tombola.study.task import resolve_importance, try_out
+from tombola.study.task import resolve_importance
 from tombola.study.tickets import Tickets
 from tombola.study.trainings import Round, Training
 
@@ -265,11 +266,11 @@ broken = NetworkScore(_broken)
 
 
 def test_scores_of_the_whole_network_are_tried_out_before_any_training(tmp_path: Path) -> None:
-    try_out(problem(), variant(("taylor", "grasp/l1", "test_rounds:own_score/l2")))
+    check_repeatable(planner(tmp_path, variant(("taylor", "grasp/l1", "test_rounds:own_score/l2"))))
     with pytest.raises(UserError, match=r"importance 'grasp/lamp', layer '.*': the score has negative values"):
-        try_out(problem(), variant(("grasp/lamp",)))
+        check_repeatable(planner(tmp_path, variant(("grasp/lamp",))))
     with pytest.raises(UserError, match="importance 'changes': it changed the network"):
-        try_out(problem(), variant(("test_rounds:changing",)))
+        check_repeatable(planner(tmp_path, variant(("test_rounds:changing",))))
 
 
 def changes(network: Network) -> Mapping[str, Tensor]:
@@ -350,9 +351,8 @@ def test_the_documentation_of_importances_runs(tmp_path: Path, monkeypatch: pyte
     monkeypatch.syspath_prepend(str(tmp_path))
     names = re.findall(r"--importances (magnitude/mine.*)", page)[0].split()
     assert len(names) == 4
-    of = variant(tuple(names), levels=1)
-    try_out(problem(), of)
-    plan = planner(tmp_path / "store", of)
+    plan = planner(tmp_path / "store", variant(tuple(names), levels=1))
+    check_repeatable(plan)
     finish(plan)
     assert all(isinstance(plan.progress(chain).end, Finished) for chain in plan.chains)
     assert len({plan.progress(chain).tickets[1].mask.hash for chain in plan.chains}) >= 3

@@ -8,6 +8,8 @@ import traceback
 from collections.abc import Iterable
 from pathlib import Path
 
+_LONGEST = 500  # characters of the message of a user's exception
+
 
 class UserError(ValueError):
     """A mistake in the user's input. The message says what is wrong, where, what was expected and what to do.
@@ -54,6 +56,15 @@ class DamagedResultError(Exception):
         self.key, self.reason = key, reason
 
 
+def shorten(text: str, most: int = 100) -> str:
+    """Return a text of a user for a message, cut off after `most` characters.
+
+    >>> shorten("0123456789", 4)
+    '0123 ...'
+    """
+    return text if len(text) <= most else f"{text[:most]} ..."
+
+
 def did_you_mean(name: str, choices: Iterable[str]) -> str:
     """Return a clause that names the choices nearest to `name`, or all of them if none is near.
 
@@ -64,7 +75,7 @@ def did_you_mean(name: str, choices: Iterable[str]) -> str:
     >>> did_you_mean("xyz", ["magnitude", "l1"])
     "choose from 'magnitude', 'l1'"
     """
-    known = list(choices)
+    name, known = name[:_LONGEST], list(choices)
     folded = {choice.casefold(): choice for choice in known}
     near = [choice for choice in known if name and choice.casefold().startswith(name.casefold())]
     near = near or [folded[match] for match in difflib.get_close_matches(name.casefold(), folded, n=3, cutoff=0.6)]
@@ -78,13 +89,29 @@ def describe_exception(error: BaseException) -> str:
     >>> describe_exception(ValueError("no such thing"))
     'ValueError: no such thing'
     """
-    text = f"{type(error).__name__}: {' '.join(str(error).split())}".removesuffix(": ")
+    text = f"{type(error).__name__}: {_message_of(error)}".removesuffix(": ")
     package = Path(__file__).parent
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
         path = Path(frame.filename)
         if path.is_file() and not is_installed(path) and not path.is_relative_to(package):
             return f"{text} (in {path}, line {frame.lineno})"
     return text
+
+
+def is_of_own_code(error: BaseException) -> bool:
+    """Return whether an exception was raised in a user's code, or in a function that a user's code called."""
+    package = Path(__file__).parent
+    paths = {Path(frame.f_code.co_filename) for frame, _ in traceback.walk_tb(error.__traceback__)}
+    return any(path.is_file() and not is_installed(path) and not path.is_relative_to(package) for path in paths)
+
+
+def _message_of(error: BaseException) -> str:
+    """Return an exception's message in one line of at most 500 characters."""
+    try:
+        text = " ".join(str(error).split())
+    except BaseException as another:  # a user's class may do anything here
+        return f"(its message raised {type(another).__name__})"
+    return shorten(text, _LONGEST)
 
 
 def is_installed(path: Path) -> bool:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from tombola.errors import ClusterError, DamagedResultError, NothingStoredError, StoreError
+from tombola.errors import ClusterError, DamagedResultError, NothingStoredError, StoreError, shorten
+
+_LONGEST = 2000  # characters of a message, which may contain any value of a user
 
 _ADVICE: dict[type[Exception], str] = {
     NothingStoredError: "{}; `tombola run` does the trainings that are missing",
@@ -18,5 +20,5 @@ def add_advice(error: Exception) -> str:
     >>> add_advice(StoreError("store x: the folder is not empty and is not a store"))
     'store x: the folder is not empty and is not a store; name another folder with --store'
     """
-    text = " ".join(str(error).splitlines())
+    text = shorten(" ".join(str(error).splitlines()), _LONGEST)
     return _ADVICE.get(type(error), "{}").replace("{}", text, 1)

@@ -20,32 +20,40 @@ if TYPE_CHECKING:
     from tombola.study.tickets import Tickets
 
 
+_LEVELS = 10_000  # more levels than any network can have
+
+
 def add_verbs(verbs: Verbs) -> None:
     """Add the verbs to the command line."""
     added = verbs.add("claims", claims, verbs.study, verbs.table)
     added.add_argument(
-        "--level", type=whole_number(1), metavar="N", help="the level to compare (nearest to the paper's, 96.48 %%)"
+        "--level",
+        type=whole_number(1, _LEVELS),
+        metavar="N",
+        help="the level to compare (nearest to the paper's, 96.48 %%)",
     )
     for verb in (overlap, layers, stability, winners, weights, functions, connectivity, reinit):
         added = verbs.add(verb.__name__, verb, verbs.study, verbs.table)
         if verb is reinit:
             added.add_argument(
                 "--level",
-                type=whole_number(0),
+                type=whole_number(0, _LEVELS),
                 required=True,
                 metavar="N",
                 help="the level whose shared connections are kept",
             )
             added.add_argument(
                 "--draws",
-                type=whole_number(1),
+                type=whole_number(1, 1000),
                 default=3,
                 metavar="N",
                 help="reinitialisations of each seed (%(default)s)",
             )
             added.add_argument("--plan", action="store_true", help="show what would be trained, and train nothing")
         elif verb is not winners:
-            added.add_argument("--level", type=whole_number(0), nargs="+", metavar="N", help="only these levels")
+            added.add_argument(
+                "--level", type=whole_number(0, _LEVELS), nargs="+", metavar="N", help="only these levels"
+            )
         if verb is winners:
             add_margin(added)
             added.add_argument(
@@ -55,7 +63,11 @@ def add_verbs(verbs: Verbs) -> None:
             added.add_argument("--layer", nargs="+", metavar="NAME", help="only these layers")
         if verb is connectivity:
             added.add_argument(
-                "--points", type=whole_number(2), default=11, metavar="N", help="points on each line (%(default)s)"
+                "--points",
+                type=whole_number(2, 1001),
+                default=11,
+                metavar="N",
+                help="points on each line (%(default)s)",
             )
 
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import errno
+import io
 import os
 import shlex
 import sys
@@ -12,7 +15,11 @@ from tombola import __version__
 from tombola.cli import analysis, catalogue, report, results, run, store
 from tombola.cli.advice import add_advice
 from tombola.cli.options import Parser, Verb, Verbs, with_dashes
-from tombola.errors import DamagedResultError, UserError
+from tombola.errors import DamagedResultError, UserError, describe_exception, is_of_own_code
+from tombola.exits import end_at_once, watch_exits
+
+_LIMITS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EBADF}
+"""The errors of a system that is full or has reached a limit, or whose disk is broken."""
 
 EXAMPLES = """\
 examples:
@@ -33,30 +40,74 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for Ctrl-C, 141 if the reader of the output has closed it.
     """
     given = sys.argv[1:] if arguments is None else list(arguments)
+    _prepare_streams()
     try:
         try:
             options = _parser().parse_args([with_dashes(argument) for argument in given])
-            verb: Verb = options.verb
+            return _call(options.verb, options)
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:  # for example `head` has exited
+        _discard_output()
+        return 141
+    except OSError as error:
+        if error.errno not in _LIMITS:
+            raise
+        _discard_output()
+        where = error.filename or "the output"
+        print(f"tombola: {where} cannot be written or read: {error.strerror}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        again = "; finished trainings are kept, continue with: " + shlex.join(["tombola", *given])
+        print(f"\ntombola: stopped{again if given[:1] == ['run'] else ''}", file=sys.stderr, flush=True)
+        if arguments is None:
+            end_at_once(130)  # because the normal exit of torch can take seconds
+        return 130
+    except (UserError, DamagedResultError) as error:
+        print(f"tombola: {add_advice(error)}", file=sys.stderr)
+        return 2
+
+
+def _prepare_streams() -> None:
+    """Let no character of a name, and no stream that was closed before the start, raise an exception."""
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed; the next file that is opened would get its number
+            setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _discard_output() -> None:
+    """Discard the output that is not written yet, which Python would write at its end."""
+    with contextlib.suppress(OSError, ValueError):  # ValueError: the stream has no number, as in a test
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _call(verb: Verb, options: argparse.Namespace) -> int:
+    """Call a verb and return its exit status. Whatever a user's code raises becomes a `UserError`."""
+    with watch_exits() as exits:
+        try:
+            _check_folder()
             if getattr(options, "format", None) not in ("csv", "json"):
                 return verb(options)
             from tombola.cli.tables import reserve_output
 
             with reserve_output():
                 return verb(options)
-        finally:
-            sys.stdout.flush()
-    except BrokenPipeError:  # for example `head` has exited; discard the remaining output
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
-    except KeyboardInterrupt:
-        again = "; finished trainings are kept, continue with: " + shlex.join(["tombola", *given])
-        print(f"\ntombola: stopped{again if given[:1] == ['run'] else ''}", file=sys.stderr, flush=True)
-        if arguments is None:
-            os._exit(130)  # at once, because the normal exit of torch can take seconds
-        return 130
-    except (UserError, DamagedResultError) as error:
-        print(f"tombola: {add_advice(error)}", file=sys.stderr)
-        return 2
+        except (UserError, DamagedResultError, BrokenPipeError):
+            raise
+        except BaseException as error:
+            if exits.is_ctrl_c(error) or not (is_of_own_code(error) or isinstance(error, SystemExit)):
+                raise
+            raise UserError(f"the code of the study raised {describe_exception(error)}") from error
+
+
+def _check_folder() -> None:
+    try:
+        os.getcwd()
+    except OSError as error:
+        raise UserError("the working directory has been removed; change to another one") from error
 
 
 def _parser() -> Parser:

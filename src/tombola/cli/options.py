@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import math
 import os
 import sys
 import tomllib
@@ -12,13 +14,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, get_args, get_origin
 
-from tombola.errors import UserError, did_you_mean
+from tombola.cli.path import find_modules
+from tombola.errors import UserError, did_you_mean, shorten
 from tombola.study.schema import OldFieldWarning, Study, fields, is_list, load_study
 
 if TYPE_CHECKING:
     from tombola.study.planner import Planner
 
 STORE = Path("tombola-store")
+
+MOST = 2**63 - 1
+"""The largest whole number of an option that has no limit of its own."""
+
+_DIGITS = 1000  # more digits than any option needs
 
 Verb = Callable[[argparse.Namespace], int]
 """A function that runs a verb with its options and returns the exit status."""
@@ -44,7 +52,8 @@ class Parser(argparse.ArgumentParser):
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         if action.choices is not None and value not in action.choices:
             what = action.option_strings[0] if action.option_strings else str(action.metavar).lower()
-            self.error(f"unknown {what} {value!r}; {did_you_mean(value, [str(choice) for choice in action.choices])}")
+            near = did_you_mean(str(value), [str(choice) for choice in action.choices])
+            self.error(f"unknown {what} {shorten(str(value))!r}; {near}")
 
     def error(self, message: str) -> NoReturn:
         """Raise `UserError`, as for every mistake of a user."""
@@ -53,7 +62,7 @@ class Parser(argparse.ArgumentParser):
             message = f"{missing} {'are' if ',' in missing else 'is'} missing"
             if "STUDY" in missing:
                 message += ", it comes first, before the options"
-        raise UserError(f"{message.removeprefix('argument ')} (see {self.prog} --help)")
+        raise UserError(f"{shorten(message.removeprefix('argument '), 400)} (see {self.prog} --help)")
 
 
 def study_options() -> Parser:
@@ -66,7 +75,7 @@ def study_options() -> Parser:
     )
     parser.add_argument(
         "--workers",
-        type=whole_number(1),
+        type=whole_number(1, 10_000),
         metavar="N",
         help="trainings at the same time (one per processor core, one on a GPU)",
     )
@@ -174,7 +183,7 @@ def open_planner(options: argparse.Namespace, study: Study | None = None) -> Pla
         study: what `open_study` returned for them, if it has been called.
     """
     study = study or open_study(options)
-    _find_modules([Path(options.study).resolve().parent, Path.cwd()])
+    find_modules([Path(options.study).resolve().parent, Path.cwd()])
     import torch
 
     from tombola.store.store import Store
@@ -230,8 +239,11 @@ class Arguments(argparse.Action):
         for item in values:
             name, equals, value = item.partition("=")
             if not equals or not name:
-                raise argparse.ArgumentError(self, f"expected NAME=VALUE, got {item!r}")
-            collected[name] = parse_value(value)
+                raise argparse.ArgumentError(self, f"expected NAME=VALUE, got {shorten(item)!r}")
+            try:
+                collected[name] = parse_value(value)
+            except argparse.ArgumentTypeError as error:
+                raise argparse.ArgumentError(self, str(error)) from None
         setattr(namespace, self.dest, collected)
 
 
@@ -254,27 +266,32 @@ def parse_value(text: str) -> Any:
     ([1, 2], 0.001, 0.5, 'l1')
     """
     try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+        document = tomllib.loads(f"value = {text}")
+    except RecursionError:
+        raise argparse.ArgumentTypeError(f"{shorten(text)!r} is nested too deeply") from None
+    except ValueError:  # it is not TOML, or it is a whole number of thousands of digits
         for number in (int, float):
-            try:
-                return number(text)
-            except ValueError:
-                pass
+            with contextlib.suppress(ValueError):
+                found = number(text)
+                return text if math.isinf(found) and "inf" not in text.casefold() else found
+        return text
+    value = document["value"]
+    if len(document) > 1:  # the text has several lines, and the others are not a value
         return text
     return value if isinstance(value, (bool, int, float, str, list, dict)) else text
 
 
-def whole_number(least: int) -> Callable[[str], int]:
-    """Return a parser of options that are whole numbers of `least` or more.
+def whole_number(least: int, most: int = MOST) -> Callable[[str], int]:
+    """Return a parser of options that are whole numbers in least..most.
 
     >>> whole_number(1)("12")
     12
     """
+    up_to = "on" if most == MOST else f"to {most}"
 
     def parse(text: str) -> int:
-        if not text.isdecimal() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"expected a whole number from {least} on, got {text!r}")
+        if not text.isdecimal() or len(text) > _DIGITS or not least <= int(text) <= most:
+            raise argparse.ArgumentTypeError(f"expected a whole number from {least} {up_to}, got {shorten(text)!r}")
         return int(text)
 
     return parse
@@ -291,7 +308,7 @@ def percentage_points(text: str) -> float:
     except ValueError:
         points = -1.0
     if not 0 <= points <= 100:
-        raise argparse.ArgumentTypeError(f"expected percentage points of accuracy, 0 to 100, got {text!r}")
+        raise argparse.ArgumentTypeError(f"expected percentage points of accuracy, 0 to 100, got {shorten(text)!r}")
     return points
 
 
@@ -312,10 +329,3 @@ def metavar(annotation: Any) -> str:
 
 def _word(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
-
-
-def _find_modules(folders: list[Path]) -> None:
-    """Add these folders to the module path, after the standard library and before installed packages."""
-    installed = ("site-packages", "dist-packages")
-    place = next((i for i, entry in enumerate(sys.path) if entry.endswith(installed)), len(sys.path))
-    sys.path[place:place] = [str(folder) for folder in dict.fromkeys(folders) if str(folder) not in sys.path]

@@ -22,7 +22,9 @@ def add_verbs(verbs: Verbs) -> None:
     """Add the verbs to the command line."""
     for verb in (report, figures, watch):
         added = verbs.add(verb.__name__, verb, verbs.study)
-        added.add_argument("--level", type=whole_number(0), metavar="N", help="the level of the tables of one level")
+        added.add_argument(
+            "--level", type=whole_number(0, 10_000), metavar="N", help="the level of the tables of one level"
+        )
         added.add_argument(
             "--with",
             dest="costly",
@@ -53,7 +55,13 @@ def add_verbs(verbs: Verbs) -> None:
                 help="width in columns of a two-column paper (%(default)s)",
             )
         if verb is watch:
-            added.add_argument("--port", type=int, default=0, metavar="N", help="the port to serve on (any free port)")
+            added.add_argument(
+                "--port",
+                type=whole_number(0, 65535),
+                default=0,
+                metavar="N",
+                help="the port to serve on (any free port)",
+            )
 
 
 def report(options: argparse.Namespace) -> int:

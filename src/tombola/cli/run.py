@@ -26,7 +26,7 @@ def add_verbs(verbs: Verbs) -> None:
         "--address", metavar="HOST:PORT", help="the Ray cluster (RAY_ADDRESS, or Ray is started on this machine)"
     )
     engine.add_argument(
-        "--per-gpu", type=whole_number(1), default=1, metavar="N", help="trainings at the same time on one GPU"
+        "--per-gpu", type=whole_number(1, 1000), default=1, metavar="N", help="trainings at the same time on one GPU"
     )
     verbs.add("plan", plan, verbs.study, verbs.table)
 
@@ -39,6 +39,7 @@ def run(options: argparse.Namespace) -> int:
     from tombola.engine.estimate import prior_speed
     from tombola.engine.run import run as run_study
     from tombola.store.store import Store
+    from tombola.study.repeatable import check_repeatable
     from tombola.study.task import try_out
     from tombola.study.tickets import Tickets
 
@@ -46,6 +47,7 @@ def run(options: argparse.Namespace) -> int:
     study, local = planner.study, options.engine == "local"
     here = study if local else study.model_copy(update={"device": "cpu"})  # GPUs may be on other machines
     try_out(planner.problem, here)
+    check_repeatable(planner)
     planner.store = Store(options.store)
     planner.store.check_writable()
     if here.device == "cpu" and not kernels.available():
@@ -65,10 +67,12 @@ def run(options: argparse.Namespace) -> int:
 def plan(options: argparse.Namespace) -> int:
     """Show what a run would train, what the store has already, and the time and disk space that a run takes."""
     from tombola.engine.estimate import estimate
+    from tombola.study.repeatable import check_repeatable
     from tombola.study.task import try_out
 
     planner = open_planner(options)
     try_out(planner.problem, planner.study)
+    check_repeatable(planner)
     workers = count_workers(options, planner.study.device)
     show_plan(planner, estimate(planner, workers, options.data), workers, options.format)
     return 0

@@ -207,7 +207,7 @@ _CURES = {
 def gc(options: argparse.Namespace) -> int:
     """Remove everything from the store that none of the given studies needs."""
     from tombola.cli.tables import show_table, size
-    from tombola.store.claims import Claims
+    from tombola.store.collection import collect
     from tombola.study.needs import list_needs
     from tombola.study.tickets import Tickets
 
@@ -215,30 +215,26 @@ def gc(options: argparse.Namespace) -> int:
     planners = [open_planner(one) for one in named]
     store = planners[0].store
     store.check_writable()
-    with Claims(store.root) as claims:
-        if not claims.alone():
-            raise UserError(f"store {store.root}: another run of tombola uses it; wait until that has finished")
+
+    def list_all_needs() -> set[str]:
         try:
-            needed = set().union(*(list_needs(Tickets(planner)) for planner in planners))
+            return set().union(*(list_needs(Tickets(planner)) for planner in planners))
         except DamagedResultError as damage:
             raise UserError(
                 f"store {store.root}: {damage}; repair it first with `tombola run`, "
                 f"or the results that follow it in its chain would be removed"
             ) from damage
-        found = list(store.entries())
-        removed = [one for one in found if one.name not in needed]
-        if not options.dry_run:
-            store.sweep(claims.alone)
-            for one in removed:
-                store.remove(one)
+
+    found = collect(store, list_all_needs, remove=not options.dry_run)
     if options.format != "table":
-        lines = [[one.kind, one.name, one.bytes] for one in removed]
+        lines = [[one.kind, one.name, one.bytes] for one in found.removed]
         show_table(["kind", "name", "bytes"], lines, options.format)
         return 0
-    freed, kept = (sum(one.bytes for one in some) for some in (removed, [one for one in found if one not in removed]))
+    freed, kept = (sum(one.bytes for one in some) for some in (found.removed, found.kept))
     action = "would be removed" if options.dry_run else "removed"
     print(
-        f"{len(removed)} of {len(found)} results, masks and checkpoints {action}, {size(freed)}; {size(kept)} are kept"
+        f"{len(found.removed)} of {len(found.removed) + len(found.kept)} results, masks and checkpoints {action}, "
+        f"{size(freed)}; {size(kept)} are kept"
     )
     return 0
 

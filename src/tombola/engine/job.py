@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -15,27 +16,35 @@ from typing import Any
 import numpy as np
 import safetensors.torch
 import torch
+from torch import Tensor
 
+from tombola.datasets.dataset import Dataset
 from tombola.engine.machine import device_name, machine
-from tombola.errors import ImportanceError
+from tombola.errors import ImportanceError, UserError
 from tombola.kernels import NoKernelsWarning
 from tombola.lottery.rewinding import Rule
 from tombola.pruning.mask import Mask
+from tombola.streams import ambient
 from tombola.study.rounds import compute_mask
 from tombola.study.schema import Study
-from tombola.study.task import Problem, resolve_importance
+from tombola.study.task import Problem, load_importance
 from tombola.study.trainings import Round, Training
 from tombola.training.history import Checkpoint, History, Trained, Watch
 from tombola.training.recipe import Recipe
 from tombola.training.train import train
 from tombola.training.weights import Weights
 
+_EDITED = "its source was edited after the run began; run the study again"
+_PARTS = ("data", "model", "loss")
+"""The parts of a problem's identity, see `tombola.study.task.Problem`."""
+
 
 @dataclass(frozen=True)
 class Job:
-    """The arguments of a training, except for the problem, which each worker loads itself."""
+    """The arguments of a training; of the problem, which each worker loads itself, only the identity."""
 
     key: str
+    problem: Mapping[str, Any]
     initial: bytes
     shapes: Mapping[str, tuple[int, ...]]
     bits: Mapping[str, bytes]
@@ -50,6 +59,7 @@ class Job:
         """Make the job for a training of a study."""
         return cls(
             training.key,
+            {part: training.identity.get(part) for part in _PARTS},
             _state_to_bytes(training.initial),
             training.mask.shapes,
             _mask_to_bytes(training.mask),
@@ -63,9 +73,14 @@ class Job:
 
 @dataclass(frozen=True)
 class RoundJob:
-    """The arguments of a round of pruning, except for the problem, which each worker loads itself."""
+    """The arguments of a round of pruning, except for the problem and the importance, which each worker loads itself.
+
+    Of these, the job has only the identities, which the worker compares with those of what it has loaded.
+    """
 
     key: str
+    problem: Mapping[str, Any]
+    sources: Mapping[str, str]
     initial: bytes
     shapes: Mapping[str, tuple[int, ...]]
     bits: Mapping[str, bytes]
@@ -80,6 +95,8 @@ class RoundJob:
         """Make the job for a round of pruning of a study."""
         return cls(
             pruning.key,
+            {part: pruning.others["network"].get(part) for part in _PARTS},
+            pruning.others.get("sources", {}),
             _state_to_bytes(pruning.weights),
             pruning.mask.shapes,
             _mask_to_bytes(pruning.mask),
@@ -130,13 +147,19 @@ def perform(job: Job, problem: Problem, resume: Checkpoint | None, watch: Watch)
         problem: the data set, model and loss.
         resume: the checkpoint to resume from; None to start at the beginning.
         watch: a function that is called after every iteration.
+
+    Raises:
+        UserError: if the problem is not the one that the training is named after, or if the user's code fails.
     """
+    _check_problem(job, problem)
     clock = _Clock(watch)
     mask = _mask_from_bytes(job.shapes, job.bits)
-    with warnings.catch_warnings():
+    with ambient(0):  # for what a user's model draws beside its state
+        model = problem.build()
+    with warnings.catch_warnings(), _unchanged(problem.data):
         warnings.simplefilter("ignore", NoKernelsWarning)  # the run has already warned once
         trained = train(
-            problem.build(),
+            model,
             safetensors.torch.load(job.initial),
             mask,
             problem.data,
@@ -168,12 +191,19 @@ def perform_round(job: RoundJob, problem: Problem) -> Pruned:
     Args:
         job: the round.
         problem: the data set, model and loss.
+
+    Raises:
+        UserError: if the problem or the importance is not the one that the mask is named after.
     """
+    _check_problem(job, problem)
+    importance, sources = load_importance(job.importance)
+    if sources != job.sources:
+        raise UserError(f"importance {job.importance!r}: {_EDITED}")
     weights = Weights.of(safetensors.torch.load(job.initial))
     mask = _mask_from_bytes(job.shapes, job.bits)
     pruning = Round(job.key, weights, weights, mask, job.level, job.importance, job.seed)
     try:
-        found = compute_mask(pruning, problem, job.study, job.rule, resolve_importance(job.importance))
+        found = compute_mask(pruning, problem, job.study, job.rule, importance)
     except ImportanceError as error:
         return Pruned(job.key, {}, str(error))
     return Pruned(job.key, found.shapes, _mask_to_bytes(found))
@@ -189,6 +219,37 @@ def _mask_to_bytes(mask: Mask) -> dict[str, bytes]:
 
 def _mask_from_bytes(shapes: Mapping[str, tuple[int, ...]], bits: Mapping[str, bytes]) -> Mask:
     return Mask(shapes, {name: np.frombuffer(each, np.uint8) for name, each in bits.items()})
+
+
+def _check_problem(job: Job | RoundJob, problem: Problem) -> None:
+    """Raise `UserError` unless this process has loaded the problem that the training is named after.
+
+    Otherwise the result of edited code, or of other data, would be stored under the name of the former.
+    """
+    now = problem.identity
+    for part in _PARTS:
+        if job.problem[part] == now.get(part):
+            continue
+        if part == "data":
+            raise UserError(
+                f"the data set {problem.data.name!r} is not the same each time it is loaded, as the names of trainings "
+                f"require: it was edited since the run began, or it is drawn without a fixed seed"
+            )
+        name = (now.get(part) or {}).get("name")
+        raise UserError(f"task.{part} {name!r}: {_EDITED}")
+
+
+@contextmanager
+def _unchanged(data: Dataset) -> Iterator[None]:
+    """Raise `UserError` if a tensor of the data set is changed in place inside the block.
+
+    Later trainings would have other data. torch counts the changes of a tensor, so that this check reads no data.
+    """
+    tensors = [value for value in vars(data).values() if isinstance(value, Tensor) and not value.is_inference()]
+    before = [tensor._version for tensor in tensors]
+    yield
+    if [tensor._version for tensor in tensors] != before:
+        raise UserError("the model or the loss changed the data set in place during a training; change a copy instead")
 
 
 class _Clock:

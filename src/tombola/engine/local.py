@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import multiprocessing
 import os
 import signal
 import sys
+import tempfile
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from multiprocessing import resource_tracker
+from multiprocessing import resource_tracker, util
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -21,10 +23,23 @@ import torch
 from tombola.engine.job import Job, RoundJob, perform, perform_round
 from tombola.engine.machine import kind_here
 from tombola.engine.workers import CHECKPOINT_EVERY, TRIES, At, Event, Failed, make_watch
+from tombola.errors import UserError, describe_exception
+from tombola.exits import end_at_once, watch_exits
 from tombola.store.store import Store
 from tombola.study.schema import Task
 from tombola.study.task import Problem, load_problem
 from tombola.study.trainings import THREADS
+
+_SAFE_PATH = "PYTHONSAFEPATH"
+
+_LONGEST_FOLDER = 70
+"""The longest path of a folder, in bytes, in which multiprocessing can create a socket: a socket's has 107 at most."""
+
+_LIMITS = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN, errno.ENOSPC}
+"""The errors of a system that allows no more files, memory or processes: trying again is in vain."""
+
+_FILES = 16
+"""Files that the start of a process needs for a moment, and some more."""
 
 _PRELOADED = ["tombola.engine.local", "torch._dynamo"]  # torch imports the latter at an optimizer's first step
 
@@ -38,12 +53,14 @@ class _Setting:
         directory: the folder of the data sets.
         store: the folder of the store, for checkpoints; None for no checkpoints.
         checkpoint_every: the seconds between two checkpoints of a training.
+        environment: the value of `PYTHONSAFEPATH` for the programs that the worker starts; None if it is not set.
     """
 
     task: Task
     directory: Path | None
     store: Path | None
     checkpoint_every: float
+    environment: str | None
 
 
 class LocalWorkers:
@@ -69,7 +86,8 @@ class LocalWorkers:
         *,
         checkpoint_every: float = CHECKPOINT_EVERY,
     ) -> None:
-        self._setting = _Setting(task, directory, store, checkpoint_every)
+        store = store and store.absolute()  # a user's code may change the directory of a worker
+        self._setting = _Setting(task, directory, store, checkpoint_every, os.environ.get(_SAFE_PATH))
         self._workers: list[_Worker] = []
         self._tries: dict[str, int] = {}
         self.count = count
@@ -91,7 +109,11 @@ class LocalWorkers:
         return sum(worker.job is not None for worker in self._workers) < self.count
 
     def submit(self, job: Job | RoundJob) -> None:
-        """Start a job. Call it only while `idle`."""
+        """Start a job. Call it only while `idle`.
+
+        Raises:
+            UserError: if the system does not allow another process.
+        """
         worker = next((worker for worker in self._workers if worker.job is None), None)
         if worker is None:
             worker = _Worker.start(self._setting)
@@ -123,9 +145,23 @@ class LocalWorkers:
         if self._tries[worker.job.key] < TRIES:
             self.submit(worker.job)
             return
-        code = worker.process.exitcode
-        how = f"by {signal.Signals(-code).name}" if code is not None and code < 0 else f"with status {code}"
-        yield Failed(worker.job.key, f"its process was ended {how}, {TRIES} times; is there enough memory?")
+        yield Failed(worker.job.key, _explain_end(worker.process.exitcode))
+
+
+def _explain_end(status: int | None) -> str:
+    """Explain why a job failed whose process has ended each time that it was started.
+
+    Args:
+        status: the exit status of the process, or minus the number of the signal that ended it.
+
+    >>> _explain_end(-9)
+    'its process was ended by SIGKILL, 3 times; is there enough memory?'
+    """
+    if status is not None and status < 0:
+        names = {each.value: each.name for each in signal.Signals}
+        by = names.get(-status, f"signal {-status}")
+        return f"its process was ended by {by}, {TRIES} times; is there enough memory?"
+    return f"its process ended itself with status {status}, {TRIES} times; does the code of the task end the program?"
 
 
 @dataclass
@@ -136,14 +172,79 @@ class _Worker:
 
     @classmethod
     def start(cls, setting: _Setting) -> _Worker:
+        """Start a worker. If the process that workers are forked from was killed, another one is started."""
+        for left in reversed(range(TRIES)):
+            try:
+                return cls._start(setting)
+            except (EOFError, OSError) as error:
+                if not left or getattr(error, "errno", None) in _LIMITS:
+                    why = getattr(error, "strerror", None) or describe_exception(error)
+                    raise UserError(
+                        f"a process that trains cannot be started: {why}; fewer workers need fewer files and memory"
+                    ) from error
+        raise AssertionError
+
+    @classmethod
+    def _start(cls, setting: _Setting) -> _Worker:
+        _check_files()
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(_PRELOADED)
         ours, theirs = context.Pipe()
-        process = context.Process(target=_work, args=(theirs, setting), daemon=True)
-        with _no_ctrl_c():
-            process.start()
-        theirs.close()
+        try:
+            process = context.Process(target=_work, args=(theirs, setting), daemon=True)
+            with _no_ctrl_c(), _safe_path():
+                _shorten_temporary_folder()
+                process.start()
+        except BaseException:
+            ours.close()
+            raise
+        finally:
+            theirs.close()
         return cls(process, ours)
+
+
+def _check_files() -> None:
+    """Raise `OSError` if the start of a process could lack files.
+
+    If they lacked in the middle of it, the process that workers are forked from would end with a traceback.
+    """
+    with contextlib.ExitStack() as stack:
+        for _ in range(_FILES):
+            stack.callback(os.close, os.open(os.devnull, os.O_RDONLY))
+
+
+@contextlib.contextmanager
+def _safe_path() -> Iterator[None]:
+    """Let Python not search the working directory for modules in processes that are started inside the block.
+
+    A file of the user whose name is that of a module of the standard library, such as `random.py`, would be imported
+    in its place. Workers get the module path of their parent.
+    """
+    before = os.environ.get(_SAFE_PATH)
+    os.environ[_SAFE_PATH] = "1"
+    try:
+        resource_tracker.ensure_running()
+        yield
+    finally:
+        _restore_safe_path(before)
+
+
+def _restore_safe_path(value: str | None) -> None:
+    if value is None:
+        os.environ.pop(_SAFE_PATH, None)
+    else:
+        os.environ[_SAFE_PATH] = value
+
+
+def _shorten_temporary_folder() -> None:
+    """Choose the system's folder for temporary files if the path of a socket in the user's would be too long."""
+    if len(os.fsencode(tempfile.gettempdir())) <= _LONGEST_FOLDER:
+        return
+    before, tempfile.tempdir = tempfile.tempdir, "/tmp"
+    try:
+        util.get_temp_dir()  # multiprocessing remembers it
+    finally:
+        tempfile.tempdir = before
 
 
 @contextlib.contextmanager
@@ -152,7 +253,8 @@ def _no_ctrl_c() -> Iterator[None]:
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
-    resource_tracker.ensure_running()  # starting it later would unblock SIGINT
+    with _safe_path():  # it starts the resource tracker; starting it later would unblock SIGINT
+        pass
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
@@ -165,6 +267,7 @@ def _work(connection: Connection, setting: _Setting) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C and stops this process
     with contextlib.suppress(OSError):  # there may be no standard error
         os.dup2(2, 1)  # what a user's code prints goes there: standard output belongs to the command
+    _restore_safe_path(setting.environment)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(THREADS)
     store = None if setting.store is None else Store(setting.store, create=False)
@@ -172,13 +275,14 @@ def _work(connection: Connection, setting: _Setting) -> None:
     try:
         while True:
             job: Job | RoundJob = connection.recv()
+            event: Event
             try:
-                problem = problem or load_problem(setting.task, setting.directory)
-                connection.send(_perform(job, problem, store, setting.checkpoint_every, connection))
-            except (EOFError, BrokenPipeError, ConnectionError):
-                raise
-            except Exception as error:
-                connection.send(Failed.by(job.key, error))
+                with watch_exits():
+                    problem = problem or load_problem(setting.task, setting.directory)
+                    event = _perform(job, problem, store, setting.checkpoint_every, connection)
+            except BaseException as error:  # a user's code may raise anything
+                event = Failed.by(job.key, error)
+            connection.send(event)
     except (EOFError, OSError):
         sys.exit(0)  # the parent has exited
 
@@ -204,4 +308,4 @@ def _end_with_parent() -> None:
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()
-    os._exit(1)
+    end_at_once(1)

@@ -28,6 +28,7 @@ from tombola.engine.job import Job, Outcome, Pruned, RoundJob, perform, perform_
 from tombola.engine.machine import differences, kind_here, machine
 from tombola.engine.workers import CHECKPOINT_EVERY, TRIES, At, Event, Failed, make_watch
 from tombola.errors import ClusterError
+from tombola.exits import watch_exits
 from tombola.store.checkpoints import checkpoint_from_bytes
 from tombola.store.store import Store
 from tombola.study.code import own_modules
@@ -188,10 +189,8 @@ def _reach(address: str | None) -> None:
 
 def _own_modules(study: Study) -> set[str]:
     """Return the names of the user's own modules, whose code is sent to the workers with the problem."""
-    task = study.task
-    parts = [task.dataset, task.model, task.loss, *(part for name in study.importances for part in name.split("/"))]
-    references = [reference for reference in parts if ":" in reference]
-    return {name for reference in references for name in own_modules(reference.partition(":")[0])}
+    own = [*study.task.own_code, *(part for name in study.importances for part in name.split("/") if ":" in part)]
+    return {name for reference in own for name in own_modules(reference.partition(":")[0])}
 
 
 class _Post:
@@ -236,14 +235,15 @@ def _train(
         post.keep.remote(job.key, checkpoint)
 
     try:
-        job, loaded = replace(job, initial=initial), _load(problem[0])
-        if isinstance(job, RoundJob):
-            return perform_round(job, loaded)
-        kind = str(kind_here(job.device))
-        resume = None if stopped is None else checkpoint_from_bytes(stopped, kind, job.key)
-        watch = make_watch(tell, keep, checkpoint_every, kind=kind, key=job.key)
-        return perform(job, loaded, resume, watch)
-    except Exception as error:
+        with watch_exits():
+            job, loaded = replace(job, initial=initial), _load(problem[0])
+            if isinstance(job, RoundJob):
+                return perform_round(job, loaded)
+            kind = str(kind_here(job.device))
+            resume = None if stopped is None else checkpoint_from_bytes(stopped, kind, job.key)
+            watch = make_watch(tell, keep, checkpoint_every, kind=kind, key=job.key)
+            return perform(job, loaded, resume, watch)
+    except BaseException as error:  # a user's code may raise anything
         return Failed.by(job.key, error)
 
 

@@ -15,6 +15,8 @@ from tombola.store.claims import Claims
 from tombola.study.planner import Chain, Need, Planner, Progress
 from tombola.study.trainings import Training
 
+_WAIT = 0.2  # seconds between two checks whether another process still removes results
+
 _LOOK_EVERY = 1.0  # seconds between two checks for results and claims of other runs
 
 
@@ -64,11 +66,21 @@ def run(
         UserError: if a training fails. The results of all finished trainings are in the store.
     """
     with Claims(planner.store.root) as claims:
+        notes = _wait_for_collector(claims)
         planner.store.sweep(claims.alone)
         wanted = [*planner.chains, *planner.repeats] if chains is None else chains
-        status = _run(planner, workers, claims, show, wanted, speed)
+        status = _run(planner, workers, claims, show, wanted, speed, notes)
         planner.store.sweep(claims.alone)  # remove the files of killed workers
         return status
+
+
+def _wait_for_collector(claims: Claims) -> list[str]:
+    """Wait while another process removes results from the store, which ends as soon as it sees this run."""
+    owners: dict[str, str] = {}
+    while owner := claims.collector():
+        owners[owner] = f"{owner} was removing results from the store; this run has waited for it"
+        time.sleep(_WAIT)
+    return list(owners.values())
 
 
 def _run(
@@ -78,8 +90,9 @@ def _run(
     show: Callable[[Status, Training | None], None],
     chains: Sequence[Chain],
     speed: Speed | None,
+    notes: list[str],
 ) -> Status:
-    status = Status(0)
+    status = Status(0, notes=notes)
     for chain in chains:
         _follow(planner, chain, status)
     _check(planner, status)

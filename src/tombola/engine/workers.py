@@ -37,7 +37,7 @@ class Failed:
     reason: str
 
     @classmethod
-    def by(cls, key: str, error: Exception) -> Failed:
+    def by(cls, key: str, error: BaseException) -> Failed:
         """Describe an error that a job raised; for an error in the user's code, name the file and the line."""
         return cls(key, str(error) if isinstance(error, UserError) else describe_exception(error))
 

@@ -202,7 +202,9 @@ def _attribute_failure(importance: Importance, layer: str | None = None) -> Iter
         yield
     except ImportanceError as error:
         raise ImportanceError(f"{label}: {error}") from error
-    except Exception as error:
+    except (KeyboardInterrupt, GeneratorExit):
+        raise
+    except BaseException as error:  # a user's code may raise anything
         raise ImportanceError(f"{label}: it raised {describe_exception(error)}") from error
 
 

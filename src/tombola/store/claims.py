@@ -7,6 +7,7 @@ Creating a hard link is atomic and fails if the name exists, also on a network f
 the run are the same file, so the claim needs no heartbeat of its own. Another process decides whether a run is alive
 
 - on the same machine by its lock, which the system releases when the process ends, however it ends;
+- on this machine, but before it was started again, as dead: see `/etc/machine-id`;
 - on another machine, which may not see locks, by the modification time of the file: a run that has not touched its file
   for two minutes counts as dead. The reader measures these two minutes with its own clock, so clocks need not agree.
 
@@ -55,10 +56,12 @@ class Claims:
 
     Args:
         root: the store's folder.
+        collects: whether this process removes results from the store, see `collector`.
         heartbeat: the seconds between two touches of the run's file, see `HEARTBEAT`.
         patience: the seconds after which a silent run counts as dead, see `PATIENCE`.
         host: the name of the machine, or container, on which locks are visible.
         clock: a function that returns the time in seconds; it measures the patience.
+        booted: the time at which this machine was started, in seconds since the epoch; None to ask the system.
 
     Raises:
         UserError: if the file of the run cannot be written.
@@ -68,15 +71,19 @@ class Claims:
         self,
         root: Path,
         *,
+        collects: bool = False,
         heartbeat: float = HEARTBEAT,
         patience: float = PATIENCE,
         host: str | None = None,
         clock: Callable[[], float] = time.monotonic,
+        booted: float | None = None,
     ) -> None:
         self._root, self._runs, self._claims = root, root / "runs", root / "claims"
         self._patience = patience
         self._host = host or _this_host()
         self._clock = clock
+        self._booted = _boot_time() if booted is None else booted
+        self._collects = collects
         self._seen: dict[int, tuple[int, float]] = {}  # inode -> modification time, and when it was first seen
         self._held: set[str] = set()
         self._over = threading.Event()
@@ -139,6 +146,19 @@ class Claims:
                 self._bury(path)
         return not self._list_other_runs()
 
+    def collector(self) -> str | None:
+        """Describe another process that removes results from the store; return None if there is none.
+
+        A process that collects has its file in `runs` before it looks whether it is alone, and removes something only
+        if it is. A run has its file there before it looks for a collector, and reads no result while there is one.
+        Whichever of the two files came second, its process sees the other file.
+        """
+        for path in self._list_other_runs():
+            about = _read(path)
+            if about is not None and about.collects and self._alive(path):
+                return f"process {about.pid} on {about.name}"
+        return None
+
     def _list_other_runs(self) -> list[Path]:
         return [path for path in _list_runs(self._root) if path != self._file]
 
@@ -162,7 +182,14 @@ class Claims:
         unfinished = temporary_folder(self._root) / path.name
         handle = os.open(unfinished, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
         try:
-            about = _About(host=self._host, name=name, pid=pid, locked=_lock(handle))
+            about = _About(
+                host=self._host,
+                name=name,
+                pid=pid,
+                locked=_lock(handle),
+                machine=_machine_id(),
+                collects=self._collects,
+            )
             write_durably(handle, canonical(about.model_dump()))
             unfinished.rename(path)
         except BaseException:
@@ -188,11 +215,18 @@ class Claims:
                     return _is_locked(file.fileno())
         except OSError:
             return path.is_file()  # there is one that cannot be opened
+        if about is not None and self._is_from_before_boot(about, status.st_mtime):
+            return False
         changed, since = self._seen.get(status.st_ino, (None, 0.0))
         if changed != status.st_mtime_ns:
             self._seen[status.st_ino] = status.st_mtime_ns, self._clock()
             return True
         return self._clock() - since < self._patience
+
+    def _is_from_before_boot(self, about: _About, changed: float) -> bool:
+        """Return whether a run was on this machine before it was started again, so that its lock is gone."""
+        here = about.machine is not None and (about.machine, about.name) == (_machine_id(), socket.gethostname())
+        return here and about.host != self._host and changed < self._booted
 
     def _bury(self, path: Path) -> None:
         """Remove the file of a dead run, unless a live run has put its own file there in the meantime."""
@@ -213,6 +247,8 @@ class _About(BaseModel):
     name: str
     pid: int
     locked: bool
+    machine: str | None = None
+    collects: bool = False
 
 
 def check_claims(root: Path) -> Iterator[tuple[Path, str]]:
@@ -267,6 +303,22 @@ def _is_locked(handle: int) -> bool:
     except OSError:
         pass  # the file system has no locks
     return False
+
+
+def _machine_id() -> str | None:
+    """Return the name that this machine, or container, keeps when it is started again; None if it has none."""
+    try:
+        return Path("/etc/machine-id").read_text().strip() or None
+    except (OSError, ValueError):
+        return None
+
+
+def _boot_time() -> float:
+    """Return the time at which this machine was started, in seconds since the epoch by its present clock."""
+    try:
+        return time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
+    except (AttributeError, OSError):
+        return 0.0
 
 
 def _this_host() -> str:

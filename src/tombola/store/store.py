@@ -79,37 +79,54 @@ class Store:
         self.results = Results(root)
         self.masks = Masks(root)
         self.checkpoints = Checkpoints(root)
-        marker = root / "store.json"
-        try:
-            version = _Marker.model_validate(read_document(marker)).store
-        except FileNotFoundError:
-            version = None
-        except OSError as error:
-            raise UserError(f"store {root}: {marker} cannot be read: {describe(error)}") from error
-        except ValueError as error:
-            raise StoreError(f"store {root}: {marker} is damaged, expected {{'store': {VERSION}}}") from error
-        if version is None:
-            if root.is_dir() and any(path not in unfinished_markers(root) for path in root.iterdir()):
+        version = self._read_version()
+        if version is None and root.is_dir() and any(path not in unfinished_markers(root) for path in root.iterdir()):
+            # Another process may have made the store since: it writes the marker before anything else.
+            version = self._read_version()
+            if version is None:
                 raise StoreError(f"store {root}: the folder is not empty and is not a store")
-            if create:
-                try:
-                    root.mkdir(parents=True, exist_ok=True)
-                except OSError as error:
-                    raise UserError(f"store {root}: the folder cannot be made: {error.strerror or error}") from error
-                write_atomically(marker, canonical({"store": VERSION}))
-            return
-        if version != VERSION:
+        if version is None and create:
+            self._make()
+        elif version not in (None, VERSION):
             raise StoreError(
                 f"store {root}: it has version {version} and this tombola reads version {VERSION}; "
                 f"use the tombola that made it"
             )
+
+    @property
+    def _marker(self) -> Path:
+        return self.root / "store.json"
+
+    def _read_version(self) -> int | None:
+        """Return the version of the store; None if the folder is no store yet."""
+        try:
+            return _Marker.model_validate(read_document(self._marker)).store
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise UserError(f"store {self.root}: {self._marker} cannot be read: {describe(error)}") from error
+        except ValueError as error:
+            message = f"store {self.root}: {self._marker} is damaged, expected {{'store': {VERSION}}}"
+            raise StoreError(message) from error
+
+    def _make(self) -> None:
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"store {self.root}: the folder cannot be made: {error.strerror or error}") from error
+        try:
+            write_atomically(self._marker, canonical({"store": VERSION}))
+        except UserError:
+            # Another process has made the store at the same time, and its sweep has removed our unfinished marker.
+            if self._read_version() != VERSION:
+                raise
 
     def check_writable(self) -> None:
         """Raise `UserError` if the store is not writable."""
         try:
             handle, name = tempfile.mkstemp(dir=temporary_folder(self.root), prefix="writable.")
             os.close(handle)
-            Path(name).unlink()
+            Path(name).unlink(missing_ok=True)  # the sweep of another process may have removed it
         except OSError as error:
             raise UserError(f"store {self.root}: it cannot be written to: {error.strerror or error}") from error
 

@@ -1,4 +1,4 @@
-"""References to the user's own code, `module:function`, and the hash of its source."""
+"""References to the user's own code, `module:function`, the hash of its source, and its failures."""
 
 from __future__ import annotations
 
@@ -6,9 +6,14 @@ import ast
 import hashlib
 import importlib
 import importlib.util
+import os
 import sys
-from collections.abc import Callable, Iterator
+import weakref
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
+from types import CodeType, ModuleType
 from typing import Any
 
 from tombola.errors import UserError, describe_exception, did_you_mean, is_installed
@@ -30,18 +35,16 @@ def resolve(reference: str, what: str) -> Callable[..., Any]:
     module_name, _, function_name = reference.partition(":")
     if not module_name or not function_name:
         raise UserError(f"{what} {reference!r}: expected module:function, such as my_module:my_function")
-    failed = f"{what} {reference!r}: importing {module_name!r} raised"
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
-            raise UserError(f"{failed} {describe_exception(error)}") from error
-        raise UserError(
-            f"{what} {reference!r}: there is no module {module_name!r} here or on Python's path; "
-            f"expected module:function, with the module in this folder, beside the study or installed"
-        ) from error
-    except (Exception, SystemExit) as error:
-        raise UserError(f"{failed} {describe_exception(error)}") from error
+    with attribute_failure(f"{what} {reference!r}: importing {module_name!r}"):
+        try:
+            module = importlib.import_module(module_name)
+        except ModuleNotFoundError as error:
+            if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
+                raise
+            raise UserError(
+                f"{what} {reference!r}: there is no module {module_name!r} here or on Python's path; "
+                f"expected module:function, with the module in this folder, beside the study or installed"
+            ) from error
     function = getattr(module, function_name, None)
     if not callable(function):
         where = getattr(module, "__file__", None) or "built into Python"
@@ -51,6 +54,43 @@ def resolve(reference: str, what: str) -> Callable[..., Any]:
             + (f"; {near}" if near.startswith("did") else "")
         )
     return function  # type: ignore[no-any-return]
+
+
+@contextmanager
+def attribute_failure(what: str) -> Iterator[None]:
+    """Turn every exception of a user's code inside the block into a `UserError`, except `KeyboardInterrupt`.
+
+    Code that changes the working directory fails too, because the paths of the store and of the data may be relative;
+    the directory is changed back.
+
+    Args:
+        what: the beginning of the message, which goes on with " raised ...".
+
+    >>> with attribute_failure("my_module"):
+    ...     sys.exit("usage: ...")
+    Traceback (most recent call last):
+    tombola.errors.UserError: my_module raised SystemExit: usage: ...
+    """
+    before = _working_folder()
+    try:
+        yield
+    except (UserError, KeyboardInterrupt, GeneratorExit):
+        raise
+    except BaseException as error:
+        raise UserError(f"{what} raised {describe_exception(error)}") from error
+    finally:
+        after = _working_folder()
+        if before is not None and after != before:
+            os.chdir(before)
+    if before is not None and after != before:
+        raise UserError(f"{what} changed the working directory to {after}; give paths in full instead")
+
+
+def _working_folder() -> str | None:
+    try:
+        return os.getcwd()
+    except OSError:  # it has been removed
+        return None
 
 
 def source_hash(reference: str) -> str:
@@ -66,6 +106,69 @@ def source_hash(reference: str) -> str:
         digest.update(f"{name}\0".encode())
         digest.update(hashlib.sha256(path.read_bytes()).digest())
     return digest.hexdigest()
+
+
+_IMPORTED: weakref.WeakKeyDictionary[ModuleType, str] = weakref.WeakKeyDictionary()
+"""The hash of each own module's file when it was first seen after the import."""
+
+
+@contextmanager
+def steady_source(references: Collection[str]) -> Iterator[None]:
+    """Check that the source which is hashed inside the block is the source which was imported.
+
+    Args:
+        references: the modules and the functions that are imported inside the block.
+
+    Raises:
+        UserError: if a file was edited inside the block, or after the module was imported for an earlier study, or if
+            Python imported the compiled copy of another source.
+    """
+    roots = {reference.partition(":")[0] for reference in references}
+    before = _hash_own(roots)
+    yield
+    for name, (path, digest) in _hash_own(roots).items():
+        module = sys.modules.get(name)
+        imported = digest if module is None else _IMPORTED.setdefault(module, digest)
+        if imported != digest or before.get(name, (path, digest)) != (path, digest):
+            raise UserError(
+                f"module {name!r} was edited after it was imported ({path}); start again, with the file as it is now"
+            )
+        if module is not None and _is_stale(name, path):
+            raise UserError(
+                f"module {name!r}: Python has imported a compiled copy of another source than {path}; "
+                f"remove {importlib.util.cache_from_source(str(path))}"
+            )
+
+
+def _hash_own(roots: Collection[str]) -> dict[str, tuple[Path, str]]:
+    """Return the file of each own module and the hash of its content; installed modules are left out."""
+    found = {name: path for root in roots for name, path in own_modules(root).items() if not is_installed(path)}
+    return {name: (path, hashlib.sha256(path.read_bytes()).hexdigest()) for name, path in found.items()}
+
+
+def _is_stale(name: str, path: Path) -> bool:
+    """Return whether the compiled copy of a module that Python would import is that of another source.
+
+    Python takes a copy for valid if the time and the size of the source are those that the copy was compiled from. The
+    time has a resolution of a second.
+    """
+    if path.suffix != ".py":
+        return False
+    loader = SourceFileLoader(name, str(path))
+    compiled = loader.get_code(name)
+    return compiled is not None and not _is_same(compiled, loader.source_to_code(path.read_bytes(), str(path)))
+
+
+def _is_same(one: CodeType, other: CodeType) -> bool:
+    """Return whether two codes do the same; `==` is not enough, since a constant may be NaN."""
+    constants = zip(one.co_consts, other.co_consts, strict=False)
+    return (
+        (one.co_code, one.co_names, len(one.co_consts)) == (other.co_code, other.co_names, len(other.co_consts))
+        and all(
+            _is_same(a, b) if isinstance(a, CodeType) and isinstance(b, CodeType) else a == b or repr(a) == repr(b)
+            for a, b in constants
+        )
+    )  # fmt: skip
 
 
 def own_modules(root: str) -> dict[str, Path]:
@@ -93,7 +196,9 @@ def own_modules(root: str) -> dict[str, Path]:
 def _source(module: str) -> Path | None:
     try:
         spec = importlib.util.find_spec(module)
-    except (Exception, SystemExit):  # `find_spec` imports a to find a.b, and this may raise anything
+    except KeyboardInterrupt:
+        raise
+    except BaseException:  # `find_spec` imports a to find a.b, and this may raise anything
         return None
     if spec is None or spec.origin is None or not spec.has_location:
         return None
@@ -116,7 +221,12 @@ def _imports(module: str, path: Path) -> Iterator[str]:
     is_package = path.name == "__init__.py"
     try:
         tree = ast.parse(path.read_bytes())
-    except (SyntaxError, ValueError):  # importing this file fails, and the module that imports it may handle that
+    except (
+        SyntaxError,
+        ValueError,
+        RecursionError,
+        MemoryError,
+    ):  # importing this file fails, and the module that imports it may handle that
         return
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):

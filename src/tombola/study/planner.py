@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 from tombola.errors import DamagedResultError, ImportanceError, UserError, did_you_mean
-from tombola.importance import Importance, NetworkScore, is_built_in
+from tombola.importance import NetworkScore, is_built_in
 from tombola.kernels import sparse_layers
 from tombola.lottery.rewinding import Rule, check_rule, lottery_ticket_rewinding, resolve_shares
 from tombola.lottery.ticket import Ticket
@@ -22,7 +22,7 @@ from tombola.store.store import Store
 from tombola.streams import ambient
 from tombola.study.rounds import compute_mask
 from tombola.study.schema import Study
-from tombola.study.task import Problem, importance_sources, resolve_importance
+from tombola.study.task import Problem, load_importance
 from tombola.study.trainings import Round, Training, name_mask, name_training
 from tombola.training.history import Trained
 from tombola.training.train import initial_state
@@ -203,8 +203,9 @@ class Planner:
         ]
         self._initialise = initial or (lambda seed: Weights.of(initial_state(problem.build, seed)))
         self._initial: dict[int, Weights] = {}
-        self._importances = {name: resolve_importance(name) for name in study.importances}
-        self._sources = {name: importance_sources(name) for name in study.importances}
+        loaded = {name: load_importance(name) for name in study.importances}
+        self._importances = {name: importance for name, (importance, _) in loaded.items()}
+        self._sources = {name: sources for name, (_, sources) in loaded.items()}
         self._computed: dict[str, Mask] = {}
         self._failures: dict[str, str] = {}
         self._remember = remember
@@ -217,8 +218,8 @@ class Planner:
         self.rule = Rule(study.fraction, self.kept_dense, study.selection, shares)
         check_rule(self.rule, self.dense, study.levels)
         for name in [name for name in study.importances if not is_built_in(name)]:  # fail before any training
-            start = self.initial(study.seeds[0])
-            self._prune(start, self.dense, 0, start, Chain(study.seeds[0], name))
+            pruning = self.first_round(name)
+            self._prune(pruning.weights, self.dense, 0, pruning.rewind, Chain(pruning.seed, name))
 
     def describe_counted(self) -> str:
         """Return a sentence on what density is about: how many of the network's parameters are counted.
@@ -329,6 +330,13 @@ class Planner:
         """Return the names under which the store remembers the masks that these tickets of a chain are pruned to."""
         return [self._name_mask(chain, ticket) for ticket in tickets if ticket.level < self.study.levels]
 
+    def first_round(self, importance: str) -> Round:
+        """Return the round that prunes the initial network of the first seed by an importance."""
+        seed = self.study.seeds[0]
+        weights, chain = self.initial(seed), Chain(seed, importance)
+        name = self._name(weights, self.dense, 0, weights, chain)
+        return Round(name, weights, weights, self.dense, 0, importance, seed, self._name_others(weights, importance))
+
     def keep(self, name: str, mask: Mask) -> None:
         """Remember the mask that a round of pruning gave, in the store too."""
         self.store.masks.put(name, mask)
@@ -387,7 +395,8 @@ class Planner:
             known = self.store.masks.get(name)
         if known is not None:
             return known
-        pruning = Round(name, weights, rewind, mask, level, chain.importance, chain.order_seed)
+        others = self._name_others(rewind, chain.importance)
+        pruning = Round(name, weights, rewind, mask, level, chain.importance, chain.order_seed, others)
         if by_worker and self._remember:
             return pruning
         found = compute_mask(pruning, self.problem, self.study, self.rule, importance)
@@ -406,14 +415,14 @@ class Planner:
             fraction=self.study.fraction,
             seed=chain.order_seed,
             kept_dense=self.kept_dense,
-            others=self._name_others(rewind, self._importances[chain.importance], self._sources[chain.importance]),
+            others=self._name_others(rewind, chain.importance),
         )
 
-    def _name_others(self, rewind: Weights, importance: Importance, sources: Mapping[str, str]) -> dict[str, Any]:
+    def _name_others(self, rewind: Weights, name: str) -> dict[str, Any]:
         """Return what determines a mask besides the arguments that all rounds have; empty for the paper's rounds."""
-        study, others = self.study, dict[str, Any]()
-        if sources:
-            others["sources"] = dict(sources)
+        study, importance, others = self.study, self._importances[name], dict[str, Any]()
+        if self._sources[name]:
+            others["sources"] = self._sources[name]
         if study.selection != "global":
             others["selection"] = [study.selection, sorted(self.rule.shares.items())]
         if importance.reads_rewind_point:

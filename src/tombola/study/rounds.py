@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING
 
 from tombola.importance import Importance, NetworkScore
 from tombola.lottery.rewinding import Rule, prune_round, pruning_seed
 from tombola.pruning.mask import Mask
+from tombola.streams import ambient
 from tombola.study.schema import Study
+from tombola.study.task import Problem
 from tombola.study.trainings import Round
 from tombola.training.scoring import score_network
-
-if TYPE_CHECKING:
-    from tombola.study.task import Problem
 
 
 def compute_mask(pruning: Round, problem: Problem, study: Study, rule: Rule, importance: Importance) -> Mask:
@@ -31,9 +29,11 @@ def compute_mask(pruning: Round, problem: Problem, study: Study, rule: Rule, imp
     """
     score = None
     if isinstance(importance.score, NetworkScore):
+        with ambient(0):
+            model = problem.build()
         score = partial(
             score_network,
-            model=problem.build(),
+            model=model,
             state=pruning.weights.load(),
             data=problem.data,
             loss=problem.loss,

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, get_origin
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_core import ErrorDetails
 
-from tombola.errors import UserError, did_you_mean
+from tombola.errors import UserError, did_you_mean, shorten
 from tombola.training.recipe import Count, Recipe, Tuple
 
 Arguments = dict[str, bool | int | float | str | Tuple[bool | int | float | str]]
@@ -37,6 +37,11 @@ class Task(BaseModel):
     model: str = Field(description="name of a model, or module:function that returns a torch module")
     model_arguments: Arguments = Field(default={}, description="arguments of the model function")
     loss: str = Field(default="cross_entropy", description="cross_entropy, or module:function of (outputs, labels)")
+
+    @property
+    def own_code(self) -> list[str]:
+        """The references to the user's own functions, `module:function`."""
+        return [name for name in (self.dataset, self.model, self.loss) if ":" in name]
 
 
 class Study(BaseModel):
@@ -154,7 +159,9 @@ def load_study(name: str, overrides: Mapping[str, Any] | None = None) -> Study:
         document = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except RecursionError as error:
+        raise UserError(f"{path}: is nested too deeply") from error
+    except ValueError as error:  # also a whole number of thousands of digits, which is no TOMLDecodeError
         raise UserError(f"{path}: is not valid TOML: {error}") from error
     overrides, recipe = overrides or {}, document.get("recipe")
     if isinstance(recipe, dict):
@@ -267,7 +274,12 @@ _KINDS = {
 }
 
 
-_LIMITS = {"greater_than": ("above", "gt"), "greater_than_equal": ("from", "ge"), "less_than": ("below", "lt")}
+_LIMITS = {
+    "greater_than": ("above", "gt"),
+    "greater_than_equal": ("from", "ge"),
+    "less_than": ("below", "lt"),
+    "less_than_equal": ("up to", "le"),
+}
 
 
 def _describe(problem: ErrorDetails) -> str:
@@ -277,7 +289,7 @@ def _describe(problem: ErrorDetails) -> str:
         return problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "literal_error":
         choices = re.findall("'([^']+)'", about["expected"])
-        return f"unknown {value!r}; {did_you_mean(str(value), choices)}"
+        return f"unknown {_as_toml(value)}; {did_you_mean(str(value), choices)}"
     if problem["type"] == "too_short":
         return "at least one is needed"
     kind = _KINDS.get(problem["type"])
@@ -304,4 +316,7 @@ def _siblings(location: tuple[int | str, ...]) -> list[str]:
 def _as_toml(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
-    return str(list(value)) if isinstance(value, tuple) else repr(value)
+    try:
+        return shorten(str(list(value)) if isinstance(value, tuple) else repr(value))
+    except (ValueError, RecursionError):  # a whole number of thousands of digits, or a list of lists of lists
+        return f"a value of type {type(value).__name__} that is too long to print"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -15,24 +16,17 @@ from torch.nn import functional
 
 from tombola import datasets, models
 from tombola.datasets.dataset import Dataset
-from tombola.errors import UserError, describe_exception, did_you_mean
+from tombola.errors import UserError, did_you_mean
 from tombola.importance import Importance, NetworkScore, as_importance, find
 from tombola.importance.importances import find_normalisation, find_score
-from tombola.lottery.rewinding import Rule
-from tombola.pruning.mask import Mask, prunable, resolve_kept_dense
 from tombola.streams import ambient
-from tombola.study.code import resolve, source_hash
-from tombola.study.rounds import compute_mask
+from tombola.study.code import attribute_failure, resolve, source_hash, steady_source
 from tombola.study.schema import Study, Task
-from tombola.study.trainings import Round
 from tombola.training.batches import batches, normalisation
 from tombola.training.evaluation import Loss
-from tombola.training.train import check_recipe_fits, initial_state
-from tombola.training.weights import Weights
+from tombola.training.train import check_recipe_fits
 
 Result = TypeVar("Result")
-
-_SCORED = 8  # examples on which a score of the whole network is tried out
 
 BUILT_IN = 1
 """Version of the built-in models and losses as a part of a training's name: increase it if their outputs change."""
@@ -71,10 +65,13 @@ def load_problem(task: Task, directory: Path | None = None) -> Problem:
     >>> load_problem(Task(dataset="digits", model="lenet_300_100", model_arguments={"inputs": 64})).data.name
     'digits'
     """
-    data = _load_data(task, directory)
-    model, model_identity = _function("model", task.model, models.MODELS, task.model_arguments)
-    build = _guard(f"task.model {task.model!r}", model, nn.Module, "a torch module")
-    loss, loss_identity = _function("loss", task.loss, {"cross_entropy": functional.cross_entropy}, {})
+    with steady_source(task.own_code):
+        data = load_data(task, directory)
+        model, model_identity = _function("model", task.model, models.MODELS, task.model_arguments)
+        loss, loss_identity = _function("loss", task.loss, {"cross_entropy": functional.cross_entropy}, {})
+    build = _checked(f"task.model {task.model!r}", model)
+    if task.model in models.MODELS:
+        _check_memory(build)
     identity = {"data": data.fingerprint, "model": model_identity, "loss": loss_identity}
     return Problem(data, build, loss, identity)
 
@@ -107,20 +104,25 @@ def resolve_importance(name: str) -> Importance:
     )
 
 
-def importance_sources(name: str) -> dict[str, str]:
-    """Return the hashes of the source code of a user's own score and normalisation, by reference.
+def load_importance(name: str) -> tuple[Importance, dict[str, str]]:
+    """Return an importance and the hashes of the source code of a user's own score and normalisation, by reference.
 
-    >>> importance_sources("l1")
+    Raises:
+        UserError: if there is no such importance, or if its source is not the one that was imported.
+
+    >>> load_importance("l1")[1]
     {}
     """
-    return {reference: source_hash(reference) for reference in name.split("/") if ":" in reference}
+    own = [reference for reference in name.split("/") if ":" in reference]
+    with steady_source(own):
+        return resolve_importance(name), {reference: source_hash(reference) for reference in own}
 
 
 def try_out(problem: Problem, study: Study) -> None:
-    """Raise `UserError` if data, model, loss, recipe and scores do not work together.
+    """Raise `UserError` if data, model, loss and recipe do not work together.
 
     The check runs a forward and a backward pass on the smallest batch of the training (at most two examples), then a
-    forward pass on two examples of the test set. Scores of the whole network do a round of pruning on a few examples.
+    forward pass on two examples of the test set.
     """
     task, recipe, data = study.task, study.recipe, problem.data
     check_recipe_fits(recipe, data)
@@ -131,7 +133,7 @@ def try_out(problem: Problem, study: Study) -> None:
     with ambient(0):
         model = problem.build()
         for name, parameter in model.named_parameters():
-            if not torch.nn.parameter.is_lazy(parameter) and not parameter.isfinite().all():
+            if not parameter.isfinite().all():
                 raise UserError(f"task.model {task.model!r}: its initial {name!r} is not finite (NaN or infinite)")
         outputs = _outputs(model, inputs, problem, task)
         loss = _guard(f"task.loss {task.loss!r}", partial(problem.loss, outputs, labels))()
@@ -140,26 +142,7 @@ def try_out(problem: Problem, study: Study) -> None:
             raise UserError(f"task.loss {task.loss!r}: expected one number, the mean over the batch, got {got}")
         _guard(f"task.loss {task.loss!r}: going backward", loss.backward)()
         with torch.no_grad():
-            _outputs(model.eval(), normalisation(data)(data.test_inputs[:2]), problem, task)
-    _try_out_scores(problem, study)
-
-
-def _try_out_scores(problem: Problem, study: Study) -> None:
-    """Do a round of pruning of the initial network by each importance that scores the whole network."""
-    importances = [(name, resolve_importance(name)) for name in study.importances]
-    whole = [(name, importance) for name, importance in importances if isinstance(importance.score, NetworkScore)]
-    if not whole:
-        return
-    seed, few = study.seeds[0], min(_SCORED, study.score_examples)
-    state = initial_state(problem.build, seed)
-    with ambient(0):
-        model = problem.build()
-    weights, dense = Weights.of(state), Mask.ones_like(model, study.exclude)
-    left_out = prunable(model).keys() - dense.keys()
-    rule = Rule(study.fraction, resolve_kept_dense(dense, study.keep_dense, left_out))
-    for name, importance in whole:
-        pruning = Round("", weights, weights, dense, 0, name, seed)
-        compute_mask(pruning, problem, study.model_copy(update={"score_examples": few}), rule, importance)
+            _outputs(model.eval(), normalisation(data)(data.test_inputs[:2].clone()), problem, task)
 
 
 def _outputs(model: nn.Module, inputs: Tensor, problem: Problem, task: Task) -> Tensor:
@@ -176,7 +159,19 @@ def _outputs(model: nn.Module, inputs: Tensor, problem: Problem, task: Task) -> 
     return cast(Tensor, outputs)
 
 
-def _load_data(task: Task, directory: Path | None) -> Dataset:
+def load_data(task: Task, directory: Path | None = None) -> Dataset:
+    """Load the data set that a task names.
+
+    Args:
+        task: the task.
+        directory: the folder of the data sets.
+
+    Raises:
+        UserError: if it cannot be loaded.
+
+    >>> load_data(Task(dataset="digits", model="lenet_300_100")).name
+    'digits'
+    """
     what = f"task.dataset {task.dataset!r}"
     if ":" not in task.dataset:
         return _guard(what, partial(datasets.load, task.dataset, directory, **task.dataset_arguments))()
@@ -218,18 +213,51 @@ def _call(what: str, function: Callable[..., Any], arguments: Mapping[str, Any])
     return partial(function, **arguments)
 
 
+def _checked(what: str, build: Callable[[], object]) -> Callable[[], nn.Module]:
+    """Wrap a function that builds a model: it raises `UserError` unless the model's state consists of dense tensors."""
+
+    def build_and_check() -> nn.Module:
+        model = cast(nn.Module, _guard(what, build, nn.Module, "a torch module")())
+        for name, value in _guard(what, partial(model.state_dict, keep_vars=True))().items():
+            if fault := _fault_of(value):
+                raise UserError(f"{what}: {name!r} of its state {fault}")
+        return model
+
+    return build_and_check
+
+
+def _check_memory(build: Callable[[], nn.Module]) -> None:
+    """Raise `UserError` if the parameters of a built-in model need more memory than the machine has."""
+    with torch.device("meta"):  # nothing is allocated
+        size = sum(parameter.numel() * parameter.itemsize for parameter in build().parameters())
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if size > there:
+        raise UserError(f"task.model: its parameters need {size:.2g} bytes, this machine has {there:.2g}")
+
+
+def _fault_of(value: object) -> str | None:
+    """Return what prevents an entry of a state from being stored and trained; None if nothing does."""
+    if not isinstance(value, Tensor):
+        return f"is of type {type(value).__name__}; keep it in a buffer, which is a tensor"
+    if torch.nn.parameter.is_lazy(value):
+        return "is lazy: its shape is not known before the first batch; give the sizes of the layer"
+    if value.is_meta and torch.get_default_device().type != "meta":
+        return "is on the device 'meta', where it has no values; build the model on the CPU"
+    if value.layout is not torch.strided or value.is_quantized:
+        return "is sparse or quantised; expected a dense tensor"
+    return None
+
+
 def _guard(
     what: str, function: Callable[..., Result], kind: type | None = None, kind_name: str = ""
 ) -> Callable[[], Result]:
     """Wrap a function: the result raises `UserError` if the function fails or returns another type than `kind`."""
 
     def call() -> Result:
-        try:
+        with attribute_failure(what):
             result = function()
-        except UserError:
-            raise
-        except Exception as error:
-            raise UserError(f"{what} raised {describe_exception(error)}") from error
+            if inspect.iscoroutine(result):
+                result.close()  # it is refused below
         if kind is not None and not isinstance(result, kind):
             raise UserError(f"{what.removesuffix(' it')}: expected {kind_name}, got {type(result).__name__}")
         return result

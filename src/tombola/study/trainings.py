@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from tombola.pruning.mask import Mask
@@ -101,6 +101,7 @@ class Round:
         level: the level of this ticket.
         importance: the name of the importance.
         seed: the seed of the random numbers of this round and of all others.
+        others: what determines the mask besides, see `name_mask`.
     """
 
     key: str
@@ -110,6 +111,7 @@ class Round:
     level: int
     importance: str
     seed: int
+    others: Mapping[str, Any] = field(default_factory=dict)
 
 
 def name_mask(

@@ -23,7 +23,7 @@ def evaluate(model: nn.Module, data: Dataset, loss: Loss = functional.cross_entr
     """Return the accuracy on the test set, in 0..1, and the mean loss over it (None if it is not finite)."""
     outputs = predict(model, data)
     accuracy = float((outputs.argmax(1) == data.test_labels).double().mean())
-    test_loss = float(loss(outputs, data.test_labels))
+    test_loss = float(loss(outputs, data.test_labels.clone()))  # a copy, because a loss may change its labels
     return accuracy, test_loss if math.isfinite(test_loss) else None
 
 

@@ -7,10 +7,12 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-Count = Annotated[int, Field(ge=0)]
-Positive = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=0, le=2**63 - 1)]
+Positive = Annotated[int, Field(ge=1, le=2**63 - 1)]
 
 _Item = TypeVar("_Item")
+
+_LARGEST_LR = 88  # the logarithm of the largest float32
 
 
 def _tuple_of_list(value: Any) -> Any:
@@ -79,6 +81,8 @@ class Recipe(BaseModel):
             raise ValueError("milestones and schedule = 'milestones' go together: give both or neither")
         if list(self.milestones) != sorted(set(self.milestones)):
             raise ValueError("milestones must be strictly increasing")
+        if self.gamma > 1 and len(self.milestones) * math.log(self.gamma) + math.log(self.lr) > _LARGEST_LR:
+            raise ValueError(f"gamma: at the last milestone, the learning rate would be more than e^{_LARGEST_LR}")
         if self.optimizer != "sgd" and (self.momentum or self.nesterov):
             field = "momentum" if self.momentum else "nesterov"
             raise ValueError(f"{field} belongs to optimizer = 'sgd', and {self.optimizer!r} does not use it: remove it")

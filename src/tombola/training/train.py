@@ -26,6 +26,9 @@ from tombola.training.optimizer import Optimizer
 from tombola.training.recipe import Augmentation, Recipe
 from tombola.training.weights import State, Weights, apply_mask, zero_pruned
 
+MOST_ITERATIONS = 10**9
+"""The longest training: the loss of every iteration is kept in memory, 4 bytes each."""
+
 
 def initial_state(build: Callable[[], nn.Module], seed: int) -> State:
     """Return the state of the module that `build()` makes, with every random number drawn from `seed`.
@@ -132,6 +135,8 @@ def check_recipe_fits(recipe: Recipe, data: Dataset) -> None:
     """Raise `UserError` if a recipe does not fit a data set: its batches, its rewind point or its augmentation."""
     examples = len(data.train_inputs)
     total = recipe.total_iterations(examples)
+    if total > MOST_ITERATIONS:
+        raise UserError(f"recipe: a training of {total} iterations; at most {MOST_ITERATIONS} are possible")
     if recipe.batch_size > examples:
         raise UserError(
             f"recipe.batch_size: {recipe.batch_size} is more than the {examples} training examples of {data.name!r}"
@@ -140,6 +145,10 @@ def check_recipe_fits(recipe: Recipe, data: Dataset) -> None:
         raise UserError(f"recipe.rewind: iteration {recipe.rewind} is not within the training, which has {total}")
     if recipe.augmentation != Augmentation() and data.train_inputs.dtype != torch.uint8:
         raise UserError(f"recipe.augmentation: it needs images (uint8), but {data.name!r} has other inputs")
+    if recipe.augmentation.crop > (side := min(data.train_inputs.shape[2:], default=0)):
+        raise UserError(
+            f"recipe.augmentation.crop: {recipe.augmentation.crop} is more than the side of an image, {side} pixels"
+        )
 
 
 def load_model(model: nn.Module, state: State, mask: Mask, device: str) -> nn.Module:

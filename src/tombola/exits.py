@@ -1,0 +1,69 @@
+"""Exits: keep a user's code from ending the program without a word, and tell its exceptions from Ctrl-C."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import FrameType
+from typing import NoReturn
+
+end_at_once = os._exit
+"""`os._exit`, which `watch_exits` does not replace."""
+
+
+@dataclass
+class Exits:
+    """What has happened inside a block of `watch_exits`.
+
+    Args:
+        knows: whether Ctrl-C is told apart from a `raise KeyboardInterrupt` of the user's code.
+        ctrl_c: whether Ctrl-C was pressed.
+    """
+
+    knows: bool = False
+    ctrl_c: bool = False
+
+    def is_ctrl_c(self, error: BaseException) -> bool:
+        """Return whether an exception comes from Ctrl-C, as far as that can be told."""
+        return isinstance(error, KeyboardInterrupt) and (self.ctrl_c or not self.knows)
+
+
+@contextmanager
+def watch_exits() -> Iterator[Exits]:
+    """Let `os._exit` raise `SystemExit` inside the block, and notice Ctrl-C.
+
+    Only this process is affected: in a copy of it, such as one that a data loader forks, `os._exit` ends the copy. Code
+    that ends the process by a signal or by a system call of its own cannot be kept from it.
+
+    >>> with watch_exits():
+    ...     os._exit(0)
+    Traceback (most recent call last):
+    SystemExit: os._exit(0)
+    """
+    exits, here, before = Exits(), os.getpid(), os._exit
+
+    def refuse(status: int) -> NoReturn:
+        if os.getpid() != here:
+            end_at_once(status)
+        raise SystemExit(f"os._exit({status!r})")
+
+    def interrupt(number: int, frame: FrameType | None) -> NoReturn:
+        exits.ctrl_c = True
+        raise KeyboardInterrupt
+
+    with contextlib.ExitStack() as stack:
+        if (
+            threading.current_thread() is threading.main_thread()
+            and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        ):
+            signal.signal(signal.SIGINT, interrupt)
+            stack.callback(signal.signal, signal.SIGINT, signal.default_int_handler)
+            exits.knows = True
+        os._exit = refuse
+        stack.callback(setattr, os, "_exit", before)
+        yield exits

@@ -1,0 +1,73 @@
+"""Repeatability: find out before a run whether the user's own code gives the same each time that it is called.
+
+A training is named by its arguments. If these are drawn anew each time, no stored result is ever found again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from tombola.errors import UserError
+from tombola.importance import NetworkScore, is_built_in
+from tombola.streams import ambient
+from tombola.study.planner import Planner
+from tombola.study.rounds import compute_mask
+from tombola.study.schema import Task
+from tombola.study.task import Problem, load_data, resolve_importance
+from tombola.training.batches import normalisation
+from tombola.training.weights import state_hash
+
+
+def check_repeatable(planner: Planner) -> None:
+    """Compute everything twice that the user's own functions give, and compare the bits.
+
+    The data set is loaded a second time; the model is initialised, and applied to a few examples, twice with the same
+    seed; the importances prune the initial network twice. Nothing of this is done for built-in functions, except that
+    scores of the whole network prune once, on a few examples, to find out whether they can rate this network.
+
+    Args:
+        planner: the planner of the study.
+
+    Raises:
+        UserError: if a function gives something else the second time; the message names it.
+    """
+    problem, task = planner.problem, planner.study.task
+    if ":" in task.dataset and load_data(task).fingerprint != problem.data.fingerprint:
+        raise UserError(f"task.dataset {task.dataset!r}: {_ELSE.format('data')}, with a fixed seed")
+    if ":" in task.model or ":" in task.loss:
+        for (what, one), (_, other) in zip(_compute(problem, task), _compute(problem, task), strict=False):
+            if state_hash({"": one}) != state_hash({"": other}):
+                raise UserError(f"{what}, for equal seeds of torch's global generator")
+    few = planner.study.model_copy(update={"score_examples": min(_SCORED, planner.study.score_examples)})
+    for name in planner.study.importances:
+        importance, own = resolve_importance(name), not is_built_in(name)
+        if own or isinstance(importance.score, NetworkScore):
+            again = partial(compute_mask, planner.first_round(name), problem, few, planner.rule, importance)
+            mask = again()
+            if own and again() != mask:
+                raise UserError(f"importance {name!r}: {_ELSE.format('scores')}, from the generator that it is given")
+
+
+_SCORED = 8  # examples that a score of the whole network is tried out on
+
+_ELSE = "it gives other {} each time that it is called; draw random numbers"
+
+
+def _compute(problem: Problem, task: Task) -> Iterator[tuple[str, Tensor]]:
+    """Yield what model and loss give, each with the beginning of a message about it."""
+    model_gives = f"task.model {task.model!r}: {_ELSE}"
+    few, labels = normalisation(problem.data)(problem.data.test_inputs[:2].clone()), problem.data.test_labels[:2]
+    with ambient(0):
+        model = problem.build()
+        for name, tensor in model.state_dict().items():
+            yield model_gives.format(f"initial values of {name!r}"), tensor
+        with torch.no_grad():
+            outputs = model.eval()(few)
+        yield model_gives.format("outputs"), outputs
+        with torch.no_grad():
+            loss = problem.loss(outputs, labels.clone())
+        yield f"task.loss {task.loss!r}: {_ELSE.format('values')}", loss

@@ -1,0 +1,172 @@
+"""Surroundings: a terminal, a folder, an environment or a process that is not as it should be; never a traceback."""
+
+from __future__ import annotations
+
+import io
+import os
+import resource
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from multiprocessing import forkserver, process, util
+from pathlib import Path
+
+import pytest
+
+from processes import LONG, wait_for_end
+from small_study import STUDY
+from stores import content, run_study
+from tombola.cli import main
+from tombola.cli.path import find_modules
+from tombola.engine import local
+from tombola.engine.local import LocalWorkers
+from tombola.errors import UserError
+
+pytestmark = pytest.mark.xdist_group("processes")  # the process that workers are copies of starts once
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_a_terminal_without_all_characters(
+    encoding: str, finished: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for arguments in (["results", *STUDY], ["presets"], ["layers", *STUDY]):
+        out = io.BytesIO()
+        monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(out, encoding))
+        assert main([*arguments, *(["--store", str(finished)] if arguments[1:] else [])]) == 0
+        sys.stdout.flush()
+        assert out.getvalue().decode(encoding)
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_output_on_a_full_disk_is_said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        assert main(["presets"]) == 2
+    assert capsys.readouterr().err == ("tombola: the output cannot be written or read: No space left on device\n")
+
+
+def test_closed_streams_are_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("stdin", "stdout", "stderr"):
+        monkeypatch.setattr(sys, name, None)
+    assert main(["presets"]) == 0
+    assert main(["run", "nonsense"]) == 2
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        stream.close()
+
+
+def test_a_working_directory_that_was_removed_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "gone"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    folder.rmdir()
+    assert main(["run", "digits"]) == 2
+    assert capsys.readouterr().err == "tombola: the working directory has been removed; change to another one\n"
+
+
+def test_a_path_that_is_not_utf_8_is_written_with_escapes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = os.fsdecode(b"./\xff.toml")
+    assert main(["run", path]) == 2
+    assert "\\udcff.toml: cannot be read: No such file or directory" in capsys.readouterr().err
+    Path(path).write_text("levels = ")
+    assert main(["run", path]) == 2
+    assert "\\udcff.toml: is not valid TOML" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["torch", "numpy", "rich", "tombola", "PIL", "sklearn", "sympy", "typing_extensions"])
+def test_a_file_that_hides_a_package_is_named(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    (tmp_path / f"{name}.py").write_text("raise SystemExit")
+    with pytest.raises(
+        UserError, match=rf"{name}\.py: its name hides the package '{name}', which tombola needs; rename"
+    ):
+        find_modules([tmp_path])
+    assert str(tmp_path) not in sys.path
+
+
+def test_other_files_and_folders_hide_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    for name in ("models.py", "random.py", "_pytest.py", "torch.txt"):
+        (tmp_path / name).touch()
+    (tmp_path / "ray").mkdir()  # data, not a package
+    find_modules([tmp_path, tmp_path / "missing"])
+    assert str(tmp_path) in sys.path
+
+
+def test_processes_of_workers_do_not_import_from_the_working_directory(tmp_path: Path) -> None:
+    (tmp_path / "random.py").write_text("raise SystemExit('mine')")
+    before = dict(os.environ)
+    with local._safe_path():
+        command = [sys.executable, "-c", "import random; print(random.__file__)"]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=LONG)
+    assert done.returncode == 0
+    assert str(tmp_path) not in done.stdout
+    assert dict(os.environ) == before
+
+
+@pytest.fixture
+def no_temporary_folder(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Let multiprocessing choose its folder for sockets anew."""
+    config = process.current_process()._config
+    before = config.pop("tempdir", None)
+    yield
+    config["tempdir"] = before or config["tempdir"]  # both are removed when the process ends
+
+
+def test_a_folder_for_temporary_files_may_have_a_long_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_temporary_folder: None
+) -> None:
+    long = tmp_path / ("x" * 100)
+    long.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(long))
+    local._shorten_temporary_folder()
+    assert len(util.get_temp_dir()) < 80
+    assert tempfile.gettempdir() == str(long)
+
+
+def test_the_process_that_workers_are_copies_of_may_be_killed(tmp_path: Path) -> None:
+    run_study(tmp_path / "undisturbed", workers=1)
+    server = forkserver._forkserver._forkserver_pid
+    os.kill(server, signal.SIGKILL)
+    run_study(tmp_path / "store", workers=1)
+    wait_for_end(server)
+    assert content(tmp_path / "store") == content(tmp_path / "undisturbed")
+
+
+@pytest.mark.parametrize("error", [EOFError(), ConnectionRefusedError(), BrokenPipeError()])
+def test_a_worker_whose_start_fails_is_started_again(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[object] = []
+
+    def fail(setting: object) -> object:
+        calls.append(setting)
+        if len(calls) < local.TRIES:
+            raise error
+        return "worker"
+
+    monkeypatch.setattr(local._Worker, "_start", fail)
+    assert local._Worker.start("setting") == "worker"  # type: ignore[arg-type, comparison-overlap]
+    monkeypatch.setattr(local, "TRIES", 1)
+    calls.clear()
+    monkeypatch.setattr(local._Worker, "_start", lambda setting: (_ for _ in ()).throw(error))
+    with pytest.raises(UserError, match="a process that trains cannot be started: "):
+        local._Worker.start("setting")  # type: ignore[arg-type]
+
+
+def test_too_few_files_for_a_worker_are_said(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+    def connect(*_: object) -> object:
+        raise AssertionError("the process that workers are copies of would end with a traceback")
+
+    monkeypatch.setattr(forkserver._forkserver, "connect_to_new_process", connect)
+    monkeypatch.setattr(local, "_FILES", 300)
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
+    request.addfinalizer(lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (before, hard)))
+    with LocalWorkers(1, None, None, None) as workers, pytest.raises(UserError, match="Too many open files; fewer"):  # type: ignore[arg-type]
+        workers.submit(None)  # type: ignore[arg-type]
