@@ -252,12 +252,6 @@ def test_the_fingerprint_is_the_same_for_the_same_content():
     assert small(train_inputs=strided).fingerprint == small().fingerprint
 
 
-def test_a_remembered_fingerprint_is_not_inherited_by_other_content():
-    known = small().remember("known")
-    assert known.fingerprint == "known"
-    assert dataclasses.replace(known, mean=(0.1,)).fingerprint == small(mean=(0.1,)).fingerprint
-
-
 # IDX files
 
 
@@ -281,7 +275,7 @@ IMAGES = np.arange(24, dtype=np.uint8).reshape(2, 3, 4)
         (b"\x89PNG", "expected it to begin with 00 00 08 03, got 89 50 4e 47"),
         (idx_bytes(IMAGES)[:4], "cut short: expected a header of 16 bytes, got 4"),
         (idx_bytes(IMAGES)[:-1], r"cut short: expected 40 bytes for the shape \(2, 3, 4\), got 39"),
-        (idx_bytes(IMAGES) + b"x", r"too long: expected 40 bytes for the shape \(2, 3, 4\), got 41"),
+        (idx_bytes(IMAGES) + b"x", r"too long: expected 40 bytes for the shape \(2, 3, 4\), got more"),
         (idx_bytes(IMAGES.reshape(-1)), "expected it to begin with 00 00 08 03, got 00 00 08 01"),
         (idx_bytes(IMAGES).replace(b"\x08", b"\x0d", 1), "not an IDX file of unsigned bytes with 3 dimensions"),
         (b"\0\0\x08\x03" + b"\xff" * 12, "cut short: expected 792281"),

@@ -225,6 +225,22 @@ def forbid_decoding(monkeypatch):
     monkeypatch.setattr(decoder, "work", decoded)
 
 
+def change_byte(path, place):
+    content = bytearray(path.read_bytes())
+    content[place] ^= 1
+    path.write_bytes(content)
+
+
+def change_about(entry, **changes):
+    path = entry / "about.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def replace_with_pipe(path):
+    path.unlink()
+    os.mkfifo(path)
+
+
 def test_images_are_decoded_once(tmp_path, monkeypatch):
     parts = make_folder(tmp_path / "pets")
     load("image-folder", tmp_path, path="pets")
@@ -286,14 +302,51 @@ def test_a_new_empty_class_is_noticed(tmp_path):
         lambda entry: (entry / "about.json").write_text("{}"),
         lambda entry: (entry / "pixels").unlink(),
         lambda entry: os.truncate(entry / "pixels", 100),
+        lambda entry: change_byte(entry / "pixels", 0),
+        lambda entry: change_byte(entry / "pixels", -1),
+        lambda entry: change_about(entry, train_labels=[1, 0, 0, 0, 1, 1, 1, 1]),
+        lambda entry: change_about(entry, test_labels=[0, 0, 1, 0]),
+        lambda entry: change_about(entry, test_labels=[0, 0, 1, 2]),
+        lambda entry: change_about(entry, train_labels=[0, 0, 0, 0, 1, 1, 1], test_labels=[1, 0, 0, 1, 1]),
+        lambda entry: change_about(entry, shape=[3, 4, 9]),
+        lambda entry: change_about(entry, shape=[3, -6, -6]),
+        lambda entry: change_about(entry, mean=[0.5, 0.5, 0.5]),
+        lambda entry: change_about(entry, mean=["a", None, {}]),
+        lambda entry: change_about(entry, classes=["cat", "dog", "fox"]),
+        lambda entry: change_about(entry, train_labels=[10**30] * 8),
+        lambda entry: change_about(entry, fingerprint="0" * 64),
+        lambda entry: (entry / "about.json").write_text("[" * 10**6),
+        lambda entry: replace_with_pipe(entry / "about.json"),
+        lambda entry: replace_with_pipe(entry / "pixels"),
     ],
 )
-def test_a_damaged_entry_is_written_again(tmp_path, damage):
+def test_a_damaged_entry_is_written_again_and_this_is_said(tmp_path, damage):
     parts = make_folder(tmp_path / "pets")
-    load("image-folder", tmp_path, path="pets")
+    before = load("image-folder", tmp_path, path="pets")
     damage(tmp_path / ".tombola-cache" / entries(tmp_path)[0])
-    assert_holds(load("image-folder", tmp_path, path="pets"), parts)
+    with pytest.warns(cache_module.CacheWarning, match="not those that were written; they are decoded again"):
+        after = load("image-folder", tmp_path, path="pets")
+    assert_holds(after, parts)
+    assert after.fingerprint == before.fingerprint
     assert len(entries(tmp_path)) == 1
+    load("image-folder", tmp_path, path="pets")  # without a warning
+
+
+def test_a_damaged_entry_in_a_directory_that_cannot_be_written_to_is_not_used(tmp_path):
+    parts = make_folder(tmp_path / "data" / "pets")
+    load("image-folder", tmp_path / "data", path="pets")
+    (entry,) = entries(tmp_path / "data")
+    change_byte(tmp_path / "data" / ".tombola-cache" / entry / "pixels", 5)
+    (tmp_path / "data" / ".tombola-cache").chmod(0o555)
+    assert_holds(load("image-folder", tmp_path / "data", path="pets"), parts)
+
+
+def test_images_for_which_there_is_no_space_are_not_begun(tmp_path, monkeypatch):
+    make_folder(tmp_path / "pets")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(2000, 1000, 1000))
+    with pytest.raises(UserError, match=r"0\.0 MB, cannot be written here: only 0\.0 MB of the disk are free"):
+        load("image-folder", tmp_path, path="pets")
+    assert entries(tmp_path) == []
 
 
 def test_an_entry_of_the_first_version_is_read(tmp_path):

@@ -72,6 +72,21 @@ def did_you_mean(name: str, choices: Iterable[str]) -> str:
     return f"did you mean {quoted}?" if near else f"choose from {quoted}"
 
 
+def short(value: object, most: int = 80) -> str:
+    """Return `repr(value)` for a sentence, cut after `most` characters.
+
+    >>> short("a" * 100, most=10)
+    "'aaaaaa..."
+    >>> short(10**5000)
+    'a number of more than 4300 digits'
+    """
+    try:
+        text = repr(value)
+    except ValueError:  # Python does not write integers of more than 4300 digits
+        return "a number of more than 4300 digits"
+    return text if len(text) <= most else f"{text[: most - 3]}..."
+
+
 def describe_exception(error: BaseException) -> str:
     """Describe an exception in a user's code in one line, with the file and line of that code if they are known.
 

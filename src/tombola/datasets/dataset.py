@@ -94,14 +94,6 @@ class Dataset:
         tensors = (self.train_inputs, self.train_labels, self.test_inputs, self.test_labels)
         return fingerprint_of(len(self.classes), self.mean, self.std, [digest_of(tensor) for tensor in tensors])
 
-    def remember(self, fingerprint: str) -> Dataset:
-        """Set the fingerprint, which was computed when the data set was written to disk, and return the data set.
-
-        Copies with other contents (`dataclasses.replace`) do not inherit it.
-        """
-        self.__dict__["fingerprint"] = fingerprint  # where `cached_property` stores its value
-        return self
-
 
 def subset(dataset: Dataset, train_per_class: int | None = None, test_per_class: int | None = None) -> Dataset:
     """Return the first examples of each class, in the data set's own order, with its mean and std unchanged.
