@@ -31,7 +31,7 @@ from tombola.files import open_regular
 FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
 """The official names, the same for both data sets; '.gz' may follow."""
 
-LARGEST = 1 << 32
+LARGEST = 1 << 30
 """Maximum number of bytes of a file; the largest official one has 47 million."""
 
 LARGEST_RATIO = 1032
