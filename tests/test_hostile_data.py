@@ -6,6 +6,7 @@ import bz2
 import gzip
 import io
 import lzma
+import math
 import os
 import resource
 import socket
@@ -20,16 +21,19 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from torch import nn
 
 from test_datasets import idx_bytes
 from test_image_datasets import entries, make_folder, pack, write
-from tombola.datasets import decoder, idx, load, tree
+from tombola.datasets import Dataset, decoder, idx, load, tree
 from tombola.datasets.decoder import Form, decode
 from tombola.datasets.image_folder import list_classes
 from tombola.errors import UserError
+from tombola.training.evaluation import evaluate
 
 MUCH = 300 << 10
 """Kilobytes of memory that no refusal needs."""
@@ -327,6 +331,21 @@ def test_a_special_file_in_the_place_of_an_idx_file(tmp_path: Path, kind: str) -
     SPECIAL[kind](tmp_path / "file")
     with pytest.raises(UserError, match="file: cannot be read: it is not a regular file"):
         idx.read_idx(tmp_path / "file", 3)
+
+
+# Predictions
+
+
+def test_an_example_whose_outputs_are_nan_counts_as_wrong() -> None:
+    inputs, labels = torch.eye(4), torch.tensor([0, 1, 2, 3])
+    data = Dataset("four", inputs, labels, inputs, labels, ("a", "b", "c", "d"))
+    model = nn.Linear(4, 4, bias=False)
+    with torch.no_grad():
+        model.weight.copy_(torch.eye(4))
+        assert evaluate(model, data)[0] == 1.0
+        model.weight[:, 0] = math.nan
+        model.weight[2, 1] = math.nan
+    assert evaluate(model, data) == (0.5, None)
 
 
 # Bytes that change

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tombola.errors import UserError
-from tombola.models.initialisation import BatchNormInit, kaiming, scale_batch_norm
+from tombola.models.initialisation import BatchNormInit, check_sizes, kaiming, scale_batch_norm
 
 Stem = Literal["imagenet", "cifar"]
 """The first layers: a 7x7 convolution and a max-pooling, each of stride 2; or one 3x3 convolution of stride 1."""
@@ -90,6 +90,7 @@ def resnet20(classes: int = 10, width: int = 16, batchnorm_init: BatchNormInit =
     >>> sum(p.numel() for p in resnet20().parameters())
     272474
     """
+    check_sizes(classes=classes, width=width)
     return ResNet((width, 2 * width, 4 * width), (3, 3, 3), classes, "cifar", batchnorm_init)
 
 
@@ -110,4 +111,5 @@ def resnet18(
     >>> sum(p.numel() for p in resnet18().parameters())
     11279112
     """
+    check_sizes(classes=classes, width=width)
     return ResNet((width, 2 * width, 4 * width, 8 * width), (2, 2, 2, 2), classes, stem, batchnorm_init)

@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from tombola import kernels
 from tombola.datasets.dataset import Dataset
-from tombola.errors import UserError
+from tombola.errors import UserError, short
 from tombola.pruning.mask import Mask
 from tombola.streams import ambient
 from tombola.training.batches import batches
@@ -134,12 +134,20 @@ def check_recipe_fits(recipe: Recipe, data: Dataset) -> None:
     total = recipe.total_iterations(examples)
     if recipe.batch_size > examples:
         raise UserError(
-            f"recipe.batch_size: {recipe.batch_size} is more than the {examples} training examples of {data.name!r}"
+            f"recipe.batch_size: {short(recipe.batch_size)} is more than the {examples} training examples of "
+            f"{data.name!r}"
         )
     if recipe.rewind >= total:
-        raise UserError(f"recipe.rewind: iteration {recipe.rewind} is not within the training, which has {total}")
+        raise UserError(
+            f"recipe.rewind: iteration {short(recipe.rewind)} is not within the training, which has {short(total)}"
+        )
     if recipe.augmentation != Augmentation() and data.train_inputs.dtype != torch.uint8:
         raise UserError(f"recipe.augmentation: it needs images (uint8), but {data.name!r} has other inputs")
+    if (crop := recipe.augmentation.crop) and crop > (side := min(data.input_shape[1:])):
+        raise UserError(
+            f"recipe.augmentation.crop: {short(crop)} is more than the {side} pixels of a side of the images of "
+            f"{data.name!r}"
+        )
 
 
 def _load_model(model: nn.Module, state: State, mask: Mask, device: str) -> nn.Module:
