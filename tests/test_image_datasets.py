@@ -318,6 +318,9 @@ def test_a_new_empty_class_is_noticed(tmp_path):
         lambda entry: (entry / "about.json").write_text("[" * 10**6),
         lambda entry: replace_with_pipe(entry / "about.json"),
         lambda entry: replace_with_pipe(entry / "pixels"),
+        lambda entry: shutil.rmtree(entry) or entry.write_text("a file"),
+        lambda entry: entry.rename(entry.with_suffix(".moved")) and entry.symlink_to("nowhere.moved"),
+        lambda entry: (entry / "pixels").rename(entry / "p") and (entry / "pixels").symlink_to("/dev/zero"),
     ],
 )
 def test_a_damaged_entry_is_written_again_and_this_is_said(tmp_path, damage):
@@ -593,6 +596,13 @@ def test_mixed_sizes_name_both_images_and_the_way_out(tmp_path):
         ({"path": "cats"}, "there is no folder or archive 'cats' in "),
         ({"path": ""}, "path must be the name of a folder or an archive, got ''"),
         ({"path": 3}, "path must be the name of a folder or an archive, got 3"),
+        ({"path": "a\0b"}, "there is no folder or archive 'a\\x00b' in "),
+        ({"path": "a" * 10_000}, "File name too long"),
+        ({"path": "~nobody-of-this-name/pets"}, "is in the home of a user who is not known"),
+        ({"path": "pets", "size": 10**12}, "size must be a whole number of pixels from 1 to 4096, got 1000000000000"),
+        ({"path": "pets", "size": 10**5000}, "from 1 to 4096, got a number of more than 4300 digits"),
+        ({"path": "pets", "channels": 10**5000}, "1 (grey), got a number of more than 4300 digits"),
+        ({"path": "pets", "normalisation": 10**5000}, "must be 'own' or 'imagenet', got a number of more than 4300"),
         ({"path": "pets", "size": 0}, "size must be a whole number of pixels from 1 to 4096, got 0"),
         ({"path": "pets", "size": True}, "size must be a whole number of pixels"),
         ({"path": "pets", "size": "32"}, "size must be a whole number of pixels"),

@@ -28,7 +28,7 @@ from filelock import FileLock
 from tombola.datasets.dataset import Dataset, digest_of, fingerprint_of
 from tombola.datasets.files import cache_folder
 from tombola.errors import UserError
-from tombola.files import read_regular, sync_folder
+from tombola.files import read_regular, remove_path, sync_folder
 
 SCHEME = 1
 """Version of the files' layout and of how images are decoded: an entry of another one is never used."""
@@ -118,11 +118,11 @@ def load_cached(
             dataset = _open(cache / folder)  # another process may have written it while this one waited
             if dataset:
                 return dataset
-            if (cache / folder).exists():
+            if os.path.lexists(cache / folder):
                 text = f"{cache / folder}: these decoded images are not those that were written; they are decoded again"
                 warnings.warn(text, CacheWarning, stacklevel=2)
             for old in cache.glob(f"{glob.escape(name)}-*"):  # of another state, or of a process that was killed
-                shutil.rmtree(old)
+                remove_path(old)
             about, fill = make()
             _write(cache, folder, about, fill)
             dataset = _open(cache / folder)

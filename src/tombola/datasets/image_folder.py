@@ -40,13 +40,17 @@ def image_folder(directory: Path | None, *, path: str, size: int | None = None, 
     if type(channels) is not int or channels not in (1, 3):
         raise UserError(f"image-folder: channels must be 3 (colours) or 1 (grey), got {short(channels)}")
     roots = [Path("data"), Path()] if directory is None else [directory]
+    try:
+        place = Path(path).expanduser()
+    except RuntimeError:  # there is no such user
+        raise UserError(f"image-folder: path {short(path)} is in the home of a user who is not known") from None
     for root in roots:
-        source = root / Path(path).expanduser()
+        source = root / place
         if source.exists():
             entries = ("train", "test")
             return image_set("image-folder", source, directory, entries, list_classes, size, True, channels)
     places = " or ".join(str(root.absolute()) for root in roots)
-    raise UserError(f"image-folder: there is no folder or archive {str(path)!r} in {places}")
+    raise UserError(f"image-folder: there is no folder or archive {short(str(path))} in {places}")
 
 
 def list_classes(tree: Tree) -> Listing:

@@ -15,6 +15,7 @@ import lzma
 import os
 import re
 import stat
+import struct
 import tarfile
 import zipfile
 import zlib
@@ -52,14 +53,8 @@ _LARGEST_DIRECTORY = 100 * MOST_FILES
 """Maximum size of the directory of a .zip archive, in bytes."""
 
 _DAMAGED = (
-    OSError,
-    EOFError,
-    tarfile.TarError,
-    zipfile.BadZipFile,
-    lzma.LZMAError,
-    zlib.error,
-    RuntimeError,
-    ValueError,
+    *(OSError, EOFError, RuntimeError, ValueError, OverflowError),
+    *(tarfile.TarError, zipfile.BadZipFile, lzma.LZMAError, zlib.error, struct.error),
 )
 """Exceptions that a damaged or encrypted archive may raise."""
 
@@ -168,6 +163,8 @@ class _Bounded:
         return self._file.seek(offset, whence)
 
     def _check(self, offset: int) -> None:
+        if offset > self._end and self.is_plain:
+            raise EOFError("it ends before a file that it lists")
         if offset > self._end:
             raise _TooLargeError(f"it unpacks to more than {self._end / 1e9:.1f} GB")
 

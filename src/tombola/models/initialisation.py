@@ -29,7 +29,7 @@ def scale_batch_norm(model: nn.Module, init: BatchNormInit) -> None:
         UserError: for another word.
     """
     if init not in ("ones", "uniform"):
-        raise UserError(f"batchnorm_init must be 'ones' or 'uniform', got {init!r}")
+        raise UserError(f"batchnorm_init must be 'ones' or 'uniform', got {short(init)}")
     for module in model.modules():
         if init == "uniform" and isinstance(module, nn.BatchNorm2d):
             nn.init.uniform_(module.weight)

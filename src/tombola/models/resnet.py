@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from tombola.errors import UserError
+from tombola.errors import UserError, short
 from tombola.models.initialisation import BatchNormInit, check_sizes, kaiming, scale_batch_norm
 
 Stem = Literal["imagenet", "cifar"]
@@ -52,7 +52,7 @@ class ResNet(nn.Module):
     ) -> None:
         super().__init__()
         if stem not in ("imagenet", "cifar"):
-            raise UserError(f"stem must be 'imagenet' or 'cifar', got {stem!r}")
+            raise UserError(f"stem must be 'imagenet' or 'cifar', got {short(stem)}")
         large = stem == "imagenet"
         self.conv1 = nn.Conv2d(
             3, widths[0], 7 if large else 3, 2 if large else 1, padding=3 if large else 1, bias=False
