@@ -49,6 +49,9 @@ LARGEST_RATIO, ALWAYS_ALLOWED = 20, 1 << 30
 _LARGEST_HEADER = 1 << 20
 """Maximum size of what precedes a file in an archive, in bytes."""
 
+_UTF_8, _NAME_AT = 0x800, 30
+"""In a .zip archive: the flag of a name in UTF-8, and the place of the name in the header of a file."""
+
 _LARGEST_DIRECTORY = 100 * MOST_FILES
 """Maximum size of the directory of a .zip archive, in bytes."""
 
@@ -255,9 +258,10 @@ def _list_zip(path: Path) -> Iterator[tuple[str, int, None]]:
             if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
                 # zipfile decompresses those of other methods without a limit
                 raise _refusal(path, f"{info.filename!r} in it is compressed, but not by the method 'deflate'")
-            if not info.is_dir():
-                with archive.open(info):  # compares the name with the one before the file
-                    pass
+            name = info.orig_filename.encode("utf-8" if info.flag_bits & _UTF_8 else "cp437")
+            file.seek(info.header_offset)
+            if file.read(_NAME_AT + len(name))[_NAME_AT:] != name:  # no checksum protects the names of the directory
+                raise zipfile.BadZipFile(f"the name {info.filename[:200]!r} is not the one before that file")
             yield info.filename, info.file_size, None
 
 
