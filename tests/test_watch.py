@@ -150,16 +150,19 @@ def test_bytes_that_are_no_request(served: ServedPage, content: bytes) -> None:
     assert PAGE.encode() not in ask(served, content)
 
 
-def test_idle_connections_are_closed_when_there_are_many(served: ServedPage) -> None:
-    clients = [connect(served) for _ in range(3 * CONNECTIONS)]
-    for client in clients[::2]:
-        client.sendall(b"GET / HTTP/1.1\r\nHost: ")
-    assert ask(served, get("/", GOOD)).endswith(PAGE.encode())
-    for client in clients[: 2 * CONNECTIONS]:
-        assert read(client) == b""
-    for client in clients:
-        client.close()
-    assert ask(served, get("/", GOOD)).endswith(PAGE.encode())
+def test_idle_connections_are_closed_when_there_are_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watch, "SECONDS", 2 * LONG)
+    with serve(0) as served:
+        served.show(PAGE)
+        clients = [connect(served) for _ in range(3 * CONNECTIONS)]
+        for client in clients[::2]:
+            client.sendall(b"GET / HTTP/1.1\r\nHost: ")
+        assert ask(served, get("/", GOOD)).endswith(PAGE.encode())
+        for client in clients[: 2 * CONNECTIONS]:
+            assert read(client) == b""
+        for client in clients:
+            client.close()
+        assert ask(served, get("/", GOOD)).endswith(PAGE.encode())
 
 
 def test_an_idle_connection_is_closed_after_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
