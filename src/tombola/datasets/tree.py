@@ -43,8 +43,8 @@ LARGEST_FILE = 64 << 20
 LONGEST_NAME = 4096
 """Maximum length of a name, as on most file systems."""
 
-LARGEST_RATIO, ALWAYS_ALLOWED = 20, 1 << 30
-"""Files of an archive may unpack to 20 times the archive's size, and to 1 GiB in any case. Images hardly compress."""
+LARGEST_RATIO, ALWAYS_ALLOWED = 20, 1 << 29
+"""Files of an archive may unpack to 20 times the archive's size, and to 512 MiB in any case. Images hardly compress."""
 
 _LARGEST_HEADER = 1 << 20
 """Maximum size of what precedes a file in an archive, in bytes."""
