@@ -758,6 +758,13 @@ def test_tiny_imagenet_is_read_from_its_zip(tmp_path, tiny):
         (lambda root: (root / "val/val_annotations.txt").unlink(), "'val/val_annotations.txt' is missing, expected"),
         (lambda root: (root / "val/images/val_2.JPEG").unlink(), "but the image 'val/images/val_2.JPEG' is missing"),
         (put("val/images/val_9.JPEG"), "notes no class for the image 'val/images/val_9.JPEG'"),
+        (put("wnids.txt", b"n01\nn02\n" + b"a" * 10**6), "the class 'aaaaaaaaa"),
+        (put("val/val_annotations.txt", b"a" * 10**6), "notes the class '' for 'aaaaaaaaa"),
+        (put("val/val_annotations.txt", b"\xff\0" * 10**6), "notes the class '' for '"),
+        (
+            lambda root: [(root / "wnids.txt").unlink(), os.mkfifo(root / "wnids.txt")],
+            "cannot be read: it is not a regular",
+        ),
         (
             put("val/val_annotations.txt", b"val_0.JPEG\tn07\n"),
             "notes the class 'n07' for 'val_0.JPEG', but 'n07' is not",
@@ -777,6 +784,7 @@ def test_a_folder_that_is_not_the_official_tiny_imagenet(tmp_path, tiny, change,
     with pytest.raises(UserError) as caught:
         load("tiny-imagenet", tmp_path)
     assert said in str(caught.value)
+    assert len(str(caught.value)) < 600
 
 
 def test_without_tiny_imagenet_the_sentence_says_what_to_put_where(tmp_path):
