@@ -20,6 +20,7 @@ from PIL import Image, ImageOps
 from rich.console import Console
 
 from processes import LONG
+from tombola.cli import main
 from tombola.datasets import cache as cache_module
 from tombola.datasets import decoder, files, images, load, progress, tree
 from tombola.datasets.cache import mean_and_std
@@ -333,6 +334,24 @@ def test_a_damaged_entry_is_written_again_and_this_is_said(tmp_path, damage):
     assert after.fingerprint == before.fingerprint
     assert len(entries(tmp_path)) == 1
     load("image-folder", tmp_path, path="pets")  # without a warning
+
+
+def test_the_command_line_notes_that_images_are_decoded_again(tmp_path, capsys):
+    make_folder(tmp_path / "pets")
+    Path("study.toml").write_text(
+        'importances = ["l1"]\nseeds = [0]\nlevels = 1\n[task]\ndataset = "image-folder"\n'
+        'dataset_arguments = { path = "pets" }\nmodel = "lenet_300_100"\n'
+        "model_arguments = { inputs = 108, classes = 2 }\n[recipe]\nepochs = 1\nbatch_size = 2\n"
+    )
+
+    def said():
+        assert main(["results", "study.toml", "--data", str(tmp_path)]) == 2  # nothing is stored
+        return capsys.readouterr().err
+
+    assert "note: " not in said()
+    change_byte(tmp_path / ".tombola-cache" / entries(tmp_path)[0] / "pixels", 7)
+    assert "are not those that were written; they are decoded again\n" in said()
+    assert "note: " not in said()
 
 
 def test_a_damaged_entry_in_a_directory_that_cannot_be_written_to_is_not_used(tmp_path):
