@@ -111,7 +111,21 @@ def test_a_study_with_a_mistake(old: str, new: str, sentence: str, refused: Refu
         ('"lenet_300_100"', '"lenet"', "task.model: unknown model 'lenet'; did you mean 'lenet_300_100'?"),
         ("inputs =", "input =", "task.model 'lenet_300_100': got an unexpected keyword argument 'input'; it takes inputs, classes"),
         ("inputs = 64", "inputs = 65", "task.model 'lenet_300_100': on inputs of shape (2, 1, 8, 8) from 'digits' it raised RuntimeError"),
-        ("inputs = 64", "inputs = 'x'", "task.model 'lenet_300_100' raised TypeError"),
+        ("inputs = 64", "inputs = 'x'", "inputs: expected a whole number from 1 to 1000000000, got 'x'"),
+        ("inputs = 64", "inputs = 0", "inputs: expected a whole number from 1 to 1000000000, got 0"),
+        ("inputs = 64", "inputs = 64.0", "inputs: expected a whole number from 1 to 1000000000, got 64.0"),
+        ("inputs = 64", "inputs = true", "inputs: expected a whole number from 1 to 1000000000, got True"),
+        ("inputs = 64", "inputs = 1_000_000_000_000", "inputs: expected a whole number from 1 to 1000000000, got 1000000000000"),
+        ("inputs = 64", f"inputs = 0x{'f' * 4000}", "inputs: expected a whole number from 1 to 1000000000, got a number of more than"),
+        ("inputs = 64", "inputs = 1_000_000_000", "task.model 'lenet_300_100': its 300000031410 parameters need about 4800 GB of memory"),
+        ("inputs = 64", "classes = -1", "classes: expected a whole number from 1 to 1000000000, got -1"),
+        ('"lenet_300_100"\nmodel_arguments = { inputs = 64 }', '"vgg16"\nmodel_arguments = { width = 65536 }', "task.model 'vgg16': its"),
+        ('"lenet_300_100"\nmodel_arguments = { inputs = 64 }', '"resnet18"\nmodel_arguments = { width = 65536 }', "GB of memory in a training, this machine has"),
+        ('"lenet_300_100"\nmodel_arguments = { inputs = 64 }', '"resnet20"\nmodel_arguments = { width = 0 }', "width: expected a whole number from 1 to 1000000000, got 0"),
+        ("epochs = 1", "epochs = 1\naugmentation = { crop = 9 }", "recipe.augmentation.crop: 9 is more than the 8 pixels of a side of the images of 'digits'"),
+        ("epochs = 1", "epochs = 1\naugmentation = { crop = 1_000_000_000_000 }", "crop: 1000000000000 is more than the 8 pixels"),
+        ("[recipe]", "dataset_arguments = { train_per_class = 100_000_000_000_000_000_000 }\n[recipe]", "train_per_class = 100000000000000000000 asks for more examples than there are"),
+        ("[recipe]", "dataset_arguments = { test_per_class = 0 }\n[recipe]", "test_per_class: expected a whole number from 1, got 0"),
         ("inputs = 64", "inputs = 64, classes = 5", "should give outputs of shape (2, 10), one number for each of the 10 classes, got shape (2, 5)"),
         ("levels = 1", "levels = 100", "levels: 100 are too many"),
         ("levels = 1", "levels = 100", "at most 45 levels are possible"),
@@ -218,6 +232,12 @@ def test_a_users_model_that_fails(code: str, sentence: str, refused: Refused, tm
          "data set 'own', train set: label 9 of example 3 is out of range, expected 0..2 for 3 classes"),
         ("def f():\n  x, y = torch.zeros(4, 64), torch.zeros(4)\n  return tombola.Dataset('own', x, y, x, y, ('a',))",
          "data set 'own', train set: expected int64 labels of shape (4,), one per input, got torch.float32"),
+        ("def f():\n  x, y = torch.zeros(4, 64), torch.zeros(4).long()\n  z = x / 0\n"
+         "  return tombola.Dataset('own', x, y, z, y, ('a',))",
+         "data set 'own', test set: 4 of 4 examples have inputs that are NaN or infinite, the first is example 0: remove"),
+        ("def f():\n  x, y = torch.zeros(4, 64, requires_grad=True), torch.zeros(4).long()\n"
+         "  return tombola.Dataset('own', x, y, x, y, ('a',))",
+         "data set 'own', train set: its inputs require gradients: give tensor.detach()"),
     ],
 )  # fmt: skip
 def test_a_users_data_that_fail(code: str, sentence: str, refused: Refused, tmp_path: Path) -> None:
@@ -232,11 +252,36 @@ def test_a_users_data_that_fail(code: str, sentence: str, refused: Refused, tmp_
         ("def f(o, l): return o", "expected one number, the mean over the batch, got a tensor of shape (2, 10)"),
         ("def f(o): return o.sum()", "task.loss '{module}:f' raised TypeError: f() takes 1 positional argument but 2"),
         ("def f(o, l): return torch.tensor(1.0)", "task.loss '{module}:f': going backward raised RuntimeError"),
+        (
+            "def f(o, l): return o.sum() / 0 * 0",
+            "task.loss '{module}:f': at the first step, with the initial weights of 'lenet_300_100', "
+            "the loss is NaN or infinite: every training would diverge",
+        ),
+        ("def f(o, l): return (o.sum() * 0 - 1).log()", "the loss is NaN or infinite: every training would diverge"),
+        (
+            "def f(o, l): return (o * 0).norm(dim=1).sqrt().mean()",
+            "with the initial weights of 'lenet_300_100', the gradient of 'fc1.weight' is NaN or infinite",
+        ),
     ],
 )
 def test_a_users_loss_that_fails(code: str, sentence: str, refused: Refused) -> None:
     module, name = own(code, "[task]", '[task]\nloss = "MODULE:f"')
     assert sentence.format(module=module) in refused("run", name)
+
+
+def test_a_model_whose_outputs_are_not_finite(refused: Refused) -> None:
+    code = "class F(nn.Module):\n  def __init__(self):\n    super().__init__()\n    self.fc = nn.Linear(64, 10)\n"
+    code += "  def forward(self, x): return self.fc(x.flatten(1)) / 0\n"
+    _, name = own(code, '"lenet_300_100"\nmodel_arguments = { inputs = 64 }', '"MODULE:F"')
+    assert "the loss is NaN or infinite, as are outputs of the model: every training" in refused("run", name)
+
+
+def test_a_model_whose_outputs_are_nan_in_evaluation(refused: Refused) -> None:
+    code = "class F(nn.Module):\n  def __init__(self):\n    super().__init__()\n    self.fc = nn.Linear(64, 10)\n"
+    code += "  def forward(self, x): return self.fc(x.flatten(1)) + (0 if self.training else float('nan'))\n"
+    module, name = own(code, '"lenet_300_100"\nmodel_arguments = { inputs = 64 }', '"MODULE:F"')
+    said = f"task.model '{module}:F': in evaluation mode, its outputs on the test set are NaN"
+    assert refused("run", name) == said
 
 
 def test_a_last_batch_too_small_for_the_model(refused: Refused) -> None:

@@ -3,6 +3,7 @@ import functools
 import gzip
 import hashlib
 import http.server
+import itertools
 import os
 import re
 import socket
@@ -183,6 +184,26 @@ def test_a_subset_larger_than_a_class_is_refused():
         ({"test_labels": torch.tensor([-1])}, "test set: label -1 of example 0 is out of range"),
         ({"mean": (0.5, 0.5)}, "expected 1 means and positive stds, one per channel"),
         ({"std": (0.0,)}, "expected 1 means and positive stds, one per channel"),
+        ({"std": (float("nan"),)}, "std: expected one finite number per channel, got (nan,)"),
+        ({"mean": torch.tensor([float("inf")])}, "mean: expected one finite number per channel, got tensor([inf])"),
+        ({"mean": torch.tensor(0.5)}, "mean: expected one finite number per channel, got tensor(0.5000)"),
+        ({"mean": 0.5}, "mean: expected one finite number per channel, got 0.5"),
+        ({"mean": None}, "mean: expected one finite number per channel, got None"),
+        ({"mean": "1"}, "mean: expected one finite number per channel, got '1'"),
+        ({"std": ("a",)}, "std: expected one finite number per channel, got ('a',)"),
+        ({"std": (10**400,)}, "std: expected one finite number per channel, got (1000000"),
+        ({"classes": 2}, "classes must be the names of the classes, got 2"),
+        ({"train_inputs": torch.tensor(1.0)}, "its inputs are a single number: the first dimension counts"),
+        ({"train_inputs": torch.zeros(2, 0)}, "an example of shape (0,) holds no number"),
+        ({"train_inputs": torch.zeros(2, 3, device="meta")}, "its inputs are on the device 'meta', where tensors"),
+        ({"train_labels": torch.zeros(2, dtype=torch.int64, device="meta")}, "its labels are on the device 'meta'"),
+        (
+            {"train_inputs": torch.zeros(2, 3).to_sparse()},
+            "train set: its inputs are sparse or nested: make them dense",
+        ),
+        ({"test_inputs": torch.zeros(2, 3).to_sparse()}, "test set: its inputs are sparse or nested: make them dense"),
+        ({"train_labels": torch.tensor([0, 1]).to_sparse()}, "its labels are sparse or nested: make them dense"),
+        ({"train_inputs": torch.zeros(2, 3, requires_grad=True)}, "its inputs require gradients: give tensor.detach()"),
     ],
 )
 def test_parts_that_do_not_fit_together_are_refused(changes, said):
@@ -207,6 +228,39 @@ def test_inputs_of_another_kind_are_refused(dtype, shape, said):
 def test_ready_made_inputs_may_have_any_shape():
     inputs = torch.zeros(2, 3)
     assert small(train_inputs=inputs, test_inputs=inputs[:1], mean=(), std=()).input_shape == (3,)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("split", ["train", "test"])
+@pytest.mark.parametrize("shape", [(5,), (5, 3), (5, 1, 2, 2)])
+def test_inputs_that_are_not_finite_are_refused(dtype, value, split, shape):
+    parts = {f"{each}_inputs": torch.zeros(shape, dtype=dtype) for each in ("train", "test")}
+    labels = {f"{each}_labels": torch.zeros(5, dtype=torch.int64) for each in ("train", "test")}
+    assert small(**parts, **labels, mean=(), std=()).input_shape == shape[1:]
+    parts[f"{split}_inputs"][3:].view(-1)[-1] = value
+    with pytest.raises(UserError) as caught:
+        small(**parts, **labels, mean=(), std=())
+    assert str(caught.value) == (
+        f"data set 'small', {split} set: 1 of 5 examples have inputs that are NaN or infinite, the first is example 4: "
+        "remove these examples or replace the values"
+    )
+
+
+@pytest.mark.parametrize(
+    "kind", [torch.tensor, np.array, list, lambda values: tuple(np.float64(value) for value in values)]
+)
+def test_mean_and_std_may_be_tensors_or_arrays(kind):
+    data = small(mean=kind([0.5]), std=kind([0.25]))
+    assert (data.mean, data.std) == ((0.5,), (0.25,))
+    assert all(type(value) is float for value in data.mean + data.std)
+    assert data.fingerprint == small(mean=(0.5,), std=(0.25,)).fingerprint
+
+
+def test_a_subset_of_a_huge_size_is_refused():
+    for split, count in itertools.product(("train", "test"), (10**20, 10**5000)):
+        with pytest.raises(UserError, match=f"{split}_per_class = .* asks for more examples than there are"):
+            load("digits", **{f"{split}_per_class": count})
 
 
 # The fingerprint
@@ -252,12 +306,6 @@ def test_the_fingerprint_is_the_same_for_the_same_content():
     assert small(train_inputs=strided).fingerprint == small().fingerprint
 
 
-def test_a_remembered_fingerprint_is_not_inherited_by_other_content():
-    known = small().remember("known")
-    assert known.fingerprint == "known"
-    assert dataclasses.replace(known, mean=(0.1,)).fingerprint == small(mean=(0.1,)).fingerprint
-
-
 # IDX files
 
 
@@ -281,7 +329,7 @@ IMAGES = np.arange(24, dtype=np.uint8).reshape(2, 3, 4)
         (b"\x89PNG", "expected it to begin with 00 00 08 03, got 89 50 4e 47"),
         (idx_bytes(IMAGES)[:4], "cut short: expected a header of 16 bytes, got 4"),
         (idx_bytes(IMAGES)[:-1], r"cut short: expected 40 bytes for the shape \(2, 3, 4\), got 39"),
-        (idx_bytes(IMAGES) + b"x", r"too long: expected 40 bytes for the shape \(2, 3, 4\), got 41"),
+        (idx_bytes(IMAGES) + b"x", r"too long: expected 40 bytes for the shape \(2, 3, 4\), got more"),
         (idx_bytes(IMAGES.reshape(-1)), "expected it to begin with 00 00 08 03, got 00 00 08 01"),
         (idx_bytes(IMAGES).replace(b"\x08", b"\x0d", 1), "not an IDX file of unsigned bytes with 3 dimensions"),
         (b"\0\0\x08\x03" + b"\xff" * 12, "cut short: expected 792281"),

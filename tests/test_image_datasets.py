@@ -20,6 +20,7 @@ from PIL import Image, ImageOps
 from rich.console import Console
 
 from processes import LONG
+from tombola.cli import main
 from tombola.datasets import cache as cache_module
 from tombola.datasets import decoder, files, images, load, progress, tree
 from tombola.datasets.cache import mean_and_std
@@ -225,6 +226,22 @@ def forbid_decoding(monkeypatch):
     monkeypatch.setattr(decoder, "work", decoded)
 
 
+def change_byte(path, place):
+    content = bytearray(path.read_bytes())
+    content[place] ^= 1
+    path.write_bytes(content)
+
+
+def change_about(entry, **changes):
+    path = entry / "about.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def replace_with_pipe(path):
+    path.unlink()
+    os.mkfifo(path)
+
+
 def test_images_are_decoded_once(tmp_path, monkeypatch):
     parts = make_folder(tmp_path / "pets")
     load("image-folder", tmp_path, path="pets")
@@ -286,14 +303,72 @@ def test_a_new_empty_class_is_noticed(tmp_path):
         lambda entry: (entry / "about.json").write_text("{}"),
         lambda entry: (entry / "pixels").unlink(),
         lambda entry: os.truncate(entry / "pixels", 100),
+        lambda entry: change_byte(entry / "pixels", 0),
+        lambda entry: change_byte(entry / "pixels", -1),
+        lambda entry: change_about(entry, train_labels=[1, 0, 0, 0, 1, 1, 1, 1]),
+        lambda entry: change_about(entry, test_labels=[0, 0, 1, 0]),
+        lambda entry: change_about(entry, test_labels=[0, 0, 1, 2]),
+        lambda entry: change_about(entry, train_labels=[0, 0, 0, 0, 1, 1, 1], test_labels=[1, 0, 0, 1, 1]),
+        lambda entry: change_about(entry, shape=[3, 4, 9]),
+        lambda entry: change_about(entry, shape=[3, -6, -6]),
+        lambda entry: change_about(entry, mean=[0.5, 0.5, 0.5]),
+        lambda entry: change_about(entry, mean=["a", None, {}]),
+        lambda entry: change_about(entry, classes=["cat", "dog", "fox"]),
+        lambda entry: change_about(entry, train_labels=[10**30] * 8),
+        lambda entry: change_about(entry, fingerprint="0" * 64),
+        lambda entry: (entry / "about.json").write_text("[" * 10**6),
+        lambda entry: replace_with_pipe(entry / "about.json"),
+        lambda entry: replace_with_pipe(entry / "pixels"),
+        lambda entry: shutil.rmtree(entry) or entry.write_text("a file"),
+        lambda entry: entry.rename(entry.with_suffix(".moved")) and entry.symlink_to("nowhere.moved"),
+        lambda entry: (entry / "pixels").rename(entry / "p") and (entry / "pixels").symlink_to("/dev/zero"),
     ],
 )
-def test_a_damaged_entry_is_written_again(tmp_path, damage):
+def test_a_damaged_entry_is_written_again_and_this_is_said(tmp_path, damage):
     parts = make_folder(tmp_path / "pets")
-    load("image-folder", tmp_path, path="pets")
+    before = load("image-folder", tmp_path, path="pets")
     damage(tmp_path / ".tombola-cache" / entries(tmp_path)[0])
-    assert_holds(load("image-folder", tmp_path, path="pets"), parts)
+    with pytest.warns(cache_module.CacheWarning, match="not those that were written; they are decoded again"):
+        after = load("image-folder", tmp_path, path="pets")
+    assert_holds(after, parts)
+    assert after.fingerprint == before.fingerprint
     assert len(entries(tmp_path)) == 1
+    load("image-folder", tmp_path, path="pets")  # without a warning
+
+
+def test_the_command_line_notes_that_images_are_decoded_again(tmp_path, capsys):
+    make_folder(tmp_path / "pets")
+    Path("study.toml").write_text(
+        'importances = ["l1"]\nseeds = [0]\nlevels = 1\n[task]\ndataset = "image-folder"\n'
+        'dataset_arguments = { path = "pets" }\nmodel = "lenet_300_100"\n'
+        "model_arguments = { inputs = 108, classes = 2 }\n[recipe]\nepochs = 1\nbatch_size = 2\n"
+    )
+
+    def said():
+        assert main(["results", "study.toml", "--data", str(tmp_path)]) == 2  # nothing is stored
+        return capsys.readouterr().err
+
+    assert "note: " not in said()
+    change_byte(tmp_path / ".tombola-cache" / entries(tmp_path)[0] / "pixels", 7)
+    assert "are not those that were written; they are decoded again\n" in said()
+    assert "note: " not in said()
+
+
+def test_a_damaged_entry_in_a_directory_that_cannot_be_written_to_is_not_used(tmp_path):
+    parts = make_folder(tmp_path / "data" / "pets")
+    load("image-folder", tmp_path / "data", path="pets")
+    (entry,) = entries(tmp_path / "data")
+    change_byte(tmp_path / "data" / ".tombola-cache" / entry / "pixels", 5)
+    (tmp_path / "data" / ".tombola-cache").chmod(0o555)
+    assert_holds(load("image-folder", tmp_path / "data", path="pets"), parts)
+
+
+def test_images_for_which_there_is_no_space_are_not_begun(tmp_path, monkeypatch):
+    make_folder(tmp_path / "pets")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(2000, 1000, 1000))
+    with pytest.raises(UserError, match=r"0\.0 MB, cannot be written here: only 0\.0 MB of the disk are free"):
+        load("image-folder", tmp_path, path="pets")
+    assert entries(tmp_path) == []
 
 
 def test_an_entry_of_the_first_version_is_read(tmp_path):
@@ -540,6 +615,13 @@ def test_mixed_sizes_name_both_images_and_the_way_out(tmp_path):
         ({"path": "cats"}, "there is no folder or archive 'cats' in "),
         ({"path": ""}, "path must be the name of a folder or an archive, got ''"),
         ({"path": 3}, "path must be the name of a folder or an archive, got 3"),
+        ({"path": "a\0b"}, "there is no folder or archive 'a\\x00b' in "),
+        ({"path": "a" * 10_000}, "File name too long"),
+        ({"path": "~nobody-of-this-name/pets"}, "is in the home of a user who is not known"),
+        ({"path": "pets", "size": 10**12}, "size must be a whole number of pixels from 1 to 4096, got 1000000000000"),
+        ({"path": "pets", "size": 10**5000}, "from 1 to 4096, got a number of more than 4300 digits"),
+        ({"path": "pets", "channels": 10**5000}, "1 (grey), got a number of more than 4300 digits"),
+        ({"path": "pets", "normalisation": 10**5000}, "must be 'own' or 'imagenet', got a number of more than 4300"),
         ({"path": "pets", "size": 0}, "size must be a whole number of pixels from 1 to 4096, got 0"),
         ({"path": "pets", "size": True}, "size must be a whole number of pixels"),
         ({"path": "pets", "size": "32"}, "size must be a whole number of pixels"),
@@ -695,6 +777,13 @@ def test_tiny_imagenet_is_read_from_its_zip(tmp_path, tiny):
         (lambda root: (root / "val/val_annotations.txt").unlink(), "'val/val_annotations.txt' is missing, expected"),
         (lambda root: (root / "val/images/val_2.JPEG").unlink(), "but the image 'val/images/val_2.JPEG' is missing"),
         (put("val/images/val_9.JPEG"), "notes no class for the image 'val/images/val_9.JPEG'"),
+        (put("wnids.txt", b"n01\nn02\n" + b"a" * 10**6), "the class 'aaaaaaaaa"),
+        (put("val/val_annotations.txt", b"a" * 10**6), "notes the class '' for 'aaaaaaaaa"),
+        (put("val/val_annotations.txt", b"\xff\0" * 10**6), "notes the class '' for '"),
+        (
+            lambda root: [(root / "wnids.txt").unlink(), os.mkfifo(root / "wnids.txt")],
+            "cannot be read: it is not a regular",
+        ),
         (
             put("val/val_annotations.txt", b"val_0.JPEG\tn07\n"),
             "notes the class 'n07' for 'val_0.JPEG', but 'n07' is not",
@@ -714,6 +803,7 @@ def test_a_folder_that_is_not_the_official_tiny_imagenet(tmp_path, tiny, change,
     with pytest.raises(UserError) as caught:
         load("tiny-imagenet", tmp_path)
     assert said in str(caught.value)
+    assert len(str(caught.value)) < 600
 
 
 def test_without_tiny_imagenet_the_sentence_says_what_to_put_where(tmp_path):

@@ -12,6 +12,7 @@ import sys
 import tomllib
 import urllib.error
 import urllib.request
+import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterator, Sequence
 from itertools import combinations
 from pathlib import Path
@@ -242,6 +243,44 @@ def test_tickets_without_a_connection_are_shown(chromium: Browser, tmp_path: Pat
     assert chromium.errors == []
     assert chromium(EMPTY_CHARTS) == ["chart-overlap-matrix"], "at the last level there is nothing to share"
     assert chromium("document.querySelectorAll('#chart-layers-1-magnitude .mark-text text').length") > 0
+
+
+UNSEEN = "".join(map(chr, (0, 7, 10, 27, 127, 0x85, 0x2028, 0x2029, 0x202E, 0x2066, 0xFDD0, 0xFFFE, 0xFFFF)))
+"""Characters that cannot be drawn, or that change how what follows is drawn."""
+
+
+def unseen_contents() -> Contents:
+    """Return contents whose names have characters that cannot be drawn."""
+    made = synthetic_contents(["l1", f"l1{UNSEEN}"], layer_count=1, levels=1, block=f"a{UNSEEN}b")
+    about = {**made.about_data, "name": f"d{UNSEEN}", "classes": (f"c{UNSEEN}", "half\ud800")}
+    return dataclasses.replace(made, name=f"s{UNSEEN}\udce9", command=(f"s{UNSEEN}",), about_data=about)
+
+
+@in_browser
+def test_names_with_characters_that_cannot_be_drawn_are_shown_escaped(chromium: Browser, tmp_path: Path) -> None:
+    contents = unseen_contents()
+    show(chromium, tmp_path, page(contents))
+    assert chromium.errors == []
+    assert int(chromium("document.documentElement.dataset.drawn")) == len(select_charts(sections(contents)))
+    assert chromium(EMPTY_CHARTS) == []
+    assert r"a\x00\x07" in chromium("document.querySelector('#layers svg').textContent")
+    assert r"\u2028\u2029\u202e" in chromium("document.querySelector('#layers table').textContent")
+    assert r"half\ud800" in chromium("document.querySelector('#study').textContent")
+
+
+def test_figures_of_names_with_characters_that_cannot_be_drawn(tmp_path: Path) -> None:
+    charts = select_charts(sections(unseen_contents()))
+    for path in write(charts[::3], tmp_path / "figures", ["svg"], look.COLUMN):
+        ElementTree.parse(path)  # is well-formed XML
+    for path in write(charts[:1], tmp_path / "figures", ["pdf", "png"], look.COLUMN):
+        assert path.read_bytes()[:4] in (b"%PDF", b"\x89PNG")
+
+
+def test_names_that_can_be_drawn_stay_as_they_are(contents: Contents) -> None:
+    for part in select_charts(sections(contents)):
+        assert part.chart is not None
+        drawn, made = look.on_page(part.chart), part.chart.to_dict(validate=False)
+        assert all(drawn[key] == value for key, value in made.items() if key not in ("config", "autosize", "width"))
 
 
 @in_browser
@@ -629,10 +668,10 @@ def test_a_page_is_the_same_for_the_same_contents(contents: Contents, html: str)
 # what tests are made of
 
 
-def synthetic_contents(importances: Sequence[str], layer_count: int, levels: int) -> Contents:
+def synthetic_contents(importances: Sequence[str], layer_count: int, levels: int, block: str = "block") -> Contents:
     """Return contents of one seed, of random masks and weights."""
     generator = torch.Generator().manual_seed(0)
-    names = [f"block{number}.conv.weight" for number in range(layer_count)]
+    names = [f"{block}{number}.conv.weight" for number in range(layer_count)]
     rows, parts = [], {"overlap": [], "layers": [], "weights": []}  # type: ignore[var-annotated]
     for level in range(levels + 1):
         masks = {

@@ -65,6 +65,18 @@ def shorten(text: str, most: int = 100) -> str:
     return text if len(text) <= most else f"{text[:most]} ..."
 
 
+def short(value: object, most: int = 100) -> str:
+    """Return `repr(value)` for a message, cut off after `most` characters.
+
+    >>> short("a" * 100, most=6), short(10**5000)
+    ("'aaaaa ...", 'a number of more than 4300 digits')
+    """
+    try:
+        return shorten(repr(value), most)
+    except ValueError:  # Python does not write integers of more than 4300 digits
+        return "a number of more than 4300 digits"
+
+
 def did_you_mean(name: str, choices: Iterable[str]) -> str:
     """Return a clause that names the choices nearest to `name`, or all of them if none is near.
 

@@ -9,7 +9,8 @@ import os
 import sys
 import tomllib
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, get_args, get_origin
@@ -167,12 +168,18 @@ class Verbs:
 
 def open_study(options: argparse.Namespace) -> Study:
     """Return the study that the options name."""
+    with _warnings_as_notes(OldFieldWarning):
+        return load_study(options.study, overrides(options))
+
+
+@contextmanager
+def _warnings_as_notes(always: type[Warning]) -> Iterator[None]:
+    """Print warnings as notes, those of one kind always."""
     with warnings.catch_warnings(record=True) as notes:
-        warnings.simplefilter("always", OldFieldWarning)
-        study = load_study(options.study, overrides(options))
+        warnings.simplefilter("always", always)
+        yield
     for note in notes:
         print(f"note: {note.message}", file=sys.stderr)
-    return study
 
 
 def open_planner(options: argparse.Namespace, study: Study | None = None) -> Planner:
@@ -186,6 +193,7 @@ def open_planner(options: argparse.Namespace, study: Study | None = None) -> Pla
     find_modules([Path(options.study).resolve().parent, Path.cwd()])
     import torch
 
+    from tombola.datasets.cache import CacheWarning
     from tombola.store.store import Store
     from tombola.study.planner import Planner
     from tombola.study.task import load_problem
@@ -193,7 +201,9 @@ def open_planner(options: argparse.Namespace, study: Study | None = None) -> Pla
 
     torch.set_num_threads(THREADS)
     store = Store(options.store, create=False)  # fail early if the store cannot be read
-    return Planner(study, load_problem(study.task, options.data), store)
+    with _warnings_as_notes(CacheWarning):
+        problem = load_problem(study.task, options.data)
+    return Planner(study, problem, store)
 
 
 def overrides(options: argparse.Namespace) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from tombola.datasets.digits import digits
 from tombola.datasets.idx import fashion_mnist, mnist
 from tombola.datasets.image_folder import image_folder
 from tombola.datasets.tiny_imagenet import tiny_imagenet
-from tombola.errors import UserError, did_you_mean
+from tombola.errors import UserError, did_you_mean, short
 
 __all__ = ["DATASETS", "Dataset", "load", "subset"]
 
@@ -68,7 +68,7 @@ def load(name: str, directory: str | Path | None = None, **arguments: Any) -> Da
     limits = {key: arguments.pop(key) for key in _SUBSET if key in arguments}
     normalisation = arguments.pop("normalisation", "own")
     if normalisation not in ("own", "imagenet"):
-        raise UserError(f"data set {name!r}: normalisation must be 'own' or 'imagenet', got {normalisation!r}")
+        raise UserError(f"data set {name!r}: normalisation must be 'own' or 'imagenet', got {short(normalisation)}")
     try:
         data = subset(DATASETS[name](None if directory is None else Path(directory), **arguments), **limits)
         return data if normalisation == "own" else _normalise_as_imagenet(data)

@@ -1,7 +1,9 @@
 """Decoded images on disk, from where later runs map them into memory.
 
 An entry is a folder of two files: `pixels`, the train and then the test images as raw bytes, and `about.json`,
-everything else. It is written under another name and renamed when it is whole.
+everything else. It is written under another name and renamed when it is whole. Whenever it is mapped, the fingerprint
+of what is mapped is computed: an entry that has been changed since it was written is written again. This takes about
+0.7 seconds for each GB on a processor with instructions for SHA-256.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import math
 import os
 import shutil
 import tempfile
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -25,7 +28,7 @@ from filelock import FileLock
 from tombola.datasets.dataset import Dataset, digest_of, fingerprint_of
 from tombola.datasets.files import cache_folder
 from tombola.errors import UserError
-from tombola.files import sync_folder
+from tombola.files import read_regular, remove_path, sync_folder
 
 SCHEME = 1
 """Version of the files' layout and of how images are decoded: an entry of another one is never used."""
@@ -33,8 +36,15 @@ SCHEME = 1
 FOLDER = ".tombola-cache"
 """Name of the cache folder in a data directory."""
 
+LARGEST_ABOUT = 1 << 28
+"""Maximum size of `about.json` in bytes."""
+
 CHUNK = 4 << 20
 """Bytes per read when all pixels are read in sequence."""
+
+
+class CacheWarning(UserWarning):
+    """Decoded images on disk were not those that were written, and images are decoded again."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +96,9 @@ def load_cached(
         stamp: identifies the state of the source; an entry for another state is replaced.
         make: returns the content of a new entry; called only if there is no entry.
 
+    Warns:
+        CacheWarning: if an entry is damaged and images are decoded again.
+
     Raises:
         UserError: where the cache cannot be written, as on a full disk, and whatever `make` raises. Nothing is left of
             an entry then.
@@ -105,8 +118,11 @@ def load_cached(
             dataset = _open(cache / folder)  # another process may have written it while this one waited
             if dataset:
                 return dataset
+            if os.path.lexists(cache / folder):
+                text = f"{cache / folder}: these decoded images are not those that were written; they are decoded again"
+                warnings.warn(text, CacheWarning, stacklevel=2)
             for old in cache.glob(f"{glob.escape(name)}-*"):  # of another state, or of a process that was killed
-                shutil.rmtree(old)
+                remove_path(old)
             about, fill = make()
             _write(cache, folder, about, fill)
             dataset = _open(cache / folder)
@@ -118,6 +134,12 @@ def load_cached(
 
 def _write(cache: Path, folder: str, about: About, fill: Fill) -> None:
     """Write an entry atomically."""
+    free = shutil.disk_usage(cache).free
+    if about.bytes > free:
+        raise UserError(
+            f"{cache}: the decoded images, {about.bytes / 1e6:.1f} MB, cannot be written here: "
+            f"only {free / 1e6:.1f} MB of the disk are free"
+        )
     partial = Path(tempfile.mkdtemp(dir=cache, prefix=f"{folder}-", suffix=".partial"))
     try:
         with (partial / "pixels").open("w+b") as pixels:
@@ -144,9 +166,9 @@ def _write(cache: Path, folder: str, about: About, fill: Fill) -> None:
 
 
 def _open(entry: Path) -> Dataset | None:
-    """Map an entry's pixels into memory; None if there is no complete entry."""
+    """Map an entry's pixels into memory; None if there is no complete entry, or it is not what was written."""
     try:
-        content = json.loads((entry / "about.json").read_text())
+        content = json.loads(read_regular(entry / "about.json", LARGEST_ABOUT))
         fingerprint = content.pop("fingerprint")
         if "sd" in content:  # its name in entries of tombola's first version
             content["std"] = content.pop("sd")
@@ -155,20 +177,20 @@ def _open(entry: Path) -> Dataset | None:
         if (entry / "pixels").stat().st_size != about.bytes:
             return None
         pixels = torch.from_file(str(entry / "pixels"), shared=False, size=about.bytes, dtype=torch.uint8)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        images, train = pixels.view(-1, *about.shape), len(about.train_labels)
+        dataset = Dataset(
+            about.name,
+            images[:train],
+            torch.tensor(about.train_labels),
+            images[train:],
+            torch.tensor(about.test_labels),
+            classes=about.classes,
+            mean=about.mean,
+            std=about.std,
+        )
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, OverflowError):
         return None
-    images = pixels.view(-1, *about.shape)
-    train = len(about.train_labels)
-    return Dataset(
-        about.name,
-        images[:train],
-        torch.tensor(about.train_labels),
-        images[train:],
-        torch.tensor(about.test_labels),
-        classes=about.classes,
-        mean=about.mean,
-        std=about.std,
-    ).remember(fingerprint)
+    return dataset if dataset.fingerprint == fingerprint else None
 
 
 def reserve(pixels: int, size: int) -> None:

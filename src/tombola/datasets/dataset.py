@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from tombola.errors import UserError
+from tombola.errors import UserError, short
 
 
 @dataclass(frozen=True, eq=False)
@@ -20,14 +21,16 @@ class Dataset:
     Args:
         name: its name.
         train_inputs: shape (n, ...). uint8 means images (n, channels, height, width), which `mean` and `std`
-            normalise when a batch is made; floating point means inputs that are used unchanged.
+            normalise when a batch is made; floating point means inputs that are used unchanged, which must be finite.
         train_labels: shape (n,), int64, each in 0..len(classes)-1.
         test_inputs, test_labels: the same for the test set.
         classes: the classes' names.
-        mean, std: one number per channel, for pixels in 0..1; uint8 inputs only.
+        mean, std: one finite number per channel, for pixels in 0..1; uint8 inputs only. Tensors and arrays, or tuples
+            of NumPy's numbers, become tuples of floats.
 
     Raises:
-        UserError: if the parts do not match.
+        UserError: if the parts do not match, if a tensor is not an ordinary one (sparse, nested, quantised or without
+            data, or one that requires gradients), or if an input is NaN or infinite.
 
     >>> import torch
     >>> data = Dataset("two", torch.zeros(4, 1, 2, 2, dtype=torch.uint8), torch.tensor([0, 1, 0, 1]),
@@ -46,13 +49,20 @@ class Dataset:
     std: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
+        if not hasattr(self.classes, "__len__"):
+            raise UserError(f"data set {self.name!r}: classes must be the names of the classes, got {self.classes!r}")
         for split in ("train", "test"):
             inputs, labels = getattr(self, f"{split}_inputs"), getattr(self, f"{split}_labels")
             where = f"data set {self.name!r}, {split} set"
             if not isinstance(inputs, Tensor) or not isinstance(labels, Tensor):
                 raise UserError(f"{where}: inputs and labels must be tensors")
+            for what, tensor in (("inputs", inputs), ("labels", labels)):
+                if peculiarity := _peculiarity(tensor):
+                    raise UserError(f"{where}: its {what} {peculiarity}")
             if len(inputs) == 0:
                 raise UserError(f"{where}: it holds no example")
+            if inputs.numel() == 0:
+                raise UserError(f"{where}: an example of shape {tuple(inputs.shape[1:])} holds no number")
             if labels.shape != (len(inputs),) or labels.dtype != torch.int64:
                 raise UserError(
                     f"{where}: expected int64 labels of shape ({len(inputs)},), one per input, "
@@ -71,6 +81,8 @@ class Dataset:
                     f"{where}: label {bad} of example {index} is out of range, "
                     f"expected 0..{len(self.classes) - 1} for {len(self.classes)} classes"
                 )
+        for name in ("mean", "std"):
+            object.__setattr__(self, name, _numbers(f"data set {self.name!r}: {name}", getattr(self, name)))
         if self.train_inputs.dtype == torch.uint8:
             channels = self.train_inputs.shape[1] if self.train_inputs.ndim == 4 else None
             if channels is None:
@@ -82,6 +94,9 @@ class Dataset:
                 raise UserError(f"data set {self.name!r}: expected {channels} means and positive stds, one per channel")
         elif not self.train_inputs.is_floating_point():
             raise UserError(f"data set {self.name!r}: inputs are uint8 images or floats, got {self.train_inputs.dtype}")
+        else:
+            for split in ("train", "test"):
+                _check_finite(f"data set {self.name!r}, {split} set", getattr(self, f"{split}_inputs"))
 
     @property
     def input_shape(self) -> tuple[int, ...]:
@@ -93,14 +108,6 @@ class Dataset:
         """SHA-256 of everything in the data set that affects the bits of a training."""
         tensors = (self.train_inputs, self.train_labels, self.test_inputs, self.test_labels)
         return fingerprint_of(len(self.classes), self.mean, self.std, [digest_of(tensor) for tensor in tensors])
-
-    def remember(self, fingerprint: str) -> Dataset:
-        """Set the fingerprint, which was computed when the data set was written to disk, and return the data set.
-
-        Copies with other contents (`dataclasses.replace`) do not inherit it.
-        """
-        self.__dict__["fingerprint"] = fingerprint  # where `cached_property` stores its value
-        return self
 
 
 def subset(dataset: Dataset, train_per_class: int | None = None, test_per_class: int | None = None) -> Dataset:
@@ -156,18 +163,61 @@ def fingerprint_of(classes: int, mean: tuple[float, ...], std: tuple[float, ...]
     return hashlib.sha256(json.dumps([classes, mean, std, digests]).encode()).hexdigest()
 
 
+def _peculiarity(tensor: Tensor) -> str | None:
+    """Return in which way a tensor is not an ordinary one that can be used as it is; None if it is one."""
+    if tensor.is_meta:
+        return "are on the device 'meta', where tensors have no data: load them on 'cpu'"
+    if tensor.is_nested or tensor.layout != torch.strided:
+        return "are sparse or nested: make them dense (to_dense or to_padded_tensor)"
+    if tensor.is_quantized:
+        return "are quantised: make them floats (dequantize)"
+    if tensor.requires_grad:
+        return "require gradients: give tensor.detach()"
+    if tensor.ndim == 0:
+        return "are a single number: the first dimension counts the examples"
+    return None
+
+
+def _check_finite(where: str, inputs: Tensor) -> None:
+    """Raise `UserError` if an input is NaN or infinite; it needs no memory unless one is."""
+    low, high = torch.aminmax(inputs.detach())
+    if not low.isfinite() or not high.isfinite():
+        wrong = ~inputs.isfinite().flatten(1).all(1) if inputs.ndim > 1 else ~inputs.isfinite()
+        raise UserError(
+            f"{where}: {int(wrong.sum())} of {len(inputs)} examples have inputs that are NaN or infinite, the first is "
+            f"example {int(wrong.nonzero()[0])}: remove these examples or replace the values"
+        )
+
+
+def _numbers(where: str, values: object) -> tuple[float, ...]:
+    """Return mean or std as a tuple; a tuple of Python's numbers is returned unchanged, as fingerprints depend on it.
+
+    Raises:
+        UserError: if they are not finite numbers.
+    """
+    try:
+        if isinstance(values, (str, bytes)):
+            raise TypeError
+        numbers = tuple(v if type(v) in (int, float) else float(v) for v in values)  # type: ignore[attr-defined]
+        if all(map(math.isfinite, numbers)):
+            return numbers
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        pass
+    raise UserError(f"{where}: expected one finite number per channel, got {short(values)}")
+
+
 def _first(dataset: Dataset, split: str, per_class: int | None) -> Tensor | slice:
     """Return the indices of the first `per_class` examples of each class."""
     labels: Tensor = getattr(dataset, f"{split}_labels")
     if per_class is None:
         return slice(None)
     if not isinstance(per_class, int) or isinstance(per_class, bool) or per_class < 1:
-        raise UserError(f"{split}_per_class: expected a whole number from 1, got {per_class!r}")
+        raise UserError(f"{split}_per_class: expected a whole number from 1, got {short(per_class)}")
     counts = torch.bincount(labels, minlength=len(dataset.classes))
     if int(counts.min()) < per_class:
         fewest = int(counts.argmin())
         raise UserError(
-            f"{split}_per_class = {per_class} asks for more examples than there are: data set {dataset.name!r} has "
-            f"{int(counts[fewest])} {split} examples of class {dataset.classes[fewest]!r}"
+            f"{split}_per_class = {short(per_class)} asks for more examples than there are: data set "
+            f"{dataset.name!r} has {int(counts[fewest])} {split} examples of class {dataset.classes[fewest]!r}"
         )
     return (rank_in_class(labels) < per_class).nonzero().squeeze(1)

@@ -28,6 +28,10 @@ MODES = {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr"}
 """Pillow's names of the kinds of pixels that have eight bits or fewer a channel."""
 
 
+MOST_PIXELS = 100_000_000
+"""Maximum number of pixels of an image that is decoded: of the largest photographs. Each takes four bytes of memory."""
+
+
 class TroubleError(Exception):
     """What is wrong with an image, as the end of a sentence that begins with its name."""
 
@@ -145,11 +149,16 @@ def receive(file: IO[bytes]) -> Iterator[tuple[int, bytes]]:
 
 def _open_image(content: bytes) -> Image.Image:
     try:
-        return Image.open(io.BytesIO(content), formats=("JPEG", "PNG"))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of unusual but readable files, and of many pixels
+            image = Image.open(io.BytesIO(content), formats=("JPEG", "PNG"))
     except UnidentifiedImageError as error:
         raise TroubleError("is not a PNG or JPEG image" if content else "is empty") from error
     except Exception as error:
         raise TroubleError(f"is damaged or cut short: {error}") from error
+    if image.width * image.height > MOST_PIXELS:
+        raise TroubleError(f"is {image.width} x {image.height} pixels, expected at most {MOST_PIXELS} pixels")
+    return image
 
 
 if __name__ == "__main__":

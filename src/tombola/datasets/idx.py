@@ -8,11 +8,15 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import math
+import os
 import struct
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -22,9 +26,16 @@ from torch import Tensor
 from tombola.datasets.dataset import Dataset
 from tombola.datasets.files import absence_error, download, download_folder, folders
 from tombola.errors import UserError
+from tombola.files import open_regular
 
 FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
 """The official names, the same for both data sets; '.gz' may follow."""
+
+LARGEST = 1 << 30
+"""Maximum number of bytes of a file; the largest official one has 47 million."""
+
+LARGEST_RATIO = 1032
+"""The largest ratio of gzip's compression."""
 
 UNSIGNED_BYTE = 8
 """The code for unsigned bytes in an IDX file."""
@@ -128,40 +139,59 @@ def read_idx(path: Path, dimensions: int) -> npt.NDArray[np.uint8]:
     Raises:
         UserError: if the file is not such a file; it names the file, what was expected and what was found.
     """
-    raw = _read(path)
     header = 4 + 4 * dimensions
     magic = bytes((0, 0, UNSIGNED_BYTE, dimensions))
-    if raw[:4] != magic:
-        raise UserError(
-            f"{path}: not an IDX file of unsigned bytes with {dimensions} dimension{'s' * (dimensions > 1)}: "
-            f"expected it to begin with {magic.hex(' ')}, got {raw[:4].hex(' ') or 'nothing'}"
-        )
-    if len(raw) < header:
-        raise UserError(f"{path}: cut short: expected a header of {header} bytes, got {len(raw)}")
-    shape = struct.unpack(f">{dimensions}I", raw[4:header])
-    expected = header + int(np.prod(shape, dtype=object))
-    if len(raw) != expected:
-        trouble = "cut short" if len(raw) < expected else "too long"
-        raise UserError(f"{path}: {trouble}: expected {expected} bytes for the shape {shape}, got {len(raw)}")
+    with _open(path) as (file, most):
+        raw = file.read(header)
+        if raw[:4] != magic:
+            raise UserError(
+                f"{path}: not an IDX file of unsigned bytes with {dimensions} dimension{'s' * (dimensions > 1)}: "
+                f"expected it to begin with {magic.hex(' ')}, got {raw[:4].hex(' ') or 'nothing'}"
+            )
+        if len(raw) < header:
+            raise UserError(f"{path}: cut short: expected a header of {header} bytes, got {len(raw)}")
+        shape = struct.unpack(f">{dimensions}I", raw[4:])
+        size = math.prod(shape)
+        expected = f"expected {header + size} bytes for the shape {shape}"
+        if header + size > most:  # before memory is used
+            got = f"at most {most}" if isinstance(file, gzip.GzipFile) else most
+            raise UserError(f"{path}: cut short: {expected}, got {got}")
+        if size > LARGEST:
+            raise UserError(f"{path}: {expected}, which are more than the {LARGEST} of the largest data set")
+        content = file.read(size)
+        if len(content) < size:
+            raise UserError(f"{path}: cut short: {expected}, got {header + len(content)}")
+        if file.read(1):
+            raise UserError(f"{path}: too long: {expected}, got more")
     if 0 in shape:
         raise UserError(f"{path}: it holds no example, its shape is {shape}")
-    return np.frombuffer(raw, np.uint8, offset=header).reshape(shape)
+    return np.frombuffer(content, np.uint8).reshape(shape)
 
 
-def _read(path: Path) -> bytes:
-    """Return a file's bytes, decompressed if it is gzipped."""
+@contextmanager
+def _open(path: Path) -> Iterator[tuple[IO[bytes], int]]:
+    """Open a file, decompressed if it is gzipped; yield it and the largest number of bytes that it can have.
+
+    Raises:
+        UserError: if it is not a regular file, or what is read of it is damaged.
+    """
     try:
-        raw = path.read_bytes()
+        with open_regular(path) as raw:
+            size = os.fstat(raw.fileno()).st_size
+            zipped = raw.read(2) == b"\x1f\x8b"
+            raw.seek(0)
+            if not zipped:
+                yield raw, size
+                return
+            try:
+                with gzip.GzipFile(fileobj=raw) as file:
+                    yield cast(IO[bytes], file), LARGEST_RATIO * size
+            except EOFError as error:
+                raise UserError(f"{path}: cut short: the gzip file ends before its end marker") from error
+            except (OSError, zlib.error) as error:
+                raise UserError(f"{path}: damaged gzip file: {error}") from error
     except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
-    if not raw.startswith(b"\x1f\x8b"):
-        return raw
-    try:
-        return gzip.decompress(raw)
-    except EOFError as error:
-        raise UserError(f"{path}: cut short: the gzip file ends before its end marker") from error
-    except (OSError, zlib.error) as error:
-        raise UserError(f"{path}: damaged gzip file: {error}") from error
+        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
 
 
 def _load(source: _Source, directory: Path | None) -> Dataset:

@@ -6,9 +6,9 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from tombola.datasets.dataset import Dataset
-from tombola.datasets.images import Listing, image_set, is_image
+from tombola.datasets.images import LARGEST_SIDE, Listing, image_set, is_image
 from tombola.datasets.tree import Tree
-from tombola.errors import UserError
+from tombola.errors import UserError, short
 
 OTHER_IMAGES = (".gif", ".bmp", ".webp", ".tif", ".tiff", ".avif", ".heic", ".ppm")
 """Files that are images but are not read; passing over them in silence would leave out examples."""
@@ -32,19 +32,25 @@ def image_folder(directory: Path | None, *, path: str, size: int | None = None, 
             images that are damaged, archives that are damaged or not safe, a cache that cannot be written.
     """
     if not isinstance(path, str | Path) or not str(path):
-        raise UserError(f"image-folder: path must be the name of a folder or an archive, got {path!r}")
-    if size is not None and (type(size) is not int or not 1 <= size <= 4096):
-        raise UserError(f"image-folder: size must be a whole number of pixels from 1 to 4096, got {size!r}")
+        raise UserError(f"image-folder: path must be the name of a folder or an archive, got {short(path)}")
+    if size is not None and (type(size) is not int or not 1 <= size <= LARGEST_SIDE):
+        raise UserError(
+            f"image-folder: size must be a whole number of pixels from 1 to {LARGEST_SIDE}, got {short(size)}"
+        )
     if type(channels) is not int or channels not in (1, 3):
-        raise UserError(f"image-folder: channels must be 3 (colours) or 1 (grey), got {channels!r}")
+        raise UserError(f"image-folder: channels must be 3 (colours) or 1 (grey), got {short(channels)}")
     roots = [Path("data"), Path()] if directory is None else [directory]
+    try:
+        place = Path(path).expanduser()
+    except RuntimeError:  # there is no such user
+        raise UserError(f"image-folder: path {short(path)} is in the home of a user who is not known") from None
     for root in roots:
-        source = root / Path(path).expanduser()
+        source = root / place
         if source.exists():
             entries = ("train", "test")
             return image_set("image-folder", source, directory, entries, list_classes, size, True, channels)
     places = " or ".join(str(root.absolute()) for root in roots)
-    raise UserError(f"image-folder: there is no folder or archive {str(path)!r} in {places}")
+    raise UserError(f"image-folder: there is no folder or archive {short(str(path))} in {places}")
 
 
 def list_classes(tree: Tree) -> Listing:

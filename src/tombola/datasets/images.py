@@ -18,7 +18,7 @@ from tombola.datasets.cache import About, Fill, load_cached
 from tombola.datasets.dataset import Dataset
 from tombola.datasets.decoder import Form, TroubleError
 from tombola.datasets.progress import Bar
-from tombola.datasets.tree import Tree, open_tree, stamp
+from tombola.datasets.tree import Tree, open_tree, read_file, stamp
 from tombola.errors import UserError
 
 FEW = 500
@@ -26,6 +26,9 @@ FEW = 500
 
 MOST = 16
 """More processes than this are not fed fast enough to be of use."""
+
+LARGEST_SIDE = 4096
+"""Maximum height and width of the images of a data set, in pixels."""
 
 SUFFIXES = (".png", ".jpg", ".jpeg")
 """How the names of images end, in small or large letters."""
@@ -99,6 +102,9 @@ def _form_of_first(tree: Tree, names: Sequence[str], channels: int) -> Form:
         height, width = decoder.size_of(content)
     except TroubleError as trouble:
         raise _trouble(tree, name, str(trouble)) from trouble
+    if max(height, width) > LARGEST_SIDE:
+        most = f"at most {LARGEST_SIDE} x {LARGEST_SIDE}"
+        raise _trouble(tree, name, f"is {width} x {height} pixels, expected {most}: 'size' brings all to one size")
     return Form(channels, height, width, why=f" as {name!r} is: 'size' brings all to one size")
 
 
@@ -161,7 +167,7 @@ class _Shared:
         while item := self._next():
             name, content = item
             try:
-                yield self._places[name], content.read_bytes() if isinstance(content, Path) else content
+                yield self._places[name], read_file(content) if isinstance(content, Path) else content
             except OSError as error:
                 raise _trouble(self._tree, name, f"cannot be read: {error.strerror}") from error
 

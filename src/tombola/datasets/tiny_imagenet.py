@@ -8,7 +8,7 @@ from tombola.datasets.dataset import Dataset
 from tombola.datasets.files import find_or_download
 from tombola.datasets.images import Listing, image_set, is_image
 from tombola.datasets.tree import Tree
-from tombola.errors import UserError
+from tombola.errors import UserError, short
 
 NAMES = ("tiny-imagenet-200", "tiny-imagenet-200.zip")
 URL = "https://cs231n.stanford.edu/tiny-imagenet-200.zip"
@@ -60,15 +60,15 @@ def list_official(tree: Tree) -> Listing:
                 train.append((name, numbers[each]))
     empty = sorted(set(range(len(classes))) - {number for _, number in train})
     if empty:
-        raise UserError(f"{tree.path}: the class {classes[empty[0]]!r} in 'train' holds no image")
+        raise UserError(f"{tree.path}: the class {short(classes[empty[0]])} in 'train' holds no image")
     images = {name for name in tree.names if name.startswith("val/images/") and is_image(name)}
     test = []
     for line in _lines(tree, ANNOTATIONS):
         file, each, *_ = f"{line}\t".split("\t")
         name = f"val/images/{file}"
         if each not in numbers or name not in images:
-            lack = f"the image {name!r} is missing" if each in numbers else f"{each!r} is not a class"
-            raise UserError(f"{tree.path}: {ANNOTATIONS!r} notes the class {each!r} for {file!r}, but {lack}")
+            lack = f"the image {short(name)} is missing" if each in numbers else f"{short(each)} is not a class"
+            raise UserError(f"{tree.path}: {ANNOTATIONS!r} notes the class {short(each)} for {short(file)}, but {lack}")
         images.remove(name)
         test.append((name, numbers[each]))
     if images:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from tombola.models.initialisation import kaiming
+from tombola.models.initialisation import check_sizes, kaiming
 
 
 def lenet_300_100(inputs: int = 784, classes: int = 10) -> nn.Sequential:
@@ -19,6 +19,7 @@ def lenet_300_100(inputs: int = 784, classes: int = 10) -> nn.Sequential:
     >>> sum(p.numel() for p in lenet_300_100().parameters())
     266610
     """
+    check_sizes(inputs=inputs, classes=classes)
     model = nn.Sequential()
     model.flatten = nn.Flatten()
     model.fc1 = nn.Linear(inputs, 300)

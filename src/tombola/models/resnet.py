@@ -8,8 +8,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from tombola.errors import UserError
-from tombola.models.initialisation import BatchNormInit, kaiming, scale_batch_norm
+from tombola.errors import UserError, short
+from tombola.models.initialisation import BatchNormInit, check_sizes, kaiming, scale_batch_norm
 
 Stem = Literal["imagenet", "cifar"]
 """The first layers: a 7x7 convolution and a max-pooling, each of stride 2; or one 3x3 convolution of stride 1."""
@@ -52,7 +52,7 @@ class ResNet(nn.Module):
     ) -> None:
         super().__init__()
         if stem not in ("imagenet", "cifar"):
-            raise UserError(f"stem must be 'imagenet' or 'cifar', got {stem!r}")
+            raise UserError(f"stem must be 'imagenet' or 'cifar', got {short(stem)}")
         large = stem == "imagenet"
         self.conv1 = nn.Conv2d(
             3, widths[0], 7 if large else 3, 2 if large else 1, padding=3 if large else 1, bias=False
@@ -90,6 +90,7 @@ def resnet20(classes: int = 10, width: int = 16, batchnorm_init: BatchNormInit =
     >>> sum(p.numel() for p in resnet20().parameters())
     272474
     """
+    check_sizes(classes=classes, width=width)
     return ResNet((width, 2 * width, 4 * width), (3, 3, 3), classes, "cifar", batchnorm_init)
 
 
@@ -110,4 +111,5 @@ def resnet18(
     >>> sum(p.numel() for p in resnet18().parameters())
     11279112
     """
+    check_sizes(classes=classes, width=width)
     return ResNet((width, 2 * width, 4 * width, 8 * width), (2, 2, 2, 2), classes, stem, batchnorm_init)

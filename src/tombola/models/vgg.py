@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from tombola.models.initialisation import BatchNormInit, kaiming, scale_batch_norm
+from tombola.models.initialisation import BatchNormInit, check_sizes, kaiming, scale_batch_norm
 
 _STAGES = ((1, 1), (2, 2), (4, 4, 4), (8, 8, 8), (8, 8, 8))
 
@@ -47,4 +47,5 @@ def vgg16(classes: int = 10, width: int = 64, batchnorm_init: BatchNormInit = "o
     >>> sum(p.numel() for p in vgg16().parameters())
     14728266
     """
+    check_sizes(classes=classes, width=width)
     return VGG(classes, width, batchnorm_init)

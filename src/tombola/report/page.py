@@ -16,6 +16,7 @@ from typing import Any
 import jinja2
 import polars as pl
 import vl_convert
+from markupsafe import Markup
 
 from tombola.analysis.claims import summarise
 from tombola.report import findings, look, provenance, tables
@@ -88,12 +89,20 @@ def _text(value: Any, name: str) -> str:
     return str(value)
 
 
+def _visible_lines(value: Any) -> Any:
+    """Return a text with what cannot be drawn as escape sequences, except for ends of lines; the rest unchanged."""
+    if not isinstance(value, str) or isinstance(value, Markup):
+        return value
+    return "\n".join(map(look.visible, value.split("\n")))
+
+
 @cache
 def _template() -> jinja2.Template:
     environment = jinja2.Environment(
         loader=jinja2.FunctionLoader(_asset),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
+        finalize=_visible_lines,
         trim_blocks=True,
         lstrip_blocks=True,
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,7 +17,7 @@ from torch.nn import functional
 
 from tombola import datasets, models
 from tombola.datasets.dataset import Dataset
-from tombola.errors import UserError, did_you_mean
+from tombola.errors import UserError, did_you_mean, short
 from tombola.importance import Importance, NetworkScore, as_importance, find
 from tombola.importance.importances import find_normalisation, find_score
 from tombola.streams import ambient
@@ -27,6 +28,9 @@ from tombola.training.evaluation import Loss
 from tombola.training.train import check_recipe_fits
 
 Result = TypeVar("Result")
+
+COPIES = 4
+"""A training keeps weights, gradients, initial weights and trained weights of a network, if not more."""
 
 BUILT_IN = 1
 """Version of the built-in models and losses as a part of a training's name: increase it if their outputs change."""
@@ -71,7 +75,7 @@ def load_problem(task: Task, directory: Path | None = None) -> Problem:
         loss, loss_identity = _function("loss", task.loss, {"cross_entropy": functional.cross_entropy}, {})
     build = _checked(f"task.model {task.model!r}", model)
     if task.model in models.MODELS:
-        _check_memory(build)
+        _check_memory(task.model, build)
     identity = {"data": data.fingerprint, "model": model_identity, "loss": loss_identity}
     return Problem(data, build, loss, identity)
 
@@ -140,9 +144,40 @@ def try_out(problem: Problem, study: Study) -> None:
         if not isinstance(loss, Tensor) or loss.shape != ():
             got = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
             raise UserError(f"task.loss {task.loss!r}: expected one number, the mean over the batch, got {got}")
+        what = f"task.loss {task.loss!r}: at the first step, with the initial weights of {task.model!r}"
+        if not loss.isfinite():
+            wrong = "" if outputs.isfinite().all() else ", as are outputs of the model"
+            raise UserError(f"{what}, the loss is NaN or infinite{wrong}: every training would diverge")
         _guard(f"task.loss {task.loss!r}: going backward", loss.backward)()
+        for name, parameter in model.named_parameters():
+            gradient = parameter.grad
+            if gradient is not None and not (gradient.to_dense() if gradient.is_sparse else gradient).isfinite().all():
+                raise UserError(f"{what}, the gradient of {name!r} is NaN or infinite: every training would diverge")
         with torch.no_grad():
-            _outputs(model.eval(), normalisation(data)(data.test_inputs[:2].clone()), problem, task)
+            outputs = _outputs(model.eval(), normalisation(data)(data.test_inputs[:2].clone()), problem, task)
+        if outputs.isnan().any():
+            raise UserError(f"task.model {task.model!r}: in evaluation mode, its outputs on the test set are NaN")
+
+
+def _check_memory(name: str, build: Callable[[], nn.Module]) -> None:
+    """Raise `UserError` if a training of this built-in model needs more memory than this machine has."""
+    with torch.device("meta"):  # needs no memory
+        parameters = list(build().parameters())
+    needed, there = COPIES * sum(parameter.nbytes for parameter in parameters), _memory()
+    if needed > there:
+        count = sum(parameter.numel() for parameter in parameters)
+        raise UserError(
+            f"task.model {name!r}: its {count} parameters need about {needed / 1e9:.0f} GB of memory in a training, "
+            f"this machine has {there / 1e9:.0f} GB"
+        )
+
+
+def _memory() -> int:
+    """Return the memory that this process may use at most, in bytes."""
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    with suppress(OSError, ValueError):  # no limit, or none of this kind
+        there = min(there, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return there
 
 
 def _outputs(model: nn.Module, inputs: Tensor, problem: Problem, task: Task) -> Tensor:
@@ -208,7 +243,7 @@ def _call(what: str, function: Callable[..., Any], arguments: Mapping[str, Any])
         signature.bind(**arguments)
     except TypeError as error:
         takes = ", ".join(signature.parameters) or "no arguments"
-        given = ", ".join(f"{name} = {value!r}" for name, value in arguments.items()) or "none"
+        given = ", ".join(f"{name} = {short(value)}" for name, value in arguments.items()) or "none"
         raise UserError(f"{what}: {error}; it takes {takes}, its arguments in the study: {given}") from error
     return partial(function, **arguments)
 
@@ -224,15 +259,6 @@ def _checked(what: str, build: Callable[[], object]) -> Callable[[], nn.Module]:
         return model
 
     return build_and_check
-
-
-def _check_memory(build: Callable[[], nn.Module]) -> None:
-    """Raise `UserError` if the parameters of a built-in model need more memory than the machine has."""
-    with torch.device("meta"):  # nothing is allocated
-        size = sum(parameter.numel() * parameter.itemsize for parameter in build().parameters())
-    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if size > there:
-        raise UserError(f"task.model: its parameters need {size:.2g} bytes, this machine has {there:.2g}")
 
 
 def _fault_of(value: object) -> str | None:

@@ -20,9 +20,12 @@ _BATCH_SIZE = 500  # examples; the size affects the order of summation
 
 
 def evaluate(model: nn.Module, data: Dataset, loss: Loss = functional.cross_entropy) -> tuple[float, float | None]:
-    """Return the accuracy on the test set, in 0..1, and the mean loss over it (None if it is not finite)."""
+    """Return the accuracy on the test set, in 0..1, and the mean loss over it (None if it is not finite).
+
+    An example for which an output is NaN counts as wrong.
+    """
     outputs = predict(model, data)
-    accuracy = float((outputs.argmax(1) == data.test_labels).double().mean())
+    accuracy = float(((outputs.argmax(1) == data.test_labels) & ~outputs.isnan().any(1)).double().mean())
     test_loss = float(loss(outputs, data.test_labels.clone()))  # a copy, because a loss may change its labels
     return accuracy, test_loss if math.isfinite(test_loss) else None
 

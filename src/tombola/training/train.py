@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from tombola import kernels
 from tombola.datasets.dataset import Dataset
-from tombola.errors import UserError
+from tombola.errors import UserError, short
 from tombola.pruning.mask import Mask
 from tombola.streams import ambient
 from tombola.training.batches import batches
@@ -139,15 +139,19 @@ def check_recipe_fits(recipe: Recipe, data: Dataset) -> None:
         raise UserError(f"recipe: a training of {total} iterations; at most {MOST_ITERATIONS} are possible")
     if recipe.batch_size > examples:
         raise UserError(
-            f"recipe.batch_size: {recipe.batch_size} is more than the {examples} training examples of {data.name!r}"
+            f"recipe.batch_size: {short(recipe.batch_size)} is more than the {examples} training examples of "
+            f"{data.name!r}"
         )
     if recipe.rewind >= total:
-        raise UserError(f"recipe.rewind: iteration {recipe.rewind} is not within the training, which has {total}")
+        raise UserError(
+            f"recipe.rewind: iteration {short(recipe.rewind)} is not within the training, which has {short(total)}"
+        )
     if recipe.augmentation != Augmentation() and data.train_inputs.dtype != torch.uint8:
         raise UserError(f"recipe.augmentation: it needs images (uint8), but {data.name!r} has other inputs")
-    if recipe.augmentation.crop > (side := min(data.train_inputs.shape[2:], default=0)):
+    if (crop := recipe.augmentation.crop) and crop > (side := min(data.input_shape[1:])):
         raise UserError(
-            f"recipe.augmentation.crop: {recipe.augmentation.crop} is more than the side of an image, {side} pixels"
+            f"recipe.augmentation.crop: {short(crop)} is more than the {side} pixels of a side of the images of "
+            f"{data.name!r}"
         )
 
 
