@@ -13,7 +13,7 @@ os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 if TYPE_CHECKING:
-    from tombola import datasets, importance, models
+    from tombola import datasets, importance, loops, models
     from tombola.datasets.dataset import Dataset
     from tombola.errors import UserError
     from tombola.lottery.rewinding import find_tickets, lottery_ticket_rewinding
@@ -55,7 +55,7 @@ _HOME = {
     "prune": "pruning.prune",
     "train": "training.train",
 }
-_MODULES = ("datasets", "importance", "models")
+_MODULES = ("datasets", "importance", "loops", "models")
 
 __all__ = [
     "Augmentation",
@@ -78,6 +78,7 @@ __all__ = [
     "importance",
     "load_problem",
     "load_study",
+    "loops",
     "lottery_ticket_rewinding",
     "models",
     "prunable",

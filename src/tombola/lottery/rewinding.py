@@ -139,7 +139,7 @@ def find_tickets(
     yield from lottery_ticket_rewinding(
         train_network,
         partial(prune_round, importance=importance, fraction=fraction, keep_dense=kept, seed=seed),
-        Weights.of({name: tensor.detach().clone() for name, tensor in model.state_dict().items()}),
+        Weights.of(model.state_dict()),
         dense,
         rewind=recipe.rewind,
         end=recipe.total_iterations(len(data.train_inputs)),

@@ -14,7 +14,7 @@ from tombola.files import write_output
 from tombola.lottery.ticket_file import Content, encode, read
 from tombola.pruning.mask import Mask
 from tombola.training.history import History, Trained
-from tombola.training.weights import State, Weights, apply_mask, zero_pruned
+from tombola.training.weights import State, Weights, apply_mask, load_state, zero_pruned
 
 
 @dataclass(frozen=True)
@@ -48,15 +48,19 @@ class Ticket:
     def apply(self, model: nn.Module, *, trained: bool = False) -> None:
         """Load the ticket's rewound (or trained) state into `model`, with pruned weights 0.0.
 
+        An optimizer would let pruned weights grow again. To train the ticket in a loop of your own, hold its mask:
+        `with tombola.loops.hold(model, ticket.mask, optimizer): ...` keeps them at 0.0, see `tombola.loops`.
+
+        Args:
+            model: the network, which may be wrapped, for example by `torch.compile` or `DistributedDataParallel`.
+            trained: whether to load the trained state instead of the rewound one.
+
         Raises:
             UserError: if the ticket does not fit the model, or if the trained state is not known.
         """
-        state = self.load_trained() if trained else self.rewound
-        try:
-            model.load_state_dict(state)
-        except RuntimeError as error:
-            raise UserError(f"the ticket does not fit the model: {' '.join(str(error).split())}") from error
-        zero_pruned(model, self.mask.load())
+        mask = self.mask.load()
+        load_state(model, self.load_trained() if trained else self.rewound, "the ticket")
+        zero_pruned(model, mask)
 
     def load_trained(self) -> State:
         """Return the trained state, with pruned weights 0.0.

@@ -24,7 +24,7 @@ from tombola.training.history import Checkpoint, History, Trained, Watch
 from tombola.training.losses import Losses
 from tombola.training.optimizer import Optimizer
 from tombola.training.recipe import Augmentation, Recipe
-from tombola.training.weights import State, Weights, apply_mask, zero_pruned
+from tombola.training.weights import State, Weights, apply_mask, load_state, zero_pruned
 
 
 def initial_state(build: Callable[[], nn.Module], seed: int) -> State:
@@ -148,10 +148,7 @@ def _load_model(model: nn.Module, state: State, mask: Mask, device: str) -> nn.M
     Convolutional networks are stored channels-last, which is the faster layout on CPUs and GPUs.
     """
     model = copy.deepcopy(model).to(device)
-    try:
-        model.load_state_dict(state)
-    except RuntimeError as error:
-        raise UserError(f"the state does not fit the model: {' '.join(str(error).split())}") from error
+    load_state(model, state, "the state")
     if any(isinstance(module, nn.Conv2d) for module in model.modules()):
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     zero_pruned(model, mask)
