@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from typing import Any, Self
+from typing import Any, Self, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,12 @@ from tombola.pruning.mask import Mask
 
 _HELD: Any = WeakIdKeyDictionary()
 """A weak reference to the hold of each held parameter; the optimizer and whoever has the handle keep the hold."""
+
+
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""The integers of so many bytes."""
+
+_Masked: TypeAlias = "list[tuple[nn.Parameter, _Pruned]]"
 
 
 class Hold:
@@ -97,22 +103,18 @@ def hold(model: nn.Module, mask: Mask, optimizer: Optimizer, *others: Optimizer)
         )
     check_equal_masks(model, mask)
     held = Hold(mask)
-    masked = [
-        _MaskedWeight(weight, pruned_part(weight, mask[name]))
-        for name, weight in weights.items()
-        if mask.counts[name] < mask.sizes[name]
-    ]
+    masked = list_masked(model, mask)
     for each in optimizers:
         own = _list_parameters([each])
-        its = [one for one in masked if id(one.weight) in own]
+        its = [(weight, pruned) for weight, pruned in masked if id(weight) in own]
         held._hooks.append(each.register_step_pre_hook(_before_step(its)))
         held._hooks.append(each.register_step_post_hook(_after_step(its, held)))
-        _zero_state(each, its)
-    for one in masked:
-        one.zero(one.weight)
-        if one.weight.requires_grad:
-            add_hook: Any = one.weight.register_post_accumulate_grad_hook
-            held._hooks.append(add_hook(_ZeroGradient(one.pruned, held)))
+    for weight, pruned in masked:
+        if weight.requires_grad:
+            add_hook: Any = weight.register_post_accumulate_grad_hook
+            held._hooks.append(add_hook(_ZeroGradient(pruned, held)))
+    with torch.no_grad():
+        zero_masked(masked, *optimizers)
     for weight in weights.values():
         held._weights.append(weight)
         _HELD[weight] = weakref.ref(held)
@@ -141,71 +143,76 @@ def _hold_of(weight: nn.Parameter) -> Hold | None:
     return None if reference is None else reference()
 
 
-class _MaskedWeight:
-    """A parameter with the pruned connections of the part of it that this process has."""
+class _Pruned:
+    """The pruned connections of the part of a parameter that this process has.
 
-    def __init__(self, weight: nn.Parameter, pruned: Tensor) -> None:
-        self.weight, self.pruned = weight, pruned
+    The bits of pruned entries are cleared: this is several times as fast as `masked_fill_`, and gives 0.0 also where
+    an entry is NaN or infinite.
+    """
+
+    def __init__(self, weight: nn.Parameter, alive: Tensor) -> None:
+        self._pruned = pruned_part(weight, alive)
+        self._bits: dict[tuple[torch.dtype, torch.device], Tensor] = {}
 
     def zero(self, tensor: Tensor) -> None:
         """Set the pruned entries of a tensor of the weight's shape to 0.0."""
         part = own_part(tensor)
-        if self.pruned.device != part.device:  # the model was moved
-            self.pruned = self.pruned.to(part.device)
-        part.masked_fill_(self.pruned, 0.0)
+        kept = self._bits.get((part.dtype, part.device))
+        if kept is None:
+            kept = torch.empty_like(part, dtype=_INTEGERS[part.element_size()])
+            kept.copy_(self._pruned).sub_(1)  # 0 where pruned, otherwise -1, whose bits are all set
+            self._bits[part.dtype, part.device] = kept
+        part.view(kept.dtype).bitwise_and_(kept)
 
 
 class _ZeroGradient:
     """A hook on a parameter; it keeps neither the parameter nor the hold, so that all of them can be collected."""
 
-    def __init__(self, pruned: Tensor, held: Hold) -> None:
+    def __init__(self, pruned: _Pruned, held: Hold) -> None:
         self._pruned, self._held = pruned, weakref.ref(held)
 
+    @torch.no_grad()
     def __call__(self, weight: Tensor) -> None:
         if weight.grad is not None and self._held() is not None:
-            _MaskedWeight(weight, self._pruned).zero(weight.grad)  # type: ignore[arg-type]
+            self._pruned.zero(weight.grad)
 
 
-def _before_step(masked: list[_MaskedWeight]) -> Callable[..., None]:
+def _before_step(masked: _Masked) -> Callable[..., None]:
     @torch.no_grad()
     def hook(*_: object) -> None:
-        for each in masked:  # gradients that are not computed by autograd, as in FSDP2
-            if each.weight.grad is not None:
-                each.zero(each.weight.grad)
+        for weight, pruned in masked:  # gradients that are not computed by autograd, as in FSDP2
+            if weight.grad is not None:
+                pruned.zero(weight.grad)
 
     return hook
 
 
-def _after_step(masked: list[_MaskedWeight], held: Hold) -> Callable[..., None]:
+def _after_step(masked: _Masked, held: Hold) -> Callable[..., None]:
     @torch.no_grad()
     def hook(optimizer: Optimizer, *_: object, _held: Hold = held) -> None:  # the optimizer keeps the hold
-        for each in masked:
-            each.zero(each.weight)
-        _zero_state(optimizer, masked)
+        zero_masked(masked, optimizer)
 
     return hook
 
 
-def zero_masked(model: nn.Module, mask: Mask, optimizer: Optimizer | None = None) -> None:
-    """Set a model's pruned weights to 0.0, and its optimizer's state of them.
+def list_masked(model: nn.Module, mask: Mask) -> _Masked:
+    """Return the parameters of a model that have pruned connections in a mask.
 
     Raises:
         UserError: if the mask does not fit the model.
     """
-    masked = [
-        _MaskedWeight(weight, pruned_part(weight, mask[name])) for name, weight in find_weights(model, mask).items()
-    ]
-    for each in masked:
-        each.zero(each.weight)
-    if optimizer is not None:
-        _zero_state(optimizer, masked)
+    weights = find_weights(model, mask).items()
+    return [(weight, _Pruned(weight, mask[name])) for name, weight in weights if mask.counts[name] < mask.sizes[name]]
 
 
-def _zero_state(optimizer: Optimizer, masked: list[_MaskedWeight]) -> None:
-    for each in masked:
-        for value in optimizer.state.get(each.weight, {}).values():
-            if _is_per_weight(value, each.weight):
-                each.zero(value)
+def zero_masked(masked: _Masked, *optimizers: Optimizer) -> None:
+    """Set pruned weights to 0.0, and the optimizers' state of them."""
+    for weight, pruned in masked:
+        pruned.zero(weight)
+        for optimizer in optimizers:
+            for value in optimizer.state.get(weight, {}).values():
+                if _is_per_weight(value, weight):
+                    pruned.zero(value)
 
 
 def _is_per_weight(value: Any, weight: Tensor) -> bool:

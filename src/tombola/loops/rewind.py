@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from tombola.errors import UserError
 from tombola.importance import Importance, Normalisation
-from tombola.loops.hold import held_mask, unwrap_optimizer, zero_masked
+from tombola.loops.hold import held_mask, list_masked, unwrap_optimizer, zero_masked
 from tombola.loops.shards import check_equal_masks, gather
 from tombola.pruning import prune as pruning
 from tombola.pruning.fit import find_weights, fit_state
@@ -91,7 +91,7 @@ def rewind(model: nn.Module, start: Snapshot, mask: Mask, optimizer: Optimizer |
         optimizer.zero_grad()
     load_state(model, start.state, "the snapshot")
     with torch.no_grad():
-        zero_masked(model, mask, optimizer)
+        zero_masked(list_masked(model, mask), *([] if optimizer is None else [optimizer]))
 
 
 def prune(
