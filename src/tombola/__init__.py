@@ -28,6 +28,20 @@ if TYPE_CHECKING:
     from tombola.training.recipe import Augmentation, Recipe
     from tombola.training.train import train
     from tombola.training.weights import Weights
+    from tombola.workbench.pictures import charts, write_report
+    from tombola.workbench.runs import reinit, run
+    from tombola.workbench.tables import (
+        claims,
+        compare,
+        connectivity,
+        functions,
+        layers,
+        overlap,
+        results,
+        stability,
+        weights,
+        winners,
+    )
 
 __version__ = "0.1.0"
 
@@ -47,13 +61,27 @@ _HOME = {
     "Trained": "training.history",
     "UserError": "errors",
     "Weights": "training.weights",
+    "charts": "workbench.pictures",
+    "claims": "workbench.tables",
+    "compare": "workbench.tables",
+    "connectivity": "workbench.tables",
     "find_tickets": "lottery.rewinding",
+    "functions": "workbench.tables",
+    "layers": "workbench.tables",
     "load_problem": "study.task",
     "load_study": "study.schema",
     "lottery_ticket_rewinding": "lottery.rewinding",
+    "overlap": "workbench.tables",
     "prunable": "pruning.mask",
     "prune": "pruning.prune",
+    "reinit": "workbench.runs",
+    "results": "workbench.tables",
+    "run": "workbench.runs",
+    "stability": "workbench.tables",
     "train": "training.train",
+    "weights": "workbench.tables",
+    "winners": "workbench.tables",
+    "write_report": "workbench.pictures",
 }
 _MODULES = ("datasets", "importance", "loops", "models")
 
@@ -73,17 +101,31 @@ __all__ = [
     "Trained",
     "UserError",
     "Weights",
+    "charts",
+    "claims",
+    "compare",
+    "connectivity",
     "datasets",
     "find_tickets",
+    "functions",
     "importance",
+    "layers",
     "load_problem",
     "load_study",
     "loops",
     "lottery_ticket_rewinding",
     "models",
+    "overlap",
     "prunable",
     "prune",
+    "reinit",
+    "results",
+    "run",
+    "stability",
     "train",
+    "weights",
+    "winners",
+    "write_report",
 ]
 
 

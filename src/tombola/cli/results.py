@@ -220,7 +220,8 @@ def _print_results(found: Sequence[Row], study: Study, data: str, counted: str) 
 
 def _print_table2(results: Table2, importances: Sequence[str], seeds: int) -> None:
     """Print the columns of some importances; in several tables if one would be too wide for the terminal."""
-    from tombola.cli.tables import empty_table, print_table, too_wide
+    from tombola.cli.tables import print_table, too_wide
+    from tombola.workbench.text import empty_table
 
     plain = not sys.stdout.isatty()
     table = empty_table()

@@ -18,7 +18,7 @@ from tombola.datasets.dataset import Dataset
 from tombola.errors import UserError, describe_exception, did_you_mean
 from tombola.importance import Importance, as_importance, find
 from tombola.streams import ambient
-from tombola.study.code import resolve, source_hash
+from tombola.study.functions import resolve, source_hash
 from tombola.study.schema import Study, Task
 from tombola.training.batches import batches, normalisation
 from tombola.training.evaluation import Loss
