@@ -103,11 +103,20 @@ def as_importance(importance: Importance | Normalisation) -> Importance:
 
     A function of the absolute weights of a layer is taken as a normalisation of the magnitude.
 
+    Raises:
+        UserError: if it is neither; a name, such as "l1", is found by `find`.
+
     >>> def cubic(weights):
     ...     return weights**3 / (weights**3).sum()
     >>> as_importance(cubic) == Importance(scores.magnitude, cubic)
     True
     """
+    if isinstance(importance, str):
+        raise UserError(
+            f"expected an importance, got the text {importance!r}; tombola.importance.find({importance!r}) finds it"
+        )
+    if not callable(importance):
+        raise UserError(f"expected an importance or a function of a layer's weights, got {type(importance).__name__}")
     return importance if isinstance(importance, Importance) else Importance(scores.magnitude, importance)
 
 

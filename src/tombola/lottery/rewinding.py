@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Collection, Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Protocol
 
@@ -10,8 +12,9 @@ from torch import nn
 from torch.nn import functional
 
 from tombola.datasets.dataset import Dataset
+from tombola.datasets.progress import Bar
 from tombola.errors import UserError
-from tombola.importance import Importance, Normalisation
+from tombola.importance import Importance, Normalisation, as_importance
 from tombola.lottery.ticket import Ticket
 from tombola.pruning.mask import Mask, prunable, resolve_kept_dense
 from tombola.pruning.prune import check_fraction, count_to_remove, prune
@@ -19,7 +22,8 @@ from tombola.streams import derive
 from tombola.training.evaluation import Loss
 from tombola.training.history import Trained
 from tombola.training.recipe import Recipe
-from tombola.training.train import check_recipe_fits, train
+from tombola.training.train import check_device, check_recipe_fits, train
+from tombola.training.trial import try_network
 from tombola.training.weights import Weights
 
 _FEWEST_LEFT = 1 / 8
@@ -101,8 +105,12 @@ def find_tickets(
     exclude: Collection[str] = (),
     keep_dense: Collection[str] = (),
     loss: Loss = functional.cross_entropy,
+    device: str = "cpu",
+    progress: bool = True,
 ) -> Iterator[Ticket]:
-    """Find the tickets of a network: yield the ticket of each level as soon as it is trained.
+    """Find the tickets of a network: return an iterator that yields the ticket of each level as soon as it is trained.
+
+    The network, the loss and the importance are tried out at once, before anything is trained.
 
     Args:
         model: a module with its initial weights; it is not changed.
@@ -115,36 +123,69 @@ def find_tickets(
         exclude: layers that are left out: they are neither pruned nor counted, such as `["fc"]`.
         keep_dense: layers that are counted and never pruned.
         loss: a function of outputs and labels that returns the mean over the batch.
+        device: the device to train on, "cpu" or "cuda".
+        progress: whether to show a bar for each training, if standard error is a terminal.
 
     Raises:
-        UserError: if the arguments do not fit together.
+        UserError: if the arguments do not fit together, or if the network, the loss or the importance fails.
 
     >>> from tombola import datasets, models
     >>> from tombola.importance import l1
     >>> digits = datasets.load("digits", None)
     >>> for ticket in find_tickets(models.lenet_300_100(inputs=64), digits, Recipe(epochs=1), l1, levels=2):
-    ...     print(ticket.level, round(ticket.mask.density, 3))
-    0 1.0
-    1 0.8
-    2 0.64
+    ...     print(ticket.level, round(ticket.mask.density, 3), ticket.provenance["importance"])
+    0 1.0 l1
+    1 0.8 l1
+    2 0.64 l1
     """
+    importance = as_importance(importance)
     check_recipe_fits(recipe, data)
+    check_device(device)
     dense = Mask.ones_like(model, exclude)
     kept = resolve_kept_dense(dense, keep_dense, prunable(model).keys() - dense.keys())
     check_levels(dense.total, fraction, levels, kept_dense=sum(dense.sizes[layer] for layer in kept))
+    end = recipe.total_iterations(len(data.train_inputs))
+    prune_by = partial(prune_round, importance=importance, fraction=fraction, keep_dense=kept, seed=seed)
+    theta_0 = Weights.of(model.state_dict())
+    try_network(partial(copy.deepcopy, model), loss, data, recipe, model_name="model", loss_name="loss")
+    if levels:
+        prune_by(theta_0, dense, 0)
+    provenance = {
+        "model": type(model).__name__,
+        "data": {"name": data.name, "fingerprint": data.fingerprint},
+        "recipe": recipe.model_dump(mode="json"),
+        "importance": importance.name,
+        "fraction": fraction,
+        "seed": seed,
+        "exclude": list(exclude),
+        "keep_dense": list(keep_dense),
+        "device": device,
+    }
 
     def train_network(initial: Weights, mask: Mask, begin: int, end: int) -> Trained:
-        return train(model, initial.load(), mask, data, recipe, seed, begin=begin, end=end, loss=loss)
+        with Bar(f"density {100 * mask.density:.1f} %", total=end - begin, shown=progress) as bar:
 
-    yield from lottery_ticket_rewinding(
-        train_network,
-        partial(prune_round, importance=importance, fraction=fraction, keep_dense=kept, seed=seed),
-        Weights.of(model.state_dict()),
-        dense,
-        rewind=recipe.rewind,
-        end=recipe.total_iterations(len(data.train_inputs)),
-        levels=levels,
+            def advance(iteration: int, checkpoint: object) -> None:
+                bar.update(1)
+
+            return train(
+                model,
+                initial.load(),
+                mask,
+                data,
+                recipe,
+                seed,
+                begin=begin,
+                end=end,
+                loss=loss,
+                device=device,
+                watch=advance,
+            )
+
+    tickets = lottery_ticket_rewinding(
+        train_network, prune_by, theta_0, dense, rewind=recipe.rewind, end=end, levels=levels
     )
+    return (replace(ticket, provenance=provenance) for ticket in tickets)
 
 
 def prune_round(

@@ -7,24 +7,20 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional
 
 from tombola import datasets, models
 from tombola.datasets.dataset import Dataset
-from tombola.errors import UserError, describe_exception, did_you_mean
+from tombola.errors import UserError, did_you_mean
 from tombola.importance import Importance, as_importance, find
-from tombola.streams import ambient
 from tombola.study.functions import resolve, source_hash
 from tombola.study.schema import Study, Task
-from tombola.training.batches import batches, normalisation
 from tombola.training.evaluation import Loss
-from tombola.training.train import check_recipe_fits
-
-Result = TypeVar("Result")
+from tombola.training.train import check_device, check_recipe_fits
+from tombola.training.trial import guard, try_network
 
 BUILT_IN = 1
 """Version of the built-in models and losses as a part of a training's name: increase it if their outputs change."""
@@ -65,7 +61,7 @@ def load_problem(task: Task, directory: Path | None = None) -> Problem:
     """
     data = _load_data(task, directory)
     model, model_identity = _function("model", task.model, models.MODELS, task.model_arguments)
-    build = _guard(f"task.model {task.model!r}", model, nn.Module, "a torch module")
+    build = guard(f"task.model {task.model!r}", model, nn.Module, "a torch module")
     loss, loss_identity = _function("loss", task.loss, {"cross_entropy": functional.cross_entropy}, {})
     identity = {"data": data.fingerprint, "model": model_identity, "loss": loss_identity}
     return Problem(data, build, loss, identity)
@@ -96,45 +92,17 @@ def try_out(problem: Problem, study: Study) -> None:
     """
     task, recipe, data = study.task, study.recipe, problem.data
     check_recipe_fits(recipe, data)
-    if study.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("device: 'cuda' was asked for, and torch finds no GPU here; use 'cpu'")
-    last = len(data.train_inputs) % recipe.batch_size or recipe.batch_size
-    inputs, labels = next(batches(data, recipe.model_copy(update={"batch_size": min(2, last)}), 0, 0, 1))
-    with ambient(0):
-        model = problem.build()
-        for name, parameter in model.named_parameters():
-            if not torch.nn.parameter.is_lazy(parameter) and not parameter.isfinite().all():
-                raise UserError(f"task.model {task.model!r}: its initial {name!r} is not finite (NaN or infinite)")
-        outputs = _outputs(model, inputs, problem, task)
-        loss = _guard(f"task.loss {task.loss!r}", partial(problem.loss, outputs, labels))()
-        if not isinstance(loss, Tensor) or loss.shape != ():
-            got = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-            raise UserError(f"task.loss {task.loss!r}: expected one number, the mean over the batch, got {got}")
-        _guard(f"task.loss {task.loss!r}: going backward", loss.backward)()
-        with torch.no_grad():
-            _outputs(model.eval(), normalisation(data)(data.test_inputs[:2]), problem, task)
-
-
-def _outputs(model: nn.Module, inputs: Tensor, problem: Problem, task: Task) -> Tensor:
-    """Return a model's outputs; raise `UserError` unless they have one number for each class."""
-    name, classes = f"task.model {task.model!r}", len(problem.data.classes)
-    given = f"inputs of shape {tuple(inputs.shape)} from {problem.data.name!r}"
-    outputs = _guard(f"{name}: on {given} it", partial(model, inputs), Tensor, "a tensor")()
-    shape = tuple(outputs.shape)
-    if len(shape) != 2 or shape[0] != len(inputs) or shape[1] < classes:
-        raise UserError(
-            f"{name}: for {given} it should give outputs of shape ({len(inputs)}, {classes}), "
-            f"one number for each of the {classes} classes, got shape {shape}"
-        )
-    return cast(Tensor, outputs)
+    check_device(study.device)
+    names = {"model_name": f"task.model {task.model!r}", "loss_name": f"task.loss {task.loss!r}"}
+    try_network(problem.build, problem.loss, data, recipe, **names)
 
 
 def _load_data(task: Task, directory: Path | None) -> Dataset:
     what = f"task.dataset {task.dataset!r}"
     if ":" not in task.dataset:
-        return _guard(what, partial(datasets.load, task.dataset, directory, **task.dataset_arguments))()
+        return guard(what, partial(datasets.load, task.dataset, directory, **task.dataset_arguments))()
     function = _call(what, resolve(task.dataset, "task.dataset"), task.dataset_arguments)
-    data: Dataset = _guard(what, function, Dataset, "a tombola.Dataset")()
+    data: Dataset = guard(what, function, Dataset, "a tombola.Dataset")()
     return data
 
 
@@ -169,22 +137,3 @@ def _call(what: str, function: Callable[..., Any], arguments: Mapping[str, Any])
         given = ", ".join(f"{name} = {value!r}" for name, value in arguments.items()) or "none"
         raise UserError(f"{what}: {error}; it takes {takes}, its arguments in the study: {given}") from error
     return partial(function, **arguments)
-
-
-def _guard(
-    what: str, function: Callable[..., Result], kind: type | None = None, kind_name: str = ""
-) -> Callable[[], Result]:
-    """Wrap a function: the result raises `UserError` if the function fails or returns another type than `kind`."""
-
-    def call() -> Result:
-        try:
-            result = function()
-        except UserError:
-            raise
-        except Exception as error:
-            raise UserError(f"{what} raised {describe_exception(error)}") from error
-        if kind is not None and not isinstance(result, kind):
-            raise UserError(f"{what.removesuffix(' it')}: expected {kind_name}, got {type(result).__name__}")
-        return result
-
-    return call

@@ -142,6 +142,14 @@ def check_recipe_fits(recipe: Recipe, data: Dataset) -> None:
         raise UserError(f"recipe.augmentation: it needs images (uint8), but {data.name!r} has other inputs")
 
 
+def check_device(device: str) -> None:
+    """Raise `UserError` if this machine does not have a device, "cpu" or "cuda"."""
+    if device not in ("cpu", "cuda"):
+        raise UserError(f"device: expected 'cpu' or 'cuda', got {device!r}")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("device: 'cuda' was asked for, and torch finds no GPU here; use 'cpu'")
+
+
 def _load_model(model: nn.Module, state: State, mask: Mask, device: str) -> nn.Module:
     """Return a copy of the model on the device, in this state, with pruned weights set to 0.0.
 

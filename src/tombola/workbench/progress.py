@@ -91,11 +91,10 @@ def _open_cell() -> Callable[[Group], None] | None:
 
     def draw(group: Group) -> None:
         nonlocal shown
-        console = Console(file=io.StringIO(), width=_CELL_WIDTH, highlight=False, markup=False, emoji=False)
-        with console.capture() as captured:
-            console.print(group)
-        if (text := captured.get()) != shown:
-            handle.update({"text/plain": text.rstrip()}, raw=True)
+        file = io.StringIO()
+        Console(file=file, width=_CELL_WIDTH, color_system=None, force_jupyter=False, highlight=False).print(group)
+        if (text := file.getvalue().rstrip()) != shown:
+            handle.update({"text/plain": text}, raw=True)
             shown = text
 
     return draw
