@@ -56,7 +56,7 @@ def refer(value: Any, what: str) -> Any:
         return f"{module}:{name}"
     digest = _hash(value, what)
     label = name or getattr(getattr(value, "func", value), "__qualname__", None) or getattr(value, "name", None)
-    reference = f"{module or _SCRIPT}:{label or type(value).__name__}-{digest[:8]}"
+    reference = f"{module or _SCRIPT}:{(label or type(value).__name__).rpartition('.')[2]}-{digest[:8]}"
     _HERE[reference] = value
     return reference
 
