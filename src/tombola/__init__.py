@@ -1,4 +1,19 @@
-"""Find the lottery tickets of a neural network under any importance, and tell how alike they are."""
+"""Find the lottery tickets of a neural network under any importance, and compare them.
+
+Where to begin:
+
+    tombola.find_tickets(model, data, recipe, l1, levels=5)   the tickets of one network, level after level
+    tombola.run("digits")                                     a whole study, with several seeds and importances
+    tombola.results("digits")                                 its accuracies; also: overlap, layers, stability, winners,
+                                                              weights, functions, connectivity, claims, compare, reinit
+    tombola.charts("digits")["overlap"]                       its charts; write_report writes them all on one page
+    tombola.loops.hold(model, mask, optimizer)                your own training loop: pruned weights stay 0.0
+    tombola.Ticket.load("ticket.safetensors").apply(model)    a ticket that somebody has found
+
+A `Study` has a `Task` (data set, model, loss), a `Recipe`, importances, seeds and levels; `load_study` reads one. The
+built-in data sets, models and importances are in `tombola.datasets`, `tombola.models` and `tombola.importance`; masks
+come from other libraries and go to them by `tombola.interchange`. A mistake in what you give raises a `UserError`.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +31,7 @@ if TYPE_CHECKING:
     from tombola import datasets, importance, loops, models
     from tombola.datasets.dataset import Dataset
     from tombola.errors import UserError
+    from tombola.lottery import interchange
     from tombola.lottery.rewinding import find_tickets, lottery_ticket_rewinding
     from tombola.lottery.ticket import Ticket
     from tombola.pruning.mask import Mask, prunable
@@ -83,7 +99,13 @@ _HOME = {
     "winners": "workbench.tables",
     "write_report": "workbench.pictures",
 }
-_MODULES = ("datasets", "importance", "loops", "models")
+_MODULES = {
+    "datasets": "datasets",
+    "importance": "importance",
+    "interchange": "lottery.interchange",
+    "loops": "loops",
+    "models": "models",
+}
 
 __all__ = [
     "Augmentation",
@@ -109,6 +131,7 @@ __all__ = [
     "find_tickets",
     "functions",
     "importance",
+    "interchange",
     "layers",
     "load_problem",
     "load_study",
@@ -132,7 +155,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     """Import a public name when it is first used: the command line's help needs no torch."""
     if name in _MODULES:
-        return importlib.import_module(f"tombola.{name}")
+        return importlib.import_module(f"tombola.{_MODULES[name]}")
     if name in _HOME:
         return getattr(importlib.import_module(f"tombola.{_HOME[name]}"), name)
     raise AttributeError(f"module 'tombola' has no attribute {name!r}")

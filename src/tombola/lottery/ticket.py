@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import nn
 
@@ -72,7 +72,7 @@ class Ticket:
             raise UserError(f"the ticket of level {self.level} has no trained weights")
         return self.trained.weights.load()
 
-    def save(self, path: Path, *, trained: bool = False) -> None:
+    def save(self, path: str | Path, *, trained: bool = False) -> None:
         """Write the ticket to a safetensors file, see `tombola.lottery.ticket_file`.
 
         Args:
@@ -85,10 +85,10 @@ class Ticket:
         history = self.trained.history if self.trained else History()
         state = self.load_trained() if trained else None
         content = Content(self.level, self.mask.load(), self.rewound, state, history, self.provenance)
-        write_output(path, encode(content))
+        write_output(Path(path), encode(content))
 
     @classmethod
-    def load(cls, path: Path) -> Ticket:
+    def load(cls, path: str | Path) -> Ticket:
         """Return the ticket that `save` wrote; its `trained` is None if it was saved without the trained weights.
 
         Every part of the file is checked against the others, and all of them against the seal.
@@ -99,6 +99,15 @@ class Ticket:
         Warns:
             UnsealedTicketWarning: if the file was written before tickets had a seal.
         """
-        content = read(path)
+        content = read(Path(path))
         trained = None if content.trained is None else Trained(Weights.of(content.trained), content.history)
         return cls(content.level, content.mask, Weights.of(content.rewound), trained, content.provenance)
+
+    def __copy__(self) -> Ticket:
+        return self
+
+    def __deepcopy__(self, memo: object) -> Ticket:
+        return self  # nothing in a ticket changes
+
+    def __reduce__(self) -> NoReturn:
+        raise UserError("a ticket is not pickled: write it with its `save`, and read it with tombola.Ticket.load")
