@@ -258,6 +258,29 @@ def test_tables_are_those_of_the_analyses(name: str) -> None:
     assert TABLES[name]().height > 0
 
 
+def test_a_ticket_is_read_and_an_importance_may_be_named_or_given() -> None:
+    one = tombola.read_ticket(importance=l1, seed=0, level=1, **finished())
+    other = tombola.read_ticket(importance="l1", seed=0, level=1, **finished())
+    assert one.mask == other.mask
+    assert one.load_trained().keys() == other.rewound.keys()
+    assert tombola.layers(**finished(), importances=[l1])["importance"].unique().to_list() == ["l1"]
+
+
+@pytest.mark.parametrize(
+    ("asked", "text"),
+    [
+        ({"importance": "l2"}, "^importance: the study has no importance 'l2', it has magnitude, l1$"),
+        ({"seed": 7}, "^seed: the study has no seed 7, it has 0$"),
+        ({"level": 2}, "^level: the study has no level 2, it has levels 0 to 1$"),
+        ({"level": -1}, "^level: the study has no level -1"),
+        ({"overrides": {"levels": 2}, "level": 2}, "^level 2 of l1, seed 0 is not in .*, levels 0 to 1 are$"),
+    ],
+)
+def test_tickets_that_are_not_there(asked: dict[str, Any], text: str) -> None:
+    with pytest.raises(UserError, match=text):
+        tombola.read_ticket(**{"importance": "l1", "seed": 0, "level": 1} | finished() | asked)
+
+
 def test_mistakes_of_tables_and_charts(tmp_path: Path) -> None:
     of = finished()
     for call, text in [

@@ -58,6 +58,7 @@ if TYPE_CHECKING:
         weights,
         winners,
     )
+    from tombola.workbench.tickets import read_ticket
 
 __version__ = "0.1.0"
 
@@ -90,6 +91,7 @@ _HOME = {
     "overlap": "workbench.tables",
     "prunable": "pruning.mask",
     "prune": "pruning.prune",
+    "read_ticket": "workbench.tickets",
     "reinit": "workbench.runs",
     "results": "workbench.tables",
     "run": "workbench.runs",
@@ -141,6 +143,7 @@ __all__ = [
     "overlap",
     "prunable",
     "prune",
+    "read_ticket",
     "reinit",
     "results",
     "run",

@@ -17,6 +17,7 @@ from tombola.workbench.tables import (
     weights,
     winners,
 )
+from tombola.workbench.tickets import read_ticket
 
 __all__ = [
     "charts",
@@ -26,6 +27,7 @@ __all__ = [
     "functions",
     "layers",
     "overlap",
+    "read_ticket",
     "reinit",
     "results",
     "run",

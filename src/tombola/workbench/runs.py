@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,7 +24,16 @@ from tombola.study.task import try_out
 from tombola.study.tickets import Tickets
 from tombola.workbench import tables
 from tombola.workbench.progress import show_nothing, show_progress
-from tombola.workbench.studies import STORE, AnyStudy, Overrides, one_thread, open_planner, open_tickets
+from tombola.workbench.studies import (
+    STORE,
+    AnyStudy,
+    Importances,
+    Overrides,
+    name_importances,
+    one_thread,
+    open_planner,
+    open_tickets,
+)
 
 if TYPE_CHECKING:
     import polars as pl
@@ -100,7 +108,7 @@ def reinit(
     *,
     level: int,
     draws: int = 3,
-    importances: Sequence[str] | None = None,
+    importances: Importances = None,
     store: str | Path = STORE,
     data: str | Path | None = None,
     workers: int | None = None,
@@ -133,7 +141,7 @@ def reinit(
 
     with one_thread():
         tickets = open_tickets(study, overrides, store=store, data=data, importances=importances)
-        plans = plan(tickets, level, draws, importances)
+        plans = plan(tickets, level, draws, name_importances(importances))
         speed = recorded_speed(tickets)
         for each in plans:
             with (

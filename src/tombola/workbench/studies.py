@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -12,6 +12,7 @@ import torch
 
 from tombola.errors import UserError, did_you_mean
 from tombola.store.store import Store
+from tombola.study.functions import refer
 from tombola.study.planner import Planner
 from tombola.study.schema import Study, load_study, override
 from tombola.study.task import load_problem
@@ -26,6 +27,13 @@ AnyStudy: TypeAlias = Study | str | Path
 
 Overrides: TypeAlias = Mapping[str, Any] | None
 """Fields of the study with other values, by dotted name, such as `{"recipe.epochs": 2}`."""
+
+
+AnyImportance: TypeAlias = str | Callable[..., Any]
+"""An importance by its name, an `Importance`, or a function of one's own."""
+
+Importances: TypeAlias = Sequence[AnyImportance] | None
+"""Some importances; None for all of the study's."""
 
 
 def open_study(study: AnyStudy, overrides: Overrides = None) -> Study:
@@ -82,10 +90,20 @@ def open_tickets(
     *,
     store: str | Path = STORE,
     data: str | Path | None = None,
-    importances: Sequence[str] | None = None,
+    importances: Importances = None,
 ) -> Tickets:
     """Return the stored tickets of a study, see `open_planner` and `with_importances`."""
-    return with_importances(open_planner(study, overrides, store=store, data=data), importances)
+    return with_importances(open_planner(study, overrides, store=store, data=data), name_importances(importances))
+
+
+def name_importances(importances: Importances) -> list[str] | None:
+    """Return the names that a study has for importances; None for None.
+
+    >>> from tombola.importance import l1
+    >>> name_importances(["magnitude", l1])
+    ['magnitude', 'l1']
+    """
+    return None if importances is None else [refer(each, "importances") for each in importances]
 
 
 def with_importances(planner: Planner, names: Sequence[str] | None) -> Tickets:

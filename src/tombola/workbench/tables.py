@@ -12,7 +12,16 @@ from tombola.analysis import accuracy, reference
 from tombola.analysis import claims as claims_analysis
 from tombola.errors import NothingStoredError, UserError, did_you_mean
 from tombola.study.tickets import Tickets
-from tombola.workbench.studies import STORE, AnyStudy, Overrides, one_thread, open_study, open_tickets
+from tombola.workbench.studies import (
+    STORE,
+    AnyStudy,
+    Importances,
+    Overrides,
+    name_importances,
+    one_thread,
+    open_study,
+    open_tickets,
+)
 
 Names = Sequence[str] | None
 Levels = Collection[int] | None
@@ -61,7 +70,7 @@ def overlap(
     *,
     store: str | Path = STORE,
     data: str | Path | None = None,
-    importances: Names = None,
+    importances: Importances = None,
     levels: Levels = None,
 ) -> pl.DataFrame:
     """Return how many connections tickets share, compared with chance and with the noise floor.
@@ -86,7 +95,7 @@ def overlap(
     """
     with one_thread():
         tickets = open_tickets(study, overrides, store=store, data=data, importances=importances)
-        return analysis.overlap.of_study(tickets, importances, levels)
+        return analysis.overlap.of_study(tickets, name_importances(importances), levels)
 
 
 def layers(
@@ -95,7 +104,7 @@ def layers(
     *,
     store: str | Path = STORE,
     data: str | Path | None = None,
-    importances: Names = None,
+    importances: Importances = None,
     levels: Levels = None,
 ) -> pl.DataFrame:
     """Return the density of each layer, the collapsed layers, and the share of connections on paths.
@@ -120,7 +129,7 @@ def layers(
     """
     with one_thread():
         tickets = open_tickets(study, overrides, store=store, data=data, importances=importances)
-        return analysis.layers.of_study(tickets, importances, levels)
+        return analysis.layers.of_study(tickets, name_importances(importances), levels)
 
 
 def stability(
@@ -129,7 +138,7 @@ def stability(
     *,
     store: str | Path = STORE,
     data: str | Path | None = None,
-    importances: Names = None,
+    importances: Importances = None,
     levels: Levels = None,
     layers: Names = None,
 ) -> pl.DataFrame:
@@ -156,7 +165,7 @@ def stability(
     """
     with one_thread():
         tickets = open_tickets(study, overrides, store=store, data=data, importances=importances)
-        return analysis.stability.of_study(tickets, importances, levels, layers)
+        return analysis.stability.of_study(tickets, name_importances(importances), levels, layers)
 
 
 def winners(
@@ -165,7 +174,7 @@ def winners(
     *,
     store: str | Path = STORE,
     data: str | Path | None = None,
-    importances: Names = None,
+    importances: Importances = None,
     margin: float = 0.005,
     surely: bool = False,
 ) -> pl.DataFrame:
@@ -192,7 +201,7 @@ def winners(
     """
     with one_thread():
         tickets = open_tickets(study, overrides, store=store, data=data, importances=importances)
-        return analysis.winners.of_study(tickets, importances, margin=margin, surely=surely)
+        return analysis.winners.of_study(tickets, name_importances(importances), margin=margin, surely=surely)
 
 
 def weights(
@@ -201,7 +210,7 @@ def weights(
     *,
     store: str | Path = STORE,
     data: str | Path | None = None,
-    importances: Names = None,
+    importances: Importances = None,
     levels: Levels = None,
 ) -> pl.DataFrame:
     """Return the distributions of weights and importances in each layer.
@@ -226,7 +235,7 @@ def weights(
     """
     with one_thread():
         tickets = open_tickets(study, overrides, store=store, data=data, importances=importances)
-        return analysis.weights.of_study(tickets, importances, levels)
+        return analysis.weights.of_study(tickets, name_importances(importances), levels)
 
 
 def functions(
@@ -235,7 +244,7 @@ def functions(
     *,
     store: str | Path = STORE,
     data: str | Path | None = None,
-    importances: Names = None,
+    importances: Importances = None,
     levels: Levels = None,
 ) -> pl.DataFrame:
     """Return how often two tickets make the same prediction.
@@ -260,7 +269,7 @@ def functions(
     """
     with one_thread():
         tickets = open_tickets(study, overrides, store=store, data=data, importances=importances)
-        return analysis.functions.of_study(tickets, importances, levels)
+        return analysis.functions.of_study(tickets, name_importances(importances), levels)
 
 
 def connectivity(
@@ -269,7 +278,7 @@ def connectivity(
     *,
     store: str | Path = STORE,
     data: str | Path | None = None,
-    importances: Names = None,
+    importances: Importances = None,
     levels: Levels = None,
     points: int = 11,
 ) -> pl.DataFrame:
@@ -296,7 +305,7 @@ def connectivity(
     """
     with one_thread():
         tickets = open_tickets(study, overrides, store=store, data=data, importances=importances)
-        return analysis.connectivity.of_study(tickets, importances, levels, points)
+        return analysis.connectivity.of_study(tickets, name_importances(importances), levels, points)
 
 
 def claims(
@@ -305,7 +314,7 @@ def claims(
     *,
     store: str | Path = STORE,
     data: str | Path | None = None,
-    importances: Names = None,
+    importances: Importances = None,
     level: int | None = None,
 ) -> pl.DataFrame:
     """Return a verdict on each claim of the paper, by the tickets of the study.
@@ -330,7 +339,7 @@ def claims(
     """
     with one_thread():
         tickets = open_tickets(study, overrides, store=store, data=data, importances=importances)
-        return claims_analysis.of_study(tickets, importances, level)
+        return claims_analysis.of_study(tickets, name_importances(importances), level)
 
 
 def compare(
