@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn.utils import prune as torch_prune
 
-from tombola import Mask, Ticket, UserError, Weights, interchange, loops
+from tombola import Mask, Ticket, UserError, Weights, interchange, kernels, loops
 from tombola.importance import magnitude
 
 
@@ -88,6 +88,26 @@ def test_paths_are_strings_too(tmp_path: Path) -> None:
     plain = network()
     plain.load_state_dict(ticket.rewound)  # a dense state that needs no tombola
     assert interchange.from_zeros(plain) == ticket.mask
+
+
+@pytest.mark.parametrize("batch_size", [1, 128])
+def test_the_surviving_weights_compute_the_same(batch_size: int) -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(32, 3)).eval()
+    start = loops.snapshot(model)
+    mask = loops.prune(model, Mask.ones_like(model), magnitude, 0.9)
+    ticket = Ticket(1, mask, Weights.of(model.state_dict()), None)
+    fast = ticket.sparse(model, batch_size=batch_size, trained=False)
+    assert all(torch.equal(start.state[name], tensor) for name, tensor in model.state_dict().items())
+    sparse = [each for each in fast.modules() if isinstance(each, (kernels.SparseConv2d, kernels.SparseLinear))]
+    assert len(sparse) == (2 if batch_size >= 16 and kernels.available() else 0)
+    ticket.apply(model)
+    for size in (1, 128):
+        inputs = torch.randn(size, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+        assert torch.allclose(fast(inputs), model(inputs), atol=1e-6)
+    with pytest.raises(UserError, match="the ticket of level 1 has no trained weights"):
+        ticket.sparse(model)
 
 
 def test_a_ticket_is_not_pickled() -> None:

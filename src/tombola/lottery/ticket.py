@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any, NoReturn
 
 from torch import nn
 
+from tombola import kernels
 from tombola.errors import UserError
 from tombola.files import write_output
 from tombola.lottery.ticket_file import Content, encode, read
@@ -61,6 +63,40 @@ class Ticket:
         mask = self.mask.load()
         load_state(model, self.load_trained() if trained else self.rewound, "the ticket")
         zero_pruned(model, mask)
+
+    def sparse(self, model: nn.Module, *, batch_size: int = 128, trained: bool = True) -> nn.Module:
+        """Return a copy of `model` with the ticket's weights that computes with the surviving ones, on the CPU.
+
+        Linear and convolution layers that the sparse kernels compute faster at this density and batch size hold only
+        their surviving weights; all others stay dense. With fewer than 16 examples all layers stay dense, because the
+        kernels work on many examples at once. Any batch size gives the same outputs up to rounding.
+
+        Args:
+            model: the network; it is not changed.
+            batch_size: the number of examples for which to choose the layers.
+            trained: whether to take the trained weights; otherwise the rewound ones.
+
+        Raises:
+            UserError: if the ticket does not fit the model, or if the trained state is not known.
+
+        Warns:
+            NoKernelsWarning: if tombola was installed without its compiled kernels; then all layers stay dense.
+
+        >>> import torch
+        >>> model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 2))
+        >>> mask = Mask.ones_like(model) & Mask.from_tensors({"0.weight": torch.eye(32, 64) > 0,
+        ...                                                   "2.weight": torch.ones(2, 32) > 0})
+        >>> ticket = Ticket(1, mask, Weights.of(model.state_dict()), trained=None)
+        >>> fast = ticket.sparse(model, trained=False)
+        >>> ticket.apply(model)
+        >>> inputs = torch.randn(128, 64)
+        >>> torch.allclose(fast(inputs), model(inputs), atol=1e-5)
+        True
+        """
+        found = copy.deepcopy(model).cpu()
+        self.apply(found, trained=trained)
+        kernels.warn_if_missing()
+        return kernels.sparsify(found, self.mask.load(), batch_size)
 
     def load_trained(self) -> State:
         """Return the trained state, with pruned weights 0.0.
