@@ -20,7 +20,7 @@ from torch.nn import functional
 import tiny_task
 import tombola
 from processes import LONG
-from tombola import Dataset, Recipe, Study, Task, UserError, find_tickets, load_study, models
+from tombola import Dataset, Recipe, Study, Task, Ticket, UserError, find_tickets, load_study, models
 from tombola.engine.here import WorkersHere
 from tombola.engine.job import Job
 from tombola.engine.run import run as run_trainings
@@ -28,7 +28,7 @@ from tombola.engine.workers import Event, Failed
 from tombola.importance import l1, magnitude
 from tombola.store.store import Store
 from tombola.study.functions import is_here, refer, resolve, source_hash
-from tombola.study.planner import Planner
+from tombola.study.planner import Chain, Planner
 from tombola.study.schema import override
 from tombola.study.task import load_problem
 from tombola.workbench.example import finished
@@ -155,6 +155,28 @@ def test_a_study_with_functions_of_this_process(tmp_path: Path, capsys: pytest.C
     assert more["level"].to_list() == [0, 1, 2]
     with pytest.raises(UserError, match=r"workers: 2 processes cannot import .*<lambda>-\w+, which only this"):
         tombola.run(of, store=tmp_path / "s", workers=2)
+
+
+def test_each_ticket_is_told_once(tmp_path: Path) -> None:
+    told = []
+
+    def tell(chain: Chain, ticket: Ticket) -> None:
+        told.append((chain.importance, ticket.level))
+        assert ticket.trained is not None
+        if ticket.level == 2:
+            raise RuntimeError("enough")
+
+    of = study(importances=["magnitude", "l1"])
+    tombola.run(of, store=tmp_path / "s", progress=False, on_ticket=tell)
+    assert sorted(told) == [("l1", 0), ("l1", 1), ("magnitude", 0), ("magnitude", 1)]
+    told.clear()
+    tombola.run(of, store=tmp_path / "s", progress=False, on_ticket=tell)
+    assert told == []
+    with pytest.raises(RuntimeError, match="enough"):
+        tombola.run(of, {"levels": 3, "importances": ["l1"]}, store=tmp_path / "s", progress=False, on_ticket=tell)
+    assert told == [("l1", 2)]
+    with pytest.raises(UserError, match="levels 0 to 2 are"):
+        tombola.read_ticket(of, {"levels": 3}, importance="l1", seed=0, level=3, store=tmp_path / "s")
 
 
 def test_a_failure_in_this_process(tmp_path: Path) -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 from tombola import kernels
 from tombola.engine.estimate import prior_speed, recorded_speed
@@ -15,15 +16,17 @@ from tombola.engine.run import Status
 from tombola.engine.run import run as run_trainings
 from tombola.engine.workers import Workers
 from tombola.errors import UserError
+from tombola.lottery.ticket import Ticket
 from tombola.store.store import Store
 from tombola.study.functions import is_here
-from tombola.study.planner import Planner
+from tombola.study.planner import Chain, Planner
 from tombola.study.reinitialisation import plan
 from tombola.study.schema import Task
 from tombola.study.task import try_out
 from tombola.study.tickets import Tickets
+from tombola.study.trainings import Training
 from tombola.workbench import tables
-from tombola.workbench.progress import show_nothing, show_progress
+from tombola.workbench.progress import Show, show_nothing, show_progress
 from tombola.workbench.studies import (
     STORE,
     AnyStudy,
@@ -39,6 +42,10 @@ if TYPE_CHECKING:
     import polars as pl
 
 
+OnTicket: TypeAlias = Callable[[Chain, Ticket], object]
+"""A function that is called with each ticket that a run finds, and with the chain that it belongs to."""
+
+
 def run(
     study: AnyStudy,
     overrides: Overrides = None,
@@ -47,6 +54,7 @@ def run(
     data: str | Path | None = None,
     workers: int | None = None,
     progress: bool = True,
+    on_ticket: OnTicket | None = None,
 ) -> pl.DataFrame:
     """Run the trainings of a study that the store does not have, and return the accuracy of every ticket.
 
@@ -62,6 +70,8 @@ def run(
         data: the folder of the data sets.
         workers: the number of trainings at the same time; by default one for each core, and one on a GPU.
         progress: whether to show the progress: live on a terminal and in a notebook, otherwise a line per training.
+        on_ticket: a function that is called with the chain and the ticket as soon as a ticket is found, for example to
+            log it elsewhere; tickets that were stored before are not told. An exception that it raises ends the run.
 
     Returns:
         The columns of `results`.
@@ -96,7 +106,7 @@ def run(
         with open_workers(planner, workers, folder) as opened:
             speed = None if isinstance(opened, WorkersHere) else prior_speed(planner, opened.count, folder)
             with show_progress(planner, opened.count) if progress else show_nothing() as show:
-                status = run_trainings(planner, opened, show, speed=speed)
+                status = run_trainings(planner, opened, tell_tickets(show, on_ticket), speed=speed)
         if stopped := describe_stopped(status):
             raise UserError(f"{stopped}; all other results are kept")
         return tables.of_tickets(Tickets(planner))
@@ -150,6 +160,23 @@ def reinit(
             ):
                 run_trainings(each.planner, opened, show, speed=speed)
         return analysis.of_plans(plans)
+
+
+def tell_tickets(show: Show, on_ticket: OnTicket | None) -> Show:
+    """Return a function that calls `show`, and `on_ticket` once for each ticket that is found from then on."""
+    if on_ticket is None:
+        return show
+    told: dict[Chain, int] = {}
+
+    def both(status: Status, finished: Training | None) -> None:
+        show(status, finished)
+        before = dict(told)
+        for chain, each in status.chains.items():
+            told[chain] = len(each.tickets)
+            for ticket in each.tickets[before.get(chain, len(each.tickets)) :]:
+                on_ticket(chain, ticket)
+
+    return both
 
 
 def prepare_store(planner: Planner, root: Path) -> None:
