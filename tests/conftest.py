@@ -134,7 +134,8 @@ def workers_here(monkeypatch: pytest.MonkeyPatch) -> None:
                 except Exception as error:
                     yield Failed.by(job.key, error)
 
-    monkeypatch.setattr("tombola.engine.local.LocalWorkers", Here)
+    for module in ("tombola.engine.local", "tombola.workbench.runs"):
+        monkeypatch.setattr(f"{module}.LocalWorkers", Here)
     monkeypatch.setattr(
         "tombola.engine.estimate._time_iterations", lambda *_: (0.001, 0.1)
     )  # seconds an iteration, and before

@@ -520,7 +520,7 @@ def terminal(monkeypatch: pytest.MonkeyPatch) -> Terminal:
 
 def display(terminal: Terminal, planner: Planner, status: Status) -> str:
     """Return what a run's display shows last, where the run is so far."""
-    from tombola.cli.progress import show_progress
+    from tombola.workbench.progress import show_progress
 
     terminal.seek(0)
     terminal.truncate()

@@ -14,8 +14,9 @@ from small_study import OVERRIDES
 from tombola import Planner, Store, load_problem, load_study
 from tombola.analysis.accuracy import Row, rows, table2
 from tombola.cli.results import show_results
-from tombola.cli.tables import duration, size
+from tombola.cli.tables import size
 from tombola.study.tickets import Tickets
+from tombola.workbench.text import duration
 
 
 def row(importance: str, seed: int, level: int, accuracy: float | None, **more: Any) -> Row:

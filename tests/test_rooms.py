@@ -13,7 +13,7 @@ ROOT = Path(tombola.__file__).parent
 
 ROOMS = [
     "errors", "exits", "files", "streams", "importance", "pruning", "datasets", "models", "kernels", "training",
-    "lottery", "store", "study", "engine", "analysis", "report", "cli",
+    "lottery", "loops", "store", "study", "engine", "analysis", "report", "workbench", "cli",
 ]  # fmt: skip
 """From the ground up; a module may import from its own room and from those before it."""
 

@@ -19,10 +19,10 @@ from processes import LONG, wait_for_end
 from small_study import STUDY
 from stores import content, run_study
 from tombola.cli import main
-from tombola.cli.path import find_modules
 from tombola.engine import local
 from tombola.engine.local import LocalWorkers
 from tombola.errors import UserError
+from tombola.workbench.path import find_modules
 
 pytestmark = pytest.mark.xdist_group("processes")  # the process that workers are copies of starts once
 

@@ -1,4 +1,19 @@
-"""Find the lottery tickets of a neural network under any importance, and tell how alike they are."""
+"""Find the lottery tickets of a neural network under any importance, and compare them.
+
+Where to begin:
+
+    tombola.find_tickets(model, data, recipe, l1, levels=5)   the tickets of one network, level after level
+    tombola.run("digits")                                     a whole study, with several seeds and importances
+    tombola.results("digits")                                 its accuracies; also: overlap, layers, stability, winners,
+                                                              weights, functions, connectivity, claims, compare, reinit
+    tombola.charts("digits")["overlap"]                       its charts; write_report writes them all on one page
+    tombola.loops.hold(model, mask, optimizer)                your own training loop: pruned weights stay 0.0
+    tombola.Ticket.load("ticket.safetensors").apply(model)    a ticket that somebody has found
+
+A `Study` has a `Task` (data set, model, loss), a `Recipe`, importances, seeds and levels; `load_study` reads one. The
+built-in data sets, models and importances are in `tombola.datasets`, `tombola.models` and `tombola.importance`; masks
+come from other libraries and go to them by `tombola.interchange`. A mistake in what you give raises a `UserError`.
+"""
 
 from __future__ import annotations
 
@@ -13,9 +28,10 @@ os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 if TYPE_CHECKING:
-    from tombola import datasets, importance, models
+    from tombola import datasets, importance, loops, models
     from tombola.datasets.dataset import Dataset
     from tombola.errors import UserError
+    from tombola.lottery import interchange
     from tombola.lottery.rewinding import find_tickets, lottery_ticket_rewinding
     from tombola.lottery.ticket import Ticket
     from tombola.pruning.mask import Mask, prunable
@@ -28,6 +44,21 @@ if TYPE_CHECKING:
     from tombola.training.recipe import Augmentation, Recipe
     from tombola.training.train import train
     from tombola.training.weights import Weights
+    from tombola.workbench.pictures import charts, write_report
+    from tombola.workbench.runs import reinit, run
+    from tombola.workbench.tables import (
+        claims,
+        compare,
+        connectivity,
+        functions,
+        layers,
+        overlap,
+        results,
+        stability,
+        weights,
+        winners,
+    )
+    from tombola.workbench.tickets import read_ticket
 
 __version__ = "0.1.0"
 
@@ -47,15 +78,36 @@ _HOME = {
     "Trained": "training.history",
     "UserError": "errors",
     "Weights": "training.weights",
+    "charts": "workbench.pictures",
+    "claims": "workbench.tables",
+    "compare": "workbench.tables",
+    "connectivity": "workbench.tables",
     "find_tickets": "lottery.rewinding",
+    "functions": "workbench.tables",
+    "layers": "workbench.tables",
     "load_problem": "study.task",
     "load_study": "study.schema",
     "lottery_ticket_rewinding": "lottery.rewinding",
+    "overlap": "workbench.tables",
     "prunable": "pruning.mask",
     "prune": "pruning.prune",
+    "read_ticket": "workbench.tickets",
+    "reinit": "workbench.runs",
+    "results": "workbench.tables",
+    "run": "workbench.runs",
+    "stability": "workbench.tables",
     "train": "training.train",
+    "weights": "workbench.tables",
+    "winners": "workbench.tables",
+    "write_report": "workbench.pictures",
 }
-_MODULES = ("datasets", "importance", "models")
+_MODULES = {
+    "datasets": "datasets",
+    "importance": "importance",
+    "interchange": "lottery.interchange",
+    "loops": "loops",
+    "models": "models",
+}
 
 __all__ = [
     "Augmentation",
@@ -73,23 +125,40 @@ __all__ = [
     "Trained",
     "UserError",
     "Weights",
+    "charts",
+    "claims",
+    "compare",
+    "connectivity",
     "datasets",
     "find_tickets",
+    "functions",
     "importance",
+    "interchange",
+    "layers",
     "load_problem",
     "load_study",
+    "loops",
     "lottery_ticket_rewinding",
     "models",
+    "overlap",
     "prunable",
     "prune",
+    "read_ticket",
+    "reinit",
+    "results",
+    "run",
+    "stability",
     "train",
+    "weights",
+    "winners",
+    "write_report",
 ]
 
 
 def __getattr__(name: str) -> Any:
     """Import a public name when it is first used: the command line's help needs no torch."""
     if name in _MODULES:
-        return importlib.import_module(f"tombola.{name}")
+        return importlib.import_module(f"tombola.{_MODULES[name]}")
     if name in _HOME:
         return getattr(importlib.import_module(f"tombola.{_HOME[name]}"), name)
     raise AttributeError(f"module 'tombola' has no attribute {name!r}")

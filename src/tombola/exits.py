@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import NoReturn
 
+from tombola.errors import UserError, describe_exception
+
 end_at_once = os._exit
 """`os._exit`, which `watch_exits` does not replace."""
 
@@ -67,3 +69,41 @@ def watch_exits() -> Iterator[Exits]:
         os._exit = refuse
         stack.callback(setattr, os, "_exit", before)
         yield exits
+
+
+@contextmanager
+def attribute_failure(what: str) -> Iterator[None]:
+    """Turn every exception of a user's code inside the block into a `UserError`, except `KeyboardInterrupt`.
+
+    Code that changes the working directory fails too, because the paths of the store and of the data may be relative;
+    the directory is changed back.
+
+    Args:
+        what: the beginning of the message, which goes on with " raised ...".
+
+    >>> import sys
+    >>> with attribute_failure("my_module"):
+    ...     sys.exit("usage: ...")
+    Traceback (most recent call last):
+    tombola.errors.UserError: my_module raised SystemExit: usage: ...
+    """
+    before = _working_folder()
+    try:
+        yield
+    except (UserError, KeyboardInterrupt, GeneratorExit):
+        raise
+    except BaseException as error:
+        raise UserError(f"{what} raised {describe_exception(error)}") from error
+    finally:
+        after = _working_folder()
+        if before is not None and after != before:
+            os.chdir(before)
+    if before is not None and after != before:
+        raise UserError(f"{what} changed the working directory to {after}; give paths in full instead")
+
+
+def _working_folder() -> str | None:
+    try:
+        return os.getcwd()
+    except OSError:  # it has been removed
+        return None

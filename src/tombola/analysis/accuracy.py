@@ -65,6 +65,17 @@ def rows(tickets: Tickets, chains: Sequence[Chain] | None = None) -> list[Row]:
     ]
 
 
+def to_frame(results: Sequence[Row]) -> pl.DataFrame:
+    """Return results as a table with the columns of `Row`; `collapsed` is a list of names.
+
+    >>> to_frame([Row("l1", 0, 1, 0.8, None, 8, None, True)]).columns[:4]
+    ['importance', 'seed', 'level', 'density']
+    """
+    schema: dict[str, Any] = dict.fromkeys(("density", "test_accuracy", "test_loss", "train_loss"), pl.Float64)
+    schema |= dict.fromkeys(("seed", "level", "alive"), pl.Int64) | {"collapsed": pl.List(pl.String)}
+    return pl.DataFrame([row.to_json() for row in results], schema_overrides=schema)
+
+
 def row_of(chain: Chain, ticket: Ticket) -> Row:
     """Return the result of a chain's ticket, which has been trained."""
     assert ticket.trained is not None

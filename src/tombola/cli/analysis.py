@@ -11,7 +11,6 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from tombola.cli.options import Verbs, add_margin, count_workers, open_planner, whole_number
-from tombola.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
     import polars as pl
@@ -185,12 +184,12 @@ def connectivity(options: argparse.Namespace) -> int:
 def reinit(options: argparse.Namespace) -> int:
     """Keep the shared connections, reinitialise the others, find tickets again, and show what survives."""
     from tombola.analysis import reinit
-    from tombola.cli.progress import show_progress
     from tombola.cli.run import show_plan
     from tombola.engine.estimate import estimate, recorded_speed
-    from tombola.engine.local import LocalWorkers
     from tombola.engine.run import run
     from tombola.study.reinitialisation import plan as plan_draws
+    from tombola.workbench.progress import show_progress
+    from tombola.workbench.runs import open_workers
 
     tickets, names = _open(options)
     with _warnings_as_notes():
@@ -202,7 +201,7 @@ def reinit(options: argparse.Namespace) -> int:
             show_plan(plan.planner, estimate(plan.planner, count, options.data), count, options.format)
         return 0
     speed = recorded_speed(tickets)
-    with LocalWorkers(count, tickets.study.task, options.data, tickets.planner.store.root) as workers:
+    with open_workers(tickets.planner, count, options.data) as workers:
         for plan in plans:
             with (
                 redirect_stdout(sys.stderr if options.format != "table" else sys.stdout),
@@ -221,24 +220,10 @@ def _open(options: argparse.Namespace) -> tuple[Tickets, list[str] | None]:
     `--importances` selects some importances of the study. It may also name others with which the study was run before,
     whose results are in the store.
     """
-    from tombola.study.tickets import Tickets
+    from tombola.workbench.studies import with_importances
 
     names, options.importances = options.importances, None
-    planner = open_planner(options)
-    known = planner.study.importances
-    others = [name for name in names or () if name not in known]
-    if not others:
-        return Tickets(planner), names or None
-    options.importances = [*known, *others]
-    planner = open_planner(options)
-    tickets = Tickets(planner)
-    for name in others:
-        if not any(len(tickets.progress(chain).tickets) > 1 for chain in planner.chains if chain.importance == name):
-            raise UserError(
-                f"--importances: the study has no importance {name!r}, and no result of it is in {planner.store.root}; "
-                f"{did_you_mean(name, known)}"
-            )
-    return tickets, names
+    return with_importances(open_planner(options), names), names or None
 
 
 @contextmanager

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import math
-import os
 import sys
 import tomllib
 import warnings
@@ -15,7 +14,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, get_args, get_origin
 
-from tombola.cli.path import find_modules
 from tombola.errors import UserError, did_you_mean, shorten
 from tombola.study.schema import OldFieldWarning, Study, fields, is_list, load_study
 
@@ -190,20 +188,15 @@ def open_planner(options: argparse.Namespace, study: Study | None = None) -> Pla
         study: what `open_study` returned for them, if it has been called.
     """
     study = study or open_study(options)
-    find_modules([Path(options.study).resolve().parent, Path.cwd()])
     import torch
 
     from tombola.datasets.cache import CacheWarning
-    from tombola.store.store import Store
-    from tombola.study.planner import Planner
-    from tombola.study.task import load_problem
     from tombola.study.trainings import THREADS
+    from tombola.workbench.studies import open_planner
 
     torch.set_num_threads(THREADS)
-    store = Store(options.store, create=False)  # fail early if the store cannot be read
     with _warnings_as_notes(CacheWarning):
-        problem = load_problem(study.task, options.data)
-    return Planner(study, problem, store)
+        return open_planner(study, store=options.store, data=options.data, beside=Path(options.study))
 
 
 def overrides(options: argparse.Namespace) -> dict[str, Any]:
@@ -211,33 +204,16 @@ def overrides(options: argparse.Namespace) -> dict[str, Any]:
     return {name: value for name, value in vars(options).items() if name in _FIELDS and value is not None}
 
 
-def flags(fields: dict[str, Any]) -> list[str]:
-    """Return the options that override these fields of a study.
-
-    >>> flags({"levels": 3, "seeds": [0, 1], "task.model_arguments": {"width": 8}})
-    ['--levels', '3', '--seeds', '0', '1', '--task.model-arguments', 'width=8']
-    """
-    words = []
-    for name, value in fields.items():
-        words.append(f"--{name.replace('_', '-')}")
-        if isinstance(value, dict):
-            words += [f"{key}={_word(each)}" for key, each in value.items()]
-        else:
-            words += [_word(each) for each in (value if isinstance(value, (list, tuple)) else [value])]
-    return words
-
-
 def count_workers(options: argparse.Namespace, device: str) -> int:
-    """Return the number of parallel trainings: the option, or one for each core that this process may use.
-
-    On a GPU it is 1 by default, because several trainings at once take as long as one after the other.
+    """Return the number of parallel trainings, see `tombola.workbench.runs.count_workers`.
 
     Args:
         options: the options of the command line.
         device: the device of the study.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return options.workers or (1 if device == "cuda" else cores) or 1
+    from tombola.workbench.runs import count_workers
+
+    return count_workers(options.workers, device)
 
 
 class Arguments(argparse.Action):
@@ -335,7 +311,3 @@ def metavar(annotation: Any) -> str:
     if arguments := get_args(annotation):
         return metavar(arguments[0])
     return {int: "N", float: "X", bool: "true|false"}.get(annotation, "NAME")
-
-
-def _word(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from tombola.cli.options import Verbs, add_margin, flags, open_planner, overrides, whole_number
-from tombola.errors import NothingStoredError, UserError
-from tombola.study.schema import presets
+from tombola.cli.options import Verbs, add_margin, open_planner, overrides, whole_number
+from tombola.errors import UserError
 
 if TYPE_CHECKING:
     from tombola.report.contents import Contents
@@ -66,12 +63,16 @@ def add_verbs(verbs: Verbs) -> None:
 
 def report(options: argparse.Namespace) -> int:
     """Write a report on a study: one HTML file that needs no network."""
-    with _check_installed():
-        from tombola.report.page import page
     from tombola.cli.tables import size
     from tombola.files import write_output
+    from tombola.workbench.pictures import check_installed, check_output
 
-    _check_output(options.output)
+    with check_installed():
+        from tombola.report.page import page
+    try:
+        check_output(options.output)
+    except UserError as error:
+        raise UserError(f"--output {error}") from error
     planner = open_planner(options)
     contents = _gather_results(options, planner)
     content = page(contents).encode()
@@ -82,7 +83,9 @@ def report(options: argparse.Namespace) -> int:
 
 def figures(options: argparse.Namespace) -> int:
     """Write the charts of a study as files, in the widths of a two-column paper."""
-    with _check_installed():
+    from tombola.workbench.pictures import check_installed
+
+    with check_installed():
         from tombola.report.figures import write
     from tombola.report.look import BOTH_COLUMNS, COLUMN
     from tombola.report.sections import sections, select_charts
@@ -96,7 +99,9 @@ def figures(options: argparse.Namespace) -> int:
 
 def watch(options: argparse.Namespace) -> int:
     """Serve the report of a study on this machine, and update it while the study runs."""
-    with _check_installed():
+    from tombola.workbench.pictures import check_installed
+
+    with check_installed():
         from tombola.report.page import page
     from tombola.report.watch import ADDRESS, keep_fresh, serve
     from tombola.study.tickets import Tickets
@@ -125,44 +130,16 @@ def watch(options: argparse.Namespace) -> int:
 
 def _gather(options: argparse.Namespace, planner: Planner) -> Contents:
     from tombola.report.contents import gather
+    from tombola.workbench.pictures import name_study
 
-    name = options.study if options.study in presets() else Path(options.study).name
-    return gather(
-        planner,
-        name.removesuffix(".toml"),
-        [name, *flags(overrides(options))],
-        costly=options.costly,
-        level=options.level,
-        margin=options.margin / 100,
-    )
+    return gather(planner, *name_study(options.study, overrides(options)), **_choices(options))
 
 
 def _gather_results(options: argparse.Namespace, planner: Planner) -> Contents:
-    """Gather the stored results of a study.
+    from tombola.workbench.pictures import gather_stored, name_study
 
-    Raises:
-        NothingStoredError: if the store has no result of the study.
-    """
-    contents = _gather(options, planner)
-    if not contents.results:
-        raise NothingStoredError(f"no result of this study is in {planner.store.root}")
-    return contents
+    return gather_stored(planner, *name_study(options.study, overrides(options)), **_choices(options))
 
 
-def _check_output(path: Path) -> None:
-    """Raise `UserError` if this file cannot be written; call this before anything is loaded."""
-    if not path.parent.is_dir():
-        raise UserError(f"--output {path}: there is no folder {path.parent}; make it first")
-    if path.is_dir():
-        raise UserError(f"--output {path}: is a folder; name a file in it")
-
-
-@contextmanager
-def _check_installed() -> Iterator[None]:
-    """If the charting library is missing, raise `UserError` with what to install."""
-    try:
-        yield
-    except ModuleNotFoundError as error:
-        if error.name is None or error.name.split(".")[0] not in ("altair", "jinja2", "vl_convert"):
-            raise
-        raise UserError(f"charts need {error.name}, which is not installed: pip install 'tombola[report]'") from error
+def _choices(options: argparse.Namespace) -> dict[str, Any]:
+    return {"costly": options.costly, "level": options.level, "margin": options.margin / 100}

@@ -58,29 +58,15 @@ def results(options: argparse.Namespace) -> int:
 def export(options: argparse.Namespace) -> int:
     """Write one ticket to a safetensors file: its mask, its rewound weights, and the study that it is from."""
     from tombola.study.planner import Chain
+    from tombola.workbench.tickets import ticket_of
 
     if not options.output.parent.is_dir():
         raise UserError(f"--output {options.output}: there is no folder {options.output.parent}; make it first")
     planner = open_planner(options)
-    study = planner.study
-    known: Sequence[str | int]
-    for what, value, known in (
-        ("importance", options.importance, study.importances),
-        ("seed", options.seed, study.seeds),
-    ):
-        if value not in known:
-            raise UserError(f"--{what}: the study has no {what} {value!r}, it has {', '.join(map(str, known))}")
-    if options.level > study.levels:
-        raise UserError(f"--level: the study has no level {options.level}, it has levels 0 to {study.levels}")
-    chain = Chain(options.seed, options.importance)
-    progress = planner.progress(chain)
-    if options.level >= len(progress.tickets):
-        there = f"levels 0 to {len(progress.tickets) - 1} are" if progress.tickets else "none of its levels is"
-        ended = progress.stopped or "its training diverged"
-        cure = "`tombola run` finds the rest" if progress.waits_for else f"it ends there ({ended})"
-        raise UserError(f"--level: level {options.level} of {chain} is not in {planner.store.root}, {there}; {cure}")
-    ticket = progress.tickets[options.level]
+    with _begin_with("--"):
+        ticket = ticket_of(planner, options.importance, options.seed, options.level)
     ticket.save(options.output, trained=options.trained)
+    chain = Chain(options.seed, options.importance)
     print(f"{options.output}: {chain}, level {ticket.level}, {ticket.mask.alive} of {ticket.mask.total} connections")
     return 0
 
@@ -114,7 +100,7 @@ def _show_reference(options: argparse.Namespace) -> None:
     """Print the published reference of a study; its store and its data set are not needed."""
     from tombola.analysis.reference import published
 
-    with _name_option("--reference"):
+    with _begin_with("--reference: "):
         reference = published(open_study(options))
     about = reference.about
     if options.format == "table":
@@ -133,10 +119,10 @@ def _show_comparison(options: argparse.Namespace) -> None:
     from tombola.study.tickets import Tickets
 
     study = open_study(options)
-    with _name_option(f"--against {options.against}"):
+    with _begin_with(f"--against {options.against}: "):
         reference = {"paper": paper, "reference": published}[options.against](study)  # before the data set is loaded
     planner = open_planner(options, study)
-    with _name_option(f"--against {options.against}"):
+    with _begin_with(f"--against {options.against}: "):
         compared = of_study(Tickets(planner), reference)
     if options.format != "table":
         show_frame(compared, options.format)
@@ -167,14 +153,14 @@ def _mean(accuracy: str, std: str, seeds: str) -> pl.Expr:
 
 
 @contextmanager
-def _name_option(option: str) -> Iterator[None]:
-    """Put the option before the message of a `UserError`."""
+def _begin_with(option: str) -> Iterator[None]:
+    """Put an option, or only its dashes, before the message of a `UserError`."""
     try:
         yield
     except NothingStoredError:
         raise  # it is not about the option
     except UserError as error:
-        raise UserError(f"{option}: {error}") from error
+        raise UserError(f"{option}{error}") from error
 
 
 def _show_rows(found: Sequence[Row], form: str) -> None:
@@ -220,7 +206,8 @@ def _print_results(found: Sequence[Row], study: Study, data: str, counted: str) 
 
 def _print_table2(results: Table2, importances: Sequence[str], seeds: int) -> None:
     """Print the columns of some importances; in several tables if one would be too wide for the terminal."""
-    from tombola.cli.tables import empty_table, print_table, too_wide
+    from tombola.cli.tables import print_table, too_wide
+    from tombola.workbench.text import empty_table
 
     plain = not sys.stdout.isatty()
     table = empty_table()

@@ -34,33 +34,32 @@ def add_verbs(verbs: Verbs) -> None:
 def run(options: argparse.Namespace) -> int:
     """Run the trainings of a study that the store does not have, and show the accuracy of every ticket."""
     from tombola import kernels
-    from tombola.cli.progress import show_progress
     from tombola.cli.results import show_results
     from tombola.engine.estimate import prior_speed
     from tombola.engine.run import run as run_study
-    from tombola.store.store import Store
     from tombola.study.repeatable import check_repeatable
     from tombola.study.task import try_out
     from tombola.study.tickets import Tickets
+    from tombola.workbench.progress import show_progress
+    from tombola.workbench.runs import describe_stopped, prepare_store
 
     planner = open_planner(options)
     study, local = planner.study, options.engine == "local"
     here = study if local else study.model_copy(update={"device": "cpu"})  # GPUs may be on other machines
     try_out(planner.problem, here)
     check_repeatable(planner)
-    planner.store = Store(options.store)
-    planner.store.check_writable()
+    prepare_store(planner, options.store)
     if here.device == "cpu" and not kernels.available():
         print(f"note: {kernels.MISSING}", file=sys.stderr)
     speed = prior_speed(planner, count_workers(options, study.device), options.data) if local else None
     with open_workers(options, planner) as workers, show_progress(planner, workers.count) as show:
         status = run_study(planner, workers, show, speed=speed)
-    stopped = {f"{chain}: {progress.stopped}" for chain, progress in status.chains.items() if progress.stopped}
+    stopped = describe_stopped(status)
     if status.done == 0 and not stopped:
         print(f"every training of this study is in {planner.store.root} already; nothing was trained")
     show_results(Tickets(planner), "table")
     if stopped:
-        raise UserError("; ".join(sorted(stopped)) + "; all other results are kept")
+        raise UserError(f"{stopped}; all other results are kept")
     return 0
 
 
@@ -80,7 +79,8 @@ def plan(options: argparse.Namespace) -> int:
 
 def show_plan(planner: Planner, expected: Estimate, workers: int, form: str) -> None:
     """Print which trainings a run would do, which exist already, and the expected time and disk space."""
-    from tombola.cli.tables import count, duration, emit, show_table, size, wrap
+    from tombola.cli.tables import emit, show_table, size, wrap
+    from tombola.workbench.text import count, duration
 
     lines = [
         [chain.importance, chain.seed, chain.order_seed, there, to_find] for chain, there, to_find in expected.chains
@@ -126,17 +126,16 @@ def open_workers(options: argparse.Namespace, planner: Planner) -> Workers:
         options: the options of the command line.
         planner: the planner of the study.
     """
-    task, store = planner.study.task, planner.store
     if options.engine == "local":
         if options.address is not None:
             raise UserError("--address is for --engine ray")
-        from tombola.engine.local import LocalWorkers
+        from tombola.workbench.runs import open_workers
 
-        return LocalWorkers(count_workers(options, planner.study.device), task, options.data, store.root)
+        return open_workers(planner, options.workers, options.data)
     try:
         from tombola.engine.ray import RayWorkers
     except ImportError as error:
         raise UserError(f"--engine ray: {error}; install it with: pip install 'tombola[ray]'") from error
     return RayWorkers(
-        options.workers, planner.problem, planner.study, store, address=options.address, per_gpu=options.per_gpu
+        options.workers, planner.problem, planner.study, planner.store, address=options.address, per_gpu=options.per_gpu
     )

@@ -72,7 +72,7 @@ def verify(options: argparse.Namespace) -> int:
 
 
 def _print_findings(findings: list[Finding]) -> None:
-    from tombola.cli.tables import count
+    from tombola.workbench.text import count
 
     unequal = [finding for finding in findings if finding.difference]
     for finding in unequal:

@@ -13,10 +13,10 @@ from contextlib import contextmanager, redirect_stdout
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, TextIO
 
-from rich import box
-from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Table
+
+from tombola.workbench.text import empty_table, open_console
 
 if TYPE_CHECKING:
     import polars as pl
@@ -42,17 +42,6 @@ def reserve_output() -> Iterator[None]:
 def emit(text: str) -> None:
     """Print csv or json to standard output."""
     print(text, file=_OUTPUT.get() or sys.stdout)
-
-
-def open_console() -> Console:
-    """Return a console as wide as the terminal; without a terminal, its width is practically unlimited."""
-    width = None if sys.stdout.isatty() else 10_000
-    return Console(file=sys.stdout, width=width, highlight=False, markup=False, emoji=False)
-
-
-def empty_table() -> Table:
-    """Return a table without columns."""
-    return Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
 
 
 def print_table(table: Table) -> None:
@@ -156,29 +145,6 @@ def wrap(text: str, indent: int = 0) -> str:
     width = max(40, min(100, shutil.get_terminal_size().columns)) if sys.stdout.isatty() else 100
     lines = textwrap.wrap(text.strip(), width, initial_indent=" " * start, subsequent_indent=" " * indent)
     return "\n".join(lines)
-
-
-def count(number: int, what: str) -> str:
-    """Return a number with its noun, in the plural unless the number is 1.
-
-    >>> count(1, "worker"), count(2, "worker")
-    ('1 worker', '2 workers')
-    """
-    return f"{number} {what}" + ("s" if number != 1 else "")
-
-
-def duration(seconds: float) -> str:
-    """Return a duration as text with units.
-
-    >>> duration(3.21), duration(75), duration(7320), duration(200000)
-    ('3.2 s', '1 min 15 s', '2 h 2 min', '2 d 7 h')
-    """
-    if seconds < 60:
-        return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
-    for big, small, length, part in (("d", "h", 86400, 3600), ("h", "min", 3600, 60), ("min", "s", 60, 1)):
-        if seconds >= length:
-            return f"{int(seconds // length)} {big} {int(seconds % length // part)} {small}"
-    raise AssertionError
 
 
 def size(count: float) -> str:

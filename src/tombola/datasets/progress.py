@@ -18,11 +18,13 @@ class Bar:
     ...     bar.update(2)
     """
 
-    def __init__(self, what: str, total: float = 0, of_bytes: bool = False) -> None:
+    def __init__(self, what: str, total: float = 0, of_bytes: bool = False, shown: bool = True) -> None:
         console = Console(stderr=True)
         count = DownloadColumn() if of_bytes else MofNCompleteColumn()
         columns = (TextColumn("{task.description}"), BarColumn(), count, TimeRemainingColumn())
-        self._progress = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+        self._progress = Progress(
+            *columns, console=console, transient=True, disable=not (shown and console.is_terminal)
+        )
         self._task = self._progress.add_task(what, total=total)
 
     def __enter__(self) -> Self:

@@ -10,6 +10,7 @@ import signal
 import sys
 import tempfile
 import threading
+import types
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -192,7 +193,7 @@ class _Worker:
         ours, theirs = context.Pipe()
         try:
             process = context.Process(target=_work, args=(theirs, setting), daemon=True)
-            with _no_ctrl_c(), _safe_path():
+            with _no_ctrl_c(), _safe_path(), _no_script():
                 _shorten_temporary_folder()
                 process.start()
         except BaseException:
@@ -260,6 +261,20 @@ def _no_ctrl_c() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextlib.contextmanager
+def _no_script() -> Iterator[None]:
+    """Hide the script that runs inside the block, so that processes started there do not run it too.
+
+    They need nothing of it. Without this, a script would need the guard `if __name__ == "__main__"`.
+    """
+    script = sys.modules["__main__"]
+    sys.modules["__main__"] = types.ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = script
 
 
 def _work(connection: Connection, setting: _Setting) -> None:

@@ -124,11 +124,20 @@ class _OfMagnitudes:
 def as_importance(importance: Importance | Callable[[Tensor], Tensor]) -> Importance:
     """Convert a function of the absolute weights of a layer to an importance; return an importance unchanged.
 
+    Raises:
+        UserError: if it is neither; a name, such as "l1", is found by `find`.
+
     >>> def cubic(weights):
     ...     return weights**3 / (weights**3).sum()
     >>> as_importance(cubic).name, as_importance(cubic)(torch.tensor([1.0, 1.0]))
     ('cubic', tensor([0.5000, 0.5000]))
     """
+    if isinstance(importance, str):
+        raise UserError(
+            f"expected an importance, got the text {importance!r}; tombola.importance.find({importance!r}) finds it"
+        )
+    if not callable(importance):
+        raise UserError(f"expected an importance or a function of a layer's weights, got {type(importance).__name__}")
     return importance if isinstance(importance, Importance) else Importance(_OfMagnitudes(importance))
 
 
@@ -179,7 +188,9 @@ def find(name: str) -> Importance:
     score, slash, normalise = name.partition("/")
     if not slash:
         if name not in SCORES:
-            raise UserError(f"unknown importance {name!r}; {did_you_mean(name, [*IMPORTANCES, *SCORES])}")
+            raise UserError(
+                f"unknown importance {name!r}; {did_you_mean(name, dict.fromkeys([*IMPORTANCES, *SCORES]))}"
+            )
         normalise = "identity"
     return Importance(find_score(score, name), find_normalisation(normalise, name))
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Literal, Protocol, TypeAlias
 
@@ -12,6 +13,7 @@ from torch import nn
 from torch.nn import functional
 
 from tombola.datasets.dataset import Dataset
+from tombola.datasets.progress import Bar
 from tombola.errors import UserError, did_you_mean
 from tombola.importance import Importance, Normalisation, as_importance
 from tombola.lottery.ticket import Ticket
@@ -22,8 +24,9 @@ from tombola.streams import derive
 from tombola.training.evaluation import Loss
 from tombola.training.history import Trained
 from tombola.training.recipe import Recipe
-from tombola.training.scoring import EXAMPLES, score_network
-from tombola.training.train import check_recipe_fits, train
+from tombola.training.scoring import EXAMPLES, TRIED, score_network
+from tombola.training.train import check_device, check_recipe_fits, train
+from tombola.training.trial import try_network
 from tombola.training.weights import Weights
 
 ScoreAt: TypeAlias = Literal["end", "rewind"]
@@ -157,8 +160,12 @@ def find_tickets(
     score_at: ScoreAt = "end",
     score_examples: int = EXAMPLES,
     loss: Loss = functional.cross_entropy,
+    device: str = "cpu",
+    progress: bool = True,
 ) -> Iterator[Ticket]:
-    """Find the tickets of a network: yield the ticket of each level as soon as it is trained.
+    """Find the tickets of a network: return an iterator that yields the ticket of each level as soon as it is trained.
+
+    The network, the loss and the importance are tried out at once, before anything is trained.
 
     Args:
         model: a module with its initial weights; it is not changed.
@@ -176,29 +183,34 @@ def find_tickets(
         score_at: the weights that are scored: those at the end of the training, or those of the rewind point.
         score_examples: the number of training examples that a score with data sees, such as `taylor`.
         loss: a function of outputs and labels that returns the mean over the batch.
+        device: the device to train on, "cpu" or "cuda".
+        progress: whether to show a bar for each training, if standard error is a terminal.
 
     Raises:
-        UserError: if the arguments do not fit together.
+        UserError: if the arguments do not fit together, or if the network, the loss or the importance fails.
 
     >>> from tombola import datasets, models
     >>> from tombola.importance import l1
     >>> digits = datasets.load("digits", None)
     >>> for ticket in find_tickets(models.lenet_300_100(inputs=64), digits, Recipe(epochs=1), l1, levels=2):
-    ...     print(ticket.level, round(ticket.mask.density, 3))
-    0 1.0
-    1 0.8
-    2 0.64
+    ...     print(ticket.level, round(ticket.mask.density, 3), ticket.provenance["importance"])
+    0 1.0 l1
+    1 0.8 l1
+    2 0.64 l1
     """
+    importance = as_importance(importance)
     check_recipe_fits(recipe, data)
+    check_device(device)
     dense = Mask.ones_like(model, exclude)
     kept = resolve_kept_dense(dense, keep_dense, prunable(model).keys() - dense.keys())
     rule = Rule(fraction, kept, selection, resolve_shares(dense, shares or {}))
     check_rule(rule, dense, levels)
+    end = recipe.total_iterations(len(data.train_inputs))
+    theta_0 = Weights.of(model.state_dict())
 
-    def train_network(initial: Weights, mask: Mask, begin: int, end: int) -> Trained:
-        return train(model, initial.load(), mask, data, recipe, seed, begin=begin, end=end, loss=loss)
-
-    def prune_network(weights: Weights, mask: Mask, level: int, rewind: Weights) -> Mask:
+    def prune_network(
+        weights: Weights, mask: Mask, level: int, rewind: Weights, *, examples: int = score_examples
+    ) -> Mask:
         score = partial(
             score_network,
             model=model,
@@ -206,23 +218,63 @@ def find_tickets(
             data=data,
             loss=loss,
             seed=pruning_seed(seed, level),
-            examples=score_examples,
+            examples=examples,
             batch_size=recipe.batch_size,
+            device=device,
         )
         return prune_round(
             weights, mask, level, rewind, importance=importance, rule=rule, seed=seed, score_network=score
         )
 
-    yield from lottery_ticket_rewinding(
+    try_network(partial(copy.deepcopy, model), loss, data, recipe, model_name="model", loss_name="loss")
+    if levels:
+        prune_network(theta_0, dense, 0, theta_0, examples=min(TRIED, score_examples))
+    provenance = {
+        "model": type(model).__name__,
+        "data": {"name": data.name, "fingerprint": data.fingerprint},
+        "recipe": recipe.model_dump(mode="json"),
+        "importance": importance.name,
+        "fraction": fraction,
+        "seed": seed,
+        "exclude": list(exclude),
+        "keep_dense": list(keep_dense),
+        "selection": selection,
+        "shares": dict(shares or {}),
+        "score_at": score_at,
+        "device": device,
+    }
+
+    def train_network(initial: Weights, mask: Mask, begin: int, end: int) -> Trained:
+        with Bar(f"density {100 * mask.density:.1f} %", total=end - begin, shown=progress) as bar:
+
+            def advance(iteration: int, checkpoint: object) -> None:
+                bar.update(1)
+
+            return train(
+                model,
+                initial.load(),
+                mask,
+                data,
+                recipe,
+                seed,
+                begin=begin,
+                end=end,
+                loss=loss,
+                device=device,
+                watch=advance,
+            )
+
+    tickets = lottery_ticket_rewinding(
         train_network,
         prune_network,
-        Weights.of({name: tensor.detach().clone() for name, tensor in model.state_dict().items()}),
+        theta_0,
         dense,
         rewind=recipe.rewind,
-        end=recipe.total_iterations(len(data.train_inputs)),
+        end=end,
         levels=levels,
         score_at=score_at,
     )
+    return (replace(ticket, provenance=provenance) for ticket in tickets)
 
 
 def prune_round(

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import nn
 
+from tombola import kernels
 from tombola.errors import UserError
 from tombola.files import write_output
 from tombola.lottery.ticket_file import Content, encode, read
 from tombola.pruning.mask import Mask
 from tombola.training.history import History, Trained
-from tombola.training.weights import State, Weights, apply_mask, zero_pruned
+from tombola.training.weights import State, Weights, apply_mask, load_state, zero_pruned
 
 
 @dataclass(frozen=True)
@@ -48,15 +50,53 @@ class Ticket:
     def apply(self, model: nn.Module, *, trained: bool = False) -> None:
         """Load the ticket's rewound (or trained) state into `model`, with pruned weights 0.0.
 
+        An optimizer would let pruned weights grow again. To train the ticket in a loop of your own, hold its mask:
+        `with tombola.loops.hold(model, ticket.mask, optimizer): ...` keeps them at 0.0, see `tombola.loops`.
+
+        Args:
+            model: the network, which may be wrapped, for example by `torch.compile` or `DistributedDataParallel`.
+            trained: whether to load the trained state instead of the rewound one.
+
         Raises:
             UserError: if the ticket does not fit the model, or if the trained state is not known.
         """
-        state = self.load_trained() if trained else self.rewound
-        try:
-            model.load_state_dict(state)
-        except RuntimeError as error:
-            raise UserError(f"the ticket does not fit the model: {' '.join(str(error).split())}") from error
-        zero_pruned(model, self.mask.load())
+        mask = self.mask.load()
+        load_state(model, self.load_trained() if trained else self.rewound, "the ticket")
+        zero_pruned(model, mask)
+
+    def sparse(self, model: nn.Module, *, batch_size: int = 128, trained: bool = True) -> nn.Module:
+        """Return a copy of `model` with the ticket's weights that computes with the surviving ones, on the CPU.
+
+        Linear and convolution layers that the sparse kernels compute faster at this density and batch size hold only
+        their surviving weights; all others stay dense. With fewer than 16 examples all layers stay dense, because the
+        kernels work on many examples at once. Any batch size gives the same outputs up to rounding.
+
+        Args:
+            model: the network; it is not changed.
+            batch_size: the number of examples for which to choose the layers.
+            trained: whether to take the trained weights; otherwise the rewound ones.
+
+        Raises:
+            UserError: if the ticket does not fit the model, or if the trained state is not known.
+
+        Warns:
+            NoKernelsWarning: if tombola was installed without its compiled kernels; then all layers stay dense.
+
+        >>> import torch
+        >>> model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 2))
+        >>> mask = Mask.ones_like(model) & Mask.from_tensors({"0.weight": torch.eye(32, 64) > 0,
+        ...                                                   "2.weight": torch.ones(2, 32) > 0})
+        >>> ticket = Ticket(1, mask, Weights.of(model.state_dict()), trained=None)
+        >>> fast = ticket.sparse(model, trained=False)
+        >>> ticket.apply(model)
+        >>> inputs = torch.randn(128, 64)
+        >>> torch.allclose(fast(inputs), model(inputs), atol=1e-5)
+        True
+        """
+        found = copy.deepcopy(model).cpu()
+        self.apply(found, trained=trained)
+        kernels.warn_if_missing()
+        return kernels.sparsify(found, self.mask.load(), batch_size)
 
     def load_trained(self) -> State:
         """Return the trained state, with pruned weights 0.0.
@@ -68,7 +108,7 @@ class Ticket:
             raise UserError(f"the ticket of level {self.level} has no trained weights")
         return self.trained.weights.load()
 
-    def save(self, path: Path, *, trained: bool = False) -> None:
+    def save(self, path: str | Path, *, trained: bool = False) -> None:
         """Write the ticket to a safetensors file, see `tombola.lottery.ticket_file`.
 
         Args:
@@ -81,10 +121,10 @@ class Ticket:
         history = self.trained.history if self.trained else History()
         state = self.load_trained() if trained else None
         content = Content(self.level, self.mask.load(), self.rewound, state, history, self.provenance)
-        write_output(path, encode(content))
+        write_output(Path(path), encode(content))
 
     @classmethod
-    def load(cls, path: Path) -> Ticket:
+    def load(cls, path: str | Path) -> Ticket:
         """Return the ticket that `save` wrote; its `trained` is None if it was saved without the trained weights.
 
         Every part of the file is checked against the others, and all of them against the seal.
@@ -95,6 +135,15 @@ class Ticket:
         Warns:
             UnsealedTicketWarning: if the file was written before tickets had a seal.
         """
-        content = read(path)
+        content = read(Path(path))
         trained = None if content.trained is None else Trained(Weights.of(content.trained), content.history)
         return cls(content.level, content.mask, Weights.of(content.rewound), trained, content.provenance)
+
+    def __copy__(self) -> Ticket:
+        return self
+
+    def __deepcopy__(self, memo: object) -> Ticket:
+        return self  # nothing in a ticket changes
+
+    def __reduce__(self) -> NoReturn:
+        raise UserError("a ticket is not pickled: write it with its `save`, and read it with tombola.Ticket.load")

@@ -106,6 +106,15 @@ def on_paper(chart: Chart, inches: float) -> dict[str, Any]:
     return specification | {"width": 72 * inches, "height": height, "config": config, "background": "white"}
 
 
+def inline(chart: Chart, title: str) -> Chart:
+    """Return a chart with a title, colours and fonts of its own, as a notebook shows it."""
+    names = {"ink": INK["light"], "quiet": QUIET["light"], "grid": GRID["light"], "alarm": ALARM["light"]}
+    config = _config(names, list(LIGHT), "system-ui, sans-serif", _SIZE, 3) | {"background": "white"}
+    del config["legend"]["layout"]  # Altair's schema does not have it
+    styled: Chart = chart.properties(title=title).configure(**config)
+    return styled
+
+
 def _specification(chart: Chart) -> dict[str, Any]:
     specification: dict[str, Any] = chart.to_dict(
         validate=False

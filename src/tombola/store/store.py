@@ -74,8 +74,8 @@ class Store:
     True
     """
 
-    def __init__(self, root: Path, *, create: bool = True) -> None:
-        self.root = root
+    def __init__(self, root: str | Path, *, create: bool = True) -> None:
+        root = self.root = Path(root)
         self.results = Results(root)
         self.masks = Masks(root)
         self.checkpoints = Checkpoints(root)

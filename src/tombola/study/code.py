@@ -6,7 +6,6 @@ import ast
 import hashlib
 import importlib
 import importlib.util
-import os
 import sys
 import weakref
 from collections.abc import Callable, Collection, Iterator
@@ -16,7 +15,8 @@ from pathlib import Path
 from types import CodeType, ModuleType
 from typing import Any
 
-from tombola.errors import UserError, describe_exception, did_you_mean, is_installed
+from tombola.errors import UserError, did_you_mean, is_installed
+from tombola.exits import attribute_failure
 
 
 def resolve(reference: str, what: str) -> Callable[..., Any]:
@@ -54,43 +54,6 @@ def resolve(reference: str, what: str) -> Callable[..., Any]:
             + (f"; {near}" if near.startswith("did") else "")
         )
     return function  # type: ignore[no-any-return]
-
-
-@contextmanager
-def attribute_failure(what: str) -> Iterator[None]:
-    """Turn every exception of a user's code inside the block into a `UserError`, except `KeyboardInterrupt`.
-
-    Code that changes the working directory fails too, because the paths of the store and of the data may be relative;
-    the directory is changed back.
-
-    Args:
-        what: the beginning of the message, which goes on with " raised ...".
-
-    >>> with attribute_failure("my_module"):
-    ...     sys.exit("usage: ...")
-    Traceback (most recent call last):
-    tombola.errors.UserError: my_module raised SystemExit: usage: ...
-    """
-    before = _working_folder()
-    try:
-        yield
-    except (UserError, KeyboardInterrupt, GeneratorExit):
-        raise
-    except BaseException as error:
-        raise UserError(f"{what} raised {describe_exception(error)}") from error
-    finally:
-        after = _working_folder()
-        if before is not None and after != before:
-            os.chdir(before)
-    if before is not None and after != before:
-        raise UserError(f"{what} changed the working directory to {after}; give paths in full instead")
-
-
-def _working_folder() -> str | None:
-    try:
-        return os.getcwd()
-    except OSError:  # it has been removed
-        return None
 
 
 def source_hash(reference: str) -> str:

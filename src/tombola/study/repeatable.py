@@ -19,6 +19,7 @@ from tombola.study.rounds import compute_mask
 from tombola.study.schema import Task
 from tombola.study.task import Problem, load_data, resolve_importance
 from tombola.training.batches import normalisation
+from tombola.training.scoring import TRIED
 from tombola.training.weights import state_hash
 
 
@@ -42,7 +43,7 @@ def check_repeatable(planner: Planner) -> None:
         for (what, one), (_, other) in zip(_compute(problem, task), _compute(problem, task), strict=False):
             if state_hash({"": one}) != state_hash({"": other}):
                 raise UserError(f"{what}, for equal seeds of torch's global generator")
-    few = planner.study.model_copy(update={"score_examples": min(_SCORED, planner.study.score_examples)})
+    few = planner.study.model_copy(update={"score_examples": min(TRIED, planner.study.score_examples)})
     for name in planner.study.importances:
         importance, own = resolve_importance(name), not is_built_in(name)
         if own or isinstance(importance.score, NetworkScore):
@@ -51,8 +52,6 @@ def check_repeatable(planner: Planner) -> None:
             if own and again() != mask:
                 raise UserError(f"importance {name!r}: {_ELSE.format('scores')}, from the generator that it is given")
 
-
-_SCORED = 8  # examples that a score of the whole network is tried out on
 
 _ELSE = "it gives other {} each time that it is called; draw random numbers"
 

@@ -10,10 +10,11 @@ from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic_core import ErrorDetails
 
 from tombola.errors import UserError, did_you_mean, shorten
+from tombola.study.functions import refer
 from tombola.training.recipe import Count, Recipe, Tuple
 
 Arguments = dict[str, bool | int | float | str | Tuple[bool | int | float | str]]
@@ -24,7 +25,9 @@ class OldFieldWarning(UserWarning):
 
 
 class Task(BaseModel):
-    """The data set, model and loss, each a name or a `module:function` of the user.
+    """The data set, model and loss, each a name, a `module:function` of the user, or the function itself.
+
+    A data set may also be a `tombola.Dataset`.
 
     >>> Task(dataset="digits", model="lenet_300_100", model_arguments={"inputs": 64}).loss
     'cross_entropy'
@@ -42,6 +45,11 @@ class Task(BaseModel):
     def own_code(self) -> list[str]:
         """The references to the user's own functions, `module:function`."""
         return [name for name in (self.dataset, self.model, self.loss) if ":" in name]
+
+    @field_validator("dataset", "model", "loss", mode="before")
+    @classmethod
+    def _refer(cls, value: Any, info: ValidationInfo) -> Any:
+        return refer(value, f"task.{info.field_name}")
 
 
 class Study(BaseModel):
@@ -89,6 +97,11 @@ class Study(BaseModel):
     )
     device: Literal["cpu", "cuda"] = Field(default="cpu", description="device to train on: cpu or cuda")
 
+    @field_validator("importances", "data_seeds_for", mode="before")
+    @classmethod
+    def _refer(cls, values: Any, info: ValidationInfo) -> Any:
+        return _refer_each(values, str(info.field_name)) if isinstance(values, (list, tuple)) else values
+
     @field_validator("importances", "seeds", "data_seeds", "data_seeds_for", "exclude", "keep_dense")
     @classmethod
     def _no_repetition(cls, values: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -128,7 +141,7 @@ def presets() -> dict[str, Path]:
     return {path.stem: path for path in sorted(folder.glob("*.toml"), key=lambda path: path.stem)}
 
 
-def load_study(name: str, overrides: Mapping[str, Any] | None = None) -> Study:
+def load_study(name: str | Path, overrides: Mapping[str, Any] | None = None) -> Study:
     """Load a preset or a TOML file as a study, with some fields overridden.
 
     An override of `recipe.epochs` also removes the file's `iterations`, and vice versa. An override of
@@ -138,7 +151,7 @@ def load_study(name: str, overrides: Mapping[str, Any] | None = None) -> Study:
 
     Args:
         name: a preset's name, or the path of a TOML file (with a slash, or ending in `.toml`).
-        overrides: dotted field -> value, such as `{"recipe.epochs": 2}`.
+        overrides: dotted field -> value, such as `{"recipe.epochs": 2}`; functions may stand for `module:function`.
 
     Raises:
         UserError: if the file or a field is invalid; the message names the file, the field and what was expected.
@@ -149,6 +162,7 @@ def load_study(name: str, overrides: Mapping[str, Any] | None = None) -> Study:
     >>> load_study("digits", {"recipe.epochs": 2}).recipe.epochs
     2
     """
+    name = str(name)
     if name.endswith(".toml") or "/" in name:
         path = Path(name)
     elif name in presets():
@@ -163,7 +177,25 @@ def load_study(name: str, overrides: Mapping[str, Any] | None = None) -> Study:
         raise UserError(f"{path}: is nested too deeply") from error
     except ValueError as error:  # also a whole number of thousands of digits, which is no TOMLDecodeError
         raise UserError(f"{path}: is not valid TOML: {error}") from error
-    overrides, recipe = overrides or {}, document.get("recipe")
+    return _build(document, overrides or {}, f"study {name}")
+
+
+def override(study: Study, overrides: Mapping[str, Any]) -> Study:
+    """Return a study with some fields overridden, by the rules of `load_study`.
+
+    Raises:
+        UserError: if a field is invalid.
+
+    >>> override(load_study("digits"), {"levels": 3, "recipe.iterations": 50}).recipe.epochs is None
+    True
+    """
+    return _build(study.model_dump(exclude_defaults=True), overrides, "study")
+
+
+def _build(document: dict[str, Any], overrides: Mapping[str, Any], name: str) -> Study:
+    """Return the study of a document with some fields overridden; its name is for messages."""
+    overrides = {field: _refer_each(value, field) for field, value in overrides.items()}
+    recipe = document.get("recipe")
     if isinstance(recipe, dict):
         for one, other in (("epochs", "iterations"), ("iterations", "epochs")):
             if f"recipe.{one}" in overrides:
@@ -181,7 +213,7 @@ def load_study(name: str, overrides: Mapping[str, Any] | None = None) -> Study:
     try:
         return Study.model_validate(document)
     except ValidationError as error:
-        raise UserError(f"study {name}: {_explain(error, document)}") from None
+        raise UserError(f"{name}: {_explain(error, document)}") from None
 
 
 def fields(model: type[BaseModel] = Study, prefix: str = "") -> Iterator[tuple[str, Any, str]]:
@@ -196,6 +228,10 @@ def fields(model: type[BaseModel] = Study, prefix: str = "") -> Iterator[tuple[s
 def is_list(annotation: Any) -> bool:
     """Return whether the type of a field is a list of values (a tuple in Python)."""
     return get_origin(annotation) is tuple
+
+
+def _refer_each(value: Any, field: str) -> Any:
+    return [refer(each, field) for each in value] if isinstance(value, (list, tuple)) else refer(value, field)
 
 
 def _set(document: dict[str, Any], path: list[str], value: Any) -> None:
@@ -216,7 +252,7 @@ def _drop_unused_momentum(recipe: dict[str, Any], optimizer: str) -> None:
 def _drop_other_importances(document: dict[str, Any]) -> None:
     """Remove from a file's `data_seeds_for` what an override of the importances leaves out."""
     repeated, importances = document.get("data_seeds_for"), document["importances"]
-    if isinstance(repeated, list) and isinstance(importances, list | tuple):
+    if isinstance(repeated, list | tuple) and isinstance(importances, list | tuple):
         document["data_seeds_for"] = [name for name in repeated if name in importances]
 
 
@@ -229,9 +265,9 @@ def _rewrite_old_optimizer(recipe: dict[str, Any], study: str) -> dict[str, Any]
     today = {"optimizer": "sgd", "momentum": momentum, "nesterov": old == "nesterov" and bool(momentum)}
     sentence = ", ".join(f"{field} = {_as_toml(value)}" for field, value in today.items() if value is not False)
     warnings.warn(
-        f"study {study}: the next version will not read optimizer = {old!r}; write {sentence}",
+        f"{study}: the next version will not read optimizer = {old!r}; write {sentence}",
         OldFieldWarning,
-        stacklevel=3,
+        stacklevel=4,
     )
     return recipe | today
 

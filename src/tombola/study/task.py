@@ -9,7 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,14 +20,12 @@ from tombola.datasets.dataset import Dataset
 from tombola.errors import UserError, did_you_mean, short
 from tombola.importance import Importance, NetworkScore, as_importance, find
 from tombola.importance.importances import find_normalisation, find_score
-from tombola.streams import ambient
-from tombola.study.code import attribute_failure, resolve, source_hash, steady_source
+from tombola.study.code import steady_source
+from tombola.study.functions import is_here, resolve, source_hash
 from tombola.study.schema import Study, Task
-from tombola.training.batches import batches, normalisation
 from tombola.training.evaluation import Loss
-from tombola.training.train import check_recipe_fits
-
-Result = TypeVar("Result")
+from tombola.training.train import check_device, check_recipe_fits
+from tombola.training.trial import guard, try_network
 
 COPIES = 4
 """A training keeps weights, gradients, initial weights and trained weights of a network, if not more."""
@@ -69,7 +67,7 @@ def load_problem(task: Task, directory: Path | None = None) -> Problem:
     >>> load_problem(Task(dataset="digits", model="lenet_300_100", model_arguments={"inputs": 64})).data.name
     'digits'
     """
-    with steady_source(task.own_code):
+    with steady_source([name for name in task.own_code if not is_here(name)]):
         data = load_data(task, directory)
         model, model_identity = _function("model", task.model, models.MODELS, task.model_arguments)
         loss, loss_identity = _function("loss", task.loss, {"cross_entropy": functional.cross_entropy}, {})
@@ -118,7 +116,7 @@ def load_importance(name: str) -> tuple[Importance, dict[str, str]]:
     {}
     """
     own = [reference for reference in name.split("/") if ":" in reference]
-    with steady_source(own):
+    with steady_source([reference for reference in own if not is_here(reference)]):
         return resolve_importance(name), {reference: source_hash(reference) for reference in own}
 
 
@@ -130,33 +128,9 @@ def try_out(problem: Problem, study: Study) -> None:
     """
     task, recipe, data = study.task, study.recipe, problem.data
     check_recipe_fits(recipe, data)
-    if study.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("device: 'cuda' was asked for, and torch finds no GPU here; use 'cpu'")
-    last = len(data.train_inputs) % recipe.batch_size or recipe.batch_size
-    inputs, labels = next(batches(data, recipe.model_copy(update={"batch_size": min(2, last)}), 0, 0, 1))
-    with ambient(0):
-        model = problem.build()
-        for name, parameter in model.named_parameters():
-            if not parameter.isfinite().all():
-                raise UserError(f"task.model {task.model!r}: its initial {name!r} is not finite (NaN or infinite)")
-        outputs = _outputs(model, inputs, problem, task)
-        loss = _guard(f"task.loss {task.loss!r}", partial(problem.loss, outputs, labels))()
-        if not isinstance(loss, Tensor) or loss.shape != ():
-            got = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-            raise UserError(f"task.loss {task.loss!r}: expected one number, the mean over the batch, got {got}")
-        what = f"task.loss {task.loss!r}: at the first step, with the initial weights of {task.model!r}"
-        if not loss.isfinite():
-            wrong = "" if outputs.isfinite().all() else ", as are outputs of the model"
-            raise UserError(f"{what}, the loss is NaN or infinite{wrong}: every training would diverge")
-        _guard(f"task.loss {task.loss!r}: going backward", loss.backward)()
-        for name, parameter in model.named_parameters():
-            gradient = parameter.grad
-            if gradient is not None and not (gradient.to_dense() if gradient.is_sparse else gradient).isfinite().all():
-                raise UserError(f"{what}, the gradient of {name!r} is NaN or infinite: every training would diverge")
-        with torch.no_grad():
-            outputs = _outputs(model.eval(), normalisation(data)(data.test_inputs[:2].clone()), problem, task)
-        if outputs.isnan().any():
-            raise UserError(f"task.model {task.model!r}: in evaluation mode, its outputs on the test set are NaN")
+    check_device(study.device)
+    names = {"model_name": f"task.model {task.model!r}", "loss_name": f"task.loss {task.loss!r}"}
+    try_network(problem.build, problem.loss, data, recipe, **names)
 
 
 def _check_memory(name: str, build: Callable[[], nn.Module]) -> None:
@@ -180,20 +154,6 @@ def _memory() -> int:
     return there
 
 
-def _outputs(model: nn.Module, inputs: Tensor, problem: Problem, task: Task) -> Tensor:
-    """Return a model's outputs; raise `UserError` unless they have one number for each class."""
-    name, classes = f"task.model {task.model!r}", len(problem.data.classes)
-    given = f"inputs of shape {tuple(inputs.shape)} from {problem.data.name!r}"
-    outputs = _guard(f"{name}: on {given} it", partial(model, inputs), Tensor, "a tensor")()
-    shape = tuple(outputs.shape)
-    if len(shape) != 2 or shape[0] != len(inputs) or shape[1] < classes:
-        raise UserError(
-            f"{name}: for {given} it should give outputs of shape ({len(inputs)}, {classes}), "
-            f"one number for each of the {classes} classes, got shape {shape}"
-        )
-    return cast(Tensor, outputs)
-
-
 def load_data(task: Task, directory: Path | None = None) -> Dataset:
     """Load the data set that a task names.
 
@@ -209,9 +169,9 @@ def load_data(task: Task, directory: Path | None = None) -> Dataset:
     """
     what = f"task.dataset {task.dataset!r}"
     if ":" not in task.dataset:
-        return _guard(what, partial(datasets.load, task.dataset, directory, **task.dataset_arguments))()
+        return guard(what, partial(datasets.load, task.dataset, directory, **task.dataset_arguments))()
     function = _call(what, resolve(task.dataset, "task.dataset"), task.dataset_arguments)
-    data: Dataset = _guard(what, function, Dataset, "a tombola.Dataset")()
+    data: Dataset = guard(what, function, Dataset, "a tombola.Dataset")()
     return data
 
 
@@ -252,8 +212,8 @@ def _checked(what: str, build: Callable[[], object]) -> Callable[[], nn.Module]:
     """Wrap a function that builds a model: it raises `UserError` unless the model's state consists of dense tensors."""
 
     def build_and_check() -> nn.Module:
-        model = cast(nn.Module, _guard(what, build, nn.Module, "a torch module")())
-        for name, value in _guard(what, partial(model.state_dict, keep_vars=True))().items():
+        model = cast(nn.Module, guard(what, build, nn.Module, "a torch module")())
+        for name, value in guard(what, partial(model.state_dict, keep_vars=True))().items():
             if fault := _fault_of(value):
                 raise UserError(f"{what}: {name!r} of its state {fault}")
         return model
@@ -272,20 +232,3 @@ def _fault_of(value: object) -> str | None:
     if value.layout is not torch.strided or value.is_quantized:
         return "is sparse or quantised; expected a dense tensor"
     return None
-
-
-def _guard(
-    what: str, function: Callable[..., Result], kind: type | None = None, kind_name: str = ""
-) -> Callable[[], Result]:
-    """Wrap a function: the result raises `UserError` if the function fails or returns another type than `kind`."""
-
-    def call() -> Result:
-        with attribute_failure(what):
-            result = function()
-            if inspect.iscoroutine(result):
-                result.close()  # it is refused below
-        if kind is not None and not isinstance(result, kind):
-            raise UserError(f"{what.removesuffix(' it')}: expected {kind_name}, got {type(result).__name__}")
-        return result
-
-    return call

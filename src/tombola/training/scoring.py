@@ -22,6 +22,9 @@ from tombola.training.weights import State, state_hash
 EXAMPLES = 1024
 """The number of training examples that a score sees, unless something else is asked for."""
 
+TRIED = 8
+"""The number of examples that a score is tried out on before anything is trained."""
+
 
 def score_network(
     score: NetworkScore,

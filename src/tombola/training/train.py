@@ -24,7 +24,7 @@ from tombola.training.history import Checkpoint, History, Trained, Watch
 from tombola.training.losses import Losses
 from tombola.training.optimizer import Optimizer
 from tombola.training.recipe import Augmentation, Recipe
-from tombola.training.weights import State, Weights, apply_mask, zero_pruned
+from tombola.training.weights import State, Weights, apply_mask, load_state, zero_pruned
 
 MOST_ITERATIONS = 10**9
 """The longest training: the loss of every iteration is kept in memory, 4 bytes each."""
@@ -155,16 +155,21 @@ def check_recipe_fits(recipe: Recipe, data: Dataset) -> None:
         )
 
 
+def check_device(device: str) -> None:
+    """Raise `UserError` if this machine does not have a device, "cpu" or "cuda"."""
+    if device not in ("cpu", "cuda"):
+        raise UserError(f"device: expected 'cpu' or 'cuda', got {device!r}")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("device: 'cuda' was asked for, and torch finds no GPU here; use 'cpu'")
+
+
 def load_model(model: nn.Module, state: State, mask: Mask, device: str) -> nn.Module:
     """Return a copy of the model on the device, in this state, with pruned weights set to 0.0.
 
     Convolutional networks are stored channels-last, which is the faster layout on CPUs and GPUs.
     """
     model = copy.deepcopy(model).to(device)
-    try:
-        model.load_state_dict(state)
-    except RuntimeError as error:
-        raise UserError(f"the state does not fit the model: {' '.join(str(error).split())}") from error
+    load_state(model, state, "the state")
     if any(isinstance(module, nn.Conv2d) for module in model.modules()):
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     zero_pruned(model, mask)

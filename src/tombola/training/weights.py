@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tombola.errors import UserError
+from tombola.pruning.fit import find_weights, fit_state
 from tombola.pruning.mask import Mask
 
 State: TypeAlias = dict[str, Tensor]
@@ -19,8 +20,12 @@ State: TypeAlias = dict[str, Tensor]
 class Weights:
     """The state of a network and its hash; the state may stay on disk until `load` reads it.
 
-    >>> Weights.of({"w": torch.zeros(2)}).load()
-    {'w': tensor([0., 0.])}
+    >>> model = nn.Linear(2, 1, bias=False)
+    >>> weights = Weights.of(model.state_dict())
+    >>> before = model.weight.tolist()
+    >>> _ = nn.init.zeros_(model.weight)
+    >>> weights.load()["weight"].tolist() == before
+    True
     """
 
     def __init__(self, hash: str, load: Callable[[], State]) -> None:
@@ -29,8 +34,8 @@ class Weights:
 
     @classmethod
     def of(cls, state: Mapping[str, Tensor]) -> Weights:
-        """Return weights that keep this state in memory."""
-        held = dict(state)
+        """Return weights that keep a copy of this state in memory: training the model does not change them."""
+        held = {name: tensor.detach().clone() for name, tensor in state.items()}
         return cls(state_hash(held), lambda: held)
 
     def load(self) -> State:
@@ -70,14 +75,24 @@ def zero_pruned(model: nn.Module, mask: Mask) -> None:
     Raises:
         UserError: if the mask belongs to another network.
     """
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    for name, alive in mask.items():
-        weight = parameters.get(name)
-        if weight is None or weight.shape != alive.shape:
-            has = "no such weight" if weight is None else f"one of shape {tuple(weight.shape)}"
-            raise UserError(
-                f"the mask does not fit the model: it has layer {name!r} of shape {tuple(alive.shape)}, "
-                f"the model has {has}"
-            )
+    for name, weight in find_weights(model, mask).items():
         with torch.no_grad():
-            weight.masked_fill_(~alive.to(weight.device), 0.0)
+            weight.masked_fill_(~mask[name].to(weight.device), 0.0)
+
+
+def load_state(model: nn.Module, state: Mapping[str, Tensor], what: str) -> None:
+    """Load a complete state into a model; wrappers of the model, such as `DistributedDataParallel`, do not matter.
+
+    Args:
+        model: a module.
+        state: its parameters and buffers by name.
+        what: what the state is called in a message, such as `the ticket`.
+
+    Raises:
+        UserError: if the state belongs to another network; the message says which entries differ and how.
+    """
+    fitted = fit_state(model, state, what)
+    try:
+        model.load_state_dict(fitted)
+    except RuntimeError as error:
+        raise UserError(f"{what} does not fit the model: {' '.join(str(error).split())}") from error

@@ -1,21 +1,25 @@
-"""The progress of a run: a live display on a terminal, otherwise one line for each training."""
+"""The progress of a run: a live display on a terminal and in a notebook, otherwise one line for each training."""
 
 from __future__ import annotations
 
+import io
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from rich.console import Group
+from rich.console import Console, Group
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 
-from tombola.cli.tables import count, duration, empty_table, open_console
 from tombola.engine.run import Status
 from tombola.lottery.ticket import Ticket
 from tombola.study.planner import Chain, Planner
 from tombola.study.trainings import Training
+from tombola.workbench.text import count, duration, empty_table, open_console
+
+_CELL_LINES, _CELL_WIDTH = 40, 100
+"""The size of the display in a notebook's cell."""
 
 Show = Callable[[Status, Training | None], None]
 """A function that shows the status of a run and the training that has just finished, if any."""
@@ -37,6 +41,14 @@ def show_progress(planner: Planner, workers: int) -> Iterator[Show]:
             print(f"tombola: {note}", file=sys.stderr)
         printed = len(status.notes)
 
+    if (cell := _open_cell()) is not None:
+
+        def draw_cell(status: Status, finished: Training | None) -> None:
+            print_notes(status)
+            cell(live_display(status, planner, _CELL_LINES, workers))
+
+        yield draw_cell
+        return
     if not sys.stdout.isatty():
         begun = False
 
@@ -59,6 +71,33 @@ def show_progress(planner: Planner, workers: int) -> Iterator[Show]:
             live.update(live_display(status, planner, console.height, workers))
 
         yield draw
+
+
+@contextmanager
+def show_nothing() -> Iterator[Show]:
+    """Show nothing of a run."""
+    yield lambda status, finished: None
+
+
+def _open_cell() -> Callable[[Group], None] | None:
+    """Return a function that replaces the output of a notebook's cell; None if this is no notebook."""
+    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+    if shell is None or not hasattr(shell, "kernel"):
+        return None
+    from IPython.display import display
+
+    handle = display({"text/plain": ""}, raw=True, display_id=True)
+    shown = ""
+
+    def draw(group: Group) -> None:
+        nonlocal shown
+        file = io.StringIO()
+        Console(file=file, width=_CELL_WIDTH, color_system=None, force_jupyter=False, highlight=False).print(group)
+        if (text := file.getvalue().rstrip()) != shown:
+            handle.update({"text/plain": text}, raw=True)
+            shown = text
+
+    return draw
 
 
 def expectation(status: Status, workers: int) -> str:

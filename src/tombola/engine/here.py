@@ -1,0 +1,97 @@
+"""The engine of this process: one training at a time, in a thread, for functions that no other process can import."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import torch
+
+from tombola.engine.job import Job, Outcome, RoundJob, perform, perform_round
+from tombola.engine.machine import kind_here
+from tombola.engine.workers import CHECKPOINT_EVERY, At, Event, Failed, make_watch
+from tombola.store.store import Store
+from tombola.study.task import Problem
+from tombola.study.trainings import THREADS
+from tombola.training.history import Checkpoint
+
+
+class _Stopped(Exception):  # noqa: N818 (it is no error)
+    """The run is over, so the training that is running ends."""
+
+
+class WorkersHere:
+    """One worker in this process. It runs in a thread, so that a display stays live and Ctrl-C works.
+
+    Args:
+        problem: the data set, model and loss.
+        store: the store, for checkpoints.
+        checkpoint_every: the seconds between two checkpoints of a training.
+    """
+
+    count = 1
+    are_here = True
+
+    def __init__(self, problem: Problem, store: Store, *, checkpoint_every: float = CHECKPOINT_EVERY) -> None:
+        self._problem, self._store, self._checkpoint_every = problem, store, checkpoint_every
+        self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+        self._stop = threading.Event()
+
+    def __enter__(self) -> WorkersHere:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        if self._thread is not None:
+            self._thread.join()
+
+    @property
+    def idle(self) -> bool:
+        """Whether another job can start now."""
+        return self._thread is None
+
+    def submit(self, job: Job | RoundJob) -> None:
+        """Start a job. Call it only while `idle`."""
+        self._thread = threading.Thread(target=self._work, args=(job,), daemon=True)
+        self._thread.start()
+
+    def events(self, timeout: float) -> Iterator[Event]:
+        """Yield the events of the worker, after waiting for at most `timeout` seconds."""
+        try:
+            event = self._events.get(timeout=timeout)
+        except queue.Empty:
+            return
+        if not isinstance(event, At) and self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        yield event
+
+    def _work(self, job: Job | RoundJob) -> None:
+        threads = torch.get_num_threads()
+        torch.set_num_threads(THREADS)
+        try:
+            self._events.put(perform_round(job, self._problem) if isinstance(job, RoundJob) else self._train(job))
+        except _Stopped:
+            pass
+        except Exception as error:
+            self._events.put(Failed.by(job.key, error))
+        finally:
+            torch.set_num_threads(threads)
+
+    def _train(self, job: Job) -> Outcome:
+        def tell(iteration: int) -> None:
+            self._events.put(At(job.key, iteration))
+
+        checkpoints, kind = self._store.checkpoints, str(kind_here(job.device))
+        keep = partial(checkpoints.put, job.key)
+        regular = make_watch(tell, keep, self._checkpoint_every, kind=kind, key=job.key)
+
+        def watch(iteration: int, checkpoint: Callable[[], Checkpoint]) -> None:
+            if self._stop.is_set():
+                raise _Stopped
+            regular(iteration, checkpoint)
+
+        return perform(job, self._problem, checkpoints.get(job.key, kind), watch)

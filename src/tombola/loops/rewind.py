@@ -1,0 +1,137 @@
+"""Rewinding and pruning in a training loop of one's own: the steps 3b to 3d of the paper's Algorithm 2."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from tombola.errors import UserError
+from tombola.importance import Importance, Normalisation
+from tombola.loops.hold import held_mask, list_masked, unwrap_optimizer, zero_masked
+from tombola.loops.shards import check_equal_masks, gather
+from tombola.pruning import prune as pruning
+from tombola.pruning.fit import find_weights, fit_state
+from tombola.pruning.mask import Mask
+from tombola.training.weights import load_state
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A copy of a model's state, as `snapshot` returns it.
+
+    Args:
+        state: parameters and buffers by name.
+        optimizer: the state of the optimizer; None if the snapshot was made without one.
+    """
+
+    state: Mapping[str, Tensor]
+    optimizer: Mapping[str, Any] | None = None
+
+
+def snapshot(model: nn.Module, optimizer: Optimizer | None = None) -> Snapshot:
+    """Copy a model's weights and buffers, and the state of its optimizer if it is given.
+
+    Later steps change neither the copies nor what `rewind` restores from them.
+
+    Args:
+        model: the network, possibly wrapped.
+        optimizer: its optimizer, if its state (momentum, learning rates) is to be restored too.
+
+    >>> model = nn.Linear(2, 1)
+    >>> start = snapshot(model)
+    >>> _ = nn.init.zeros_(model.weight)
+    >>> bool(start.state["weight"].any())
+    True
+    """
+    state = {
+        name: entry.detach().clone() if isinstance(entry, Tensor) else copy.deepcopy(entry)
+        for name, entry in model.state_dict().items()
+    }
+    return Snapshot(state, None if optimizer is None else copy.deepcopy(unwrap_optimizer(optimizer).state_dict()))
+
+
+def rewind(model: nn.Module, start: Snapshot, mask: Mask, optimizer: Optimizer | None = None) -> None:
+    """Restore a model's weights and buffers from a snapshot, with pruned weights 0.0: step 3d of Algorithm 2.
+
+    Args:
+        model: the network, possibly wrapped.
+        start: what `snapshot` returned for this network, wrapped or not.
+        mask: the connections that are alive.
+        optimizer: the optimizer to rewind too: its state and learning rates become those of the snapshot, or, if the
+            snapshot has none, its state is emptied, as at the start of a training.
+
+    Raises:
+        UserError: if the snapshot or the mask is of another network, or if the model is held at another mask.
+
+    >>> model = nn.Linear(2, 1)
+    >>> start = snapshot(model)
+    >>> rewind(model, start, Mask.from_tensors({"weight": torch.tensor([[False, True]])}))
+    >>> model.weight[0, 0].item(), torch.equal(model.weight[0, 1], start.state["weight"][0, 1])
+    (0.0, True)
+    """
+    if not isinstance(start, Snapshot):
+        raise UserError(f"rewind: expected what tombola.loops.snapshot returned, got {type(start).__name__}")
+    find_weights(model, mask)
+    held = held_mask(model)
+    if held is not None and held != mask:
+        raise UserError("the model is held at another mask: end that hold first, with its remove()")
+    fit_state(model, start.state, "the snapshot")  # before the optimizer changes
+    if optimizer is not None:
+        optimizer = unwrap_optimizer(optimizer)
+        if start.optimizer is None:
+            optimizer.state.clear()
+        else:
+            _load_optimizer(optimizer, start.optimizer)
+        optimizer.zero_grad()
+    load_state(model, start.state, "the snapshot")
+    with torch.no_grad():
+        zero_masked(list_masked(model, mask), *([] if optimizer is None else [optimizer]))
+
+
+def prune(
+    model: nn.Module,
+    mask: Mask,
+    importance: Importance | Normalisation,
+    fraction: float,
+    *,
+    keep_dense: Collection[str] = (),
+    seed: int = 0,
+) -> Mask:
+    """Return the mask after one round of pruning by the weights that a model has now; see `tombola.prune`.
+
+    Neither the model nor a hold changes: call `rewind`, then hold the new mask.
+
+    Args:
+        model: the network, possibly wrapped. With `DistributedDataParallel` or FSDP2, every process calls `prune`, and
+            their masks are checked to be equal.
+        mask: the connections that are alive.
+        importance: a score with its normalisation, see `tombola.importance`.
+        fraction: the fraction of the alive connections to remove, in (0, 1).
+        keep_dense: the layers that are counted but not pruned.
+        seed: the seed of the random numbers that the importance may draw; take another one in each round.
+
+    Raises:
+        UserError: if the mask does not fit the model, and as `tombola.prune`.
+
+    >>> from tombola.importance import magnitude
+    >>> model = nn.Linear(5, 2)
+    >>> prune(model, Mask.ones_like(model), magnitude, 0.3).counts
+    {'weight': 7}
+    """
+    weights = {name: gather(weight) for name, weight in find_weights(model, mask).items()}
+    found = pruning.prune(weights, mask, importance, fraction, keep_dense=keep_dense, seed=seed)
+    check_equal_masks(model, found)
+    return found
+
+
+def _load_optimizer(optimizer: Optimizer, state: Mapping[str, Any]) -> None:
+    try:
+        optimizer.load_state_dict(copy.deepcopy(dict(state)))
+    except ValueError as error:
+        raise UserError(f"the snapshot does not fit the optimizer: {error}") from error

@@ -1,0 +1,178 @@
+"""Charts of a study, to show inline in a notebook, and the report as one HTML page."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tombola.errors import NothingStoredError, UserError, did_you_mean
+from tombola.files import write_output
+from tombola.study.functions import refer
+from tombola.study.planner import Planner
+from tombola.study.schema import Study, presets
+from tombola.workbench.studies import STORE, AnyStudy, Overrides, one_thread, open_planner
+
+if TYPE_CHECKING:
+    from tombola.report.contents import Contents
+    from tombola.report.look import Chart
+
+
+def charts(
+    study: AnyStudy,
+    overrides: Overrides = None,
+    *,
+    store: str | Path = STORE,
+    data: str | Path | None = None,
+    costly: Collection[str] = (),
+    level: int | None = None,
+    margin: float = 0.005,
+) -> dict[str, Chart]:
+    """Return the charts of a study's report by name, as Altair charts, which a notebook shows inline.
+
+    Args:
+        study: a `Study`, the name of a preset, or the path of a TOML file.
+        overrides: fields with other values.
+        store: the folder of the store.
+        data: the folder of the data sets.
+        costly: further analyses, `"functions"` and `"connectivity"`, which take time.
+        level: the level of the charts that show one level.
+        margin: by how much the accuracy of a winning ticket may be lower, on the scale 0..1.
+
+    Raises:
+        UserError: if the store has no result of the study, or if the extra `report` is not installed.
+
+    >>> from tombola.workbench.example import finished
+    >>> "overlap" in charts(**finished())
+    True
+    """
+    with one_thread(), check_installed():
+        from tombola.report.look import inline
+        from tombola.report.sections import sections, select_charts
+
+        planner = open_planner(study, overrides, store=store, data=data)
+        contents = gather_stored(planner, *name_study(study, overrides), costly=costly, level=level, margin=margin)
+        found = select_charts(sections(contents))
+        return {part.name: inline(part.chart, part.title) for part in found if part.chart is not None}
+
+
+def write_report(
+    study: AnyStudy,
+    path: str | Path,
+    overrides: Overrides = None,
+    *,
+    store: str | Path = STORE,
+    data: str | Path | None = None,
+    costly: Collection[str] = (),
+    level: int | None = None,
+    margin: float = 0.005,
+) -> Path:
+    """Write a report on a study, one HTML file that needs no network, and return its path.
+
+    Args:
+        study: a `Study`, the name of a preset, or the path of a TOML file.
+        path: the file to write.
+        overrides: fields with other values.
+        store: the folder of the store.
+        data: the folder of the data sets.
+        costly: further analyses, `"functions"` and `"connectivity"`, which take time.
+        level: the level of the charts that show one level.
+        margin: by how much the accuracy of a winning ticket may be lower, on the scale 0..1.
+
+    Raises:
+        UserError: if the store has no result of the study, if the file cannot be written, or if the extra `report` is
+            not installed.
+
+    >>> import tempfile
+    >>> from tombola.workbench.example import finished
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     write_report(path=folder + "/report.html", **finished()).stat().st_size > 100_000
+    True
+    """
+    with one_thread(), check_installed():
+        from tombola.report.page import page
+
+        path = Path(path)
+        check_output(path)
+        planner = open_planner(study, overrides, store=store, data=data)
+        contents = gather_stored(planner, *name_study(study, overrides), costly=costly, level=level, margin=margin)
+        write_output(path, page(contents).encode())
+        return path
+
+
+def gather_stored(
+    planner: Planner,
+    title: str,
+    command: Sequence[str],
+    *,
+    costly: Collection[str] = (),
+    level: int | None = None,
+    margin: float = 0.005,
+) -> Contents:
+    """Gather the stored results of a study, see `tombola.report.contents.gather`.
+
+    Raises:
+        NothingStoredError: if the store has no result of the study.
+    """
+    from tombola.report.contents import COSTLY, gather
+
+    if unknown := [each for each in costly if each not in COSTLY]:
+        raise UserError(f"costly: unknown analysis {unknown[0]!r}; {did_you_mean(unknown[0], COSTLY)}")
+    contents = gather(planner, title, command, costly=costly, level=level, margin=margin)
+    if not contents.results:
+        raise NothingStoredError(f"no result of this study is in {planner.store.root}")
+    return contents
+
+
+def name_study(study: AnyStudy, overrides: Overrides = None) -> tuple[str, list[str]]:
+    """Return the title of a study, and how the command line names it: its name and the options that override fields.
+
+    A `Study` has no name; the command line would read its fields, which a report shows, from a file.
+
+    >>> name_study("digits", {"levels": 3})
+    ('digits', ['digits', '--levels', '3'])
+    """
+    if isinstance(study, Study):
+        return "study", ["study.toml"]
+    known = str(study) if str(study) in presets() else Path(study).name
+    return known.removesuffix(".toml"), [known, *flags(dict(overrides or {}))]
+
+
+def flags(fields: dict[str, Any]) -> list[str]:
+    """Return the options of the command line that override these fields of a study.
+
+    >>> flags({"levels": 3, "seeds": [0, 1], "task.model_arguments": {"width": 8}})
+    ['--levels', '3', '--seeds', '0', '1', '--task.model-arguments', 'width=8']
+    """
+    words = []
+    for field, value in fields.items():
+        words.append(f"--{field.replace('_', '-')}")
+        if isinstance(value, dict):
+            words += [f"{key}={_word(each)}" for key, each in value.items()]
+        else:
+            words += [_word(refer(each, field)) for each in (value if isinstance(value, (list, tuple)) else [value])]
+    return words
+
+
+def _word(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def check_output(path: Path) -> None:
+    """Raise `UserError` if this file cannot be written; call this before anything is loaded."""
+    if not path.parent.is_dir():
+        raise UserError(f"{path}: there is no folder {path.parent}; make it first")
+    if path.is_dir():
+        raise UserError(f"{path}: is a folder; name a file in it")
+
+
+@contextmanager
+def check_installed() -> Iterator[None]:
+    """If the charting library is missing, raise `UserError` with what to install."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.split(".")[0] not in ("altair", "jinja2", "vl_convert"):
+            raise
+        raise UserError(f"charts need {error.name}, which is not installed: pip install 'tombola[report]'") from error
