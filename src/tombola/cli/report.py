@@ -129,12 +129,21 @@ def _gather(options: argparse.Namespace, planner: Planner) -> Contents:
     name = options.study if options.study in presets() else Path(options.study).name
     return gather(
         planner,
-        name.removesuffix(".toml"),
-        [name, *flags(overrides(options))],
+        _escape(name.removesuffix(".toml")),
+        [_escape(word) for word in (name, *flags(overrides(options)))],
         costly=options.costly,
         level=options.level,
         margin=options.margin / 100,
     )
+
+
+def _escape(text: str) -> str:
+    r"""Return a text of the command line in which bytes that are not UTF-8 are written as escapes.
+
+    >>> _escape("study\udcff")
+    'study\\udcff'
+    """
+    return text.encode(errors="backslashreplace").decode()
 
 
 def _gather_results(options: argparse.Namespace, planner: Planner) -> Contents:
