@@ -398,7 +398,7 @@ def test_a_claim_on_another_machine_dies_with_its_heartbeat(tmp_path: Path) -> N
     """No lock is looked at between machines: only whether the file goes on changing, by the reader's own clock."""
     now = 1000.0
     with (
-        Claims(tmp_path, host="here", heartbeat=LONG, patience=60, clock=lambda: now) as ours,
+        Claims(tmp_path, host="here", heartbeat=LONG, patience=60, clock=lambda: now, booted=0.0) as ours,
         Claims(tmp_path, host="there", heartbeat=LONG) as theirs,
     ):
         assert theirs.take("key")

@@ -22,6 +22,7 @@ from tombola.cli import main
 from tombola.engine import local
 from tombola.engine.local import LocalWorkers
 from tombola.errors import UserError
+from tombola.study.schema import presets
 from tombola.workbench.path import find_modules
 
 pytestmark = pytest.mark.xdist_group("processes")  # the process that workers are copies of starts once
@@ -77,6 +78,16 @@ def test_a_path_that_is_not_utf_8_is_written_with_escapes(
     Path(path).write_text("levels = ")
     assert main(["run", path]) == 2
     assert "\\udcff.toml: is not valid TOML" in capsys.readouterr().err
+
+
+def test_a_report_on_a_study_whose_path_is_not_utf_8(
+    tmp_path: Path, finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    name = os.fsdecode(b"st\xffudy.toml")
+    Path(name).write_bytes(presets()["digits"].read_bytes())
+    assert main(["report", f"./{name}", *STUDY[1:], "--store", str(finished), "-o", "r.html"]) == 0
+    assert "st\\udcffudy.toml" in Path("r.html").read_text()
 
 
 @pytest.mark.parametrize("name", ["torch", "numpy", "rich", "tombola", "PIL", "sklearn", "sympy", "typing_extensions"])

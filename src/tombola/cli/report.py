@@ -132,7 +132,17 @@ def _gather(options: argparse.Namespace, planner: Planner) -> Contents:
     from tombola.report.contents import gather
     from tombola.workbench.pictures import name_study
 
-    return gather(planner, *name_study(options.study, overrides(options)), **_choices(options))
+    name, words = name_study(options.study, overrides(options))
+    return gather(planner, _escape(name), [_escape(word) for word in words], **_choices(options))
+
+
+def _escape(text: str) -> str:
+    r"""Return a text of the command line in which bytes that are not UTF-8 are written as escapes.
+
+    >>> _escape("study\udcff")
+    'study\\udcff'
+    """
+    return text.encode(errors="backslashreplace").decode()
 
 
 def _gather_results(options: argparse.Namespace, planner: Planner) -> Contents:
