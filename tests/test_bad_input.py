@@ -103,7 +103,7 @@ def test_a_study_with_a_mistake(old: str, new: str, sentence: str, refused: Refu
     [
         ('["l1"]', '["magnitud"]', "importances: unknown importance 'magnitud'; did you mean 'magnitude'?"),
         ('["l1"]', '["L1"]', "importances: unknown importance 'L1'; did you mean 'l1'?"),
-        ('["l1"]', '["norm"]', "choose from 'magnitude', 'l1', 'l2', 'softmax', 'min_max', 'lamp', 'rank', 'random' (or give module:function of your own)"),
+        ('["l1"]', '["norm"]', "choose from 'magnitude', 'l1', 'l2', 'softmax', 'min_max', 'lamp', 'rank', 'random', 'movement', 'initial', 'taylor'"),
         ('["l1"]', '["nowhere:f"]', "importance 'nowhere:f': there is no module 'nowhere' here or on Python's path"),
         ('["l1"]', '["math:sqrtt"]', "has no function 'sqrtt'; did you mean 'sqrt', 'isqrt'?"),
         ('["l1"]', '["math:"]', "importance 'math:': expected module:function, such as my_module:my_function"),

@@ -32,7 +32,7 @@ from tombola import Planner, Store, Ticket, load_problem, load_study
 from tombola.cli import main
 from tombola.cli.options import count_workers
 from tombola.engine.run import Status
-from tombola.importance import IMPORTANCES
+from tombola.importance import IMPORTANCES, SCORES
 from tombola.study.planner import Chain, Progress, Waiting
 from tombola.study.schema import presets
 from tombola.training.train import initial_state
@@ -244,9 +244,10 @@ def test_an_exported_ticket_is_plain_safetensors(copied: Path, here: Here) -> No
 
 
 def test_importances_are_listed(here: Here) -> None:
-    assert [line.split()[0] for line in here("importances").splitlines()[3:-2]] == list(IMPORTANCES)
+    listed = list(dict.fromkeys([*IMPORTANCES, *SCORES]))
+    assert [line.split()[0] for line in here("importances").splitlines()[3 : 3 + len(listed)]] == listed
     lines = list(csv.DictReader(io.StringIO(here("importances", "--format", "csv"))))
-    assert [line["importance"] for line in lines] == list(IMPORTANCES)
+    assert [line["importance"] for line in lines] == listed
     assert lines[1]["description"].startswith("x / sum(x), in 0..1")
     assert json.loads(here("importances", "--format", "json"))[0]["importance"] == "magnitude"
 

@@ -359,7 +359,9 @@ def test_names_and_descriptions_of_combinations(importance: Importance, name: st
 
 def test_an_importance_stays_as_it_is() -> None:
     assert as_importance(l1) is l1
-    assert as_importance(own) == Importance(scores.magnitude, own)
+    assert as_importance(own) == as_importance(own)
+    assert as_importance(own).name == "own"
+    assert as_importance(own)(torch.ones(2)).equal(own(torch.ones(2)))
 
 
 # Random numbers.

@@ -597,7 +597,7 @@ def test_figures_have_the_width_of_a_column(contents: Contents, tmp_path: Path) 
         (["report", "digits", "-o", "r.html", "--with", "overlap"], "unknown --with 'overlap'"),
         (["report", "digits", "-o", "r.html"], "no result of this study is in tombola-store"),
         (["figures", "digits", "-o", "figures", "--format", "jpg"], "unknown --format 'jpg'"),
-        (["watch", "digits", "--port", "99999"], "port 99999 cannot be used"),
+        (["watch", "digits", "--port", "99999"], "--port: expected a whole number from 0 to 65535, got '99999'"),
     ],
 )
 def test_what_cannot_be_done_is_said_in_one_sentence(

@@ -25,7 +25,7 @@ from tombola.lottery.rewinding import Rule, check_rule
 from tombola.pruning.selection import SELECTIONS, apportion
 from tombola.streams import ambient
 from tombola.study.needs import list_chain_needs
-from tombola.study.planner import Chain, Finished, Planner, Stopped, Waiting
+from tombola.study.planner import Chain, Diverged, Finished, Planner, Stopped, Waiting
 from tombola.study.repeatable import check_repeatable
 from tombola.study.schema import Study
 from tombola.study.task import resolve_importance
@@ -338,9 +338,54 @@ def test_all_levels_can_be_trained_side_by_side(tmp_path: Path) -> None:
     assert last.key in list_chain_needs(Tickets(of)), "a level after a gap is not lost"
 
 
-def test_what_makes_no_sense_at_the_rewind_point_is_refused() -> None:
-    with pytest.raises(ValueError, match="movement is 0"):
-        variant(("movement/l1",), score_at="rewind")
+def test_what_makes_no_sense_at_the_rewind_point_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="score_at: at the rewind point, the score of 'movement/l1' is 0"):
+        planner(tmp_path, variant(("movement/l1",), score_at="rewind"))
+    task = problem()
+    for importance, score_at, text in (
+        ("movement", "rewind", "the score of 'movement' is 0"),
+        ("l1", "ends", "score_at: expected 'end' or 'rewind', got 'ends'"),
+    ):
+        with pytest.raises(UserError, match=text):
+            find_tickets(
+                task.build(),
+                task.data,
+                study().recipe,
+                resolve_importance(importance),
+                levels=1,
+                score_at=score_at,  # type: ignore[arg-type]
+            )
+
+
+def test_a_lost_mask_does_not_hide_the_trainings_after_it_from_a_collection(tmp_path: Path) -> None:
+    of = planner(tmp_path / "store", variant(("taylor",)))
+    finish(of)
+    before = {folder.name for folder in results(tmp_path / "store")}
+    for path in (tmp_path / "store" / "masks").rglob("*.safetensors"):
+        path.unlink()
+    again = planner(tmp_path / "store", of.study)
+    assert len(again.progress(Chain(0, "taylor")).tickets) == 1
+    assert before <= list_chain_needs(Tickets(again))
+
+
+def test_a_rewind_point_that_diverged_ends_its_chains(tmp_path: Path) -> None:
+    diverging = study(("magnitude",), lr=1e30)
+    of = planner(tmp_path / "store", Study.model_validate(diverging.model_dump() | {"score_at": "rewind"}))
+    finish(of)
+    progress = of.progress(Chain(0, "magnitude"))
+    assert (progress.tickets, progress.end) == ((), Diverged())
+
+
+def test_a_failure_at_the_rewind_point_leaves_the_levels_before_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    of = planner(tmp_path / "store", variant(("test_rounds:broken",), score_at="rewind", levels=3))
+    monkeypatch.setattr("test_rounds.TRAINED", True)
+    totals: list[tuple[int, int]] = []
+    run(of, InTurn(last_first=False), lambda status, _: totals.append((status.done, status.total)))
+    progress = of.progress(Chain(0, "test_rounds:broken"))
+    assert isinstance(progress.end, Stopped)
+    assert len(progress.tickets) == 1
 
 
 def test_the_documentation_of_importances_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -170,7 +170,8 @@ def test_grasp_is_the_slope_of_half_the_squared_gradient(seen: list[tuple[Tensor
     def half_square(weights: Mapping[str, Tensor]) -> float:
         moving = {name: weight.clone().requires_grad_() for name, weight in weights.items()}
         slopes = torch.autograd.grad(reference.loss(moving), list(moving.values()))
-        return float(sum(slope.square().sum() for slope in slopes)) / 2
+        alive = [slope[mask[name]] for name, slope in zip(moving, slopes, strict=True)]  # the pruned ones do not train
+        return float(sum(slope.square().sum() for slope in alive)) / 2
 
     for layer, index in some(mask):
         ends = []
@@ -239,7 +240,7 @@ def test_hessian_is_its_diagonal_where_the_hessian_is_diagonal() -> None:
         lambda outputs, _: (factors * model.weight.square()).sum() / 2 + 0 * outputs.sum(),
         torch.Generator(),
     )
-    expected = model.weight.detach().square() * factors / 2
+    expected = model.weight.detach().square() * factors.abs() / 2
     torch.testing.assert_close(dict(NETWORK_SCORES["hessian"](network))["weight"], expected)
 
 
@@ -401,13 +402,52 @@ def test_l1_and_l2_keep_signs_and_order(values: list[float]) -> None:
 
 
 def test_a_normalisation_may_not_change_the_order() -> None:
-    weights = {"w": torch.tensor([1.0, 2.0, 3.0])}
-    dense = Mask.from_tensors({"w": torch.ones(3, dtype=torch.bool)})
-    reverse = Importance(find("magnitude").score, lambda scores: -scores)
-    with pytest.raises(ImportanceError, match="it must keep the order of the scores of a layer"):
-        prune(weights, dense, reverse, 0.4)
-    assert prune(weights, dense, lambda magnitudes: -magnitudes, 0.4)["w"].tolist() == [True, True, False]
-    prune(weights, dense, Importance(find("magnitude").score, lambda scores: scores**0.5 / 7 + 1e-12), 0.4)
+    weights = {"w": torch.tensor([1.0, 2.0, 3.0, 0.0])}
+    dense = Mask.from_tensors({"w": torch.ones(4, dtype=torch.bool)})
+    magnitude = find("magnitude").score
+    for reverse in (lambda scores: -scores, lambda scores: scores.neg_(), lambda scores: 1 / scores):
+        with pytest.raises(ImportanceError, match="it must keep the order of the scores of a layer"):
+            prune(weights, dense, Importance(magnitude, reverse), 0.25)
+    assert prune(weights, dense, lambda magnitudes: -magnitudes, 0.25)["w"].tolist() == [True, True, False, True]
+    prune(weights, dense, Importance(magnitude, lambda scores: scores**0.5 / 7 + 1e-12), 0.25)
+
+
+def test_a_layer_that_is_called_twice_or_not_at_all_is_refused_by_scores_that_watch_layers() -> None:
+    class Odd(nn.Module):
+        def __init__(self, times: int) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(2, 2), nn.Linear(2, 2)
+            self.times = times
+
+        def forward(self, inputs: Tensor) -> Tensor:
+            hidden: Tensor = self.first(inputs)
+            for _ in range(self.times):
+                hidden = self.second(hidden)
+            return hidden
+
+    def network(times: int) -> Network:
+        model = Odd(times)
+        alive = {name: torch.ones(2, 2, dtype=torch.bool) for name in ("first.weight", "second.weight")}
+        batches = [(torch.randn(3, 2), torch.tensor([0, 1, 0]))]
+        return Network(model, alive, batches, functional.cross_entropy, torch.Generator())
+
+    for times in (0, 2):
+        with pytest.raises(ImportanceError, match="it rates only layers that the network calls once, and not 'second"):
+            NETWORK_SCORES["fisher"](network(times))
+    with pytest.raises(ImportanceError, match=r"the network calls, and not .second"):
+        NETWORK_SCORES["wanda"](network(0))
+    assert set(NETWORK_SCORES["wanda"](network(2))) == {"first.weight", "second.weight"}
+
+
+@pytest.mark.parametrize("name", NETWORK_SCORES)
+def test_frozen_weights_are_scored_like_others(name: str) -> None:
+    model = build()
+    mask = half(model)
+    expected = scores(NETWORK_SCORES[name], model, mask)
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    found = scores(NETWORK_SCORES[name], model, mask)
+    assert all(found[layer].equal(expected[layer]) for layer in mask)
 
 
 def test_taylor_of_a_dense_network_that_no_weight_of_a_layer_reaches_is_zero() -> None:

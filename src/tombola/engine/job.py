@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import safetensors.torch
@@ -21,6 +21,7 @@ from torch import Tensor
 from tombola.datasets.dataset import Dataset
 from tombola.engine.machine import device_name, machine
 from tombola.errors import ImportanceError, UserError
+from tombola.importance import Importance
 from tombola.kernels import NoKernelsWarning
 from tombola.lottery.rewinding import Rule
 from tombola.pruning.mask import Mask
@@ -33,6 +34,9 @@ from tombola.training.history import Checkpoint, History, Trained, Watch
 from tombola.training.recipe import Recipe
 from tombola.training.train import train
 from tombola.training.weights import Weights
+
+Loaded: TypeAlias = tuple[Importance, Mapping[str, str]]
+"""An importance and the hashes of its source, see `tombola.study.task.load_importance`."""
 
 _EDITED = "its source was edited after the run began; run the study again"
 _PARTS = ("data", "model", "loss")
@@ -185,18 +189,19 @@ def perform(job: Job, problem: Problem, resume: Checkpoint | None, watch: Watch)
     return Outcome(job.key, safetensors.torch.save(trained.weights.load()), losses, trained.history.to_json(), record)
 
 
-def perform_round(job: RoundJob, problem: Problem) -> Pruned:
+def perform_round(job: RoundJob, problem: Problem, loaded: Loaded | None = None) -> Pruned:
     """Do a round of pruning.
 
     Args:
         job: the round.
         problem: the data set, model and loss.
+        loaded: the importance and the hashes of its source; by default it is loaded by its name.
 
     Raises:
         UserError: if the problem or the importance is not the one that the mask is named after.
     """
     _check_problem(job, problem)
-    importance, sources = load_importance(job.importance)
+    importance, sources = loaded or load_importance(job.importance)
     if sources != job.sources:
         raise UserError(f"importance {job.importance!r}: {_EDITED}")
     weights = Weights.of(safetensors.torch.load(job.initial))

@@ -24,7 +24,7 @@ import torch
 from ray import exceptions
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from tombola.engine.job import Job, Outcome, Pruned, RoundJob, perform, perform_round
+from tombola.engine.job import Job, Loaded, Outcome, Pruned, RoundJob, perform, perform_round
 from tombola.engine.machine import differences, kind_here, machine
 from tombola.engine.workers import CHECKPOINT_EVERY, TRIES, At, Event, Failed, make_watch
 from tombola.errors import ClusterError
@@ -33,7 +33,7 @@ from tombola.store.checkpoints import checkpoint_from_bytes
 from tombola.store.store import Store
 from tombola.study.code import own_modules
 from tombola.study.schema import Study
-from tombola.study.task import Problem
+from tombola.study.task import Problem, load_importance
 from tombola.study.trainings import THREADS
 
 _MUST_AGREE = ("versions", "commit", "python")
@@ -91,7 +91,7 @@ class RayWorkers:
         self.count = count or max(1, fitting)
         for name in _own_modules(study) & set(sys.modules):
             ray.cloudpickle.register_pickle_by_value(sys.modules[name])
-        self._problem = ray.put(problem)
+        self._problem = ray.put((problem, {name: load_importance(name) for name in study.importances}))
         self._post = self._new_post()
         self._initial: dict[str, Any] = {}
         self._running: dict[Any, Job | RoundJob] = {}
@@ -236,9 +236,10 @@ def _train(
 
     try:
         with watch_exits():
-            job, loaded = replace(job, initial=initial), _load(problem[0])
+            job = replace(job, initial=initial)
+            loaded, importances = _load(problem[0])
             if isinstance(job, RoundJob):
-                return perform_round(job, loaded)
+                return perform_round(job, loaded, importances[job.importance])
             kind = str(kind_here(job.device))
             resume = None if stopped is None else checkpoint_from_bytes(stopped, kind, job.key)
             watch = make_watch(tell, keep, checkpoint_every, kind=kind, key=job.key)
@@ -248,7 +249,7 @@ def _train(
 
 
 @functools.lru_cache(maxsize=1)
-def _load(reference: Any) -> Problem:
-    """Return the problem; each process fetches it only once."""
-    problem: Problem = ray.get(reference)
-    return problem
+def _load(reference: Any) -> tuple[Problem, dict[str, Loaded]]:
+    """Return the problem and the importances; each process fetches them only once."""
+    found: tuple[Problem, dict[str, Loaded]] = ray.get(reference)
+    return found

@@ -13,7 +13,7 @@ from tombola.engine.workers import At, Event, Failed, Workers
 from tombola.errors import DamagedResultError, UserError
 from tombola.store.claims import Claims
 from tombola.study.planner import Chain, Need, Planner, Progress
-from tombola.study.trainings import Training
+from tombola.study.trainings import Round, Training
 
 _WAIT = 0.2  # seconds between two checks whether another process still removes results
 
@@ -301,9 +301,9 @@ def _length_behind(need: Need, progress: Progress) -> int:
 
 
 def _describe(need: Need, status: Status) -> str:
-    what = "the training" if isinstance(need, Training) else "the scoring"
-    for chain, progress in status.chains.items():
-        for number, each in enumerate(progress.needs):
-            if each.key == need.key:
-                return f"{what} of {chain}, level {len(progress.tickets) + number}"
-    return f"{what} {need.key[:12]}"
+    chain = next((chain for chain, p in status.chains.items() if any(each.key == need.key for each in p.needs)), None)
+    if isinstance(need, Round):
+        return f"the scoring of {chain}, level {need.level}"
+    if chain is None:
+        return f"the training {need.key[:12]}"
+    return f"the training of {chain}, density {100 * need.mask.density:.2f} %"

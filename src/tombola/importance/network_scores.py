@@ -130,7 +130,7 @@ def grasp(network: Network) -> dict[str, Tensor]:
     tensor([[192., -64.]])
     """
     tempered = replace(network, loss=lambda outputs, labels: network.loss(outputs / _TEMPERATURE, labels))
-    gradients = _gradients(tempered)
+    gradients = {layer: gradient * network.alive[layer] for layer, gradient in _gradients(tempered).items()}
     total = {layer: torch.zeros_like(weight) for layer, weight in network.weights.items()}
     for _, products in _hessian_products(tempered, lambda: gradients):
         for layer, product in products.items():
@@ -139,10 +139,11 @@ def grasp(network: Network) -> dict[str, Tensor]:
 
 
 def hessian(network: Network) -> dict[str, Tensor]:
-    """Return w^2 * diag(H) / 2, Optimal Brain Damage's estimate of how the loss grows; it may be negative.
+    """Return w^2 * |diag(H)| / 2, Optimal Brain Damage's estimate of how much the loss changes.
 
     Source: LeCun, Denker and Solla, NIPS 1989. The diagonal is Hutchinson's estimate, the mean of v * H v with random
-    signs v, which are drawn anew for each batch.
+    signs v, which are drawn anew for each batch. As in AdaHessian (Yao et al., arXiv 2006.00719), its absolute value is
+    taken: the estimate is noisy, and a large weight with a negative value would be removed first.
 
     >>> curved = _example(loss=lambda outputs, labels: (outputs**2).mean() / 2)
     >>> hessian(curved)["weight"].shape
@@ -152,27 +153,31 @@ def hessian(network: Network) -> dict[str, Tensor]:
 
     def draw_signs() -> dict[str, Tensor]:
         draw = partial(torch.randint, 2, generator=network.generator)
-        return {layer: draw(weight.shape).to(weight).mul_(2).sub_(1) for layer, weight in weights.items()}
+        signs = {layer: draw(weight.shape).to(weight).mul_(2).sub_(1) for layer, weight in weights.items()}
+        return {layer: sign * network.alive[layer] for layer, sign in signs.items()}
 
     diagonal = {layer: torch.zeros_like(weight) for layer, weight in weights.items()}
     for signs, products in _hessian_products(network, draw_signs):
         for layer, product in products.items():
             diagonal[layer] += signs[layer] * product
-    return {layer: weight.detach().square() * diagonal[layer] / 2 for layer, weight in weights.items()}
+    return {layer: weight.detach().square() * diagonal[layer].abs() / 2 for layer, weight in weights.items()}
 
 
 def fisher(network: Network) -> dict[str, Tensor]:
     """Return w^2 * E[g_i^2], with the gradient g_i of the loss of one example: Optimal Brain Damage's empirical Fisher.
 
     Source: LeCun, Denker and Solla, NIPS 1989; Theis et al., arXiv 1801.05787. The layers have to be linear or
-    convolution layers.
+    convolution layers that the network uses once. With batch norm, g_i is the part of the batch's gradient that passes
+    through example i.
 
     >>> fisher(_example())["weight"]  # the gradient of every example is (2, 2)
     tensor([[36.,  4.]])
     """
     squares = {layer: torch.zeros_like(weight) for layer, weight in network.weights.items()}
+    calls = dict.fromkeys(squares, 0)
 
     def add(layer: str, module: nn.Module, inputs: Tensor, gradients: Tensor) -> None:
+        calls[layer] += 1
         parts = (torch.split(each, _EXAMPLES_AT_ONCE) for each in (inputs, gradients))
         for part, slopes in zip(*parts, strict=True):
             squares[layer] += _sum_of_squares(module, part, slopes).view_as(squares[layer])
@@ -183,6 +188,8 @@ def fisher(network: Network) -> dict[str, Tensor]:
             outputs = network.model(inputs)
             loss = _finite(network.loss(outputs, labels)) * len(inputs)
             loss.backward()  # type: ignore[no-untyped-call]
+    if wrong := [layer for layer, count in calls.items() if count != len(network.batches)]:
+        raise ImportanceError(f"it rates only layers that the network calls once, and not {wrong[0]!r}")
     count = network.examples
     return {layer: weight.detach().square() * squares[layer] / count for layer, weight in network.weights.items()}
 
@@ -204,8 +211,8 @@ def wanda(network: Network) -> dict[str, Tensor]:
     with _observe_inputs(network, add), torch.no_grad():
         for inputs, _ in network.batches:
             network.model(inputs)
-    for layer, weight in network.weights.items():
-        squares.setdefault(layer, torch.zeros_like(weight[:1]))  # the network does not use this layer
+    if unused := sorted(network.alive.keys() - squares.keys()):
+        raise ImportanceError(f"it rates only layers that the network calls, and not {unused[0]!r}")
     return {layer: weight.detach().abs() * squares[layer].sqrt() for layer, weight in network.weights.items()}
 
 
@@ -225,7 +232,7 @@ def synflow(network: Network) -> dict[str, Tensor]:
             if tensor.is_floating_point():
                 tensor.abs_()
     inputs, _ = network.batches[0]
-    weights = {layer: model.get_parameter(layer) for layer in network.alive}
+    weights = {layer: model.get_parameter(layer).requires_grad_() for layer in network.alive}
     total = _finite(model(torch.ones_like(inputs[:1], dtype=torch.float64)).sum())
     gradients = torch.autograd.grad(total, list(weights.values()), allow_unused=True)
     return {

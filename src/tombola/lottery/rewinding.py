@@ -16,6 +16,7 @@ from tombola.datasets.dataset import Dataset
 from tombola.datasets.progress import Bar
 from tombola.errors import UserError, did_you_mean
 from tombola.importance import Importance, Normalisation, as_importance
+from tombola.importance.scores import movement
 from tombola.lottery.ticket import Ticket
 from tombola.pruning.mask import Mask, prunable, resolve_kept_dense, resolve_layers
 from tombola.pruning.prune import ScoreNetwork, check_fraction, count_to_remove, prune
@@ -99,7 +100,7 @@ def lottery_ticket_rewinding(
 
     Scores at the rewind point, as in SNIP (arXiv 1810.02340), need no trained weights: all masks follow from the rewind
     point, round by round. Then every level has a ticket, and the result of its training is None if `train` returns
-    None.
+    None. There is no ticket if the training to the rewind point diverged.
 
     Args:
         train: a function that trains a network, or looks up the result of an earlier training.
@@ -128,6 +129,8 @@ def lottery_ticket_rewinding(
     if rewind > 0:
         rewind_point = train(theta_0, dense, 0, rewind)  # step 2
         if rewind_point is None:
+            return
+        if score_at == "rewind" and rewind_point.history.diverged_at is not None:
             return
         theta_k = rewind_point.weights
     for level in range(levels + 1):
@@ -199,6 +202,7 @@ def find_tickets(
     2 0.64 l1
     """
     importance = as_importance(importance)
+    check_score_at(score_at, importance)
     check_recipe_fits(recipe, data)
     check_device(device)
     dense = Mask.ones_like(model, exclude)
@@ -302,6 +306,20 @@ def prune_round(
         score_network=score_network,
         seed=pruning_seed(seed, level),
     )
+
+
+def check_score_at(score_at: str, importance: Importance) -> None:
+    """Raise `UserError` if an importance cannot be computed from the weights that are scored.
+
+    >>> from tombola.importance import find
+    >>> check_score_at("rewind", find("movement/l1"))
+    Traceback (most recent call last):
+    tombola.errors.UserError: score_at: at the rewind point, the score of 'movement/l1' is 0 for every connection
+    """
+    if score_at not in ("end", "rewind"):
+        raise UserError(f"score_at: expected 'end' or 'rewind', got {score_at!r}")
+    if score_at == "rewind" and importance.score is movement:
+        raise UserError(f"score_at: at the rewind point, the score of {importance.name!r} is 0 for every connection")
 
 
 def pruning_seed(seed: int, level: int) -> int:

@@ -130,9 +130,10 @@ def _importance_of_layer(
                 scores = score(survivors)
                 if scores is not magnitudes:
                     scores = _check(scores, sizes[layer])
-            values = _check(importance.normalise(scores), sizes[layer])
-            if importance.normalise not in NORMALISATIONS.values():
-                _check_order(scores, values)
+            if importance.normalise in NORMALISATIONS.values():
+                return _check(importance.normalise(scores), sizes[layer])
+            values = _check(importance.normalise(scores.clone()), sizes[layer])  # a user's function may change it
+            _check_order(scores, values)
             return values
 
     return compute
@@ -229,7 +230,8 @@ def _check_order(scores: Tensor, values: Tensor) -> None:
     order = scores.argsort()
     ordered, found = scores[order], values[order]
     highest = found.cummax(0).values[:-1] if len(found) else found
-    broken = ((ordered[1:] > ordered[:-1]) & (found[1:] < highest - 1e-9 * highest.abs())).nonzero()
+    least = torch.where(highest.isfinite(), highest - 1e-9 * highest.abs(), highest)
+    broken = ((ordered[1:] > ordered[:-1]) & (found[1:] < least)).nonzero()
     if len(broken):
         at = int(broken[0])
         raise ImportanceError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from tombola.study.reinitialisation import list_notes, plan_again
 from tombola.study.tickets import Tickets
+from tombola.study.trainings import Round
 
 
 def list_needs(tickets: Tickets) -> set[str]:
@@ -29,8 +30,11 @@ def list_needs(tickets: Tickets) -> set[str]:
 
 def list_chain_needs(tickets: Tickets) -> set[str]:
     """Return the names that the chains of a study need, see `list_needs`."""
-    needs: set[str] = set()
-    for chain, progress in tickets.all().items():
+    planner, needs = tickets.planner, set[str]()
+    for chain in (*planner.chains, *planner.repeats):
+        while isinstance(need := planner.progress(chain).waits_for, Round):
+            planner.compute(need)  # a lost mask must not hide the trainings after it
+    for chain, progress in Tickets(planner).all().items():
         needs |= {training.key for training in progress.trainings}
         needs |= set(tickets.planner.name_masks(chain, progress.tickets))
         needs |= {need.key for need in progress.needs}

@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 from tombola.errors import DamagedResultError, ImportanceError, UserError, did_you_mean
 from tombola.importance import NetworkScore, is_built_in
 from tombola.kernels import sparse_layers
-from tombola.lottery.rewinding import Rule, check_rule, lottery_ticket_rewinding, resolve_shares
+from tombola.lottery.rewinding import Rule, check_rule, check_score_at, lottery_ticket_rewinding, resolve_shares
 from tombola.lottery.ticket import Ticket
 from tombola.pruning.mask import Mask, prunable, resolve_kept_dense
 from tombola.store.store import Store
@@ -217,6 +217,8 @@ class Planner:
         shares = resolve_shares(self.dense, study.shares)
         self.rule = Rule(study.fraction, self.kept_dense, study.selection, shares)
         check_rule(self.rule, self.dense, study.levels)
+        for importance in self._importances.values():
+            check_score_at(study.score_at, importance)
         for name in [name for name in study.importances if not is_built_in(name)]:  # fail before any training
             pruning = self.first_round(name)
             self._prune(pruning.weights, self.dense, 0, pruning.rewind, Chain(pruning.seed, name))
@@ -324,7 +326,8 @@ class Planner:
             stopped = Stopped(str(error))
         trainings = tuple(training for training, trained in asked if trained is not None)
         ended = stopped or (Finished() if len(tickets) > study.levels else Diverged())
-        return Progress(tuple(tickets), trainings, self._wait(asked, missing) or ended)
+        waiting = self._wait(asked, missing, stopped=stopped is not None)
+        return Progress(tuple(tickets), trainings, waiting or ended)
 
     def name_masks(self, chain: Chain, tickets: Sequence[Ticket]) -> list[str]:
         """Return the names under which the store remembers the masks that these tickets of a chain are pruned to."""
@@ -336,6 +339,15 @@ class Planner:
         weights, chain = self.initial(seed), Chain(seed, importance)
         name = self._name(weights, self.dense, 0, weights, chain)
         return Round(name, weights, weights, self.dense, 0, importance, seed, self._name_others(weights, importance))
+
+    def compute(self, pruning: Round) -> None:
+        """Do a round of pruning in this process, and remember its mask or its failure."""
+        try:
+            mask = compute_mask(pruning, self.problem, self.study, self.rule, self._importances[pruning.importance])
+        except ImportanceError as error:
+            self.fail(pruning.key, str(error))
+        else:
+            self.keep(pruning.key, mask)
 
     def keep(self, name: str, mask: Mask) -> None:
         """Remember the mask that a round of pruning gave, in the store too."""
@@ -353,19 +365,22 @@ class Planner:
             return need.key in self.store.results
         return self._find_mask(need.key) is not None
 
-    def _wait(self, asked: Sequence[tuple[Training, Trained | None]], rounds: Sequence[Round]) -> Waiting | None:
+    def _wait(
+        self, asked: Sequence[tuple[Training, Trained | None]], rounds: Sequence[Round], *, stopped: bool
+    ) -> Waiting | None:
         """Return what a chain waits for; None if it needs nothing.
 
         Args:
             asked: the trainings that the chain needs as far as they are known, with their results.
             rounds: the round of pruning whose mask is not known yet, if any.
+            stopped: whether the importance failed, so that no other trainings are needed.
         """
         trainings = [training for training, trained in asked if trained is None]
         if not trainings and not rounds:
             return None
         done = sum(trained is not None and training.end == self.end for training, trained in asked)
         rewind = sum(training.end < self.end for training in trainings)  # level 0 comes after the rewind point
-        remaining = self.study.levels + 1 - done + rewind
+        remaining = len(trainings) if stopped else self.study.levels + 1 - done + rewind
         if rounds:
             return Waiting(rounds[0], remaining, 0, tuple(trainings))
         return Waiting(trainings[0], remaining, 1 + rewind, tuple(trainings[1:]))

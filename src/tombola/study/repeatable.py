@@ -23,7 +23,7 @@ from tombola.training.scoring import TRIED
 from tombola.training.weights import state_hash
 
 
-def check_repeatable(planner: Planner) -> None:
+def check_repeatable(planner: Planner, device: str | None = None) -> None:
     """Compute everything twice that the user's own functions give, and compare the bits.
 
     The data set is loaded a second time; the model is initialised, and applied to a few examples, twice with the same
@@ -32,6 +32,7 @@ def check_repeatable(planner: Planner) -> None:
 
     Args:
         planner: the planner of the study.
+        device: the device to compute scores on; by default that of the study.
 
     Raises:
         UserError: if a function gives something else the second time; the message names it.
@@ -43,7 +44,10 @@ def check_repeatable(planner: Planner) -> None:
         for (what, one), (_, other) in zip(_compute(problem, task), _compute(problem, task), strict=False):
             if state_hash({"": one}) != state_hash({"": other}):
                 raise UserError(f"{what}, for equal seeds of torch's global generator")
-    few = planner.study.model_copy(update={"score_examples": min(TRIED, planner.study.score_examples)})
+    study = planner.study
+    few = study.model_copy(
+        update={"score_examples": min(TRIED, study.score_examples), "device": device or study.device}
+    )
     for name in planner.study.importances:
         importance, own = resolve_importance(name), not is_built_in(name)
         if own or isinstance(importance.score, NetworkScore):

@@ -100,7 +100,9 @@ class Study(BaseModel):
     @field_validator("importances", "data_seeds_for", mode="before")
     @classmethod
     def _refer(cls, values: Any, info: ValidationInfo) -> Any:
-        return _refer_each(values, str(info.field_name)) if isinstance(values, (list, tuple)) else values
+        if not isinstance(values, (list, tuple)):
+            return values
+        return [_shorten_name(value) for value in _refer_each(values, str(info.field_name))]
 
     @field_validator("importances", "seeds", "data_seeds", "data_seeds_for", "exclude", "keep_dense")
     @classmethod
@@ -124,9 +126,6 @@ class Study(BaseModel):
     def _selection(self) -> Study:
         if self.shares and self.selection != "shares":
             raise ValueError(f"shares: they are for selection = 'shares', and the selection is {self.selection!r}")
-        for importance in self.importances:
-            if self.score_at == "rewind" and importance.partition("/")[0] == "movement":
-                raise ValueError("importances: at the rewind point, where score_at = 'rewind' scores, movement is 0")
         return self
 
     @property
@@ -214,6 +213,17 @@ def _build(document: dict[str, Any], overrides: Mapping[str, Any], name: str) ->
         return Study.model_validate(document)
     except ValidationError as error:
         raise UserError(f"{name}: {_explain(error, document)}") from None
+
+
+def _shorten_name(importance: Any) -> Any:
+    """Return the shortest name of an importance: `l1` for `magnitude/l1`, and `taylor` for `taylor/identity`.
+
+    >>> _shorten_name("magnitude/l1"), _shorten_name("taylor/identity"), _shorten_name("mine:f/identity")
+    ('l1', 'taylor', 'mine:f/identity')
+    """
+    if not isinstance(importance, str) or ":" in importance:
+        return importance
+    return importance.removesuffix("/identity").removeprefix("magnitude/")
 
 
 def fields(model: type[BaseModel] = Study, prefix: str = "") -> Iterator[tuple[str, Any, str]]:

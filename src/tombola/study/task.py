@@ -100,8 +100,11 @@ def resolve_importance(name: str) -> Importance:
     if not slash:
         own = resolve(name, "importance")
         return Importance(own) if isinstance(own, NetworkScore) else as_importance(own)
+    own = resolve(score, "importance") if ":" in score else find_score(score, name)
+    if isinstance(own, Importance):
+        raise UserError(f"importance {name!r}: {score!r} is an importance, with a normalisation already; name it alone")
     return Importance(
-        resolve(score, "importance") if ":" in score else find_score(score, name),
+        own,
         resolve(normalise, "importance") if ":" in normalise else find_normalisation(normalise, name),
     )
 

@@ -72,6 +72,8 @@ def score_network(
     data = move_data(data, device)
     network = load_model(model, state, mask, device)
     _use_batch_statistics(network)
+    for layer in mask:
+        network.get_parameter(layer).requires_grad_()  # a user may have frozen it
     count = min(examples, len(data.train_inputs))
     chosen = torch.randperm(len(data.train_inputs), generator=generator(seed, "scored examples"))[:count].to(device)
     normalise = normalisation(data)
