@@ -1,7 +1,7 @@
 """Print docs/scores.md from the results in a store: python docs/scores.py STORE [--data DIR] [STUDY ...]
 
-The tickets of every score, as it is and normalised by l1, are compared with those of `magnitude`. Without
-results, it prints the commands that compute them.
+The tickets of every score, as it is and normalised by l1, are compared with those of `magnitude`. The commands that
+compute the results are printed above the tables.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def section(name: str, store: Path, data: Path | None) -> Iterator[str]:
         }
         study = load_study(name, overrides)
         tickets = Tickets(Planner(study, load_problem(study.task, data), Store(store)))
-        where = "trained weights" if score_at == "end" else "the rewind point alone, without training"
+        where = "trained weights" if score_at == "end" else "the initialisation alone, which is the rewind point here"
         yield f"Masks from {where}:\n"
         yield "```"
         yield f"tombola run {name} {_options(study)}"
