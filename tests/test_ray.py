@@ -19,6 +19,7 @@ from tombola.engine.local import LocalWorkers
 from tombola.engine.run import Status, run
 from tombola.errors import UserError
 from tombola.store.store import Store
+from tombola.study.schema import Study
 from tombola.study.trainings import Training
 
 INSTALLED = importlib.util.find_spec("ray") is not None
@@ -72,8 +73,8 @@ def cluster() -> Iterator[Any]:
     nodes.shutdown()
 
 
-def run_on_ray(root: Path, show: Any = lambda *_: None, **how: Any) -> Status:
-    plan = planner(root, STUDY)
+def run_on_ray(root: Path, show: Any = lambda *_: None, of: Study = STUDY, **how: Any) -> Status:
+    plan = planner(root, of)
     with RayWorkers(None, plan.problem, plan.study, plan.store, **how) as workers:
         return run(plan, workers, show)
 
@@ -87,6 +88,21 @@ def test_ray_gives_the_bits_of_the_local_engine(tmp_path: Path, cluster: Any, un
     status = run_on_ray(tmp_path / "store")
     assert content(tmp_path / "store") == undisturbed
     assert status.done == len(results(tmp_path / "store"))
+
+
+def test_scores_of_the_whole_network_are_computed_on_the_cluster(
+    tmp_path: Path, cluster: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The module of a user's own score is on this machine alone."""
+    (tmp_path / "far_score.py").write_text(
+        "from tombola.importance import NetworkScore\n"
+        "own = NetworkScore(lambda network: {n: w.detach() ** 2 for n, w in network.weights.items()})\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    of = study(("taylor", "far_score:own/l1"))
+    run_on_ray(tmp_path / "ray", of=of)
+    run_study(tmp_path / "local", of)
+    assert content(tmp_path / "ray") == content(tmp_path / "local")
 
 
 def test_a_killed_worker_and_a_lost_node_cost_only_what_they_were_doing(
