@@ -301,9 +301,11 @@ def _length_behind(need: Need, progress: Progress) -> int:
 
 
 def _describe(need: Need, status: Status) -> str:
-    chain = next((chain for chain, p in status.chains.items() if any(each.key == need.key for each in p.needs)), None)
-    if isinstance(need, Round):
-        return f"the scoring of {chain}, level {need.level}"
-    if chain is None:
-        return f"the training {need.key[:12]}"
-    return f"the training of {chain}, density {100 * need.mask.density:.2f} %"
+    for chain, progress in status.chains.items():
+        if any(each.key == need.key for each in progress.needs):
+            if isinstance(need, Round):
+                return f"the scoring of {chain}, level {need.level}"
+            one = len(progress.needs) == 1  # otherwise the levels are trained side by side
+            where = f"level {len(progress.tickets)}" if one else f"density {100 * need.mask.density:.2f} %"
+            return f"the training of {chain}, {where}"
+    return f"the training {need.key[:12]}"
