@@ -32,7 +32,7 @@ EVERY = tuple(f"{score}{normalise}" for score in SCORES for normalise in ("", "/
 NAMES = tuple("l1" if name == "magnitude/l1" else name for name in EVERY)
 
 HEAD = """\
-# Every score, on two networks
+# Every score, compared
 
 This page is generated from stored results: `python docs/scores.py STORE --data DIR`. [importances.md](importances.md)
 explains scores, normalisations and selections, and says what these tables show.
