@@ -236,7 +236,8 @@ def _describe_module(module: types.ModuleType) -> bytes:
     name, path = module.__name__, getattr(module, "__file__", None)
     own = path is not None and name.partition(".")[0] != "tombola" and name != _SCRIPT
     if own and not is_installed(Path(str(path))) and name.partition(".")[0] not in sys.stdlib_module_names:
-        return f"{name} {code.source_hash(name)}".encode()
+        with code.steady_source([name]):
+            return f"{name} {code.source_hash(name)}".encode()
     return name.encode()
 
 
@@ -250,16 +251,9 @@ def _list_used(function: types.FunctionType) -> Iterable[tuple[str, Any]]:
                 continue
     names = {
         instruction.argval
-        for each in _nested(function.__code__)
+        for each in code.list_codes(function.__code__)
         for instruction in dis.get_instructions(each)
         if instruction.opname in ("LOAD_GLOBAL", "LOAD_NAME")
     }
     for name in sorted(names & function.__globals__.keys()):
         yield name, function.__globals__[name]
-
-
-def _nested(compiled: types.CodeType) -> Iterator[types.CodeType]:
-    yield compiled
-    for const in compiled.co_consts:
-        if isinstance(const, types.CodeType):
-            yield from _nested(const)
