@@ -28,12 +28,13 @@ from tombola.engine.here import WorkersHere
 from tombola.engine.job import Job
 from tombola.engine.run import run as run_trainings
 from tombola.engine.workers import Event, Failed
-from tombola.importance import l1, magnitude
+from tombola.importance import Importance, NetworkScore, Survivors, l1, magnitude, normalisation
+from tombola.importance.network_scores import taylor
 from tombola.store.store import Store
 from tombola.study.functions import is_here, refer, resolve, source_hash
 from tombola.study.planner import Chain, Planner
 from tombola.study.schema import override
-from tombola.study.task import load_problem
+from tombola.study.task import load_importance, load_problem
 from tombola.workbench.example import finished
 
 WIDTH = 8
@@ -90,6 +91,22 @@ def test_what_only_this_process_has_is_found_again() -> None:
         assert refer(value, "x") == reference
     assert resolve(refer(build, "x"), "x") is build
     assert resolve(refer(data, "x"), "x")() is data
+
+
+def test_importances_of_two_functions_and_of_the_network_are_found_again() -> None:
+    def mine(survivors: Survivors) -> torch.Tensor:
+        return survivors.magnitudes
+
+    for value, label in (
+        (Importance(mine, normalisation.l1), "mine-l1"),
+        (NetworkScore(taylor), "taylor"),
+        (Importance(NetworkScore(taylor, steps=2), normalisation.l1), "taylor-l1"),
+    ):
+        reference = refer(value, "importances")
+        assert reference.rpartition("-")[0] == f"__main__:{label}"
+        found, hashes = load_importance(reference)
+        assert found == (value if isinstance(value, Importance) else Importance(value))
+        assert hashes.keys() == {reference}
 
 
 class Mode(Enum):

@@ -62,10 +62,17 @@ def refer(value: Any, what: str) -> Any:
     if module and name and "." not in name and getattr(sys.modules.get(module), name, None) is value:
         return f"{module}:{name}"
     digest = _hash(value, what)
-    label = name or getattr(getattr(value, "func", value), "__qualname__", None) or getattr(value, "name", None)
-    reference = f"{module or _SCRIPT}:{(label or type(value).__name__).rpartition('.')[2]}-{digest[:8]}"
+    reference = f"{(name and module) or _SCRIPT}:{_label(value)}-{digest[:8]}"
     _HERE[reference] = value
     return reference
+
+
+def _label(value: Any) -> str:
+    """Return a name of a value for tables and charts, without the marks that separate the parts of a reference."""
+    inner = getattr(value, "func", None) or getattr(value, "function", None)  # of a partial; of a NetworkScore
+    named = [getattr(value, "__name__", None), getattr(inner, "__name__", None), getattr(value, "name", None)]
+    label = next(filter(None, named), type(value).__name__)
+    return str(label).replace("/", "-").replace(":", "-")
 
 
 def is_here(reference: str) -> bool:
