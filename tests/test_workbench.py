@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import functools
+import gc
 import itertools
 import os
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from enum import Enum
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -91,6 +94,19 @@ def test_what_only_this_process_has_is_found_again() -> None:
         assert refer(value, "x") == reference
     assert resolve(refer(build, "x"), "x") is build
     assert resolve(refer(data, "x"), "x")() is data
+
+
+def test_a_data_set_lives_as_long_as_the_tasks_that_name_it() -> None:
+    data = replace(tiny_task.dataset(), name="of this test")
+    alive = weakref.ref(data)
+    of = study(task=Task(dataset=data, model="tiny_task:model"))  # type: ignore[arg-type]
+    del data
+    of = override(of, {"levels": 2})
+    gc.collect()
+    assert load_problem(of.task).data is alive()
+    del of
+    gc.collect()
+    assert alive() is None
 
 
 def test_importances_of_two_functions_and_of_the_network_are_found_again() -> None:

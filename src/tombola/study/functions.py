@@ -12,6 +12,7 @@ import functools
 import hashlib
 import sys
 import types
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from enum import Enum
 from pathlib import Path, PurePath
@@ -24,7 +25,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _HERE: dict[str, Any] = {}
-"""What only this process has and Python has no name for, by the reference that `refer` returned."""
+"""The functions that only this process has and Python has no name for, by the reference that `refer` returned."""
+
+_DATA: weakref.WeakValueDictionary[str, Any] = weakref.WeakValueDictionary()
+"""The same for data sets, which are large: `keep_data` keeps them as long as a task names them."""
 
 _SCRIPT = "__main__"
 
@@ -63,8 +67,14 @@ def refer(value: Any, what: str) -> Any:
         return f"{module}:{name}"
     digest = _hash(value, what)
     reference = f"{(name and module) or _SCRIPT}:{_label(value)}-{digest[:8]}"
-    _HERE[reference] = value
+    (_HERE if callable(value) else _DATA)[reference] = value
     return reference
+
+
+def keep_data(reference: str, owner: object) -> None:
+    """Keep a data set that only this process has as long as `owner` lives, which names it by this reference."""
+    if reference in _DATA:
+        weakref.finalize(owner, lambda _: None, _DATA[reference]).atexit = False
 
 
 def _label(value: Any) -> str:
@@ -77,7 +87,7 @@ def _label(value: Any) -> str:
 
 def is_here(reference: str) -> bool:
     """Return whether a reference is of what only this process has, so that a worker cannot import it."""
-    return reference in _HERE or reference.startswith(f"{_SCRIPT}:")
+    return reference in _HERE or reference in _DATA or reference.startswith(f"{_SCRIPT}:")
 
 
 def resolve(reference: str, what: str) -> Callable[..., Any]:
@@ -86,10 +96,9 @@ def resolve(reference: str, what: str) -> Callable[..., Any]:
     Raises:
         UserError: if there is no such module or function, or if importing the module fails.
     """
-    if reference not in _HERE:
-        return code.resolve(reference, what)
-    value = _HERE[reference]
-    return value if callable(value) else lambda: value
+    if (data := _DATA.get(reference)) is not None:
+        return lambda: data
+    return _HERE[reference] if reference in _HERE else code.resolve(reference, what)
 
 
 def source_hash(reference: str) -> str:
