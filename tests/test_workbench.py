@@ -102,6 +102,7 @@ def test_a_data_set_lives_as_long_as_the_tasks_that_name_it() -> None:
     of = study(task=Task(dataset=data, model="tiny_task:model"))  # type: ignore[arg-type]
     del data
     of = override(of, {"levels": 2})
+    refer(replace(tiny_task.dataset(), name="of this test"), "x")  # an equal one, which is gone at once
     gc.collect()
     assert load_problem(of.task).data is alive()
     del of

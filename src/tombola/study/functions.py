@@ -67,7 +67,10 @@ def refer(value: Any, what: str) -> Any:
         return f"{module}:{name}"
     digest = _hash(value, what)
     reference = f"{(name and module) or _SCRIPT}:{_label(value)}-{digest[:8]}"
-    (_HERE if callable(value) else _DATA)[reference] = value
+    if callable(value):
+        _HERE[reference] = value
+    else:
+        _DATA.setdefault(reference, value)  # an equal one may be named by a task that lives longer than this value
     return reference
 
 
