@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 import subprocess
@@ -59,6 +60,11 @@ WIDTH = 0
 
 def model():
     return tiny_task.model()
+
+class Layer:
+    @classmethod
+    def size(cls):
+        return 3
 """
 
 
@@ -96,6 +102,20 @@ def test_a_module_that_is_edited_after_its_import_is_refused(module: Path) -> No
     module.write_text(MODULE + "# a comment")
     with pytest.raises(UserError, match=r"was edited after it was imported .* start again, with the file as it is now"):
         load_problem(task)
+
+
+@pytest.mark.parametrize("here", [False, True])
+@pytest.mark.parametrize(
+    ("before", "after"), [("tiny_task.model()", "tiny_task.model(2)"), ("return 3", "return 4"), ("():", "(")]
+)
+def test_a_module_that_is_edited_after_its_import_and_before_its_first_study_is_refused(
+    module: Path, before: str, after: str, here: bool
+) -> None:
+    model = importlib.import_module(module.stem).model
+    load_problem(Task(dataset="tiny_task:dataset", model="tiny_task:model"))
+    module.write_text(MODULE.replace(before, after))
+    with pytest.raises(ValueError, match=r"was edited after it was imported .* start again, with the file as it is"):
+        load_problem(Task(dataset="tiny_task:dataset", model=(lambda: model()) if here else f"{module.stem}:model"))
 
 
 def test_a_module_that_is_edited_while_it_is_imported_is_refused(module: Path) -> None:

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import functools
+import gc
 import itertools
+import os
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable
+from dataclasses import replace
+from enum import Enum
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import numpy as np
 import polars as pl
 import pytest
 import torch
@@ -25,12 +31,13 @@ from tombola.engine.here import WorkersHere
 from tombola.engine.job import Job
 from tombola.engine.run import run as run_trainings
 from tombola.engine.workers import Event, Failed
-from tombola.importance import l1, magnitude
+from tombola.importance import Importance, NetworkScore, Survivors, l1, magnitude, normalisation
+from tombola.importance.network_scores import taylor
 from tombola.store.store import Store
 from tombola.study.functions import is_here, refer, resolve, source_hash
 from tombola.study.planner import Chain, Planner
 from tombola.study.schema import override
-from tombola.study.task import load_problem
+from tombola.study.task import load_importance, load_problem
 from tombola.workbench.example import finished
 
 WIDTH = 8
@@ -38,7 +45,15 @@ WIDTH = 8
 
 def fresh(code: str, module: str = "__main__", **given: Any) -> dict[str, Any]:
     """Run code as a cell of a notebook would, and return what it defines."""
-    space: dict[str, Any] = {"__name__": module, "nn": nn, "torch": torch, **given}
+    space: dict[str, Any] = {
+        "__name__": module,
+        "nn": nn,
+        "torch": torch,
+        "partial": functools.partial,
+        "Path": Path,
+        "Mode": Mode,
+    }
+    space |= given
     exec(code, space)
     return space
 
@@ -81,6 +96,43 @@ def test_what_only_this_process_has_is_found_again() -> None:
     assert resolve(refer(data, "x"), "x")() is data
 
 
+def test_a_data_set_lives_as_long_as_the_tasks_that_name_it() -> None:
+    data = replace(tiny_task.dataset(), name="of this test")
+    alive = weakref.ref(data)
+    of = study(task=Task(dataset=data, model="tiny_task:model"))  # type: ignore[arg-type]
+    del data
+    of = override(of, {"levels": 2})
+    refer(replace(tiny_task.dataset(), name="of this test"), "x")  # an equal one, which is gone at once
+    gc.collect()
+    assert load_problem(of.task).data is alive()
+    del of
+    gc.collect()
+    assert alive() is None
+
+
+def test_importances_of_two_functions_and_of_the_network_are_found_again() -> None:
+    def mine(survivors: Survivors) -> torch.Tensor:
+        return survivors.magnitudes
+
+    for value, label in (
+        (Importance(mine, normalisation.l1), "mine-l1"),
+        (NetworkScore(taylor), "taylor"),
+        (Importance(NetworkScore(taylor, steps=2), normalisation.l1), "taylor-l1"),
+    ):
+        reference = refer(value, "importances")
+        assert reference.rpartition("-")[0] == f"__main__:{label}"
+        found, hashes = load_importance(reference)
+        assert found == (value if isinstance(value, Importance) else Importance(value))
+        assert hashes.keys() == {reference}
+
+
+class Mode(Enum):
+    A = "a"
+    B = "b"
+
+
+TWO_DEFAULTS = "def a(k=0.01):\n    return k\ndef b(k=1):\n    return k\ndef f():\n    return a() + b()"
+TWO_PARTIALS = "def g(k):\n    return k\na = partial(g, k=0.01)\nb = partial(g, k=1)\ndef f():\n    return a() + b()"
 SAME = "def f():\n    return nn.Linear(2, width())\ndef width():\n    return SIZE\nSIZE = 3"
 
 
@@ -98,6 +150,16 @@ SAME = "def f():\n    return nn.Linear(2, width())\ndef width():\n    return SIZ
         ("T = torch.ones(3)\ndef f():\n    return T", "T = torch.zeros(3)\ndef f():\n    return T"),
         ("D = {'a': (1, {2})}\ndef f():\n    return D", "D = {'a': (1, {3})}\ndef f():\n    return D"),
         ("def f():\n    return lambda: K\nK = 3", "def f():\n    return lambda: K\nK = 4"),
+        (TWO_DEFAULTS, TWO_DEFAULTS.replace("k=1", "k=5")),
+        (TWO_PARTIALS, TWO_PARTIALS.replace("k=1", "k=5")),
+        ("D = {'a': {'b': 1}, 'c': 2}\nf = lambda: D", "D = {'a': {'b': 1, 'c': 2}}\nf = lambda: D"),
+        ("D = {('a', 1), ('b', 2)}\nf = lambda: D", "D = {('a', 2), ('b', 1)}\nf = lambda: D"),
+        ("class f:\n    g = staticmethod(len)", "class f:\n    g = classmethod(len)"),
+        ("D = torch.float32\nf = lambda: D", "D = torch.float64\nf = lambda: D"),
+        ("D = torch.device('cpu')\nf = lambda: D", "D = torch.device('cuda')\nf = lambda: D"),
+        ("D = torch.ones(2).bfloat16()\nf = lambda: D", "D = torch.zeros(2).bfloat16()\nf = lambda: D"),
+        ("D = Path('a')\nf = lambda: D", "D = Path('b')\nf = lambda: D"),
+        ("D = Mode('a')\nf = lambda: D", "D = Mode('b')\nf = lambda: D"),
     ],
 )  # fmt: skip
 def test_an_edit_of_what_a_function_uses_changes_its_identity(
@@ -123,7 +185,40 @@ def test_a_function_that_calls_itself() -> None:
     assert len(source_hash(refer(fresh("def f(n):\n    return n and f(n - 1)")["f"], "x"))) == 64
 
 
-@pytest.mark.parametrize("value", [object(), iter([]), torch.Generator()])
+def test_the_identity_of_a_set_is_the_same_in_every_process() -> None:
+    code = """if True:
+        from tombola.study.functions import refer
+        print(refer(lambda w: w if w in {"a", "b", "c"} else {"d", "e", "f", "g"}, "x"))
+    """
+    references = set()
+    for seed in ("1", "2"):
+        environment = os.environ | {"PYTHONHASHSEED": seed}
+        command = [sys.executable, "-c", code]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=LONG, check=True)
+        references.add(done.stdout)
+    assert len(references) == 1
+
+
+def test_the_identity_is_of_the_code_that_runs_and_not_of_a_later_text(tmp_path: Path) -> None:
+    path = tmp_path / "script.py"
+    path.write_text("def f():\n    return 3\n")
+    functions = []
+    for text in ("def f():\n    return 3\n", "def f():\n    return 4\n"):
+        space = {"__name__": "__main__", "__file__": str(path)}
+        exec(compile(text, path, "exec"), space)
+        functions.append(space["f"])
+        path.write_text("def f():\n    return 4\n")
+    one, other = (source_hash(refer(function, "x")) for function in functions)
+    assert one != other
+
+
+REFUSED = [
+    object(), iter([]), torch.Generator(), np.array([object()]), torch.ones(2, device="meta"),
+    torch.ones(2).to_sparse(),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("value", REFUSED)
 def test_what_cannot_be_identified_is_refused(value: object) -> None:
     function = fresh("def network():\n    return k", module="here", k=value)["network"]
     with pytest.raises(UserError, match=r"^task.model: network: k: it uses a \w+, whose content cannot be identified"):

@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
-from types import CodeType, ModuleType
+from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
 from tombola.errors import UserError, did_you_mean, is_installed
@@ -83,8 +83,8 @@ def steady_source(references: Collection[str]) -> Iterator[None]:
         references: the modules and the functions that are imported inside the block.
 
     Raises:
-        UserError: if a file was edited inside the block, or after the module was imported for an earlier study, or if
-            Python imported the compiled copy of another source.
+        UserError: if a file was edited inside the block, or after it was seen in an earlier block; if a function of an
+            imported module is not in its file; or if Python imported the compiled copy of another source.
     """
     roots = {reference.partition(":")[0] for reference in references}
     before = _hash_own(roots)
@@ -92,14 +92,15 @@ def steady_source(references: Collection[str]) -> Iterator[None]:
     for name, (path, digest) in _hash_own(roots).items():
         module = sys.modules.get(name)
         imported = digest if module is None else _IMPORTED.setdefault(module, digest)
-        if imported != digest or before.get(name, (path, digest)) != (path, digest):
-            raise UserError(
-                f"module {name!r} was edited after it was imported ({path}); start again, with the file as it is now"
-            )
         if module is not None and _is_stale(name, path):
             raise UserError(
                 f"module {name!r}: Python has imported a compiled copy of another source than {path}; "
                 f"remove {importlib.util.cache_from_source(str(path))}"
+            )
+        same = imported == digest and before.get(name, (path, digest)) == (path, digest)
+        if not same or (module is not None and not _is_of(module, path)):
+            raise UserError(
+                f"module {name!r} was edited after it was imported ({path}); start again, with the file as it is now"
             )
 
 
@@ -118,8 +119,39 @@ def _is_stale(name: str, path: Path) -> bool:
     if path.suffix != ".py":
         return False
     loader = SourceFileLoader(name, str(path))
-    compiled = loader.get_code(name)
-    return compiled is not None and not _is_same(compiled, loader.source_to_code(path.read_bytes(), str(path)))
+    try:
+        compiled = loader.get_code(name)
+        return compiled is not None and not _is_same(compiled, loader.source_to_code(path.read_bytes(), str(path)))
+    except SyntaxError:  # there is no compiled copy of it
+        return False
+
+
+def _is_of(module: ModuleType, path: Path) -> bool:
+    """Return whether every function of an imported module is in its file; what else the file did is not known."""
+    loader = module.__loader__
+    if type(loader) is not SourceFileLoader:  # another loader may change the code, as that of pytest does
+        return True
+    try:
+        there = list(list_codes(loader.source_to_code(path.read_bytes(), str(path))))
+    except SyntaxError:
+        return False
+    classes = [each for each in vars(module).values() if isinstance(each, type) and each.__module__ == module.__name__]
+    members = [member for each in (module, *classes) for member in vars(each).values()]
+    functions = [each.__func__ if isinstance(each, (staticmethod, classmethod)) else each for each in members]
+    running = [each.__code__ for each in functions if isinstance(each, FunctionType)]
+    return all(
+        any(code.co_firstlineno == each.co_firstlineno and _is_same(code, each) for each in there)
+        for code in running
+        if code.co_filename == str(path)
+    )
+
+
+def list_codes(compiled: CodeType) -> Iterator[CodeType]:
+    """Yield compiled code, and that of the functions and classes in it."""
+    yield compiled
+    for const in compiled.co_consts:
+        if isinstance(const, CodeType):
+            yield from list_codes(const)
 
 
 def _is_same(one: CodeType, other: CodeType) -> bool:

@@ -2,7 +2,7 @@
 
 A study names functions by strings, `module:function`, which every process can import. A function that only this process
 has, because a script, a cell of a notebook or another function defines it, gets a name too. Its identity is then
-the hash of its own source and of what it uses. It is trained in this process, see `tombola.engine.here`.
+the hash of its own code and of what it uses. It is trained in this process, see `tombola.engine.here`.
 """
 
 from __future__ import annotations
@@ -10,22 +10,33 @@ from __future__ import annotations
 import dis
 import functools
 import hashlib
-import inspect
 import sys
 import types
-from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
-from typing import Any
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from enum import Enum
+from pathlib import Path, PurePath
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from tombola.errors import UserError, is_installed
 from tombola.study import code
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 _HERE: dict[str, Any] = {}
-"""What only this process has and Python has no name for, by the reference that `refer` returned."""
+"""The functions that only this process has and Python has no name for, by the reference that `refer` returned."""
+
+_DATA: weakref.WeakValueDictionary[str, Any] = weakref.WeakValueDictionary()
+"""The same for data sets, which are large: `keep_data` keeps them as long as a task names them."""
 
 _SCRIPT = "__main__"
 
-_PLAIN = (bool, int, float, complex, str, bytes, type(None))
+_PLAIN = (bool, int, float, complex, str, bytes, range, PurePath, types.NoneType, types.EllipsisType)
+_PLAIN_OF_TORCH = {"torch.dtype", "torch.device", "torch.layout", "torch.memory_format"}
+
+_Seen: TypeAlias = dict[int, tuple[int, Any]]
+"""The number of each value that has been described, and the value: Python reuses the identity of one that is freed."""
 
 
 def refer(value: Any, what: str) -> Any:
@@ -55,15 +66,31 @@ def refer(value: Any, what: str) -> Any:
     if module and name and "." not in name and getattr(sys.modules.get(module), name, None) is value:
         return f"{module}:{name}"
     digest = _hash(value, what)
-    label = name or getattr(getattr(value, "func", value), "__qualname__", None) or getattr(value, "name", None)
-    reference = f"{module or _SCRIPT}:{(label or type(value).__name__).rpartition('.')[2]}-{digest[:8]}"
-    _HERE[reference] = value
+    reference = f"{(name and module) or _SCRIPT}:{_label(value)}-{digest[:8]}"
+    if callable(value):
+        _HERE[reference] = value
+    else:
+        _DATA.setdefault(reference, value)  # an equal one may be named by a task that lives longer than this value
     return reference
+
+
+def keep_data(reference: str, owner: object) -> None:
+    """Keep a data set that only this process has as long as `owner` lives, which names it by this reference."""
+    if reference in _DATA:
+        weakref.finalize(owner, lambda _: None, _DATA[reference]).atexit = False
+
+
+def _label(value: Any) -> str:
+    """Return a name of a value for tables and charts, without the marks that separate the parts of a reference."""
+    inner = getattr(value, "func", None) or getattr(value, "function", None)  # of a partial; of a NetworkScore
+    named = [getattr(value, "__name__", None), getattr(inner, "__name__", None), getattr(value, "name", None)]
+    label = next(filter(None, named), type(value).__name__)
+    return str(label).replace("/", "-").replace(":", "-")
 
 
 def is_here(reference: str) -> bool:
     """Return whether a reference is of what only this process has, so that a worker cannot import it."""
-    return reference in _HERE or reference.startswith(f"{_SCRIPT}:")
+    return reference in _HERE or reference in _DATA or reference.startswith(f"{_SCRIPT}:")
 
 
 def resolve(reference: str, what: str) -> Callable[..., Any]:
@@ -72,18 +99,17 @@ def resolve(reference: str, what: str) -> Callable[..., Any]:
     Raises:
         UserError: if there is no such module or function, or if importing the module fails.
     """
-    if reference not in _HERE:
-        return code.resolve(reference, what)
-    value = _HERE[reference]
-    return value if callable(value) else lambda: value
+    if (data := _DATA.get(reference)) is not None:
+        return lambda: data
+    return _HERE[reference] if reference in _HERE else code.resolve(reference, what)
 
 
 def source_hash(reference: str) -> str:
     """Return the SHA-256 of what determines the function that a reference names.
 
     For a function of a module, that is the source of the module and of what it imports from the user, see
-    `tombola.study.code.source_hash`. For one that only this process has, it is the source of the function itself and
-    the content of every function, class, module and constant that it uses.
+    `tombola.study.code.source_hash`. For one that only this process has, it is the compiled code of the function itself
+    and the content of every function, class, module and constant that it uses.
 
     Raises:
         UserError: if the function uses something whose content cannot be identified.
@@ -106,70 +132,106 @@ def _name_of_built_in(value: Any) -> str | None:
     return next((name for table in tables for name, each in table.items() if each is value), None)
 
 
-def _hash(value: Any, what: str) -> str:
+def _hash(value: Any, what: str, seen: _Seen | None = None) -> str:
     digest = hashlib.sha256()
-    for part in _describe(value, what, {}):
+    for part in _describe(value, what, {} if seen is None else seen):
         digest.update(hashlib.sha256(part).digest())
     return digest.hexdigest()
 
 
-def _describe(value: Any, what: str, seen: dict[int, int]) -> Iterator[bytes]:
+def _describe(value: Any, what: str, seen: _Seen) -> Iterator[bytes]:
     """Yield everything that determines what a value does, each thing once.
 
     Args:
         value: a function, a class or a constant.
         what: the name of the field, for messages.
-        seen: the numbers of the values that have been described, by identity.
+        seen: the values that have been described.
     """
-    if isinstance(value, _PLAIN):
-        yield f"{type(value).__name__} {value!r}".encode()
+    kind = type(value).__name__
+    if isinstance(value, _PLAIN) or f"{type(value).__module__}.{kind}" in _PLAIN_OF_TORCH:
+        yield f"{kind} {value!r}".encode()
         return
     if id(value) in seen:
-        yield f"again {seen[id(value)]}".encode()
+        yield f"again {seen[id(value)][0]}".encode()
         return
-    seen[id(value)] = len(seen)
+    seen[id(value)] = len(seen), value
     if isinstance(value, types.ModuleType):
         yield _describe_module(value)
-    elif isinstance(value, functools.partial):
-        yield from _describe((value.func, value.args, value.keywords), what, seen)
-    elif isinstance(value, types.MethodType):
-        yield from _describe((value.__func__, value.__self__), what, seen)
-    elif isinstance(value, (staticmethod, classmethod)):
-        yield from _describe(value.__func__, what, seen)
-    elif isinstance(value, property):
-        yield from _describe((value.fget, value.fset), what, seen)
-    elif (name := _importable(value)) is not None:
-        yield name
+    elif isinstance(value, types.BuiltinFunctionType):
+        yield f"{value.__module__} {value.__qualname__}".encode()
+    elif _is_importable(value):
+        yield from _describe(sys.modules[value.__module__], what, seen)
+        yield f":{value.__qualname__}".encode()
     elif isinstance(value, types.FunctionType):
-        yield from _describe_function(value, what, seen)
-    elif isinstance(value, type):
-        yield f"class {value.__qualname__}".encode()
-        own = {key: member for key, member in vars(value).items() if key not in _OF_EVERY_CLASS}
-        yield from _describe((value.__bases__, own), what, seen)
-    elif isinstance(value, dict):
-        for key, each in value.items():
-            yield from _describe(key, what, seen)
-            yield from _describe(each, what, seen)
-    elif isinstance(value, (tuple, list)):
-        yield f"{type(value).__name__} of {len(value)}".encode()
-        for each in value:
-            yield from _describe(each, what, seen)
+        used = dict(_list_used(value))
+        yield f"{kind} of {len(used)}".encode()
+        yield from _describe((value.__code__, value.__defaults__, value.__kwdefaults__), what, seen)
+        for name, each in used.items():
+            yield name.encode()
+            yield from _describe(each, f"{what}: {value.__name__}: {name}", seen)
     elif isinstance(value, (set, frozenset)):
-        yield from sorted(part for each in value for part in _describe(each, what, seen))
-    elif hasattr(value, "fingerprint"):  # a Dataset
-        yield f"data {value.fingerprint}".encode()
-    elif hasattr(value, "__array__") and hasattr(value, "dtype"):
-        array = (value.detach().cpu() if hasattr(value, "detach") else value).__array__()
-        yield f"array {array.dtype} {array.shape}".encode()
-        yield array.tobytes()
-    elif callable(value) and hasattr(value, "__dict__"):  # an object with a method `__call__`, such as an Importance
-        yield from _describe((type(value), vars(value)), what, seen)
+        yield f"{kind} of {len(value)}".encode()
+        yield from sorted(_hash(each, what, dict(seen)).encode() for each in value)
+    elif (parts := _list_parts(value)) is not None:
+        yield f"{kind} of {len(parts)}".encode()
+        for each in parts:
+            yield from _describe(each, what, seen)
     else:
         raise UserError(
-            f"{what}: it uses a {type(value).__name__}, whose content cannot be identified, so that its trainings "
+            f"{what}: it uses a {kind}, whose content cannot be identified, so that its trainings "
             "would have no name; create that inside the function, or put the function into a module"
         )
 
+
+def _list_parts(value: Any) -> Sequence[Any] | None:
+    """Return the values that, in this order, determine another; None if they are not known."""
+    torch = sys.modules.get("torch")
+    if isinstance(value, (tuple, list)):
+        return value
+    if isinstance(value, dict):
+        return [part for item in value.items() for part in item]
+    if isinstance(value, slice):
+        return value.start, value.stop, value.step
+    if isinstance(value, Enum):
+        return value.name, value.value
+    if isinstance(value, functools.partial):
+        return value.func, value.args, value.keywords
+    if isinstance(value, types.MethodType):
+        return value.__func__, value.__self__
+    if isinstance(value, (staticmethod, classmethod)):
+        return (value.__func__,)
+    if isinstance(value, property):
+        return value.fget, value.fset, value.fdel
+    if isinstance(value, types.CodeType):
+        return [getattr(value, name) for name in _OF_CODE]
+    if isinstance(value, type):
+        own = {key: member for key, member in vars(value).items() if key not in _OF_EVERY_CLASS}
+        return value.__qualname__, value.__bases__, own
+    if torch is not None and isinstance(value, torch.Tensor):
+        return _list_parts_of_tensor(value)
+    if type(value).__module__ == "numpy" and hasattr(value, "dtype"):
+        return None if value.dtype.hasobject else (str(value.dtype), value.shape, value.tobytes())
+    if hasattr(value, "fingerprint"):  # a Dataset
+        return (value.fingerprint,)
+    if callable(value) and hasattr(value, "__dict__"):  # an object with a method `__call__`, such as an Importance
+        return type(value), vars(value)
+    return None
+
+
+def _list_parts_of_tensor(tensor: Tensor) -> list[str] | None:
+    from tombola.datasets.dataset import digest_of  # it imports torch, which the command line's `--help` does not need
+
+    try:
+        return None if tensor.is_quantized else digest_of(tensor.detach())
+    except RuntimeError:  # it has no bytes of its own, as it is sparse, a view or on the device 'meta'
+        return None
+
+
+_OF_CODE = (
+    "co_code", "co_exceptiontable", "co_flags", "co_consts", "co_names", "co_varnames", "co_freevars", "co_cellvars",
+    "co_argcount", "co_posonlyargcount", "co_kwonlyargcount",
+)  # fmt: skip
+"""What compiled code does; not the text of its file, which may have been edited since it was compiled."""
 
 _OF_EVERY_CLASS = {
     "__module__", "__qualname__", "__dict__", "__weakref__", "__doc__", "__annotations__", "__firstlineno__",
@@ -177,19 +239,15 @@ _OF_EVERY_CLASS = {
 }  # fmt: skip
 
 
-def _importable(value: Any) -> bytes | None:
-    """Describe a function or class that a module other than the script defines; None for anything else."""
+def _is_importable(value: Any) -> bool:
+    """Return whether a value is a function or class that a module other than the script defines."""
     module, name = getattr(value, "__module__", None), getattr(value, "__qualname__", None)
-    if isinstance(value, types.BuiltinFunctionType):
-        return f"{module} {name}".encode()
     if not isinstance(value, (type, types.FunctionType)) or not module or not name or module == _SCRIPT:
-        return None
+        return False
     found: Any = sys.modules.get(module)
     for part in name.split("."):
         found = getattr(found, part, None)
-    if found is not value:
-        return None
-    return _describe_module(sys.modules[module]) + f":{name}".encode()
+    return found is value
 
 
 def _describe_module(module: types.ModuleType) -> bytes:
@@ -197,32 +255,14 @@ def _describe_module(module: types.ModuleType) -> bytes:
     name, path = module.__name__, getattr(module, "__file__", None)
     own = path is not None and name.partition(".")[0] != "tombola" and name != _SCRIPT
     if own and not is_installed(Path(str(path))) and name.partition(".")[0] not in sys.stdlib_module_names:
-        return f"{name} {code.source_hash(name)}".encode()
+        with code.steady_source([name]):
+            return f"{name} {code.source_hash(name)}".encode()
     return name.encode()
 
 
-def _describe_function(function: types.FunctionType, what: str, seen: dict[int, int]) -> Iterator[bytes]:
-    """Yield the source of a function, its defaults, and what it uses from around it."""
-    compiled = function.__code__
-    try:
-        yield inspect.cleandoc(inspect.getsource(function)).encode()
-        has_source = function.__name__ != "<lambda>"  # the source of a lambda is its line, which may have others
-    except (OSError, TypeError):
-        has_source = False
-    if not has_source:
-        for each in _nested(compiled):
-            yield each.co_code
-            yield repr([const for const in each.co_consts if not isinstance(const, types.CodeType)]).encode()
-            yield repr((each.co_names, each.co_varnames)).encode()
-    yield from _describe((function.__defaults__, function.__kwdefaults__), what, seen)
-    for name, value in _list_used(function, compiled):
-        yield name.encode()
-        yield from _describe(value, f"{what}: {function.__name__}: {name}", seen)
-
-
-def _list_used(function: types.FunctionType, compiled: types.CodeType) -> Iterable[tuple[str, Any]]:
+def _list_used(function: types.FunctionType) -> Iterable[tuple[str, Any]]:
     """Yield the variables of the closure and of the module that a function uses, with their values, by name."""
-    for name, cell in zip(compiled.co_freevars, function.__closure__ or (), strict=True):
+    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
         if name != "__class__":
             try:
                 yield name, cell.cell_contents
@@ -230,16 +270,9 @@ def _list_used(function: types.FunctionType, compiled: types.CodeType) -> Iterab
                 continue
     names = {
         instruction.argval
-        for each in _nested(compiled)
+        for each in code.list_codes(function.__code__)
         for instruction in dis.get_instructions(each)
         if instruction.opname in ("LOAD_GLOBAL", "LOAD_NAME")
     }
     for name in sorted(names & function.__globals__.keys()):
         yield name, function.__globals__[name]
-
-
-def _nested(compiled: types.CodeType) -> Iterator[types.CodeType]:
-    yield compiled
-    for const in compiled.co_consts:
-        if isinstance(const, types.CodeType):
-            yield from _nested(const)

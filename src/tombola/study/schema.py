@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 from pydantic_core import ErrorDetails
 
 from tombola.errors import UserError, did_you_mean, shorten
-from tombola.study.functions import refer
+from tombola.study.functions import keep_data, refer
 from tombola.training.recipe import Count, Recipe, Tuple
 
 Arguments = dict[str, bool | int | float | str | Tuple[bool | int | float | str]]
@@ -50,6 +50,10 @@ class Task(BaseModel):
     @classmethod
     def _refer(cls, value: Any, info: ValidationInfo) -> Any:
         return refer(value, f"task.{info.field_name}")
+
+    def model_post_init(self, _: object) -> None:
+        """Keep the data set as long as the task lives, if only this process has it."""
+        keep_data(self.dataset, owner=self)
 
 
 class Study(BaseModel):
