@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -179,14 +180,22 @@ def test_each_ticket_is_told_once(tmp_path: Path) -> None:
         tombola.read_ticket(of, {"levels": 3}, importance="l1", seed=0, level=3, store=tmp_path / "s")
 
 
-def test_a_failure_in_this_process(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("fail", "reason"),
+    [
+        (lambda: 1 / 0, "ZeroDivisionError"),
+        (lambda: sys.exit("no more"), "SystemExit: no more"),
+        (lambda: signal.default_int_handler(2, None), "KeyboardInterrupt"),
+    ],
+)
+def test_a_failure_in_this_process(tmp_path: Path, fail: Callable[[], object], reason: str) -> None:
     def loss(outputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         if len(outputs) > 2:  # the trial has two examples
-            raise RuntimeError("no more")
+            fail()
         return functional.cross_entropy(outputs, labels)
 
     task = Task(dataset=tiny_task.dataset(), model=lambda: tiny_task.model(), loss=loss)  # type: ignore[arg-type]
-    with pytest.raises(UserError, match=r"training of magnitude, seed 0, level 0 failed: RuntimeError: no more"):
+    with pytest.raises(UserError, match=f"training of magnitude, seed 0, level 0 failed: {reason}"):
         tombola.run(study(task=task), store=tmp_path / "s", progress=False)
 
 
