@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import os
 import signal
 import subprocess
 import sys
@@ -186,6 +187,7 @@ def test_each_ticket_is_told_once(tmp_path: Path) -> None:
         (lambda: 1 / 0, "ZeroDivisionError"),
         (lambda: sys.exit("no more"), "SystemExit: no more"),
         (lambda: signal.default_int_handler(2, None), "KeyboardInterrupt"),
+        (lambda: os._exit(0), r"SystemExit: os._exit\(0\)"),
     ],
 )
 def test_a_failure_in_this_process(tmp_path: Path, fail: Callable[[], object], reason: str) -> None:

@@ -16,6 +16,7 @@ from tombola.engine.run import Status
 from tombola.engine.run import run as run_trainings
 from tombola.engine.workers import Workers
 from tombola.errors import UserError
+from tombola.exits import watch_exits
 from tombola.lottery.ticket import Ticket
 from tombola.store.store import Store
 from tombola.study.functions import is_here
@@ -91,7 +92,7 @@ def run(
     >>> found["level"].to_list()
     [0, 1]
     """
-    with one_thread():
+    with one_thread(), watch_exits():
         planner = open_planner(study, overrides, store=store, data=data)
         try_out(planner.problem, planner.study)
         check_repeatable(planner)
@@ -151,7 +152,7 @@ def reinit(
     """
     from tombola.analysis import reinit as analysis
 
-    with one_thread():
+    with one_thread(), watch_exits():
         tickets = open_tickets(study, overrides, store=store, data=data, importances=importances)
         plans = plan(tickets, level, draws, name_importances(importances))
         speed = recorded_speed(tickets)
