@@ -320,7 +320,7 @@ def test_reinit_is_stored_and_found_again(folder: Path) -> None:
 def test_reinit_with_nothing_to_keep_is_refused(planner: Planner) -> None:
     with pytest.raises(UserError, match="tickets of level 0 share all connections"):
         plan(Tickets(planner), 0, 3)
-    with pytest.raises(UserError, match="draws: expected 1 or more, got 0"):
+    with pytest.raises(UserError, match="draws: expected a whole number from 1 on, got 0"):
         plan(Tickets(planner), 1, 0)
 
 
@@ -381,7 +381,7 @@ def test_without_other_data_orders_a_note_says_how_to_get_the_noise_floor(
         (["winners", "--surely", "--seeds", "0"], "an interval needs two seeds or more"),
         (["stability", "--level", "0"], "it needs a level from 1 on"),
         (["stability", "--layer", "fc7"], "there is no layer 'fc7'"),
-        (["connectivity", "--points", "1"], "--points: expected a whole number from 2 on, got '1'"),
+        (["connectivity", "--points", "1"], "--points: expected a whole number from 2 to 1001, got '1'"),
         (["reinit", "--level", "5"], "the study has no level 5"),
         (["functions", "--seeds", "0", "7"], "level 0 is not in "),
     ],

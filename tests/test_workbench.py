@@ -306,6 +306,7 @@ def test_a_ticket_is_read_and_an_importance_may_be_named_or_given() -> None:
         ({"seed": 7}, "^seed: the study has no seed 7, it has 0$"),
         ({"level": 2}, "^level: the study has no level 2, it has levels 0 to 1$"),
         ({"level": -1}, "^level: the study has no level -1"),
+        ({"level": 1.0}, "^level: expected a whole number, got 1.0$"),
         ({"overrides": {"levels": 2}, "level": 2}, "^level 2 of l1, seed 0 is not in .*, levels 0 to 1 are$"),
     ],
 )
@@ -319,6 +320,14 @@ def test_mistakes_of_tables_and_charts(tmp_path: Path) -> None:
     for call, text in [
         (lambda: tombola.overlap("digit"), "study 'digit' is neither a preset nor a .toml file; did you mean 'digits'"),
         (lambda: tombola.overlap(3), "study: expected a tombola.Study, the name of a preset"),
+        (lambda: tombola.overlap(**of, levels=1), "levels: expected several, such as [1], got 1"),
+        (lambda: tombola.overlap(**of, levels=[1.0]), "level: expected a whole number, got 1.0"),
+        (lambda: tombola.charts(**of, level=1.0), "level: expected a whole number, got 1.0"),
+        (lambda: tombola.reinit(**of, level=1.0), "level: expected a whole number, got 1.0"),
+        (lambda: tombola.reinit(**of, level=1, draws=1.5), "draws: expected a whole number from 1 on, got 1.5"),
+        (lambda: tombola.reinit(**of, level=1, workers=-1), "workers: expected a whole number from 1 on, got -1"),
+        (lambda: tombola.run("digits", store=tmp_path, workers=0), "workers: expected a whole number from 1 on, got 0"),
+        (lambda: tombola.run("digits", store=tmp_path, workers=-1), "workers: expected a whole number from 1 on, got"),
         (lambda: tombola.results("digits", store=tmp_path), "no result of this study is in"),
         (lambda: tombola.charts("digits", store=tmp_path), "no result of this study is in"),
         (lambda: tombola.charts(**of, costly=["function"]), "costly: unknown analysis 'function'; did you mean"),

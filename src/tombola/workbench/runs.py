@@ -97,12 +97,6 @@ def run(
         try_out(planner.problem, planner.study)
         check_repeatable(planner)
         prepare_store(planner, Path(store))
-        here = list_here(planner)
-        if here and workers not in (None, 1):
-            raise UserError(
-                f"workers: {workers} processes cannot import {', '.join(here)}, which only this process has; put it "
-                "into a module, or leave out workers for one training at a time"
-            )
         if planner.study.device == "cpu" and not kernels.available():
             warnings.warn(kernels.MISSING, kernels.NoKernelsWarning, stacklevel=2)
         folder = None if data is None else Path(data)
@@ -156,12 +150,10 @@ def reinit(
         tickets = open_tickets(study, overrides, store=store, data=data, importances=importances)
         plans = plan(tickets, level, draws, name_importances(importances))
         speed = recorded_speed(tickets)
-        for each in plans:
-            with (
-                open_workers(each.planner, workers, None if data is None else Path(data)) as opened,
-                show_progress(each.planner, opened.count) if progress else show_nothing() as show,
-            ):
-                run_trainings(each.planner, opened, show, speed=speed)
+        with open_workers(tickets.planner, workers, None if data is None else Path(data)) as opened:
+            for each in plans:
+                with show_progress(each.planner, opened.count) if progress else show_nothing() as show:
+                    run_trainings(each.planner, opened, show, speed=speed)
         return analysis.of_plans(plans)
 
 
@@ -193,10 +185,19 @@ def prepare_store(planner: Planner, root: Path) -> None:
 
 
 def open_workers(planner: Planner, workers: int | None, data: Path | None) -> Workers:
-    """Return processes for the trainings of a planner, or this process if others cannot import its functions."""
-    if list_here(planner):
-        return WorkersHere(planner.problem, planner.store)
+    """Return processes for the trainings of a planner, or this process if others cannot import its functions.
+
+    Raises:
+        UserError: if the number of processes is invalid, or if others cannot do what several of them are to do.
+    """
     count = count_workers(workers, planner.study.device)
+    if here := list_here(planner):
+        if workers not in (None, 1):
+            raise UserError(
+                f"workers: {workers} processes cannot import {', '.join(here)}, which only this process has; put it "
+                "into a module, or leave out workers for one training at a time"
+            )
+        return WorkersHere(planner.problem, planner.store)
     return LocalWorkers(count, planner.study.task, data, planner.store.root)
 
 
@@ -214,7 +215,12 @@ def count_workers(workers: int | None, device: str) -> int:
     Args:
         workers: the number; None for the default.
         device: the device of the study.
+
+    Raises:
+        UserError: if the number is not a whole number from 1 on.
     """
+    if workers is not None and (not isinstance(workers, int) or workers < 1):
+        raise UserError(f"workers: expected a whole number from 1 on, got {workers!r}")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return workers or (1 if device == "cuda" else cores) or 1
 
