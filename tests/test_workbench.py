@@ -8,7 +8,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -26,13 +26,15 @@ from tombola import Dataset, Recipe, Study, Task, Ticket, UserError, find_ticket
 from tombola.engine.here import WorkersHere
 from tombola.engine.job import Job
 from tombola.engine.run import run as run_trainings
-from tombola.engine.workers import Event, Failed
-from tombola.importance import l1, magnitude
+from tombola.engine.workers import Event, Failed, Workers
+from tombola.importance import Network, NetworkScore, l1, magnitude
+from tombola.importance.network_scores import taylor
 from tombola.store.store import Store
 from tombola.study.functions import is_here, refer, resolve, source_hash
 from tombola.study.planner import Chain, Planner
 from tombola.study.schema import override
 from tombola.study.task import load_problem
+from tombola.workbench import runs
 from tombola.workbench.example import finished
 
 WIDTH = 8
@@ -156,6 +158,17 @@ def test_a_study_with_functions_of_this_process(tmp_path: Path, capsys: pytest.C
     more = tombola.run(of, {"levels": 2, "importances": ["magnitude"]}, store=tmp_path / "s", progress=False)
     assert more["level"].to_list() == [0, 1, 2]
     with pytest.raises(UserError, match=r"workers: 2 processes cannot import .*<lambda>-\w+, which only this"):
+        tombola.run(of, store=tmp_path / "s", workers=2)
+
+
+def test_a_score_of_the_whole_network_of_this_process(tmp_path: Path) -> None:
+    def squared(network: Network) -> Mapping[str, torch.Tensor]:
+        return {layer: scores**2 for layer, scores in taylor(network).items()}
+
+    task = Task(dataset="tiny_task:dataset", model="tiny_task:model")
+    of = study(task=task, importances=[NetworkScore(squared), "l1"])
+    assert tombola.run(of, store=tmp_path / "s", progress=False)["level"].to_list() == [0, 1, 0, 1]
+    with pytest.raises(UserError, match=r"workers: 2 processes cannot import .*-\w+, which only this process has"):
         tombola.run(of, store=tmp_path / "s", workers=2)
 
 
@@ -313,6 +326,23 @@ def test_a_ticket_is_read_and_an_importance_may_be_named_or_given() -> None:
 def test_tickets_that_are_not_there(asked: dict[str, Any], text: str) -> None:
     with pytest.raises(UserError, match=text):
         tombola.read_ticket(**{"importance": "l1", "seed": 0, "level": 1} | finished() | asked)
+
+
+def test_reinit_starts_its_workers_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = []
+    before = runs.open_workers
+
+    def count(planner: Planner, *others: Any) -> Workers:
+        opened.append(planner)
+        return before(planner, *others)
+
+    of, more = finished(), {"seeds": [0, 1]}
+    tombola.run(**of, overrides=more, progress=False)
+    monkeypatch.setattr(runs, "open_workers", count)
+    assert tombola.reinit(**of, overrides=more, level=1, draws=1, progress=False)["seed"].unique().to_list() == [0, 1]
+    assert len(opened) == 1
+    with pytest.raises(UserError, match="workers: 4 processes cannot import"):
+        tombola.reinit(**of, level=1, workers=4)
 
 
 def test_mistakes_of_tables_and_charts(tmp_path: Path) -> None:

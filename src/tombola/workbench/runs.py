@@ -17,6 +17,7 @@ from tombola.engine.run import run as run_trainings
 from tombola.engine.workers import Workers
 from tombola.errors import UserError
 from tombola.exits import watch_exits
+from tombola.importance import NetworkScore
 from tombola.lottery.ticket import Ticket
 from tombola.store.store import Store
 from tombola.study.functions import is_here
@@ -24,7 +25,7 @@ from tombola.study.planner import Chain, Planner
 from tombola.study.reinitialisation import plan
 from tombola.study.repeatable import check_repeatable
 from tombola.study.schema import Task
-from tombola.study.task import try_out
+from tombola.study.task import resolve_importance, try_out
 from tombola.study.tickets import Tickets
 from tombola.study.trainings import Training
 from tombola.workbench import tables
@@ -202,9 +203,18 @@ def open_workers(planner: Planner, workers: int | None, data: Path | None) -> Wo
 
 
 def list_here(planner: Planner) -> list[str]:
-    """Return the data set, model and loss of a study that only this process has; it computes importances anyway."""
+    """Return what workers need and only this process has: data set, model, loss, scores of the whole network.
+
+    All other importances are computed in this process anyway.
+    """
     task: Task = planner.study.task
-    return [name for name in (task.dataset, task.model, task.loss) if is_here(name)]
+    of_network = [
+        part
+        for name in planner.study.importances
+        if isinstance(resolve_importance(name).score, NetworkScore)
+        for part in name.split("/")
+    ]
+    return [name for name in (task.dataset, task.model, task.loss, *of_network) if is_here(name)]
 
 
 def count_workers(workers: int | None, device: str) -> int:
