@@ -410,3 +410,22 @@ def test_tickets_say_where_they_are_from(tmp_path: Path) -> None:
     assert ticket.provenance["data"] == {"name": "tiny", "fingerprint": data.fingerprint}
     ticket.save(tmp_path / "t")
     assert tombola.Ticket.load(tmp_path / "t").provenance == ticket.provenance
+
+
+# What a check before a run finds.
+
+
+def test_a_model_that_gives_more_tensors_the_second_time(tmp_path: Path) -> None:
+    built = []
+
+    def growing() -> nn.Module:
+        built.append(None)
+        model = tiny_task.model()
+        if len(built) % 2:
+            return model
+        model.register_buffer("late", torch.zeros(1))
+        return model
+
+    of = study(task=Task(dataset=tiny_task.dataset(), model=growing))  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=r"it gives different .* in two calls with the same seed; draw random numbers"):
+        tombola.run(of, store=tmp_path / "s", progress=False)

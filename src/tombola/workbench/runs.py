@@ -74,7 +74,7 @@ def run(
         workers: the number of trainings at the same time; by default one for each core, and one on a GPU.
         progress: whether to show the progress: live on a terminal and in a notebook, otherwise a line per training.
         on_ticket: a function that is called with the chain and the ticket as soon as a ticket is found, for example to
-            log it elsewhere; tickets that were stored before are not told. An exception that it raises ends the run.
+            log it elsewhere; it is not called for tickets that were stored before. An exception that it raises ends the run.
 
     Returns:
         The columns of `results`.
