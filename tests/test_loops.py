@@ -23,7 +23,7 @@ from torch.optim import Optimizer
 
 from processes import fork, status_of
 from tombola import Mask, Ticket, UserError, Weights, prune
-from tombola.importance import l1, magnitude
+from tombola.importance import find, l1, magnitude
 from tombola.loops import Hold, hold, lightning_callback, release, rewind, snapshot, transformers_callback
 from tombola.loops import prune as prune_model
 from tombola.loops.callbacks import LightningHooks, TransformersHooks
@@ -374,6 +374,56 @@ def test_pruning_a_model_is_pruning_its_weights(importance: Any) -> None:
     found = prune_model(nn.DataParallel(model), dense, importance, 0.3, keep_dense=["3"], seed=4)
     assert found == prune(model.state_dict(), dense, importance, 0.3, keep_dense=["3"], seed=4)
     assert found["3.weight"].all()
+
+
+def test_pruning_a_model_by_how_far_its_weights_moved() -> None:
+    model = network()
+    start, dense = snapshot(nn.DataParallel(model)), Mask.ones_like(model)
+    before = copy.deepcopy(model.state_dict())
+    train_plainly(model, adamw(model))
+    for options in ({"exclude": ["3"]}, {"selection": "uniform"}, {"selection": "shares", "shares": {"3.weight": 1.0}}):
+        found = prune_model(model, dense, find("movement"), 0.3, rewound=start, **options)  # type: ignore[arg-type]
+        assert found == prune(model.state_dict(), dense, find("movement"), 0.3, rewound=before, **options)  # type: ignore[arg-type]
+        assert found != prune(model.state_dict(), dense, magnitude, 0.3, **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kinds", [(), ("parallel",), ("compile",), ("parallel", "compile")])
+def test_pruning_a_model_by_a_score_of_the_whole_network(kinds: tuple[str, ...]) -> None:
+    model = network()
+    wrapped = wrap(model, *kinds)
+    mask = half(wrapped, 0.8)
+    twin = copy.deepcopy(model)
+    rewind(twin, snapshot(twin), mask)  # pruned weights are 0.0
+    model[0].weight.requires_grad_(False)
+    batches = [(INPUTS[batch::3], LABELS[batch::3]) for batch in range(3)]
+    before = snapshot(model)
+    found = prune_model(wrapped, mask, find("taylor"), 0.3, loss=cross_entropy, batches=iter(batches), seed=4)
+    assert all(torch.equal(before.state[name], tensor) for name, tensor in model.state_dict().items())
+    assert model.training
+    for inputs, labels in batches:
+        (cross_entropy(twin(inputs), labels) / 3).backward()
+    scores = {
+        name: (weight * weight.grad).abs()
+        for name, weight in find_weights(twin, mask).items()
+        if weight.grad is not None
+    }
+    assert found == prune(find_weights(twin, mask), mask, find("taylor"), 0.3, score_network=lambda *_: scores)
+    assert found.counts != mask.counts
+
+
+def test_mistakes_of_pruning() -> None:
+    model = network()
+    dense, batches = Mask.ones_like(model), [(INPUTS, LABELS)]
+    refuse("importance 'taylor' scores the whole network: give the loss and some batches of examples",
+           lambda: prune_model(model, dense, find("taylor"), 0.3, batches=batches))  # fmt: skip
+    refuse("importance 'taylor' scores the whole network: give the loss and some batches of examples",
+           lambda: prune_model(model, dense, find("taylor"), 0.3, loss=cross_entropy))  # fmt: skip
+    refuse("importance 'movement', layer '0.weight': it needs the weights at the rewind point, which are not given",
+           lambda: prune_model(model, dense, find("movement"), 0.3))  # fmt: skip
+    refuse("rewound: expected what tombola.loops.snapshot returned, got OrderedDict",
+           lambda: prune_model(model, dense, find("movement"), 0.3, rewound=model.state_dict()))  # type: ignore[arg-type] # fmt: skip
+    refuse("no weights for layer '0.weight' of the mask",
+           lambda: prune_model(model, dense, find("movement"), 0.3, rewound=snapshot(nn.Linear(2, 1))))  # fmt: skip
 
 
 # Wrappers.

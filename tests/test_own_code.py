@@ -181,16 +181,17 @@ def refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
 
 
 def test_what_is_drawn_without_a_seed_is_refused(refused: Callable[..., str]) -> None:
-    assert "task.dataset 'nasty_task:data_without_seed': it gives other data each time that it is called" in refused(
+    assert "task.dataset 'nasty_task:data_without_seed': it gives different data in two calls; draw" in refused(
         dataset='"nasty_task:data_without_seed"'
     )
-    assert "task.model 'nasty_task:model_without_seed': it gives other initial values of '" in refused(
+    assert "task.model 'nasty_task:model_without_seed': it gives different initial values of '" in refused(
         model='"nasty_task:model_without_seed"'
     )
-    assert "task.loss 'nasty_task:loss_without_seed': it gives other values each time" in refused(
-        loss='"nasty_task:loss_without_seed"'
+    assert (
+        "task.loss 'nasty_task:loss_without_seed': it gives different values in two calls with the same seed; draw"
+        in refused(loss='"nasty_task:loss_without_seed"')
     )
-    assert "importance 'nasty_task:importance_without_seed': it gives other scores each time" in refused(
+    assert "importance 'nasty_task:importance_without_seed': it gives different scores in two calls; draw" in refused(
         "nasty_task:importance_without_seed"
     )
 

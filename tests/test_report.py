@@ -18,6 +18,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+import altair as alt
 import numpy as np
 import polars as pl
 import pytest
@@ -743,3 +744,10 @@ def difference(one: str, other: str, kind: str) -> float:
         return np.array([116 * f[1] - 16, 500 * (f[0] - f[1]), 200 * (f[1] - f[2])])
 
     return float(np.linalg.norm(lab(one) - lab(other)))
+
+
+def test_a_chart_of_a_notebook_shows_characters_that_cannot_be_drawn() -> None:
+    chart = alt.Chart(alt.Data(values=[{"layer": "fc\x001"}])).mark_point().encode(x="layer:N")
+    shown = str(look.inline(chart, "a\u202eb").to_dict())
+    assert r"fc\\x001" in shown
+    assert r"a\\u202eb" in shown

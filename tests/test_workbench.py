@@ -6,10 +6,11 @@ import functools
 import gc
 import itertools
 import os
+import signal
 import subprocess
 import sys
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from enum import Enum
 from pathlib import Path
@@ -30,14 +31,15 @@ from tombola import Dataset, Recipe, Study, Task, Ticket, UserError, find_ticket
 from tombola.engine.here import WorkersHere
 from tombola.engine.job import Job
 from tombola.engine.run import run as run_trainings
-from tombola.engine.workers import Event, Failed
-from tombola.importance import Importance, NetworkScore, Survivors, l1, magnitude, normalisation
+from tombola.engine.workers import Event, Failed, Workers
+from tombola.importance import Importance, Network, NetworkScore, Survivors, l1, magnitude, normalisation
 from tombola.importance.network_scores import taylor
 from tombola.store.store import Store
 from tombola.study.functions import is_here, refer, resolve, source_hash
 from tombola.study.planner import Chain, Planner
 from tombola.study.schema import override
 from tombola.study.task import load_importance, load_problem
+from tombola.workbench import runs
 from tombola.workbench.example import finished
 
 WIDTH = 8
@@ -252,6 +254,17 @@ def test_a_study_with_functions_of_this_process(tmp_path: Path, capsys: pytest.C
         tombola.run(of, store=tmp_path / "s", workers=2)
 
 
+def test_a_score_of_the_whole_network_of_this_process(tmp_path: Path) -> None:
+    def squared(network: Network) -> Mapping[str, torch.Tensor]:
+        return {layer: scores**2 for layer, scores in taylor(network).items()}
+
+    task = Task(dataset="tiny_task:dataset", model="tiny_task:model")
+    of = study(task=task, importances=[NetworkScore(squared), "l1"])
+    assert tombola.run(of, store=tmp_path / "s", progress=False)["level"].to_list() == [0, 1, 0, 1]
+    with pytest.raises(UserError, match=r"workers: 2 processes cannot import .*-\w+, which only this process has"):
+        tombola.run(of, store=tmp_path / "s", workers=2)
+
+
 def test_each_ticket_is_told_once(tmp_path: Path) -> None:
     told = []
 
@@ -274,14 +287,23 @@ def test_each_ticket_is_told_once(tmp_path: Path) -> None:
         tombola.read_ticket(of, {"levels": 3}, importance="l1", seed=0, level=3, store=tmp_path / "s")
 
 
-def test_a_failure_in_this_process(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("fail", "reason"),
+    [
+        (lambda: 1 / 0, "ZeroDivisionError"),
+        (lambda: sys.exit("no more"), "SystemExit: no more"),
+        (lambda: signal.default_int_handler(2, None), "KeyboardInterrupt"),
+        (lambda: os._exit(0), r"SystemExit: os._exit\(0\)"),
+    ],
+)
+def test_a_failure_in_this_process(tmp_path: Path, fail: Callable[[], object], reason: str) -> None:
     def loss(outputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         if len(outputs) > 2:  # the trial has two examples
-            raise RuntimeError("no more")
+            fail()
         return functional.cross_entropy(outputs, labels)
 
     task = Task(dataset=tiny_task.dataset(), model=lambda: tiny_task.model(), loss=loss)  # type: ignore[arg-type]
-    with pytest.raises(UserError, match=r"training of magnitude, seed 0, level 0 failed: RuntimeError: no more"):
+    with pytest.raises(UserError, match=f"training of magnitude, seed 0, level 0 failed: {reason}"):
         tombola.run(study(task=task), store=tmp_path / "s", progress=False)
 
 
@@ -390,6 +412,7 @@ def test_a_ticket_is_read_and_an_importance_may_be_named_or_given() -> None:
         ({"seed": 7}, "^seed: the study has no seed 7, it has 0$"),
         ({"level": 2}, "^level: the study has no level 2, it has levels 0 to 1$"),
         ({"level": -1}, "^level: the study has no level -1"),
+        ({"level": 1.0}, "^level: expected a whole number, got 1.0$"),
         ({"overrides": {"levels": 2}, "level": 2}, "^level 2 of l1, seed 0 is not in .*, levels 0 to 1 are$"),
     ],
 )
@@ -398,11 +421,36 @@ def test_tickets_that_are_not_there(asked: dict[str, Any], text: str) -> None:
         tombola.read_ticket(**{"importance": "l1", "seed": 0, "level": 1} | finished() | asked)
 
 
+def test_reinit_starts_its_workers_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = []
+    before = runs.open_workers
+
+    def count(planner: Planner, *others: Any) -> Workers:
+        opened.append(planner)
+        return before(planner, *others)
+
+    of, more = finished(), {"seeds": [0, 1]}
+    tombola.run(**of, overrides=more, progress=False)
+    monkeypatch.setattr(runs, "open_workers", count)
+    assert tombola.reinit(**of, overrides=more, level=1, draws=1, progress=False)["seed"].unique().to_list() == [0, 1]
+    assert len(opened) == 1
+    with pytest.raises(UserError, match="workers: 4 processes cannot import"):
+        tombola.reinit(**of, level=1, workers=4)
+
+
 def test_mistakes_of_tables_and_charts(tmp_path: Path) -> None:
     of = finished()
     for call, text in [
         (lambda: tombola.overlap("digit"), "study 'digit' is neither a preset nor a .toml file; did you mean 'digits'"),
         (lambda: tombola.overlap(3), "study: expected a tombola.Study, the name of a preset"),
+        (lambda: tombola.overlap(**of, levels=1), "levels: expected several, such as [1], got 1"),
+        (lambda: tombola.overlap(**of, levels=[1.0]), "level: expected a whole number, got 1.0"),
+        (lambda: tombola.charts(**of, level=1.0), "level: expected a whole number, got 1.0"),
+        (lambda: tombola.reinit(**of, level=1.0), "level: expected a whole number, got 1.0"),
+        (lambda: tombola.reinit(**of, level=1, draws=1.5), "draws: expected a whole number from 1 on, got 1.5"),
+        (lambda: tombola.reinit(**of, level=1, workers=-1), "workers: expected a whole number from 1 on, got -1"),
+        (lambda: tombola.run("digits", store=tmp_path, workers=0), "workers: expected a whole number from 1 on, got 0"),
+        (lambda: tombola.run("digits", store=tmp_path, workers=-1), "workers: expected a whole number from 1 on, got"),
         (lambda: tombola.results("digits", store=tmp_path), "no result of this study is in"),
         (lambda: tombola.charts("digits", store=tmp_path), "no result of this study is in"),
         (lambda: tombola.charts(**of, costly=["function"]), "costly: unknown analysis 'function'; did you mean"),
@@ -455,3 +503,22 @@ def test_tickets_say_where_they_are_from(tmp_path: Path) -> None:
     assert ticket.provenance["data"] == {"name": "tiny", "fingerprint": data.fingerprint}
     ticket.save(tmp_path / "t")
     assert tombola.Ticket.load(tmp_path / "t").provenance == ticket.provenance
+
+
+# What a check before a run finds.
+
+
+def test_a_model_that_gives_more_tensors_the_second_time(tmp_path: Path) -> None:
+    built = []
+
+    def growing() -> nn.Module:
+        built.append(None)
+        model = tiny_task.model()
+        if len(built) % 2:
+            return model
+        model.register_buffer("late", torch.zeros(1))
+        return model
+
+    of = study(task=Task(dataset=tiny_task.dataset(), model=growing))  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=r"it gives different .* in two calls with the same seed; draw random numbers"):
+        tombola.run(of, store=tmp_path / "s", progress=False)

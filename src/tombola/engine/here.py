@@ -76,7 +76,7 @@ class WorkersHere:
             self._events.put(perform_round(job, self._problem) if isinstance(job, RoundJob) else self._train(job))
         except _Stopped:
             pass
-        except Exception as error:
+        except BaseException as error:  # a user's code may raise anything
             self._events.put(Failed.by(job.key, error))
         finally:
             torch.set_num_threads(threads)

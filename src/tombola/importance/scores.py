@@ -17,8 +17,12 @@ from torch import Tensor
 from tombola.errors import ImportanceError
 
 
-def _not_given() -> Tensor:
-    raise ImportanceError("it needs more than the absolute weights, which are all that is known here")
+def _no_signs() -> Tensor:
+    raise ImportanceError("it needs the weights with their signs, and only their absolute values are known here")
+
+
+def _no_rewind_point() -> Tensor:
+    raise ImportanceError("it needs the weights at the rewind point, which are not given")
 
 
 @dataclass(frozen=True)
@@ -35,8 +39,8 @@ class Survivors:
 
     magnitudes: Tensor
     generator: torch.Generator
-    weights: Callable[[], Tensor] = _not_given
-    rewound: Callable[[], Tensor] = _not_given
+    weights: Callable[[], Tensor] = _no_signs
+    rewound: Callable[[], Tensor] = _no_rewind_point
 
 
 Score: TypeAlias = Callable[[Survivors], Tensor]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,13 +12,15 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from tombola.errors import UserError
-from tombola.importance import Importance, Normalisation
+from tombola.importance import Importance, NetworkScore, Normalisation, as_importance
 from tombola.loops.hold import held_mask, list_masked, unwrap_optimizer, zero_masked
-from tombola.loops.shards import check_equal_masks, gather
+from tombola.loops.shards import check_equal_masks, gather, is_sharded
 from tombola.pruning import prune as pruning
-from tombola.pruning.fit import find_weights, fit_state
+from tombola.pruning.fit import find_weights, fit_state, match_names, unwrap
 from tombola.pruning.mask import Mask
-from tombola.training.weights import load_state
+from tombola.training.evaluation import Loss
+from tombola.training.scoring import score_batches
+from tombola.training.weights import load_state, zero_pruned
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,13 @@ def prune(
     importance: Importance | Normalisation,
     fraction: float,
     *,
+    exclude: Collection[str] = (),
     keep_dense: Collection[str] = (),
+    selection: str = "global",
+    shares: Mapping[str, float] | None = None,
+    rewound: Snapshot | None = None,
+    loss: Loss | None = None,
+    batches: Iterable[tuple[Tensor, Tensor]] = (),
     seed: int = 0,
 ) -> Mask:
     """Return the mask after one round of pruning by the weights that a model has now; see `tombola.prune`.
@@ -113,21 +121,80 @@ def prune(
         mask: the connections that are alive.
         importance: a score with its normalisation, see `tombola.importance`.
         fraction: the fraction of the alive connections to remove, in (0, 1).
+        exclude: the layers that this round neither prunes nor counts.
         keep_dense: the layers that are counted but not pruned.
+        selection: how many connections each layer loses: `global`, `uniform`, `erk` or `shares`.
+        shares: the shares of layers for the selection `shares`, by the mask's names.
+        rewound: the rewind point, as `snapshot` returned it; a score such as `movement` needs it.
+        loss: a function of outputs and labels that returns the mean over the batch; a score of the whole network, such
+            as `taylor`, needs it.
+        batches: pairs (inputs, labels) on the model's device, on which a score of the whole network is computed. Batch
+            norm uses the statistics of each batch, and dropout is off. Every process takes the same batches.
         seed: the seed of the random numbers that the importance may draw; take another one in each round.
 
     Raises:
-        UserError: if the mask does not fit the model, and as `tombola.prune`.
+        UserError: if the mask or the rewind point does not fit the model, if a score of the whole network lacks loss or
+            batches or the weights are sharded, and as `tombola.prune`.
 
     >>> from tombola.importance import magnitude
     >>> model = nn.Linear(5, 2)
     >>> prune(model, Mask.ones_like(model), magnitude, 0.3).counts
     {'weight': 7}
     """
-    weights = {name: gather(weight) for name, weight in find_weights(model, mask).items()}
-    found = pruning.prune(weights, mask, importance, fraction, keep_dense=keep_dense, seed=seed)
+    importance = as_importance(importance)
+    found = pruning.prune(
+        {name: gather(weight) for name, weight in find_weights(model, mask).items()},
+        mask,
+        importance,
+        fraction,
+        exclude=exclude,
+        keep_dense=keep_dense,
+        selection=selection,
+        shares=shares,
+        rewound=None if rewound is None else _find_rewound(mask, rewound),
+        score_network=_prepare_scoring(model, importance, loss, list(batches), seed),
+        seed=seed,
+    )
     check_equal_masks(model, found)
     return found
+
+
+def _find_rewound(mask: Mask, rewound: Snapshot) -> dict[str, Tensor]:
+    """Return the weights of a snapshot by the mask's names; `tombola.prune` says which layers are missing."""
+    if not isinstance(rewound, Snapshot):
+        raise UserError(f"rewound: expected what tombola.loops.snapshot returned, got {type(rewound).__name__}")
+    return {name: gather(rewound.state[known]) for name, known in match_names(mask, rewound.state).items()}
+
+
+def _prepare_scoring(
+    model: nn.Module,
+    importance: Importance,
+    loss: Loss | None,
+    batches: Sequence[tuple[Tensor, Tensor]],
+    seed: int,
+) -> pruning.ScoreNetwork | None:
+    """Return a function that computes scores of the whole network on a copy of a model; None if none is needed."""
+    if not isinstance(importance.score, NetworkScore):
+        return None
+    what = f"importance {importance.name!r} scores the whole network"
+    if loss is None or not batches:
+        raise UserError(f"{what}: give the loss and some batches of examples, loss=... and batches=[(inputs, labels)]")
+    if any(map(is_sharded, model.parameters())):
+        raise UserError(f"{what}, which needs all weights in one process, and the weights of this model are sharded")
+
+    def score_network(score: NetworkScore, mask: Mask) -> Mapping[str, Tensor]:
+        network = copy.deepcopy(unwrap(model))
+        for weight in find_weights(network, mask).values():
+            weight.requires_grad_()  # frozen layers are rated too
+        zero_pruned(network, mask)
+        names = match_names(mask, dict(network.named_parameters()))
+        own = Mask.from_tensors({known: mask[name] for name, known in names.items()})
+        found = score_batches(score, own, network=network, batches=batches, loss=loss, seed=seed)
+        if not isinstance(found, Mapping):
+            return found  # `tombola.prune` says what is wrong
+        return {name: found[known] for name, known in names.items() if known in found}
+
+    return score_network
 
 
 def _load_optimizer(optimizer: Optimizer, state: Mapping[str, Any]) -> None:

@@ -33,6 +33,20 @@ def match_names(names: Collection[str], known: Collection[str]) -> dict[str, str
     return {name: candidates[0] for name, candidates in found.items() if len(candidates) == 1}
 
 
+def unwrap(model: nn.Module) -> nn.Module:
+    """Return the module within wrappers of the whole model: those of `torch.compile` and of several processes or GPUs.
+
+    >>> layer = nn.Linear(2, 1)
+    >>> unwrap(nn.DataParallel(layer)) is layer, unwrap(layer) is layer
+    (True, True)
+    """
+    while isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel) or hasattr(model, "_orig_mod"):
+        inner = model._orig_mod if hasattr(model, "_orig_mod") else model.module
+        assert isinstance(inner, nn.Module)
+        model = inner
+    return model
+
+
 def find_weights(model: nn.Module, mask: Mask) -> dict[str, nn.Parameter]:
     """Return the parameter of a model that each layer of a mask is about, by the mask's names.
 

@@ -33,7 +33,7 @@ from tombola.engine.run import count_remaining
 from tombola.errors import UserError
 from tombola.study.planner import Planner, select_chains
 from tombola.study.schema import Study
-from tombola.study.tickets import Tickets
+from tombola.study.tickets import Tickets, check_level
 
 COSTLY = ("functions", "connectivity")
 """Analyses that evaluate the networks and store nothing; a report computes them only on request."""
@@ -244,6 +244,7 @@ def _choose_level(tickets: Tickets, level: int | None, best: pl.DataFrame | None
             raise UserError(
                 f"level {level}: expected a level from 1 on that all importances and seeds have, they have {there}"
             )
+        check_level(study, level)
         return level
     if last < 1:
         return None

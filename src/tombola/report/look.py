@@ -111,7 +111,8 @@ def inline(chart: Chart, title: str) -> Chart:
     names = {"ink": INK["light"], "quiet": QUIET["light"], "grid": GRID["light"], "alarm": ALARM["light"]}
     config = _config(names, list(LIGHT), "system-ui, sans-serif", _SIZE, 3) | {"background": "white"}
     del config["legend"]["layout"]  # Altair's schema does not have it
-    styled: Chart = chart.properties(title=title).configure(**config)
+    drawable = type(chart).from_dict(_with_visible_texts(chart.to_dict(validate=False)), validate=False)
+    styled: Chart = drawable.properties(title=visible(title)).configure(**config)
     return styled
 
 

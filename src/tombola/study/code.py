@@ -155,15 +155,16 @@ def list_codes(compiled: CodeType) -> Iterator[CodeType]:
 
 
 def _is_same(one: CodeType, other: CodeType) -> bool:
-    """Return whether two codes do the same; `==` is not enough, since a constant may be NaN."""
-    constants = zip(one.co_consts, other.co_consts, strict=False)
-    return (
-        (one.co_code, one.co_names, len(one.co_consts)) == (other.co_code, other.co_names, len(other.co_consts))
-        and all(
-            _is_same(a, b) if isinstance(a, CodeType) and isinstance(b, CodeType) else a == b or repr(a) == repr(b)
-            for a, b in constants
-        )
-    )  # fmt: skip
+    """Return whether two codes do the same; `==` is not enough, since a constant may be NaN, and 1 equals True."""
+    if (one.co_code, one.co_names, len(one.co_consts)) != (other.co_code, other.co_names, len(other.co_consts)):
+        return False
+    return all(_is_same_constant(*pair) for pair in zip(one.co_consts, other.co_consts, strict=True))
+
+
+def _is_same_constant(one: object, other: object) -> bool:
+    if isinstance(one, CodeType) and isinstance(other, CodeType):
+        return _is_same(one, other)
+    return one == other if isinstance(one, frozenset) else repr(one) == repr(other)
 
 
 def own_modules(root: str) -> dict[str, Path]:

@@ -15,7 +15,7 @@ from tombola.pruning.mask import Mask
 from tombola.store.store import Store
 from tombola.streams import derive
 from tombola.study.planner import Chain, Planner, select_chains
-from tombola.study.tickets import Tickets
+from tombola.study.tickets import Tickets, check_level
 from tombola.training.train import initial_state
 from tombola.training.weights import State, Weights
 
@@ -60,12 +60,13 @@ def plan(
     seeds = tickets.study.seeds if seeds is None else seeds
     chains = [chain for chain in select_chains(tickets.study, importances, at_least=2) if chain.seed in seeds]
     names = tuple(dict.fromkeys(chain.importance for chain in chains))
+    check_level(tickets.study, level)
     if level < 1:
         raise UserError(
             "partial reinitialisation: expected a level from 1 on; tickets of level 0 share all connections"
         )
-    if draws < 1:
-        raise UserError(f"draws: expected 1 or more, got {draws}")
+    if not isinstance(draws, int) or draws < 1:
+        raise UserError(f"draws: expected a whole number from 1 on, got {draws!r}")
     tickets.require([level], chains)
     found = []
     for seed in dict.fromkeys(chain.seed for chain in chains):

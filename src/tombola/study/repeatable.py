@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
+from itertools import zip_longest
 
 import torch
-from torch import Tensor
 
 from tombola.errors import UserError
 from tombola.importance import NetworkScore, is_built_in
@@ -39,11 +39,13 @@ def check_repeatable(planner: Planner, device: str | None = None) -> None:
     """
     problem, task = planner.problem, planner.study.task
     if ":" in task.dataset and load_data(task).fingerprint != problem.data.fingerprint:
-        raise UserError(f"task.dataset {task.dataset!r}: {_ELSE.format('data')}, with a fixed seed")
+        raise UserError(
+            f"task.dataset {task.dataset!r}: {_ELSE.format('data')} in two calls; draw random numbers with a fixed seed"
+        )
     if ":" in task.model or ":" in task.loss:
-        for (what, one), (_, other) in zip(_compute(problem, task), _compute(problem, task), strict=False):
-            if state_hash({"": one}) != state_hash({"": other}):
-                raise UserError(f"{what}, for equal seeds of torch's global generator")
+        for one, other in zip_longest(_compute(problem, task), _compute(problem, task)):
+            if one != other:
+                raise UserError((one or other)[0])
     study = planner.study
     few = study.model_copy(
         update={"score_examples": min(TRIED, study.score_examples), "device": device or study.device}
@@ -54,23 +56,27 @@ def check_repeatable(planner: Planner, device: str | None = None) -> None:
             again = partial(compute_mask, planner.first_round(name), problem, few, planner.rule, importance)
             mask = again()
             if own and again() != mask:
-                raise UserError(f"importance {name!r}: {_ELSE.format('scores')}, from the generator that it is given")
+                raise UserError(
+                    f"importance {name!r}: {_ELSE.format('scores')} in two calls; draw random numbers from the "
+                    "generator that it is given"
+                )
 
 
-_ELSE = "it gives other {} each time that it is called; draw random numbers"
+_ELSE = "it gives different {}"
+_DRAW = "in two calls with the same seed; draw random numbers only from torch's global generator"
 
 
-def _compute(problem: Problem, task: Task) -> Iterator[tuple[str, Tensor]]:
-    """Yield what model and loss give, each with the beginning of a message about it."""
-    model_gives = f"task.model {task.model!r}: {_ELSE}"
+def _compute(problem: Problem, task: Task) -> Iterator[tuple[str, str]]:
+    """Yield the hash of each tensor that model and loss give, after the message for the case that it differs."""
+    model_gives = f"task.model {task.model!r}: {_ELSE} {_DRAW}"
     few, labels = normalisation(problem.data)(problem.data.test_inputs[:2].clone()), problem.data.test_labels[:2]
     with ambient(0):
         model = problem.build()
         for name, tensor in model.state_dict().items():
-            yield model_gives.format(f"initial values of {name!r}"), tensor
+            yield model_gives.format(f"initial values of {name!r}"), state_hash({"": tensor})
         with torch.no_grad():
             outputs = model.eval()(few)
-        yield model_gives.format("outputs"), outputs
+        yield model_gives.format("outputs"), state_hash({"": outputs})
         with torch.no_grad():
             loss = problem.loss(outputs, labels.clone())
-        yield f"task.loss {task.loss!r}: {_ELSE.format('values')}", loss
+        yield f"task.loss {task.loss!r}: {_ELSE.format('values')} {_DRAW}", state_hash({"": loss})

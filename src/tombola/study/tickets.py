@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 from dataclasses import replace
+from numbers import Integral
 from typing import Any
 
 from tombola.errors import NothingStoredError, UserError
@@ -11,6 +12,18 @@ from tombola.lottery.ticket import Ticket
 from tombola.study.planner import Chain, Planner, Progress
 from tombola.study.schema import Study
 from tombola.training.history import Trained
+
+
+def check_level(study: Study, level: int) -> None:
+    """Check that a study has a level.
+
+    Raises:
+        UserError: if the level is no whole number, or if it is not one of the study's levels.
+    """
+    if not isinstance(level, Integral):
+        raise UserError(f"level: expected a whole number, got {level!r}")
+    if not 0 <= level <= study.levels:
+        raise UserError(f"level: the study has no level {level}, it has levels 0 to {study.levels}")
 
 
 class Tickets:
@@ -70,15 +83,17 @@ class Tickets:
         return {chain: replace(one, mask=one.mask.load()) for chain, tickets in found.items() for one in tickets}
 
     def require(self, levels: Collection[int], chains: Collection[Chain]) -> None:
-        """Raise `UserError` if a level does not belong to the study or a chain does not have it.
+        """Check that all levels belong to the study and that all chains have them.
 
         Raises:
+            UserError: if a level does not belong to the study, or if a chain ends before it.
             NothingStoredError: if a chain does not have a level yet.
             DamagedResultError: if a stored result is damaged.
         """
+        if not isinstance(levels, Collection):
+            raise UserError(f"levels: expected several, such as [{levels!r}], got {levels!r}")
         for level in levels:
-            if not 0 <= level <= self.study.levels:
-                raise UserError(f"the study has no level {level}, it has levels 0 to {self.study.levels}")
+            check_level(self.study, level)
         for chain in chains:
             end = self.progress(chain)
             if end.waits_for is None and len(end.tickets) <= max(levels, default=-1):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -71,9 +71,6 @@ def score_network(
     """
     data = move_data(data, device)
     network = load_model(model, state, mask, device)
-    _use_batch_statistics(network)
-    for layer in mask:
-        network.get_parameter(layer).requires_grad_()  # a user may have frozen it
     count = min(examples, len(data.train_inputs))
     chosen = torch.randperm(len(data.train_inputs), generator=generator(seed, "scored examples"))[:count].to(device)
     normalise = normalisation(data)
@@ -81,10 +78,39 @@ def score_network(
         (normalise(data.train_inputs.index_select(0, part)), data.train_labels.index_select(0, part))
         for part in chosen.tensor_split(math.ceil(count / batch_size))
     ]
+    return score_batches(score, mask, network=network, batches=batches, loss=loss, seed=seed)
+
+
+def score_batches(
+    score: NetworkScore,
+    mask: Mask,
+    *,
+    network: nn.Module,
+    batches: Sequence[tuple[Tensor, Tensor]],
+    loss: Loss,
+    seed: int,
+) -> Mapping[str, Tensor]:
+    """Return the scores of all connections of a network on these batches, see `score_network`.
+
+    Args:
+        score: the score.
+        mask: the connections that are alive, by the parameter names of `network`.
+        network: the network with the weights to score, those of pruned connections 0; its mode and gradients change.
+        batches: pairs (inputs, labels), on the device of the network.
+        loss: a function of outputs and labels that returns the mean over the batch.
+        seed: the seed of the random numbers that the score draws.
+
+    Raises:
+        ImportanceError: if the score changes the network, or if the loss is not finite.
+    """
+    _use_batch_statistics(network)
+    for layer in mask:
+        network.get_parameter(layer).requires_grad_()  # a user may have frozen it
+    device = next(network.parameters()).device
     alive = {layer: mask[layer].to(device) for layer in mask}
     built_in = score in NETWORK_SCORES.values()
     before = None if built_in else state_hash(network.state_dict())
-    with ambient(seed), torch.enable_grad(), flush_denormals(), deterministic_algorithms(device):
+    with ambient(seed), torch.enable_grad(), flush_denormals(), deterministic_algorithms(device.type):
         found = score(Network(network, alive, batches, loss, generator(seed, "score")))
     if before is not None and state_hash(network.state_dict()) != before:
         raise ImportanceError("it changed the network; a score has to leave weights and buffers as they are")

@@ -16,6 +16,8 @@ from tombola.engine.run import Status
 from tombola.engine.run import run as run_trainings
 from tombola.engine.workers import Workers
 from tombola.errors import UserError
+from tombola.exits import watch_exits
+from tombola.importance import NetworkScore
 from tombola.lottery.ticket import Ticket
 from tombola.store.store import Store
 from tombola.study.functions import is_here
@@ -23,7 +25,7 @@ from tombola.study.planner import Chain, Planner
 from tombola.study.reinitialisation import plan
 from tombola.study.repeatable import check_repeatable
 from tombola.study.schema import Task
-from tombola.study.task import try_out
+from tombola.study.task import resolve_importance, try_out
 from tombola.study.tickets import Tickets
 from tombola.study.trainings import Training
 from tombola.workbench import tables
@@ -72,7 +74,8 @@ def run(
         workers: the number of trainings at the same time; by default one for each core, and one on a GPU.
         progress: whether to show the progress: live on a terminal and in a notebook, otherwise a line per training.
         on_ticket: a function that is called with the chain and the ticket as soon as a ticket is found, for example to
-            log it elsewhere; tickets that were stored before are not told. An exception that it raises ends the run.
+            log it elsewhere; it is not called for tickets that were stored before. An exception that it raises ends
+            the run.
 
     Returns:
         The columns of `results`.
@@ -91,17 +94,11 @@ def run(
     >>> found["level"].to_list()
     [0, 1]
     """
-    with one_thread():
+    with one_thread(), watch_exits():
         planner = open_planner(study, overrides, store=store, data=data)
         try_out(planner.problem, planner.study)
         check_repeatable(planner)
         prepare_store(planner, Path(store))
-        here = list_here(planner)
-        if here and workers not in (None, 1):
-            raise UserError(
-                f"workers: {workers} processes cannot import {', '.join(here)}, which only this process has; put it "
-                "into a module, or leave out workers for one training at a time"
-            )
         if planner.study.device == "cpu" and not kernels.available():
             warnings.warn(kernels.MISSING, kernels.NoKernelsWarning, stacklevel=2)
         folder = None if data is None else Path(data)
@@ -151,16 +148,14 @@ def reinit(
     """
     from tombola.analysis import reinit as analysis
 
-    with one_thread():
+    with one_thread(), watch_exits():
         tickets = open_tickets(study, overrides, store=store, data=data, importances=importances)
         plans = plan(tickets, level, draws, name_importances(importances))
         speed = recorded_speed(tickets)
-        for each in plans:
-            with (
-                open_workers(each.planner, workers, None if data is None else Path(data)) as opened,
-                show_progress(each.planner, opened.count) if progress else show_nothing() as show,
-            ):
-                run_trainings(each.planner, opened, show, speed=speed)
+        with open_workers(tickets.planner, workers, None if data is None else Path(data)) as opened:
+            for each in plans:
+                with show_progress(each.planner, opened.count) if progress else show_nothing() as show:
+                    run_trainings(each.planner, opened, show, speed=speed)
         return analysis.of_plans(plans)
 
 
@@ -192,17 +187,35 @@ def prepare_store(planner: Planner, root: Path) -> None:
 
 
 def open_workers(planner: Planner, workers: int | None, data: Path | None) -> Workers:
-    """Return processes for the trainings of a planner, or this process if others cannot import its functions."""
-    if list_here(planner):
-        return WorkersHere(planner.problem, planner.store)
+    """Return processes for the trainings of a planner, or this process if others cannot import its functions.
+
+    Raises:
+        UserError: if the number of processes is invalid, or if others cannot do what several of them are to do.
+    """
     count = count_workers(workers, planner.study.device)
+    if here := list_here(planner):
+        if workers not in (None, 1):
+            raise UserError(
+                f"workers: {workers} processes cannot import {', '.join(here)}, which only this process has; put it "
+                "into a module, or leave out workers for one training at a time"
+            )
+        return WorkersHere(planner.problem, planner.store)
     return LocalWorkers(count, planner.study.task, data, planner.store.root)
 
 
 def list_here(planner: Planner) -> list[str]:
-    """Return the data set, model and loss of a study that only this process has; it computes importances anyway."""
+    """Return what workers need and only this process has: data set, model, loss, scores of the whole network.
+
+    All other importances are computed in this process anyway.
+    """
     task: Task = planner.study.task
-    return [name for name in (task.dataset, task.model, task.loss) if is_here(name)]
+    of_network = [
+        part
+        for name in planner.study.importances
+        if isinstance(resolve_importance(name).score, NetworkScore)
+        for part in name.split("/")
+    ]
+    return [name for name in (task.dataset, task.model, task.loss, *of_network) if is_here(name)]
 
 
 def count_workers(workers: int | None, device: str) -> int:
@@ -213,7 +226,12 @@ def count_workers(workers: int | None, device: str) -> int:
     Args:
         workers: the number; None for the default.
         device: the device of the study.
+
+    Raises:
+        UserError: if the number is not a whole number from 1 on.
     """
+    if workers is not None and (not isinstance(workers, int) or workers < 1):
+        raise UserError(f"workers: expected a whole number from 1 on, got {workers!r}")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return workers or (1 if device == "cuda" else cores) or 1
 

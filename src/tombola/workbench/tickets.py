@@ -9,6 +9,7 @@ from tombola.errors import NothingStoredError, UserError
 from tombola.lottery.ticket import Ticket
 from tombola.study.functions import refer
 from tombola.study.planner import Chain, Planner
+from tombola.study.tickets import check_level
 from tombola.workbench.studies import STORE, AnyImportance, AnyStudy, Overrides, one_thread, open_planner
 
 
@@ -52,8 +53,7 @@ def ticket_of(planner: Planner, importance: str, seed: int, level: int) -> Ticke
     for what, value, known in (("importance", importance, study.importances), ("seed", seed, study.seeds)):
         if value not in known:
             raise UserError(f"{what}: the study has no {what} {value!r}, it has {', '.join(map(str, known))}")
-    if not 0 <= level <= study.levels:
-        raise UserError(f"level: the study has no level {level}, it has levels 0 to {study.levels}")
+    check_level(study, level)
     chain = Chain(seed, importance)
     progress = planner.progress(chain)
     if level >= len(progress.tickets):
