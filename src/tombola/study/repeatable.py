@@ -53,8 +53,8 @@ def check_repeatable(planner: Planner) -> None:
             mask = again()
             if own and again() != mask:
                 raise UserError(
-                    f"importance {name!r}: {_ELSE.format('scores')} in two calls; draw random numbers from the generator "
-                    "that it is given"
+                    f"importance {name!r}: {_ELSE.format('scores')} in two calls; draw random numbers from the "
+                    "generator that it is given"
                 )
 
 

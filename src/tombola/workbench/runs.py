@@ -19,6 +19,7 @@ from tombola.errors import UserError
 from tombola.exits import watch_exits
 from tombola.importance import NetworkScore
 from tombola.lottery.ticket import Ticket
+from tombola.store.layout import STORE
 from tombola.store.store import Store
 from tombola.study.functions import is_here
 from tombola.study.planner import Chain, Planner
@@ -31,7 +32,6 @@ from tombola.study.trainings import Training
 from tombola.workbench import tables
 from tombola.workbench.progress import Show, show_nothing, show_progress
 from tombola.workbench.studies import (
-    STORE,
     AnyStudy,
     Importances,
     Overrides,
@@ -74,7 +74,8 @@ def run(
         workers: the number of trainings at the same time; by default one for each core, and one on a GPU.
         progress: whether to show the progress: live on a terminal and in a notebook, otherwise a line per training.
         on_ticket: a function that is called with the chain and the ticket as soon as a ticket is found, for example to
-            log it elsewhere; it is not called for tickets that were stored before. An exception that it raises ends the run.
+            log it elsewhere; it is not called for tickets that were stored before. An exception that it raises ends
+            the run.
 
     Returns:
         The columns of `results`.
