@@ -108,6 +108,7 @@ def workers_here(monkeypatch: pytest.MonkeyPatch) -> None:
     class Here:
         count = 1
         are_here = True
+        in_other_processes = True
 
         def __init__(self, count: int, task: Task, directory: Path | None, store: Path) -> None:
             self.problem: Problem = load_problem(task, directory)

@@ -69,6 +69,7 @@ class InTurn:
 
     count = 4
     are_here = True
+    in_other_processes = True
 
     def __init__(self, *, last_first: bool, works_on: Problem | None = None) -> None:
         self._jobs: list[Job | RoundJob] = []

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import csv
 import importlib
@@ -15,6 +14,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -30,12 +30,14 @@ from small_study import OVERRIDES, STUDY
 from stores import results, study, write_study
 from tombola import Planner, Store, Ticket, load_problem, load_study
 from tombola.cli import main
-from tombola.cli.options import count_workers
+from tombola.cli.options import warnings_as_notes
 from tombola.engine.run import Status
+from tombola.errors import UserError
 from tombola.importance import IMPORTANCES, SCORES
 from tombola.study.planner import Chain, Progress, Waiting
 from tombola.study.schema import presets
 from tombola.training.train import initial_state
+from tombola.workbench.runs import count_workers
 
 Completed = subprocess.CompletedProcess[str]
 Tombola = Callable[..., Completed]
@@ -595,7 +597,7 @@ def test_a_table_too_wide_for_a_terminal_is_printed_in_parts(finished: Path, ter
 def test_trainings_at_once_are_one_per_core_and_one_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(6)), raising=False)
     for given, device, expected in ((None, "cpu", 6), (None, "cuda", 1), (3, "cpu", 3), (3, "cuda", 3)):
-        assert count_workers(argparse.Namespace(workers=given), device) == expected
+        assert count_workers(given, device) == expected
 
 
 def test_what_a_users_code_prints_is_not_in_csv_or_json(
@@ -621,3 +623,14 @@ def test_what_a_users_code_prints_is_not_in_csv_or_json(
         assert done.returncode == 0, done.stderr
         assert json.loads(done.stdout)
         assert "module" in done.stderr
+
+
+def test_notes_are_printed_also_when_the_verb_fails(capsys: pytest.CaptureFixture[str]) -> None:
+    def fail() -> None:
+        with warnings_as_notes(Warning):
+            warnings.warn("a word", UserWarning, stacklevel=1)
+            raise UserError("the end")
+
+    with pytest.raises(UserError):
+        fail()
+    assert capsys.readouterr().err == "note: a word\n"

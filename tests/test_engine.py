@@ -23,7 +23,9 @@ from gate import Arrival, Gate
 from processes import LONG, fork, parent_of, start, status_of, until, wait_for_end
 from stores import RECORD, TASK, InTurn, content, planner, problem, records, results, run_study, study, write_study
 from tombola.engine import estimate as estimates
+from tombola.engine import run as engine
 from tombola.engine.forecast import Speed
+from tombola.engine.here import WorkersHere
 from tombola.engine.job import Job, Outcome, perform
 from tombola.engine.local import LocalWorkers
 from tombola.engine.machine import machine
@@ -566,3 +568,14 @@ def test_a_study_is_timed_in_workers(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert expected.source == "from a few iterations timed now"
     assert 0 < 3 * expected.seconds_each <= expected.seconds < math.inf
     assert not results(tmp_path / "store")
+
+
+def test_masks_are_not_computed_while_this_process_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    of = planner(tmp_path, study(["l1"], levels=0))
+    idle = []
+    with WorkersHere(of.problem, of.store) as workers:
+        monkeypatch.setattr(engine, "_LOOK_EVERY", -1.0)
+        monkeypatch.setattr(engine, "_take_results_of_other_runs", lambda *_: idle.append(workers.idle))
+        engine.run(of, workers, lambda *_: None)
+    assert idle
+    assert all(idle)

@@ -153,6 +153,7 @@ class Cluster(InTurn):
     """Workers of which all have another processor than this machine."""
 
     are_here = False
+    in_other_processes = True
 
     def events(self, timeout: float) -> Any:
         for event in super().events(timeout):

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import argparse
 import sys
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
+from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
 from functools import partial
 from typing import TYPE_CHECKING
 
-from tombola.cli.options import Verbs, add_margin, count_workers, open_planner, whole_number
+from tombola.cli.options import Verbs, add_margin, open_planner, print_note, warnings_as_notes, whole_number
 
 if TYPE_CHECKING:
     import polars as pl
@@ -75,7 +74,7 @@ def claims(options: argparse.Namespace) -> int:
     from tombola.analysis import claims
 
     tickets, names = _open(options)
-    with _warnings_as_notes():
+    with warnings_as_notes(Warning):
         evidence = claims.collect(tickets, names, options.level)
     found = claims.judge(evidence)
     if options.format == "table":
@@ -92,12 +91,12 @@ def overlap(options: argparse.Namespace) -> int:
     from tombola.cli.tables import wrap
 
     tickets, names = _open(options)
-    with _warnings_as_notes():
+    with warnings_as_notes(Warning):
         table = overlap.of_study(tickets, names, options.level)
     if options.format == "table" and not tickets.planner.repeats:
-        _print_note("no noise floor: the study has one data order; add others with --data-seeds")
+        print_note("no noise floor: the study has one data order; add others with --data-seeds")
     elif options.format == "table" and not (table["kind"] == "data order").any():
-        _print_note("no noise floor: the tickets of other data orders are missing; find them with `tombola run`")
+        print_note("no noise floor: the tickets of other data orders are missing; find them with `tombola run`")
     if options.level is not None:
         _show(table, options.format, _overlap_at_levels)
         return 0
@@ -116,7 +115,7 @@ def layers(options: argparse.Namespace) -> int:
     from tombola.cli.tables import wrap
 
     tickets, names = _open(options)
-    with _warnings_as_notes():
+    with warnings_as_notes(Warning):
         table = layers.of_study(tickets, names, options.level)
     _show(table, options.format, _layers)
     if options.format == "table":
@@ -129,7 +128,7 @@ def stability(options: argparse.Namespace) -> int:
     from tombola.analysis import stability
 
     tickets, names = _open(options)
-    with _warnings_as_notes():
+    with warnings_as_notes(Warning):
         table = stability.of_study(tickets, names, options.level, options.layer)
     _show(table, options.format, _stability)
     return 0
@@ -140,10 +139,10 @@ def winners(options: argparse.Namespace) -> int:
     from tombola.analysis import winners
 
     tickets, names = _open(options)
-    with _warnings_as_notes():
+    with warnings_as_notes(Warning):
         table = winners.of_study(tickets, names, margin=options.margin / 100, surely=options.surely)
     if options.format == "table" and len(tickets.study.seeds) < 2:
-        _print_note("no interval: the study has one seed, and an interval needs two or more")
+        print_note("no interval: the study has one seed, and an interval needs two or more")
     _show(table, options.format, _winners)
     return 0
 
@@ -153,7 +152,7 @@ def weights(options: argparse.Namespace) -> int:
     from tombola.analysis import weights
 
     tickets, names = _open(options)
-    with _warnings_as_notes():
+    with warnings_as_notes(Warning):
         table = weights.of_study(tickets, names, options.level)
     _show(table, options.format, _weights)
     return 0
@@ -164,7 +163,7 @@ def functions(options: argparse.Namespace) -> int:
     from tombola.analysis import functions
 
     tickets, names = _open(options)
-    with _warnings_as_notes():
+    with warnings_as_notes(Warning):
         table = functions.of_study(tickets, names, options.level)
     _show(table, options.format, _functions)
     return 0
@@ -175,7 +174,7 @@ def connectivity(options: argparse.Namespace) -> int:
     from tombola.analysis import connectivity
 
     tickets, names = _open(options)
-    with _warnings_as_notes():
+    with warnings_as_notes(Warning):
         table = connectivity.of_study(tickets, names, options.level, options.points)
     _show(table, options.format, _connectivity)
     return 0
@@ -189,12 +188,12 @@ def reinit(options: argparse.Namespace) -> int:
     from tombola.engine.run import run
     from tombola.study.reinitialisation import plan as plan_draws
     from tombola.workbench.progress import show_progress
-    from tombola.workbench.runs import open_workers
+    from tombola.workbench.runs import count_workers, open_workers
 
     tickets, names = _open(options)
-    with _warnings_as_notes():
+    with warnings_as_notes(Warning):
         plans = plan_draws(tickets, options.level, options.draws, names)
-    count = count_workers(options, tickets.study.device)
+    count = count_workers(options.workers, tickets.study.device)
     if options.plan:
         for plan in plans:
             print(f"seed {plan.seed}: {plan.kept.alive} of {plan.kept.total} connections kept")
@@ -208,7 +207,7 @@ def reinit(options: argparse.Namespace) -> int:
                 show_progress(plan.planner, count) as show,
             ):
                 run(plan.planner, workers, show, speed=speed)
-    with _warnings_as_notes():
+    with warnings_as_notes(Warning):
         table = reinit.of_plans(plans)
     _show(table, options.format, _reinit)
     return 0
@@ -224,20 +223,6 @@ def _open(options: argparse.Namespace) -> tuple[Tickets, list[str] | None]:
 
     names, options.importances = options.importances, None
     return with_importances(open_planner(options), names), names or None
-
-
-@contextmanager
-def _warnings_as_notes() -> Iterator[None]:
-    """Print warnings as notes, each on one line."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        yield
-    for warning in caught:
-        _print_note(str(warning.message))
-
-
-def _print_note(text: str) -> None:
-    print(f"tombola: {text}", file=sys.stderr)
 
 
 def _show(table: pl.DataFrame, form: str, view: Callable[[pl.DataFrame], pl.DataFrame]) -> None:

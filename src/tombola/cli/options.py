@@ -15,12 +15,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, get_args, get_origin
 
 from tombola.errors import UserError, did_you_mean, shorten
+from tombola.store.layout import STORE
 from tombola.study.schema import OldFieldWarning, Study, fields, is_list, load_study
 
 if TYPE_CHECKING:
     from tombola.study.planner import Planner
-
-STORE = Path("tombola-store")
 
 MOST = 2**63 - 1
 """The largest whole number of an option that has no limit of its own."""
@@ -166,18 +165,25 @@ class Verbs:
 
 def open_study(options: argparse.Namespace) -> Study:
     """Return the study that the options name."""
-    with _warnings_as_notes(OldFieldWarning):
+    with warnings_as_notes(OldFieldWarning):
         return load_study(options.study, overrides(options))
 
 
 @contextmanager
-def _warnings_as_notes(always: type[Warning]) -> Iterator[None]:
-    """Print warnings as notes, those of one kind always."""
+def warnings_as_notes(always: type[Warning]) -> Iterator[None]:
+    """Print warnings as notes, those of one kind always, also if the block raises."""
     with warnings.catch_warnings(record=True) as notes:
         warnings.simplefilter("always", always)
-        yield
-    for note in notes:
-        print(f"note: {note.message}", file=sys.stderr)
+        try:
+            yield
+        finally:
+            for note in notes:
+                print_note(str(note.message))
+
+
+def print_note(text: str) -> None:
+    """Print a note to standard error."""
+    print(f"note: {text}", file=sys.stderr)
 
 
 def open_planner(options: argparse.Namespace, study: Study | None = None) -> Planner:
@@ -195,25 +201,13 @@ def open_planner(options: argparse.Namespace, study: Study | None = None) -> Pla
     from tombola.workbench.studies import open_planner
 
     torch.set_num_threads(THREADS)
-    with _warnings_as_notes(CacheWarning):
+    with warnings_as_notes(CacheWarning):
         return open_planner(study, store=options.store, data=options.data, beside=Path(options.study))
 
 
 def overrides(options: argparse.Namespace) -> dict[str, Any]:
     """Return the fields of the study that the options override."""
     return {name: value for name, value in vars(options).items() if name in _FIELDS and value is not None}
-
-
-def count_workers(options: argparse.Namespace, device: str) -> int:
-    """Return the number of parallel trainings, see `tombola.workbench.runs.count_workers`.
-
-    Args:
-        options: the options of the command line.
-        device: the device of the study.
-    """
-    from tombola.workbench.runs import count_workers
-
-    return count_workers(options.workers, device)
 
 
 class Arguments(argparse.Action):

@@ -133,16 +133,7 @@ def _gather(options: argparse.Namespace, planner: Planner) -> Contents:
     from tombola.workbench.pictures import name_study
 
     name, words = name_study(options.study, overrides(options))
-    return gather(planner, _escape(name), [_escape(word) for word in words], **_choices(options))
-
-
-def _escape(text: str) -> str:
-    r"""Return a text of the command line in which bytes that are not UTF-8 are written as escapes.
-
-    >>> _escape("study\udcff")
-    'study\\udcff'
-    """
-    return text.encode(errors="backslashreplace").decode()
+    return gather(planner, name, words, **_choices(options))
 
 
 def _gather_results(options: argparse.Namespace, planner: Planner) -> Contents:

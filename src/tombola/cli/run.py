@@ -7,7 +7,7 @@ import json
 import sys
 from typing import TYPE_CHECKING
 
-from tombola.cli.options import Verbs, count_workers, open_planner, whole_number
+from tombola.cli.options import Verbs, open_planner, whole_number
 from tombola.errors import UserError
 
 if TYPE_CHECKING:
@@ -41,17 +41,17 @@ def run(options: argparse.Namespace) -> int:
     from tombola.study.task import try_out
     from tombola.study.tickets import Tickets
     from tombola.workbench.progress import show_progress
-    from tombola.workbench.runs import describe_stopped, prepare_store
+    from tombola.workbench.runs import count_workers, describe_stopped, prepare_store
 
     planner = open_planner(options)
     study, local = planner.study, options.engine == "local"
     here = study if local else study.model_copy(update={"device": "cpu"})  # GPUs may be on other machines
     try_out(planner.problem, here)
-    check_repeatable(planner)
+    check_repeatable(planner, here.device)
     prepare_store(planner, options.store)
     if here.device == "cpu" and not kernels.available():
         print(f"note: {kernels.MISSING}", file=sys.stderr)
-    speed = prior_speed(planner, count_workers(options, study.device), options.data) if local else None
+    speed = prior_speed(planner, count_workers(options.workers, study.device), options.data) if local else None
     with open_workers(options, planner) as workers, show_progress(planner, workers.count) as show:
         status = run_study(planner, workers, show, speed=speed)
     stopped = describe_stopped(status)
@@ -68,11 +68,12 @@ def plan(options: argparse.Namespace) -> int:
     from tombola.engine.estimate import estimate
     from tombola.study.repeatable import check_repeatable
     from tombola.study.task import try_out
+    from tombola.workbench.runs import count_workers
 
     planner = open_planner(options)
     try_out(planner.problem, planner.study)
     check_repeatable(planner)
-    workers = count_workers(options, planner.study.device)
+    workers = count_workers(options.workers, planner.study.device)
     show_plan(planner, estimate(planner, workers, options.data), workers, options.format)
     return 0
 

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tombola.cli.options import Verbs, count_workers, open_planner, whole_number
+from tombola.cli.options import Verbs, open_planner, whole_number
 from tombola.errors import DamagedResultError, StoreError, UserError
 
 if TYPE_CHECKING:
@@ -44,12 +44,14 @@ def verify(options: argparse.Namespace) -> int:
     from tombola.engine.local import LocalWorkers
     from tombola.engine.verify import draw_sample, list_places, verify_chains, verify_trainings
     from tombola.study.tickets import Tickets
+    from tombola.workbench.runs import count_workers
 
     planner = open_planner(options)
     tickets = Tickets(planner)
     chains = list(tickets.all())
     plain = options.format == "table"
-    with LocalWorkers(count_workers(options, planner.study.device), planner.study.task, options.data, None) as fresh:
+    count = count_workers(options.workers, planner.study.device)
+    with LocalWorkers(count, planner.study.task, options.data, None) as fresh:
         if options.chains:
             there = [chain for chain in chains if tickets.progress(chain).tickets]
             list_places(tickets, there)

@@ -33,6 +33,7 @@ class WorkersHere:
 
     count = 1
     are_here = True
+    in_other_processes = False
 
     def __init__(self, problem: Problem, store: Store, *, checkpoint_every: float = CHECKPOINT_EVERY) -> None:
         self._problem, self._store, self._checkpoint_every = problem, store, checkpoint_every

@@ -103,6 +103,7 @@ class LocalWorkers:
             worker.process.join()
 
     are_here = True
+    in_other_processes = True
 
     @property
     def idle(self) -> bool:

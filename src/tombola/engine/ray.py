@@ -108,6 +108,7 @@ class RayWorkers:
             ray.shutdown()
 
     are_here = False
+    in_other_processes = True
 
     @property
     def idle(self) -> bool:

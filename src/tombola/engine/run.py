@@ -103,7 +103,7 @@ def _run(
     looked = 0.0
     show(status, None)  # before the workers start, which takes a while
     while waiting := _list_needs(status):
-        if time.monotonic() - looked > _LOOK_EVERY:
+        if time.monotonic() - looked > _LOOK_EVERY and (workers.in_other_processes or workers.idle):
             looked = time.monotonic()
             _take_results_of_other_runs(planner, waiting, status)
             waiting = _list_needs(status)
@@ -120,7 +120,10 @@ def _run(
 
 
 def _take_results_of_other_runs(planner: Planner, waiting: dict[str, Need], status: Status) -> None:
-    """Follow the chains whose trainings another run on the store has done."""
+    """Follow the chains whose trainings another run on the store has done.
+
+    This computes masks, which seeds torch's global generator, so a training in this process must not run meanwhile.
+    """
     for key in waiting.keys() - status.running.keys():
         if planner.has(waiting[key]):
             _go_on(planner, key, status)

@@ -55,6 +55,9 @@ class Workers(Protocol):
     are_here: bool
     """Whether all workers are on this machine."""
 
+    in_other_processes: bool
+    """Whether this process may compute something else while the workers train."""
+
     @property
     def idle(self) -> bool:
         """Whether another job can start now."""

@@ -7,6 +7,9 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+STORE = Path("tombola-store")
+"""The folder of the store, unless another is named."""
+
 VERSION = 1
 
 RUN = re.compile(r".+\.[0-9]+\.[0-9a-f]{8}")

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from tombola.errors import NothingStoredError, UserError, did_you_mean
 from tombola.files import write_output
+from tombola.store.layout import STORE
 from tombola.study.functions import refer
 from tombola.study.planner import Planner
 from tombola.study.schema import Study, presets
-from tombola.workbench.studies import STORE, AnyStudy, Overrides, one_thread, open_planner
+from tombola.workbench.studies import AnyStudy, Overrides, one_thread, open_planner
 
 if TYPE_CHECKING:
     from tombola.report.contents import Contents

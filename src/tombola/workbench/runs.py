@@ -19,6 +19,7 @@ from tombola.errors import UserError
 from tombola.exits import watch_exits
 from tombola.importance import NetworkScore
 from tombola.lottery.ticket import Ticket
+from tombola.store.layout import STORE
 from tombola.store.store import Store
 from tombola.study.functions import is_here
 from tombola.study.planner import Chain, Planner
@@ -31,7 +32,6 @@ from tombola.study.trainings import Training
 from tombola.workbench import tables
 from tombola.workbench.progress import Show, show_nothing, show_progress
 from tombola.workbench.studies import (
-    STORE,
     AnyStudy,
     Importances,
     Overrides,

@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 import torch
 
 from tombola.errors import UserError, did_you_mean
+from tombola.store.layout import STORE
 from tombola.store.store import Store
 from tombola.study.functions import refer
 from tombola.study.planner import Planner
@@ -18,9 +19,6 @@ from tombola.study.task import load_problem
 from tombola.study.tickets import Tickets
 from tombola.study.trainings import THREADS
 from tombola.workbench.path import find_modules
-
-STORE = Path("tombola-store")
-"""The folder of the store, unless another is named."""
 
 AnyStudy: TypeAlias = Study | str | Path
 """A study, the name of a preset, or the path of a TOML file."""

@@ -11,9 +11,9 @@ from tombola import analysis
 from tombola.analysis import accuracy, reference
 from tombola.analysis import claims as claims_analysis
 from tombola.errors import NothingStoredError, UserError, did_you_mean
+from tombola.store.layout import STORE
 from tombola.study.tickets import Tickets
 from tombola.workbench.studies import (
-    STORE,
     AnyStudy,
     Importances,
     Overrides,

@@ -7,10 +7,11 @@ from pathlib import Path
 
 from tombola.errors import NothingStoredError, UserError
 from tombola.lottery.ticket import Ticket
+from tombola.store.layout import STORE
 from tombola.study.functions import refer
 from tombola.study.planner import Chain, Planner
 from tombola.study.tickets import check_level
-from tombola.workbench.studies import STORE, AnyImportance, AnyStudy, Overrides, one_thread, open_planner
+from tombola.workbench.studies import AnyImportance, AnyStudy, Overrides, one_thread, open_planner
 
 
 def read_ticket(
