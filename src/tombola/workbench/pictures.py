@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -145,9 +146,13 @@ def flags(fields: dict[str, Any]) -> list[str]:
 
     >>> flags({"levels": 3, "seeds": [0, 1], "task.model_arguments": {"width": 8}})
     ['--levels', '3', '--seeds', '0', '1', '--task.model-arguments', 'width=8']
+    >>> flags({"task.model_arguments": {"sizes": (1, 2)}, "recipe.epochs": None})
+    ['--task.model-arguments', 'sizes=[1, 2]']
     """
     words = []
     for field, value in fields.items():
+        if value is None:  # the default
+            continue
         words.append(f"--{field.replace('_', '-')}")
         if isinstance(value, dict):
             words += [f"{key}={_word(each)}" for key, each in value.items()]
@@ -157,7 +162,13 @@ def flags(fields: dict[str, Any]) -> list[str]:
 
 
 def _word(value: Any) -> str:
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(map(_quote, value))}]"
     return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _quote(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, str) else _word(value)
 
 
 def check_output(path: Path) -> None:
