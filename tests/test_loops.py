@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import math
+import multiprocessing
 import sys
 import weakref
 from collections.abc import Callable
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.optim import Optimizer
 
-from processes import fork, status_of
+from processes import LONG
 from tombola import Mask, Ticket, UserError, Weights, prune
 from tombola.importance import find, l1, magnitude
 from tombola.loops import Hold, hold, lightning_callback, release, rewind, snapshot, transformers_callback
@@ -502,8 +503,17 @@ def train_together(rank: int, folder: Path, kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
 def test_two_processes_have_equal_masks_and_exact_zeros(kind: str, tmp_path: Path) -> None:
-    started = [fork(partial(train_together, rank, tmp_path, kind)) for rank in range(2)]
-    assert [status_of(pid) for pid in started] == [0, 0]
+    start = multiprocessing.get_context("spawn").Process  # a copy of this process could wait for its threads for ever
+    started = [start(target=train_together, args=(rank, tmp_path, kind)) for rank in range(2)]
+    try:
+        for process in started:
+            process.start()
+        for process in started:
+            process.join(LONG)
+        assert [process.exitcode for process in started] == [0, 0]
+    finally:
+        for process in started:
+            process.kill()
     one, other = ((tmp_path / f"{kind}-{rank}").read_text() for rank in range(2))
     assert one == other
 
