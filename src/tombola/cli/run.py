@@ -37,19 +37,16 @@ def run(options: argparse.Namespace) -> int:
     from tombola.cli.results import show_results
     from tombola.engine.estimate import prior_speed
     from tombola.engine.run import run as run_study
-    from tombola.study.repeatable import check_repeatable
-    from tombola.study.task import try_out
     from tombola.study.tickets import Tickets
     from tombola.workbench.progress import show_progress
-    from tombola.workbench.runs import count_workers, describe_stopped, prepare_store
+    from tombola.workbench.runs import count_workers, describe_stopped, prepare_store, try_study
 
     planner = open_planner(options)
     study, local = planner.study, options.engine == "local"
-    here = study if local else study.model_copy(update={"device": "cpu"})  # GPUs may be on other machines
-    try_out(planner.problem, here)
-    check_repeatable(planner, here.device)
+    device = study.device if local else "cpu"  # GPUs may be on other machines
+    try_study(planner, device)
     prepare_store(planner, options.store)
-    if here.device == "cpu" and not kernels.available():
+    if device == "cpu" and not kernels.available():
         print(f"note: {kernels.MISSING}", file=sys.stderr)
     speed = prior_speed(planner, count_workers(options.workers, study.device), options.data) if local else None
     with open_workers(options, planner) as workers, show_progress(planner, workers.count) as show:
@@ -66,13 +63,10 @@ def run(options: argparse.Namespace) -> int:
 def plan(options: argparse.Namespace) -> int:
     """Show what a run would train, what the store has already, and the time and disk space that a run takes."""
     from tombola.engine.estimate import estimate
-    from tombola.study.repeatable import check_repeatable
-    from tombola.study.task import try_out
-    from tombola.workbench.runs import count_workers
+    from tombola.workbench.runs import count_workers, try_study
 
     planner = open_planner(options)
-    try_out(planner.problem, planner.study)
-    check_repeatable(planner)
+    try_study(planner)
     workers = count_workers(options.workers, planner.study.device)
     show_plan(planner, estimate(planner, workers, options.data), workers, options.format)
     return 0

@@ -96,8 +96,7 @@ def run(
     """
     with one_thread(), watch_exits():
         planner = open_planner(study, overrides, store=store, data=data)
-        try_out(planner.problem, planner.study)
-        check_repeatable(planner)
+        try_study(planner)
         prepare_store(planner, Path(store))
         if planner.study.device == "cpu" and not kernels.available():
             warnings.warn(kernels.MISSING, kernels.NoKernelsWarning, stacklevel=2)
@@ -174,6 +173,21 @@ def tell_tickets(show: Show, on_ticket: OnTicket | None) -> Show:
                 on_ticket(chain, ticket)
 
     return both
+
+
+def try_study(planner: Planner, device: str | None = None) -> None:
+    """Try a study out on a few examples, before anything is trained.
+
+    Args:
+        planner: the planner of the study.
+        device: the device to try it out on; by default that of the study.
+
+    Raises:
+        UserError: if the task fails, or if the user's own functions give something else each time.
+    """
+    study = planner.study if device is None else planner.study.model_copy(update={"device": device})
+    try_out(planner.problem, study)
+    check_repeatable(planner, study.device)
 
 
 def prepare_store(planner: Planner, root: Path) -> None:
