@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -394,6 +396,8 @@ def test_the_documentation_of_importances_runs(tmp_path: Path, monkeypatch: pyte
     assert len(blocks) == 1
     (tmp_path / "mine.py").write_text(blocks[0])
     monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setitem(sys.modules, "mine", ModuleType("mine"))  # so that it is gone afterwards
+    del sys.modules["mine"]
     names = re.findall(r"--importances (magnitude/mine.*)", page)[0].split()
     assert len(names) == 4
     plan = planner(tmp_path / "store", variant(tuple(names), levels=1))

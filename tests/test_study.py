@@ -697,7 +697,13 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     tops = {Path(name).parts[0].removesuffix(".py") for name in PACKAGE} | {"written"}
     monkeypatch.syspath_prepend(root)
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    _forget(tops)
     yield root
+    _forget(tops)
+
+
+def _forget(tops: set[str]) -> None:
+    """Remove these modules, which another test may have imported from elsewhere."""
     for name in [name for name in sys.modules if name.partition(".")[0] in tops]:
         del sys.modules[name]
 
