@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import math
+import os
 import pickle
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -820,3 +822,20 @@ def test_select_lowest_selects_any_number() -> None:
     x = torch.randperm(100, generator=torch.Generator().manual_seed(0)).double()
     for count in range(101):
         assert select_lowest(lambda _: x, {"w": 100}, count)["w"].equal(x < count)
+
+
+def test_an_importance_that_changes_the_working_directory_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    def wandering(weights: Tensor) -> Tensor:
+        os.chdir("/")
+        return weights
+
+    weights = {"w": torch.ones(3)}
+    with pytest.raises(
+        ImportanceError, match="importance 'wandering', layer 'w': it changed the working directory to /;"
+    ):
+        prune(weights, dense(weights), wandering, 0.4)
+    assert Path.cwd() == tmp_path

@@ -11,7 +11,8 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from tombola.errors import ImportanceError, UserError, describe_exception, did_you_mean
+from tombola.errors import ImportanceError, UserError, did_you_mean
+from tombola.exits import attribute_failure
 from tombola.importance import NORMALISATIONS, Importance, NetworkScore, Normalisation, Survivors, as_importance
 from tombola.pruning.mask import Mask, pack, resolve_kept_dense, resolve_layers
 from tombola.pruning.selection import apportion, select
@@ -200,13 +201,11 @@ def _attribute_failure(importance: Importance, layer: str | None = None) -> Iter
     """Turn an exception of an importance into an `ImportanceError` that names the importance and the layer."""
     label = f"importance {importance.name!r}" + ("" if layer is None else f", layer {layer!r}")
     try:
-        yield
-    except ImportanceError as error:
-        raise ImportanceError(f"{label}: {error}") from error
-    except (KeyboardInterrupt, GeneratorExit):
-        raise
-    except BaseException as error:  # a user's code may raise anything
-        raise ImportanceError(f"{label}: it raised {describe_exception(error)}") from error
+        with attribute_failure(f"{label}: it"):
+            yield
+    except UserError as error:
+        text = str(error)
+        raise ImportanceError(text if text.startswith(label) else f"{label}: {text}") from error
 
 
 def _check_shape(values: object, shape: tuple[int, ...], what: str) -> None:
