@@ -145,6 +145,7 @@ def test_the_process_that_workers_are_copies_of_may_be_killed(tmp_path: Path) ->
     run_study(tmp_path / "undisturbed", workers=1)
     server = forkserver._forkserver._forkserver_pid
     os.kill(server, signal.SIGKILL)
+    os.waitid(os.P_PID, server, os.WEXITED | os.WNOWAIT)  # it has ended, and nobody has noticed yet
     run_study(tmp_path / "store", workers=1)
     wait_for_end(server)
     assert content(tmp_path / "store") == content(tmp_path / "undisturbed")
@@ -160,6 +161,7 @@ def test_a_worker_whose_start_fails_is_started_again(error: Exception, monkeypat
             raise error
         return "worker"
 
+    monkeypatch.setattr(local, "_PAUSE", 0.0)
     monkeypatch.setattr(local._Worker, "_start", fail)
     assert local._Worker.start("setting") == "worker"  # type: ignore[arg-type, comparison-overlap]
     monkeypatch.setattr(local, "TRIES", 1)

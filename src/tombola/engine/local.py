@@ -10,6 +10,7 @@ import signal
 import sys
 import tempfile
 import threading
+import time
 import types
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -42,6 +43,7 @@ _LIMITS = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN, errno.ENOSPC}
 _FILES = 16
 """Files that the start of a process needs for a moment, and some more."""
 
+_PAUSE = 0.5  # seconds until a worker whose start failed is started again
 _PRELOADED = ["tombola.engine.local", "torch._dynamo"]  # torch imports the latter at an optimizer's first step
 
 
@@ -184,6 +186,7 @@ class _Worker:
                     raise UserError(
                         f"a process that trains cannot be started: {why}; fewer workers need fewer files and memory"
                     ) from error
+                time.sleep(_PAUSE)  # a process that is being killed takes a moment to end
         raise AssertionError
 
     @classmethod
