@@ -7,14 +7,12 @@ import threading
 from collections.abc import Callable, Iterator
 from functools import partial
 
-import torch
-
 from tombola.engine.job import Job, Outcome, RoundJob, perform, perform_round
 from tombola.engine.machine import kind_here
 from tombola.engine.workers import CHECKPOINT_EVERY, At, Event, Failed, make_watch
 from tombola.store.store import Store
 from tombola.study.task import Problem
-from tombola.study.trainings import THREADS
+from tombola.threads import one_thread
 from tombola.training.history import Checkpoint
 
 
@@ -71,16 +69,13 @@ class WorkersHere:
         yield event
 
     def _work(self, job: Job | RoundJob) -> None:
-        threads = torch.get_num_threads()
-        torch.set_num_threads(THREADS)
-        try:
-            self._events.put(perform_round(job, self._problem) if isinstance(job, RoundJob) else self._train(job))
-        except _Stopped:
-            pass
-        except BaseException as error:  # a user's code may raise anything
-            self._events.put(Failed.by(job.key, error))
-        finally:
-            torch.set_num_threads(threads)
+        with one_thread():
+            try:
+                self._events.put(perform_round(job, self._problem) if isinstance(job, RoundJob) else self._train(job))
+            except _Stopped:
+                pass
+            except BaseException as error:  # a user's code may raise anything
+                self._events.put(Failed.by(job.key, error))
 
     def _train(self, job: Job) -> Outcome:
         def tell(iteration: int) -> None:

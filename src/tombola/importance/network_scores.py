@@ -10,8 +10,8 @@ weights of pruned connections are 0, so every score depends on the surviving con
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TypeAlias
@@ -131,10 +131,7 @@ def grasp(network: Network) -> dict[str, Tensor]:
     """
     tempered = replace(network, loss=lambda outputs, labels: network.loss(outputs / _TEMPERATURE, labels))
     gradients = {layer: gradient * network.alive[layer] for layer, gradient in _gradients(tempered).items()}
-    total = {layer: torch.zeros_like(weight) for layer, weight in network.weights.items()}
-    for _, products in _hessian_products(tempered, lambda: gradients):
-        for layer, product in products.items():
-            total[layer] += product
+    total = _sum((products for _, products in _hessian_products(tempered, lambda: gradients)), network.weights)
     return {layer: weight.detach() * total[layer] for layer, weight in network.weights.items()}
 
 
@@ -156,10 +153,10 @@ def hessian(network: Network) -> dict[str, Tensor]:
         signs = {layer: draw(weight.shape).to(weight).mul_(2).sub_(1) for layer, weight in weights.items()}
         return {layer: sign * network.alive[layer] for layer, sign in signs.items()}
 
-    diagonal = {layer: torch.zeros_like(weight) for layer, weight in weights.items()}
-    for signs, products in _hessian_products(network, draw_signs):
-        for layer, product in products.items():
-            diagonal[layer] += signs[layer] * product
+    found = _hessian_products(network, draw_signs)
+    diagonal = _sum(
+        ({layer: signs[layer] * products[layer] for layer in weights} for signs, products in found), weights
+    )
     return {layer: weight.detach().square() * diagonal[layer].abs() / 2 for layer, weight in weights.items()}
 
 
@@ -255,11 +252,7 @@ def _gradients(
 ) -> dict[str, Tensor]:
     """Return the gradient of the mean loss over all examples, by default with respect to the weights."""
     tensors = network.weights if tensors is None else tensors
-    total = {layer: torch.zeros_like(tensor) for layer, tensor in tensors.items()}
-    for loss in _losses(network, model or network.model):
-        for layer, gradient in _gradient_of(loss, tensors).items():
-            total[layer] += gradient
-    return total
+    return _sum((_gradient_of(loss, tensors) for loss in _losses(network, model or network.model)), tensors)
 
 
 def _hessian_products(
@@ -272,6 +265,15 @@ def _hessian_products(
         slope = torch.stack([(slopes[layer] * along[layer]).sum() for layer in weights]).sum()
         if slope.requires_grad:  # the loss is not linear in the weights
             yield along, _gradient_of(slope, weights)
+
+
+def _sum(parts: Iterable[Mapping[str, Tensor]], like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the sum of the parts layer by layer; without parts, zeros of these shapes."""
+    total = {layer: torch.zeros_like(tensor) for layer, tensor in like.items()}
+    for part in parts:
+        for layer, tensor in part.items():
+            total[layer] += tensor
+    return total
 
 
 def _losses(network: Network, model: Callable[[Tensor], Tensor]) -> Iterator[Tensor]:
@@ -302,12 +304,10 @@ def _observe_inputs(network: Network, tell: Callable[[str, nn.Module, Tensor], N
     def hook(layer: str, module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
         tell(layer, module, arguments[0].detach())
 
-    handles = [module.register_forward_pre_hook(partial(hook, layer)) for layer, module in _modules(network)]
-    try:
+    with ExitStack() as stack:
+        for layer, module in _modules(network):
+            stack.enter_context(module.register_forward_pre_hook(partial(hook, layer)))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager
@@ -326,17 +326,13 @@ def _observe_gradients(network: Network, tell: Callable[[str, nn.Module, Tensor,
         )
         return outputs
 
-    handles = [module.register_forward_hook(partial(hook, layer)) for layer, module in _modules(network)]
-    trainable = [weight for weight in network.weights.values() if weight.requires_grad]
-    for weight in trainable:
-        weight.requires_grad_(False)
-    try:
+    with ExitStack() as stack:
+        for layer, module in _modules(network):
+            stack.enter_context(module.register_forward_hook(partial(hook, layer)))
+        for weight in network.weights.values():
+            stack.callback(weight.requires_grad_, weight.requires_grad)
+            weight.requires_grad_(False)
         yield
-    finally:
-        for weight in trainable:
-            weight.requires_grad_()
-        for handle in handles:
-            handle.remove()
 
 
 def _modules(network: Network) -> Iterator[tuple[str, nn.Module]]:

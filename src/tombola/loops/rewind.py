@@ -184,8 +184,6 @@ def _prepare_scoring(
 
     def score_network(score: NetworkScore, mask: Mask) -> Mapping[str, Tensor]:
         network = copy.deepcopy(unwrap(model))
-        for weight in find_weights(network, mask).values():
-            weight.requires_grad_()  # frozen layers are rated too
         zero_pruned(network, mask)
         names = match_names(mask, dict(network.named_parameters()))
         own = Mask.from_tensors({known: mask[name] for name, known in names.items()})

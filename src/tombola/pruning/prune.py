@@ -17,6 +17,7 @@ from tombola.importance import NORMALISATIONS, Importance, NetworkScore, Normali
 from tombola.pruning.mask import Mask, pack, resolve_kept_dense, resolve_layers
 from tombola.pruning.selection import apportion, select
 from tombola.streams import generator
+from tombola.threads import one_thread
 
 ScoreNetwork: TypeAlias = Callable[[NetworkScore, Mask], Mapping[str, Tensor]]
 """A function (score, mask) -> {layer: scores of the weight's shape}, which knows the network, the loss and the data."""
@@ -84,7 +85,7 @@ def prune(
             f"keep_dense: a fraction of {fraction} of the {sum(counted.values())} connections alive is {count}, and "
             f"only {prunable} are in layers that may be pruned"
         )
-    with _one_thread(), torch.no_grad():
+    with one_thread(), torch.no_grad():
         for part in _split(count, importance, prunable):
             sizes = {layer: mask.counts[layer] for layer in layers}
             numbers = apportion(selection, sizes, mask.shapes, part, shares)
@@ -249,14 +250,3 @@ def _remove(mask: Mask, removed: dict[str, Tensor]) -> Mask:
         stay, alive = ~removed.pop(layer), mask[layer]
         bits[layer] = pack(stay if alive.all() else alive.masked_scatter(alive, stay))
     return Mask(mask.shapes, bits)
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Let torch use one thread, since the number of threads affects the order of a sum and so its last bits."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)

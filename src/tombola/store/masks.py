@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from pathlib import Path
 
 import safetensors
@@ -63,17 +62,20 @@ class Masks:
             raise ValueError("its bits do not match their checksum")
         return mask
 
-    def put(self, name: str, mask: Mask) -> None:
-        """Store a mask under a name, unless the store does not exist or is not writable."""
+    def put(self, name: str, mask: Mask) -> bool:
+        """Store a mask under a name; return whether it is stored: the store may not exist or not be writable."""
         if not (self._root / "store.json").exists():
-            return
+            return False
         layers = [[layer, list(shape)] for layer, shape in mask.shapes.items()]
         about = {"hash": mask.hash, "layers": layers, "name": name}
         path = self._path(name)
-        with contextlib.suppress(OSError, UserError):
+        try:
             path.parent.mkdir(parents=True, exist_ok=True)
             content = safetensors.numpy.save(mask.bits, {"mask": canonical(about).decode()})
             write_atomically(path, content, temporary_folder(self._root))
+        except (OSError, UserError):
+            return False
+        return True
 
     def _path(self, name: str) -> Path:
         return self._root / "masks" / name[:2] / f"{name}.safetensors"

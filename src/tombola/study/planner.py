@@ -351,8 +351,7 @@ class Planner:
 
     def keep(self, name: str, mask: Mask) -> None:
         """Remember the mask that a round of pruning gave, in the store too."""
-        self.store.masks.put(name, mask)
-        if self.store.masks.get(name) is None:  # the store is not writable
+        if not self.store.masks.put(name, mask):
             self._computed[name] = mask
 
     def fail(self, name: str, reason: str) -> None:

@@ -15,7 +15,7 @@ from tombola.store.store import Store
 from tombola.study.planner import Planner
 from tombola.study.schema import load_study
 from tombola.study.task import load_problem
-from tombola.workbench.studies import one_thread
+from tombola.threads import one_thread
 
 
 @functools.cache

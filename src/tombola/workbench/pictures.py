@@ -14,7 +14,8 @@ from tombola.store.layout import STORE
 from tombola.study.functions import refer
 from tombola.study.planner import Planner
 from tombola.study.schema import Study, presets
-from tombola.workbench.studies import AnyStudy, Overrides, one_thread, open_planner
+from tombola.threads import one_thread
+from tombola.workbench.studies import AnyStudy, Overrides, open_planner
 
 if TYPE_CHECKING:
     from tombola.report.contents import Contents

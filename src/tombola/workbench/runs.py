@@ -29,6 +29,7 @@ from tombola.study.schema import Task
 from tombola.study.task import resolve_importance, try_out
 from tombola.study.tickets import Tickets
 from tombola.study.trainings import Training
+from tombola.threads import one_thread
 from tombola.workbench import tables
 from tombola.workbench.progress import Show, show_nothing, show_progress
 from tombola.workbench.studies import (
@@ -36,7 +37,6 @@ from tombola.workbench.studies import (
     Importances,
     Overrides,
     name_importances,
-    one_thread,
     open_planner,
     open_tickets,
 )

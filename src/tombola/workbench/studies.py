@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
-
-import torch
 
 from tombola.errors import UserError, did_you_mean
 from tombola.store.layout import STORE
@@ -17,7 +14,6 @@ from tombola.study.planner import Planner
 from tombola.study.schema import Study, load_study, override
 from tombola.study.task import load_problem
 from tombola.study.tickets import Tickets
-from tombola.study.trainings import THREADS
 from tombola.workbench.path import find_modules
 
 AnyStudy: TypeAlias = Study | str | Path
@@ -129,14 +125,3 @@ def with_importances(planner: Planner, names: Sequence[str] | None) -> Tickets:
                 f"{did_you_mean(name, known)}"
             )
     return tickets
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Let torch use one thread inside the block, as in trainings: the number affects the last bits of sums."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(THREADS)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)

@@ -13,12 +13,12 @@ from tombola.analysis import claims as claims_analysis
 from tombola.errors import NothingStoredError, UserError, did_you_mean
 from tombola.store.layout import STORE
 from tombola.study.tickets import Tickets
+from tombola.threads import one_thread
 from tombola.workbench.studies import (
     AnyStudy,
     Importances,
     Overrides,
     name_importances,
-    one_thread,
     open_study,
     open_tickets,
 )

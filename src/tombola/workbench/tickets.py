@@ -11,7 +11,8 @@ from tombola.store.layout import STORE
 from tombola.study.functions import refer
 from tombola.study.planner import Chain, Planner
 from tombola.study.tickets import check_level
-from tombola.workbench.studies import AnyImportance, AnyStudy, Overrides, one_thread, open_planner
+from tombola.threads import one_thread
+from tombola.workbench.studies import AnyImportance, AnyStudy, Overrides, open_planner
 
 
 def read_ticket(
