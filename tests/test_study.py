@@ -302,6 +302,7 @@ def test_fields_are_the_leaves() -> None:
         "data_seeds_for",
         "exclude",
         "keep_dense",
+        "task.depends",
         "recipe.milestones",
     }
 

@@ -197,12 +197,17 @@ def open_planner(options: argparse.Namespace, study: Study | None = None) -> Pla
     import torch
 
     from tombola.datasets.cache import CacheWarning
+    from tombola.study.behaviour import StaleResultsWarning
     from tombola.study.trainings import THREADS
     from tombola.workbench.studies import open_planner
 
     torch.set_num_threads(THREADS)
     with warnings_as_notes(CacheWarning):
-        return open_planner(study, store=options.store, data=options.data, beside=Path(options.study))
+        planner = open_planner(study, store=options.store, data=options.data, beside=Path(options.study))
+    with warnings_as_notes(StaleResultsWarning), contextlib.suppress(UserError):
+        _ = planner.identity  # a network that fails is reported by those who use it
+    warnings.simplefilter("ignore", StaleResultsWarning)  # the note is printed once
+    return planner
 
 
 def overrides(options: argparse.Namespace) -> dict[str, Any]:

@@ -30,6 +30,7 @@ from tombola.study.rounds import compute_mask
 from tombola.study.schema import Study
 from tombola.study.task import Problem, load_importance
 from tombola.study.trainings import Round, Training
+from tombola.training.behaviour import Behaviour, agree
 from tombola.training.history import Checkpoint, History, Trained, Watch
 from tombola.training.recipe import Recipe
 from tombola.training.train import train
@@ -39,7 +40,7 @@ Loaded: TypeAlias = tuple[Importance, Mapping[str, str]]
 """An importance and the hashes of its source, see `tombola.study.task.load_importance`."""
 
 _EDITED = "its source was edited after the run began; run the study again"
-_PARTS = ("data", "model", "loss")
+_PARTS = ("data", "model", "loss", "depends")
 """The parts of a problem's identity, see `tombola.study.task.Problem`."""
 
 
@@ -57,6 +58,7 @@ class Job:
     begin: int
     end: int
     device: str
+    behaviour: Behaviour = ()
 
     @classmethod
     def of(cls, training: Training, study: Study) -> Job:
@@ -72,6 +74,7 @@ class Job:
             training.begin,
             training.end,
             study.device,
+            training.behaviour,
         )
 
 
@@ -156,6 +159,13 @@ def perform(job: Job, problem: Problem, resume: Checkpoint | None, watch: Watch)
         UserError: if the problem is not the one that the training is named after, or if the user's code fails.
     """
     _check_problem(job, problem)
+    if job.behaviour and not agree(job.behaviour, problem.behaviour):
+        name = problem.identity["model"]["name"]
+        raise UserError(
+            f"task.model {name!r}: in a worker, the network or the loss computes something else than it did when the "
+            f"run began: a file or an environment variable that it uses has changed, or is not the same on every "
+            f"machine"
+        )
     clock = _Clock(watch)
     mask = _mask_from_bytes(job.shapes, job.bits)
     with ambient(0):  # for what a user's model draws beside its state
@@ -240,6 +250,8 @@ def _check_problem(job: Job | RoundJob, problem: Problem) -> None:
                 f"the data set {problem.data.name!r} is not the same each time it is loaded, as the names of trainings "
                 f"require: it was edited since the run began, or it is drawn without a fixed seed"
             )
+        if part == "depends":
+            raise UserError("task.depends: a file or a variable has changed since the run began; run the study again")
         name = (now.get(part) or {}).get("name")
         raise UserError(f"task.{part} {name!r}: {_EDITED}")
 

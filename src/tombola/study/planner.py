@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, TypeAlias
 
 from tombola.errors import DamagedResultError, ImportanceError, UserError, did_you_mean
@@ -20,6 +21,7 @@ from tombola.lottery.ticket import Ticket
 from tombola.pruning.mask import Mask, prunable, resolve_kept_dense
 from tombola.store.store import Store
 from tombola.streams import ambient
+from tombola.study.behaviour import identify, keep_behaviour
 from tombola.study.rounds import compute_mask
 from tombola.study.schema import Study
 from tombola.study.task import Problem, load_importance
@@ -55,6 +57,9 @@ class Chain:
         other = "" if self.data_seed is None else f", data order {self.data_seed}"
         return f"{self.importance}, seed {self.seed}{other}"
 
+
+_TRIES = 10
+"""How often a run numbers what its network computes, if other runs take the number before."""
 
 Need: TypeAlias = Training | Round
 """What a chain may wait for: a training, or a round of pruning whose scores a worker computes."""
@@ -242,6 +247,23 @@ class Planner:
             text += f"; {', '.join(left_out)} {'is' if len(left_out) == 1 else 'are'} left out"
         return f"{text}."
 
+    @cached_property
+    def identity(self) -> Mapping[str, Any]:
+        """What identifies data, network and loss in the names of trainings, see `tombola.study.behaviour.identify`."""
+        return identify(self.problem, self.model, self.store)
+
+    def keep_behaviour(self) -> None:
+        """Store what the network computes, before results of it are stored.
+
+        Raises:
+            UserError: if it cannot be written.
+        """
+        for _ in range(_TRIES):
+            if keep_behaviour(self.problem, self.model, self.store, self.identity):
+                return
+            del self.identity  # another run has taken the number
+        raise UserError(f"store {self.store.root}: other runs write what this study's network computes; try again")
+
     def initial(self, seed: int) -> Weights:
         """Return the initial weights of a seed."""
         if seed not in self._initial:
@@ -262,7 +284,7 @@ class Planner:
             self.model, mask, batch_size=recipe.batch_size, precision=recipe.precision, device=device
         )
         return name_training(
-            self.problem.identity,
+            self.identity,
             recipe,
             initial,
             mask,
@@ -271,6 +293,7 @@ class Planner:
             end=end,
             device=device,
             sparse=sparse,
+            behaviour=self.problem.behaviour,
         )
 
     def progress(self, chain: Chain, find: Callable[[str], Trained | None] | None = None) -> Progress:
@@ -443,7 +466,7 @@ class Planner:
             others["rewind"] = rewind.hash
         if isinstance(importance.score, NetworkScore):
             others["network"] = {
-                **self.problem.identity,
+                **self.identity,
                 "examples": study.score_examples,
                 "batch_size": study.recipe.batch_size,
                 "device": study.device,

@@ -80,3 +80,6 @@ def _compute(problem: Problem, task: Task) -> Iterator[tuple[str, str]]:
         with torch.no_grad():
             loss = problem.loss(outputs, labels.clone())
         yield f"task.loss {task.loss!r}: {_ELSE.format('values')} {_DRAW}", state_hash({"": loss})
+        with ambient(0):
+            outputs = model.train()(few).detach()
+        yield model_gives.format("outputs in training"), state_hash({"": outputs})

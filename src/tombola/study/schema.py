@@ -40,6 +40,9 @@ class Task(BaseModel):
     model: str = Field(description="name of a model, or module:function that returns a torch module")
     model_arguments: Arguments = Field(default={}, description="arguments of the model function")
     loss: str = Field(default="cross_entropy", description="cross_entropy, or module:function of (outputs, labels)")
+    depends: Tuple[str] = Field(
+        default=(), description="what your code uses besides: files, env:NAME, package:NAME, value:TEXT"
+    )
 
     @property
     def own_code(self) -> list[str]:

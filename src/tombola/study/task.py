@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,8 +21,10 @@ from tombola.errors import UserError, did_you_mean, short
 from tombola.importance import Importance, NetworkScore, as_importance, find
 from tombola.importance.importances import find_normalisation, find_score
 from tombola.study.code import steady_source
+from tombola.study.depends import identify_all
 from tombola.study.functions import is_here, resolve, source_hash
 from tombola.study.schema import Study, Task
+from tombola.training.behaviour import Behaviour, observe
 from tombola.training.evaluation import Loss
 from tombola.training.train import check_device, check_recipe_fits
 from tombola.training.trial import guard, try_network
@@ -53,6 +55,12 @@ class Problem:
     loss: Loss
     identity: Mapping[str, Any]
 
+    @cached_property
+    def behaviour(self) -> Behaviour:
+        """What the network and the loss compute on a few examples, see `tombola.training.behaviour.observe`."""
+        model, loss = (f"task.{part} {self.identity[part]['name']!r}" for part in ("model", "loss"))
+        return observe(self.build, self.loss, self.data, model_name=model, loss_name=loss)
+
 
 def load_problem(task: Task, directory: Path | None = None) -> Problem:
     """Load the data set, model and loss that a task names.
@@ -74,7 +82,9 @@ def load_problem(task: Task, directory: Path | None = None) -> Problem:
     build = _checked(f"task.model {task.model!r}", model)
     if task.model in models.MODELS:
         _check_memory(task.model, build)
-    identity = {"data": data.fingerprint, "model": model_identity, "loss": loss_identity}
+    identity: dict[str, Any] = {"data": data.fingerprint, "model": model_identity, "loss": loss_identity}
+    if task.depends:
+        identity["depends"] = identify_all(task.depends)
     return Problem(data, build, loss, identity)
 
 
