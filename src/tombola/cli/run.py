@@ -13,6 +13,7 @@ from tombola.errors import UserError
 if TYPE_CHECKING:
     from tombola.engine.estimate import Estimate
     from tombola.engine.workers import Workers
+    from tombola.pruning.coverage import Coverage
     from tombola.study.planner import Planner
 
 
@@ -100,6 +101,7 @@ def show_plan(planner: Planner, expected: Estimate, workers: int, form: str) -> 
     if form == "csv":
         return
     print(wrap(planner.describe_counted()))
+    print_coverage(planner.coverage)
     if planner.study.score_at == "rewind":
         print(wrap("The rewind point alone decides the masks, so all levels of a chain can be trained side by side."))
     if not expected.to_train:
@@ -112,6 +114,14 @@ def show_plan(planner: Planner, expected: Estimate, workers: int, form: str) -> 
         chain, seconds = expected.critical
         print(f"critical path: {chain}, {duration(seconds)} with any number of workers")
     print(f"disk: about {size(expected.bytes)}")
+
+
+def print_coverage(coverage: Coverage) -> None:
+    """Print which tensors are pruned, kept dense, left out and not prunable."""
+    from tombola.cli.tables import show_table
+
+    rows = [(*row[:3], f"{100 * row[3]:.2f}", row[4]) for row in coverage.tabulate()]
+    show_table(["parameters that are", "tensors", "parameters", "%", "the largest"], rows, "table")
 
 
 def open_workers(options: argparse.Namespace, planner: Planner) -> Workers:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Literal, Protocol, TypeAlias
@@ -18,7 +18,8 @@ from tombola.errors import UserError, did_you_mean
 from tombola.importance import Importance, Normalisation, as_importance
 from tombola.importance.scores import movement
 from tombola.lottery.ticket import Ticket
-from tombola.pruning.mask import Mask, prunable, resolve_kept_dense, resolve_layers
+from tombola.pruning.eligible import prunable, resolve_layers
+from tombola.pruning.mask import Mask, resolve_kept_dense
 from tombola.pruning.prune import ScoreNetwork, check_fraction, count_to_remove, prune
 from tombola.pruning.selection import SELECTIONS, apportion
 from tombola.streams import derive
@@ -156,6 +157,7 @@ def find_tickets(
     levels: int,
     fraction: float = 0.2,
     seed: int = 0,
+    prune: Sequence[str] = (),
     exclude: Collection[str] = (),
     keep_dense: Collection[str] = (),
     selection: str = "global",
@@ -178,6 +180,7 @@ def find_tickets(
         levels: the number of rounds of pruning.
         fraction: the fraction of the alive connections that each round removes, in (0, 1).
         seed: the seed of the data order, the augmentation and every other random choice.
+        prune: patterns of the parameters that are prunable, see `tombola.prunable`.
         exclude: layers that are left out: they are neither pruned nor counted, such as `["fc"]`.
         keep_dense: layers that are counted and never pruned.
         selection: how many connections each layer loses: `global`, `uniform`, `erk` or `shares`, see
@@ -205,8 +208,8 @@ def find_tickets(
     check_score_at(score_at, importance)
     check_recipe_fits(recipe, data)
     check_device(device)
-    dense = Mask.ones_like(model, exclude)
-    kept = resolve_kept_dense(dense, keep_dense, prunable(model).keys() - dense.keys())
+    dense = Mask.ones_like(model, exclude, prune)
+    kept = resolve_kept_dense(dense, keep_dense, prunable(model, prune).keys() - dense.keys())
     rule = Rule(fraction, kept, selection, resolve_shares(dense, shares or {}))
     check_rule(rule, dense, levels)
     end = recipe.total_iterations(len(data.train_inputs))
@@ -240,6 +243,7 @@ def find_tickets(
         "importance": importance.name,
         "fraction": fraction,
         "seed": seed,
+        "prune": list(prune),
         "exclude": list(exclude),
         "keep_dense": list(keep_dense),
         "selection": selection,

@@ -17,7 +17,9 @@ from tombola.importance import NetworkScore, is_built_in
 from tombola.kernels import sparse_layers
 from tombola.lottery.rewinding import Rule, check_rule, check_score_at, lottery_ticket_rewinding, resolve_shares
 from tombola.lottery.ticket import Ticket
-from tombola.pruning.mask import Mask, prunable, resolve_kept_dense
+from tombola.pruning.coverage import Coverage, cover
+from tombola.pruning.eligible import prunable
+from tombola.pruning.mask import Mask, resolve_kept_dense
 from tombola.store.store import Store
 from tombola.streams import ambient
 from tombola.study.rounds import compute_mask
@@ -211,8 +213,8 @@ class Planner:
         self._remember = remember
         with ambient(0):
             self.model = problem.build()
-        self.dense = Mask.ones_like(self.model, study.exclude)
-        left_out = prunable(self.model).keys() - self.dense.keys()
+        self.dense = Mask.ones_like(self.model, study.exclude, study.prune)
+        left_out = prunable(self.model, study.prune).keys() - self.dense.keys()
         self.kept_dense = resolve_kept_dense(self.dense, study.keep_dense, left_out)
         shares = resolve_shares(self.dense, study.shares)
         self.rule = Rule(study.fraction, self.kept_dense, study.selection, shares)
@@ -223,8 +225,13 @@ class Planner:
             pruning = self.first_round(name)
             self._prune(pruning.weights, self.dense, 0, pruning.rewind, Chain(pruning.seed, name))
 
+    @property
+    def coverage(self) -> Coverage:
+        """What density is about: the parameters that are pruned, kept dense, left out and not prunable."""
+        return cover(self.model, self.dense, self.kept_dense, self.study.prune)
+
     def describe_counted(self) -> str:
-        """Return a sentence on what density is about: how many of the network's parameters are counted.
+        """Return a sentence on what density is about, and a second one if it is about a small part of the network.
 
         >>> import pathlib, tempfile
         >>> from tombola import load_problem, load_study
@@ -233,14 +240,8 @@ class Planner:
         ...     print(Planner(study, load_problem(study.task), Store(pathlib.Path(folder) / "s")).describe_counted())
         Density counts 50200 of the network's 50610 parameters; 1000 of these are kept dense (fc.weight).
         """
-        parameters = sum(parameter.numel() for parameter in self.model.parameters())
-        text = f"Density counts {self.dense.total} of the network's {parameters} parameters"
-        if self.kept_dense:
-            kept = sum(self.dense.sizes[layer] for layer in self.kept_dense)
-            text += f"; {kept} of these are kept dense ({', '.join(sorted(self.kept_dense))})"
-        if len(left_out := sorted(prunable(self.model).keys() - self.dense.keys())):
-            text += f"; {', '.join(left_out)} {'is' if len(left_out) == 1 else 'are'} left out"
-        return f"{text}."
+        coverage = self.coverage
+        return " ".join(filter(None, (coverage.describe(), coverage.warn())))
 
     def initial(self, seed: int) -> Weights:
         """Return the initial weights of a seed."""

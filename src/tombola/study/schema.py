@@ -81,6 +81,11 @@ class Study(BaseModel):
     data_seeds_for: Tuple[str] = Field(
         default=(), description="importances that are run with these data orders too; by default the first"
     )
+    prune: Tuple[str] = Field(
+        default=(),
+        description="patterns of parameters that are prunable, such as *.weight; !*.norm* takes away; by default the "
+        "weight matrices of linear, convolution, recurrent and attention layers",
+    )
     exclude: Tuple[str] = Field(
         default=(), description="layers that are left out: neither pruned nor counted; * matches any characters"
     )
