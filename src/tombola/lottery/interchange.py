@@ -36,7 +36,7 @@ def from_torch_prune(model: nn.Module) -> Mask:
     >>> from_torch_prune(model).counts
     {'0.weight': 5, '1.weight': 2}
     """
-    pruned = {name.removesuffix(_MASK): mask for name, mask in model.named_buffers() if _is_mask(name)}
+    pruned = {name.removesuffix(_MASK): mask for name, mask in _list_masks(model)}
     alive = {}
     own = prunable(model)
     for name, parameter in model.named_parameters():
@@ -61,7 +61,7 @@ def to_torch_prune(model: nn.Module, mask: Mask) -> None:
     >>> model.weight_mask, from_torch_prune(model).counts
     (tensor([[1., 0.]]), {'weight': 1})
     """
-    if any(_is_mask(name) for name, _ in model.named_buffers()):
+    if _list_masks(model):
         raise UserError("the model has masks of torch.nn.utils.prune already; remove them first")
     weights = {id(weight): name for name, weight in find_weights(model, mask).items()}
     for module in list(model.modules()):
@@ -127,5 +127,13 @@ def from_zeros(model: nn.Module, prune: Sequence[str] = ()) -> Mask:
     return Mask.from_tensors({name: weight.detach() != 0 for name, weight in find_weights(model, dense).items()})
 
 
-def _is_mask(name: str) -> bool:
-    return name.rpartition(".")[2] == "weight" + _MASK
+def _list_masks(model: nn.Module) -> list[tuple[str, Tensor]]:
+    """Return the masks that `torch.nn.utils.prune` has added to weights, by name; those of biases are not counted."""
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    return [
+        (name, mask)
+        for name, mask in model.named_buffers(remove_duplicate=False)
+        if name.endswith(_MASK)
+        and f"{name.removesuffix(_MASK)}{_ORIGINAL}" in parameters
+        and "weight" in name.rpartition(".")[2]
+    ]

@@ -18,7 +18,7 @@ from tombola.errors import UserError, did_you_mean
 from tombola.importance import Importance, Normalisation, as_importance
 from tombola.importance.scores import movement
 from tombola.lottery.ticket import Ticket
-from tombola.pruning.eligible import prunable, resolve_layers
+from tombola.pruning.eligible import list_shared, prunable, resolve_layers
 from tombola.pruning.mask import Mask, resolve_kept_dense
 from tombola.pruning.prune import ScoreNetwork, check_fraction, count_to_remove, prune
 from tombola.pruning.selection import SELECTIONS, apportion
@@ -282,7 +282,8 @@ def find_tickets(
         levels=levels,
         score_at=score_at,
     )
-    return (replace(ticket, provenance=provenance) for ticket in tickets)
+    shared = {name: others for name, others in list_shared(model).items() if name in dense}
+    return (replace(ticket, provenance=provenance, shared=shared) for ticket in tickets)
 
 
 def prune_round(

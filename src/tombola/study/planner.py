@@ -18,7 +18,7 @@ from tombola.kernels import sparse_layers
 from tombola.lottery.rewinding import Rule, check_rule, check_score_at, lottery_ticket_rewinding, resolve_shares
 from tombola.lottery.ticket import Ticket
 from tombola.pruning.coverage import Coverage, cover
-from tombola.pruning.eligible import prunable
+from tombola.pruning.eligible import list_shared, prunable
 from tombola.pruning.mask import Mask, resolve_kept_dense
 from tombola.store.store import Store
 from tombola.streams import ambient
@@ -163,6 +163,7 @@ class Planner:
             `data_seeds_for` names, or of the first importance.
         model: the network, with arbitrary weights.
         dense: the mask of the dense network.
+        shared: the other names of the mask's weights that modules share.
         kept_dense: the layers that are counted and never pruned, by parameter name.
         rule: what all rounds of pruning have in common.
         end: the number of iterations of a complete training.
@@ -214,6 +215,7 @@ class Planner:
         with ambient(0):
             self.model = problem.build()
         self.dense = Mask.ones_like(self.model, study.exclude, study.prune)
+        self.shared = {name: others for name, others in list_shared(self.model).items() if name in self.dense}
         left_out = prunable(self.model, study.prune).keys() - self.dense.keys()
         self.kept_dense = resolve_kept_dense(self.dense, study.keep_dense, left_out)
         shares = resolve_shares(self.dense, study.shares)
@@ -322,7 +324,7 @@ class Planner:
                     continue
                 mask = self._unload(training, chain, tickets[-1]) if tickets else self.dense
                 asked[-1] = replace(training, mask=mask), trained
-                tickets.append(replace(ticket, mask=mask, provenance=provenance))
+                tickets.append(replace(ticket, mask=mask, provenance=provenance, shared=self.shared))
         except ImportanceError as error:
             stopped = Stopped(str(error))
         trainings = tuple(training for training, trained in asked if trained is not None)

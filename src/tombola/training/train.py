@@ -178,7 +178,7 @@ def load_model(model: nn.Module, state: State, mask: Mask, device: str) -> nn.Mo
 
 def _dense_masks(model: nn.Module, mask: Mask) -> list[tuple[nn.Parameter, Tensor]]:
     """Return each dense parameter that has pruned weights, with its mask as 0.0 and 1.0 in the same layout."""
-    parameters = dict(model.named_parameters())
+    parameters = dict(model.named_parameters(remove_duplicate=False))
     return [
         (parameters[name], torch.empty_like(parameters[name], requires_grad=False).copy_(mask[name]))
         for name in mask

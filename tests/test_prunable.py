@@ -1,0 +1,304 @@
+"""Which weights are pruned: layers of every kind, patterns, shared weights, masked starts; what density counts."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import prune as torch_prune
+
+from tombola import Mask, Recipe, Ticket, UserError, Weights, find_tickets, interchange, loops, prunable, prune, train
+from tombola.datasets.dataset import Dataset
+from tombola.importance import IMPORTANCES, find, magnitude
+from tombola.lottery import ticket_file
+from tombola.lottery.ticket_file import Content
+from tombola.pruning.coverage import cover
+from tombola.pruning.eligible import list_shared
+from tombola.training.history import History
+
+
+def draw(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+class Reader(nn.Module):
+    """An LSTM classifier of sequences of four steps with three numbers each."""
+
+    def __init__(self, kind: type[nn.RNNBase] = nn.LSTM) -> None:
+        super().__init__()
+        self.rnn = kind(3, 8, batch_first=True)
+        self.norm = nn.LayerNorm(8)
+        self.fc = nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.fc(self.norm(self.rnn(x)[0][:, -1]))
+        return logits
+
+
+class Gpt(nn.Module):
+    """A transformer over four tokens of five kinds, whose head is the embedding, applied to one-hot inputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wte = nn.Embedding(5, 8)
+        self.wpe = nn.Parameter(0.1 * torch.randn(4, 8))
+        self.block = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+        self.head = nn.Linear(8, 5, bias=False)
+        self.head.weight = self.wte.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        embedded = self.wte(x.argmax(-1)) + self.wpe
+        mask = nn.Transformer.generate_square_subsequent_mask(4)
+        logits: Tensor = self.head(self.block(embedded, src_mask=mask, is_causal=True)[:, -1])
+        return logits
+
+
+class Vit(nn.Module):
+    """A vision transformer over the four quarters of an image of 4 x 4 pixels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(1, 8, 2, 2)
+        self.token = nn.Parameter(0.1 * torch.randn(1, 1, 8))
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.norm = nn.LayerNorm(8)
+        self.head = nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        patches = self.patches(x).flatten(2).transpose(1, 2)
+        tokens = self.norm(torch.cat([self.token.expand(len(x), -1, -1), patches], 1))
+        logits: Tensor = self.head((tokens + self.attention(tokens, tokens, tokens)[0])[:, 0])
+        return logits
+
+
+NETWORKS = {"lstm": (Reader, (4, 3)), "gpt": (Gpt, (4, 5)), "vit": (Vit, (1, 4, 4))}
+EVERYTHING = ["*"]
+
+
+def build(name: str) -> nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return NETWORKS[name][0]()
+
+
+def examples(name: str) -> Dataset:
+    inputs = draw(24, *NETWORKS[name][1])
+    labels = (inputs.flatten(1).sum(1) > 0).long()
+    return Dataset("examples", inputs[:16], labels[:16], inputs[16:], labels[16:], ("no", "yes"))
+
+
+# Which weights.
+
+
+@pytest.mark.parametrize(
+    ("model", "expected"),
+    [
+        (nn.GRU(2, 3, 2, bidirectional=True), [
+            "weight_ih_l0", "weight_hh_l0", "weight_ih_l0_reverse", "weight_hh_l0_reverse",
+            "weight_ih_l1", "weight_hh_l1", "weight_ih_l1_reverse", "weight_hh_l1_reverse",
+        ]),
+        (nn.LSTM(2, 3, proj_size=2), ["weight_ih_l0", "weight_hh_l0", "weight_hr_l0"]),
+        (nn.Sequential(nn.LSTMCell(2, 3), nn.RNN(2, 2)),
+         ["0.weight_ih", "0.weight_hh", "1.weight_ih_l0", "1.weight_hh_l0"]),
+        (nn.MultiheadAttention(4, 2, kdim=3, vdim=5),
+         ["q_proj_weight", "k_proj_weight", "v_proj_weight", "out_proj.weight"]),
+        (nn.Sequential(nn.ConvTranspose2d(2, 3, 3), nn.Bilinear(2, 3, 4)), ["0.weight", "1.weight"]),
+        (Gpt(), ["wte.weight", "block.self_attn.in_proj_weight", "block.self_attn.out_proj.weight",
+                 "block.linear1.weight", "block.linear2.weight"]),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",
+)  # fmt: skip
+def test_the_weight_matrices_of_layers_are_prunable(model: nn.Module, expected: list[str]) -> None:
+    assert list(prunable(model)) == expected
+    assert list(Mask.ones_like(model)) == expected
+
+
+def test_the_conv1d_of_huggingface_is_recognised_without_its_library() -> None:
+    kind = type("Conv1D", (nn.Module,), {"__module__": "transformers.pytorch_utils"})
+    layer, other = kind(), type("Conv1D", (nn.Module,), {})()
+    for each in (layer, other):
+        each.weight, each.bias = nn.Parameter(draw(2, 3)), nn.Parameter(draw(3))
+    assert list(prunable(nn.Sequential(layer, other))) == ["0.weight"]
+
+
+@pytest.mark.parametrize(
+    ("patterns", "expected"),
+    [
+        (["*.weight", "!*norm*"], ["fc.weight"]),
+        (["!fc"], ["rnn.weight_ih_l0", "rnn.weight_hh_l0"]),
+        (["default", "norm"], ["rnn.weight_ih_l0", "rnn.weight_hh_l0", "norm.weight", "fc.weight"]),
+        (["rnn.*", "!rnn.bias*", "rnn.bias_hh_l0"], ["rnn.weight_ih_l0", "rnn.weight_hh_l0", "rnn.bias_hh_l0"]),
+        (["*", "!*.weight", "norm"],
+         ["rnn.weight_ih_l0", "rnn.weight_hh_l0", "rnn.bias_ih_l0", "rnn.bias_hh_l0",
+          "norm.weight", "norm.bias", "fc.bias"]),
+    ],
+)  # fmt: skip
+def test_patterns_choose_in_order(patterns: list[str], expected: list[str]) -> None:
+    assert list(prunable(Reader(), patterns)) == expected
+
+
+def test_a_shared_weight_is_chosen_by_any_of_its_names_and_counted_once() -> None:
+    assert list(prunable(Gpt(), ["head"])) == list(prunable(Gpt(), ["wte.*"])) == ["wte.weight"]
+    assert "wte.weight" not in prunable(Gpt(), ["!head.weight"])
+    assert cover(Gpt(), Mask.ones_like(Gpt())).total == sum(p.numel() for p in Gpt().parameters())
+
+
+@pytest.mark.parametrize(
+    ("patterns", "sentence"),
+    [
+        (["nothing.*"], "prune: 'nothing.*' is no parameter of the model; choose from "),
+        (["!fcc"], "prune: 'fcc' is no parameter of the model; did you mean 'fc'?"),
+        (["fc", "!fc"], "prune: 'fc', '!fc' leave no parameter of Reader to prune"),
+    ],
+)
+def test_patterns_that_choose_nothing_are_refused(patterns: list[str], sentence: str) -> None:
+    with pytest.raises(UserError) as raised:
+        Mask.ones_like(Reader(), prune=patterns)
+    assert sentence in str(raised.value)
+
+
+def test_layers_that_are_left_out_or_kept_dense_have_their_full_names() -> None:
+    assert list(Mask.ones_like(Reader(), ["rnn.weight_hh_l0", "fc"])) == ["rnn.weight_ih_l0"]
+    with pytest.raises(UserError, match="exclude: 'rnn' is no prunable layer"):
+        Mask.ones_like(Reader(), ["rnn"])
+
+
+# Rounds of pruning and trainings.
+
+
+@pytest.mark.parametrize(
+    ("importance", "selection"),
+    [*((each, "global") for each in ("magnitude", "l1", "l2", "softmax", "min_max")), ("l1", "uniform"), ("l1", "erk")],
+)
+def test_weights_of_any_shape_are_pruned(importance: str, selection: str) -> None:
+    model = nn.Sequential(nn.Bilinear(2, 3, 4), nn.Conv3d(2, 2, 2), nn.LayerNorm(5), nn.Embedding(4, 3))
+    model.register_parameter("scale", nn.Parameter(draw(1)[0]))
+    dense = Mask.ones_like(model, prune=EVERYTHING)
+    assert () in dense.shapes.values()
+    numbers = torch.Generator().manual_seed(0)
+    weights = {name: torch.randn(shape, generator=numbers) for name, shape in dense.shapes.items()}
+    mask = prune(weights, dense, IMPORTANCES[importance], 0.5, selection=selection)
+    assert mask.alive == dense.total - round(dense.total / 2)
+
+
+@pytest.mark.parametrize("patterns", [[], EVERYTHING], ids=["default", "everything"])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_pruned_weights_stay_zero_under_all_names(name: str, patterns: list[str], tmp_path: Path) -> None:
+    model = build(name)
+    found = list(find_tickets(
+        model, examples(name), Recipe(epochs=2, batch_size=8, optimizer="adamw", lr=0.01), magnitude,
+        levels=1, fraction=0.6, prune=patterns, progress=False,
+    ))  # fmt: skip
+    ticket = found[1]
+    ticket.save(tmp_path / "ticket", trained=True)
+    again = Ticket.load(tmp_path / "ticket")
+    assert again.shared == ticket.shared == ({"wte.weight": ("head.weight",)} if name == "gpt" else {})
+    for each in (ticket, again):
+        for state, trained in ((each.rewound, False), (each.load_trained(), True)):
+            assert state.keys() == model.state_dict().keys()
+            loaded, applied = copy.deepcopy(model), copy.deepcopy(model)
+            loaded.load_state_dict(state)
+            each.apply(applied, trained=trained)
+            for one in (loaded, applied):
+                assert interchange.from_zeros(one, list(ticket.mask)) == ticket.mask
+            inputs = examples(name).test_inputs
+            assert each.sparse(model, trained=trained)(inputs).allclose(loaded(inputs), atol=1e-5)
+    assert found[0].trained is not None
+    assert ticket.trained is not None
+    assert ticket.trained.history.losses != found[0].trained.history.losses
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_mask_is_held_in_a_loop_and_goes_to_torch_and_back(name: str) -> None:
+    model, data = build(name), examples(name)
+    mask = loops.prune(model, Mask.ones_like(model), magnitude, 0.5)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    with loops.hold(model, mask, optimizer):
+        for _ in range(2):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(data.train_inputs), data.train_labels).backward()
+            optimizer.step()
+    assert interchange.from_zeros(model) == mask
+    expected = model(data.test_inputs)
+    interchange.to_torch_prune(model, mask)
+    assert interchange.from_torch_prune(model) == mask
+    assert model(data.test_inputs).equal(expected)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("score", ["taylor", "snip", "grasp", "hessian", "synflow"])
+def test_scores_of_the_network_rate_every_prunable_weight(score: str, name: str) -> None:
+    model, data = build(name), examples(name)
+    mask = loops.prune(
+        model, Mask.ones_like(model), find(score), 0.5, loss=nn.functional.cross_entropy,
+        batches=[(data.train_inputs, data.train_labels)],
+    )  # fmt: skip
+    assert mask.alive == mask.total - round(mask.total / 2)
+    if score == "snip":
+        assert mask == loops.prune(
+            model, Mask.ones_like(model), find("taylor"), 0.5, loss=nn.functional.cross_entropy,
+            batches=[(data.train_inputs, data.train_labels)],
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("score", ["fisher", "wanda"])
+@pytest.mark.parametrize(
+    ("name", "layer"), [("lstm", "rnn.weight_ih_l0"), ("gpt", "wte.weight"), ("vit", "attention.in_proj_weight")]
+)
+def test_scores_of_inputs_refuse_other_layers(score: str, name: str, layer: str) -> None:
+    model, data = build(name), examples(name)
+    with pytest.raises(UserError, match=f"rates only .* layers, and {layer!r}"):
+        loops.prune(
+            model, Mask.ones_like(model), find(score), 0.5, loss=nn.functional.cross_entropy,
+            batches=[(data.train_inputs, data.train_labels)],
+        )  # fmt: skip
+
+
+def test_a_mask_by_a_later_name_of_a_shared_weight_is_trained_too() -> None:
+    model, data = build("gpt"), examples("gpt")
+    half = Mask.from_tensors({"head.weight": draw(5, 8) > 0})
+    state = train(model, model.state_dict(), half, data, Recipe(epochs=1, batch_size=8), 0).weights.load()
+    assert (state["wte.weight"] == 0).equal(~half["head.weight"])
+
+
+# Files of tickets.
+
+
+def tied() -> tuple[Content, dict[str, tuple[str, ...]]]:
+    model = build("gpt")
+    mask = loops.prune(model, Mask.ones_like(model), magnitude, 0.5)
+    return Content(
+        1, mask, Ticket(1, mask, Weights.of(model.state_dict()), None).rewound, None, History()
+    ), list_shared(model)
+
+
+def test_a_shared_weight_is_written_once() -> None:
+    old, shared = tied()
+    rewound = old.rewound | {"head.weight": old.rewound["wte.weight"]}
+    new = Content(old.level, old.mask, rewound, None, History(), {}, shared)
+    assert len(ticket_file.encode(old)) - len(ticket_file.encode(new)) > 100
+
+
+def test_a_file_that_does_not_name_shared_weights_is_pruned_under_all_names(tmp_path: Path) -> None:
+    old, shared = tied()
+    assert (old.rewound["head.weight"] != 0).all()
+    (tmp_path / "old").write_bytes(ticket_file.encode(old))
+    found = Ticket.load(tmp_path / "old")
+    assert found.shared == shared
+    assert found.rewound["head.weight"].equal(found.rewound["wte.weight"])
+
+
+def test_weights_that_are_only_equal_are_not_taken_as_shared(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.LayerNorm(4), nn.LayerNorm(4), nn.Linear(4, 1))
+    mask = Mask.from_tensors({"0.weight": torch.arange(4) > 1})
+    Ticket(1, mask, Weights.of(model.state_dict()), None).save(tmp_path / "ticket")
+    assert Ticket.load(tmp_path / "ticket").rewound["1.weight"].all()
+
+
+def test_torch_prune_of_a_shared_weight() -> None:
+    layer = nn.Linear(2, 2)
+    torch_prune.l1_unstructured(layer, "weight", amount=2)
+    assert interchange.from_torch_prune(layer).alive == 2
