@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,24 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune as torch_prune
 
-from tombola import Mask, Recipe, Ticket, UserError, Weights, find_tickets, interchange, loops, prunable, prune, train
+from tombola import (
+    Mask,
+    Planner,
+    Recipe,
+    Store,
+    Study,
+    Task,
+    Ticket,
+    UserError,
+    Weights,
+    find_tickets,
+    interchange,
+    load_problem,
+    loops,
+    prunable,
+    prune,
+    train,
+)
 from tombola.datasets.dataset import Dataset
 from tombola.importance import IMPORTANCES, find, magnitude
 from tombola.lottery import ticket_file
@@ -18,6 +36,7 @@ from tombola.lottery.ticket_file import Content
 from tombola.pruning.coverage import cover
 from tombola.pruning.eligible import list_shared
 from tombola.training.history import History
+from tombola.training.replaceable import OwnLayersWarning, choose_layers, find_fault
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
@@ -302,3 +321,87 @@ def test_torch_prune_of_a_shared_weight() -> None:
     layer = nn.Linear(2, 2)
     torch_prune.l1_unstructured(layer, "weight", amount=2)
     assert interchange.from_torch_prune(layer).alive == 2
+
+
+# Networks that reach into their own layers.
+
+
+class Own(nn.Module):
+    """Two linear layers and one of several habits that a network may have."""
+
+    def __init__(self, habit: str) -> None:
+        super().__init__()
+        self.habit = habit
+        self.fc1, self.fc2, self.dropout = nn.Linear(4, 40), nn.Linear(40, 2), nn.Dropout(0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.habit == "clips":
+            self.fc1.weight.data.clamp_(-2, 2)
+        if self.habit == "counts":
+            x = x * len([layer for layer in self.modules() if isinstance(layer, nn.Linear)])
+        if self.habit == "replaces":
+            self.fc1.weight = nn.Parameter(self.fc1.weight.detach())
+        if self.habit == "stops":
+            return torch.as_tensor(self.fc2(self.fc1(x).relu() + self.fc1.weight.detach().sum() * 0))
+        hidden = self.fc1(x).relu()
+        if self.habit == "reads":
+            hidden = hidden + self.fc1.weight.sum()
+        if self.habit == "drops":
+            hidden = nn.functional.dropout(self.dropout(hidden), 0.5)
+        logits: Tensor = self.fc2(hidden)
+        return logits
+
+
+def vectors() -> Dataset:
+    inputs = draw(96, 4)
+    labels = (inputs.sum(1) > 0).long()
+    return Dataset("vectors", inputs[:64], labels[:64], inputs[64:], labels[64:], ("no", "yes"))
+
+
+HALF = {"batch_size": 32, "epochs": 1, "lr": 0.1}
+
+
+@pytest.mark.parametrize(
+    ("habit", "said"),
+    [("clips", "it changes its 'fc1.weight' itself"), ("counts", "its loss is another one"), ("replaces", "it "),
+     ("none", None), ("reads", None), ("drops", None), ("stops", None)],
+)  # fmt: skip
+def test_a_network_that_reaches_into_its_layers_is_found(habit: str, said: str | None) -> None:
+    torch.manual_seed(0)
+    fault = find_fault(Own(habit), vectors(), Recipe(**HALF), nn.functional.cross_entropy)
+    assert (fault is None) == (said is None)
+    assert said is None or (fault is not None and said in fault)
+
+
+def test_such_a_network_is_trained_with_its_own_layers(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, data, recipe = Own("counts"), vectors(), Recipe(**HALF)
+    mask = loops.prune(model, Mask.ones_like(model), magnitude, 0.9)
+    with pytest.warns(
+        OwnLayersWarning, match="Own is trained with its own layers, at dense speed, because it does not"
+    ):
+        found = train(model, model.state_dict(), mask, data, recipe, 0)
+    dense = train(model, model.state_dict(), mask, data, recipe, 0, kernels="off")
+    assert found.weights.hash == dense.weights.hash
+    with pytest.warns(OwnLayersWarning):
+        tickets = list(find_tickets(model, data, recipe, magnitude, levels=1, fraction=0.9, progress=False))
+    for kernels in ("auto", "off"):
+        study = Study(
+            task=Task(dataset=data, model=partial(Own, "counts")), recipe=recipe, importances=("magnitude",),
+            seeds=(0,), levels=1, fraction=0.9, kernels=kernels,
+        )  # fmt: skip
+        planner = Planner(study, load_problem(study.task), Store(tmp_path / "store"))
+        assert (planner.kernel_fault is None) == (kernels == "off")
+        assert planner.training(0, planner.initial(0), tickets[1].mask, 0, 2).identity["sparse"] == []
+
+
+def test_layers_are_replaced_in_a_network_that_does_not() -> None:
+    torch.manual_seed(0)
+    model, data, recipe = Own("none"), vectors(), Recipe(**HALF)
+    mask = loops.prune(model, Mask.ones_like(model), magnitude, 0.9)
+    names = choose_layers(model, mask, recipe, "cpu", "auto")
+    assert names == ["fc1.weight", "fc2.weight"]
+    found = [train(model, model.state_dict(), mask, data, recipe, 0, kernels=each) for each in ("auto", names, "off")]
+    assert found[0].weights.hash == found[1].weights.hash
+    with pytest.raises(UserError, match="kernels: expected 'auto' or 'off', got 'on'"):
+        find_tickets(model, data, recipe, magnitude, levels=1, kernels="on")  # type: ignore[arg-type]

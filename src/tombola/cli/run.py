@@ -7,7 +7,7 @@ import json
 import sys
 from typing import TYPE_CHECKING
 
-from tombola.cli.options import Verbs, open_planner, whole_number
+from tombola.cli.options import Verbs, open_planner, print_note, whole_number
 from tombola.errors import UserError
 
 if TYPE_CHECKING:
@@ -49,6 +49,8 @@ def run(options: argparse.Namespace) -> int:
     prepare_store(planner, options.store)
     if device == "cpu" and not kernels.available():
         print(f"note: {kernels.MISSING}", file=sys.stderr)
+    if planner.kernel_fault is not None:
+        print_note(planner.kernel_fault)
     speed = prior_speed(planner, count_workers(options.workers, study.device), options.data) if local else None
     with open_workers(options, planner) as workers, show_progress(planner, workers.count) as show:
         status = run_study(planner, workers, show, speed=speed)
@@ -68,6 +70,8 @@ def plan(options: argparse.Namespace) -> int:
 
     planner = open_planner(options)
     try_study(planner)
+    if planner.kernel_fault is not None:
+        print_note(planner.kernel_fault)
     workers = count_workers(options.workers, planner.study.device)
     show_plan(planner, estimate(planner, workers, options.data), workers, options.format)
     return 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -26,6 +27,7 @@ from tombola.streams import derive
 from tombola.training.evaluation import Loss
 from tombola.training.history import Trained
 from tombola.training.recipe import Recipe
+from tombola.training.replaceable import OwnLayersWarning, find_fault
 from tombola.training.scoring import EXAMPLES, TRIED, score_network
 from tombola.training.train import check_device, check_recipe_fits, train
 from tombola.training.trial import try_network
@@ -166,6 +168,7 @@ def find_tickets(
     score_examples: int = EXAMPLES,
     loss: Loss = functional.cross_entropy,
     device: str = "cpu",
+    kernels: Literal["auto", "off"] = "auto",
     progress: bool = True,
 ) -> Iterator[Ticket]:
     """Find the tickets of a network: return an iterator that yields the ticket of each level as soon as it is trained.
@@ -190,10 +193,15 @@ def find_tickets(
         score_examples: the number of training examples that a score with data sees, such as `taylor`.
         loss: a function of outputs and labels that returns the mean over the batch.
         device: the device to train on, "cpu" or "cuda".
+        kernels: whether layers that are faster sparse are replaced on the CPU: "auto" unless the network reaches into
+            its own layers, or "off" for none, see `tombola.train`.
         progress: whether to show a bar for each training, if standard error is a terminal.
 
     Raises:
         UserError: if the arguments do not fit together, or if the network, the loss or the importance fails.
+
+    Warns:
+        OwnLayersWarning: if the network reaches into its own layers, so that none is replaced.
 
     >>> from tombola import datasets, models
     >>> from tombola.importance import l1
@@ -234,6 +242,12 @@ def find_tickets(
         )
 
     try_network(partial(copy.deepcopy, model), loss, data, recipe, model_name="model", loss_name="loss")
+    if kernels not in ("auto", "off"):
+        raise UserError(f"kernels: expected 'auto' or 'off', got {kernels!r}")
+    fault = find_fault(model, data, recipe, loss, device) if kernels == "auto" else None
+    if fault is not None:
+        warnings.warn(fault, OwnLayersWarning, stacklevel=2)
+    allowed = [] if fault is not None or kernels == "off" else list(dense)
     if levels:
         prune_network(theta_0, dense, 0, theta_0, examples=min(TRIED, score_examples))
     provenance = {
@@ -250,6 +264,7 @@ def find_tickets(
         "shares": dict(shares or {}),
         "score_at": score_at,
         "device": device,
+        "kernels": kernels,
     }
 
     def train_network(initial: Weights, mask: Mask, begin: int, end: int) -> Trained:
@@ -269,6 +284,7 @@ def find_tickets(
                 end=end,
                 loss=loss,
                 device=device,
+                kernels=allowed,
                 watch=advance,
             )
 

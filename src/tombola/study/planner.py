@@ -10,11 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, TypeAlias
 
 from tombola.errors import DamagedResultError, ImportanceError, UserError, did_you_mean
 from tombola.importance import NetworkScore, is_built_in
-from tombola.kernels import sparse_layers
 from tombola.lottery.rewinding import Rule, check_rule, check_score_at, lottery_ticket_rewinding, resolve_shares
 from tombola.lottery.ticket import Ticket
 from tombola.pruning.coverage import Coverage, cover
@@ -27,6 +27,7 @@ from tombola.study.schema import Study
 from tombola.study.task import Problem, load_importance
 from tombola.study.trainings import Round, Training, name_mask, name_training
 from tombola.training.history import Trained
+from tombola.training.replaceable import choose_layers, find_fault
 from tombola.training.train import initial_state
 from tombola.training.weights import Weights
 
@@ -232,6 +233,14 @@ class Planner:
         """What density is about: the parameters that are pruned, kept dense, left out and not prunable."""
         return cover(self.model, self.dense, self.kept_dense, self.study.prune)
 
+    @cached_property
+    def kernel_fault(self) -> str | None:
+        """A sentence on why no layer of the network may be replaced by a sparse one; None if all may be."""
+        study, problem = self.study, self.problem
+        if study.kernels == "off":
+            return None
+        return find_fault(self.model, problem.data, study.recipe, problem.loss, study.device)
+
     def describe_counted(self) -> str:
         """Return a sentence on what density is about, and a second one if it is about a small part of the network.
 
@@ -261,9 +270,8 @@ class Planner:
             begin, end: the range of iterations, begin..end-1.
         """
         recipe, device = self.study.recipe, self.study.device
-        sparse = sparse_layers(
-            self.model, mask, batch_size=recipe.batch_size, precision=recipe.precision, device=device
-        )
+        sparse = choose_layers(self.model, mask, recipe, device, self.study.kernels)
+        sparse = [] if sparse and self.kernel_fault else sparse
         return name_training(
             self.problem.identity,
             recipe,

@@ -105,6 +105,9 @@ class Study(BaseModel):
         default=1024, description="number of training examples that a score with data sees, such as taylor"
     )
     device: Literal["cpu", "cuda"] = Field(default="cpu", description="device to train on: cpu or cuda")
+    kernels: Literal["auto", "off"] = Field(
+        default="auto", description="sparse layers for the CPU: auto replaces the layers that are faster, off none"
+    )
 
     @field_validator("importances", "data_seeds_for", mode="before")
     @classmethod
