@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune as torch_prune
+from torch.nn.utils.parametrizations import weight_norm
 
 from tombola import (
     Mask,
@@ -27,14 +29,17 @@ from tombola import (
     loops,
     prunable,
     prune,
+    run,
     train,
 )
+from tombola.analysis.paths import Paths
 from tombola.datasets.dataset import Dataset
 from tombola.importance import IMPORTANCES, find, magnitude
 from tombola.lottery import ticket_file
 from tombola.lottery.ticket_file import Content
 from tombola.pruning.coverage import cover
 from tombola.pruning.eligible import list_shared
+from tombola.pruning.start import check_start
 from tombola.training.history import History
 from tombola.training.replaceable import OwnLayersWarning, choose_layers, find_fault
 
@@ -405,3 +410,124 @@ def test_layers_are_replaced_in_a_network_that_does_not() -> None:
     assert found[0].weights.hash == found[1].weights.hash
     with pytest.raises(UserError, match="kernels: expected 'auto' or 'off', got 'on'"):
         find_tickets(model, data, recipe, magnitude, levels=1, kernels="on")  # type: ignore[arg-type]
+
+
+# Starts.
+
+
+def two_layers() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 20), nn.ReLU(), nn.Linear(20, 2))
+
+
+def sparsify(model: nn.Sequential) -> None:
+    with torch.no_grad():
+        model[0].weight[:, 1:] = 0
+
+
+def to_type(dtype: torch.dtype) -> Callable[[nn.Sequential], object]:
+    return lambda model: model.to(dtype)
+
+
+def make_complex(model: nn.Sequential) -> None:
+    model[0] = nn.Linear(4, 20, dtype=torch.complex64)
+
+
+def add_integers(model: nn.Sequential) -> None:
+    model.steps = nn.Parameter(torch.zeros(3, dtype=torch.int64), requires_grad=False)
+
+
+@pytest.mark.parametrize(
+    ("change", "patterns", "sentence"),
+    [
+        (sparsify, [], "model: 60 of the 80 initial weights of '0.weight' are exactly 0, as in a network"),
+        (lambda model: torch_prune.l1_unstructured(model[0], "weight", 9), [],
+         "model: its '0.weight' has a mask of torch.nn.utils.prune, which level 0 would not keep; make"),
+        (lambda model: torch_prune.l1_unstructured(model[0], "weight", 9), ["default"],
+         "model: its '0.weight' has a mask of torch.nn.utils.prune, which level 0 would not keep; make"),
+        (lambda model: weight_norm(model[0]), [], "model: its '0.weight' is computed from other parameters, as by"),
+        (lambda model: weight_norm(model[0]), ["*"], "model: its '0.weight' is computed from other parameters, as by"),
+        (lambda model: [weight_norm(model[0]), weight_norm(model[2])], [], "; its '0.weight' is computed from other"),
+        (make_complex, [], "model: its '0.weight' is complex64; expected float32, as model.float() gives"),
+        (to_type(torch.bfloat16), [], "model: its '0.weight' is bfloat16; expected float32, as model.float() gives"),
+        (to_type(torch.float16), [], "model: its '0.weight' is float16; expected float32, as model.float() gives"),
+        (lambda model: model.to("meta"), [], "model: its '0.weight' is on the device 'meta', where it has no values"),
+        (lambda model: model.insert(0, nn.LazyLinear(4)), [], "layer '0.weight' is lazy and has no shape yet"),
+        (add_integers, ["*"], "model: its 'steps' is int64, and only floating-point weights can be pruned"),
+        (lambda _: None, ["3.*"], "prune: '3.*' is no parameter of the model"),
+    ],
+)  # fmt: skip
+def test_networks_that_cannot_start_dense_are_refused(
+    change: Callable[[nn.Sequential], object], patterns: list[str], sentence: str
+) -> None:
+    model = two_layers()
+    change(model)
+    with pytest.raises(UserError) as raised:
+        find_tickets(model, vectors(), Recipe(**HALF), magnitude, levels=1, prune=patterns)
+    assert sentence in str(raised.value)
+
+
+def test_a_study_of_a_masked_network_is_refused_before_anything_is_trained(tmp_path: Path) -> None:
+    def masked() -> nn.Module:
+        model = two_layers()
+        torch_prune.l1_unstructured(model[2], "weight", 9)
+        return model
+
+    study = Study(
+        task=Task(dataset=vectors(), model=masked), recipe=Recipe(**HALF), importances=("l1",), seeds=(0,), levels=1
+    )
+    with pytest.raises(UserError, match=r"its '2\.weight' has a mask of torch.nn.utils.prune"):
+        run(study, store=tmp_path / "store", progress=False)
+
+
+def test_zeros_of_an_initialisation_are_no_mask() -> None:
+    model = nn.Sequential(nn.Linear(9, 9), nn.Linear(9, 9), nn.Embedding(5, 20, padding_idx=1), nn.Linear(9, 9))
+    nn.init.zeros_(model[0].weight)
+    nn.init.eye_(model[1].weight)
+    with torch.no_grad():
+        model[3].weight[0] = 0  # nine of them
+    check_start(model, Mask.ones_like(model, prune=["*.weight"]), ["*.weight"], "model")
+
+
+def test_a_layer_with_weight_norm_is_left_out_by_a_pattern() -> None:
+    model = two_layers()
+    weight_norm(model[0])
+    found = list(find_tickets(model, vectors(), Recipe(**HALF), magnitude, levels=1, prune=["default"], progress=False))
+    assert list(found[1].mask) == ["2.weight"]
+
+
+# What density counts.
+
+
+def test_what_density_counts_is_said() -> None:
+    model = build("lstm")
+    found = cover(model, Mask.ones_like(model, ["rnn.weight_hh_l0"]), ["fc.weight"])
+    assert found.describe() == (
+        "Density counts 112 of the network's 450 parameters; 16 of these are kept dense (fc.weight); rnn.weight_hh_l0 "
+        "is left out."
+    )
+    assert [row[:3] for row in found.tabulate()] == [
+        ("pruned", 1, 96), ("kept dense", 1, 16), ("left out", 1, 256), ("not prunable", 5, 82)
+    ]  # fmt: skip
+    assert sum(row[3] for row in found.tabulate()) == pytest.approx(1)
+    assert found.warn() == (
+        "Only 21.3 % of the network's parameters may be pruned, so its density says little about the whole; the "
+        "largest others are rnn.weight_hh_l0 (256, left out), rnn.bias_ih_l0 (32, not prunable), rnn.bias_hh_l0 (32, "
+        "not prunable)."
+    )
+
+
+def test_the_pattern_that_would_add_the_largest_tensors_is_named() -> None:
+    model = nn.Sequential(nn.Embedding(50, 4), nn.Linear(4, 2))
+    for patterns in ([], ["1.weight"]):
+        said = cover(model, Mask.ones_like(model, prune=patterns), prune=patterns).warn()
+        expected = '["default", "0.weight"]' if not patterns else '["1.weight", "0.weight"]'
+        assert said.endswith(f"; prune = {expected} would prune it too.")
+    everything = Mask.ones_like(model, prune=["default", "0.weight"])
+    assert cover(model, everything, prune=["default", "0.weight"]).warn() == ""
+
+
+def test_paths_of_other_weights_are_refused() -> None:
+    model = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
+    with pytest.raises(UserError, match=r"'1.weight' is no weight of a linear or convolution layer"):
+        Paths(model, (2,), Mask.ones_like(model, prune=["*.weight"]))

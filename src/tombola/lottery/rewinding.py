@@ -23,6 +23,7 @@ from tombola.pruning.eligible import list_shared, prunable, resolve_layers
 from tombola.pruning.mask import Mask, resolve_kept_dense
 from tombola.pruning.prune import ScoreNetwork, check_fraction, count_to_remove, prune
 from tombola.pruning.selection import SELECTIONS, apportion
+from tombola.pruning.start import check_start
 from tombola.streams import derive
 from tombola.training.evaluation import Loss
 from tombola.training.history import Trained
@@ -217,6 +218,7 @@ def find_tickets(
     check_recipe_fits(recipe, data)
     check_device(device)
     dense = Mask.ones_like(model, exclude, prune)
+    check_start(model, dense, prune, "model")
     kept = resolve_kept_dense(dense, keep_dense, prunable(model, prune).keys() - dense.keys())
     rule = Rule(fraction, kept, selection, resolve_shares(dense, shares or {}))
     check_rule(rule, dense, levels)

@@ -77,6 +77,17 @@ def list_computed(module: nn.Module) -> list[str]:
     return [name for name in names if _is_computed(module, name) or isinstance(vars(module).get(name), torch.Tensor)]
 
 
+def describe_computed(model: nn.Module) -> str:
+    """Return a clause on a model's weight that is no parameter, see `list_computed`; empty if there is none."""
+    for path, module in model.named_modules():
+        for name in list_computed(module):
+            return (
+                f"; its {f'{path}.{name}'.removeprefix('.')!r} is computed from other parameters, as by weight_norm, "
+                "torch.nn.utils.parametrize or torch.nn.utils.prune: remove these first"
+            )
+    return ""
+
+
 def list_names(model: nn.Module) -> dict[str, tuple[str, ...]]:
     """Return all names of each parameter by its first: a parameter that modules share has several.
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from tombola.errors import UserError
-from tombola.pruning.eligible import prunable, resolve_layers
+from tombola.pruning.eligible import describe_computed, prunable, resolve_layers
 
 Bits = npt.NDArray[np.uint8]
 
@@ -79,7 +79,7 @@ class Mask(Mapping[str, Tensor]):
         shapes = {name: tuple(w.shape) for name, w in weights.items() if name not in left_out}
         if not shapes:
             left = " besides those excluded" if left_out else ""
-            raise UserError(f"{type(model).__name__} has {NOTHING_TO_PRUNE}{left}")
+            raise UserError(f"{type(model).__name__} has {NOTHING_TO_PRUNE}{left}{describe_computed(model)}")
         return cls.from_tensors({name: torch.ones(shape, dtype=torch.bool) for name, shape in shapes.items()})
 
     @classmethod
