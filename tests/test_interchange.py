@@ -68,7 +68,10 @@ def test_mistakes() -> None:
     for call, text in [
         (lambda: interchange.from_open_lth({"w": torch.tensor([2])}), "mask of layer 'w': expected 0 and 1 only"),
         (lambda: interchange.from_open_lth({}), "expected the masks of one layer or more, got none"),
-        (lambda: interchange.from_torch_prune(nn.ReLU()), "ReLU has no linear or convolution weight to prune"),
+        (
+            lambda: interchange.from_torch_prune(nn.ReLU()),
+            "ReLU has no linear, convolution, recurrent or attention weight to prune",
+        ),
         (lambda: interchange.to_torch_prune(nn.Linear(2, 1), mask), "the mask does not fit the model: it has layer"),
     ]:
         with pytest.raises(UserError, match=text):

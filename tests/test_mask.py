@@ -258,9 +258,12 @@ class OwnLinear(nn.Linear):
         (nn.Sequential(nn.Sequential(nn.ModuleDict({"x": nn.Linear(1, 1)}))), ["0.0.x.weight"]),
         (nn.Sequential(nn.Conv2d(4, 4, 1, groups=4, bias=False), nn.BatchNorm2d(4), nn.PReLU(4)), ["0.weight"]),
         (nn.Sequential(nn.Embedding(3, 2), nn.LayerNorm(2), OwnLinear(2, 2)), ["2.weight"]),
-        (nn.MultiheadAttention(4, 2), ["out_proj.weight"]),
-        (nn.TransformerEncoderLayer(4, 2, 8), ["self_attn.out_proj.weight", "linear1.weight", "linear2.weight"]),
-        (nn.Sequential(nn.LSTM(2, 2), nn.GroupNorm(1, 2)), []),
+        (nn.MultiheadAttention(4, 2), ["in_proj_weight", "out_proj.weight"]),
+        (
+            nn.TransformerEncoderLayer(4, 2, 8),
+            ["self_attn.in_proj_weight", "self_attn.out_proj.weight", "linear1.weight", "linear2.weight"],
+        ),
+        (nn.Sequential(nn.LSTM(2, 2), nn.GroupNorm(1, 2)), ["0.weight_ih_l0", "0.weight_hh_l0"]),
         (Tied(), ["encoder.weight"]),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",
@@ -291,8 +294,12 @@ def test_ones_like_excludes_by_layer_or_parameter(exclude: Sequence[str]) -> Non
 @pytest.mark.parametrize(
     ("model", "exclude", "text"),
     [
-        (nn.Sequential(nn.ReLU()), (), "Sequential has no linear or convolution weight to prune"),
-        (nn.Sequential(nn.Linear(1, 1)), ("0",), "Sequential has no linear or convolution weight to prune"),
+        (nn.Sequential(nn.ReLU()), (), "Sequential has no linear, convolution, recurrent or attention weight to prune"),
+        (
+            nn.Sequential(nn.Linear(1, 1)),
+            ("0",),
+            "Sequential has no linear, convolution, recurrent or attention weight to prune",
+        ),
         (Tied(), ("encodr",), "exclude: 'encodr' is no prunable layer; did you mean 'encoder'?"),
         (
             nn.Sequential(nn.LazyLinear(3), nn.LazyLinear(2)),

@@ -410,7 +410,7 @@ def test_the_tables_of_a_store_and_of_its_reference_are_the_same(here: Here, kno
     assert here("results", *STUDY, "--reference") == f"{own}reference: {known.source}\n"
 
 
-FIELDS = "make the study's task, recipe, fraction, exclude and keep_dense equal to those of one of them"
+FIELDS = "make the study's task, recipe, fraction, prune, exclude and keep_dense equal to those of one of them"
 PAPER = "lenet-mnist, resnet20-cifar10, resnet18-tinyimagenet, vgg16-cifar10"
 
 

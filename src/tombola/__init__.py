@@ -34,7 +34,8 @@ if TYPE_CHECKING:
     from tombola.lottery import interchange
     from tombola.lottery.rewinding import find_tickets, lottery_ticket_rewinding
     from tombola.lottery.ticket import Ticket
-    from tombola.pruning.mask import Mask, prunable
+    from tombola.pruning.eligible import prunable
+    from tombola.pruning.mask import Mask
     from tombola.pruning.prune import prune
     from tombola.store.store import Store
     from tombola.study.planner import Planner
@@ -89,7 +90,7 @@ _HOME = {
     "load_study": "study.schema",
     "lottery_ticket_rewinding": "lottery.rewinding",
     "overlap": "workbench.tables",
-    "prunable": "pruning.mask",
+    "prunable": "pruning.eligible",
     "prune": "pruning.prune",
     "read_ticket": "workbench.tickets",
     "reinit": "workbench.runs",

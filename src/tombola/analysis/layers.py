@@ -121,7 +121,7 @@ def trace_paths(planner: Planner) -> Paths | None:
     try:
         with ambient(0):
             model = planner.problem.build()
-        return Paths(model, planner.problem.data.input_shape)
+        return Paths(model, planner.problem.data.input_shape, planner.dense)
     except UserError as error:
         warnings.warn(f"effective sparsity is not computed: {error}", stacklevel=2)
         return None

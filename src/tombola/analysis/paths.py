@@ -40,12 +40,13 @@ class Paths:
         model: a network of linear and convolution layers, element-wise activations, batch norm, dropout, pooling,
             sums, concatenations and changes of shape, which `torch.fx` can trace.
         input_shape: shape of one example.
+        dense: the mask of the dense network; by default that of the weights that are prunable by default.
 
     Raises:
         UserError: if the graph cannot be traced or contains an unsupported operation, which it names.
     """
 
-    def __init__(self, model: nn.Module, input_shape: tuple[int, ...]) -> None:
+    def __init__(self, model: nn.Module, input_shape: tuple[int, ...], dense: Mask | None = None) -> None:
         self._name = type(model).__name__
         self._input = torch.ones(1, *input_shape, dtype=torch.float64)
         try:
@@ -56,7 +57,11 @@ class Paths:
             reason = " ".join(str(error).split())
             raise UserError(f"the graph of {self._name} cannot be traced: {reason}") from error
         self._names = {id(parameter): name for name, parameter in model.named_parameters()}
-        self.effective(Mask.ones_like(model))  # raises an error for an unsupported operation
+        weights = {id(module.weight) for module in model.modules() if isinstance(module, _WEIGHTED)}
+        self._weights = {name for parameter, name in self._names.items() if parameter in weights}
+        self.effective(
+            Mask.ones_like(model) if dense is None else dense
+        )  # raises an error for an unsupported operation
 
     def effective(self, mask: Mask) -> Mask:
         """Return the connections that lie on a path from input to output, all of whose connections are alive.
@@ -74,6 +79,9 @@ class Paths:
         >>> Paths(nn.Sequential(nn.Linear(1, 2), nn.Linear(2, 1)), (1,)).effective(mask)["1.weight"]
         tensor([[ True, False]])
         """
+        if others := [name for name in mask if name not in self._weights]:
+            what = f"{others[0]!r} is no weight of a linear or convolution layer"
+            raise UserError(f"the paths of {self._name} cannot be followed: {what}")
         alive = {name: mask[name].double().requires_grad_() for name in mask}
         follower = _Follower(self._graph, self._names, alive)
         try:

@@ -34,7 +34,7 @@ CITATION = (
 PAPER, REFERENCE = "paper", "reference"
 """The names of the two references that a study can have."""
 
-DECISIVE = ("task", "recipe", "fraction", "exclude", "keep_dense")
+DECISIVE = ("task", "recipe", "fraction", "prune", "exclude", "keep_dense")
 """The fields of a study that must be those of a reference. Levels, seeds and importances may be others."""
 
 WITHIN, DIFFERS = "within", "differs"

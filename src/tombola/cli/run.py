@@ -7,12 +7,13 @@ import json
 import sys
 from typing import TYPE_CHECKING
 
-from tombola.cli.options import Verbs, open_planner, whole_number
+from tombola.cli.options import Verbs, open_planner, print_note, whole_number
 from tombola.errors import UserError
 
 if TYPE_CHECKING:
     from tombola.engine.estimate import Estimate
     from tombola.engine.workers import Workers
+    from tombola.pruning.coverage import Coverage
     from tombola.study.planner import Planner
 
 
@@ -48,6 +49,8 @@ def run(options: argparse.Namespace) -> int:
     prepare_store(planner, options.store)
     if device == "cpu" and not kernels.available():
         print(f"note: {kernels.MISSING}", file=sys.stderr)
+    if planner.kernel_fault is not None:
+        print_note(planner.kernel_fault)
     speed = prior_speed(planner, count_workers(options.workers, study.device), options.data) if local else None
     with open_workers(options, planner) as workers, show_progress(planner, workers.count) as show:
         status = run_study(planner, workers, show, speed=speed)
@@ -67,6 +70,8 @@ def plan(options: argparse.Namespace) -> int:
 
     planner = open_planner(options)
     try_study(planner)
+    if planner.kernel_fault is not None:
+        print_note(planner.kernel_fault)
     workers = count_workers(options.workers, planner.study.device)
     show_plan(planner, estimate(planner, workers, options.data), workers, options.format)
     return 0
@@ -100,6 +105,7 @@ def show_plan(planner: Planner, expected: Estimate, workers: int, form: str) -> 
     if form == "csv":
         return
     print(wrap(planner.describe_counted()))
+    print_coverage(planner.coverage)
     if planner.study.score_at == "rewind":
         print(wrap("The rewind point alone decides the masks, so all levels of a chain can be trained side by side."))
     if not expected.to_train:
@@ -112,6 +118,14 @@ def show_plan(planner: Planner, expected: Estimate, workers: int, form: str) -> 
         chain, seconds = expected.critical
         print(f"critical path: {chain}, {duration(seconds)} with any number of workers")
     print(f"disk: about {size(expected.bytes)}")
+
+
+def print_coverage(coverage: Coverage) -> None:
+    """Print which tensors are pruned, kept dense, left out and not prunable."""
+    from tombola.cli.tables import show_table
+
+    rows = [(*row[:3], f"{100 * row[3]:.2f}", row[4]) for row in coverage.tabulate()]
+    show_table(["parameters that are", "tensors", "parameters", "%", "the largest"], rows, "table")
 
 
 def open_workers(options: argparse.Namespace, planner: Planner) -> Workers:

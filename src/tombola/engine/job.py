@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -58,6 +58,7 @@ class Job:
     begin: int
     end: int
     device: str
+    sparse: Sequence[str]
     behaviour: Behaviour = ()
 
     @classmethod
@@ -74,6 +75,7 @@ class Job:
             training.begin,
             training.end,
             study.device,
+            training.identity["sparse"],
             training.behaviour,
         )
 
@@ -183,6 +185,7 @@ def perform(job: Job, problem: Problem, resume: Checkpoint | None, watch: Watch)
             end=job.end,
             loss=problem.loss,
             device=job.device,
+            kernels=job.sparse,
             resume=resume,
             watch=clock,
         )

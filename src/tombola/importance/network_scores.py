@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tombola.errors import ImportanceError
 
@@ -223,12 +224,14 @@ def synflow(network: Network) -> dict[str, Tensor]:
     >>> synflow(_example())["weight"]
     tensor([[3., 1.]], dtype=torch.float64)
     """
+    inputs, _ = network.batches[0]
+    if not inputs.is_floating_point():
+        raise ImportanceError(f"it gives the network the inputs 1, and this network takes inputs of {inputs.dtype}")
     model = copy.deepcopy(network.model).double().eval()
     with torch.no_grad():
         for tensor in model.state_dict().values():
             if tensor.is_floating_point():
                 tensor.abs_()
-    inputs, _ = network.batches[0]
     weights = {layer: model.get_parameter(layer).requires_grad_() for layer in network.alive}
     total = _finite(model(torch.ones_like(inputs[:1], dtype=torch.float64)).sum())
     gradients = torch.autograd.grad(total, list(weights.values()), allow_unused=True)
@@ -260,11 +263,12 @@ def _hessian_products(
 ) -> Iterator[tuple[Mapping[str, Tensor], dict[str, Tensor]]]:
     """Yield a direction v and the part of the product H v that each batch adds; the parts sum to H v."""
     weights = network.weights
-    for loss in _losses(network, network.model):
-        slopes, along = _gradient_of(loss, weights, create_graph=True), direction()
-        slope = torch.stack([(slopes[layer] * along[layer]).sum() for layer in weights]).sum()
-        if slope.requires_grad:  # the loss is not linear in the weights
-            yield along, _gradient_of(slope, weights)
+    with sdpa_kernel(SDPBackend.MATH):  # the other implementations of attention have no second derivative
+        for loss in _losses(network, network.model):
+            slopes, along = _gradient_of(loss, weights, create_graph=True), direction()
+            slope = torch.stack([(slopes[layer] * along[layer]).sum() for layer in weights]).sum()
+            if slope.requires_grad:  # the loss is not linear in the weights
+                yield along, _gradient_of(slope, weights)
 
 
 def _sum(parts: Iterable[Mapping[str, Tensor]], like: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -339,17 +343,21 @@ def _modules(network: Network) -> Iterator[tuple[str, nn.Module]]:
     """Yield each module that computes with a scored weight, with the weight's name.
 
     Raises:
-        ImportanceError: if a scored weight belongs to no linear or convolution layer.
+        ImportanceError: if a scored weight belongs to another layer than a linear or a convolution layer.
     """
     names = {id(weight): layer for layer, weight in network.weights.items()}
-    found = set()
-    for module in network.model.modules():
-        layer = names.get(id(getattr(module, "weight", None)))
-        if layer is not None and isinstance(module, nn.Linear | Convolution):
-            found.add(layer)
+    for path, module in network.model.named_modules():
+        for field, parameter in module.named_parameters(recurse=False):
+            layer = names.get(id(parameter))
+            if layer is None:
+                continue
+            if field != "weight" or not isinstance(module, nn.Linear | Convolution):
+                name = f"{path}.{field}".removeprefix(".")
+                raise ImportanceError(
+                    f"it rates only weights of linear and convolution layers, and {name!r} is of a "
+                    f"{type(module).__name__}; keep it out of what may be pruned, or take another importance"
+                )
             yield layer, module
-    if missing := sorted(set(network.alive) - found):
-        raise ImportanceError(f"it rates only linear and convolution layers, and {missing[0]!r} belongs to none")
 
 
 def _sum_of_squares(module: nn.Module, inputs: Tensor, gradients: Tensor) -> Tensor:

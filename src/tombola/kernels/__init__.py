@@ -21,6 +21,7 @@ from tombola.kernels.choice import (
     warn_if_missing,
 )
 from tombola.kernels.layers import BatchNorm2d, MaxPool2d, SparseConv2d
+from tombola.kernels.likeness import find_difference, is_own
 from tombola.kernels.linear import Perceptron, SparseLinear
 from tombola.kernels.replace import dense_state, sparsify
 from tombola.kernels.step import Loss, Precision, Step, accelerate, sparse_layers
@@ -41,7 +42,9 @@ __all__ = [
     "choices",
     "choose",
     "dense_state",
+    "find_difference",
     "instruction_set",
+    "is_own",
     "normalise",
     "normalise_images",
     "sparse_layers",

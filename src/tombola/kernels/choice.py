@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -110,30 +110,37 @@ def _eligible(module: nn.Module) -> bool:
     return all(p.dtype == torch.float32 and p.device.type == "cpu" for p in module.parameters(recurse=False))
 
 
+def list_eligible(model: nn.Module, names: Collection[str]) -> list[str]:
+    """Return those parameter names that are weights of layers in whose place a sparse layer can compute."""
+    if not available():
+        return []
+    modules = dict(model.named_modules())
+    uses: dict[int, int] = {}
+    for _, parameter in model.named_parameters(remove_duplicate=False):
+        uses[id(parameter)] = uses.get(id(parameter), 0) + 1
+    found = []
+    for name in names:
+        path, _, attribute = name.rpartition(".")
+        module = modules.get(path)
+        if (
+            attribute == "weight"
+            and module is not None
+            and module is not model  # a model that is one layer has no parent to hold the new one
+            and _eligible(module)
+            and module.get_parameter("weight").numel()
+            and all(uses[id(p)] == 1 for p in module.parameters(recurse=False))
+        ):
+            found.append(name)
+    return found
+
+
 def choices(model: nn.Module, mask: Mapping[str, Tensor], batch_size: int = 128) -> dict[str, str]:
     """Return parameter name -> "dense" or "sparse" for each layer of `mask`: the layers that `sparsify` will replace.
 
     The choice affects rounding, so it is a part of the identity of a training. It depends only on the arguments and on
     whether the kernels are installed.
     """
-    modules = dict(model.named_modules())
-    names: dict[int, int] = {}
-    for _, parameter in model.named_parameters(remove_duplicate=False):
-        names[id(parameter)] = names.get(id(parameter), 0) + 1
-    densities = {}
-    for name, alive in mask.items():
-        path, _, attribute = name.rpartition(".")
-        module = modules.get(path)
-        if (
-            available()
-            and alive.numel()
-            and attribute == "weight"
-            and module is not None
-            and module is not model  # a model that is one layer has no parent to hold the new one
-            and _eligible(module)
-            and all(names[id(p)] == 1 for p in module.parameters(recurse=False))
-        ):
-            densities[name] = float(alive.count_nonzero()) / alive.numel()
+    densities = {name: float(mask[name].count_nonzero()) / mask[name].numel() for name in list_eligible(model, mask)}
     alone = [choose(mask[name].shape, density, batch_size) for name, density in densities.items()]
     chosen = dict.fromkeys(mask, "dense")
     for number, (name, density) in enumerate(densities.items()):

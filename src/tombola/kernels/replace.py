@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from torch import Tensor, nn
 
@@ -21,23 +21,28 @@ def sparsify(model: nn.Module, mask: Mapping[str, Tensor], batch_size: int = 128
         batch_size: the number of examples in a training step.
 
     """
-    for name, choice in choices(model, mask, batch_size).items():
-        if choice == "sparse":
-            path = name.removesuffix(".weight")
-            dense = model.get_submodule(path)
-            layer: nn.Module
-            if isinstance(dense, nn.Linear):
-                layer = SparseLinear(dense.weight, dense.bias, mask[name])
-            else:
-                assert isinstance(dense, nn.Conv2d)
-                assert not isinstance(dense.padding, str)
-                rows, columns = dense.padding
-                layer = SparseConv2d(dense.weight, dense.bias, mask[name], dense.stride[0], (rows, columns))
-            layer.train(dense.training)
-            layer.get_parameter("values").requires_grad_(dense.weight.requires_grad)
-            if dense.bias is not None:
-                layer.get_parameter("bias").requires_grad_(dense.bias.requires_grad)
-            model.set_submodule(path, layer)
+    chosen = choices(model, mask, batch_size)
+    return replace_layers(model, mask, [name for name, choice in chosen.items() if choice == "sparse"])
+
+
+def replace_layers(model: nn.Module, mask: Mapping[str, Tensor], names: Collection[str]) -> nn.Module:
+    """Replace, in place, the layers with these weights, see `list_eligible`, and return the model."""
+    for name in names:
+        path = name.removesuffix(".weight")
+        dense = model.get_submodule(path)
+        layer: nn.Module
+        if isinstance(dense, nn.Linear):
+            layer = SparseLinear(dense.weight, dense.bias, mask[name])
+        else:
+            assert isinstance(dense, nn.Conv2d)
+            assert not isinstance(dense.padding, str)
+            rows, columns = dense.padding
+            layer = SparseConv2d(dense.weight, dense.bias, mask[name], dense.stride[0], (rows, columns))
+        layer.train(dense.training)
+        layer.get_parameter("values").requires_grad_(dense.weight.requires_grad)
+        if dense.bias is not None:
+            layer.get_parameter("bias").requires_grad_(dense.bias.requires_grad)
+        model.set_submodule(path, layer)
     if any(isinstance(module, SparseConv2d) for module in model.modules()):
         in_our_layout: dict[type[nn.Module], type[BatchNorm2d | MaxPool2d]]
         in_our_layout = {nn.BatchNorm2d: BatchNorm2d, nn.MaxPool2d: MaxPool2d}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager, nullcontext
 from typing import Literal, TypeAlias
 
@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from tombola.kernels.choice import choices, warn_if_missing
 from tombola.kernels.linear import Perceptron
-from tombola.kernels.replace import dense_state, sparsify
+from tombola.kernels.replace import dense_state, replace_layers
 from tombola.pruning.mask import Mask
 
 Loss: TypeAlias = Callable[[Tensor, Tensor], Tensor]
@@ -73,6 +73,7 @@ def accelerate(
     precision: Precision = "float32",
     device: str = "cpu",
     loss: Loss = functional.cross_entropy,
+    among: Collection[str] | None = None,
     stacklevel: int = 1,
 ) -> Step:
     """Return the training step of a model, as fast as its mask allows.
@@ -87,6 +88,7 @@ def accelerate(
         precision: the precision of activations; weights are float32.
         device: the device of the model, "cpu" or "cuda".
         loss: a function of outputs and labels that returns the mean over the batch.
+        among: the names of the weights whose layers may be replaced; None for all.
         stacklevel: the level of the call that a warning names; 1 is the caller.
 
     Warns:
@@ -98,11 +100,12 @@ def accelerate(
     >>> [tuple(parameter.grad.shape) for parameter in step.model.parameters()]
     [(3, 2), (3,), (2, 3), (2,)]
     """
-    if device == "cpu" and mask.alive < mask.total:
+    if device == "cpu" and mask.alive < mask.total and (among is None or among):
         warn_if_missing(stacklevel + 2)
     sparse = sparse_layers(model, mask, batch_size=batch_size, precision=precision, device=device)
+    sparse = [name for name in sparse if among is None or name in among]
     if sparse:
-        sparsify(model, mask, batch_size)
+        replace_layers(model, mask, sparse)
     has_kernels = device == "cpu" and precision == "float32" and loss is functional.cross_entropy
     perceptron = Perceptron.of(model) if has_kernels else None
     autocast = torch.autocast(device, torch.bfloat16) if precision == "bfloat16" else nullcontext()

@@ -6,7 +6,7 @@ Nothing is read by pickle here: files of other libraries are read by their own f
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.nn.utils import prune as torch_prune
 
 from tombola.errors import UserError
+from tombola.pruning.eligible import prunable
 from tombola.pruning.fit import find_weights
-from tombola.pruning.mask import Mask, prunable
+from tombola.pruning.mask import NOTHING_TO_PRUNE, Mask
 
 _ORIGINAL, _MASK = "_orig", "_mask"
 """What `torch.nn.utils.prune` adds to the name of a pruned parameter, and to that of its mask."""
@@ -28,14 +29,14 @@ def from_torch_prune(model: nn.Module) -> Mask:
     its plain weight back, with pruned weights 0.0.
 
     Raises:
-        UserError: if no linear or convolution layer is there.
+        UserError: if no weight that is prunable is there.
 
     >>> model = nn.Sequential(nn.Linear(4, 2), nn.Linear(2, 1))
     >>> _ = torch_prune.l1_unstructured(model[0], "weight", amount=3)
     >>> from_torch_prune(model).counts
     {'0.weight': 5, '1.weight': 2}
     """
-    pruned = {name.removesuffix(_MASK): mask for name, mask in model.named_buffers() if _is_mask(name)}
+    pruned = {name.removesuffix(_MASK): mask for name, mask in _list_masks(model)}
     alive = {}
     own = prunable(model)
     for name, parameter in model.named_parameters():
@@ -45,7 +46,7 @@ def from_torch_prune(model: nn.Module) -> Mask:
         elif name in own:
             alive[name] = torch.ones(parameter.shape, dtype=torch.bool)
     if not alive:
-        raise UserError(f"{type(model).__name__} has no linear or convolution weight to prune")
+        raise UserError(f"{type(model).__name__} has {NOTHING_TO_PRUNE}")
     return Mask.from_tensors(alive)
 
 
@@ -60,7 +61,7 @@ def to_torch_prune(model: nn.Module, mask: Mask) -> None:
     >>> model.weight_mask, from_torch_prune(model).counts
     (tensor([[1., 0.]]), {'weight': 1})
     """
-    if any(_is_mask(name) for name, _ in model.named_buffers()):
+    if _list_masks(model):
         raise UserError("the model has masks of torch.nn.utils.prune already; remove them first")
     weights = {id(weight): name for name, weight in find_weights(model, mask).items()}
     for module in list(model.modules()):
@@ -103,14 +104,18 @@ def to_open_lth(mask: Mask) -> dict[str, Tensor]:
     return {name: alive.int() for name, alive in mask.items()}
 
 
-def from_zeros(model: nn.Module) -> Mask:
+def from_zeros(model: nn.Module, prune: Sequence[str] = ()) -> Mask:
     """Return the mask in which the weights of a model that are 0.0 are pruned, whatever pruned them.
 
     This is the way from SparseML and from torchao's sparsifiers, both of which are discontinued: their models are dense
     and have zeros.
 
+    Args:
+        model: a module.
+        prune: patterns of the parameters that are prunable, see `tombola.prunable`.
+
     Raises:
-        UserError: if the model has no linear or convolution layer.
+        UserError: if the model has no weight that is prunable.
 
     >>> model = nn.Linear(2, 1)
     >>> with torch.no_grad():
@@ -118,9 +123,17 @@ def from_zeros(model: nn.Module) -> Mask:
     >>> from_zeros(model)["weight"]
     tensor([[ True, False]])
     """
-    dense = Mask.ones_like(model)
+    dense = Mask.ones_like(model, prune=prune)
     return Mask.from_tensors({name: weight.detach() != 0 for name, weight in find_weights(model, dense).items()})
 
 
-def _is_mask(name: str) -> bool:
-    return name.rpartition(".")[2] == "weight" + _MASK
+def _list_masks(model: nn.Module) -> list[tuple[str, Tensor]]:
+    """Return the masks that `torch.nn.utils.prune` has added to weights, by name; those of biases are not counted."""
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    return [
+        (name, mask)
+        for name, mask in model.named_buffers(remove_duplicate=False)
+        if name.endswith(_MASK)
+        and f"{name.removesuffix(_MASK)}{_ORIGINAL}" in parameters
+        and "weight" in name.rpartition(".")[2]
+    ]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Collection, Iterator, Mapping
+import warnings
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Literal, Protocol, TypeAlias
@@ -18,13 +19,16 @@ from tombola.errors import UserError, did_you_mean
 from tombola.importance import Importance, Normalisation, as_importance
 from tombola.importance.scores import movement
 from tombola.lottery.ticket import Ticket
-from tombola.pruning.mask import Mask, prunable, resolve_kept_dense, resolve_layers
+from tombola.pruning.eligible import list_shared, prunable, resolve_layers
+from tombola.pruning.mask import Mask, resolve_kept_dense
 from tombola.pruning.prune import ScoreNetwork, check_fraction, count_to_remove, prune
 from tombola.pruning.selection import SELECTIONS, apportion
+from tombola.pruning.start import check_start
 from tombola.streams import derive
 from tombola.training.evaluation import Loss
 from tombola.training.history import Trained
 from tombola.training.recipe import Recipe
+from tombola.training.replaceable import OwnLayersWarning, find_fault
 from tombola.training.scoring import EXAMPLES, TRIED, score_network
 from tombola.training.train import check_device, check_recipe_fits, train
 from tombola.training.trial import try_network
@@ -156,6 +160,7 @@ def find_tickets(
     levels: int,
     fraction: float = 0.2,
     seed: int = 0,
+    prune: Sequence[str] = (),
     exclude: Collection[str] = (),
     keep_dense: Collection[str] = (),
     selection: str = "global",
@@ -164,6 +169,7 @@ def find_tickets(
     score_examples: int = EXAMPLES,
     loss: Loss = functional.cross_entropy,
     device: str = "cpu",
+    kernels: Literal["auto", "off"] = "auto",
     progress: bool = True,
 ) -> Iterator[Ticket]:
     """Find the tickets of a network: return an iterator that yields the ticket of each level as soon as it is trained.
@@ -178,6 +184,7 @@ def find_tickets(
         levels: the number of rounds of pruning.
         fraction: the fraction of the alive connections that each round removes, in (0, 1).
         seed: the seed of the data order, the augmentation and every other random choice.
+        prune: patterns of the parameters that are prunable, see `tombola.prunable`.
         exclude: layers that are left out: they are neither pruned nor counted, such as `["fc"]`.
         keep_dense: layers that are counted and never pruned.
         selection: how many connections each layer loses: `global`, `uniform`, `erk` or `shares`, see
@@ -187,10 +194,15 @@ def find_tickets(
         score_examples: the number of training examples that a score with data sees, such as `taylor`.
         loss: a function of outputs and labels that returns the mean over the batch.
         device: the device to train on, "cpu" or "cuda".
+        kernels: whether layers that are faster sparse are replaced on the CPU: "auto" unless the network reaches into
+            its own layers, or "off" for none, see `tombola.train`.
         progress: whether to show a bar for each training, if standard error is a terminal.
 
     Raises:
         UserError: if the arguments do not fit together, or if the network, the loss or the importance fails.
+
+    Warns:
+        OwnLayersWarning: if the network reaches into its own layers, so that none is replaced.
 
     >>> from tombola import datasets, models
     >>> from tombola.importance import l1
@@ -205,8 +217,9 @@ def find_tickets(
     check_score_at(score_at, importance)
     check_recipe_fits(recipe, data)
     check_device(device)
-    dense = Mask.ones_like(model, exclude)
-    kept = resolve_kept_dense(dense, keep_dense, prunable(model).keys() - dense.keys())
+    dense = Mask.ones_like(model, exclude, prune)
+    check_start(model, dense, prune, "model")
+    kept = resolve_kept_dense(dense, keep_dense, prunable(model, prune).keys() - dense.keys())
     rule = Rule(fraction, kept, selection, resolve_shares(dense, shares or {}))
     check_rule(rule, dense, levels)
     end = recipe.total_iterations(len(data.train_inputs))
@@ -231,6 +244,12 @@ def find_tickets(
         )
 
     try_network(partial(copy.deepcopy, model), loss, data, recipe, model_name="model", loss_name="loss")
+    if kernels not in ("auto", "off"):
+        raise UserError(f"kernels: expected 'auto' or 'off', got {kernels!r}")
+    fault = find_fault(model, data, recipe, loss, device) if kernels == "auto" else None
+    if fault is not None:
+        warnings.warn(fault, OwnLayersWarning, stacklevel=2)
+    allowed = [] if fault is not None or kernels == "off" else list(dense)
     if levels:
         prune_network(theta_0, dense, 0, theta_0, examples=min(TRIED, score_examples))
     provenance = {
@@ -240,12 +259,14 @@ def find_tickets(
         "importance": importance.name,
         "fraction": fraction,
         "seed": seed,
+        "prune": list(prune),
         "exclude": list(exclude),
         "keep_dense": list(keep_dense),
         "selection": selection,
         "shares": dict(shares or {}),
         "score_at": score_at,
         "device": device,
+        "kernels": kernels,
     }
 
     def train_network(initial: Weights, mask: Mask, begin: int, end: int) -> Trained:
@@ -265,6 +286,7 @@ def find_tickets(
                 end=end,
                 loss=loss,
                 device=device,
+                kernels=allowed,
                 watch=advance,
             )
 
@@ -278,7 +300,8 @@ def find_tickets(
         levels=levels,
         score_at=score_at,
     )
-    return (replace(ticket, provenance=provenance) for ticket in tickets)
+    shared = {name: others for name, others in list_shared(model).items() if name in dense}
+    return (replace(ticket, provenance=provenance, shared=shared) for ticket in tickets)
 
 
 def prune_round(

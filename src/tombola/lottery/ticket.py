@@ -16,7 +16,7 @@ from tombola.files import write_output
 from tombola.lottery.ticket_file import Content, encode, read
 from tombola.pruning.mask import Mask
 from tombola.training.history import History, Trained
-from tombola.training.weights import State, Weights, apply_mask, load_state, zero_pruned
+from tombola.training.weights import Shared, State, Weights, apply_mask, load_state, zero_pruned
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,8 @@ class Ticket:
         rewind: the complete dense state at the rewind point.
         trained: the result of training the ticket; None if it is not known.
         provenance: the study, importance and seed that the ticket comes from, as a document of JSON types.
+        shared: the other names of weights that modules share, by their names in the mask. The states have a weight
+            under all its names, and it is pruned under all of them.
 
     >>> import torch
     >>> mask = Mask.from_tensors({"weight": torch.tensor([[True, False]])})
@@ -41,11 +43,12 @@ class Ticket:
     rewind: Weights
     trained: Trained | None
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    shared: Shared = field(default_factory=dict)
 
     @property
     def rewound(self) -> State:
         """The state from which the ticket is trained: that of the rewind point, with pruned weights 0.0."""
-        return apply_mask(self.rewind.load(), self.mask.load())
+        return apply_mask(self.rewind.load(), self.mask.load(), self.shared)
 
     def apply(self, model: nn.Module, *, trained: bool = False) -> None:
         """Load the ticket's rewound (or trained) state into `model`, with pruned weights 0.0.
@@ -120,7 +123,9 @@ class Ticket:
         """
         history = self.trained.history if self.trained else History()
         state = self.load_trained() if trained else None
-        content = Content(self.level, self.mask.load(), self.rewound, state, history, self.provenance)
+        mask = self.mask.load()
+        shared = {name: others for name, others in self.shared.items() if name in mask}
+        content = Content(self.level, mask, self.rewound, state, history, self.provenance, shared)
         write_output(Path(path), encode(content))
 
     @classmethod
@@ -137,7 +142,8 @@ class Ticket:
         """
         content = read(Path(path))
         trained = None if content.trained is None else Trained(Weights.of(content.trained), content.history)
-        return cls(content.level, content.mask, Weights.of(content.rewound), trained, content.provenance)
+        rewound = Weights.of(content.rewound)
+        return cls(content.level, content.mask, rewound, trained, content.provenance, content.shared)
 
     def __copy__(self) -> Ticket:
         return self

@@ -1,8 +1,9 @@
 """Ticket files: a ticket as one safetensors file, with a seal over everything in it.
 
 The file has the tensors `mask.<parameter>` (bool), `rewind.<name>` for every entry of the rewound state, and possibly
-`trained.<name>`. Its metadata has one entry, `tombola`, a JSON document with level, layers, numbers of alive
-connections, history, provenance, and the seal: the SHA-256 over this document and all tensors. The seal shows damage
+`trained.<name>`. A weight that modules share is there once, by its name in the mask. Its metadata has one entry,
+`tombola`, a JSON document with level, layers, numbers of alive connections, history, provenance, the other names of
+shared weights if there are any, and the seal: the SHA-256 over this document and all tensors. The seal shows damage
 and mistakes. It is not a signature: anybody can compute it.
 """
 
@@ -26,7 +27,7 @@ from tombola.errors import UserError
 from tombola.files import open_regular
 from tombola.pruning.mask import Mask
 from tombola.training.history import History, HistoryDocument
-from tombola.training.weights import State, state_hash
+from tombola.training.weights import Shared, State, apply_mask, state_hash
 
 _LONGEST = 300
 """Characters of a message about what is wrong with a file; names in a damaged file can be of any length."""
@@ -47,6 +48,7 @@ class Content:
         trained: the trained state; None if the file does not have it.
         history: of the training.
         provenance: where the ticket comes from, as a document of JSON types.
+        shared: the other names of weights that modules share, by their names in the mask.
     """
 
     level: int
@@ -55,6 +57,7 @@ class Content:
     trained: State | None
     history: History = field(default_factory=History)
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    shared: Shared = field(default_factory=dict)
 
 
 class _About(BaseModel):
@@ -67,6 +70,7 @@ class _About(BaseModel):
     alive: list[int] | None = None
     history: HistoryDocument
     provenance: dict[str, Any]
+    shared: dict[str, list[str]] = {}
     seal: str | None = None
 
 
@@ -76,10 +80,11 @@ def encode(content: Content) -> bytes:
     Raises:
         UserError: if `read` would refuse the file.
     """
+    others = {other for names in content.shared.values() for other in names}
+    parts = {"rewind": content.rewound, "trained": content.trained or {}}
     tensors = {f"mask.{name}": alive for name, alive in content.mask.items()}
-    tensors |= {f"rewind.{name}": tensor.contiguous() for name, tensor in content.rewound.items()}
-    if content.trained is not None:
-        tensors |= {f"trained.{name}": tensor.contiguous() for name, tensor in content.trained.items()}
+    for part, state in parts.items():
+        tensors |= {f"{part}.{name}": tensor.contiguous() for name, tensor in state.items() if name not in others}
     about = {
         "level": content.level,
         "layers": list(content.mask),
@@ -87,6 +92,8 @@ def encode(content: Content) -> bytes:
         "history": content.history.to_json(),
         "provenance": dict(content.provenance),
     }
+    if content.shared:
+        about["shared"] = {name: list(others) for name, others in content.shared.items()}
     try:
         _to_content(_About.model_validate(about), tensors)
     except ValueError as error:
@@ -164,6 +171,9 @@ def _to_content(about: _About, tensors: Mapping[str, Tensor]) -> Content:
         raise ValueError("it is of level 0, the dense network, and its masks have pruned connections")
     if not 0 < mask.alive <= mask.total - about.level:  # each round removes at least one connection, and not all
         raise ValueError(f"its masks have {mask.alive} of {mask.total} connections alive, at level {about.level}")
+    named = {name: tuple(others) for name, others in about.shared.items()}
+    _share(named, mask, rewound, trained)
+    shared = named or _find_shared(mask, rewound)
     diverged = about.history.diverged_at is not None
     _check_state("rewind", rewound, mask, finite=True)
     if trained:
@@ -172,7 +182,41 @@ def _to_content(about: _About, tensors: Mapping[str, Tensor]) -> Content:
             if name not in rewound or name not in trained or _kind(rewound[name]) != _kind(trained[name]):
                 raise ValueError(f"its rewound and its trained state differ in the type or shape of {name!r}")
     history = History.from_json(about.history.model_dump())
-    return Content(about.level, mask, rewound, trained or None, history, about.provenance)
+    rewound = apply_mask(rewound, mask, shared) if shared else rewound
+    return Content(about.level, mask, rewound, trained or None, history, about.provenance, shared)
+
+
+def _share(shared: Shared, mask: Mask, *states: State) -> None:
+    """Give the states, which have each shared weight once, the weight under its other names."""
+    for name, others in shared.items():
+        if name not in mask:
+            raise ValueError(f"it names weights that are shared with {name!r}, of which it has no mask")
+        for state in states:
+            for other in others:
+                if other in state:
+                    raise ValueError(f"its {other!r} is shared with {name!r} and has a tensor of its own")
+                if name in state:
+                    state[other] = state[name]
+
+
+def _find_shared(mask: Mask, rewound: State) -> Shared:
+    """Return what is shared in a file that does not say so: it has equal weights that are pruned under one name only.
+
+    Weights that are all equal to each other, such as initial zeros and ones, are taken as weights of their own.
+    """
+    found: dict[str, tuple[str, ...]] = {}
+    for name, alive in mask.items():
+        if name not in rewound or rewound[name].shape != alive.shape or alive.all():
+            continue
+        weights = rewound[name][alive]
+        others = tuple(
+            other
+            for other, tensor in rewound.items()
+            if other not in mask and _kind(tensor) == _kind(rewound[name]) and tensor[alive].equal(weights)
+        )
+        if others and len(weights) and (weights != weights[0]).any():
+            found[name] = others
+    return found
 
 
 def _check_state(part: str, state: State, mask: Mask, *, finite: bool) -> None:

@@ -2,33 +2,22 @@
 
 from __future__ import annotations
 
-import fnmatch
 import hashlib
 import json
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from tombola.errors import UserError, did_you_mean
+from tombola.errors import UserError
+from tombola.pruning.eligible import describe_computed, prunable, resolve_layers
 
 Bits = npt.NDArray[np.uint8]
 
-
-def prunable(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Return the weights that may be pruned: those of every linear and convolution layer, by parameter name.
-
-    A weight that several layers share is named once.
-
-    >>> list(prunable(nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))))
-    ['0.weight', '2.weight']
-    """
-    layers = (nn.Linear, nn.modules.conv._ConvNd)
-    weights = {id(m.weight) for m in model.modules() if isinstance(m, layers)}
-    return {name: parameter for name, parameter in model.named_parameters() if id(parameter) in weights}
+NOTHING_TO_PRUNE = "no linear, convolution, recurrent or attention weight to prune"
 
 
 class Mask(Mapping[str, Tensor]):
@@ -71,24 +60,26 @@ class Mask(Mapping[str, Tensor]):
             self._bits[name] = packed
 
     @classmethod
-    def ones_like(cls, model: nn.Module, exclude: Collection[str] = ()) -> Mask:
+    def ones_like(cls, model: nn.Module, exclude: Collection[str] = (), prune: Sequence[str] = ()) -> Mask:
         """Return the mask of the dense network: every prunable weight of `model` is alive (see `prunable`).
 
         Args:
             model: a module.
             exclude: layers that are left out: they are neither pruned nor counted, see `resolve_layers`.
+            prune: patterns of the parameters that are prunable, see `prunable`.
 
         Raises:
-            UserError: if a name in `exclude` is not a prunable layer, or if no prunable layer is left.
+            UserError: if a name in `exclude` is not a prunable layer, if a pattern matches nothing, or if no prunable
+                layer is left.
         """
-        weights = prunable(model)
+        weights = prunable(model, prune)
         left_out = resolve_layers(weights, exclude, "exclude")
         if unknown := [name for name, w in weights.items() if torch.nn.parameter.is_lazy(w)]:
             raise UserError(f"layer {unknown[0]!r} is lazy and has no shape yet: run the model once on an input first")
         shapes = {name: tuple(w.shape) for name, w in weights.items() if name not in left_out}
         if not shapes:
             left = " besides those excluded" if left_out else ""
-            raise UserError(f"{type(model).__name__} has no linear or convolution weight to prune{left}")
+            raise UserError(f"{type(model).__name__} has {NOTHING_TO_PRUNE}{left}{describe_computed(model)}")
         return cls.from_tensors({name: torch.ones(shape, dtype=torch.bool) for name, shape in shapes.items()})
 
     @classmethod
@@ -221,32 +212,6 @@ def pack(alive: Tensor) -> Bits:
     [13]
     """
     return np.packbits(alive.detach().cpu().flatten().numpy(), bitorder="little")
-
-
-def resolve_layers(parameters: Collection[str], layers: Collection[str], field: str) -> frozenset[str]:
-    """Return the parameter names that `layers` refers to.
-
-    Args:
-        parameters: the names of prunable weights, such as `fc.weight`.
-        layers: names of layers or of their parameters, such as `fc` or `fc.weight`; `*` stands for any characters, `?`
-            for one, so `*.fc` means every layer whose name ends in `.fc`.
-        field: what the user calls `layers`, for the message.
-
-    Raises:
-        UserError: if one of `layers` matches no prunable layer.
-
-    >>> sorted(resolve_layers(["fc1.weight", "fc2.weight", "head.fc.weight"], ["fc?", "head.fc.weight"], "exclude"))
-    ['fc1.weight', 'fc2.weight', 'head.fc.weight']
-    """
-    by_layer = {name.removesuffix(".weight"): name for name in parameters}
-    known = {**by_layer, **{name: name for name in parameters}}
-    resolved = set[str]()
-    for pattern in layers:
-        found = [known[pattern]] if pattern in known else [known[name] for name in fnmatch.filter(known, pattern)]
-        if not found:
-            raise UserError(f"{field}: {pattern!r} is no prunable layer; {did_you_mean(pattern, list(by_layer))}")
-        resolved.update(found)
-    return frozenset(resolved)
 
 
 def resolve_kept_dense(mask: Mask, layers: Collection[str], left_out: Collection[str] = ()) -> frozenset[str]:

@@ -14,7 +14,8 @@ from torch import Tensor
 from tombola.errors import ImportanceError, UserError, did_you_mean
 from tombola.exits import attribute_failure
 from tombola.importance import NORMALISATIONS, Importance, NetworkScore, Normalisation, Survivors, as_importance
-from tombola.pruning.mask import Mask, pack, resolve_kept_dense, resolve_layers
+from tombola.pruning.eligible import resolve_layers
+from tombola.pruning.mask import Mask, pack, resolve_kept_dense
 from tombola.pruning.selection import apportion, select
 from tombola.streams import generator
 from tombola.threads import one_thread

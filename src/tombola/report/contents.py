@@ -31,6 +31,7 @@ from tombola.analysis.reference import Reference
 from tombola.engine.machine import differences
 from tombola.engine.run import count_remaining
 from tombola.errors import UserError
+from tombola.pruning.coverage import Coverage
 from tombola.study.planner import Planner, select_chains
 from tombola.study.schema import Study
 from tombola.study.tickets import Tickets, check_level
@@ -82,6 +83,7 @@ class Contents:
         stopped: chains that cannot continue, with the reason.
         verified: see `Verification`.
         records: when, where and how long each stored training ran.
+        coverage: the parameters that are pruned, kept dense, left out and not prunable, in numbers.
         version: version of tombola.
         made: when the contents were gathered, in ISO format.
     """
@@ -106,6 +108,7 @@ class Contents:
     stopped: Mapping[str, str] = field(default_factory=dict)
     verified: Verification = Verification()
     records: tuple[Mapping[str, Any], ...] = ()
+    coverage: Coverage | None = None
     version: str = __version__
     made: str = ""
 
@@ -175,6 +178,7 @@ def gather(
             "shape": tuple(data.input_shape),
         },
         counted=planner.describe_counted(),
+        coverage=planner.coverage,
         labels=(*planner.study.importances, *dict.fromkeys(label(chain) for chain in planner.repeats)),
         results=results,
         level=shown,

@@ -49,6 +49,7 @@ def page(contents: Contents, *, refreshed: str = "") -> str:
         scripts=scripts,
         summary=summarise(contents.claims) if contents.claims else (),
         claims=tables.claims(contents.claims),
+        coverage=None if contents.coverage is None else tables.coverage(contents.coverage),
         findings=findings.findings(contents),
         progress=findings.progress(contents),
         keeps=findings.keeps(contents),

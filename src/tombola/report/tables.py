@@ -14,6 +14,7 @@ from tombola import analysis
 from tombola.analysis.accuracy import Row, summarise
 from tombola.analysis.claims import Claim, describe
 from tombola.analysis.gather import ALL, DATA_ORDER, IMPORTANCES, PRUNABLE
+from tombola.pruning.coverage import Coverage
 
 DENSITY = "alive %"
 """The heading of the density: alive connections in % of all."""
@@ -51,6 +52,15 @@ def accuracy(results: Sequence[Row]) -> pl.DataFrame:
         (mean - std).round(3).alias("low"),
         (mean + std).round(3).alias("high"),
         "diverged",
+    )
+
+
+def coverage(found: Coverage) -> pl.DataFrame:
+    """Return which of the network's parameters are pruned, kept dense, left out and not prunable."""
+    names = ("parameters that are", "tensors", "parameters", "%", "the largest")
+    rows = [(*row[:3], 100 * row[3], row[4]) for row in found.tabulate()]
+    return pl.DataFrame(
+        rows, dict(zip(names, (pl.String, pl.Int64, pl.Int64, pl.Float64, pl.String), strict=True)), orient="row"
     )
 
 

@@ -15,10 +15,11 @@ from typing import Any, TypeAlias
 
 from tombola.errors import DamagedResultError, ImportanceError, UserError, did_you_mean
 from tombola.importance import NetworkScore, is_built_in
-from tombola.kernels import sparse_layers
 from tombola.lottery.rewinding import Rule, check_rule, check_score_at, lottery_ticket_rewinding, resolve_shares
 from tombola.lottery.ticket import Ticket
-from tombola.pruning.mask import Mask, prunable, resolve_kept_dense
+from tombola.pruning.coverage import Coverage, cover
+from tombola.pruning.eligible import list_shared, prunable
+from tombola.pruning.mask import Mask, resolve_kept_dense
 from tombola.store.store import Store
 from tombola.streams import ambient
 from tombola.study.behaviour import identify, keep_behaviour
@@ -27,6 +28,7 @@ from tombola.study.schema import Study
 from tombola.study.task import Problem, load_importance
 from tombola.study.trainings import Round, Training, name_mask, name_training
 from tombola.training.history import Trained
+from tombola.training.replaceable import choose_layers, find_fault
 from tombola.training.train import initial_state
 from tombola.training.weights import Weights
 
@@ -166,6 +168,7 @@ class Planner:
             `data_seeds_for` names, or of the first importance.
         model: the network, with arbitrary weights.
         dense: the mask of the dense network.
+        shared: the other names of the mask's weights that modules share.
         kept_dense: the layers that are counted and never pruned, by parameter name.
         rule: what all rounds of pruning have in common.
         end: the number of iterations of a complete training.
@@ -216,8 +219,9 @@ class Planner:
         self._remember = remember
         with ambient(0):
             self.model = problem.build()
-        self.dense = Mask.ones_like(self.model, study.exclude)
-        left_out = prunable(self.model).keys() - self.dense.keys()
+        self.dense = Mask.ones_like(self.model, study.exclude, study.prune)
+        self.shared = {name: others for name, others in list_shared(self.model).items() if name in self.dense}
+        left_out = prunable(self.model, study.prune).keys() - self.dense.keys()
         self.kept_dense = resolve_kept_dense(self.dense, study.keep_dense, left_out)
         shares = resolve_shares(self.dense, study.shares)
         self.rule = Rule(study.fraction, self.kept_dense, study.selection, shares)
@@ -228,8 +232,21 @@ class Planner:
             pruning = self.first_round(name)
             self._prune(pruning.weights, self.dense, 0, pruning.rewind, Chain(pruning.seed, name))
 
+    @property
+    def coverage(self) -> Coverage:
+        """What density is about: the parameters that are pruned, kept dense, left out and not prunable."""
+        return cover(self.model, self.dense, self.kept_dense, self.study.prune)
+
+    @cached_property
+    def kernel_fault(self) -> str | None:
+        """A sentence on why no layer of the network may be replaced by a sparse one; None if all may be."""
+        study, problem = self.study, self.problem
+        if study.kernels == "off":
+            return None
+        return find_fault(self.model, problem.data, study.recipe, problem.loss, study.device)
+
     def describe_counted(self) -> str:
-        """Return a sentence on what density is about: how many of the network's parameters are counted.
+        """Return a sentence on what density is about, and a second one if it is about a small part of the network.
 
         >>> import pathlib, tempfile
         >>> from tombola import load_problem, load_study
@@ -238,14 +255,8 @@ class Planner:
         ...     print(Planner(study, load_problem(study.task), Store(pathlib.Path(folder) / "s")).describe_counted())
         Density counts 50200 of the network's 50610 parameters; 1000 of these are kept dense (fc.weight).
         """
-        parameters = sum(parameter.numel() for parameter in self.model.parameters())
-        text = f"Density counts {self.dense.total} of the network's {parameters} parameters"
-        if self.kept_dense:
-            kept = sum(self.dense.sizes[layer] for layer in self.kept_dense)
-            text += f"; {kept} of these are kept dense ({', '.join(sorted(self.kept_dense))})"
-        if len(left_out := sorted(prunable(self.model).keys() - self.dense.keys())):
-            text += f"; {', '.join(left_out)} {'is' if len(left_out) == 1 else 'are'} left out"
-        return f"{text}."
+        coverage = self.coverage
+        return " ".join(filter(None, (coverage.describe(), coverage.warn())))
 
     @cached_property
     def identity(self) -> Mapping[str, Any]:
@@ -280,9 +291,8 @@ class Planner:
             begin, end: the range of iterations, begin..end-1.
         """
         recipe, device = self.study.recipe, self.study.device
-        sparse = sparse_layers(
-            self.model, mask, batch_size=recipe.batch_size, precision=recipe.precision, device=device
-        )
+        sparse = choose_layers(self.model, mask, recipe, device, self.study.kernels)
+        sparse = [] if sparse and self.kernel_fault else sparse
         return name_training(
             self.identity,
             recipe,
@@ -344,7 +354,7 @@ class Planner:
                     continue
                 mask = self._unload(training, chain, tickets[-1]) if tickets else self.dense
                 asked[-1] = replace(training, mask=mask), trained
-                tickets.append(replace(ticket, mask=mask, provenance=provenance))
+                tickets.append(replace(ticket, mask=mask, provenance=provenance, shared=self.shared))
         except ImportanceError as error:
             stopped = Stopped(str(error))
         trainings = tuple(training for training, trained in asked if trained is not None)

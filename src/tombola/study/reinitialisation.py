@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
 from operator import and_
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from tombola.streams import derive
 from tombola.study.planner import Chain, Planner, select_chains
 from tombola.study.tickets import Tickets, check_level
 from tombola.training.train import initial_state
-from tombola.training.weights import State, Weights
+from tombola.training.weights import Shared, State, Weights
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,7 @@ def plan_draws(planner: Planner, level: int, importances: Sequence[str], seed: i
 
     def initialise(draw: int) -> Weights:
         drawn = initial_state(planner.problem.build, new_seed(seed, draw))
-        return Weights.of(reinitialise(planner.initial(seed).load(), drawn, kept))
+        return Weights.of(reinitialise(planner.initial(seed).load(), drawn, kept, planner.shared))
 
     fields = {"seeds": tuple(numbers), "data_seeds": (), "importances": tuple(importances), "levels": level}
     other = Planner(
@@ -133,15 +134,22 @@ def new_seed(seed: int, draw: int) -> int:
     return derive(seed, "reinitialisation", draw)
 
 
-def reinitialise(initial: State, drawn: State, kept: Mask) -> State:
+def reinitialise(initial: State, drawn: State, kept: Mask, shared: Shared = MappingProxyType({})) -> State:
     """Return the state `drawn`, but with the weights of `initial` for the connections in `kept`.
+
+    Args:
+        initial: the initial state.
+        drawn: another initial state of the same network.
+        kept: the connections that keep their weights.
+        shared: the other names of weights that modules share, under which the states have them too.
 
     >>> kept = Mask.from_tensors({"w": torch.tensor([True, False])})
     >>> reinitialise({"w": torch.tensor([1.0, 2.0])}, {"w": torch.tensor([3.0, 4.0])}, kept)
     {'w': tensor([1., 4.])}
     """
+    layers = {name: name for name in kept} | {other: name for name in kept for other in shared.get(name, ())}
     return {
-        name: torch.where(kept[name], initial[name], tensor) if name in kept else tensor
+        name: torch.where(kept[layers[name]], initial[name], tensor) if name in layers else tensor
         for name, tensor in drawn.items()
     }
 

@@ -84,6 +84,11 @@ class Study(BaseModel):
     data_seeds_for: Tuple[str] = Field(
         default=(), description="importances that are run with these data orders too; by default the first"
     )
+    prune: Tuple[str] = Field(
+        default=(),
+        description="patterns of parameters that are prunable, such as *.weight; !*.norm* takes away; by default the "
+        "weight matrices of linear, convolution, recurrent and attention layers",
+    )
     exclude: Tuple[str] = Field(
         default=(), description="layers that are left out: neither pruned nor counted; * matches any characters"
     )
@@ -103,6 +108,9 @@ class Study(BaseModel):
         default=1024, description="number of training examples that a score with data sees, such as taylor"
     )
     device: Literal["cpu", "cuda"] = Field(default="cpu", description="device to train on: cpu or cuda")
+    kernels: Literal["auto", "off"] = Field(
+        default="auto", description="sparse layers for the CPU: auto replaces the layers that are faster, off none"
+    )
 
     @field_validator("importances", "data_seeds_for", mode="before")
     @classmethod

@@ -20,6 +20,9 @@ from tombola.datasets.dataset import Dataset
 from tombola.errors import UserError, did_you_mean, short
 from tombola.importance import Importance, NetworkScore, as_importance, find
 from tombola.importance.importances import find_normalisation, find_score
+from tombola.pruning.mask import Mask
+from tombola.pruning.start import check_start
+from tombola.streams import ambient
 from tombola.study.code import steady_source
 from tombola.study.depends import identify_all
 from tombola.study.functions import is_here, resolve, source_hash
@@ -134,7 +137,7 @@ def load_importance(name: str) -> tuple[Importance, dict[str, str]]:
 
 
 def try_out(problem: Problem, study: Study) -> None:
-    """Raise `UserError` if data, model, loss and recipe do not work together.
+    """Raise `UserError` if data, model, loss and recipe do not work together, or if the model does not start dense.
 
     The check runs a forward and a backward pass on the smallest batch of the training (at most two examples), then a
     forward pass on two examples of the test set.
@@ -143,6 +146,9 @@ def try_out(problem: Problem, study: Study) -> None:
     check_recipe_fits(recipe, data)
     check_device(study.device)
     names = {"model_name": f"task.model {task.model!r}", "loss_name": f"task.loss {task.loss!r}"}
+    with ambient(0):
+        model = problem.build()
+    check_start(model, Mask.ones_like(model, study.exclude, study.prune), study.prune, names["model_name"])
     try_network(problem.build, problem.loss, data, recipe, **names)
 
 

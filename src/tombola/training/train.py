@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -11,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from tombola import kernels
 from tombola.datasets.dataset import Dataset
 from tombola.errors import UserError, short
+from tombola.kernels import accelerate
 from tombola.pruning.mask import Mask
 from tombola.streams import ambient
 from tombola.training.batches import batches
@@ -24,6 +25,7 @@ from tombola.training.history import Checkpoint, History, Trained, Watch
 from tombola.training.losses import Losses
 from tombola.training.optimizer import Optimizer
 from tombola.training.recipe import Augmentation, Recipe
+from tombola.training.replaceable import Kernels, OwnLayersWarning, choose_layers, find_fault
 from tombola.training.weights import State, Weights, apply_mask, load_state, zero_pruned
 
 MOST_ITERATIONS = 10**9
@@ -52,6 +54,7 @@ def train(
     end: int | None = None,
     loss: Loss = functional.cross_entropy,
     device: str = "cpu",
+    kernels: Kernels = "auto",
     resume: Checkpoint | None = None,
     watch: Watch | None = None,
 ) -> Trained:
@@ -71,11 +74,17 @@ def train(
         begin, end: the range of iterations, begin..end-1; by default the complete training.
         loss: a function of outputs and labels that returns the mean over the batch.
         device: the device to train on, "cpu" or "cuda"; the data set is copied to a GPU too.
+        kernels: which layers sparse ones replace on the CPU: "auto" for those that are faster, unless the network
+            reaches into its own layers, see `tombola.training.replaceable`; "off" for none; or the names of weights
+            among which to choose, as an earlier try-out allows.
         resume: the checkpoint to resume from; a training that is stopped and resumed ends with the same bits.
         watch: a function that is called after every iteration, for progress and checkpoints; see `Watch`.
 
     Raises:
         UserError: if the recipe does not fit the data, or if the state or the mask does not fit the model.
+
+    Warns:
+        OwnLayersWarning: if the network reaches into its own layers, so that none is replaced.
 
     >>> from tombola import datasets, models
     >>> digits = datasets.load("digits", None)
@@ -92,8 +101,12 @@ def train(
     data = move_data(data, device)
     model = load_model(model, start.state, mask, device)
     batch_size, precision = recipe.batch_size, recipe.precision
-    step = kernels.accelerate(
-        model, mask, batch_size=batch_size, precision=precision, device=device, loss=loss, stacklevel=2
+    among = choose_layers(model, mask, recipe, device, kernels)
+    if kernels == "auto" and among and (fault := find_fault(_load(model, initial), data, recipe, loss, device)):
+        warnings.warn(fault, OwnLayersWarning, stacklevel=2)
+        among = []
+    step = accelerate(
+        model, mask, batch_size=batch_size, precision=precision, device=device, loss=loss, among=among, stacklevel=2
     )
     recorded = device == "cuda" and can_be_recorded(model, loss)
     compute = RecordedStep(step, batch_size) if recorded else step
@@ -129,6 +142,13 @@ def train(
     history = History(losses.epoch_means(), accuracy, test_loss, diverged_at)
     weights = Weights.of({name: tensor.cpu().contiguous() for name, tensor in state.items()})
     return Trained(weights, history, losses.values().cpu())
+
+
+def _load(model: nn.Module, state: State) -> nn.Module:
+    """Return a copy of a model in this state."""
+    model = copy.deepcopy(model)
+    load_state(model, state, "the state")
+    return model
 
 
 def check_recipe_fits(recipe: Recipe, data: Dataset) -> None:
@@ -178,7 +198,7 @@ def load_model(model: nn.Module, state: State, mask: Mask, device: str) -> nn.Mo
 
 def _dense_masks(model: nn.Module, mask: Mask) -> list[tuple[nn.Parameter, Tensor]]:
     """Return each dense parameter that has pruned weights, with its mask as 0.0 and 1.0 in the same layout."""
-    parameters = dict(model.named_parameters())
+    parameters = dict(model.named_parameters(remove_duplicate=False))
     return [
         (parameters[name], torch.empty_like(parameters[name], requires_grad=False).copy_(mask[name]))
         for name in mask

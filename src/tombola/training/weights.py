@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import TypeAlias
 
 import torch
@@ -53,15 +54,25 @@ def state_hash(state: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def apply_mask(state: Mapping[str, Tensor], mask: Mask) -> State:
+Shared: TypeAlias = Mapping[str, tuple[str, ...]]
+"""The other names of tensors that modules share, by their first names, see `tombola.pruning.eligible.list_shared`."""
+
+
+def apply_mask(state: Mapping[str, Tensor], mask: Mask, shared: Shared = MappingProxyType({})) -> State:
     """Return a copy of the state in which pruned weights are exactly 0.0.
+
+    Args:
+        state: parameters and buffers by name.
+        mask: the connections that are alive.
+        shared: the other names of the mask's layers, under which the state has them too.
 
     >>> mask = Mask.from_tensors({"w": torch.tensor([True, False])})
     >>> apply_mask({"w": torch.tensor([1.0, 2.0]), "b": torch.tensor([3.0])}, mask)
     {'w': tensor([1., 0.]), 'b': tensor([3.])}
     """
+    layers = {name: name for name in mask} | {other: name for name in mask for other in shared.get(name, ())}
     return {
-        name: torch.where(mask[name].to(tensor.device), tensor, 0.0) if name in mask else tensor.clone()
+        name: torch.where(mask[layers[name]].to(tensor.device), tensor, 0.0) if name in layers else tensor.clone()
         for name, tensor in state.items()
     }
 

@@ -30,6 +30,7 @@ from tombola.study.task import resolve_importance, try_out
 from tombola.study.tickets import Tickets
 from tombola.study.trainings import Training
 from tombola.threads import one_thread
+from tombola.training.replaceable import OwnLayersWarning
 from tombola.workbench import tables
 from tombola.workbench.progress import Show, show_nothing, show_progress
 from tombola.workbench.studies import (
@@ -100,6 +101,8 @@ def run(
         prepare_store(planner, Path(store))
         if planner.study.device == "cpu" and not kernels.available():
             warnings.warn(kernels.MISSING, kernels.NoKernelsWarning, stacklevel=2)
+        if planner.kernel_fault is not None:
+            warnings.warn(planner.kernel_fault, OwnLayersWarning, stacklevel=2)
         folder = None if data is None else Path(data)
         with open_workers(planner, workers, folder) as opened:
             speed = None if isinstance(opened, WorkersHere) else prior_speed(planner, opened.count, folder)

@@ -1,0 +1,70 @@
+"""Replaceable layers: whether a network may be trained with sparse layers in the place of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Literal, TypeAlias
+
+from torch import Tensor, nn
+
+from tombola import kernels
+from tombola.datasets.dataset import Dataset
+from tombola.pruning.mask import Mask
+from tombola.training.batches import batches
+from tombola.training.evaluation import Loss
+from tombola.training.recipe import Recipe
+
+Kernels: TypeAlias = Literal["auto", "off"] | Collection[str]
+"""Which layers sparse ones may replace: those that are faster, none, or those of weights that were chosen before."""
+
+_EXAMPLES = 32
+"""The number of examples on which a step with sparse layers is compared with one of PyTorch."""
+
+
+class OwnLayersWarning(UserWarning):
+    """A network reaches into its own layers, so no layer is replaced, and sparse networks train at dense speed."""
+
+
+def find_fault(model: nn.Module, data: Dataset, recipe: Recipe, loss: Loss, device: str = "cpu") -> str | None:
+    """Return a sentence on why no layer of a network may be replaced by a sparse one; None if all may be.
+
+    One step with sparse layers is compared with one of PyTorch, see `tombola.kernels.find_difference`. Networks and
+    losses without code of a user are not tried out. The answer depends on the arguments alone.
+
+    Args:
+        model: the network with initial weights.
+        data, recipe, loss: the data set, the hyperparameters and the loss of the training.
+        device: the device to train on; layers are replaced on the CPU only.
+    """
+    if device != "cpu" or recipe.precision != "float32" or not kernels.is_own(model, loss):
+        return None
+    few = recipe.model_copy(update={"batch_size": min(_EXAMPLES, recipe.batch_size)})
+    inputs, labels = next(batches(data, few, 0, 0, 1))
+
+    def compute(network: nn.Module) -> Tensor:
+        return loss(network(inputs.clone()), labels.clone())  # copies, because both may be changed in place
+
+    difference = kernels.find_difference(model, compute)
+    if difference is None:
+        return None
+    return (
+        f"{type(model).__name__} is trained with its own layers, at dense speed, because it does not compute the same "
+        f"with sparse ones in their place: {difference}"
+    )
+
+
+def choose_layers(model: nn.Module, mask: Mask, recipe: Recipe, device: str, allowed: Kernels) -> list[str]:
+    """Return the names of the weights whose layers a training replaces by sparse ones.
+
+    Args:
+        model: the network.
+        mask: the connections that are alive.
+        recipe: the hyperparameters of the training.
+        device: the device to train on.
+        allowed: "auto" for the layers that are faster, see `tombola.kernels.choose`; "off" for none; or the names of
+            weights among which to choose.
+    """
+    if allowed == "off":
+        return []
+    found = kernels.sparse_layers(model, mask, batch_size=recipe.batch_size, precision=recipe.precision, device=device)
+    return found if allowed == "auto" else [name for name in found if name in allowed]

@@ -1,0 +1,533 @@
+"""Which weights are pruned: layers of every kind, patterns, shared weights, masked starts; what density counts."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import prune as torch_prune
+from torch.nn.utils.parametrizations import weight_norm
+
+from tombola import (
+    Mask,
+    Planner,
+    Recipe,
+    Store,
+    Study,
+    Task,
+    Ticket,
+    UserError,
+    Weights,
+    find_tickets,
+    interchange,
+    load_problem,
+    loops,
+    prunable,
+    prune,
+    run,
+    train,
+)
+from tombola.analysis.paths import Paths
+from tombola.datasets.dataset import Dataset
+from tombola.importance import IMPORTANCES, find, magnitude
+from tombola.lottery import ticket_file
+from tombola.lottery.ticket_file import Content
+from tombola.pruning.coverage import cover
+from tombola.pruning.eligible import list_shared
+from tombola.pruning.start import check_start
+from tombola.training.history import History
+from tombola.training.replaceable import OwnLayersWarning, choose_layers, find_fault
+
+
+def draw(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+class Reader(nn.Module):
+    """An LSTM classifier of sequences of four steps with three numbers each."""
+
+    def __init__(self, kind: type[nn.RNNBase] = nn.LSTM) -> None:
+        super().__init__()
+        self.rnn = kind(3, 8, batch_first=True)
+        self.norm = nn.LayerNorm(8)
+        self.fc = nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.fc(self.norm(self.rnn(x)[0][:, -1]))
+        return logits
+
+
+class Gpt(nn.Module):
+    """A transformer over four tokens of five kinds, whose head is the embedding, applied to one-hot inputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wte = nn.Embedding(5, 8)
+        self.wpe = nn.Parameter(0.1 * torch.randn(4, 8))
+        self.block = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+        self.head = nn.Linear(8, 5, bias=False)
+        self.head.weight = self.wte.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        embedded = self.wte(x.argmax(-1)) + self.wpe
+        mask = nn.Transformer.generate_square_subsequent_mask(4)
+        logits: Tensor = self.head(self.block(embedded, src_mask=mask, is_causal=True)[:, -1])
+        return logits
+
+
+class Vit(nn.Module):
+    """A vision transformer over the four quarters of an image of 4 x 4 pixels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(1, 8, 2, 2)
+        self.token = nn.Parameter(0.1 * torch.randn(1, 1, 8))
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.norm = nn.LayerNorm(8)
+        self.head = nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        patches = self.patches(x).flatten(2).transpose(1, 2)
+        tokens = self.norm(torch.cat([self.token.expand(len(x), -1, -1), patches], 1))
+        logits: Tensor = self.head((tokens + self.attention(tokens, tokens, tokens)[0])[:, 0])
+        return logits
+
+
+NETWORKS = {"lstm": (Reader, (4, 3)), "gpt": (Gpt, (4, 5)), "vit": (Vit, (1, 4, 4))}
+EVERYTHING = ["*"]
+
+
+def build(name: str) -> nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return NETWORKS[name][0]()
+
+
+def examples(name: str) -> Dataset:
+    inputs = draw(24, *NETWORKS[name][1])
+    labels = (inputs.flatten(1).sum(1) > 0).long()
+    return Dataset("examples", inputs[:16], labels[:16], inputs[16:], labels[16:], ("no", "yes"))
+
+
+# Which weights.
+
+
+@pytest.mark.parametrize(
+    ("model", "expected"),
+    [
+        (nn.GRU(2, 3, 2, bidirectional=True), [
+            "weight_ih_l0", "weight_hh_l0", "weight_ih_l0_reverse", "weight_hh_l0_reverse",
+            "weight_ih_l1", "weight_hh_l1", "weight_ih_l1_reverse", "weight_hh_l1_reverse",
+        ]),
+        (nn.LSTM(2, 3, proj_size=2), ["weight_ih_l0", "weight_hh_l0", "weight_hr_l0"]),
+        (nn.Sequential(nn.LSTMCell(2, 3), nn.RNN(2, 2)),
+         ["0.weight_ih", "0.weight_hh", "1.weight_ih_l0", "1.weight_hh_l0"]),
+        (nn.MultiheadAttention(4, 2, kdim=3, vdim=5),
+         ["q_proj_weight", "k_proj_weight", "v_proj_weight", "out_proj.weight"]),
+        (nn.Sequential(nn.ConvTranspose2d(2, 3, 3), nn.Bilinear(2, 3, 4)), ["0.weight", "1.weight"]),
+        (Gpt(), ["wte.weight", "block.self_attn.in_proj_weight", "block.self_attn.out_proj.weight",
+                 "block.linear1.weight", "block.linear2.weight"]),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",
+)  # fmt: skip
+def test_the_weight_matrices_of_layers_are_prunable(model: nn.Module, expected: list[str]) -> None:
+    assert list(prunable(model)) == expected
+    assert list(Mask.ones_like(model)) == expected
+
+
+def test_the_conv1d_of_huggingface_is_recognised_without_its_library() -> None:
+    kind = type("Conv1D", (nn.Module,), {"__module__": "transformers.pytorch_utils"})
+    layer, other = kind(), type("Conv1D", (nn.Module,), {})()
+    for each in (layer, other):
+        each.weight, each.bias = nn.Parameter(draw(2, 3)), nn.Parameter(draw(3))
+    assert list(prunable(nn.Sequential(layer, other))) == ["0.weight"]
+
+
+@pytest.mark.parametrize(
+    ("patterns", "expected"),
+    [
+        (["*.weight", "!*norm*"], ["fc.weight"]),
+        (["!fc"], ["rnn.weight_ih_l0", "rnn.weight_hh_l0"]),
+        (["default", "norm"], ["rnn.weight_ih_l0", "rnn.weight_hh_l0", "norm.weight", "fc.weight"]),
+        (["rnn.*", "!rnn.bias*", "rnn.bias_hh_l0"], ["rnn.weight_ih_l0", "rnn.weight_hh_l0", "rnn.bias_hh_l0"]),
+        (["*", "!*.weight", "norm"],
+         ["rnn.weight_ih_l0", "rnn.weight_hh_l0", "rnn.bias_ih_l0", "rnn.bias_hh_l0",
+          "norm.weight", "norm.bias", "fc.bias"]),
+    ],
+)  # fmt: skip
+def test_patterns_choose_in_order(patterns: list[str], expected: list[str]) -> None:
+    assert list(prunable(Reader(), patterns)) == expected
+
+
+def test_a_shared_weight_is_chosen_by_any_of_its_names_and_counted_once() -> None:
+    assert list(prunable(Gpt(), ["head"])) == list(prunable(Gpt(), ["wte.*"])) == ["wte.weight"]
+    assert "wte.weight" not in prunable(Gpt(), ["!head.weight"])
+    assert cover(Gpt(), Mask.ones_like(Gpt())).total == sum(p.numel() for p in Gpt().parameters())
+
+
+@pytest.mark.parametrize(
+    ("patterns", "sentence"),
+    [
+        (["nothing.*"], "prune: 'nothing.*' is no parameter of the model; choose from "),
+        (["!fcc"], "prune: 'fcc' is no parameter of the model; did you mean 'fc'?"),
+        (["fc", "!fc"], "prune: 'fc', '!fc' leave no parameter of Reader to prune"),
+    ],
+)
+def test_patterns_that_choose_nothing_are_refused(patterns: list[str], sentence: str) -> None:
+    with pytest.raises(UserError) as raised:
+        Mask.ones_like(Reader(), prune=patterns)
+    assert sentence in str(raised.value)
+
+
+def test_layers_that_are_left_out_or_kept_dense_have_their_full_names() -> None:
+    assert list(Mask.ones_like(Reader(), ["rnn.weight_hh_l0", "fc"])) == ["rnn.weight_ih_l0"]
+    with pytest.raises(UserError, match="exclude: 'rnn' is no prunable layer"):
+        Mask.ones_like(Reader(), ["rnn"])
+
+
+# Rounds of pruning and trainings.
+
+
+@pytest.mark.parametrize(
+    ("importance", "selection"),
+    [*((each, "global") for each in ("magnitude", "l1", "l2", "softmax", "min_max")), ("l1", "uniform"), ("l1", "erk")],
+)
+def test_weights_of_any_shape_are_pruned(importance: str, selection: str) -> None:
+    model = nn.Sequential(nn.Bilinear(2, 3, 4), nn.Conv3d(2, 2, 2), nn.LayerNorm(5), nn.Embedding(4, 3))
+    model.register_parameter("scale", nn.Parameter(draw(1)[0]))
+    dense = Mask.ones_like(model, prune=EVERYTHING)
+    assert () in dense.shapes.values()
+    numbers = torch.Generator().manual_seed(0)
+    weights = {name: torch.randn(shape, generator=numbers) for name, shape in dense.shapes.items()}
+    mask = prune(weights, dense, IMPORTANCES[importance], 0.5, selection=selection)
+    assert mask.alive == dense.total - round(dense.total / 2)
+
+
+@pytest.mark.parametrize("patterns", [[], EVERYTHING], ids=["default", "everything"])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_pruned_weights_stay_zero_under_all_names(name: str, patterns: list[str], tmp_path: Path) -> None:
+    model = build(name)
+    found = list(find_tickets(
+        model, examples(name), Recipe(epochs=2, batch_size=8, optimizer="adamw", lr=0.01), magnitude,
+        levels=1, fraction=0.6, prune=patterns, progress=False,
+    ))  # fmt: skip
+    ticket = found[1]
+    ticket.save(tmp_path / "ticket", trained=True)
+    again = Ticket.load(tmp_path / "ticket")
+    assert again.shared == ticket.shared == ({"wte.weight": ("head.weight",)} if name == "gpt" else {})
+    for each in (ticket, again):
+        for state, trained in ((each.rewound, False), (each.load_trained(), True)):
+            assert state.keys() == model.state_dict().keys()
+            loaded, applied = copy.deepcopy(model), copy.deepcopy(model)
+            loaded.load_state_dict(state)
+            each.apply(applied, trained=trained)
+            for one in (loaded, applied):
+                assert interchange.from_zeros(one, list(ticket.mask)) == ticket.mask
+            inputs = examples(name).test_inputs
+            assert each.sparse(model, trained=trained)(inputs).allclose(loaded(inputs), atol=1e-5)
+    assert found[0].trained is not None
+    assert ticket.trained is not None
+    assert ticket.trained.history.losses != found[0].trained.history.losses
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_mask_is_held_in_a_loop_and_goes_to_torch_and_back(name: str) -> None:
+    model, data = build(name), examples(name)
+    mask = loops.prune(model, Mask.ones_like(model), magnitude, 0.5)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    with loops.hold(model, mask, optimizer):
+        for _ in range(2):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(data.train_inputs), data.train_labels).backward()
+            optimizer.step()
+    assert interchange.from_zeros(model) == mask
+    expected = model(data.test_inputs)
+    interchange.to_torch_prune(model, mask)
+    assert interchange.from_torch_prune(model) == mask
+    assert model(data.test_inputs).equal(expected)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("score", ["taylor", "snip", "grasp", "hessian", "synflow"])
+def test_scores_of_the_network_rate_every_prunable_weight(score: str, name: str) -> None:
+    model, data = build(name), examples(name)
+    mask = loops.prune(
+        model, Mask.ones_like(model), find(score), 0.5, loss=nn.functional.cross_entropy,
+        batches=[(data.train_inputs, data.train_labels)],
+    )  # fmt: skip
+    assert mask.alive == mask.total - round(mask.total / 2)
+    if score == "snip":
+        assert mask == loops.prune(
+            model, Mask.ones_like(model), find("taylor"), 0.5, loss=nn.functional.cross_entropy,
+            batches=[(data.train_inputs, data.train_labels)],
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("score", ["fisher", "wanda"])
+@pytest.mark.parametrize(
+    ("name", "layer"), [("lstm", "rnn.weight_ih_l0"), ("gpt", "wte.weight"), ("vit", "attention.in_proj_weight")]
+)
+def test_scores_of_inputs_refuse_other_layers(score: str, name: str, layer: str) -> None:
+    model, data = build(name), examples(name)
+    with pytest.raises(UserError, match=f"rates only .* layers, and {layer!r}"):
+        loops.prune(
+            model, Mask.ones_like(model), find(score), 0.5, loss=nn.functional.cross_entropy,
+            batches=[(data.train_inputs, data.train_labels)],
+        )  # fmt: skip
+
+
+def test_a_mask_by_a_later_name_of_a_shared_weight_is_trained_too() -> None:
+    model, data = build("gpt"), examples("gpt")
+    half = Mask.from_tensors({"head.weight": draw(5, 8) > 0})
+    state = train(model, model.state_dict(), half, data, Recipe(epochs=1, batch_size=8), 0).weights.load()
+    assert (state["wte.weight"] == 0).equal(~half["head.weight"])
+
+
+# Files of tickets.
+
+
+def tied() -> tuple[Content, dict[str, tuple[str, ...]]]:
+    model = build("gpt")
+    mask = loops.prune(model, Mask.ones_like(model), magnitude, 0.5)
+    return Content(
+        1, mask, Ticket(1, mask, Weights.of(model.state_dict()), None).rewound, None, History()
+    ), list_shared(model)
+
+
+def test_a_shared_weight_is_written_once() -> None:
+    old, shared = tied()
+    rewound = old.rewound | {"head.weight": old.rewound["wte.weight"]}
+    new = Content(old.level, old.mask, rewound, None, History(), {}, shared)
+    assert len(ticket_file.encode(old)) - len(ticket_file.encode(new)) > 100
+
+
+def test_a_file_that_does_not_name_shared_weights_is_pruned_under_all_names(tmp_path: Path) -> None:
+    old, shared = tied()
+    assert (old.rewound["head.weight"] != 0).all()
+    (tmp_path / "old").write_bytes(ticket_file.encode(old))
+    found = Ticket.load(tmp_path / "old")
+    assert found.shared == shared
+    assert found.rewound["head.weight"].equal(found.rewound["wte.weight"])
+
+
+def test_weights_that_are_only_equal_are_not_taken_as_shared(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.LayerNorm(4), nn.LayerNorm(4), nn.Linear(4, 1))
+    mask = Mask.from_tensors({"0.weight": torch.arange(4) > 1})
+    Ticket(1, mask, Weights.of(model.state_dict()), None).save(tmp_path / "ticket")
+    assert Ticket.load(tmp_path / "ticket").rewound["1.weight"].all()
+
+
+def test_torch_prune_of_a_shared_weight() -> None:
+    layer = nn.Linear(2, 2)
+    torch_prune.l1_unstructured(layer, "weight", amount=2)
+    assert interchange.from_torch_prune(layer).alive == 2
+
+
+# Networks that reach into their own layers.
+
+
+class Own(nn.Module):
+    """Two linear layers and one of several habits that a network may have."""
+
+    def __init__(self, habit: str) -> None:
+        super().__init__()
+        self.habit = habit
+        self.fc1, self.fc2, self.dropout = nn.Linear(4, 40), nn.Linear(40, 2), nn.Dropout(0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.habit == "clips":
+            self.fc1.weight.data.clamp_(-2, 2)
+        if self.habit == "counts":
+            x = x * len([layer for layer in self.modules() if isinstance(layer, nn.Linear)])
+        if self.habit == "replaces":
+            self.fc1.weight = nn.Parameter(self.fc1.weight.detach())
+        if self.habit == "stops":
+            return torch.as_tensor(self.fc2(self.fc1(x).relu() + self.fc1.weight.detach().sum() * 0))
+        hidden = self.fc1(x).relu()
+        if self.habit == "reads":
+            hidden = hidden + self.fc1.weight.sum()
+        if self.habit == "drops":
+            hidden = nn.functional.dropout(self.dropout(hidden), 0.5)
+        logits: Tensor = self.fc2(hidden)
+        return logits
+
+
+def vectors() -> Dataset:
+    inputs = draw(96, 4)
+    labels = (inputs.sum(1) > 0).long()
+    return Dataset("vectors", inputs[:64], labels[:64], inputs[64:], labels[64:], ("no", "yes"))
+
+
+HALF = {"batch_size": 32, "epochs": 1, "lr": 0.1}
+
+
+@pytest.mark.parametrize(
+    ("habit", "said"),
+    [("clips", "it changes its 'fc1.weight' itself"), ("counts", "its loss is another one"), ("replaces", "it "),
+     ("none", None), ("reads", None), ("drops", None), ("stops", None)],
+)  # fmt: skip
+def test_a_network_that_reaches_into_its_layers_is_found(habit: str, said: str | None) -> None:
+    torch.manual_seed(0)
+    fault = find_fault(Own(habit), vectors(), Recipe(**HALF), nn.functional.cross_entropy)
+    assert (fault is None) == (said is None)
+    assert said is None or (fault is not None and said in fault)
+
+
+def test_such_a_network_is_trained_with_its_own_layers(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, data, recipe = Own("counts"), vectors(), Recipe(**HALF)
+    mask = loops.prune(model, Mask.ones_like(model), magnitude, 0.9)
+    with pytest.warns(
+        OwnLayersWarning, match="Own is trained with its own layers, at dense speed, because it does not"
+    ):
+        found = train(model, model.state_dict(), mask, data, recipe, 0)
+    dense = train(model, model.state_dict(), mask, data, recipe, 0, kernels="off")
+    assert found.weights.hash == dense.weights.hash
+    with pytest.warns(OwnLayersWarning):
+        tickets = list(find_tickets(model, data, recipe, magnitude, levels=1, fraction=0.9, progress=False))
+    for kernels in ("auto", "off"):
+        study = Study(
+            task=Task(dataset=data, model=partial(Own, "counts")), recipe=recipe, importances=("magnitude",),
+            seeds=(0,), levels=1, fraction=0.9, kernels=kernels,
+        )  # fmt: skip
+        planner = Planner(study, load_problem(study.task), Store(tmp_path / "store"))
+        assert (planner.kernel_fault is None) == (kernels == "off")
+        assert planner.training(0, planner.initial(0), tickets[1].mask, 0, 2).identity["sparse"] == []
+
+
+def test_layers_are_replaced_in_a_network_that_does_not() -> None:
+    torch.manual_seed(0)
+    model, data, recipe = Own("none"), vectors(), Recipe(**HALF)
+    mask = loops.prune(model, Mask.ones_like(model), magnitude, 0.9)
+    names = choose_layers(model, mask, recipe, "cpu", "auto")
+    assert names == ["fc1.weight", "fc2.weight"]
+    found = [train(model, model.state_dict(), mask, data, recipe, 0, kernels=each) for each in ("auto", names, "off")]
+    assert found[0].weights.hash == found[1].weights.hash
+    with pytest.raises(UserError, match="kernels: expected 'auto' or 'off', got 'on'"):
+        find_tickets(model, data, recipe, magnitude, levels=1, kernels="on")  # type: ignore[arg-type]
+
+
+# Starts.
+
+
+def two_layers() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 20), nn.ReLU(), nn.Linear(20, 2))
+
+
+def sparsify(model: nn.Sequential) -> None:
+    with torch.no_grad():
+        model[0].weight[:, 1:] = 0
+
+
+def to_type(dtype: torch.dtype) -> Callable[[nn.Sequential], object]:
+    return lambda model: model.to(dtype)
+
+
+def make_complex(model: nn.Sequential) -> None:
+    model[0] = nn.Linear(4, 20, dtype=torch.complex64)
+
+
+def add_integers(model: nn.Sequential) -> None:
+    model.steps = nn.Parameter(torch.zeros(3, dtype=torch.int64), requires_grad=False)
+
+
+@pytest.mark.parametrize(
+    ("change", "patterns", "sentence"),
+    [
+        (sparsify, [], "model: 60 of the 80 initial weights of '0.weight' are exactly 0, as in a network"),
+        (lambda model: torch_prune.l1_unstructured(model[0], "weight", 9), [],
+         "model: its '0.weight' has a mask of torch.nn.utils.prune, which level 0 would not keep; make"),
+        (lambda model: torch_prune.l1_unstructured(model[0], "weight", 9), ["default"],
+         "model: its '0.weight' has a mask of torch.nn.utils.prune, which level 0 would not keep; make"),
+        (lambda model: weight_norm(model[0]), [], "model: its '0.weight' is computed from other parameters, as by"),
+        (lambda model: weight_norm(model[0]), ["*"], "model: its '0.weight' is computed from other parameters, as by"),
+        (lambda model: [weight_norm(model[0]), weight_norm(model[2])], [], "; its '0.weight' is computed from other"),
+        (make_complex, [], "model: its '0.weight' is complex64; expected float32, as model.float() gives"),
+        (to_type(torch.bfloat16), [], "model: its '0.weight' is bfloat16; expected float32, as model.float() gives"),
+        (to_type(torch.float16), [], "model: its '0.weight' is float16; expected float32, as model.float() gives"),
+        (lambda model: model.to("meta"), [], "model: its '0.weight' is on the device 'meta', where it has no values"),
+        (lambda model: model.insert(0, nn.LazyLinear(4)), [], "layer '0.weight' is lazy and has no shape yet"),
+        (add_integers, ["*"], "model: its 'steps' is int64, and only floating-point weights can be pruned"),
+        (lambda _: None, ["3.*"], "prune: '3.*' is no parameter of the model"),
+    ],
+)  # fmt: skip
+def test_networks_that_cannot_start_dense_are_refused(
+    change: Callable[[nn.Sequential], object], patterns: list[str], sentence: str
+) -> None:
+    model = two_layers()
+    change(model)
+    with pytest.raises(UserError) as raised:
+        find_tickets(model, vectors(), Recipe(**HALF), magnitude, levels=1, prune=patterns)
+    assert sentence in str(raised.value)
+
+
+def test_a_study_of_a_masked_network_is_refused_before_anything_is_trained(tmp_path: Path) -> None:
+    def masked() -> nn.Module:
+        model = two_layers()
+        torch_prune.l1_unstructured(model[2], "weight", 9)
+        return model
+
+    study = Study(
+        task=Task(dataset=vectors(), model=masked), recipe=Recipe(**HALF), importances=("l1",), seeds=(0,), levels=1
+    )
+    with pytest.raises(UserError, match=r"its '2\.weight' has a mask of torch.nn.utils.prune"):
+        run(study, store=tmp_path / "store", progress=False)
+
+
+def test_zeros_of_an_initialisation_are_no_mask() -> None:
+    model = nn.Sequential(nn.Linear(9, 9), nn.Linear(9, 9), nn.Embedding(5, 20, padding_idx=1), nn.Linear(9, 9))
+    nn.init.zeros_(model[0].weight)
+    nn.init.eye_(model[1].weight)
+    with torch.no_grad():
+        model[3].weight[0] = 0  # nine of them
+    check_start(model, Mask.ones_like(model, prune=["*.weight"]), ["*.weight"], "model")
+
+
+def test_a_layer_with_weight_norm_is_left_out_by_a_pattern() -> None:
+    model = two_layers()
+    weight_norm(model[0])
+    found = list(find_tickets(model, vectors(), Recipe(**HALF), magnitude, levels=1, prune=["default"], progress=False))
+    assert list(found[1].mask) == ["2.weight"]
+
+
+# What density counts.
+
+
+def test_what_density_counts_is_said() -> None:
+    model = build("lstm")
+    found = cover(model, Mask.ones_like(model, ["rnn.weight_hh_l0"]), ["fc.weight"])
+    assert found.describe() == (
+        "Density counts 112 of the network's 450 parameters; 16 of these are kept dense (fc.weight); rnn.weight_hh_l0 "
+        "is left out."
+    )
+    assert [row[:3] for row in found.tabulate()] == [
+        ("pruned", 1, 96), ("kept dense", 1, 16), ("left out", 1, 256), ("not prunable", 5, 82)
+    ]  # fmt: skip
+    assert sum(row[3] for row in found.tabulate()) == pytest.approx(1)
+    assert found.warn() == (
+        "Only 21.3 % of the network's parameters may be pruned, so its density says little about the whole; the "
+        "largest others are rnn.weight_hh_l0 (256, left out), rnn.bias_ih_l0 (32, not prunable), rnn.bias_hh_l0 (32, "
+        "not prunable)."
+    )
+
+
+def test_the_pattern_that_would_add_the_largest_tensors_is_named() -> None:
+    model = nn.Sequential(nn.Embedding(50, 4), nn.Linear(4, 2))
+    for patterns in ([], ["1.weight"]):
+        said = cover(model, Mask.ones_like(model, prune=patterns), prune=patterns).warn()
+        expected = '["default", "0.weight"]' if not patterns else '["1.weight", "0.weight"]'
+        assert said.endswith(f"; prune = {expected} would prune it too.")
+    everything = Mask.ones_like(model, prune=["default", "0.weight"])
+    assert cover(model, everything, prune=["default", "0.weight"]).warn() == ""
+
+
+def test_paths_of_other_weights_are_refused() -> None:
+    model = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
+    with pytest.raises(UserError, match=r"'1.weight' is no weight of a linear or convolution layer"):
+        Paths(model, (2,), Mask.ones_like(model, prune=["*.weight"]))
