@@ -288,8 +288,9 @@ def test_a_last_batch_too_small_for_the_model(refused: Refused) -> None:
     code = "def f(): return nn.Sequential(nn.Flatten(), nn.Linear(64, 10), nn.BatchNorm1d(10))"
     _, name = own(code, '"lenet_300_100"\nmodel_arguments = { inputs = 64 }', '"MODULE:f"')
     # 1352 examples are 7 batches of 193 and one example
-    assert "on inputs of shape (1, 1, 8, 8) from 'digits' it raised ValueError" in refused(
-        "run", name, "--recipe.batch-size", "193"
+    assert (
+        "recipe.batch_size: batches of 193 of the 1352 training examples of 'digits' leave a last batch of one example"
+        in refused("run", name, "--recipe.batch-size", "193")
     )
 
 

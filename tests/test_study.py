@@ -303,6 +303,8 @@ def test_fields_are_the_leaves() -> None:
         "exclude",
         "keep_dense",
         "recipe.milestones",
+        "recipe.betas",
+        "recipe.no_decay",
     }
 
 

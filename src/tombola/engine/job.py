@@ -22,6 +22,7 @@ from tombola.datasets.dataset import Dataset
 from tombola.engine.machine import device_name, machine
 from tombola.errors import ImportanceError, UserError
 from tombola.importance import Importance
+from tombola.inputs import list_tensors
 from tombola.kernels import NoKernelsWarning
 from tombola.lottery.rewinding import Rule
 from tombola.pruning.mask import Mask
@@ -39,7 +40,7 @@ Loaded: TypeAlias = tuple[Importance, Mapping[str, str]]
 """An importance and the hashes of its source, see `tombola.study.task.load_importance`."""
 
 _EDITED = "its source was edited after the run began; run the study again"
-_PARTS = ("data", "model", "loss")
+_PARTS = ("data", "model", "loss", "forward", "step")
 """The parts of a problem's identity, see `tombola.study.task.Problem`."""
 
 
@@ -172,6 +173,8 @@ def perform(job: Job, problem: Problem, resume: Checkpoint | None, watch: Watch)
             begin=job.begin,
             end=job.end,
             loss=problem.loss,
+            forward=problem.forward,
+            step=problem.step,
             device=job.device,
             resume=resume,
             watch=clock,
@@ -250,7 +253,9 @@ def _unchanged(data: Dataset) -> Iterator[None]:
 
     Later trainings would have other data. torch counts the changes of a tensor, so that this check reads no data.
     """
-    tensors = [value for value in vars(data).values() if isinstance(value, Tensor) and not value.is_inference()]
+    parts = [value for value in vars(data).values() if isinstance(value, Tensor | tuple | dict)]
+    found = [each for part in parts for each in list_tensors(part).values() if isinstance(each, Tensor)]
+    tensors = [tensor for tensor in found if not tensor.is_inference()]
     before = [tensor._version for tensor in tensors]
     yield
     if [tensor._version for tensor in tensors] != before:

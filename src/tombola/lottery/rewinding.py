@@ -17,6 +17,7 @@ from tombola.datasets.progress import Bar
 from tombola.errors import UserError, did_you_mean
 from tombola.importance import Importance, Normalisation, as_importance
 from tombola.importance.scores import movement
+from tombola.inputs import Forward, OwnStep, call
 from tombola.lottery.ticket import Ticket
 from tombola.pruning.mask import Mask, prunable, resolve_kept_dense, resolve_layers
 from tombola.pruning.prune import ScoreNetwork, check_fraction, count_to_remove, prune
@@ -24,7 +25,7 @@ from tombola.pruning.selection import SELECTIONS, apportion
 from tombola.streams import derive
 from tombola.training.evaluation import Loss
 from tombola.training.history import Trained
-from tombola.training.recipe import Recipe
+from tombola.training.recipe import Recipe, RewindTo
 from tombola.training.scoring import EXAMPLES, TRIED, score_network
 from tombola.training.train import check_device, check_recipe_fits, train
 from tombola.training.trial import try_network
@@ -92,6 +93,7 @@ def lottery_ticket_rewinding(
     end: int,
     levels: int,
     score_at: ScoreAt = "end",
+    rewind_to: RewindTo = "weights",
 ) -> Iterator[Ticket]:
     """Yield the ticket of each level: Algorithm 2 of the paper (arXiv 2302.11244).
 
@@ -102,6 +104,11 @@ def lottery_ticket_rewinding(
     point, round by round. Then every level has a ticket, and the result of its training is None if `train` returns
     None. There is no ticket if the training to the rewind point diverged.
 
+    Renda et al. (arXiv 2003.02389) compare three ways to go on after a round. The paper's rewinds the weights and the
+    learning-rate schedule. The other two keep the trained weights: learning-rate rewinding repeats the iterations k..m
+    of the schedule, and fine-tuning trains on for m - k iterations with the last learning rate. Then the weights from
+    which a ticket is trained are those that the level before ended with.
+
     Args:
         train: a function that trains a network, or looks up the result of an earlier training.
         prune: a function that does one round of pruning.
@@ -111,7 +118,9 @@ def lottery_ticket_rewinding(
         end: the number m of iterations of a complete training.
         levels: the number n of rounds, 0 or more.
         score_at: the weights that are scored: those at the end of the training ("end", the paper's), or those of the
-            rewind point ("rewind").
+            rewind point ("rewind", for `rewind_to="weights"` only).
+        rewind_to: what is rewound after a round: "weights", with the schedule; "learning_rate", the schedule alone; or
+            "nothing", which is fine-tuning.
 
     An example with a training that does not change the weights:
 
@@ -133,8 +142,9 @@ def lottery_ticket_rewinding(
         if score_at == "rewind" and rewind_point.history.diverged_at is not None:
             return
         theta_k = rewind_point.weights
+    begin, last = rewind, end
     for level in range(levels + 1):
-        trained = train(theta_k, mask, rewind, end)  # step 3a; starting from theta_k is the rewinding of step 3d
+        trained = train(theta_k, mask, begin, last)  # step 3a; starting from theta_k is the rewinding of step 3d
         if trained is None and score_at == "end":
             return
         yield Ticket(level, mask, theta_k, trained)
@@ -145,6 +155,11 @@ def lottery_ticket_rewinding(
         if pruned is None:
             return
         mask = pruned
+        if rewind_to != "weights":
+            assert trained is not None
+            theta_k = trained.weights
+        if rewind_to == "nothing":
+            begin, last = last, last + end - rewind
 
 
 def find_tickets(
@@ -163,6 +178,8 @@ def find_tickets(
     score_at: ScoreAt = "end",
     score_examples: int = EXAMPLES,
     loss: Loss = functional.cross_entropy,
+    forward: Forward = call,
+    step: OwnStep | None = None,
     device: str = "cpu",
     progress: bool = True,
 ) -> Iterator[Ticket]:
@@ -186,6 +203,8 @@ def find_tickets(
         score_at: the weights that are scored: those at the end of the training, or those of the rewind point.
         score_examples: the number of training examples that a score with data sees, such as `taylor`.
         loss: a function of outputs and labels that returns the mean over the batch.
+        forward: a function (model, inputs) -> outputs; by default the model is called, see `tombola.inputs.call`.
+        step: a function (model, inputs, labels) -> loss, which training uses instead of `forward` and `loss`.
         device: the device to train on, "cpu" or "cuda".
         progress: whether to show a bar for each training, if standard error is a terminal.
 
@@ -202,14 +221,14 @@ def find_tickets(
     2 0.64 l1
     """
     importance = as_importance(importance)
-    check_score_at(score_at, importance)
+    check_score_at(score_at, importance, recipe.rewind_to)
     check_recipe_fits(recipe, data)
     check_device(device)
     dense = Mask.ones_like(model, exclude)
     kept = resolve_kept_dense(dense, keep_dense, prunable(model).keys() - dense.keys())
     rule = Rule(fraction, kept, selection, resolve_shares(dense, shares or {}))
     check_rule(rule, dense, levels)
-    end = recipe.total_iterations(len(data.train_inputs))
+    end = recipe.total_iterations(data.train_examples)
     theta_0 = Weights.of(model.state_dict())
 
     def prune_network(
@@ -221,6 +240,8 @@ def find_tickets(
             state=weights.load(),
             data=data,
             loss=loss,
+            forward=forward,
+            step=step,
             seed=pruning_seed(seed, level),
             examples=examples,
             batch_size=recipe.batch_size,
@@ -230,7 +251,7 @@ def find_tickets(
             weights, mask, level, rewind, importance=importance, rule=rule, seed=seed, score_network=score
         )
 
-    try_network(partial(copy.deepcopy, model), loss, data, recipe, model_name="model", loss_name="loss")
+    try_network(partial(copy.deepcopy, model), loss, data, recipe, forward=forward, step=step)
     if levels:
         prune_network(theta_0, dense, 0, theta_0, examples=min(TRIED, score_examples))
     provenance = {
@@ -264,6 +285,8 @@ def find_tickets(
                 begin=begin,
                 end=end,
                 loss=loss,
+                forward=forward,
+                step=step,
                 device=device,
                 watch=advance,
             )
@@ -277,6 +300,7 @@ def find_tickets(
         end=end,
         levels=levels,
         score_at=score_at,
+        rewind_to=recipe.rewind_to,
     )
     return (replace(ticket, provenance=provenance) for ticket in tickets)
 
@@ -308,7 +332,7 @@ def prune_round(
     )
 
 
-def check_score_at(score_at: str, importance: Importance) -> None:
+def check_score_at(score_at: str, importance: Importance, rewind_to: RewindTo = "weights") -> None:
     """Raise `UserError` if an importance cannot be computed from the weights that are scored.
 
     >>> from tombola.importance import find
@@ -318,6 +342,10 @@ def check_score_at(score_at: str, importance: Importance) -> None:
     """
     if score_at not in ("end", "rewind"):
         raise UserError(f"score_at: expected 'end' or 'rewind', got {score_at!r}")
+    if score_at == "rewind" and rewind_to != "weights":
+        raise UserError(
+            f"score_at: scores at the rewind point are for recipe.rewind_to = 'weights', and it is {rewind_to!r}"
+        )
     if score_at == "rewind" and importance.score is movement:
         raise UserError(f"score_at: at the rewind point, the score of {importance.name!r} is 0 for every connection")
 

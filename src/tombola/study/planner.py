@@ -192,7 +192,7 @@ class Planner:
         self.problem = problem
         self.store = store
         self.about = dict(about or {})
-        self.end = study.recipe.total_iterations(len(problem.data.train_inputs))
+        self.end = study.recipe.total_iterations(problem.data.train_examples)
         own = [Chain(seed, importance) for seed in study.seeds for importance in study.importances]
         self.chains = own if chains is None else list(chains)
         self.repeats = [
@@ -218,7 +218,7 @@ class Planner:
         self.rule = Rule(study.fraction, self.kept_dense, study.selection, shares)
         check_rule(self.rule, self.dense, study.levels)
         for importance in self._importances.values():
-            check_score_at(study.score_at, importance)
+            check_score_at(study.score_at, importance, study.recipe.rewind_to)
         for name in [name for name in study.importances if not is_built_in(name)]:  # fail before any training
             pruning = self.first_round(name)
             self._prune(pruning.weights, self.dense, 0, pruning.rewind, Chain(pruning.seed, name))
@@ -258,8 +258,10 @@ class Planner:
             begin, end: the range of iterations, begin..end-1.
         """
         recipe, device = self.study.recipe, self.study.device
-        sparse = sparse_layers(
-            self.model, mask, batch_size=recipe.batch_size, precision=recipe.precision, device=device
+        sparse = (
+            sparse_layers(self.model, mask, batch_size=recipe.batch_size, precision=recipe.precision, device=device)
+            if self.problem.step is None
+            else []
         )
         return name_training(
             self.problem.identity,
@@ -310,6 +312,7 @@ class Planner:
             end=self.end,
             levels=study.levels,
             score_at=study.score_at,
+            rewind_to=study.recipe.rewind_to,
         )
         tickets: list[Ticket] = []
         provenance = self._provenance(chain)
@@ -377,7 +380,7 @@ class Planner:
         trainings = [training for training, trained in asked if trained is None]
         if not trainings and not rounds:
             return None
-        done = sum(trained is not None and training.end == self.end for training, trained in asked)
+        done = sum(trained is not None and training.end >= self.end for training, trained in asked)
         rewind = sum(training.end < self.end for training in trainings)  # level 0 comes after the rewind point
         remaining = len(trainings) if stopped else self.study.levels + 1 - done + rewind
         if rounds:

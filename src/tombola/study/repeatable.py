@@ -13,6 +13,7 @@ import torch
 
 from tombola.errors import UserError
 from tombola.importance import NetworkScore, is_built_in
+from tombola.inputs import convert, select
 from tombola.streams import ambient
 from tombola.study.planner import Planner
 from tombola.study.rounds import compute_mask
@@ -42,7 +43,7 @@ def check_repeatable(planner: Planner, device: str | None = None) -> None:
         raise UserError(
             f"task.dataset {task.dataset!r}: {_ELSE.format('data')} in two calls; draw random numbers with a fixed seed"
         )
-    if ":" in task.model or ":" in task.loss:
+    if any(":" in (name or "") for name in (task.model, task.loss, task.forward, task.step)):
         for one, other in zip_longest(_compute(problem, task), _compute(problem, task)):
             if one != other:
                 raise UserError((one or other)[0])
@@ -69,14 +70,20 @@ _DRAW = "in two calls with the same seed; draw random numbers only from torch's 
 def _compute(problem: Problem, task: Task) -> Iterator[tuple[str, str]]:
     """Yield the hash of each tensor that model and loss give, after the message for the case that it differs."""
     model_gives = f"task.model {task.model!r}: {_ELSE} {_DRAW}"
-    few, labels = normalisation(problem.data)(problem.data.test_inputs[:2].clone()), problem.data.test_labels[:2]
+    data, two = problem.data, slice(2)
+    few = normalisation(data)(convert(torch.clone, select(data.test_inputs, two)))
+    labels = select(data.test_labels, two)
     with ambient(0):
         model = problem.build()
         for name, tensor in model.state_dict().items():
             yield model_gives.format(f"initial values of {name!r}"), state_hash({"": tensor})
         with torch.no_grad():
-            outputs = model.eval()(few)
-        yield model_gives.format("outputs"), state_hash({"": outputs})
+            outputs = problem.forward(model.eval(), few)
+        gives = model_gives if task.forward is None else f"task.forward {task.forward!r}: {_ELSE} {_DRAW}"
+        yield gives.format("outputs"), state_hash({"": outputs})
         with torch.no_grad():
-            loss = problem.loss(outputs, labels.clone())
+            loss = problem.loss(outputs, convert(torch.clone, labels))
         yield f"task.loss {task.loss!r}: {_ELSE.format('values')} {_DRAW}", state_hash({"": loss})
+        if problem.step is not None:
+            loss = problem.step(model, few, convert(torch.clone, labels))
+            yield f"task.step {task.step!r}: {_ELSE.format('losses')} {_DRAW}", state_hash({"": loss})

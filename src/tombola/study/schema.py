@@ -41,12 +41,20 @@ class Task(BaseModel):
     model_arguments: Arguments = Field(default={}, description="arguments of the model function")
     loss: str = Field(default="cross_entropy", description="cross_entropy, or module:function of (outputs, labels)")
 
+    forward: str | None = Field(
+        default=None, description="module:function of (model, inputs) that returns outputs; by default calls the model"
+    )
+    step: str | None = Field(
+        default=None, description="module:function of (model, inputs, labels) that returns the training loss"
+    )
+
     @property
     def own_code(self) -> list[str]:
         """The references to the user's own functions, `module:function`."""
-        return [name for name in (self.dataset, self.model, self.loss) if ":" in name]
+        names = (self.dataset, self.model, self.loss, self.forward, self.step)
+        return [name for name in names if name is not None and ":" in name]
 
-    @field_validator("dataset", "model", "loss", mode="before")
+    @field_validator("dataset", "model", "loss", "forward", "step", mode="before")
     @classmethod
     def _refer(cls, value: Any, info: ValidationInfo) -> Any:
         return refer(value, f"task.{info.field_name}")

@@ -20,6 +20,7 @@ from tombola.datasets.dataset import Dataset
 from tombola.errors import UserError, did_you_mean, short
 from tombola.importance import Importance, NetworkScore, as_importance, find
 from tombola.importance.importances import find_normalisation, find_score
+from tombola.inputs import Forward, OwnStep, call
 from tombola.study.code import steady_source
 from tombola.study.functions import is_here, resolve, source_hash
 from tombola.study.schema import Study, Task
@@ -42,6 +43,8 @@ class Problem:
         data: the data set.
         build: a function that builds the model; its random numbers come from torch's global generator.
         loss: a function of outputs and labels that returns the mean over the batch.
+        forward: a function (model, inputs) -> outputs; by default it calls the model.
+        step: a function (model, inputs, labels) -> loss, which training uses instead; None for forward and loss.
         identity: a document of JSON types that identifies all of these; it is a part of the name of a training.
 
     >>> load_problem(Task(dataset="digits", model="lenet_300_100", model_arguments={"inputs": 64})).data.input_shape
@@ -52,6 +55,8 @@ class Problem:
     build: Callable[[], nn.Module]
     loss: Loss
     identity: Mapping[str, Any]
+    forward: Forward = call
+    step: OwnStep | None = None
 
 
 def load_problem(task: Task, directory: Path | None = None) -> Problem:
@@ -71,11 +76,17 @@ def load_problem(task: Task, directory: Path | None = None) -> Problem:
         data = load_data(task, directory)
         model, model_identity = _function("model", task.model, models.MODELS, task.model_arguments)
         loss, loss_identity = _function("loss", task.loss, {"cross_entropy": functional.cross_entropy}, {})
+        own = {
+            field: _function(field, name, {}, {})
+            for field, name in (("forward", task.forward), ("step", task.step))
+            if name is not None
+        }
     build = _checked(f"task.model {task.model!r}", model)
     if task.model in models.MODELS:
         _check_memory(task.model, build)
     identity = {"data": data.fingerprint, "model": model_identity, "loss": loss_identity}
-    return Problem(data, build, loss, identity)
+    identity |= {field: about for field, (_, about) in own.items()}
+    return Problem(data, build, loss, identity, **{field: function for field, (function, _) in own.items()})
 
 
 def resolve_importance(name: str) -> Importance:
@@ -132,8 +143,17 @@ def try_out(problem: Problem, study: Study) -> None:
     task, recipe, data = study.task, study.recipe, problem.data
     check_recipe_fits(recipe, data)
     check_device(study.device)
-    names = {"model_name": f"task.model {task.model!r}", "loss_name": f"task.loss {task.loss!r}"}
-    try_network(problem.build, problem.loss, data, recipe, **names)
+    named = {field: getattr(task, field) for field in ("model", "loss", "forward", "step")}
+    names = {field: f"task.{field} {name!r}" for field, name in named.items() if name is not None}
+    try_network(
+        problem.build,
+        problem.loss,
+        data,
+        recipe,
+        names=names,
+        forward=problem.forward,
+        step=problem.step,
+    )
 
 
 def _check_memory(name: str, build: Callable[[], nn.Module]) -> None:
@@ -189,6 +209,8 @@ def _function(
     elif name in known:
         function = known[name]
         identity["version"] = BUILT_IN
+    elif not known:
+        raise UserError(f"task.{field}: expected module:function, such as my_module:my_{field}, got {name!r}")
     else:
         raise UserError(
             f"task.{field}: unknown {field} {name!r}; {did_you_mean(name, known)} (or give module:function of your own)"

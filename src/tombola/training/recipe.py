@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeAlias, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
@@ -11,6 +11,12 @@ Count = Annotated[int, Field(ge=0, le=2**63 - 1)]
 Positive = Annotated[int, Field(ge=1, le=2**63 - 1)]
 
 _Item = TypeVar("_Item")
+
+RewindTo: TypeAlias = Literal["weights", "learning_rate", "nothing"]
+"""What is rewound after a round of pruning, see `tombola.lottery.rewinding`."""
+
+_LATER = ("betas", "no_decay", "clip_norm", "accumulate", "drop_last", "label_smoothing")
+"""Fields that decide a training and came after the first version: a part of its name only if they are not default."""
 
 _LARGEST_LR = 88  # the logarithm of the largest float32
 
@@ -55,7 +61,16 @@ class Recipe(BaseModel):
     lr: Annotated[float, Field(gt=0)] = Field(default=0.1, description="learning rate")
     momentum: Annotated[float, Field(ge=0, lt=1)] = Field(default=0.0, description="momentum of sgd; 0 is plain SGD")
     nesterov: bool = Field(default=False, description="use Nesterov's form of momentum")
+    betas: Annotated[Tuple[Annotated[float, Field(ge=0, lt=1)]], Field(min_length=2, max_length=2)] = Field(
+        default=(0.9, 0.999), description="decay rates of the two moments of adam and adamw"
+    )
     weight_decay: Annotated[float, Field(ge=0)] = Field(default=0.0, description="weight decay of every parameter")
+    no_decay: Tuple[str] = Field(
+        default=(), description="parameters without weight decay, such as *.bias; * matches any characters"
+    )
+    clip_norm: Annotated[float, Field(gt=0)] | None = Field(
+        default=None, description="largest norm of all gradients together; larger ones are scaled down to it"
+    )
     schedule: Literal["constant", "milestones", "cosine"] = Field(
         default="constant", description="learning-rate schedule"
     )
@@ -64,10 +79,21 @@ class Recipe(BaseModel):
     )
     gamma: Annotated[float, Field(gt=0)] = Field(default=0.1, description="factor at each milestone")
     warmup: Count = Field(default=0, description="iterations over which the learning rate rises from 0")
-    batch_size: Positive = Field(default=128, description="examples in an iteration")
+    batch_size: Positive = Field(default=128, description="examples in a batch")
+    accumulate: Positive = Field(
+        default=1, description="batches in an iteration, which updates once by their mean gradient"
+    )
+    drop_last: bool = Field(default=False, description="leave out the last iteration of an epoch if it is smaller")
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = Field(
+        default=0.0, description="label smoothing of the training loss; cross_entropy only"
+    )
     epochs: Positive | None = Field(default=None, description="length in epochs (or give iterations)")
     iterations: Positive | None = Field(default=None, description="length in iterations (or give epochs)")
     rewind: Count = Field(default=0, description="the iteration to whose weights tickets are rewound")
+    rewind_to: RewindTo = Field(
+        default="weights",
+        description="what is rewound: weights and learning rate; the learning_rate alone; or nothing (fine-tuning)",
+    )
     precision: Literal["float32", "bfloat16"] = Field(
         default="float32", description="precision of activations (bfloat16: torch's autocast); weights are float32"
     )
@@ -86,6 +112,10 @@ class Recipe(BaseModel):
         if self.optimizer != "sgd" and (self.momentum or self.nesterov):
             field = "momentum" if self.momentum else "nesterov"
             raise ValueError(f"{field} belongs to optimizer = 'sgd', and {self.optimizer!r} does not use it: remove it")
+        if self.optimizer == "sgd" and self.betas != Recipe.model_fields["betas"].default:
+            raise ValueError("betas belong to adam and adamw, and 'sgd' does not use them: remove them")
+        if self.no_decay and not self.weight_decay:
+            raise ValueError("no_decay names parameters without weight decay, and weight_decay is 0: remove no_decay")
         if self.nesterov and not self.momentum:
             raise ValueError("nesterov is a form of momentum, and momentum is 0: set momentum, or remove nesterov")
         return self
@@ -94,7 +124,9 @@ class Recipe(BaseModel):
         """Return the recipe as a document of JSON types, from which the name of a training is computed.
 
         The document has the fields of tombola's first version, so that older stored results are found: in that version
-        an optimizer was `sgd`, `momentum`, `nesterov`, `adam` or `adamw`, and an unused momentum was 0.9.
+        an optimizer was `sgd`, `momentum`, `nesterov`, `adam` or `adamw`, and an unused momentum was 0.9. Later fields
+        are left out where they have their defaults. What is rewound is never in it: a training is a function of its
+        initial weights and its iterations, whichever way led to them.
 
         >>> recipe = Recipe(epochs=1, momentum=0.8, nesterov=True)
         >>> [recipe.identity()[field] for field in ("optimizer", "momentum")]
@@ -103,6 +135,10 @@ class Recipe(BaseModel):
         ['sgd', 0.9]
         """
         document = self.model_dump(mode="json")
+        del document["rewind_to"]
+        for name in _LATER:
+            if getattr(self, name) == Recipe.model_fields[name].default:
+                del document[name]
         nesterov = document.pop("nesterov")
         if self.momentum:
             document["optimizer"] = "nesterov" if nesterov else "momentum"
@@ -111,8 +147,14 @@ class Recipe(BaseModel):
         return document
 
     def iterations_per_epoch(self, examples: int) -> int:
-        """Return the number of batches in an epoch of this many examples; the last batch may be smaller."""
-        return math.ceil(examples / self.batch_size)
+        """Return the number of iterations in an epoch of this many examples; the last one may be smaller.
+
+        >>> recipe = Recipe(epochs=1, batch_size=100, accumulate=2)
+        >>> recipe.iterations_per_epoch(900), recipe.model_copy(update={"drop_last": True}).iterations_per_epoch(900)
+        (5, 4)
+        """
+        size = self.batch_size * self.accumulate
+        return examples // size if self.drop_last else math.ceil(examples / size)
 
     def total_iterations(self, examples: int) -> int:
         """Return the number of iterations of a complete training on this many examples."""
@@ -122,7 +164,11 @@ class Recipe(BaseModel):
         return self.epochs * self.iterations_per_epoch(examples)
 
     def lr_at(self, iteration: int, examples: int) -> float:
-        """Return the learning rate at an iteration (counted from 0) of a training on this many examples."""
+        """Return the learning rate at an iteration (counted from 0) of a training on this many examples.
+
+        A training that goes on after its last iteration keeps the last learning rate.
+        """
+        iteration = min(iteration, self.total_iterations(examples) - 1)
         factor = min(1.0, (iteration + 1) / self.warmup) if self.warmup else 1.0
         if self.schedule == "milestones":
             epoch = iteration // self.iterations_per_epoch(examples)
