@@ -297,7 +297,7 @@ def embedding(model: type[nn.Module] = nn.Sequential) -> nn.Module:
 @pytest.mark.parametrize(
     ("build", "data", "options", "said"),
     [
-        (Two, {"left": X[:, :1], "wrong": X[:, 1:]}, {}, "forward does not take the inputs of .*; takes left, right"),
+        (Two, {"left": X[:, :1], "wrong": X[:, 1:]}, {}, "does not take the inputs of .*; it takes left, right"),
         (Two, (X, X, X), {}, "it takes left, right, and the inputs are 3 tensors"),
         (Wrapped, X, {}, "expected a tensor, got dict; give a forward of your own"),
         (one_input, X, {"forward": lambda m, x: m(x).sum()}, "forward: for inputs of .* first dimension counts the"),

@@ -212,8 +212,8 @@ def _check_ordinary(where: str, inputs: object, labels: object) -> None:
             several = list(tensors)
         if not isinstance(tensors, Tensor) and not (several and all(isinstance(each, Tensor) for each in several)):
             raise UserError(
-                f"{where}: inputs and labels must be tensors, or tuples or dictionaries (with texts as keys) of tensors, and its {what} are "
-                f"of type {type(tensors).__name__}"
+                f"{where}: inputs and labels must be tensors, tuples of tensors, or dictionaries of tensors by name, "
+                f"and its {what} are of type {type(tensors).__name__}"
             )
         for name, tensor in list_tensors(cast(Tensors, tensors)).items():
             if peculiarity := _peculiarity(tensor):

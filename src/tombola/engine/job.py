@@ -29,7 +29,7 @@ from tombola.pruning.mask import Mask
 from tombola.streams import ambient
 from tombola.study.rounds import compute_mask
 from tombola.study.schema import Study
-from tombola.study.task import Problem, load_importance
+from tombola.study.task import Problem, load_importance, load_recipe
 from tombola.study.trainings import Round, Training
 from tombola.training.history import Checkpoint, History, Trained, Watch
 from tombola.training.recipe import Recipe
@@ -58,6 +58,7 @@ class Job:
     begin: int
     end: int
     device: str
+    sources: Mapping[str, str]
 
     @classmethod
     def of(cls, training: Training, study: Study) -> Job:
@@ -73,6 +74,7 @@ class Job:
             training.begin,
             training.end,
             study.device,
+            training.identity.get("sources", {}),
         )
 
 
@@ -157,6 +159,11 @@ def perform(job: Job, problem: Problem, resume: Checkpoint | None, watch: Watch)
         UserError: if the problem is not the one that the training is named after, or if the user's code fails.
     """
     _check_problem(job, problem)
+    recipe = Recipe.model_validate(job.recipe)
+    functions, sources = load_recipe(recipe)
+    for field in sources:
+        if sources[field] != job.sources.get(field):
+            raise UserError(f"recipe.{field} {recipe.own_code[field]!r}: {_EDITED}")
     clock = _Clock(watch)
     mask = _mask_from_bytes(job.shapes, job.bits)
     with ambient(0):  # for what a user's model draws beside its state
@@ -168,13 +175,15 @@ def perform(job: Job, problem: Problem, resume: Checkpoint | None, watch: Watch)
             safetensors.torch.load(job.initial),
             mask,
             problem.data,
-            Recipe.model_validate(job.recipe),
+            recipe,
             job.seed,
             begin=job.begin,
             end=job.end,
             loss=problem.loss,
             forward=problem.forward,
             step=problem.step,
+            optimizer=functions.get("optimizer"),
+            schedule=functions.get("schedule"),
             device=job.device,
             resume=resume,
             watch=clock,

@@ -25,7 +25,8 @@ from tombola.pruning.selection import SELECTIONS, apportion
 from tombola.streams import derive
 from tombola.training.evaluation import Loss
 from tombola.training.history import Trained
-from tombola.training.recipe import Recipe, RewindTo
+from tombola.training.own_optimizer import MakeOptimizer
+from tombola.training.recipe import Recipe, RewindTo, Schedule
 from tombola.training.scoring import EXAMPLES, TRIED, score_network
 from tombola.training.train import check_device, check_recipe_fits, train
 from tombola.training.trial import try_network
@@ -180,6 +181,8 @@ def find_tickets(
     loss: Loss = functional.cross_entropy,
     forward: Forward = call,
     step: OwnStep | None = None,
+    optimizer: MakeOptimizer | None = None,
+    schedule: Schedule | None = None,
     device: str = "cpu",
     progress: bool = True,
 ) -> Iterator[Ticket]:
@@ -205,6 +208,7 @@ def find_tickets(
         loss: a function of outputs and labels that returns the mean over the batch.
         forward: a function (model, inputs) -> outputs; by default the model is called, see `tombola.inputs.call`.
         step: a function (model, inputs, labels) -> loss, which training uses instead of `forward` and `loss`.
+        optimizer, schedule: the functions that the recipe names, if it names some of the user (`module:function`).
         device: the device to train on, "cpu" or "cuda".
         progress: whether to show a bar for each training, if standard error is a terminal.
 
@@ -251,7 +255,16 @@ def find_tickets(
             weights, mask, level, rewind, importance=importance, rule=rule, seed=seed, score_network=score
         )
 
-    try_network(partial(copy.deepcopy, model), loss, data, recipe, forward=forward, step=step)
+    try_network(
+        partial(copy.deepcopy, model),
+        loss,
+        data,
+        recipe,
+        forward=forward,
+        step=step,
+        optimizer=optimizer,
+        schedule=schedule,
+    )
     if levels:
         prune_network(theta_0, dense, 0, theta_0, examples=min(TRIED, score_examples))
     provenance = {
@@ -287,6 +300,8 @@ def find_tickets(
                 loss=loss,
                 forward=forward,
                 step=step,
+                optimizer=optimizer,
+                schedule=schedule,
                 device=device,
                 watch=advance,
             )

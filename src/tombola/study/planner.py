@@ -22,7 +22,7 @@ from tombola.store.store import Store
 from tombola.streams import ambient
 from tombola.study.rounds import compute_mask
 from tombola.study.schema import Study
-from tombola.study.task import Problem, load_importance
+from tombola.study.task import Problem, load_importance, load_recipe
 from tombola.study.trainings import Round, Training, name_mask, name_training
 from tombola.training.history import Trained
 from tombola.training.train import initial_state
@@ -206,6 +206,7 @@ class Planner:
         loaded = {name: load_importance(name) for name in study.importances}
         self._importances = {name: importance for name, (importance, _) in loaded.items()}
         self._sources = {name: sources for name, (_, sources) in loaded.items()}
+        _, self._recipe_sources = load_recipe(study.recipe)
         self._computed: dict[str, Mask] = {}
         self._failures: dict[str, str] = {}
         self._remember = remember
@@ -260,7 +261,7 @@ class Planner:
         recipe, device = self.study.recipe, self.study.device
         sparse = (
             sparse_layers(self.model, mask, batch_size=recipe.batch_size, precision=recipe.precision, device=device)
-            if self.problem.step is None
+            if self.problem.step is None and ":" not in recipe.optimizer
             else []
         )
         return name_training(
@@ -273,6 +274,7 @@ class Planner:
             end=end,
             device=device,
             sparse=sparse,
+            sources=self._recipe_sources,
         )
 
     def progress(self, chain: Chain, find: Callable[[str], Trained | None] | None = None) -> Progress:

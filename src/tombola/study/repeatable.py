@@ -18,7 +18,7 @@ from tombola.streams import ambient
 from tombola.study.planner import Planner
 from tombola.study.rounds import compute_mask
 from tombola.study.schema import Task
-from tombola.study.task import Problem, load_data, resolve_importance
+from tombola.study.task import Problem, load_data, load_recipe, resolve_importance
 from tombola.training.batches import normalisation
 from tombola.training.scoring import TRIED
 from tombola.training.weights import state_hash
@@ -48,6 +48,10 @@ def check_repeatable(planner: Planner, device: str | None = None) -> None:
             if one != other:
                 raise UserError((one or other)[0])
     study = planner.study
+    if (schedule := load_recipe(study.recipe)[0].get("schedule")) is not None:
+        for iteration in range(0, planner.end, max(1, planner.end // _ASKED)):
+            if schedule(iteration, planner.end) != schedule(iteration, planner.end):
+                raise UserError(f"recipe.schedule {study.recipe.schedule!r}: {_ELSE.format('factors')} in two calls")
     few = study.model_copy(
         update={"score_examples": min(TRIED, study.score_examples), "device": device or study.device}
     )
@@ -62,6 +66,8 @@ def check_repeatable(planner: Planner, device: str | None = None) -> None:
                     "generator that it is given"
                 )
 
+
+_ASKED = 50  # iterations of which a schedule is asked twice
 
 _ELSE = "it gives different {}"
 _DRAW = "in two calls with the same seed; draw random numbers only from torch's global generator"

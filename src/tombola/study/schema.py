@@ -266,7 +266,11 @@ def _set(document: dict[str, Any], path: list[str], value: Any) -> None:
 
 def _drop_unused_momentum(recipe: dict[str, Any], optimizer: str) -> None:
     """Remove the momentum from a file's recipe if an override selects an optimizer without momentum."""
-    if optimizer in ("adam", "adamw") or (optimizer == "sgd" and recipe.get("optimizer") in ("momentum", "nesterov")):
+    if (
+        optimizer in ("adam", "adamw")
+        or ":" in optimizer
+        or (optimizer == "sgd" and recipe.get("optimizer") in ("momentum", "nesterov"))
+    ):
         recipe.pop("momentum", None)
         recipe.pop("nesterov", None)
 

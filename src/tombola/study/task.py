@@ -25,6 +25,7 @@ from tombola.study.code import steady_source
 from tombola.study.functions import is_here, resolve, source_hash
 from tombola.study.schema import Study, Task
 from tombola.training.evaluation import Loss
+from tombola.training.recipe import Recipe
 from tombola.training.train import check_device, check_recipe_fits
 from tombola.training.trial import guard, try_network
 
@@ -134,6 +135,21 @@ def load_importance(name: str) -> tuple[Importance, dict[str, str]]:
         return resolve_importance(name), {reference: source_hash(reference) for reference in own}
 
 
+def load_recipe(recipe: Recipe) -> tuple[dict[str, Callable[..., Any]], dict[str, str]]:
+    """Return the user's own optimizer and schedule that a recipe names, and the hashes of their source, by field.
+
+    Raises:
+        UserError: if there is no such function, or if its source is not the one that was imported.
+
+    >>> load_recipe(Recipe(epochs=1))
+    ({}, {})
+    """
+    own = recipe.own_code
+    with steady_source([name for name in own.values() if not is_here(name)]):
+        functions = {field: resolve(name, f"recipe.{field}") for field, name in own.items()}
+        return functions, {field: source_hash(name) for field, name in own.items()}
+
+
 def try_out(problem: Problem, study: Study) -> None:
     """Raise `UserError` if data, model, loss and recipe do not work together.
 
@@ -145,12 +161,15 @@ def try_out(problem: Problem, study: Study) -> None:
     check_device(study.device)
     named = {field: getattr(task, field) for field in ("model", "loss", "forward", "step")}
     names = {field: f"task.{field} {name!r}" for field, name in named.items() if name is not None}
+    functions, _ = load_recipe(recipe)
     try_network(
         problem.build,
         problem.loss,
         data,
         recipe,
         names=names,
+        optimizer=functions.get("optimizer"),
+        schedule=functions.get("schedule"),
         forward=problem.forward,
         step=problem.step,
     )

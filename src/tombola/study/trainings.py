@@ -54,6 +54,7 @@ def name_training(
     end: int,
     device: str,
     sparse: Sequence[str],
+    sources: Mapping[str, str] | None = None,
 ) -> Training:
     """Return the training that has these arguments, with its name.
 
@@ -66,6 +67,7 @@ def name_training(
         begin, end: the range of iterations, begin..end-1.
         device: the device to train on, "cpu" or "cuda".
         sparse: the names of the weights that sparse kernels train, see `tombola.kernels.sparse_layers`.
+        sources: the hashes of the source of the recipe's own functions, see `tombola.study.task.load_recipe`.
 
     >>> import torch
     >>> mask = Mask.from_tensors({"w": torch.tensor([True])})
@@ -86,6 +88,8 @@ def name_training(
         "device": device,
         "sparse": list(sparse),
     }
+    if sources:
+        identity["sources"] = dict(sources)
     return Training(name_of(identity), identity, initial, mask, seed, begin, end)
 
 

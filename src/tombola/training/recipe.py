@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Annotated, Any, Literal, TypeAlias, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from tombola.errors import UserError, short
+from tombola.exits import attribute_failure
 
 Count = Annotated[int, Field(ge=0, le=2**63 - 1)]
 Positive = Annotated[int, Field(ge=1, le=2**63 - 1)]
 
 _Item = TypeVar("_Item")
+
+Reference = Annotated[str, Field(pattern="^[^:]+:[^:]+$")]
+"""The name of a function of the user, `module:function`."""
+
+Schedule: TypeAlias = Callable[[int, int], float]
+"""A function (iteration, number of iterations) -> factor of the learning rate, 0 or more."""
 
 RewindTo: TypeAlias = Literal["weights", "learning_rate", "nothing"]
 """What is rewound after a round of pruning, see `tombola.lottery.rewinding`."""
@@ -55,8 +65,8 @@ class Recipe(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
-    optimizer: Literal["sgd", "adam", "adamw"] = Field(
-        default="sgd", description="stochastic gradient descent, Adam, or AdamW"
+    optimizer: Literal["sgd", "adam", "adamw"] | Reference = Field(
+        default="sgd", description="sgd, adam, adamw, or module:function of (parameters, learning rate)"
     )
     lr: Annotated[float, Field(gt=0)] = Field(default=0.1, description="learning rate")
     momentum: Annotated[float, Field(ge=0, lt=1)] = Field(default=0.0, description="momentum of sgd; 0 is plain SGD")
@@ -71,8 +81,9 @@ class Recipe(BaseModel):
     clip_norm: Annotated[float, Field(gt=0)] | None = Field(
         default=None, description="largest norm of all gradients together; larger ones are scaled down to it"
     )
-    schedule: Literal["constant", "milestones", "cosine"] = Field(
-        default="constant", description="learning-rate schedule"
+    schedule: Literal["constant", "milestones", "cosine"] | Reference = Field(
+        default="constant",
+        description="learning rate: constant, milestones, cosine, or module:function of (iteration, iterations)",
     )
     milestones: Tuple[Positive] = Field(
         default=(), description="epochs at which the learning rate is multiplied by gamma"
@@ -112,6 +123,11 @@ class Recipe(BaseModel):
         if self.optimizer != "sgd" and (self.momentum or self.nesterov):
             field = "momentum" if self.momentum else "nesterov"
             raise ValueError(f"{field} belongs to optimizer = 'sgd', and {self.optimizer!r} does not use it: remove it")
+        if ":" in self.optimizer and (self.weight_decay or self.betas != Recipe.model_fields["betas"].default):
+            field = "weight_decay" if self.weight_decay else "betas"
+            raise ValueError(
+                f"{field} belongs to tombola's optimizers; set it in {self.optimizer!r}, and remove it here"
+            )
         if self.optimizer == "sgd" and self.betas != Recipe.model_fields["betas"].default:
             raise ValueError("betas belong to adam and adamw, and 'sgd' does not use them: remove them")
         if self.no_decay and not self.weight_decay:
@@ -163,10 +179,24 @@ class Recipe(BaseModel):
         assert self.epochs is not None
         return self.epochs * self.iterations_per_epoch(examples)
 
-    def lr_at(self, iteration: int, examples: int) -> float:
+    @property
+    def own_code(self) -> dict[str, str]:
+        """The references to the user's own functions, `module:function`, by field."""
+        named = {"optimizer": self.optimizer, "schedule": self.schedule}
+        return {field: name for field, name in named.items() if ":" in name}
+
+    def lr_at(self, iteration: int, examples: int, schedule: Schedule | None = None) -> float:
         """Return the learning rate at an iteration (counted from 0) of a training on this many examples.
 
         A training that goes on after its last iteration keeps the last learning rate.
+
+        Args:
+            iteration: the iteration.
+            examples: the number of training examples.
+            schedule: the user's function that the recipe names, if it names one.
+
+        Raises:
+            UserError: if the function does not return a finite number from 0.
         """
         iteration = min(iteration, self.total_iterations(examples) - 1)
         factor = min(1.0, (iteration + 1) / self.warmup) if self.warmup else 1.0
@@ -175,4 +205,18 @@ class Recipe(BaseModel):
             factor *= self.gamma ** sum(milestone <= epoch for milestone in self.milestones)
         elif self.schedule == "cosine":
             factor *= (1 + math.cos(math.pi * iteration / self.total_iterations(examples))) / 2
+        elif ":" in self.schedule:
+            factor *= self._own_factor(schedule, iteration, self.total_iterations(examples))
         return self.lr * factor
+
+    def _own_factor(self, schedule: Schedule | None, iteration: int, total: int) -> float:
+        if schedule is None:
+            raise UserError(f"recipe.schedule {self.schedule!r}: give the function too, as the argument schedule")
+        with attribute_failure(f"recipe.schedule {self.schedule!r}"):
+            factor = schedule(iteration, total)
+        if isinstance(factor, bool) or not isinstance(factor, int | float) or not 0 <= factor < math.inf:
+            raise UserError(
+                f"recipe.schedule {self.schedule!r}: expected a finite number from 0, got {short(factor)} at iteration "
+                f"{iteration} of {total}"
+            )
+        return float(factor)

@@ -26,7 +26,8 @@ from tombola.training.graphs import RecordedStep, can_be_recorded
 from tombola.training.history import Checkpoint, History, Trained, Watch
 from tombola.training.losses import Losses
 from tombola.training.optimizer import Optimizer, find_decayed
-from tombola.training.recipe import Augmentation, Recipe
+from tombola.training.own_optimizer import MakeOptimizer, OwnOptimizer
+from tombola.training.recipe import Augmentation, Recipe, Schedule
 from tombola.training.weights import State, Weights, apply_mask, load_state, zero_pruned
 
 MOST_ITERATIONS = 10**9
@@ -56,6 +57,8 @@ def train(
     loss: Loss = functional.cross_entropy,
     forward: Forward = call,
     step: OwnStep | None = None,
+    optimizer: MakeOptimizer | None = None,
+    schedule: Schedule | None = None,
     device: str = "cpu",
     resume: Checkpoint | None = None,
     watch: Watch | None = None,
@@ -77,6 +80,7 @@ def train(
         loss: a function of outputs and labels that returns the mean over the batch.
         forward: a function (model, inputs) -> outputs; by default the model is called, see `tombola.inputs.call`.
         step: a function (model, inputs, labels) -> loss, which training uses instead of `forward` and `loss`.
+        optimizer, schedule: the functions that the recipe names, if it names some of the user (`module:function`).
         device: the device to train on, "cpu" or "cuda"; the data set is copied to a GPU too.
         resume: the checkpoint to resume from; a training that is stopped and resumed ends with the same bits.
         watch: a function that is called after every iteration, for progress and checkpoints; see `Watch`.
@@ -108,7 +112,7 @@ def train(
         loss=training_loss(recipe, loss, step),
         forward=forward,
         step=step,
-        dense=step is not None,
+        dense=step is not None or ":" in recipe.optimizer,
         stacklevel=2,
     )
     plain = forward is call and step is None and not recipe.label_smoothing
@@ -118,26 +122,35 @@ def train(
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     names = kernels.dense_names(model)
     decayed = find_decayed([names[name] for name in parameters], recipe.no_decay)
-    optimizer = Optimizer(recipe, list(parameters.values()), start.optimizer, decayed)
+    updater: Optimizer | OwnOptimizer
+    if own := ":" in recipe.optimizer:
+        what = f"recipe.optimizer {recipe.optimizer!r}"
+        if optimizer is None:
+            raise UserError(f"{what}: give the function too, as the argument optimizer")
+        updater = OwnOptimizer(optimizer, recipe.lr, list(parameters.values()), start.optimizer, what)
+    else:
+        updater = Optimizer(recipe, list(parameters.values()), start.optimizer, decayed)
     losses = Losses(begin, end, recipe.iterations_per_epoch(examples), device)
     losses.resume(start.iteration, start.batch_losses)
     diverged = False
 
     def checkpoint() -> Checkpoint:
         state = {name: tensor.detach().to("cpu", copy=True) for name, tensor in fast.state().items()}
-        return Checkpoint(losses.iteration, state, optimizer.tensors(), losses.values().to("cpu", copy=True))
+        return Checkpoint(losses.iteration, state, updater.tensors(), losses.values().to("cpu", copy=True))
 
     model.train()
     with ambient(seed), flush_denormals(), deterministic_algorithms(device):
         for several in iterations(data, recipe, seed, start.iteration, end):
-            optimizer.zero_grad()
-            if fast.draws_random_numbers:
+            updater.zero_grad()
+            if own or fast.draws_random_numbers:
                 seed_random_layers(seed, losses.iteration, device)
-            batch_loss = accumulate(compute, optimizer.parameters, several)
+            batch_loss = accumulate(compute, updater.parameters, several)
             _mask_gradients(masked)
             if recipe.clip_norm is not None:
-                nn.utils.clip_grad_norm_(optimizer.parameters, recipe.clip_norm)
-            optimizer.step(recipe.lr_at(losses.iteration, examples))
+                nn.utils.clip_grad_norm_(updater.parameters, recipe.clip_norm)
+            updater.step(recipe.lr_at(losses.iteration, examples, schedule))
+            if own:
+                _mask_weights(masked)
             losses.append(batch_loss)
             if diverged := losses.have_diverged():
                 break
@@ -235,6 +248,13 @@ def _mask_gradients(masked: list[tuple[nn.Parameter, Tensor]]) -> None:
     pairs = [(weight.grad, mask) for weight, mask in masked if weight.grad is not None]
     if pairs:
         torch._foreach_mul_([gradient for gradient, _ in pairs], [mask for _, mask in pairs])
+
+
+@torch.no_grad()
+def _mask_weights(masked: list[tuple[nn.Parameter, Tensor]]) -> None:
+    """Set pruned weights to 0.0, which an optimizer of the user may have changed though their gradients are 0.0."""
+    if masked:
+        torch._foreach_mul_([weight for weight, _ in masked], [mask for _, mask in masked])
 
 
 def _is_finite(state: State, model: nn.Module, initial: State) -> bool:

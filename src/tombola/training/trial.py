@@ -21,7 +21,8 @@ from tombola.streams import ambient
 from tombola.training.batches import batches, device_of, normalisation
 from tombola.training.evaluation import Loss
 from tombola.training.optimizer import find_decayed
-from tombola.training.recipe import Recipe
+from tombola.training.own_optimizer import MakeOptimizer, check_optimizer
+from tombola.training.recipe import Recipe, Schedule
 from tombola.training.train import training_loss
 
 Result = TypeVar("Result")
@@ -35,6 +36,8 @@ def try_network(
     *,
     forward: Forward = call,
     step: OwnStep | None = None,
+    optimizer: MakeOptimizer | None = None,
+    schedule: Schedule | None = None,
     names: Mapping[str, str] | None = None,
 ) -> None:
     """Raise `UserError` if a network, a loss and a data set do not work together.
@@ -49,6 +52,7 @@ def try_network(
         recipe: the hyperparameters of the training.
         forward: a function (model, inputs) -> outputs.
         step: a function (model, inputs, labels) -> loss, instead of `forward` and `loss`; None for these.
+        optimizer, schedule: the functions that the recipe names, if it names some of the user.
         names: what messages call the `model`, the `loss`, the `forward` and the `step`; by default so.
     """
     named = {part: (names or {}).get(part, part) for part in ("model", "loss", "forward", "step")}
@@ -88,6 +92,16 @@ def try_network(
             gradient = parameter.grad
             if gradient is not None and not (gradient.to_dense() if gradient.is_sparse else gradient).isfinite().all():
                 raise UserError(f"{what}, the gradient of {name!r} is NaN or infinite: every training would diverge")
+        if ":" in recipe.optimizer and optimizer is not None:
+            trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+            values = [parameter.detach().clone() for parameter in trained]
+            check_optimizer(optimizer, recipe.lr, trained, f"recipe.optimizer {recipe.optimizer!r}")
+            with torch.no_grad():
+                for parameter, before in zip(trained, values, strict=True):
+                    parameter.copy_(before)
+        total = recipe.total_iterations(data.train_examples)
+        for iteration in {0, total // 2, total - 1}:
+            recipe.lr_at(iteration, data.train_examples, schedule)
         with torch.no_grad():
             few = normalisation(data)(convert(torch.clone, select(data.test_inputs, slice(2))))
             outputs = _outputs(partial(forward, model.eval()), few, data, outputs_name)
