@@ -25,7 +25,6 @@ from tombola.study.schema import Study
 from tombola.study.task import Problem, load_importance, load_recipe
 from tombola.study.trainings import Round, Training, name_mask, name_training
 from tombola.training.history import Trained
-from tombola.training.train import initial_state
 from tombola.training.weights import Weights
 
 
@@ -201,7 +200,7 @@ class Planner:
             for data_seed in study.data_seeds
             for importance in study.repeated
         ]
-        self._initialise = initial or (lambda seed: Weights.of(initial_state(problem.build, seed)))
+        self._initialise = initial or (lambda seed: Weights.of(problem.initial(seed)))
         self._initial: dict[int, Weights] = {}
         loaded = {name: load_importance(name) for name in study.importances}
         self._importances = {name: importance for name, (importance, _) in loaded.items()}

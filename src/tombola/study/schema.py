@@ -48,6 +48,10 @@ class Task(BaseModel):
         default=None, description="module:function of (model, inputs, labels) that returns the training loss"
     )
 
+    checkpoint: str | None = Field(
+        default=None, description="safetensors file with the initial weights of all seeds; by default they are drawn"
+    )
+
     @property
     def own_code(self) -> list[str]:
         """The references to the user's own functions, `module:function`."""

@@ -11,6 +11,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
+import safetensors
+import safetensors.torch
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -21,13 +23,15 @@ from tombola.errors import UserError, did_you_mean, short
 from tombola.importance import Importance, NetworkScore, as_importance, find
 from tombola.importance.importances import find_normalisation, find_score
 from tombola.inputs import Forward, OwnStep, call
+from tombola.streams import ambient
 from tombola.study.code import steady_source
 from tombola.study.functions import is_here, resolve, source_hash
 from tombola.study.schema import Study, Task
 from tombola.training.evaluation import Loss
 from tombola.training.recipe import Recipe
-from tombola.training.train import check_device, check_recipe_fits
+from tombola.training.train import check_device, check_recipe_fits, initial_state
 from tombola.training.trial import guard, try_network
+from tombola.training.weights import State, load_state
 
 COPIES = 4
 """A training keeps weights, gradients, initial weights and trained weights of a network, if not more."""
@@ -46,6 +50,7 @@ class Problem:
         loss: a function of outputs and labels that returns the mean over the batch.
         forward: a function (model, inputs) -> outputs; by default it calls the model.
         step: a function (model, inputs, labels) -> loss, which training uses instead; None for forward and loss.
+        checkpoint: the initial state of all seeds; None if each seed draws its own.
         identity: a document of JSON types that identifies all of these; it is a part of the name of a training.
 
     >>> load_problem(Task(dataset="digits", model="lenet_300_100", model_arguments={"inputs": 64})).data.input_shape
@@ -58,6 +63,18 @@ class Problem:
     identity: Mapping[str, Any]
     forward: Forward = call
     step: OwnStep | None = None
+    checkpoint: State | None = None
+
+    def initial(self, seed: int) -> State:
+        """Return the initial state of a seed: that of the checkpoint, or one that is drawn."""
+        return initial_state(self.build, seed) if self.checkpoint is None else self.checkpoint
+
+    def begin(self) -> nn.Module:
+        """Build the model with the weights of the checkpoint, or else with random ones."""
+        model = self.build()
+        if self.checkpoint is not None:
+            model.load_state_dict(self.checkpoint)
+        return model
 
 
 def load_problem(task: Task, directory: Path | None = None) -> Problem:
@@ -87,7 +104,43 @@ def load_problem(task: Task, directory: Path | None = None) -> Problem:
         _check_memory(task.model, build)
     identity = {"data": data.fingerprint, "model": model_identity, "loss": loss_identity}
     identity |= {field: about for field, (_, about) in own.items()}
-    return Problem(data, build, loss, identity, **{field: function for field, (function, _) in own.items()})
+    functions = {field: function for field, (function, _) in own.items()}
+    checkpoint = None if task.checkpoint is None else _load_checkpoint(task.checkpoint, build)
+    return Problem(data, build, loss, identity, **functions, checkpoint=checkpoint)
+
+
+def _load_checkpoint(path: str, build: Callable[[], nn.Module]) -> State:
+    """Return the complete state of a model from a safetensors file; of tied weights, the file may hold one name.
+
+    Raises:
+        UserError: if the file cannot be read, is another kind of file, or does not fit the model.
+    """
+    where = f"task.checkpoint {path!r}"
+    try:
+        content = Path(path).read_bytes()
+    except OSError as error:
+        raise UserError(f"{where}: cannot be read: {error.strerror or error}") from error
+    try:
+        state = safetensors.torch.load(content)
+    except (safetensors.SafetensorError, RuntimeError, ValueError) as error:
+        if content.startswith((b"PK\x03\x04", b"\x80")):
+            raise UserError(
+                f"{where}: it is a pickled file, which may run any code when it is read; convert it where you trust it: "
+                f'safetensors.torch.save_file(torch.load("file.pt", weights_only=True), "file.safetensors")'
+            ) from error
+        raise UserError(f"{where}: it is not a safetensors file: {error}") from error
+    with ambient(0):
+        model = build()
+    tied: dict[int, Tensor] = {}
+    own = model.state_dict()
+    for name in own.keys() & state.keys():
+        if own[name].numel():
+            tied[own[name].data_ptr()] = state[name]
+    state |= {
+        name: tied[each.data_ptr()] for name, each in own.items() if name not in state and each.data_ptr() in tied
+    }
+    load_state(model, state, where)
+    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
 
 
 def resolve_importance(name: str) -> Importance:
@@ -163,7 +216,7 @@ def try_out(problem: Problem, study: Study) -> None:
     names = {field: f"task.{field} {name!r}" for field, name in named.items() if name is not None}
     functions, _ = load_recipe(recipe)
     try_network(
-        problem.build,
+        problem.begin,
         problem.loss,
         data,
         recipe,
