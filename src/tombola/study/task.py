@@ -125,7 +125,7 @@ def _load_checkpoint(path: str, build: Callable[[], nn.Module]) -> State:
     except (safetensors.SafetensorError, RuntimeError, ValueError) as error:
         if content.startswith((b"PK\x03\x04", b"\x80")):
             raise UserError(
-                f"{where}: it is a pickled file, which may run any code when it is read; convert it where you trust it: "
+                f"{where}: it is a pickled file, which may run any code when it is read; if you trust it, convert: "
                 f'safetensors.torch.save_file(torch.load("file.pt", weights_only=True), "file.safetensors")'
             ) from error
         raise UserError(f"{where}: it is not a safetensors file: {error}") from error
