@@ -224,7 +224,7 @@ def test_a_users_model_that_fails(code: str, sentence: str, refused: Refused, tm
 @pytest.mark.parametrize(
     ("code", "sentence"),
     [
-        ("def f(): return 3", "task.dataset '{module}:f': expected a tombola.Dataset, got int"),
+        ("def f(): return 3", "task.dataset '{module}:f': expected a tombola.Dataset, or a function (seed, epoch, split) that gives batches, got"),
         ("def f(): raise OSError('gone')", "task.dataset '{module}:f' raised OSError: gone (in {path}, line 3)"),
         ("def f(folder): return 3", "task.dataset '{module}:f': missing a required argument: 'folder'; it takes folder"),
         ("def f():\n  x, y = torch.zeros(4, 64), torch.tensor([0, 1, 2, 9])\n"

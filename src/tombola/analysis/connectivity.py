@@ -146,7 +146,7 @@ def recompute_statistics(model: nn.Module, data: Dataset, forward: Forward = cal
         norm.reset_running_stats()
         norm.momentum = None  # the plain mean over batches
         norm.train()
-    count, normalise = min(_EXAMPLES, data.train_examples), normalisation(data)
+    count, normalise = min(_EXAMPLES, data.held_examples), normalisation(data)
     with torch.inference_mode():
         for part in torch.arange(count).chunk(-(-count // _AT_ONCE)):
             examples = slice(int(part[0]), int(part[-1]) + 1)

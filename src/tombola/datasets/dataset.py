@@ -13,6 +13,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from tombola.datasets.drawn import Drawn
 from tombola.errors import UserError, short
 from tombola.inputs import Tensors, count_examples, list_tensors, select
 
@@ -35,6 +36,8 @@ class Dataset:
         classes: the classes' names; none if the targets are not numbers of classes.
         mean, std: one finite number per channel, for pixels in 0..1; images only. Tensors and arrays, or tuples
             of NumPy's numbers, become tuples of floats.
+        drawn: the batches of the train set, if a function of the user draws them; then the train set above holds only
+            the first examples. See `tombola.datasets.own_batches`.
 
     Raises:
         UserError: if the parts do not match, if a tensor is not an ordinary one (sparse, nested, quantised or without
@@ -58,6 +61,7 @@ class Dataset:
     classes: tuple[str, ...] = ()
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
+    drawn: Drawn | None = None
 
     def __post_init__(self) -> None:
         if not hasattr(self.classes, "__len__"):
@@ -93,7 +97,13 @@ class Dataset:
 
     @property
     def train_examples(self) -> int:
-        """The number of examples in the train set."""
+        """The number of examples in an epoch."""
+        drawn = self.drawn
+        return self.held_examples if drawn is None else (drawn.per_epoch - 1) * drawn.batch_size + drawn.smallest
+
+    @property
+    def held_examples(self) -> int:
+        """The number of examples of the train set in memory: all, or the first of those that are drawn."""
         return count_examples(self.train_inputs)
 
     @property
@@ -121,7 +131,9 @@ class Dataset:
     def fingerprint(self) -> str:
         """SHA-256 of everything in the data set that affects the bits of a training."""
         parts = (self.train_inputs, self.train_labels, self.test_inputs, self.test_labels)
-        return fingerprint_of(len(self.classes), self.mean, self.std, [_digest_of_part(part) for part in parts])
+        if self.drawn is not None:
+            return self.drawn.fingerprint
+        return fingerprint_of(len(self.classes), self.mean, self.std, [digest_of_part(part) for part in parts])
 
 
 def subset(dataset: Dataset, train_per_class: int | None = None, test_per_class: int | None = None) -> Dataset:
@@ -172,7 +184,7 @@ def digest_of(tensor: Tensor) -> list[str]:
     return [str(tensor.dtype), str(tuple(tensor.shape)), hashlib.sha256(content).hexdigest()]
 
 
-def _digest_of_part(part: Tensors) -> list[Any]:
+def digest_of_part(part: Tensors) -> list[Any]:
     """Return what identifies inputs or targets; the order of a dictionary's keys does not count."""
     if isinstance(part, Tensor):
         return digest_of(part)

@@ -35,7 +35,9 @@ class Task(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
-    dataset: str = Field(description="name of a data set, or module:function that returns a tombola.Dataset")
+    dataset: str = Field(
+        description="name of a data set, or module:function that returns a tombola.Dataset or draws batches"
+    )
     dataset_arguments: Arguments = Field(default={}, description="arguments of the dataset function")
     model: str = Field(description="name of a model, or module:function that returns a torch module")
     model_arguments: Arguments = Field(default={}, description="arguments of the model function")

@@ -19,10 +19,13 @@ from torch.nn import functional
 
 from tombola import datasets, models
 from tombola.datasets.dataset import Dataset
+from tombola.datasets.drawn import Drawn
+from tombola.datasets.own_batches import dataset_of_batches
 from tombola.errors import UserError, did_you_mean, short
 from tombola.importance import Importance, NetworkScore, as_importance, find
 from tombola.importance.importances import find_normalisation, find_score
 from tombola.inputs import Forward, OwnStep, call
+from tombola.store.names import name_of
 from tombola.streams import ambient
 from tombola.study.code import steady_source
 from tombola.study.functions import is_here, resolve, source_hash
@@ -215,6 +218,8 @@ def try_out(problem: Problem, study: Study) -> None:
     named = {field: getattr(task, field) for field in ("model", "loss", "forward", "step")}
     names = {field: f"task.{field} {name!r}" for field, name in named.items() if name is not None}
     functions, _ = load_recipe(recipe)
+    if data.drawn is not None:
+        _check_drawn(data, data.drawn, study)
     try_network(
         problem.begin,
         problem.loss,
@@ -226,6 +231,17 @@ def try_out(problem: Problem, study: Study) -> None:
         forward=problem.forward,
         step=problem.step,
     )
+
+
+def _check_drawn(data: Dataset, drawn: Drawn, study: Study) -> None:
+    """Raise `UserError` unless another epoch has as many batches, and scores see as many examples as they should."""
+    for _ in drawn.epoch(seed=1, epoch=1):
+        pass
+    if data.held_examples < min(study.score_examples, data.train_examples):
+        raise UserError(
+            f"score_examples: {study.score_examples} are more than the {data.held_examples} examples that are kept of "
+            f"{data.name!r}, whose batches are drawn"
+        )
 
 
 def _check_memory(name: str, build: Callable[[], nn.Module]) -> None:
@@ -266,8 +282,15 @@ def load_data(task: Task, directory: Path | None = None) -> Dataset:
     if ":" not in task.dataset:
         return guard(what, partial(datasets.load, task.dataset, directory, **task.dataset_arguments))()
     function = _call(what, resolve(task.dataset, "task.dataset"), task.dataset_arguments)
-    data: Dataset = guard(what, function, Dataset, "a tombola.Dataset")()
-    return data
+    found: Any = guard(what, function)()
+    if isinstance(found, Dataset):
+        return found
+    if not callable(found):
+        raise UserError(
+            f"{what}: expected a tombola.Dataset, or a function (seed, epoch, split) that gives batches, got "
+            f"{type(found).__name__}"
+        )
+    return dataset_of_batches(task.dataset, found, name_of([source_hash(task.dataset), task.dataset_arguments]))
 
 
 def _function(

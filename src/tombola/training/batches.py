@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from itertools import chain
+from itertools import chain, islice
 from typing import TypeAlias, cast
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tombola import kernels
 from tombola.datasets.dataset import Dataset
+from tombola.datasets.drawn import Drawn
 from tombola.inputs import Tensors, convert, list_tensors, select
 from tombola.streams import generator
 from tombola.training.recipe import Augmentation, Recipe
@@ -32,6 +33,9 @@ def iterations(data: Dataset, recipe: Recipe, seed: int, begin: int, end: int) -
     may have fewer batches. The examples of an iteration depend on seed and iteration alone, and the augmentation of an
     example on seed, epoch and example alone, so a training that is resumed sees the same batches.
     """
+    if data.drawn is not None:
+        yield from _iterations_drawn(data, data.drawn, recipe, seed, begin, end)
+        return
     count, examples = data.train_examples, recipe.batch_size * recipe.accumulate
     per_epoch = recipe.iterations_per_epoch(count)
     augmented = recipe.augmentation != Augmentation()
@@ -56,6 +60,29 @@ def iterations(data: Dataset, recipe: Recipe, seed: int, begin: int, end: int) -
             changes = Changes(seed, epoch, count, recipe.augmentation, device) if augmented else None
         chosen = order[step * examples : (step + 1) * examples]
         yield [read(part) for part in torch.split(chosen, recipe.batch_size)]
+
+
+def _iterations_drawn(
+    data: Dataset, drawn: Drawn, recipe: Recipe, seed: int, begin: int, end: int
+) -> Iterator[list[Batch]]:
+    """Yield the batches of each iteration as a function of the user draws them, on the device of the data set.
+
+    They are copied, because a model may change its inputs, and they may be views of the function's data.
+    """
+    per_epoch, device = recipe.iterations_per_epoch(data.train_examples), device_of(data)
+
+    def move(part: Tensors) -> Tensors:
+        return convert(lambda tensor: tensor.to(device, copy=True), part)
+
+    for iteration in range(begin, end):
+        epoch, step = divmod(iteration, per_epoch)
+        if step == 0 or iteration == begin:
+            left = drawn.epoch(seed, epoch)
+            for _ in islice(left, step * recipe.accumulate):
+                pass
+        yield [(move(inputs), move(labels)) for inputs, labels in islice(left, recipe.accumulate)]
+        if step == per_epoch - 1 and not recipe.drop_last:
+            next(left, None)  # which says that there are more
 
 
 class Changes:

@@ -76,8 +76,8 @@ def score_network(
     """
     data = move_data(data, device)
     network = load_model(model, state, mask, device)
-    count = min(examples, data.train_examples)
-    chosen = torch.randperm(data.train_examples, generator=generator(seed, "scored examples"))[:count].to(device)
+    count = min(examples, data.held_examples)
+    chosen = torch.randperm(data.held_examples, generator=generator(seed, "scored examples"))[:count].to(device)
     normalise = normalisation(data)
     batches = [
         (normalise(select(data.train_inputs, part)), select(data.train_labels, part))

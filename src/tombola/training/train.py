@@ -172,6 +172,11 @@ def check_recipe_fits(recipe: Recipe, data: Dataset) -> None:
     total = recipe.total_iterations(examples)
     if total > MOST_ITERATIONS:
         raise UserError(f"recipe: a training of {total} iterations; at most {MOST_ITERATIONS} are possible")
+    if data.drawn is not None and recipe.batch_size != data.drawn.batch_size:
+        raise UserError(
+            f"recipe.batch_size: it is {short(recipe.batch_size)}, and the batches of {data.name!r} have "
+            f"{data.drawn.batch_size} examples; set recipe.batch_size = {data.drawn.batch_size}"
+        )
     if recipe.batch_size > examples:
         raise UserError(
             f"recipe.batch_size: {short(recipe.batch_size)} is more than the {examples} training examples of "

@@ -18,7 +18,7 @@ from tombola.errors import UserError
 from tombola.exits import attribute_failure
 from tombola.inputs import Forward, OwnStep, Tensors, call, convert, count_examples, describe, select
 from tombola.streams import ambient
-from tombola.training.batches import batches, device_of, normalisation
+from tombola.training.batches import Batch, batches, device_of, normalisation
 from tombola.training.evaluation import Loss
 from tombola.training.optimizer import find_decayed
 from tombola.training.own_optimizer import MakeOptimizer, check_optimizer
@@ -58,7 +58,7 @@ def try_network(
     named = {part: (names or {}).get(part, part) for part in ("model", "loss", "forward", "step")}
     model_name, loss_name = named["model"], named["loss"]
     _check_device(data)
-    inputs, labels = next(batches(data, _smallest(recipe, data), 0, 0, 1))
+    inputs, labels = _draw_smallest(recipe, data)
     minimised = training_loss(recipe, loss, step)
     outputs_name = model_name if forward is call else named["forward"]
     with ambient(0), warnings.catch_warnings():
@@ -109,10 +109,14 @@ def try_network(
             raise UserError(f"{model_name}: in evaluation mode, its outputs on the test set are NaN")
 
 
-def _smallest(recipe: Recipe, data: Dataset) -> Recipe:
-    """Return the recipe with batches as small as the smallest of a training, of at most two examples."""
+def _draw_smallest(recipe: Recipe, data: Dataset) -> Batch:
+    """Return a batch as small as the smallest of a training, of at most two examples."""
     last = 0 if recipe.drop_last else data.train_examples % recipe.batch_size
-    return recipe.model_copy(update={"batch_size": min(2, last or recipe.batch_size), "accumulate": 1})
+    size = min(2, last or recipe.batch_size)
+    if data.drawn is None:
+        return next(batches(data, recipe.model_copy(update={"batch_size": size, "accumulate": 1}), 0, 0, 1))
+    inputs, labels = next(batches(data, recipe, 0, 0, 1))
+    return select(inputs, slice(size)), select(labels, slice(size))
 
 
 def _check_device(data: Dataset) -> None:
