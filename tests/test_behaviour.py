@@ -228,8 +228,8 @@ def test_what_a_network_computes_is_observed_without_a_trace() -> None:
         labels.zero_()
         return outputs.mean()
 
-    seen = observe(Network, overwrite, data, model_name="model", loss_name="loss")
-    assert seen == observe(Network, overwrite, data, model_name="model", loss_name="loss")
+    seen = observe(Network, overwrite, data)
+    assert seen == observe(Network, overwrite, data)
     assert torch.equal(data.train_inputs, inputs)
     assert torch.equal(data.train_labels, labels)
     assert torch.equal(torch.random.get_rng_state(), stream)

@@ -304,6 +304,8 @@ def test_fields_are_the_leaves() -> None:
         "keep_dense",
         "task.depends",
         "recipe.milestones",
+        "recipe.betas",
+        "recipe.no_decay",
     }
 
 

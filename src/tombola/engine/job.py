@@ -22,13 +22,14 @@ from tombola.datasets.dataset import Dataset
 from tombola.engine.machine import device_name, machine
 from tombola.errors import ImportanceError, UserError
 from tombola.importance import Importance
+from tombola.inputs import list_tensors
 from tombola.kernels import NoKernelsWarning
 from tombola.lottery.rewinding import Rule
 from tombola.pruning.mask import Mask
 from tombola.streams import ambient
 from tombola.study.rounds import compute_mask
 from tombola.study.schema import Study
-from tombola.study.task import Problem, load_importance
+from tombola.study.task import Problem, load_importance, load_recipe
 from tombola.study.trainings import Round, Training
 from tombola.training.behaviour import Behaviour, agree
 from tombola.training.history import Checkpoint, History, Trained, Watch
@@ -40,7 +41,7 @@ Loaded: TypeAlias = tuple[Importance, Mapping[str, str]]
 """An importance and the hashes of its source, see `tombola.study.task.load_importance`."""
 
 _EDITED = "its source was edited after the run began; run the study again"
-_PARTS = ("data", "model", "loss", "depends")
+_PARTS = ("data", "model", "loss", "forward", "step", "depends")
 """The parts of a problem's identity, see `tombola.study.task.Problem`."""
 
 
@@ -59,6 +60,7 @@ class Job:
     end: int
     device: str
     sparse: Sequence[str]
+    sources: Mapping[str, str]
     behaviour: Behaviour = ()
 
     @classmethod
@@ -76,6 +78,7 @@ class Job:
             training.end,
             study.device,
             training.identity["sparse"],
+            training.identity.get("sources", {}),
             training.behaviour,
         )
 
@@ -168,6 +171,11 @@ def perform(job: Job, problem: Problem, resume: Checkpoint | None, watch: Watch)
             f"run began: a file or an environment variable that it uses has changed, or is not the same on every "
             f"machine"
         )
+    recipe = Recipe.model_validate(job.recipe)
+    functions, sources = load_recipe(recipe)
+    for field in sources:
+        if sources[field] != job.sources.get(field):
+            raise UserError(f"recipe.{field} {recipe.own_code[field]!r}: {_EDITED}")
     clock = _Clock(watch)
     mask = _mask_from_bytes(job.shapes, job.bits)
     with ambient(0):  # for what a user's model draws beside its state
@@ -179,11 +187,15 @@ def perform(job: Job, problem: Problem, resume: Checkpoint | None, watch: Watch)
             safetensors.torch.load(job.initial),
             mask,
             problem.data,
-            Recipe.model_validate(job.recipe),
+            recipe,
             job.seed,
             begin=job.begin,
             end=job.end,
             loss=problem.loss,
+            forward=problem.forward,
+            step=problem.step,
+            optimizer=functions.get("optimizer"),
+            schedule=functions.get("schedule"),
             device=job.device,
             kernels=job.sparse,
             resume=resume,
@@ -265,7 +277,9 @@ def _unchanged(data: Dataset) -> Iterator[None]:
 
     Later trainings would have other data. torch counts the changes of a tensor, so that this check reads no data.
     """
-    tensors = [value for value in vars(data).values() if isinstance(value, Tensor) and not value.is_inference()]
+    parts = [value for value in vars(data).values() if isinstance(value, Tensor | tuple | dict)]
+    found = [each for part in parts for each in list_tensors(part).values() if isinstance(each, Tensor)]
+    tensors = [tensor for tensor in found if not tensor.is_inference()]
     before = [tensor._version for tensor in tensors]
     yield
     if [tensor._version for tensor in tensors] != before:

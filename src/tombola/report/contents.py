@@ -173,9 +173,9 @@ def gather(
         about_data={
             "name": data.name,
             "classes": data.classes,
-            "train": len(data.train_inputs),
-            "test": len(data.test_inputs),
-            "shape": tuple(data.input_shape),
+            "train": data.train_examples,
+            "test": data.test_examples,
+            "shape": [" × ".join(map(str, shape)) for shape in data.input_shapes.values()],
         },
         counted=planner.describe_counted(),
         coverage=planner.coverage,

@@ -25,11 +25,10 @@ from tombola.streams import ambient
 from tombola.study.behaviour import identify, keep_behaviour
 from tombola.study.rounds import compute_mask
 from tombola.study.schema import Study
-from tombola.study.task import Problem, load_importance
+from tombola.study.task import Problem, load_importance, load_recipe
 from tombola.study.trainings import Round, Training, name_mask, name_training
 from tombola.training.history import Trained
 from tombola.training.replaceable import choose_layers, find_fault
-from tombola.training.train import initial_state
 from tombola.training.weights import Weights
 
 
@@ -200,7 +199,7 @@ class Planner:
         self.problem = problem
         self.store = store
         self.about = dict(about or {})
-        self.end = study.recipe.total_iterations(len(problem.data.train_inputs))
+        self.end = study.recipe.total_iterations(problem.data.train_examples)
         own = [Chain(seed, importance) for seed in study.seeds for importance in study.importances]
         self.chains = own if chains is None else list(chains)
         self.repeats = [
@@ -209,11 +208,12 @@ class Planner:
             for data_seed in study.data_seeds
             for importance in study.repeated
         ]
-        self._initialise = initial or (lambda seed: Weights.of(initial_state(problem.build, seed)))
+        self._initialise = initial or (lambda seed: Weights.of(problem.initial(seed)))
         self._initial: dict[int, Weights] = {}
         loaded = {name: load_importance(name) for name in study.importances}
         self._importances = {name: importance for name, (importance, _) in loaded.items()}
         self._sources = {name: sources for name, (_, sources) in loaded.items()}
+        _, self._recipe_sources = load_recipe(study.recipe)
         self._computed: dict[str, Mask] = {}
         self._failures: dict[str, str] = {}
         self._remember = remember
@@ -227,7 +227,7 @@ class Planner:
         self.rule = Rule(study.fraction, self.kept_dense, study.selection, shares)
         check_rule(self.rule, self.dense, study.levels)
         for importance in self._importances.values():
-            check_score_at(study.score_at, importance)
+            check_score_at(study.score_at, importance, study.recipe.rewind_to)
         for name in [name for name in study.importances if not is_built_in(name)]:  # fail before any training
             pruning = self.first_round(name)
             self._prune(pruning.weights, self.dense, 0, pruning.rewind, Chain(pruning.seed, name))
@@ -241,9 +241,9 @@ class Planner:
     def kernel_fault(self) -> str | None:
         """A sentence on why no layer of the network may be replaced by a sparse one; None if all may be."""
         study, problem = self.study, self.problem
-        if study.kernels == "off":
+        if study.kernels == "off" or problem.step is not None:
             return None
-        return find_fault(self.model, problem.data, study.recipe, problem.loss, study.device)
+        return find_fault(self.model, problem.data, study.recipe, problem.loss, study.device, forward=problem.forward)
 
     def describe_counted(self) -> str:
         """Return a sentence on what density is about, and a second one if it is about a small part of the network.
@@ -291,7 +291,8 @@ class Planner:
             begin, end: the range of iterations, begin..end-1.
         """
         recipe, device = self.study.recipe, self.study.device
-        sparse = choose_layers(self.model, mask, recipe, device, self.study.kernels)
+        allowed = "off" if self.problem.step is not None else self.study.kernels
+        sparse = choose_layers(self.model, mask, recipe, device, allowed)
         sparse = [] if sparse and self.kernel_fault else sparse
         return name_training(
             self.identity,
@@ -304,6 +305,7 @@ class Planner:
             device=device,
             sparse=sparse,
             behaviour=self.problem.behaviour,
+            sources=self._recipe_sources,
         )
 
     def progress(self, chain: Chain, find: Callable[[str], Trained | None] | None = None) -> Progress:
@@ -343,6 +345,7 @@ class Planner:
             end=self.end,
             levels=study.levels,
             score_at=study.score_at,
+            rewind_to=study.recipe.rewind_to,
         )
         tickets: list[Ticket] = []
         provenance = self._provenance(chain)
@@ -410,7 +413,7 @@ class Planner:
         trainings = [training for training, trained in asked if trained is None]
         if not trainings and not rounds:
             return None
-        done = sum(trained is not None and training.end == self.end for training, trained in asked)
+        done = sum(trained is not None and training.end >= self.end for training, trained in asked)
         rewind = sum(training.end < self.end for training in trainings)  # level 0 comes after the rewind point
         remaining = len(trainings) if stopped else self.study.levels + 1 - done + rewind
         if rounds:

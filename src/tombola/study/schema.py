@@ -35,7 +35,9 @@ class Task(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
-    dataset: str = Field(description="name of a data set, or module:function that returns a tombola.Dataset")
+    dataset: str = Field(
+        description="name of a data set, or module:function that returns a tombola.Dataset or draws batches"
+    )
     dataset_arguments: Arguments = Field(default={}, description="arguments of the dataset function")
     model: str = Field(description="name of a model, or module:function that returns a torch module")
     model_arguments: Arguments = Field(default={}, description="arguments of the model function")
@@ -44,12 +46,24 @@ class Task(BaseModel):
         default=(), description="what your code uses besides: files, env:NAME, package:NAME, value:TEXT"
     )
 
+    forward: str | None = Field(
+        default=None, description="module:function of (model, inputs) that returns outputs; by default calls the model"
+    )
+    step: str | None = Field(
+        default=None, description="module:function of (model, inputs, labels) that returns the training loss"
+    )
+
+    checkpoint: str | None = Field(
+        default=None, description="safetensors file with the initial weights of all seeds; by default they are drawn"
+    )
+
     @property
     def own_code(self) -> list[str]:
         """The references to the user's own functions, `module:function`."""
-        return [name for name in (self.dataset, self.model, self.loss) if ":" in name]
+        names = (self.dataset, self.model, self.loss, self.forward, self.step)
+        return [name for name in names if name is not None and ":" in name]
 
-    @field_validator("dataset", "model", "loss", mode="before")
+    @field_validator("dataset", "model", "loss", "forward", "step", mode="before")
     @classmethod
     def _refer(cls, value: Any, info: ValidationInfo) -> Any:
         return refer(value, f"task.{info.field_name}")
@@ -269,7 +283,11 @@ def _set(document: dict[str, Any], path: list[str], value: Any) -> None:
 
 def _drop_unused_momentum(recipe: dict[str, Any], optimizer: str) -> None:
     """Remove the momentum from a file's recipe if an override selects an optimizer without momentum."""
-    if optimizer in ("adam", "adamw") or (optimizer == "sgd" and recipe.get("optimizer") in ("momentum", "nesterov")):
+    if (
+        optimizer in ("adam", "adamw")
+        or ":" in optimizer
+        or (optimizer == "sgd" and recipe.get("optimizer") in ("momentum", "nesterov"))
+    ):
         recipe.pop("momentum", None)
         recipe.pop("nesterov", None)
 

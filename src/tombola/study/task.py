@@ -11,17 +11,23 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, cast
 
+import safetensors
+import safetensors.torch
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from tombola import datasets, models
 from tombola.datasets.dataset import Dataset
+from tombola.datasets.drawn import Drawn
+from tombola.datasets.own_batches import dataset_of_batches
 from tombola.errors import UserError, did_you_mean, short
 from tombola.importance import Importance, NetworkScore, as_importance, find
 from tombola.importance.importances import find_normalisation, find_score
+from tombola.inputs import Forward, OwnStep, call
 from tombola.pruning.mask import Mask
 from tombola.pruning.start import check_start
+from tombola.store.names import name_of
 from tombola.streams import ambient
 from tombola.study.code import steady_source
 from tombola.study.depends import identify_all
@@ -29,8 +35,10 @@ from tombola.study.functions import is_here, resolve, source_hash
 from tombola.study.schema import Study, Task
 from tombola.training.behaviour import Behaviour, observe
 from tombola.training.evaluation import Loss
-from tombola.training.train import check_device, check_recipe_fits
+from tombola.training.recipe import Recipe
+from tombola.training.train import check_device, check_recipe_fits, initial_state
 from tombola.training.trial import guard, try_network
+from tombola.training.weights import State, load_state
 
 COPIES = 4
 """A training keeps weights, gradients, initial weights and trained weights of a network, if not more."""
@@ -47,6 +55,9 @@ class Problem:
         data: the data set.
         build: a function that builds the model; its random numbers come from torch's global generator.
         loss: a function of outputs and labels that returns the mean over the batch.
+        forward: a function (model, inputs) -> outputs; by default it calls the model.
+        step: a function (model, inputs, labels) -> loss, which training uses instead; None for forward and loss.
+        checkpoint: the initial state of all seeds; None if each seed draws its own.
         identity: a document of JSON types that identifies all of these; it is a part of the name of a training.
 
     >>> load_problem(Task(dataset="digits", model="lenet_300_100", model_arguments={"inputs": 64})).data.input_shape
@@ -57,12 +68,27 @@ class Problem:
     build: Callable[[], nn.Module]
     loss: Loss
     identity: Mapping[str, Any]
+    forward: Forward = call
+    step: OwnStep | None = None
+    checkpoint: State | None = None
+
+    def initial(self, seed: int) -> State:
+        """Return the initial state of a seed: that of the checkpoint, or one that is drawn."""
+        return initial_state(self.build, seed) if self.checkpoint is None else self.checkpoint
+
+    def begin(self) -> nn.Module:
+        """Build the model with the weights of the checkpoint, or else with random ones."""
+        model = self.build()
+        if self.checkpoint is not None:
+            model.load_state_dict(self.checkpoint)
+        return model
 
     @cached_property
     def behaviour(self) -> Behaviour:
         """What the network and the loss compute on a few examples, see `tombola.training.behaviour.observe`."""
-        model, loss = (f"task.{part} {self.identity[part]['name']!r}" for part in ("model", "loss"))
-        return observe(self.build, self.loss, self.data, model_name=model, loss_name=loss)
+        parts = [part for part in ("model", "loss", "forward", "step") if part in self.identity]
+        names = {part: f"task.{part} {self.identity[part]['name']!r}" for part in parts}
+        return observe(self.build, self.loss, self.data, forward=self.forward, step=self.step, names=names)
 
 
 def load_problem(task: Task, directory: Path | None = None) -> Problem:
@@ -82,13 +108,55 @@ def load_problem(task: Task, directory: Path | None = None) -> Problem:
         data = load_data(task, directory)
         model, model_identity = _function("model", task.model, models.MODELS, task.model_arguments)
         loss, loss_identity = _function("loss", task.loss, {"cross_entropy": functional.cross_entropy}, {})
+        own = {
+            field: _function(field, name, {}, {})
+            for field, name in (("forward", task.forward), ("step", task.step))
+            if name is not None
+        }
     build = _checked(f"task.model {task.model!r}", model)
     if task.model in models.MODELS:
         _check_memory(task.model, build)
     identity: dict[str, Any] = {"data": data.fingerprint, "model": model_identity, "loss": loss_identity}
+    identity |= {field: about for field, (_, about) in own.items()}
     if task.depends:
         identity["depends"] = identify_all(task.depends)
-    return Problem(data, build, loss, identity)
+    functions = {field: function for field, (function, _) in own.items()}
+    checkpoint = None if task.checkpoint is None else _load_checkpoint(task.checkpoint, build)
+    return Problem(data, build, loss, identity, **functions, checkpoint=checkpoint)
+
+
+def _load_checkpoint(path: str, build: Callable[[], nn.Module]) -> State:
+    """Return the complete state of a model from a safetensors file; of tied weights, the file may hold one name.
+
+    Raises:
+        UserError: if the file cannot be read, is another kind of file, or does not fit the model.
+    """
+    where = f"task.checkpoint {path!r}"
+    try:
+        content = Path(path).read_bytes()
+    except OSError as error:
+        raise UserError(f"{where}: cannot be read: {error.strerror or error}") from error
+    try:
+        state = safetensors.torch.load(content)
+    except (safetensors.SafetensorError, RuntimeError, ValueError) as error:
+        if content.startswith((b"PK\x03\x04", b"\x80")):
+            raise UserError(
+                f"{where}: it is a pickled file, which may run any code when it is read; if you trust it, convert: "
+                f'safetensors.torch.save_file(torch.load("file.pt", weights_only=True), "file.safetensors")'
+            ) from error
+        raise UserError(f"{where}: it is not a safetensors file: {error}") from error
+    with ambient(0):
+        model = build()
+    tied: dict[int, Tensor] = {}
+    own = model.state_dict()
+    for name in own.keys() & state.keys():
+        if own[name].numel():
+            tied[own[name].data_ptr()] = state[name]
+    state |= {
+        name: tied[each.data_ptr()] for name, each in own.items() if name not in state and each.data_ptr() in tied
+    }
+    load_state(model, state, where)
+    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
 
 
 def resolve_importance(name: str) -> Importance:
@@ -136,6 +204,21 @@ def load_importance(name: str) -> tuple[Importance, dict[str, str]]:
         return resolve_importance(name), {reference: source_hash(reference) for reference in own}
 
 
+def load_recipe(recipe: Recipe) -> tuple[dict[str, Callable[..., Any]], dict[str, str]]:
+    """Return the user's own optimizer and schedule that a recipe names, and the hashes of their source, by field.
+
+    Raises:
+        UserError: if there is no such function, or if its source is not the one that was imported.
+
+    >>> load_recipe(Recipe(epochs=1))
+    ({}, {})
+    """
+    own = recipe.own_code
+    with steady_source([name for name in own.values() if not is_here(name)]):
+        functions = {field: resolve(name, f"recipe.{field}") for field, name in own.items()}
+        return functions, {field: source_hash(name) for field, name in own.items()}
+
+
 def try_out(problem: Problem, study: Study) -> None:
     """Raise `UserError` if data, model, loss and recipe do not work together, or if the model does not start dense.
 
@@ -145,11 +228,36 @@ def try_out(problem: Problem, study: Study) -> None:
     task, recipe, data = study.task, study.recipe, problem.data
     check_recipe_fits(recipe, data)
     check_device(study.device)
-    names = {"model_name": f"task.model {task.model!r}", "loss_name": f"task.loss {task.loss!r}"}
+    named = {field: getattr(task, field) for field in ("model", "loss", "forward", "step")}
+    names = {field: f"task.{field} {name!r}" for field, name in named.items() if name is not None}
+    functions, _ = load_recipe(recipe)
     with ambient(0):
-        model = problem.build()
-    check_start(model, Mask.ones_like(model, study.exclude, study.prune), study.prune, names["model_name"])
-    try_network(problem.build, problem.loss, data, recipe, **names)
+        model = problem.begin()
+    check_start(model, Mask.ones_like(model, study.exclude, study.prune), study.prune, names["model"])
+    if data.drawn is not None:
+        _check_drawn(data, data.drawn, study)
+    try_network(
+        problem.begin,
+        problem.loss,
+        data,
+        recipe,
+        names=names,
+        optimizer=functions.get("optimizer"),
+        schedule=functions.get("schedule"),
+        forward=problem.forward,
+        step=problem.step,
+    )
+
+
+def _check_drawn(data: Dataset, drawn: Drawn, study: Study) -> None:
+    """Raise `UserError` unless another epoch has as many batches, and scores see as many examples as they should."""
+    for _ in drawn.epoch(seed=1, epoch=1):
+        pass
+    if data.held_examples < min(study.score_examples, data.train_examples):
+        raise UserError(
+            f"score_examples: {study.score_examples} are more than the {data.held_examples} examples that are kept of "
+            f"{data.name!r}, whose batches are drawn"
+        )
 
 
 def _check_memory(name: str, build: Callable[[], nn.Module]) -> None:
@@ -190,8 +298,15 @@ def load_data(task: Task, directory: Path | None = None) -> Dataset:
     if ":" not in task.dataset:
         return guard(what, partial(datasets.load, task.dataset, directory, **task.dataset_arguments))()
     function = _call(what, resolve(task.dataset, "task.dataset"), task.dataset_arguments)
-    data: Dataset = guard(what, function, Dataset, "a tombola.Dataset")()
-    return data
+    found: Any = guard(what, function)()
+    if isinstance(found, Dataset):
+        return found
+    if not callable(found):
+        raise UserError(
+            f"{what}: expected a tombola.Dataset, or a function (seed, epoch, split) that gives batches, got "
+            f"{type(found).__name__}"
+        )
+    return dataset_of_batches(task.dataset, found, name_of([source_hash(task.dataset), task.dataset_arguments]))
 
 
 def _function(
@@ -205,6 +320,8 @@ def _function(
     elif name in known:
         function = known[name]
         identity["version"] = BUILT_IN
+    elif not known:
+        raise UserError(f"task.{field}: expected module:function, such as my_module:my_{field}, got {name!r}")
     else:
         raise UserError(
             f"task.{field}: unknown {field} {name!r}; {did_you_mean(name, known)} (or give module:function of your own)"

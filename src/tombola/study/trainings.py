@@ -57,6 +57,7 @@ def name_training(
     end: int,
     device: str,
     sparse: Sequence[str],
+    sources: Mapping[str, str] | None = None,
     behaviour: Behaviour = (),
 ) -> Training:
     """Return the training that has these arguments, with its name.
@@ -70,6 +71,7 @@ def name_training(
         begin, end: the range of iterations, begin..end-1.
         device: the device to train on, "cpu" or "cuda".
         sparse: the names of the weights that sparse kernels train, see `tombola.kernels.sparse_layers`.
+        sources: the hashes of the source of the recipe's own functions, see `tombola.study.task.load_recipe`.
         behaviour: what the network computes on a few examples, which workers compare.
 
     >>> import torch
@@ -91,6 +93,8 @@ def name_training(
         "device": device,
         "sparse": list(sparse),
     }
+    if sources:
+        identity["sources"] = dict(sources)
     return Training(name_of(identity), identity, initial, mask, seed, begin, end, behaviour)
 
 

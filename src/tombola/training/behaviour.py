@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, TypeAlias
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as trees
 
 from tombola.datasets.dataset import Dataset
+from tombola.inputs import Forward, OwnStep, Tensors, call, convert, select
 from tombola.streams import ambient
 from tombola.training.batches import normalisation
 from tombola.training.evaluation import Loss
@@ -32,17 +33,27 @@ Behaviour: TypeAlias = tuple[tuple[float | None, ...], ...]
 """Some numbers of each tensor that was computed; None stands for a number that is not finite."""
 
 
-def observe(build: Callable[[], nn.Module], loss: Loss, data: Dataset, *, model_name: str, loss_name: str) -> Behaviour:
+def observe(
+    build: Callable[[], nn.Module],
+    loss: Loss,
+    data: Dataset,
+    *,
+    forward: Forward = call,
+    step: OwnStep | None = None,
+    names: Mapping[str, str] | None = None,
+) -> Behaviour:
     """Return what a network computes with the weights that it is built with, from the same random numbers each time.
 
     The network sees the first training examples: once as in evaluation, and once as in training, where dropout and
-    batch norm show. The loss of the second outputs is the last tensor.
+    batch norm show. The loss of the second outputs is the last tensor; with a step of the user, its loss is.
 
     Args:
         build: a function that builds the network.
         loss: a function of outputs and labels that returns the mean over the batch.
         data: the data set.
-        model_name, loss_name: what network and loss are called in messages.
+        forward: a function (model, inputs) -> outputs.
+        step: a function (model, inputs, labels) -> loss, instead of `forward` and `loss`; None for these.
+        names: what messages call the `model`, the `loss`, the `forward` and the `step`; by default so.
 
     Raises:
         UserError: if the network or the loss fails.
@@ -51,18 +62,27 @@ def observe(build: Callable[[], nn.Module], loss: Loss, data: Dataset, *, model_
     >>> from torch.nn import functional
     >>> network = lambda: nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
     >>> digits = datasets.load("digits", None)
-    >>> len(observe(network, functional.cross_entropy, digits, model_name="model", loss_name="loss"))
+    >>> len(observe(network, functional.cross_entropy, digits))
     3
     """
-    labels = data.train_labels[:EXAMPLES]
+    called = {part: (names or {}).get(part, part) for part in ("model", "loss", "forward", "step")}
+    outputs_of = called["model" if forward is call else "forward"]
     normalise = normalisation(data)
+
+    def copy_few(tensors: Tensors) -> Tensors:  # what a user's code may change in place
+        return convert(torch.clone, select(tensors, slice(EXAMPLES)))
+
     with ambient(0), torch.no_grad():
         model = build()
-        in_evaluation = guard(model_name, partial(model.eval(), normalise(data.train_inputs[:EXAMPLES].clone())))()
-        in_evaluation = copy.deepcopy(in_evaluation)  # a network may write later outputs into the same tensor
-        in_training = guard(model_name, partial(model.train(), normalise(data.train_inputs[:EXAMPLES].clone())))()
-        value = guard(loss_name, partial(loss, in_training, labels.clone()))()
-    return tuple(_sample(tensor) for part in (in_evaluation, in_training, value) for tensor in _tensors(part))
+        seen = [guard(outputs_of, partial(forward, model.eval(), normalise(copy_few(data.train_inputs))))()]
+        seen = copy.deepcopy(seen)  # a network may write later outputs into the same tensor
+        inputs, labels = normalise(copy_few(data.train_inputs)), copy_few(data.train_labels)
+        if step is None:
+            seen.append(guard(outputs_of, partial(forward, model.train(), inputs))())
+            seen.append(guard(called["loss"], partial(loss, seen[-1], labels))())
+        else:
+            seen.append(guard(called["step"], partial(step, model.train(), inputs, labels))())
+    return tuple(_sample(tensor) for part in seen for tensor in _tensors(part))
 
 
 def agree(one: Behaviour, other: Behaviour) -> bool:

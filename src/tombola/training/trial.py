@@ -3,26 +3,42 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from tombola.datasets.dataset import Dataset
 from tombola.errors import UserError
 from tombola.exits import attribute_failure
+from tombola.inputs import Forward, OwnStep, Tensors, call, convert, count_examples, describe, select
 from tombola.streams import ambient
-from tombola.training.batches import batches, normalisation
+from tombola.training.batches import Batch, batches, device_of, normalisation
 from tombola.training.evaluation import Loss
-from tombola.training.recipe import Recipe
+from tombola.training.optimizer import find_decayed
+from tombola.training.own_optimizer import MakeOptimizer, check_optimizer
+from tombola.training.recipe import Recipe, Schedule
+from tombola.training.train import training_loss
 
 Result = TypeVar("Result")
 
 
 def try_network(
-    build: Callable[[], nn.Module], loss: Loss, data: Dataset, recipe: Recipe, *, model_name: str, loss_name: str
+    build: Callable[[], nn.Module],
+    loss: Loss,
+    data: Dataset,
+    recipe: Recipe,
+    *,
+    forward: Forward = call,
+    step: OwnStep | None = None,
+    optimizer: MakeOptimizer | None = None,
+    schedule: Schedule | None = None,
+    names: Mapping[str, str] | None = None,
 ) -> None:
     """Raise `UserError` if a network, a loss and a data set do not work together.
 
@@ -34,47 +50,154 @@ def try_network(
         loss: a function of outputs and labels that returns the mean over the batch.
         data: the data set.
         recipe: the hyperparameters of the training.
-        model_name, loss_name: what network and loss are called in messages.
+        forward: a function (model, inputs) -> outputs.
+        step: a function (model, inputs, labels) -> loss, instead of `forward` and `loss`; None for these.
+        optimizer, schedule: the functions that the recipe names, if it names some of the user.
+        names: what messages call the `model`, the `loss`, the `forward` and the `step`; by default so.
     """
-    last = len(data.train_inputs) % recipe.batch_size or recipe.batch_size
-    inputs, labels = next(batches(data, recipe.model_copy(update={"batch_size": min(2, last)}), 0, 0, 1))
-    with ambient(0):
+    named = {part: (names or {}).get(part, part) for part in ("model", "loss", "forward", "step")}
+    model_name, loss_name = named["model"], named["loss"]
+    _check_device(data)
+    inputs, labels = _draw_smallest(recipe, data)
+    minimised = training_loss(recipe, loss, step)
+    outputs_name = model_name if forward is call else named["forward"]
+    with ambient(0), warnings.catch_warnings():
+        warnings.filterwarnings("error", message="Using a target size")  # of outputs that would be broadcast
         model = build()
         for name, parameter in model.named_parameters():
             if not parameter.isfinite().all():
                 raise UserError(f"{model_name}: its initial {name!r} is not finite (NaN or infinite)")
-        outputs = _outputs(model, inputs, data, model_name)
-        value: Any = guard(loss_name, partial(loss, outputs, labels))()
+        find_decayed([name for name, each in model.named_parameters() if each.requires_grad], recipe.no_decay)
+        if forward is call and step is None:
+            _check_arguments(model, inputs, model_name)
+        finite = True
+        with _batch_norm_of_one(model, inputs, recipe, data):
+            if step is None:
+                outputs = _outputs(partial(forward, model), inputs, data, outputs_name)
+                _check_classes_of(outputs, loss, data, loss_name)
+                value: Any = guard(loss_name, partial(minimised, outputs, labels))()
+                finite = bool(outputs.isfinite().all())
+            else:
+                loss_name = named["step"]
+                value = guard(loss_name, partial(step, model, inputs, labels))()
         if not isinstance(value, Tensor) or value.shape != ():
             got = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
             raise UserError(f"{loss_name}: expected one number, the mean over the batch, got {got}")
         what = f"{loss_name}: at the first step, with the initial weights of {model_name.removeprefix('task.model ')}"
         if not value.isfinite():
-            wrong = "" if outputs.isfinite().all() else ", as are outputs of the model"
+            wrong = "" if finite else ", as are outputs of the model"
             raise UserError(f"{what}, the loss is NaN or infinite{wrong}: every training would diverge")
         guard(f"{loss_name}: going backward", value.backward)()
         for name, parameter in model.named_parameters():
             gradient = parameter.grad
             if gradient is not None and not (gradient.to_dense() if gradient.is_sparse else gradient).isfinite().all():
                 raise UserError(f"{what}, the gradient of {name!r} is NaN or infinite: every training would diverge")
+        if ":" in recipe.optimizer and optimizer is not None:
+            trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+            values = [parameter.detach().clone() for parameter in trained]
+            check_optimizer(optimizer, recipe.lr, trained, f"recipe.optimizer {recipe.optimizer!r}")
+            with torch.no_grad():
+                for parameter, before in zip(trained, values, strict=True):
+                    parameter.copy_(before)
+        total = recipe.total_iterations(data.train_examples)
+        for iteration in {0, total // 2, total - 1}:
+            recipe.lr_at(iteration, data.train_examples, schedule)
         with torch.no_grad():
-            outputs = _outputs(model.eval(), normalisation(data)(data.test_inputs[:2].clone()), data, model_name)
+            few = normalisation(data)(convert(torch.clone, select(data.test_inputs, slice(2))))
+            outputs = _outputs(partial(forward, model.eval()), few, data, outputs_name)
         if outputs.isnan().any():
             raise UserError(f"{model_name}: in evaluation mode, its outputs on the test set are NaN")
 
 
-def _outputs(model: nn.Module, inputs: Tensor, data: Dataset, name: str) -> Tensor:
-    """Return a model's outputs; raise `UserError` unless they have one number for each class."""
-    classes = len(data.classes)
-    given = f"inputs of shape {tuple(inputs.shape)} from {data.name!r}"
-    outputs = guard(f"{name}: on {given} it", partial(model, inputs), Tensor, "a tensor")()
-    shape = tuple(outputs.shape)
-    if len(shape) != 2 or shape[0] != len(inputs) or shape[1] < classes:
+def _draw_smallest(recipe: Recipe, data: Dataset) -> Batch:
+    """Return a batch as small as the smallest of a training, of at most two examples."""
+    last = 0 if recipe.drop_last else data.train_examples % recipe.batch_size
+    size = min(2, last or recipe.batch_size)
+    if data.drawn is None:
+        return next(batches(data, recipe.model_copy(update={"batch_size": size, "accumulate": 1}), 0, 0, 1))
+    inputs, labels = next(batches(data, recipe, 0, 0, 1))
+    return select(inputs, slice(size)), select(labels, slice(size))
+
+
+def _check_device(data: Dataset) -> None:
+    """Raise `UserError` unless the data are on the CPU, where models are built and tried out."""
+    if device_of(data).type != "cpu":
         raise UserError(
-            f"{name}: for {given} it should give outputs of shape ({len(inputs)}, {classes}), "
+            f"data set {data.name!r}: its tensors are on the device {str(device_of(data))!r}; load them on 'cpu', a "
+            f"training on a GPU copies them there"
+        )
+
+
+def _check_arguments(model: nn.Module, inputs: Tensors, name: str) -> None:
+    """Raise `UserError` if a model does not take several inputs, by position or by name."""
+    if isinstance(inputs, Tensor):
+        return
+    try:
+        signature = inspect.signature(model.forward)
+    except (TypeError, ValueError):  # it is not written in Python
+        return
+    try:
+        call(signature.bind, inputs)
+    except TypeError as error:
+        given = ", ".join(map(repr, inputs)) if isinstance(inputs, dict) else f"{len(inputs)} tensors"
+        raise UserError(
+            f"{name}: its forward does not take the inputs of the data set: {error}; it takes "
+            f"{', '.join(signature.parameters) or 'nothing'}, and the inputs are {given}"
+        ) from error
+
+
+@contextmanager
+def _batch_norm_of_one(model: nn.Module, inputs: Tensors, recipe: Recipe, data: Dataset) -> Iterator[None]:
+    """Say in a sentence that batch norm cannot train on a batch of one example, if it fails for this reason."""
+    try:
+        yield
+    except UserError as error:
+        if "Expected more than 1 value per channel" not in str(error) or count_examples(inputs) > 1:
+            raise
+        raise UserError(
+            f"recipe.batch_size: batches of {recipe.batch_size} of the {data.train_examples} training examples of "
+            f"{data.name!r} leave a last batch of one example, of which batch norm has no variance; set "
+            f"recipe.drop_last = true, or choose another batch size"
+        ) from error
+
+
+def _check_classes_of(outputs: Tensor, loss: Loss, data: Dataset, name: str) -> None:
+    """Raise `UserError` if a target of cross-entropy is the number of a class for which there is no output."""
+    if loss is not functional.cross_entropy or data.classes or outputs.dim() < 2:
+        return
+    ignored, count = -100, outputs.shape[1]
+    for split, labels in (("train", data.train_labels), ("test", data.test_labels)):
+        if isinstance(labels, Tensor) and not labels.is_floating_point():
+            wrong = ((labels < 0) & (labels != ignored)) | (labels >= count)
+            if wrong.any():
+                raise UserError(
+                    f"{name}: target {int(labels[wrong][0])} of example {int(wrong.nonzero()[0][0])} of the {split} "
+                    f"set is out of range, expected 0..{count - 1} for outputs of shape {tuple(outputs.shape)}"
+                )
+
+
+def _outputs(forward: Callable[[Tensors], Tensor], inputs: Tensors, data: Dataset, name: str) -> Tensor:
+    """Return a model's outputs; raise `UserError` unless they fit the examples, and the classes if there are any."""
+    examples, classes = count_examples(inputs), len(data.classes)
+    given = f"inputs of {describe(inputs)} from {data.name!r}"
+    outputs: Any = guard(f"{name}: on {given} it", partial(forward, inputs))()
+    if not isinstance(outputs, Tensor):
+        raise UserError(
+            f"{name}: on {given}: expected a tensor, got {type(outputs).__name__}; give a forward of your own, a "
+            f"function (model, inputs) -> tensor"
+        )
+    shape = tuple(outputs.shape)
+    if classes and (len(shape) != 2 or shape[0] != examples or shape[1] < classes):
+        raise UserError(
+            f"{name}: for {given} it should give outputs of shape ({examples}, {classes}), "
             f"one number for each of the {classes} classes, got shape {shape}"
         )
-    return cast(Tensor, outputs)
+    if not shape or shape[0] != examples:
+        raise UserError(
+            f"{name}: for {given} it should give outputs whose first dimension counts the {examples} examples, "
+            f"got shape {shape}"
+        )
+    return outputs
 
 
 def guard(
