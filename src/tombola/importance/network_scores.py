@@ -248,17 +248,16 @@ def synflow(network: Network) -> dict[str, Tensor]:
     tensor([[3., 1.]], dtype=torch.float64)
     """
     inputs, _ = network.batches[0]
-    if not inputs.is_floating_point():
-        raise ImportanceError(f"it gives the network the inputs 1, and this network takes inputs of {inputs.dtype}")
+    for name, tensor in list_tensors(inputs).items():
+        if not tensor.is_floating_point():
+            raise ImportanceError(
+                f"it gives the network the inputs 1, and this network takes inputs{name} of {tensor.dtype}"
+            )
     model = copy.deepcopy(network.model).double().eval()
     with torch.no_grad():
         for tensor in model.state_dict().values():
             if tensor.is_floating_point():
                 tensor.abs_()
-    inputs, _ = network.batches[0]
-    for name, tensor in list_tensors(inputs).items():
-        if not tensor.is_floating_point():
-            raise ImportanceError(f"its inputs are ones, and the network's inputs{name} are {tensor.dtype}")
     ones = convert(lambda tensor: torch.ones_like(tensor[:1], dtype=torch.float64), inputs)
     weights = {layer: model.get_parameter(layer).requires_grad_() for layer in network.alive}
     total = _finite(network.forward(model, ones).sum())
