@@ -300,6 +300,7 @@ def test_fields_are_the_leaves() -> None:
         "seeds",
         "data_seeds",
         "data_seeds_for",
+        "prune",
         "exclude",
         "keep_dense",
         "task.depends",

@@ -21,6 +21,10 @@ _NAMED = 3
 """The number of tensors that a row or a sentence names."""
 
 
+_WORTH_NAMING = 0.01
+"""The share of the parameters from which on a tensor is named among the largest that are not pruned."""
+
+
 @dataclass(frozen=True)
 class Part:
     """The tensors of one role.
@@ -95,6 +99,7 @@ class Coverage:
         text = f"Only {100 * pruned.parameters / self.total:.3g} % of the network's parameters may be pruned"
         rest = [(size, names, part) for part in (kept, left_out, other) for names, size in part.sizes.items()]
         largest = sorted(rest, key=lambda each: -each[0])[:_NAMED]
+        largest = [each for each in largest if each[0] >= _WORTH_NAMING * self.total] or largest[:1]
         named = ", ".join(f"{names[0]} ({size}, {part.role})" for size, names, part in largest)
         text += f", so its density says little about the whole; the largest others are {named}"
         missing = [names[0] for _, names, part in largest if part is other and len(part.shapes[names]) > 1]
