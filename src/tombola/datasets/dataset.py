@@ -12,21 +12,25 @@ import torch
 from torch import Tensor
 
 from tombola.errors import UserError, short
+from tombola.streams import generator
 
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """A labelled data set for classification, held in memory.
+    """A labelled data set, held in memory.
 
     Args:
         name: its name.
         train_inputs: shape (n, ...). uint8 means images (n, channels, height, width), which `mean` and `std`
             normalise when a batch is made; floating point means inputs that are used unchanged, which must be finite.
-        train_labels: shape (n,), int64, each in 0..len(classes)-1.
+        train_labels: shape (n,), int64, each in 0..len(classes)-1. Without classes, any tensor with n rows, such as
+            floats of shape (n,) or (n, k) for a regression.
         test_inputs, test_labels: the same for the test set.
-        classes: the classes' names.
+        classes: the classes' names; empty if the labels are no numbers of classes.
         mean, std: one finite number per channel, for pixels in 0..1; uint8 inputs only. Tensors and arrays, or tuples
             of NumPy's numbers, become tuples of floats.
+        validation_inputs, validation_labels: the same for the validation set, on which tickets are judged; None if there
+            is none, and then tickets are judged on the test set.
 
     Raises:
         UserError: if the parts do not match, if a tensor is not an ordinary one (sparse, nested, quantised or without
@@ -47,11 +51,13 @@ class Dataset:
     classes: tuple[str, ...]
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
+    validation_inputs: Tensor | None = None
+    validation_labels: Tensor | None = None
 
     def __post_init__(self) -> None:
         if not hasattr(self.classes, "__len__"):
             raise UserError(f"data set {self.name!r}: classes must be the names of the classes, got {self.classes!r}")
-        for split in ("train", "test"):
+        for split in self.splits:
             inputs, labels = getattr(self, f"{split}_inputs"), getattr(self, f"{split}_labels")
             where = f"data set {self.name!r}, {split} set"
             if not isinstance(inputs, Tensor) or not isinstance(labels, Tensor):
@@ -63,7 +69,9 @@ class Dataset:
                 raise UserError(f"{where}: it holds no example")
             if inputs.numel() == 0:
                 raise UserError(f"{where}: an example of shape {tuple(inputs.shape[1:])} holds no number")
-            if labels.shape != (len(inputs),) or labels.dtype != torch.int64:
+            if len(labels) != len(inputs):
+                raise UserError(f"{where}: expected one label per input, got {len(inputs)} inputs and {len(labels)} labels")
+            if self.classes and (labels.shape != (len(inputs),) or labels.dtype != torch.int64):
                 raise UserError(
                     f"{where}: expected int64 labels of shape ({len(inputs)},), one per input, "
                     f"got {labels.dtype} of shape {tuple(labels.shape)}"
@@ -73,7 +81,7 @@ class Dataset:
                     f"{where}: its inputs are {inputs.dtype} {tuple(inputs.shape[1:])}, "
                     f"the train set's {self.train_inputs.dtype} {tuple(self.train_inputs.shape[1:])}"
                 )
-            low, high = int(labels.min()), int(labels.max())
+            low, high = (int(labels.min()), int(labels.max())) if self.classes else (0, -1)
             if low < 0 or high >= len(self.classes):
                 bad = low if low < 0 else high
                 index = int((labels == bad).nonzero()[0])
@@ -95,7 +103,7 @@ class Dataset:
         elif not self.train_inputs.is_floating_point():
             raise UserError(f"data set {self.name!r}: inputs are uint8 images or floats, got {self.train_inputs.dtype}")
         else:
-            for split in ("train", "test"):
+            for split in self.splits:
                 _check_finite(f"data set {self.name!r}, {split} set", getattr(self, f"{split}_inputs"))
 
     @property
@@ -103,10 +111,21 @@ class Dataset:
         """The shape of one example."""
         return tuple(self.train_inputs.shape[1:])
 
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """The names of its parts: train, test, and validation if there is one."""
+        without = self.validation_inputs is None and self.validation_labels is None
+        return ("train", "test") if without else ("train", "test", "validation")
+
+    @property
+    def judged_on(self) -> str:
+        """The split on which tickets are judged: validation if there is one, else test."""
+        return self.splits[-1]
+
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 of everything in the data set that affects the bits of a training."""
-        tensors = (self.train_inputs, self.train_labels, self.test_inputs, self.test_labels)
+        """SHA-256 of everything in the data set that affects the bits of a training or the choice of a ticket."""
+        tensors = [getattr(self, f"{split}_{part}") for split in self.splits for part in ("inputs", "labels")]
         return fingerprint_of(len(self.classes), self.mean, self.std, [digest_of(tensor) for tensor in tensors])
 
 
@@ -138,6 +157,44 @@ def subset(dataset: Dataset, train_per_class: int | None = None, test_per_class:
     )
 
 
+def split_validation(dataset: Dataset, validation: float | int) -> Dataset:
+    """Return the data set with a validation set that is carved from its train set.
+
+    The examples are the first ones of a random permutation of the train set, which is the same for each seed of a study.
+    They stay in the order that they have in the train set. Mean and std stay those of the data set.
+
+    Args:
+        dataset: a data set without a validation set.
+        validation: the number of examples, or their share of the train set if it is less than 1.
+
+    Raises:
+        UserError: if there is a validation set already, or if it or the train set would have no example.
+
+    >>> from tombola.datasets.digits import digits
+    >>> found = split_validation(digits(), 0.1)
+    >>> len(found.train_inputs), len(found.validation_inputs)
+    (1217, 135)
+    """
+    examples = len(dataset.train_inputs)
+    if dataset.validation_inputs is not None:
+        raise UserError(f"task.validation: data set {dataset.name!r} has a validation set of its own; leave it out")
+    count = round(validation * examples) if validation < 1 else int(validation)
+    if not 1 <= count < examples:
+        raise UserError(
+            f"task.validation = {short(validation)}: {count} of the {examples} train examples of {dataset.name!r} would "
+            "be for validation; 1 or more are needed there, and for the training too"
+        )
+    order = torch.randperm(examples, generator=generator(0, "validation"))
+    chosen, kept = order[:count].sort().values, order[count:].sort().values
+    return replace(
+        dataset,
+        train_inputs=dataset.train_inputs[kept],
+        train_labels=dataset.train_labels[kept],
+        validation_inputs=dataset.train_inputs[chosen],
+        validation_labels=dataset.train_labels[chosen],
+    )
+
+
 def rank_in_class(labels: Tensor) -> Tensor:
     """Return for each example the number of earlier examples of its class: shape (n,), int64.
 
@@ -159,7 +216,7 @@ def digest_of(tensor: Tensor) -> list[str]:
 
 
 def fingerprint_of(classes: int, mean: tuple[float, ...], std: tuple[float, ...], digests: list[list[str]]) -> str:
-    """Return a data set's fingerprint from the digests of its four tensors: train inputs and labels, then test."""
+    """Return a data set's fingerprint from the digests of its tensors: inputs and labels of train, test, validation."""
     return hashlib.sha256(json.dumps([classes, mean, std, digests]).encode()).hexdigest()
 
 

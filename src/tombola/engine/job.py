@@ -148,7 +148,7 @@ def perform(job: Job, problem: Problem, resume: Checkpoint | None, watch: Watch)
 
     Args:
         job: the training.
-        problem: the data set, model and loss.
+        problem: the data set, model, loss and metrics.
         resume: the checkpoint to resume from; None to start at the beginning.
         watch: a function that is called after every iteration.
 
@@ -172,6 +172,7 @@ def perform(job: Job, problem: Problem, resume: Checkpoint | None, watch: Watch)
             begin=job.begin,
             end=job.end,
             loss=problem.loss,
+            metrics=problem.metrics,
             device=job.device,
             resume=resume,
             watch=clock,

@@ -13,10 +13,9 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from tombola import datasets, models
-from tombola.datasets.dataset import Dataset
+from tombola.datasets.dataset import Dataset, split_validation
 from tombola.errors import UserError, did_you_mean, short
 from tombola.importance import Importance, NetworkScore, as_importance, find
 from tombola.importance.importances import find_normalisation, find_score
@@ -25,6 +24,9 @@ from tombola.study.functions import is_here, resolve, source_hash
 from tombola.study.schema import Study, Task
 from tombola.training.evaluation import Loss
 from tombola.training.train import check_device, check_recipe_fits
+from tombola.training.loss_functions import LOSSES
+from tombola.training.metrics import ACCURACY, Measure, Metric, as_metric
+from tombola.training.metrics import find as find_metric
 from tombola.training.trial import guard, try_network
 
 COPIES = 4
@@ -43,6 +45,8 @@ class Problem:
         build: a function that builds the model; its random numbers come from torch's global generator.
         loss: a function of outputs and labels that returns the mean over the batch.
         identity: a document of JSON types that identifies all of these; it is a part of the name of a training.
+        metrics: the metrics, of which the first decides. They are no part of the name of a training: a metric that a
+            stored result does not have is computed from its weights.
 
     >>> load_problem(Task(dataset="digits", model="lenet_300_100", model_arguments={"inputs": 64})).data.input_shape
     (1, 8, 8)
@@ -52,6 +56,18 @@ class Problem:
     build: Callable[[], nn.Module]
     loss: Loss
     identity: Mapping[str, Any]
+    metrics: tuple[Metric, ...] = (ACCURACY,)
+
+    @property
+    def measure(self) -> Measure:
+        """What tickets are judged by: the first metric, on the validation set if there is one, else on the test set."""
+        return self.metrics[0].on(self.data.judged_on)
+
+    @property
+    def measures(self) -> list[Measure]:
+        """All metrics on all splits that are evaluated, the one that tickets are judged by first."""
+        splits = dict.fromkeys((self.data.judged_on, "test"))
+        return [metric.on(split) for split in splits for metric in self.metrics]
 
 
 def load_problem(task: Task, directory: Path | None = None) -> Problem:
@@ -70,12 +86,28 @@ def load_problem(task: Task, directory: Path | None = None) -> Problem:
     with steady_source([name for name in task.own_code if not is_here(name)]):
         data = load_data(task, directory)
         model, model_identity = _function("model", task.model, models.MODELS, task.model_arguments)
-        loss, loss_identity = _function("loss", task.loss, {"cross_entropy": functional.cross_entropy}, {})
+        loss, loss_identity = _function("loss", task.loss, LOSSES, {})
+        metrics = tuple(_load_metric(name) for name in task.metrics)
     build = _checked(f"task.model {task.model!r}", model)
     if task.model in models.MODELS:
         _check_memory(task.model, build)
     identity = {"data": data.fingerprint, "model": model_identity, "loss": loss_identity}
-    return Problem(data, build, loss, identity)
+    return Problem(data, build, loss, identity, metrics)
+
+
+def _load_metric(name: str) -> Metric:
+    """Return a metric by its name, or a user's own by its reference; its key has the hash of its source."""
+    if ":" not in name:
+        try:
+            return find_metric(name)
+        except UserError as error:
+            raise UserError(f"task.metrics: {error}") from None
+    function = resolve(name, "task.metrics")
+    label = str(getattr(function, "__name__", None) or name.rpartition(":")[2]).replace("<lambda>", "metric")
+    try:
+        return as_metric(function, label, f"{name} {source_hash(name)[:16]}")
+    except UserError as error:
+        raise UserError(f"task.metrics {name!r}: {error}") from error
 
 
 def resolve_importance(name: str) -> Importance:
@@ -133,7 +165,7 @@ def try_out(problem: Problem, study: Study) -> None:
     check_recipe_fits(recipe, data)
     check_device(study.device)
     names = {"model_name": f"task.model {task.model!r}", "loss_name": f"task.loss {task.loss!r}"}
-    try_network(problem.build, problem.loss, data, recipe, **names)
+    try_network(problem.build, problem.loss, data, recipe, problem.metrics, **names)
 
 
 def _check_memory(name: str, build: Callable[[], nn.Module]) -> None:
@@ -172,10 +204,11 @@ def load_data(task: Task, directory: Path | None = None) -> Dataset:
     """
     what = f"task.dataset {task.dataset!r}"
     if ":" not in task.dataset:
-        return guard(what, partial(datasets.load, task.dataset, directory, **task.dataset_arguments))()
+        data: Dataset = guard(what, partial(datasets.load, task.dataset, directory, **task.dataset_arguments))()
+        return data if task.validation is None else split_validation(data, task.validation)
     function = _call(what, resolve(task.dataset, "task.dataset"), task.dataset_arguments)
-    data: Dataset = guard(what, function, Dataset, "a tombola.Dataset")()
-    return data
+    data = guard(what, function, Dataset, "a tombola.Dataset")()
+    return data if task.validation is None else split_validation(data, task.validation)
 
 
 def _function(

@@ -1,9 +1,10 @@
-"""Evaluation: the predictions of a model on the test set, their accuracy and their loss."""
+"""Evaluation: the outputs of a model on a split of the data, their metrics and their loss."""
 
 from __future__ import annotations
 
 import math
-from typing import TypeAlias
+from collections.abc import Iterator, Sequence
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from torch.nn import functional
 from tombola import kernels
 from tombola.datasets.dataset import Dataset
 from tombola.training.batches import normalisation
+from tombola.training.metrics import ACCURACY, LOSS, Metric, name_metric
 
 Loss: TypeAlias = kernels.Loss
 """A function (outputs of the model, labels) -> scalar, the mean over the batch."""
@@ -24,17 +26,68 @@ def evaluate(model: nn.Module, data: Dataset, loss: Loss = functional.cross_entr
 
     An example for which an output is NaN counts as wrong.
     """
-    outputs = predict(model, data)
-    accuracy = float(((outputs.argmax(1) == data.test_labels) & ~outputs.isnan().any(1)).double().mean())
-    test_loss = float(loss(outputs, data.test_labels.clone()))  # a copy, because a loss may change its labels
-    return accuracy, test_loss if math.isfinite(test_loss) else None
+    values, test_loss = measure(model, data, loss, [ACCURACY])
+    accuracy = values[ACCURACY.key]
+    assert accuracy is not None
+    return accuracy, test_loss
 
 
-def predict(model: nn.Module, data: Dataset) -> Tensor:
-    """Return the model's outputs, shape (test examples, classes), in evaluation mode."""
+def measure(
+    model: nn.Module, data: Dataset, loss: Loss, metrics: Sequence[Metric], split: str = "test"
+) -> tuple[dict[str, float | None], float | None]:
+    """Return the metrics of a model on a split by their keys, and the mean loss; None for what is not finite.
+
+    Outputs of one row for each example are kept for the loss, which is computed once over the split. Larger outputs,
+    such as those for each token of a text, are not: their loss is the mean over batches, weighted by examples.
+
+    Args:
+        model: the network.
+        data: the data set.
+        loss: a function of outputs and targets that returns the mean over the batch.
+        metrics: the metrics to compute.
+        split: "test" or "validation".
+
+    Raises:
+        UserError: if a metric cannot take the outputs.
+    """
+    states: dict[str, Any] = {}
+    kept: list[Tensor] = []
+    total, count = 0.0, 0
+    for outputs, targets in list_outputs(model, data, split):
+        for metric in metrics:
+            if metric is not LOSS:
+                with name_metric(metric):
+                    states[metric.key] = metric.add(states.get(metric.key), outputs, targets)
+        if outputs.ndim <= 2 and len(outputs) == len(targets):
+            kept.append(outputs)
+        else:
+            total += len(targets) * float(loss(outputs, targets.clone()))
+            count += len(targets)
+    if kept:  # a copy of the targets, because a loss may change them
+        mean = float(loss(torch.cat(kept), getattr(data, f"{split}_labels").clone()))
+    else:
+        mean = total / count
+    values = {}
+    for metric in metrics:
+        with name_metric(metric):
+            value = mean if metric is LOSS else metric.value(states[metric.key])
+        values[metric.key] = value if math.isfinite(value) else None
+    return values, mean if math.isfinite(mean) else None
+
+
+def predict(model: nn.Module, data: Dataset, split: str = "test") -> Tensor:
+    """Return the model's outputs on a split in evaluation mode, shape (examples, classes)."""
+    return torch.cat([outputs for outputs, _ in list_outputs(model, data, split)])
+
+
+def list_outputs(model: nn.Module, data: Dataset, split: str = "test") -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield the model's outputs on a split in evaluation mode, and the targets, batch after batch."""
     model.eval()
     normalise = normalisation(data)
-    with torch.inference_mode():
-        parts = torch.split(data.test_inputs, _BATCH_SIZE)
-        # The inputs are copied, because the first layer of a model may change them in place.
-        return torch.cat([model(normalise(part.clone())).float() for part in parts])
+    inputs, targets = getattr(data, f"{split}_inputs"), getattr(data, f"{split}_labels")
+    for part, true in zip(torch.split(inputs, _BATCH_SIZE), torch.split(targets, _BATCH_SIZE), strict=True):
+        with torch.inference_mode():
+            # The inputs are copied, because the first layer of a model may change them in place.
+            outputs = model(normalise(part.clone())).float()
+        yield outputs, true
+

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -18,10 +18,11 @@ from tombola.pruning.mask import Mask
 from tombola.streams import ambient
 from tombola.training.batches import batches
 from tombola.training.determinism import deterministic_algorithms, flush_denormals, seed_random_layers
-from tombola.training.evaluation import Loss, evaluate
+from tombola.training.evaluation import Loss, measure
 from tombola.training.graphs import RecordedStep, can_be_recorded
 from tombola.training.history import Checkpoint, History, Trained, Watch
 from tombola.training.losses import Losses
+from tombola.training.metrics import ACCURACY, LOSS, Metric
 from tombola.training.optimizer import Optimizer
 from tombola.training.recipe import Augmentation, Recipe
 from tombola.training.weights import State, Weights, apply_mask, load_state, zero_pruned
@@ -51,6 +52,7 @@ def train(
     begin: int = 0,
     end: int | None = None,
     loss: Loss = functional.cross_entropy,
+    metrics: Sequence[Metric] = (ACCURACY,),
     device: str = "cpu",
     resume: Checkpoint | None = None,
     watch: Watch | None = None,
@@ -70,6 +72,7 @@ def train(
         seed: the seed of the data order, the augmentation and random layers such as dropout.
         begin, end: the range of iterations, begin..end-1; by default the complete training.
         loss: a function of outputs and labels that returns the mean over the batch.
+        metrics: the metrics to compute at the end, on the test set and on the validation set if there is one.
         device: the device to train on, "cpu" or "cuda"; the data set is copied to a GPU too.
         resume: the checkpoint to resume from; a training that is stopped and resumed ends with the same bits.
         watch: a function that is called after every iteration, for progress and checkpoints; see `Watch`.
@@ -124,11 +127,25 @@ def train(
         state = apply_mask(step.state(), mask)
         diverged = diverged or not _is_finite(state, model, initial)
         with step.autocast:
-            accuracy, test_loss = (None, None) if diverged else evaluate(model, data, loss)
+            history = History() if diverged else evaluate_history(model, data, loss, metrics)
     diverged_at = losses.iteration - 1 if diverged else None
-    history = History(losses.epoch_means(), accuracy, test_loss, diverged_at)
+    history = replace(history, losses=losses.epoch_means(), diverged_at=diverged_at)
     weights = Weights.of({name: tensor.cpu().contiguous() for name, tensor in state.items()})
     return Trained(weights, history, losses.values().cpu())
+
+
+def evaluate_history(model: nn.Module, data: Dataset, loss: Loss, metrics: Sequence[Metric]) -> History:
+    """Return the metrics of a trained model on the test set, and on the validation set if there is one."""
+    others: dict[str, dict[str, float | None]] = {}
+    values, test_loss = measure(model, data, loss, metrics)
+    accuracy = values.pop(ACCURACY.key, None)
+    values.pop(LOSS.key, None)
+    if values:
+        others["test"] = values
+    if data.validation_inputs is not None:
+        values, validation_loss = measure(model, data, loss, metrics, "validation")
+        others["validation"] = values | {LOSS.key: validation_loss}
+    return History(test_accuracy=accuracy, test_loss=test_loss, metrics=others)
 
 
 def check_recipe_fits(recipe: Recipe, data: Dataset) -> None:
@@ -214,5 +231,5 @@ def move_data(data: Dataset, device: str) -> Dataset:
 @functools.lru_cache(maxsize=1)
 def _copy_data(data: Dataset, device: str) -> Dataset:
     """Copy a data set to a GPU; keep the last copy, since many trainings use the same data."""
-    tensors = ("train_inputs", "train_labels", "test_inputs", "test_labels")
-    return replace(data, **{name: getattr(data, name).to(device) for name in tensors})
+    tensors = {name: value for name, value in vars(data).items() if isinstance(value, Tensor)}
+    return replace(data, **{name: tensor.to(device) for name, tensor in tensors.items()})
