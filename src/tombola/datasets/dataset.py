@@ -29,8 +29,8 @@ class Dataset:
         classes: the classes' names; empty if the labels are no numbers of classes.
         mean, std: one finite number per channel, for pixels in 0..1; uint8 inputs only. Tensors and arrays, or tuples
             of NumPy's numbers, become tuples of floats.
-        validation_inputs, validation_labels: the same for the validation set, on which tickets are judged; None if there
-            is none, and then tickets are judged on the test set.
+        validation_inputs, validation_labels: the same for the validation set, on which tickets are judged; None
+            if there is none, and then tickets are judged on the test set.
 
     Raises:
         UserError: if the parts do not match, if a tensor is not an ordinary one (sparse, nested, quantised or without
@@ -70,7 +70,9 @@ class Dataset:
             if inputs.numel() == 0:
                 raise UserError(f"{where}: an example of shape {tuple(inputs.shape[1:])} holds no number")
             if len(labels) != len(inputs):
-                raise UserError(f"{where}: expected one label per input, got {len(inputs)} inputs and {len(labels)} labels")
+                raise UserError(
+                    f"{where}: expected one label per input, got {len(inputs)} inputs and {len(labels)} labels"
+                )
             if self.classes and (labels.shape != (len(inputs),) or labels.dtype != torch.int64):
                 raise UserError(
                     f"{where}: expected int64 labels of shape ({len(inputs)},), one per input, "
@@ -160,8 +162,8 @@ def subset(dataset: Dataset, train_per_class: int | None = None, test_per_class:
 def split_validation(dataset: Dataset, validation: float | int) -> Dataset:
     """Return the data set with a validation set that is carved from its train set.
 
-    The examples are the first ones of a random permutation of the train set, which is the same for each seed of a study.
-    They stay in the order that they have in the train set. Mean and std stay those of the data set.
+    The examples are the first ones of one random permutation of the train set, whatever the seeds of a study. They
+    stay in the order that they have in the train set. Mean and std stay those of the data set.
 
     Args:
         dataset: a data set without a validation set.
@@ -181,8 +183,8 @@ def split_validation(dataset: Dataset, validation: float | int) -> Dataset:
     count = round(validation * examples) if validation < 1 else int(validation)
     if not 1 <= count < examples:
         raise UserError(
-            f"task.validation = {short(validation)}: {count} of the {examples} train examples of {dataset.name!r} would "
-            "be for validation; 1 or more are needed there, and for the training too"
+            f"task.validation = {short(validation)}: {count} of the {examples} train examples of {dataset.name!r} "
+            "would be for validation; 1 or more are needed there, and for the training too"
         )
     order = torch.randperm(examples, generator=generator(0, "validation"))
     chosen, kept = order[:count].sort().values, order[count:].sort().values

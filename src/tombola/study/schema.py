@@ -48,7 +48,8 @@ class Task(BaseModel):
         description="names of metrics, or module:function of (outputs, labels); tickets are judged by the first",
     )
     validation: float | int | None = Field(
-        default=None, description="share or number of the training examples to judge tickets on, instead of the test set"
+        default=None,
+        description="share or number of the training examples to judge tickets on, instead of the test set",
     )
 
     @property

@@ -23,10 +23,10 @@ from tombola.study.code import steady_source
 from tombola.study.functions import is_here, resolve, source_hash
 from tombola.study.schema import Study, Task
 from tombola.training.evaluation import Loss
-from tombola.training.train import check_device, check_recipe_fits
 from tombola.training.loss_functions import LOSSES
 from tombola.training.metrics import ACCURACY, Measure, Metric, as_metric
 from tombola.training.metrics import find as find_metric
+from tombola.training.train import check_device, check_recipe_fits
 from tombola.training.trial import guard, try_network
 
 COPIES = 4

@@ -64,9 +64,8 @@ def measure(
             total += len(targets) * float(loss(outputs, targets.clone()))
             count += len(targets)
     if kept:  # a copy of the targets, because a loss may change them
-        mean = float(loss(torch.cat(kept), getattr(data, f"{split}_labels").clone()))
-    else:
-        mean = total / count
+        total, count = float(loss(torch.cat(kept), getattr(data, f"{split}_labels").clone())), 1
+    mean = total / count
     values = {}
     for metric in metrics:
         with name_metric(metric):
@@ -90,4 +89,3 @@ def list_outputs(model: nn.Module, data: Dataset, split: str = "test") -> Iterat
             # The inputs are copied, because the first layer of a model may change them in place.
             outputs = model(normalise(part.clone())).float()
         yield outputs, true
-

@@ -54,8 +54,10 @@ class History:
         >>> History(metrics={"validation": {"r2": 0.5}}).value(Measure("r2", split="validation"))
         0.5
         """
-        own = {"accuracy": self.test_accuracy, "loss": self.test_loss} if measure.split == "test" else {}
-        return (own | {**self.metrics.get(measure.split, {})}).get(measure.key)
+        own: dict[str, float | None] = {"loss": self.test_loss} if measure.split == "test" else {}
+        if measure.split == "test" and self.test_accuracy is not None:
+            own["accuracy"] = self.test_accuracy
+        return ({**self.metrics.get(measure.split, {})} | own).get(measure.key)
 
     def to_json(self) -> dict[str, Any]:
         """Return the history as a document of JSON types; without other metrics, as it was before there were any."""

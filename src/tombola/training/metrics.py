@@ -81,6 +81,10 @@ class Measure:
         """
         return f"{self.scale * value:{'+' if sign else ''}{'.2f' if self.percent else '.4g'}}"
 
+    def spread(self, std: float) -> str:
+        """Return a standard deviation: two decimals in percent, else two significant digits."""
+        return self.figure(std) if self.percent else f"{std:.2g}"
+
     def text(self, value: float) -> str:
         """Return a value with its unit."""
         return self.figure(value) + (" %" if self.percent else "")
@@ -88,6 +92,10 @@ class Measure:
     def gain(self, value: float, other: float) -> float:
         """Return by how much a value is better than another; it is negative if it is worse."""
         return value - other if self.higher_is_better else other - value
+
+
+TEST_ACCURACY = Measure()
+"""What tickets are judged by unless a task says otherwise."""
 
 
 @dataclass(frozen=True)
@@ -333,7 +341,9 @@ METRICS: dict[str, Metric] = {
         _share("token_accuracy", _right),
         _sum("f1", higher=True, parts=_confusion, value=_f1, percent=True, label="F1", of_classes=True),
         _sum("mean_iou", higher=True, parts=_confusion, value=_iou, percent=True, label="mean IoU", of_classes=True),
-        _sum("cross_entropy", higher=False, parts=_cross_entropies, value=_mean, label="cross-entropy", of_classes=True),
+        _sum(
+            "cross_entropy", higher=False, parts=_cross_entropies, value=_mean, label="cross-entropy", of_classes=True
+        ),
         _sum("perplexity", higher=False, parts=_cross_entropies, value=_perplexity, of_classes=True),
         MSE,
         _sum("mae", higher=False, parts=_errors(torch.abs), value=_mean, label="MAE"),
@@ -362,9 +372,9 @@ def find(name: str) -> Metric:
     Raises:
         UserError: if there is none of this name.
 
-    >>> find("acuracy")
+    >>> find("perplexitty")
     Traceback (most recent call last):
-    tombola.errors.UserError: unknown metric 'acuracy'; did you mean 'accuracy'? (or give module:function of your own)
+    tombola.errors.UserError: unknown metric 'perplexitty'; did you mean 'perplexity'? (or give module:function of your own)
     """
     if name not in METRICS:
         raise UserError(f"unknown metric {name!r}; {did_you_mean(name, METRICS)} (or give module:function of your own)")
@@ -432,7 +442,9 @@ def _of_torchmetrics(build: Callable[[], Any], name: str, key: str) -> Metric:
     with attribute_failure(name):
         one = build()
     if not all(callable(getattr(one, method, None)) for method in ("update", "compute")):
-        raise UserError(f"expected a function of (outputs, targets), or one that gives a torchmetrics.Metric, got {one!r}")
+        raise UserError(
+            f"expected a function of (outputs, targets), or one that gives a torchmetrics.Metric, got {one!r}"
+        )
     higher = one.higher_is_better
     if not isinstance(higher, bool):
         raise UserError(f"{type(one).__name__} does not say which way is better; set its higher_is_better")

@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -127,25 +129,53 @@ def train(
         state = apply_mask(step.state(), mask)
         diverged = diverged or not _is_finite(state, model, initial)
         with step.autocast:
-            history = History() if diverged else evaluate_history(model, data, loss, metrics)
+            history = History() if diverged else _summarise(evaluate_splits(model, data, loss, metrics))
     diverged_at = losses.iteration - 1 if diverged else None
     history = replace(history, losses=losses.epoch_means(), diverged_at=diverged_at)
     weights = Weights.of({name: tensor.cpu().contiguous() for name, tensor in state.items()})
     return Trained(weights, history, losses.values().cpu())
 
 
-def evaluate_history(model: nn.Module, data: Dataset, loss: Loss, metrics: Sequence[Metric]) -> History:
-    """Return the metrics of a trained model on the test set, and on the validation set if there is one."""
-    others: dict[str, dict[str, float | None]] = {}
-    values, test_loss = measure(model, data, loss, metrics)
-    accuracy = values.pop(ACCURACY.key, None)
-    values.pop(LOSS.key, None)
-    if values:
-        others["test"] = values
-    if data.validation_inputs is not None:
-        values, validation_loss = measure(model, data, loss, metrics, "validation")
-        others["validation"] = values | {LOSS.key: validation_loss}
-    return History(test_accuracy=accuracy, test_loss=test_loss, metrics=others)
+def evaluate_state(
+    model: nn.Module,
+    state: State,
+    data: Dataset,
+    loss: Loss,
+    metrics: Sequence[Metric],
+    *,
+    device: str = "cpu",
+    precision: str = "float32",
+) -> dict[str, dict[str, float | None]]:
+    """Return the metrics of a network in a trained state, by split and by key, see `evaluate_splits`.
+
+    Args:
+        model: the network; it is copied, and its own weights are ignored.
+        state: the trained state.
+        data, loss, metrics, device: as for `train`.
+        precision: the precision of activations, as in the recipe.
+    """
+    model = load_model(model, state, Mask({}, {}), device)
+    autocast = torch.autocast(device, torch.bfloat16) if precision == "bfloat16" else nullcontext()
+    with ambient(0), flush_denormals(), deterministic_algorithms(device), autocast:
+        return evaluate_splits(model, move_data(data, device), loss, metrics)
+
+
+def evaluate_splits(
+    model: nn.Module, data: Dataset, loss: Loss, metrics: Sequence[Metric]
+) -> dict[str, dict[str, float | None]]:
+    """Return metrics and loss on the test set, and on the validation set if there is one, by split and by key."""
+    found = {}
+    for split in data.splits[1:]:
+        values, mean = measure(model, data, loss, metrics, split)
+        found[split] = values | {LOSS.key: mean}
+    return found
+
+
+def _summarise(found: dict[str, dict[str, float | None]]) -> History:
+    """Return the history with these metrics: accuracy and loss of the test set have fields of their own."""
+    accuracy, loss = (found["test"].pop(key, None) for key in (ACCURACY.key, LOSS.key))
+    metrics = {split: values for split, values in found.items() if values}
+    return History(test_accuracy=accuracy, test_loss=loss, metrics=metrics)
 
 
 def check_recipe_fits(recipe: Recipe, data: Dataset) -> None:
@@ -231,5 +261,5 @@ def move_data(data: Dataset, device: str) -> Dataset:
 @functools.lru_cache(maxsize=1)
 def _copy_data(data: Dataset, device: str) -> Dataset:
     """Copy a data set to a GPU; keep the last copy, since many trainings use the same data."""
-    tensors = {name: value for name, value in vars(data).items() if isinstance(value, Tensor)}
-    return replace(data, **{name: tensor.to(device) for name, tensor in tensors.items()})
+    moved: dict[str, Any] = {name: t.to(device) for name, t in vars(data).items() if isinstance(t, Tensor)}
+    return replace(data, **moved)

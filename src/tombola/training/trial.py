@@ -85,8 +85,8 @@ def try_network(
             for metric in metrics:
                 if values[metric.key] is None:
                     raise UserError(
-                        f"task.metrics {metric.name!r}: on {len(getattr(few, f'{split}_labels'))} examples of the {split} "
-                        f"set, with the initial weights of {model_name.removeprefix('task.model ')}, it is NaN or infinite"
+                        f"task.metrics {metric.name!r}: on a few examples of the {split} set, with the initial weights "
+                        f"of {model_name.removeprefix('task.model ')}, it is NaN or infinite"
                     )
 
 
