@@ -101,7 +101,7 @@ def _load_metric(name: str) -> Metric:
         try:
             return find_metric(name)
         except UserError as error:
-            raise UserError(f"task.metrics: {error}") from None
+            raise UserError(f"task.metrics: {error} (or give module:function of your own)") from None
     function = resolve(name, "task.metrics")
     label = str(getattr(function, "__name__", None) or name.rpartition(":")[2]).replace("<lambda>", "metric")
     try:

@@ -374,10 +374,10 @@ def find(name: str) -> Metric:
 
     >>> find("perplexitty")
     Traceback (most recent call last):
-    tombola.errors.UserError: unknown metric 'perplexitty'; did you mean 'perplexity'? (or give module:function of your own)
+    tombola.errors.UserError: unknown metric 'perplexitty'; did you mean 'perplexity'?
     """
     if name not in METRICS:
-        raise UserError(f"unknown metric {name!r}; {did_you_mean(name, METRICS)} (or give module:function of your own)")
+        raise UserError(f"unknown metric {name!r}; {did_you_mean(name, METRICS)}")
     return METRICS[name]
 
 
