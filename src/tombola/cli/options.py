@@ -137,7 +137,8 @@ def add_margin(parser: argparse.ArgumentParser) -> None:
         type=percentage_points,
         default=0.5,
         metavar="X",
-        help="a ticket keeps the accuracy if it loses at most this many percentage points (%(default)s)",
+        help="a ticket keeps the accuracy if it loses at most this many percentage points (%(default)s); for a metric "
+        "that is not a share, percent of the dense network's value",
     )
 
 

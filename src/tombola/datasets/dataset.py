@@ -16,6 +16,7 @@ from torch import Tensor
 from tombola.datasets.drawn import Drawn
 from tombola.errors import UserError, short
 from tombola.inputs import Tensors, count_examples, list_tensors, select
+from tombola.streams import generator
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,6 +39,8 @@ class Dataset:
             of NumPy's numbers, become tuples of floats.
         drawn: the batches of the train set, if a function of the user draws them; then the train set above holds only
             the first examples. See `tombola.datasets.own_batches`.
+        validation_inputs, validation_labels: the same for the validation set, on which tickets are judged; None
+            if there is none, and then tickets are judged on the test set.
 
     Raises:
         UserError: if the parts do not match, if a tensor is not an ordinary one (sparse, nested, quantised or without
@@ -62,11 +65,13 @@ class Dataset:
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
     drawn: Drawn | None = None
+    validation_inputs: Tensors | None = None
+    validation_labels: Tensors | None = None
 
     def __post_init__(self) -> None:
         if not hasattr(self.classes, "__len__"):
             raise UserError(f"data set {self.name!r}: classes must be the names of the classes, got {self.classes!r}")
-        for split in ("train", "test"):
+        for split in self.splits:
             inputs, labels = getattr(self, f"{split}_inputs"), getattr(self, f"{split}_labels")
             where = f"data set {self.name!r}, {split} set"
             _check_ordinary(where, inputs, labels)
@@ -84,7 +89,7 @@ class Dataset:
             _check_images(self)
         elif self.mean + self.std and not all(t.is_floating_point() for t in list_tensors(self.train_inputs).values()):
             raise UserError(f"data set {self.name!r}: mean and std are for uint8 images; leave them out")
-        for split in ("train", "test"):
+        for split in self.splits:
             for name, tensor in list_tensors(getattr(self, f"{split}_inputs")).items():
                 if tensor.is_floating_point() or tensor.is_complex():
                     _check_finite(f"data set {self.name!r}, {split} set", name, tensor)
@@ -100,6 +105,10 @@ class Dataset:
         """The number of examples in an epoch."""
         drawn = self.drawn
         return self.held_examples if drawn is None else (drawn.per_epoch - 1) * drawn.batch_size + drawn.smallest
+
+    def count(self, split: str) -> int:
+        """Return the number of examples of a split: "train", "test" or "validation"."""
+        return self.train_examples if split == "train" else count_examples(getattr(self, f"{split}_inputs"))
 
     @property
     def held_examples(self) -> int:
@@ -127,12 +136,23 @@ class Dataset:
             raise UserError(f"data set {self.name!r}: its inputs are several tensors and have no single shape")
         return tuple(self.train_inputs.shape[1:])
 
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """The names of its parts: train, test, and validation if there is one."""
+        without = self.validation_inputs is None and self.validation_labels is None
+        return ("train", "test") if without else ("train", "test", "validation")
+
+    @property
+    def judged_on(self) -> str:
+        """The split on which tickets are judged: validation if there is one, else test."""
+        return self.splits[-1]
+
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 of everything in the data set that affects the bits of a training."""
-        parts = (self.train_inputs, self.train_labels, self.test_inputs, self.test_labels)
+        """SHA-256 of everything in the data set that affects the bits of a training or the choice of a ticket."""
         if self.drawn is not None:
             return self.drawn.fingerprint
+        parts = [getattr(self, f"{split}_{part}") for split in self.splits for part in ("inputs", "labels")]
         return fingerprint_of(len(self.classes), self.mean, self.std, [digest_of_part(part) for part in parts])
 
 
@@ -161,6 +181,48 @@ def subset(dataset: Dataset, train_per_class: int | None = None, test_per_class:
         train_labels=select(dataset.train_labels, train),
         test_inputs=select(dataset.test_inputs, test),
         test_labels=select(dataset.test_labels, test),
+    )
+
+
+def split_validation(dataset: Dataset, validation: float | int) -> Dataset:
+    """Return the data set with a validation set that is carved from its train set.
+
+    The examples are the first ones of one random permutation of the train set, whatever the seeds of a study. They
+    stay in the order that they have in the train set. Mean and std stay those of the data set.
+
+    Args:
+        dataset: a data set without a validation set.
+        validation: the number of examples, or their share of the train set if it is less than 1.
+
+    Raises:
+        UserError: if there is a validation set already, or if it or the train set would have no example.
+
+    >>> from tombola.datasets.digits import digits
+    >>> found = split_validation(digits(), 0.1)
+    >>> len(found.train_inputs), len(found.validation_inputs)
+    (1217, 135)
+    """
+    examples = dataset.held_examples
+    if dataset.drawn is not None:
+        raise UserError(
+            f"task.validation: the training examples of {dataset.name!r} are drawn by a function; let it draw others"
+        )
+    if dataset.validation_inputs is not None:
+        raise UserError(f"task.validation: data set {dataset.name!r} has a validation set of its own; leave it out")
+    count = round(validation * examples) if validation < 1 else int(validation)
+    if not 1 <= count < examples:
+        raise UserError(
+            f"task.validation = {short(validation)}: {count} of the {examples} train examples of {dataset.name!r} "
+            "would be for validation; 1 or more are needed there, and for the training too"
+        )
+    order = torch.randperm(examples, generator=generator(0, "validation"))
+    chosen, kept = order[:count].sort().values, order[count:].sort().values
+    return replace(
+        dataset,
+        train_inputs=select(dataset.train_inputs, kept),
+        train_labels=select(dataset.train_labels, kept),
+        validation_inputs=select(dataset.train_inputs, chosen),
+        validation_labels=select(dataset.train_labels, chosen),
     )
 
 
@@ -195,7 +257,7 @@ def digest_of_part(part: Tensors) -> list[Any]:
 def fingerprint_of(
     classes: int, mean: tuple[float, ...], std: tuple[float, ...], digests: Sequence[Sequence[Any]]
 ) -> str:
-    """Return a data set's fingerprint from the digests of its four parts: train inputs and labels, then test."""
+    """Return a data set's fingerprint from the digests of inputs and labels of its splits: train, test, validation."""
     return hashlib.sha256(json.dumps([classes, mean, std, digests]).encode()).hexdigest()
 
 

@@ -156,7 +156,7 @@ def perform(job: Job, problem: Problem, resume: Checkpoint | None, watch: Watch)
 
     Args:
         job: the training.
-        problem: the data set, model and loss.
+        problem: the data set, model, loss and metrics.
         resume: the checkpoint to resume from; None to start at the beginning.
         watch: a function that is called after every iteration.
 
@@ -196,6 +196,7 @@ def perform(job: Job, problem: Problem, resume: Checkpoint | None, watch: Watch)
             step=problem.step,
             optimizer=functions.get("optimizer"),
             schedule=functions.get("schedule"),
+            metrics=problem.metrics,
             device=job.device,
             kernels=job.sparse,
             resume=resume,

@@ -30,7 +30,7 @@ _PLACES = [
     _FOLDER,
     _RESULT,
     *_FILES.values(),
-    re.compile(rf"results/{_SPREAD}/(result\.json|weights\.safetensors|SHA256SUMS|record\.json)"),
+    re.compile(rf"results/{_SPREAD}/(result\.json|weights\.safetensors|SHA256SUMS|record\.json|metrics\.json)"),
     re.compile(f"runs/{RUN.pattern}"),
     re.compile(f"claims/{KEY.pattern}"),
     re.compile(r"store\.json|\.store\.json\..+"),

@@ -15,10 +15,9 @@ import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from tombola import datasets, models
-from tombola.datasets.dataset import Dataset
+from tombola.datasets.dataset import Dataset, split_validation
 from tombola.datasets.drawn import Drawn
 from tombola.datasets.own_batches import dataset_of_batches
 from tombola.errors import UserError, did_you_mean, short
@@ -35,6 +34,9 @@ from tombola.study.functions import is_here, resolve, source_hash
 from tombola.study.schema import Study, Task
 from tombola.training.behaviour import Behaviour, observe
 from tombola.training.evaluation import Loss
+from tombola.training.loss_functions import LOSSES
+from tombola.training.metrics import ACCURACY, Measure, Metric, as_metric
+from tombola.training.metrics import find as find_metric
 from tombola.training.recipe import Recipe
 from tombola.training.train import check_device, check_recipe_fits, initial_state
 from tombola.training.trial import guard, try_network
@@ -59,6 +61,8 @@ class Problem:
         step: a function (model, inputs, labels) -> loss, which training uses instead; None for forward and loss.
         checkpoint: the initial state of all seeds; None if each seed draws its own.
         identity: a document of JSON types that identifies all of these; it is a part of the name of a training.
+        metrics: the metrics, of which the first decides. They are no part of the name of a training: a metric that a
+            stored result does not have is computed from its weights.
 
     >>> load_problem(Task(dataset="digits", model="lenet_300_100", model_arguments={"inputs": 64})).data.input_shape
     (1, 8, 8)
@@ -71,6 +75,7 @@ class Problem:
     forward: Forward = call
     step: OwnStep | None = None
     checkpoint: State | None = None
+    metrics: tuple[Metric, ...] = (ACCURACY,)
 
     def initial(self, seed: int) -> State:
         """Return the initial state of a seed: that of the checkpoint, or one that is drawn."""
@@ -90,6 +95,17 @@ class Problem:
         names = {part: f"task.{part} {self.identity[part]['name']!r}" for part in parts}
         return observe(self.build, self.loss, self.data, forward=self.forward, step=self.step, names=names)
 
+    @property
+    def measure(self) -> Measure:
+        """What tickets are judged by: the first metric, on the validation set if there is one, else on the test set."""
+        return self.metrics[0].on(self.data.judged_on)
+
+    @property
+    def measures(self) -> list[Measure]:
+        """All metrics on all splits that are evaluated, the one that tickets are judged by first."""
+        splits = dict.fromkeys((self.data.judged_on, "test"))
+        return [metric.on(split) for split in splits for metric in self.metrics]
+
 
 def load_problem(task: Task, directory: Path | None = None) -> Problem:
     """Load the data set, model and loss that a task names.
@@ -107,7 +123,8 @@ def load_problem(task: Task, directory: Path | None = None) -> Problem:
     with steady_source([name for name in task.own_code if not is_here(name)]):
         data = load_data(task, directory)
         model, model_identity = _function("model", task.model, models.MODELS, task.model_arguments)
-        loss, loss_identity = _function("loss", task.loss, {"cross_entropy": functional.cross_entropy}, {})
+        loss, loss_identity = _function("loss", task.loss, LOSSES, {})
+        metrics = tuple(_load_metric(name) for name in task.metrics)
         own = {
             field: _function(field, name, {}, {})
             for field, name in (("forward", task.forward), ("step", task.step))
@@ -122,7 +139,7 @@ def load_problem(task: Task, directory: Path | None = None) -> Problem:
         identity["depends"] = identify_all(task.depends)
     functions = {field: function for field, (function, _) in own.items()}
     checkpoint = None if task.checkpoint is None else _load_checkpoint(task.checkpoint, build)
-    return Problem(data, build, loss, identity, **functions, checkpoint=checkpoint)
+    return Problem(data, build, loss, identity, **functions, checkpoint=checkpoint, metrics=metrics)
 
 
 def _load_checkpoint(path: str, build: Callable[[], nn.Module]) -> State:
@@ -157,6 +174,21 @@ def _load_checkpoint(path: str, build: Callable[[], nn.Module]) -> State:
     }
     load_state(model, state, where)
     return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+
+
+def _load_metric(name: str) -> Metric:
+    """Return a metric by its name, or a user's own by its reference; its key has the hash of its source."""
+    if ":" not in name:
+        try:
+            return find_metric(name)
+        except UserError as error:
+            raise UserError(f"task.metrics: {error} (or give module:function of your own)") from None
+    function = resolve(name, "task.metrics")
+    label = str(getattr(function, "__name__", None) or name.rpartition(":")[2]).replace("<lambda>", "metric")
+    try:
+        return as_metric(function, label, f"{name} {source_hash(name)[:16]}")
+    except UserError as error:
+        raise UserError(f"task.metrics {name!r}: {error}") from error
 
 
 def resolve_importance(name: str) -> Importance:
@@ -246,6 +278,7 @@ def try_out(problem: Problem, study: Study) -> None:
         schedule=functions.get("schedule"),
         forward=problem.forward,
         step=problem.step,
+        metrics=problem.metrics,
     )
 
 
@@ -295,8 +328,16 @@ def load_data(task: Task, directory: Path | None = None) -> Dataset:
     'digits'
     """
     what = f"task.dataset {task.dataset!r}"
-    if ":" not in task.dataset:
-        return guard(what, partial(datasets.load, task.dataset, directory, **task.dataset_arguments))()
+    data: Dataset
+    if ":" in task.dataset:
+        data = _load_own_data(what, task)
+    else:
+        data = guard(what, partial(datasets.load, task.dataset, directory, **task.dataset_arguments))()
+    return data if task.validation is None else split_validation(data, task.validation)
+
+
+def _load_own_data(what: str, task: Task) -> Dataset:
+    """Return the data set that a function of the user gives, or whose batches it draws."""
     function = _call(what, resolve(task.dataset, "task.dataset"), task.dataset_arguments)
     found: Any = guard(what, function)()
     if isinstance(found, Dataset):

@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import functools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -22,10 +23,11 @@ from tombola.streams import ambient
 from tombola.training.accumulation import accumulate
 from tombola.training.batches import iterations
 from tombola.training.determinism import deterministic_algorithms, flush_denormals, seed_random_layers
-from tombola.training.evaluation import Loss, evaluate
+from tombola.training.evaluation import Loss, measure
 from tombola.training.graphs import RecordedStep, can_be_recorded
 from tombola.training.history import Checkpoint, History, Trained, Watch
 from tombola.training.losses import Losses
+from tombola.training.metrics import ACCURACY, LOSS, Metric
 from tombola.training.optimizer import Optimizer, find_decayed
 from tombola.training.own_optimizer import MakeOptimizer, OwnOptimizer
 from tombola.training.recipe import Augmentation, Recipe, Schedule
@@ -61,6 +63,7 @@ def train(
     step: OwnStep | None = None,
     optimizer: MakeOptimizer | None = None,
     schedule: Schedule | None = None,
+    metrics: Sequence[Metric] = (ACCURACY,),
     device: str = "cpu",
     kernels: Kernels = "auto",
     resume: Checkpoint | None = None,
@@ -84,6 +87,7 @@ def train(
         forward: a function (model, inputs) -> outputs; by default the model is called, see `tombola.inputs.call`.
         step: a function (model, inputs, labels) -> loss, which training uses instead of `forward` and `loss`.
         optimizer, schedule: the functions that the recipe names, if it names some of the user (`module:function`).
+        metrics: the metrics to compute at the end, on the test set and on the validation set if there is one.
         device: the device to train on, "cpu" or "cuda"; the data set is copied to a GPU too.
         kernels: which layers sparse ones replace on the CPU: "auto" for those that are faster, unless the network
             reaches into its own layers, see `tombola.training.replaceable`; "off" for none; or the names of weights
@@ -174,9 +178,9 @@ def train(
         state = apply_mask(fast.state(), mask)
         diverged = diverged or not _is_finite(state, model, initial)
         with fast.autocast:
-            accuracy, test_loss = (None, None) if diverged else evaluate(model, data, loss, forward)
+            history = History() if diverged else _summarise(evaluate_splits(model, data, loss, metrics, forward))
     diverged_at = losses.iteration - 1 if diverged else None
-    history = History(losses.epoch_means(), accuracy, test_loss, diverged_at)
+    history = replace(history, losses=losses.epoch_means(), diverged_at=diverged_at)
     weights = Weights.of({name: tensor.cpu().contiguous() for name, tensor in state.items()})
     return Trained(weights, history, losses.values().cpu())
 
@@ -186,6 +190,49 @@ def _load(model: nn.Module, state: State) -> nn.Module:
     model = copy.deepcopy(model)
     load_state(model, state, "the state")
     return model
+
+
+def evaluate_state(
+    model: nn.Module,
+    state: State,
+    data: Dataset,
+    loss: Loss,
+    metrics: Sequence[Metric],
+    *,
+    forward: Forward = call,
+    device: str = "cpu",
+    precision: str = "float32",
+) -> dict[str, dict[str, float | None]]:
+    """Return the metrics of a network in a trained state, by split and by key, see `evaluate_splits`.
+
+    Args:
+        model: the network; it is copied, and its own weights are ignored.
+        state: the trained state.
+        data, loss, metrics, forward, device: as for `train`.
+        precision: the precision of activations, as in the recipe.
+    """
+    model = load_model(model, state, Mask({}, {}), device)
+    autocast = torch.autocast(device, torch.bfloat16) if precision == "bfloat16" else nullcontext()
+    with ambient(0), flush_denormals(), deterministic_algorithms(device), autocast:
+        return evaluate_splits(model, move_data(data, device), loss, metrics, forward)
+
+
+def evaluate_splits(
+    model: nn.Module, data: Dataset, loss: Loss, metrics: Sequence[Metric], forward: Forward = call
+) -> dict[str, dict[str, float | None]]:
+    """Return metrics and loss on the test set, and on the validation set if there is one, by split and by key."""
+    found = {}
+    for split in data.splits[1:]:
+        values, mean = measure(model, data, loss, metrics, split, forward)
+        found[split] = values | {LOSS.key: mean}
+    return found
+
+
+def _summarise(found: dict[str, dict[str, float | None]]) -> History:
+    """Return the history with these metrics: accuracy and loss of the test set have fields of their own."""
+    accuracy, loss = (found["test"].pop(key, None) for key in (ACCURACY.key, LOSS.key))
+    metrics = {split: values for split, values in found.items() if values}
+    return History(test_accuracy=accuracy, test_loss=loss, metrics=metrics)
 
 
 def check_recipe_fits(recipe: Recipe, data: Dataset) -> None:
@@ -302,6 +349,6 @@ def move_data(data: Dataset, device: str) -> Dataset:
 @functools.lru_cache(maxsize=1)
 def _copy_data(data: Dataset, device: str) -> Dataset:
     """Copy a data set to a GPU; keep the last copy, since many trainings use the same data."""
-    tensors = ("train_inputs", "train_labels", "test_inputs", "test_labels")
-    moved: dict[str, Any] = {name: convert(lambda each: each.to(device), getattr(data, name)) for name in tensors}
+    parts = [f"{split}_{part}" for split in data.splits for part in ("inputs", "labels")]
+    moved: dict[str, Any] = {name: convert(lambda each: each.to(device), getattr(data, name)) for name in parts}
     return replace(data, **moved)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -19,7 +20,9 @@ from tombola.exits import attribute_failure
 from tombola.inputs import Forward, OwnStep, Tensors, call, convert, count_examples, describe, select
 from tombola.streams import ambient
 from tombola.training.batches import Batch, batches, device_of, normalisation
-from tombola.training.evaluation import Loss
+from tombola.training.evaluation import Loss, measure
+from tombola.training.loss_functions import describe_misfit
+from tombola.training.metrics import ACCURACY, Metric
 from tombola.training.optimizer import find_decayed
 from tombola.training.own_optimizer import MakeOptimizer, check_optimizer
 from tombola.training.recipe import Recipe, Schedule
@@ -27,12 +30,15 @@ from tombola.training.train import training_loss
 
 Result = TypeVar("Result")
 
+_TRIED = 64  # examples on which the metrics are tried
+
 
 def try_network(
     build: Callable[[], nn.Module],
     loss: Loss,
     data: Dataset,
     recipe: Recipe,
+    metrics: Sequence[Metric] = (ACCURACY,),
     *,
     forward: Forward = call,
     step: OwnStep | None = None,
@@ -40,73 +46,147 @@ def try_network(
     schedule: Schedule | None = None,
     names: Mapping[str, str] | None = None,
 ) -> None:
-    """Raise `UserError` if a network, a loss and a data set do not work together.
+    """Raise `UserError` if a network, a loss, metrics and a data set do not work together.
 
-    The check runs a forward and a backward pass on the smallest batch of the training (at most two examples), then a
-    forward pass on two examples of the test set.
+    The check runs a forward and a backward pass on the smallest batch of the training (at most two examples), then the
+    loss and the metrics on a few examples of the test set, and of the validation set if there is one.
 
     Args:
         build: a function that returns the network.
         loss: a function of outputs and labels that returns the mean over the batch.
         data: the data set.
         recipe: the hyperparameters of the training.
+        metrics: the metrics of the trained network.
         forward: a function (model, inputs) -> outputs.
         step: a function (model, inputs, labels) -> loss, instead of `forward` and `loss`; None for these.
         optimizer, schedule: the functions that the recipe names, if it names some of the user.
         names: what messages call the `model`, the `loss`, the `forward` and the `step`; by default so.
     """
-    named = {part: (names or {}).get(part, part) for part in ("model", "loss", "forward", "step")}
-    model_name, loss_name = named["model"], named["loss"]
+    called = {part: (names or {}).get(part, part) for part in ("model", "loss", "forward", "step")}
+    called["outputs"] = called["model" if forward is call else "forward"]
     _check_device(data)
-    inputs, labels = _draw_smallest(recipe, data)
-    minimised = training_loss(recipe, loss, step)
-    outputs_name = model_name if forward is call else named["forward"]
+    if step is None:
+        _check_targets(loss, data, called["loss"])
+    of_classes = bool(data.classes) and any(metric.of_classes for metric in metrics)
     with ambient(0), warnings.catch_warnings():
         warnings.filterwarnings("error", message="Using a target size")  # of outputs that would be broadcast
         model = build()
         for name, parameter in model.named_parameters():
             if not parameter.isfinite().all():
-                raise UserError(f"{model_name}: its initial {name!r} is not finite (NaN or infinite)")
+                raise UserError(f"{called['model']}: its initial {name!r} is not finite (NaN or infinite)")
         find_decayed([name for name, each in model.named_parameters() if each.requires_grad], recipe.no_decay)
-        if forward is call and step is None:
-            _check_arguments(model, inputs, model_name)
-        finite = True
-        with _batch_norm_of_one(model, inputs, recipe, data):
-            if step is None:
-                outputs = _outputs(partial(forward, model), inputs, data, outputs_name)
-                _check_classes_of(outputs, loss, data, loss_name)
-                value: Any = guard(loss_name, partial(minimised, outputs, labels))()
-                finite = bool(outputs.isfinite().all())
-            else:
-                loss_name = named["step"]
-                value = guard(loss_name, partial(step, model, inputs, labels))()
-        if not isinstance(value, Tensor) or value.shape != ():
-            got = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-            raise UserError(f"{loss_name}: expected one number, the mean over the batch, got {got}")
-        what = f"{loss_name}: at the first step, with the initial weights of {model_name.removeprefix('task.model ')}"
-        if not value.isfinite():
-            wrong = "" if finite else ", as are outputs of the model"
-            raise UserError(f"{what}, the loss is NaN or infinite{wrong}: every training would diverge")
-        guard(f"{loss_name}: going backward", value.backward)()
-        for name, parameter in model.named_parameters():
-            gradient = parameter.grad
-            if gradient is not None and not (gradient.to_dense() if gradient.is_sparse else gradient).isfinite().all():
-                raise UserError(f"{what}, the gradient of {name!r} is NaN or infinite: every training would diverge")
+        _try_step(model, loss, data, recipe, forward=forward, step=step, called=called, of_classes=of_classes)
         if ":" in recipe.optimizer and optimizer is not None:
-            trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-            values = [parameter.detach().clone() for parameter in trained]
-            check_optimizer(optimizer, recipe.lr, trained, f"recipe.optimizer {recipe.optimizer!r}")
-            with torch.no_grad():
-                for parameter, before in zip(trained, values, strict=True):
-                    parameter.copy_(before)
+            _try_optimizer(model, optimizer, recipe)
         total = recipe.total_iterations(data.train_examples)
         for iteration in {0, total // 2, total - 1}:
             recipe.lr_at(iteration, data.train_examples, schedule)
-        with torch.no_grad():
-            few = normalisation(data)(convert(torch.clone, select(data.test_inputs, slice(2))))
-            outputs = _outputs(partial(forward, model.eval()), few, data, outputs_name)
-        if outputs.isnan().any():
-            raise UserError(f"{model_name}: in evaluation mode, its outputs on the test set are NaN")
+        for split in data.splits[1:]:
+            _try_evaluation(model, loss, data, split, metrics, forward=forward, called=called, of_classes=of_classes)
+
+
+def _try_step(
+    model: nn.Module,
+    loss: Loss,
+    data: Dataset,
+    recipe: Recipe,
+    *,
+    forward: Forward,
+    step: OwnStep | None,
+    called: Mapping[str, str],
+    of_classes: bool,
+) -> None:
+    """Try the first step of a training, see `try_network`; the gradients are kept."""
+    minimised, loss_name, finite = training_loss(recipe, loss, step), called["loss"], True
+    inputs, labels = _draw_smallest(recipe, data)
+    if forward is call and step is None:
+        _check_arguments(model, inputs, called["model"])
+    value: Any
+    with _batch_norm_of_one(model, inputs, recipe, data):
+        if step is None:
+            outputs = _outputs(partial(forward, model), inputs, data, called["outputs"], of_classes)
+            _check_classes_of(outputs, loss, data, loss_name)
+            value = _name_loss(loss_name, partial(minimised, outputs, labels))
+            finite = bool(outputs.isfinite().all())
+        else:
+            loss_name = called["step"]
+            value = guard(loss_name, partial(step, model, inputs, labels))()
+    if not isinstance(value, Tensor) or value.shape != ():
+        got = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        raise UserError(f"{loss_name}: expected one number, the mean over the batch, got {got}")
+    what = f"{loss_name}: at the first step, with the initial weights of {called['model'].removeprefix('task.model ')}"
+    if not value.isfinite():
+        wrong = "" if finite else ", as are outputs of the model"
+        raise UserError(f"{what}, the loss is NaN or infinite{wrong}: every training would diverge")
+    guard(f"{loss_name}: going backward", value.backward)()
+    for name, parameter in model.named_parameters():
+        gradient = parameter.grad
+        if gradient is not None and not (gradient.to_dense() if gradient.is_sparse else gradient).isfinite().all():
+            raise UserError(f"{what}, the gradient of {name!r} is NaN or infinite: every training would diverge")
+
+
+def _try_optimizer(model: nn.Module, optimizer: MakeOptimizer, recipe: Recipe) -> None:
+    """Try an optimizer of the user on the gradients of a step; the parameters get their values back."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    values = [parameter.detach().clone() for parameter in trained]
+    check_optimizer(optimizer, recipe.lr, trained, f"recipe.optimizer {recipe.optimizer!r}")
+    with torch.no_grad():
+        for parameter, before in zip(trained, values, strict=True):
+            parameter.copy_(before)
+
+
+def _try_evaluation(
+    model: nn.Module,
+    loss: Loss,
+    data: Dataset,
+    split: str,
+    metrics: Sequence[Metric],
+    *,
+    forward: Forward,
+    called: Mapping[str, str],
+    of_classes: bool,
+) -> None:
+    """Try the loss and the metrics on a few examples of a split, see `try_network`."""
+    few = _spread(data, split)
+    with torch.no_grad():
+        inputs = normalisation(data)(convert(torch.clone, select(getattr(few, f"{split}_inputs"), slice(2))))
+        outputs = _outputs(partial(forward, model.eval()), inputs, data, called["outputs"], of_classes)
+    if outputs.isnan().any():
+        raise UserError(f"{called['model']}: in evaluation mode, its outputs on the {split} set are NaN")
+    values, _ = _name_loss(called["loss"], partial(measure, model, few, loss, metrics, split, forward))
+    for metric in metrics:
+        if values[metric.key] is None:
+            raise UserError(
+                f"task.metrics {metric.name!r}: on a few examples of the {split} set, with the initial weights "
+                f"of {called['model'].removeprefix('task.model ')}, it is NaN or infinite"
+            )
+
+
+def _spread(data: Dataset, split: str) -> Dataset:
+    """Return a data set of which a split has only a few examples, at even distances, as examples may be sorted."""
+    inputs, labels = f"{split}_inputs", f"{split}_labels"
+    count = data.count(split)
+    chosen = torch.linspace(0, count - 1, min(count, _TRIED)).long()
+    parts: dict[str, Any] = {name: select(getattr(data, name), chosen) for name in (inputs, labels)}
+    return replace(data, **parts)
+
+
+def _name_loss(name: str, compute: Callable[[], Result]) -> Result:
+    """Call the loss; put its name before the message of every exception, except for those about metrics."""
+    try:
+        return guard(name, compute)()
+    except UserError as error:
+        if str(error).startswith((name, "task.metrics ")):
+            raise
+        raise UserError(f"{name}: {error}") from error
+
+
+def _check_targets(loss: Loss, data: Dataset, name: str) -> None:
+    """Raise `UserError` if a built-in loss cannot take the targets of a split."""
+    for split in data.splits:
+        targets = getattr(data, f"{split}_labels")
+        if isinstance(targets, Tensor) and (misfit := describe_misfit(loss, targets)):
+            raise UserError(f"{name}: {misfit} ({split} set of {data.name!r})")
 
 
 def _draw_smallest(recipe: Recipe, data: Dataset) -> Batch:
@@ -176,8 +256,10 @@ def _check_classes_of(outputs: Tensor, loss: Loss, data: Dataset, name: str) -> 
                 )
 
 
-def _outputs(forward: Callable[[Tensors], Tensor], inputs: Tensors, data: Dataset, name: str) -> Tensor:
-    """Return a model's outputs; raise `UserError` unless they fit the examples, and the classes if there are any."""
+def _outputs(
+    forward: Callable[[Tensors], Tensor], inputs: Tensors, data: Dataset, name: str, of_classes: bool
+) -> Tensor:
+    """Return a model's outputs; raise `UserError` unless they fit the examples, and the classes if they are to."""
     examples, classes = count_examples(inputs), len(data.classes)
     given = f"inputs of {describe(inputs)} from {data.name!r}"
     outputs: Any = guard(f"{name}: on {given} it", partial(forward, inputs))()
@@ -187,7 +269,7 @@ def _outputs(forward: Callable[[Tensors], Tensor], inputs: Tensors, data: Datase
             f"function (model, inputs) -> tensor"
         )
     shape = tuple(outputs.shape)
-    if classes and (len(shape) != 2 or shape[0] != examples or shape[1] < classes):
+    if of_classes and (len(shape) != 2 or shape[0] != examples or shape[1] < classes):
         raise UserError(
             f"{name}: for {given} it should give outputs of shape ({examples}, {classes}), "
             f"one number for each of the {classes} classes, got shape {shape}"
