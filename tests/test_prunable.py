@@ -352,6 +352,8 @@ class Own(nn.Module):
             x = x * len([layer for layer in self.modules() if isinstance(layer, nn.Linear)])
         if self.habit == "replaces":
             self.fc1.weight = nn.Parameter(self.fc1.weight.detach())
+        if self.habit == "hooks":
+            self.fc1.weight.register_hook(lambda gradient: 2 * gradient)
         if self.habit == "stops":
             return torch.as_tensor(self.fc2(self.fc1(x).relu() + self.fc1.weight.detach().sum() * 0))
         hidden = self.fc1(x).relu()
@@ -375,6 +377,7 @@ HALF = {"batch_size": 32, "epochs": 1, "lr": 0.1}
 @pytest.mark.parametrize(
     ("habit", "said"),
     [("clips", "it changes its 'fc1.weight' itself"), ("counts", "its loss is another one"), ("replaces", "it "),
+     ("hooks", "the gradient of 'fc1.weight' is another one"),
      ("none", None), ("reads", None), ("drops", None), ("stops", None)],
 )  # fmt: skip
 def test_a_network_that_reaches_into_its_layers_is_found(habit: str, said: str | None) -> None:
