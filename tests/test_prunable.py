@@ -547,7 +547,7 @@ def test_paths_of_other_weights_are_refused() -> None:
 
 @pytest.mark.filterwarnings("ignore:effective sparsity")
 def test_a_study_of_a_network_with_a_shared_weight(tmp_path: Path) -> None:
-    task = Task(dataset=examples("gpt"), model=partial(build, "gpt"))
+    task = Task(dataset=examples("gpt"), model=Gpt)
     recipe = Recipe(epochs=2, batch_size=8, rewind=1, optimizer="adamw", lr=0.01)
     study = Study(
         task=task, recipe=recipe, importances=("magnitude", "l1"), seeds=(0,), levels=2, fraction=0.5,

@@ -101,8 +101,9 @@ def train(
     data = move_data(data, device)
     model = load_model(model, start.state, mask, device)
     batch_size, precision = recipe.batch_size, recipe.precision
-    among = choose_layers(model, mask, recipe, device, kernels)
-    if kernels == "auto" and among and (fault := find_fault(_load(model, initial), data, recipe, loss, device)):
+    among = None if kernels == "auto" else [] if kernels == "off" else kernels
+    replaced = among is None and choose_layers(model, mask, recipe, device, kernels)
+    if replaced and (fault := find_fault(_load(model, initial), data, recipe, loss, device)):
         warnings.warn(fault, OwnLayersWarning, stacklevel=2)
         among = []
     step = accelerate(
