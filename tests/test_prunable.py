@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -25,10 +26,13 @@ from tombola import (
     Weights,
     find_tickets,
     interchange,
+    layers,
     load_problem,
     loops,
     prunable,
     prune,
+    read_ticket,
+    reinit,
     run,
     train,
 )
@@ -40,6 +44,8 @@ from tombola.lottery.ticket_file import Content
 from tombola.pruning.coverage import cover
 from tombola.pruning.eligible import list_shared
 from tombola.pruning.start import check_start
+from tombola.study.reinitialisation import plan
+from tombola.study.tickets import Tickets
 from tombola.training.history import History
 from tombola.training.replaceable import OwnLayersWarning, choose_layers, find_fault
 
@@ -346,6 +352,8 @@ class Own(nn.Module):
             x = x * len([layer for layer in self.modules() if isinstance(layer, nn.Linear)])
         if self.habit == "replaces":
             self.fc1.weight = nn.Parameter(self.fc1.weight.detach())
+        if self.habit == "hooks":
+            self.fc1.weight.register_hook(lambda gradient: 2 * gradient)
         if self.habit == "stops":
             return torch.as_tensor(self.fc2(self.fc1(x).relu() + self.fc1.weight.detach().sum() * 0))
         hidden = self.fc1(x).relu()
@@ -369,6 +377,7 @@ HALF = {"batch_size": 32, "epochs": 1, "lr": 0.1}
 @pytest.mark.parametrize(
     ("habit", "said"),
     [("clips", "it changes its 'fc1.weight' itself"), ("counts", "its loss is another one"), ("replaces", "it "),
+     ("hooks", "the gradient of 'fc1.weight' is another one"),
      ("none", None), ("reads", None), ("drops", None), ("stops", None)],
 )  # fmt: skip
 def test_a_network_that_reaches_into_its_layers_is_found(habit: str, said: str | None) -> None:
@@ -531,3 +540,44 @@ def test_paths_of_other_weights_are_refused() -> None:
     model = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
     with pytest.raises(UserError, match=r"'1.weight' is no weight of a linear or convolution layer"):
         Paths(model, (2,), Mask.ones_like(model, prune=["*.weight"]))
+
+
+# Studies.
+
+
+@pytest.mark.filterwarnings("ignore:effective sparsity")
+def test_a_study_of_a_network_with_a_shared_weight(tmp_path: Path) -> None:
+    task = Task(dataset=examples("gpt"), model=Gpt)
+    recipe = Recipe(epochs=2, batch_size=8, rewind=1, optimizer="adamw", lr=0.01)
+    study = Study(
+        task=task, recipe=recipe, importances=("magnitude", "l1"), seeds=(0,), levels=2, fraction=0.5,
+        prune=("default", "wpe"),
+    )  # fmt: skip
+    store = tmp_path / "store"
+    table = run(study, store=store, progress=False)
+    assert table["level"].to_list() == [0, 1, 2] * 2
+    ticket = read_ticket(study, importance="l1", seed=0, level=2, store=store)
+    assert "wpe" in ticket.mask
+    for state in (ticket.rewound, ticket.load_trained()):
+        model = build("gpt")
+        model.load_state_dict(state)
+        assert interchange.from_zeros(model, study.prune) == ticket.mask
+    assert set(layers(study, store=store)["layer"]) == {*ticket.mask, "(all)"}
+    reinit(study, level=1, draws=1, store=store, progress=False)
+    planner = Planner(study, load_problem(task), Store(store))
+    drawn = plan(Tickets(planner), 1, 1)[0].planner.initial(1).load()
+    assert drawn["head.weight"].equal(drawn["wte.weight"])
+
+
+def test_a_run_says_once_that_a_network_keeps_its_layers(tmp_path: Path) -> None:
+    study = Study(
+        task=Task(dataset=vectors(), model=partial(Own, "counts")), recipe=Recipe(**HALF), importances=("magnitude",),
+        seeds=(0,), levels=1, fraction=0.9,
+    )  # fmt: skip
+    with pytest.warns(OwnLayersWarning) as said:
+        run(study, store=tmp_path / "store", progress=False)
+    assert len(said) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run(study, {"kernels": "off"}, store=tmp_path / "store", progress=False)
+    assert len(list(Store(tmp_path / "store").results)) == 2
