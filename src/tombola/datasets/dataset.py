@@ -69,14 +69,14 @@ class Dataset:
                 raise UserError(f"{where}: it holds no example")
             if inputs.numel() == 0:
                 raise UserError(f"{where}: an example of shape {tuple(inputs.shape[1:])} holds no number")
-            if len(labels) != len(inputs):
-                raise UserError(
-                    f"{where}: expected one label per input, got {len(inputs)} inputs and {len(labels)} labels"
-                )
             if self.classes and (labels.shape != (len(inputs),) or labels.dtype != torch.int64):
                 raise UserError(
                     f"{where}: expected int64 labels of shape ({len(inputs)},), one per input, "
                     f"got {labels.dtype} of shape {tuple(labels.shape)}"
+                )
+            if len(labels) != len(inputs):
+                raise UserError(
+                    f"{where}: expected one label per input, got {len(inputs)} inputs and {len(labels)} labels"
                 )
             if inputs.shape[1:] != self.train_inputs.shape[1:] or inputs.dtype != self.train_inputs.dtype:
                 raise UserError(
@@ -272,6 +272,8 @@ def _first(dataset: Dataset, split: str, per_class: int | None) -> Tensor | slic
         return slice(None)
     if not isinstance(per_class, int) or isinstance(per_class, bool) or per_class < 1:
         raise UserError(f"{split}_per_class: expected a whole number from 1, got {short(per_class)}")
+    if not dataset.classes:
+        raise UserError(f"{split}_per_class: the labels of data set {dataset.name!r} are no numbers of classes")
     counts = torch.bincount(labels, minlength=len(dataset.classes))
     if int(counts.min()) < per_class:
         fewest = int(counts.argmin())
