@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Literal, Protocol, TypeAlias
@@ -24,6 +24,7 @@ from tombola.pruning.selection import SELECTIONS, apportion
 from tombola.streams import derive
 from tombola.training.evaluation import Loss
 from tombola.training.history import Trained
+from tombola.training.metrics import ACCURACY, Metric
 from tombola.training.recipe import Recipe
 from tombola.training.scoring import EXAMPLES, TRIED, score_network
 from tombola.training.train import check_device, check_recipe_fits, train
@@ -163,6 +164,7 @@ def find_tickets(
     score_at: ScoreAt = "end",
     score_examples: int = EXAMPLES,
     loss: Loss = functional.cross_entropy,
+    metrics: Sequence[Metric] = (ACCURACY,),
     device: str = "cpu",
     progress: bool = True,
 ) -> Iterator[Ticket]:
@@ -186,6 +188,7 @@ def find_tickets(
         score_at: the weights that are scored: those at the end of the training, or those of the rewind point.
         score_examples: the number of training examples that a score with data sees, such as `taylor`.
         loss: a function of outputs and labels that returns the mean over the batch.
+        metrics: the metrics of each trained ticket, such as `[tombola.training.metrics.find("r2")]`.
         device: the device to train on, "cpu" or "cuda".
         progress: whether to show a bar for each training, if standard error is a terminal.
 
@@ -230,7 +233,7 @@ def find_tickets(
             weights, mask, level, rewind, importance=importance, rule=rule, seed=seed, score_network=score
         )
 
-    try_network(partial(copy.deepcopy, model), loss, data, recipe, model_name="model", loss_name="loss")
+    try_network(partial(copy.deepcopy, model), loss, data, recipe, metrics, model_name="model", loss_name="loss")
     if levels:
         prune_network(theta_0, dense, 0, theta_0, examples=min(TRIED, score_examples))
     provenance = {
@@ -264,6 +267,7 @@ def find_tickets(
                 begin=begin,
                 end=end,
                 loss=loss,
+                metrics=metrics,
                 device=device,
                 watch=advance,
             )
