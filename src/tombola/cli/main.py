@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 
 from tombola import __version__
-from tombola.cli import analysis, catalogue, report, results, run, store
+from tombola.cli import analysis, catalogue, further, report, results, run, store
 from tombola.cli.advice import add_advice
 from tombola.cli.options import Parser, Verb, Verbs, with_dashes
 from tombola.errors import DamagedResultError, UserError, describe_exception, is_of_own_code
@@ -121,6 +121,6 @@ def _parser() -> Parser:
     )
     parser.add_argument("--version", action="version", version=f"tombola {__version__}")
     verbs = Verbs(parser.add_subparsers(title="verbs", required=True, metavar="VERB", parser_class=Parser))
-    for group in (run, results, analysis, report, catalogue, store):
+    for group in (run, results, analysis, further, report, catalogue, store):
         group.add_verbs(verbs)
     return parser

@@ -3,6 +3,7 @@
 Every function takes a study: a `Study`, the name of a preset, or the path of a TOML file, with fields to override.
 """
 
+from tombola.workbench.further import matching
 from tombola.workbench.pictures import charts, write_report
 from tombola.workbench.runs import reinit, run
 from tombola.workbench.tables import (
@@ -26,6 +27,7 @@ __all__ = [
     "connectivity",
     "functions",
     "layers",
+    "matching",
     "overlap",
     "read_ticket",
     "reinit",
