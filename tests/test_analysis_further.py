@@ -14,10 +14,12 @@ import torch
 
 import tombola
 from tombola import Planner, Store, UserError, load_problem, load_study
-from tombola.analysis import matching, overlap
+from tombola.analysis import initial, matching, overlap
 from tombola.cli import main
 from tombola.engine.here import WorkersHere
 from tombola.engine.run import run
+from tombola.pruning.mask import Mask
+from tombola.study.planner import Chain
 from tombola.study.tickets import Tickets
 
 STUDY = """
@@ -117,12 +119,72 @@ def test_matching_from_python(folder: Path) -> None:
     assert compared(table) == [(1, None, "seeds", ["l1, seed 0", "l1, seed 1"])]
 
 
+# initial
+
+
+def test_the_largest_initial_weights_by_hand() -> None:
+    mask = Mask.from_tensors({"a": torch.tensor([1, 1, 1, 0, 0, 0]) > 0, "b": torch.tensor([0, 0]) > 0})
+    state = {"a": torch.tensor([-3.0, 0.5, 2.0, 2.0, -1.0, 0.0]), "b": torch.ones(2)}
+    table = initial.of_state(state, mask)  # of the two weights 2.0, the first is among the three largest, too: 0, 2, 3
+    assert table.select("layer", "alive", "kept", "expected", "excess").rows() == [
+        ("a", 3.0, 2 / 3, 0.5, pytest.approx(1 / 3)),
+        ("b", 0.0, None, None, None),
+        ("(all)", 3.0, 2 / 3, 0.5, pytest.approx(1 / 3)),
+    ]
+    tied = initial.of_state({"a": torch.tensor([1.0, 1.0, 1.0, 1.0, 1.0, 1.0]), "b": torch.ones(2)}, mask)
+    assert tied["kept"].to_list() == [1.0, None, 1.0]
+
+
+def test_a_mask_of_the_largest_weights_keeps_all_and_one_of_the_others_none() -> None:
+    weights = torch.randn(20, 10, generator=torch.Generator().manual_seed(0))
+    largest = weights.abs() >= weights.abs().flatten().sort().values[100]
+    for mask, kept, excess in ((largest, 1.0, 1.0), (~largest, 0.0, -1.0)):
+        line = initial.of_state({"w": weights}, Mask.from_tensors({"w": mask})).row(0, named=True)
+        assert (line["kept"], line["excess"]) == (kept, excess)
+        assert line["low"] < line["expected"] < line["high"]
+
+
+def test_initial_weights_of_a_study_in_another_way(tickets: Tickets) -> None:
+    table = initial.of_study(tickets, levels=[1, 2])
+    assert len(table) == 2 * 2 * 2 * 2 * 5
+    ticket = tickets.progress(Chain(1, "l1")).tickets[2]
+    for quantity, state in (("initial", tickets.planner.initial(1).load()), ("rewind", ticket.rewind.load())):
+        where = pl.struct("level", "importance", "seed", "quantity", "layer")
+        for layer in ("0.weight", "3.weight"):
+            asked = {"level": 2, "importance": "l1", "seed": 1, "quantity": quantity, "layer": layer}
+            line = table.filter(where == asked).row(0, named=True)
+            alive = ticket.mask[layer].flatten()
+            order = state[layer].abs().flatten().argsort(descending=True, stable=True)
+            assert line["kept"] == float(alive[order[: int(alive.sum())]].double().mean())
+            assert line["expected"] == pytest.approx(float(alive.double().mean()))
+    kept = table.filter(pl.col("layer") == "5.weight")
+    assert set(kept["kept"]) == {1.0}
+    assert kept["excess"].null_count() == len(kept)
+    means = initial.summarise(table)
+    assert means["seeds"].unique().to_list() == [2]
+    own = pl.col("quantity") == "rewind"
+    both = table.filter((pl.col("layer") == "(prunable)") & (pl.col("level") == 2) & own)
+    line = means.filter((pl.col("layer") == "(prunable)") & (pl.col("level") == 2) & own).row(0, named=True)
+    of_seeds = both.filter(pl.col("importance") == "magnitude")["kept"].to_list()
+    assert line["kept"] == pytest.approx(sum(of_seeds) / 2)
+    assert line["high"] - line["kept"] == pytest.approx(12.7062047 * abs(of_seeds[0] - of_seeds[1]) / 2)
+
+
+def test_initial_from_python(folder: Path) -> None:
+    table = tombola.initial(folder / "study.toml", store=folder / "store", importances=["l1"])
+    assert table["quantity"].unique().sort().to_list() == ["initial", "rewind"]
+
+
 # the command line
 
 
 @pytest.mark.parametrize(
     "arguments",
-    [["matching", "--importances", "l1"], ["matching", "--importances", "l1", "--by", "activations", "--level", "1"]],
+    [
+        ["matching", "--importances", "l1"],
+        ["matching", "--importances", "l1", "--by", "activations", "--level", "1"],
+        ["initial"],
+    ],
 )
 def test_every_verb_prints_a_table_csv_and_json(
     arguments: list[str], folder: Path, capsys: pytest.CaptureFixture[str]
@@ -171,6 +233,7 @@ def test_a_note_says_what_is_missing(folder: Path, capsys: pytest.CaptureFixture
         (["matching", "--seeds", "0", "7"], "level 0 is not in "),
         (["matching", "--draws", "0"], "--draws: expected a whole number from 1 to 1000, got '0'"),
         (["matching", "--by", "names"], "unknown --by 'names'"),
+        (["initial", "--level", "7"], "the study has no level 7, it has levels 0 to 2"),
     ],
 )
 def test_mistakes_are_one_sentence_and_status_2(

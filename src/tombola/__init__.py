@@ -6,7 +6,7 @@ Where to begin:
     tombola.run("digits")                                     a whole study, with several seeds and importances
     tombola.results("digits")                                 its accuracies; also: overlap, layers, stability, winners,
                                                               weights, functions, connectivity, claims, compare, reinit,
-                                                              matching
+                                                              matching, initial
     tombola.charts("digits")["overlap"]                       its charts; write_report writes them all on one page
     tombola.loops.hold(model, mask, optimizer)                your own training loop: pruned weights stay 0.0
     tombola.Ticket.load("ticket.safetensors").apply(model)    a ticket that somebody has found
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from tombola.training.recipe import Augmentation, Recipe
     from tombola.training.train import train
     from tombola.training.weights import Weights
-    from tombola.workbench.further import matching
+    from tombola.workbench.further import initial, matching
     from tombola.workbench.pictures import charts, write_report
     from tombola.workbench.runs import reinit, run
     from tombola.workbench.tables import (
@@ -86,6 +86,7 @@ _HOME = {
     "connectivity": "workbench.tables",
     "find_tickets": "lottery.rewinding",
     "functions": "workbench.tables",
+    "initial": "workbench.further",
     "layers": "workbench.tables",
     "load_problem": "study.task",
     "load_study": "study.schema",
@@ -136,6 +137,7 @@ __all__ = [
     "find_tickets",
     "functions",
     "importance",
+    "initial",
     "interchange",
     "layers",
     "load_problem",

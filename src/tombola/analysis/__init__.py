@@ -12,6 +12,7 @@ and the pure functions that it is made of, whose docstrings describe the columns
 - `functions`: agreement of predictions, ensembles.
 - `connectivity`: the error between two tickets' weights.
 - `matching`: the overlap after the hidden units of one ticket are put into the order of the other's.
+- `initial`: how many of the connections that begin with the largest weights are in the ticket.
 - `reinit`: partial reinitialisation: survival of shared connections against chance.
 """
 
@@ -20,6 +21,7 @@ from __future__ import annotations
 from tombola.analysis import (
     connectivity,
     functions,
+    initial,
     layers,
     matching,
     overlap,
@@ -33,6 +35,7 @@ from tombola.analysis import (
 __all__ = [
     "connectivity",
     "functions",
+    "initial",
     "layers",
     "matching",
     "overlap",

@@ -17,7 +17,7 @@ _MOST = 10_000
 
 def add_verbs(verbs: Verbs) -> None:
     """Add the verbs to the command line."""
-    for verb in (matching,):
+    for verb in (matching, initial):
         added = verbs.add(verb.__name__, verb, verbs.study, verbs.table)
         added.add_argument("--level", type=whole_number(0, _MOST), nargs="+", metavar="N", help="only these levels")
         if verb is matching:
@@ -52,6 +52,17 @@ def matching(options: argparse.Namespace) -> int:
     return 0
 
 
+def initial(options: argparse.Namespace) -> int:
+    """Show how many of the connections that begin with the largest weights are in the tickets, compared with chance."""
+    from tombola.analysis import initial
+
+    tickets, names = open_compared(options)
+    with warnings_as_notes(Warning):
+        table = initial.of_study(tickets, names, options.level)
+    show(table, options.format, _initial)
+    return 0
+
+
 def _matching(table: pl.DataFrame) -> pl.DataFrame:
     """Return one row for each comparison, over all layers that may be pruned; means over the seeds."""
     from tombola.analysis import matching
@@ -65,4 +76,19 @@ def _matching(table: pl.DataFrame) -> pl.DataFrame:
         percent("chance_jaccard").alias("chance, matched"),
         number("chance_sd", "{:.4f}").alias("sd"),
         percent("moved").alias("units moved %"),
+    )
+
+
+def _initial(table: pl.DataFrame) -> pl.DataFrame:
+    """Return one row for each importance and layer, with means over seeds."""
+    from tombola.analysis import initial
+    from tombola.cli.tables import number, percent, percent_range
+
+    return initial.summarise(table).select(
+        *("level", "importance", "quantity", "layer", "seeds"),
+        percent("density").alias("density %"),
+        percent("kept").alias("largest kept %"),
+        percent_range("low", "high").alias("95 %"),
+        percent("expected").alias("chance"),
+        number("excess").alias("excess"),
     )

@@ -50,3 +50,37 @@ def matching(
     with one_thread():
         tickets = open_tickets(study, overrides, store=store, data=data, importances=importances)
         return analysis.matching.of_study(tickets, name_importances(importances), levels, by, draws)
+
+
+def initial(
+    study: AnyStudy,
+    overrides: Overrides = None,
+    *,
+    store: str | Path = STORE,
+    data: str | Path | None = None,
+    importances: Importances = None,
+    levels: Levels = None,
+) -> pl.DataFrame:
+    """Return how many of the connections that begin with the largest weights are in the tickets, beside chance.
+
+    Args:
+        study: a `Study`, the name of a preset, or the path of a TOML file.
+        overrides: fields with other values.
+        store: the folder of the store.
+        data: the folder of the data sets.
+        importances: the importances; by default all.
+        levels: the levels; by default the last that all have.
+
+    Returns:
+        The columns of `tombola.analysis.initial.of_study`.
+
+    Raises:
+        UserError: if the store does not have the tickets.
+
+    >>> from tombola.workbench.example import finished
+    >>> initial(**finished())["kept"].max() <= 1
+    True
+    """
+    with one_thread():
+        tickets = open_tickets(study, overrides, store=store, data=data, importances=importances)
+        return analysis.initial.of_study(tickets, name_importances(importances), levels)
