@@ -214,7 +214,7 @@ def test_a_validation_set_is_carved_by_a_fixed_rule() -> None:
 
 @pytest.mark.parametrize("value", [0, 1.0, -0.1, True, "0.1", math.nan])
 def test_a_validation_set_is_a_share_or_a_number(value: object) -> None:
-    with pytest.raises(UserError, match="task.validation: expected a share between 0 and 1, or a number of examples"):
+    with pytest.raises(UserError, match=r"task\.validation: expected a share between 0 and 1, or a number of examples"):
         load_study("digits", {"task.validation": value})
 
 
