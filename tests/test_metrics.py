@@ -343,7 +343,7 @@ def test_a_regression_is_judged_by_its_own_metric_on_the_validation_set(
     line = found.filter(seed=1, importance="l1", level=1).row(0, named=True)
     data = planner.problem.data
     for split, targets in (("validation", data.validation_labels), ("test", data.test_labels)):
-        outputs = predict(model, data, split)
+        outputs = predict(model, data, split=split)
         assert targets is not None
         assert line[f"{split}_r2"] == pytest.approx(sklearn_metrics.r2_score(targets, outputs), abs=1e-6)
         assert line[f"{split}_largest_error"] == pytest.approx(float((outputs - targets).abs().max()), abs=1e-6)
