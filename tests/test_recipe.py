@@ -337,6 +337,7 @@ def test_a_run_that_keeps_the_trained_weights(
     table = tombola.run("digits", fields, store=tmp_path / "store")
     printed = capsys.readouterr().out
     assert printed.count("rewind point") == 1
+    assert sorted(table["level"].to_list()) == [0, 0, 1, 1, 2, 2]
     assert [printed.count(f"level {level},") for level in range(3)] == [1, 2, 2]
     assert tombola.run("digits", fields, store=tmp_path / "store").equals(table), "nothing is done again"
     other = {**fields, "recipe.optimizer": own_sgd, "levels": 0}

@@ -186,7 +186,7 @@ def test_test_inputs_of_another_form_are_refused() -> None:
         Dataset("parts", {"a": X}, Y, {"b": X}, Y)
     with pytest.raises(UserError, match=r"test set: its labels are torch\.float32"):
         Dataset("parts", X, Y, X, X[:, 0])
-    with pytest.raises(UserError, match="'parts' are no numbers of classes"):
+    with pytest.raises(UserError, match="the labels of data set 'parts' are no numbers of classes"):
         subset(split(X), train_per_class=1)
     with pytest.raises(UserError, match="several tensors and have no single shape"):
         _ = split((X, X)).input_shape
