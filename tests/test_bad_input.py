@@ -224,7 +224,7 @@ def test_a_users_model_that_fails(code: str, sentence: str, refused: Refused, tm
 @pytest.mark.parametrize(
     ("code", "sentence"),
     [
-        ("def f(): return 3", "task.dataset '{module}:f': expected a tombola.Dataset, got int"),
+        ("def f(): return 3", "task.dataset '{module}:f': expected a tombola.Dataset, or a function (seed, epoch, split) that gives batches, got"),
         ("def f(): raise OSError('gone')", "task.dataset '{module}:f' raised OSError: gone (in {path}, line 3)"),
         ("def f(folder): return 3", "task.dataset '{module}:f': missing a required argument: 'folder'; it takes folder"),
         ("def f():\n  x, y = torch.zeros(4, 64), torch.tensor([0, 1, 2, 9])\n"
@@ -288,8 +288,9 @@ def test_a_last_batch_too_small_for_the_model(refused: Refused) -> None:
     code = "def f(): return nn.Sequential(nn.Flatten(), nn.Linear(64, 10), nn.BatchNorm1d(10))"
     _, name = own(code, '"lenet_300_100"\nmodel_arguments = { inputs = 64 }', '"MODULE:f"')
     # 1352 examples are 7 batches of 193 and one example
-    assert "on inputs of shape (1, 1, 8, 8) from 'digits' it raised ValueError" in refused(
-        "run", name, "--recipe.batch-size", "193"
+    assert (
+        "recipe.batch_size: batches of 193 of the 1352 training examples of 'digits' leave a last batch of one example"
+        in refused("run", name, "--recipe.batch-size", "193")
     )
 
 

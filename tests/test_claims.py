@@ -116,9 +116,7 @@ def test_alike_needs_a_data_order_of_what_is_compared_and_no_divergence() -> Non
         alone = judge(claims.perform_alike, order_results=orders)
         assert alone.verdict == "not testable"
         assert alone.reason == "there is no second data order of magnitude, l1, l2, which gives the noise floor"
-    diverged = tuple(
-        replace(each, test_accuracy=None) if each.importance == "l1" else each for each in EVIDENCE.results
-    )
+    diverged = tuple(replace(each, value=None) if each.importance == "l1" else each for each in EVIDENCE.results)
     assert judge(claims.perform_alike, results=diverged).reason == "a training at these levels diverged"
 
 
@@ -146,7 +144,7 @@ def test_softmax_and_min_max_fall_behind_on_convolutional_networks_only(convolut
         )
         if softmax is None:
             accuracy = tuple(
-                replace(each, test_accuracy=None) if (each.importance, each.level) == ("softmax", 8) else each
+                replace(each, value=None) if (each.importance, each.level) == ("softmax", 8) else each
                 for each in accuracy
             )
         return judge(claims.fall_behind, importances=FIVE, results=accuracy, shapes=shapes)

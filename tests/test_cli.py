@@ -83,7 +83,7 @@ def list_trainings(said: str) -> list[str]:
 def test_help_needs_no_torch() -> None:
     code = (
         "import sys; from tombola.cli import main\n"
-        "try: main(['run', '--help'])\n"
+        "try: main(['run', '--help-fields'])\n"
         "except SystemExit: print([name for name in ('torch', 'numpy', 'rich', 'sklearn') if name in sys.modules])"
     )
     command = [sys.executable, "-c", code]
@@ -96,11 +96,21 @@ def test_every_verb_is_in_the_help_and_has_a_help(capsys: pytest.CaptureFixture[
     with pytest.raises(SystemExit, match="0"):
         main(["--help"])
     text = capsys.readouterr().out
-    for verb in ("run", "plan", "results", "export", "importances", "presets"):
-        assert re.search(rf"^    {verb}\b", text, re.MULTILINE)
+    groups = re.split(r"^(\S.*):$", text, flags=re.MULTILINE)
+    verbs = [verb for lines in groups[2::2] for verb in re.findall(r"^  ([a-z]+) ", lines, re.MULTILINE)]
+    assert {"init", "run", "plan", "results", "export", "importances", "presets", "store"} <= set(verbs)
+    for verb in verbs:
+        if verb == "tombola":  # an example
+            continue
         with pytest.raises(SystemExit, match="0"):
             main([verb, "--help"])
-        assert all(len(line) <= 80 for line in capsys.readouterr().out.splitlines())
+        said = capsys.readouterr().out
+        assert all(len(line) <= 80 for line in said.splitlines())
+        assert "--recipe.lr" not in said
+        if "--help-fields" in said:
+            with pytest.raises(SystemExit, match="0"):
+                main([verb, "--help-fields"])
+            assert "--recipe.lr X" in capsys.readouterr().out
     assert all(len(line) <= 80 for line in text.splitlines())
 
 

@@ -215,8 +215,8 @@ def test_parts_that_do_not_fit_together_are_refused(changes, said):
 @pytest.mark.parametrize(
     ("dtype", "shape", "said"),
     [
-        (torch.uint8, (2, 4), "uint8 inputs are images and have the shape"),
-        (torch.int64, (2, 4), "inputs are uint8 images or floats"),
+        (torch.uint8, (2, 4), "uint8 inputs with mean and std are images and have the shape"),
+        (torch.int64, (2, 4), "mean and std are for uint8 images; leave them out"),
     ],
 )
 def test_inputs_of_another_kind_are_refused(dtype, shape, said):

@@ -478,7 +478,7 @@ def test_a_reference_of_other_data_is_refused(here: Here, known: Reference, monk
 def test_a_report_has_the_references_of_its_study_but_not_itself(finished: Path, known: Reference) -> None:
     plan = open_small(finished).planner
     assert [one.name for one in gather(plan, "digits", ["digits"]).references] == ["paper"]
-    other = tuple(dataclasses.replace(each, test_accuracy=0.5) for each in known.tickets)
+    other = tuple(dataclasses.replace(each, value=0.5) for each in known.tickets)
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(reference, "_published", lambda: (dataclasses.replace(known, tickets=other),))
         assert [one.name for one in gather(plan, "digits", ["digits"]).references] == ["paper", "reference"]

@@ -506,7 +506,7 @@ def test_the_papers_points_stand_beside_ours() -> None:
 
 def test_the_published_reference_stands_beside_ours_with_a_verdict() -> None:
     one = synthetic_contents(["magnitude", "l1"], layer_count=1, levels=2)
-    other = [dataclasses.replace(row, seed=1, test_accuracy=row.test_accuracy + 0.004) for row in one.results]
+    other = [dataclasses.replace(row, seed=1, value=row.value + 0.004) for row in one.results]
     published = reference.published(load_study("digits"))
     shown = dataclasses.replace(one, results=(*one.results, *other), references=(published,))
     parts = {part.name: part for part in sections(shown)[0].parts}

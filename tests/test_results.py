@@ -45,7 +45,7 @@ def test_a_cell_of_one_seed_has_no_standard_deviation_and_one_without_results_no
 
 def test_diverged_trainings_are_counted_and_left_out_of_the_mean() -> None:
     cell = table2(FOUND, ["l1", "l2"]).cells[1, "l1"]
-    assert (cell.accuracies, cell.diverged) == ((0.80,), 1)
+    assert (cell.values, cell.diverged) == ((0.80,), 1)
 
 
 def test_the_best_has_the_highest_mean_of_those_with_the_most_seeds() -> None:

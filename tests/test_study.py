@@ -303,7 +303,10 @@ def test_fields_are_the_leaves() -> None:
         "prune",
         "exclude",
         "keep_dense",
+        "task.depends",
         "recipe.milestones",
+        "recipe.betas",
+        "recipe.no_decay",
     }
 
 

@@ -39,6 +39,7 @@ from tombola.study.functions import is_here, refer, resolve, source_hash
 from tombola.study.planner import Chain, Planner
 from tombola.study.schema import override
 from tombola.study.task import load_importance, load_problem
+from tombola.training.behaviour import EXAMPLES
 from tombola.workbench import runs
 from tombola.workbench.example import finished
 
@@ -298,7 +299,7 @@ def test_each_ticket_is_told_once(tmp_path: Path) -> None:
 )
 def test_a_failure_in_this_process(tmp_path: Path, fail: Callable[[], object], reason: str) -> None:
     def loss(outputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        if len(outputs) > 2:  # the trial has two examples
+        if len(outputs) > EXAMPLES:  # the trial has fewer
             fail()
         return functional.cross_entropy(outputs, labels)
 

@@ -123,6 +123,14 @@ class Evidence:
         )
 
     @property
+    def other_metric(self) -> str | None:
+        """Why a claim about accuracy cannot be judged, if tickets are judged by another metric; else None."""
+        measure = self.results[0].measure
+        if measure.name == "accuracy":
+            return None
+        return f"the paper says this of accuracy, and these tickets are judged by {measure.label}"
+
+    @property
     def seeds(self) -> list[int]:
         """The seeds that have a result at the compared level, in order."""
         return sorted({row.seed for row in self.results if row.level == self.level})
@@ -222,7 +230,7 @@ def collect(
         order_results=tuple(rows(tickets, planner.repeats)),
         shapes=planner.dense.shapes,
         kept_dense=planner.kept_dense,
-        guess=1 / len(planner.problem.data.classes),
+        guess=1 / max(1, len(planner.problem.data.classes)),
         layers=layers.of_study(tickets) if tables is None else tables["layers"],
         overlap=_drop_other_floors(overlap.of_study(tickets, compared, [level]), compared),
         stability=stability.of_study(tickets, compared, [level]),
@@ -284,6 +292,8 @@ def perform_alike(evidence: Evidence) -> Claim:
         *("1a", "Tickets of different importances have the same accuracy."),
         "at most 1.5 points apart up to 98.85 %; on VGG-16, up to 33 points from 99.88 % on",
     )
+    if other := evidence.other_metric:
+        return claim.decide("not testable", other)
     seeds = evidence.seeds
     found = [_accuracy_differences(evidence, seed, range(1, evidence.level + 1)) for seed in seeds]
     last = [_accuracy_differences(evidence, seed, [evidence.level]) for seed in seeds]
@@ -314,14 +324,14 @@ def _accuracy_differences(evidence: Evidence, seed: int, levels: Collection[int]
 
     The first is None if one of the accuracies is missing, the second if there is no second data order.
     """
-    own = {(row.importance, row.level): row.test_accuracy for row in evidence.results if row.seed == seed}
+    own = {(row.importance, row.level): row.value for row in evidence.results if row.seed == seed}
     pairs = [
         (own.get((one, level)), own.get((other, level)))
         for one, other in combinations(evidence.compared, 2)
         for level in levels
     ]
     orders = [
-        (own.get((row.importance, row.level)), row.test_accuracy)
+        (own.get((row.importance, row.level)), row.value)
         for row in evidence.order_results
         if row.seed == seed and row.level in levels and row.importance in evidence.compared
     ]
@@ -343,6 +353,8 @@ def fall_behind(evidence: Evidence) -> Claim:
         if expected
         else "+0.4 and +1.0 points at 99.53 %",
     )
+    if other := evidence.other_metric:
+        return claim.decide("not testable", other)
     names = [name for name in evidence.importances if name in ("softmax", "min_max")]
     if not names:
         return claim.decide("not testable", "softmax and min_max are not among the importances")
@@ -352,7 +364,7 @@ def fall_behind(evidence: Evidence) -> Claim:
         return claim.decide(
             "not testable", f"all of them have levels up to a sparsity of {100 * (1 - density):.2f} % only"
         )
-    accuracy = {key: evidence.guess if row.test_accuracy is None else row.test_accuracy for key, row in at.items()}
+    accuracy = {key: evidence.guess if row.value is None else row.value for key, row in at.items()}
     others = [statistics.fmean(accuracy[name, seed] for name in evidence.compared) for seed in evidence.seeds]
     if statistics.fmean(others) < 2 * evidence.guess:
         return claim.decide("not testable", "the other tickets are near a random guess at this sparsity, too")

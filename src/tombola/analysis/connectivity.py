@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from tombola.analysis.gather import after, groups, last_level
 from tombola.datasets.dataset import Dataset
 from tombola.errors import NothingStoredError, UserError
+from tombola.inputs import Forward, call, select
 from tombola.streams import ambient
 from tombola.study.planner import Planner, select_chains
 from tombola.study.tickets import Tickets
@@ -126,14 +127,15 @@ def build_measure(planner: Planner) -> Measure:
 
     def measure(state: State) -> tuple[float, float | None]:
         model.load_state_dict(state)
-        recompute_statistics(model, planner.problem.data)
-        accuracy, loss = evaluate(model, planner.problem.data, planner.problem.loss)
+        problem = planner.problem
+        recompute_statistics(model, problem.data, problem.forward)
+        accuracy, loss = evaluate(model, problem.data, problem.loss, problem.forward)
         return 1 - accuracy, loss
 
     return measure
 
 
-def recompute_statistics(model: nn.Module, data: Dataset) -> None:
+def recompute_statistics(model: nn.Module, data: Dataset, forward: Forward = call) -> None:
     """Set the running statistics of the model's batch norms to the means over batches of the training set."""
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
     if not norms:
@@ -144,10 +146,11 @@ def recompute_statistics(model: nn.Module, data: Dataset) -> None:
         norm.reset_running_stats()
         norm.momentum = None  # the plain mean over batches
         norm.train()
-    inputs, normalise = data.train_inputs[:_EXAMPLES], normalisation(data)
+    count, normalise = min(_EXAMPLES, data.held_examples), normalisation(data)
     with torch.inference_mode():
-        for part in inputs.chunk(-(-len(inputs) // _AT_ONCE)):
-            model(normalise(part))
+        for part in torch.arange(count).chunk(-(-count // _AT_ONCE)):
+            examples = slice(int(part[0]), int(part[-1]) + 1)
+            forward(model, normalise(select(data.train_inputs, examples)))
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
     model.eval()

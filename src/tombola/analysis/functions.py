@@ -134,7 +134,7 @@ class _Outputs:
     """Computes the outputs of trained tickets on the test set, and keeps those of the last few networks."""
 
     def __init__(self, planner: Planner) -> None:
-        self._data = planner.problem.data
+        self._data, self._forward = planner.problem.data, planner.problem.forward
         with ambient(0):
             self._model = planner.problem.build()
         self._known: dict[str, Tensor] = {}
@@ -144,11 +144,14 @@ class _Outputs:
         name = ticket.trained.weights.hash
         if name not in self._known:
             ticket.apply(self._model, trained=True)
-            self._known[name] = predict(self._model, self._data)
+            self._known[name] = predict(self._model, self._data, self._forward)
             for oldest in list(self._known)[:-_REMEMBERED]:
                 del self._known[oldest]
         return self._known[name]
 
     def compare(self, outputs: Mapping[str, Tensor]) -> pl.DataFrame:
         """Return the table of `of_outputs` for outputs on the test set."""
-        return of_outputs(outputs, self._data.test_labels)
+        labels = self._data.test_labels
+        if not isinstance(labels, Tensor):
+            raise UserError(f"functions: data set {self._data.name!r} has no classes, whose predictions could agree")
+        return of_outputs(outputs, labels)

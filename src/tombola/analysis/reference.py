@@ -19,12 +19,13 @@ from typing import Any
 import polars as pl
 from scipy import special
 
-from tombola.analysis.accuracy import Row, row_of, rows, summarise
+from tombola.analysis.accuracy import Row, of_test_accuracy, row_of, rows, summarise
 from tombola.engine.machine import count_kinds
 from tombola.engine.run import count_remaining
 from tombola.errors import NothingStoredError, UserError
 from tombola.study.schema import Study, fields, load_study, presets
 from tombola.study.tickets import Tickets
+from tombola.training.metrics import ACCURACY
 
 CITATION = (
     "B. Vandersmissen and J. Oramas, Considering Layerwise Importance in the Lottery Ticket Hypothesis, "
@@ -117,6 +118,8 @@ def of_study(tickets: Tickets, reference: Reference) -> pl.DataFrame:
         tombola.errors.DamagedResultError: where a stored result is damaged.
     """
     check_data(reference, tickets.planner.problem.data.fingerprint)
+    if ACCURACY not in tickets.planner.problem.metrics:
+        raise UserError(f"the {reference.name} has accuracies, and accuracy is not among task.metrics; add it there")
     known = reference.table["importance"].unique(maintain_order=True).to_list()
     if not set(known) & set(tickets.study.importances):
         raise UserError(
@@ -174,7 +177,8 @@ def compare(results: Sequence[Row], reference: pl.DataFrame) -> pl.DataFrame:
     within = pl.col("difference").abs() <= 2 * pl.col("standard_error") + rounding
     differs = ~within & (pl.col("standard_error") > rounding)
     return (
-        summarise(results)
+        summarise(of_test_accuracy(results))
+        .rename({"value": "accuracy"})
         .drop("diverged")
         .filter(pl.col("seeds") > 0)
         .join(theirs, on=["importance", "level"], how="inner", maintain_order="left")
@@ -275,7 +279,7 @@ def read(preset: str, text: str) -> Reference:
         preset,
         Study.model_validate_json(json.dumps(about["study"])),
         source,
-        summarise(found).drop("density", "diverged"),
+        summarise(found).rename({"value": "accuracy"}).drop("density", "diverged"),
         found,
         about,
     )
@@ -291,7 +295,7 @@ def _read_row(line: Mapping[str, str], connections: int) -> Row:
         seed=int(line["seed"]),
         level=int(line["level"]),
         density=alive / connections,
-        test_accuracy=accuracy,
+        value=accuracy,
         alive=alive,
         test_loss=test_loss,
         diverged=accuracy is None,
@@ -341,6 +345,6 @@ def _differences(study: Study, other: Study) -> list[str]:
     found = []
     for name in (name for name, _, _ in fields() if name.split(".")[0] in DECISIVE):
         own, theirs = attrgetter(name)(study), attrgetter(name)(other)
-        if own != theirs:
+        if own != theirs and name != "task.metrics":  # they do not change what is trained
             found.append(f"{name} {json.dumps(theirs)} instead of {json.dumps(own)}")
     return found

@@ -1,10 +1,11 @@
-"""Winners: the sparsest tickets that keep the accuracy of the dense network."""
+"""Winners: the sparsest tickets that keep the accuracy of the dense network, or what else tickets are judged by."""
 
 from __future__ import annotations
 
 import math
 import statistics
 from collections.abc import Sequence
+from typing import Any
 
 import polars as pl
 from scipy import special
@@ -13,20 +14,30 @@ from tombola.analysis.accuracy import Row, rows
 from tombola.errors import NothingStoredError, UserError
 from tombola.study.planner import select_chains
 from tombola.study.tickets import Tickets
+from tombola.training.metrics import TEST_ACCURACY, Measure
 
-SCHEMA = {
-    "importance": pl.String,
-    "level": pl.Int64,
-    "density": pl.Float64,
-    "seeds": pl.Int64,
-    "dense_accuracy": pl.Float64,
-    "accuracy": pl.Float64,
-    "difference": pl.Float64,
-    "low": pl.Float64,
-    "high": pl.Float64,
-    "keeps": pl.Boolean,
-    "surely": pl.Boolean,
-}
+FLATTERS = (
+    "The data has no validation set, so winners are chosen on the test set, which makes them look better than they are "
+    "on new data; task.validation = 0.1 holds back a tenth of the training examples to choose on."
+)
+"""What is said where winners are chosen without a validation set."""
+
+
+def schema(measure: Measure = TEST_ACCURACY) -> dict[str, Any]:
+    """Return the columns of `by_level` for what tickets are judged by."""
+    return {
+        "importance": pl.String,
+        "level": pl.Int64,
+        "density": pl.Float64,
+        "seeds": pl.Int64,
+        f"dense_{measure.name}": pl.Float64,
+        measure.name: pl.Float64,
+        "difference": pl.Float64,
+        "low": pl.Float64,
+        "high": pl.Float64,
+        "keeps": pl.Boolean,
+        "surely": pl.Boolean,
+    }
 
 
 def of_study(
@@ -34,13 +45,15 @@ def of_study(
 ) -> pl.DataFrame:
     """Return the winning ticket of each importance: the sparsest level that keeps the dense network's accuracy.
 
+    Tickets are judged by the first metric of the task, on the validation set if there is one, else on the test set.
+
     One row for each importance, with the columns of `by_level`. A level must be stored for all
     of the study's seeds.
 
     Args:
         tickets: of the study.
         importances: which; by default all.
-        margin: by how much a ticket's accuracy may be lower, on the scale 0..1.
+        margin: by how much a ticket may be worse, see `by_level`.
         surely: whether the whole interval of the difference must lie within the margin, not only its mean.
 
     Raises:
@@ -65,20 +78,23 @@ def select_winners(levels: pl.DataFrame, *, surely: bool = False) -> pl.DataFram
 
 
 def by_level(results: Sequence[Row], *, margin: float = 0.005) -> pl.DataFrame:
-    """Return how the accuracy at each level compares with the dense network's, per importance.
+    """Return how the accuracy, or what else tickets are judged by, compares with the dense network's at each level.
 
     One row for each importance and level, with the columns
 
     - importance, level. density: the mean over seeds. seeds: how many have this level and level 0.
-    - dense_accuracy, accuracy: the mean over these seeds, in 0..1; null where a training diverged.
+    - dense_accuracy, accuracy: the mean over these seeds, in 0..1; null where a training diverged. For another metric
+      the columns have its name, such as dense_r2 and r2.
     - difference: accuracy - dense_accuracy, in -1..1. low, high: its 95 % interval, the mean of the seeds' differences
       -+ t s / sqrt(n), with t of Student's distribution (Biometrika 6, 1908) for n - 1 degrees of freedom; null for
       fewer than two seeds.
-    - keeps: whether difference >= -margin. surely: whether low >= -margin; null where there is no interval.
+    - keeps: whether difference >= -margin. surely: whether low >= -margin; null where there is no interval. Where lower
+      is better, keeps is difference <= margin, and surely is high <= margin.
 
     Args:
         results: of any importances, seeds and levels, level 0 among them.
-        margin: by how much accuracy may be lower, on the scale 0..1.
+        margin: by how much a ticket may be worse, in 0..1: for accuracies and other shares on their own scale, for all
+            other metrics as a share of the dense network's |value|.
 
     Raises:
         UserError: where the margin is not in 0..1.
@@ -90,7 +106,8 @@ def by_level(results: Sequence[Row], *, margin: float = 0.005) -> pl.DataFrame:
     """
     if not 0 <= margin <= 1:
         raise UserError(f"margin: expected a share of the test set, in 0 to 1, got {margin}")
-    dense = {(row.importance, row.seed): row.test_accuracy for row in results if row.level == 0}
+    measure = results[0].measure if results else TEST_ACCURACY
+    dense = {(row.importance, row.seed): row.value for row in results if row.level == 0}
     groups: dict[tuple[str, int], list[Row]] = {}
     for row in results:
         if (row.importance, row.seed) in dense:
@@ -98,19 +115,23 @@ def by_level(results: Sequence[Row], *, margin: float = 0.005) -> pl.DataFrame:
     lines = []
     for (importance, level), group in groups.items():
         before = [dense[importance, row.seed] for row in group]
-        after = [row.test_accuracy for row in group]
+        after = [row.value for row in group]
         pairs = [(a, b) for a, b in zip(after, before, strict=True) if a is not None and b is not None]
         line = [importance, level, statistics.fmean(row.density for row in group), len(group)]
-        lines.append(line + (_compare(pairs, margin) if len(pairs) == len(group) else [*[None] * 5, False, None]))
-    return pl.DataFrame(lines, SCHEMA, orient="row")
+        whole = len(pairs) == len(group)
+        lines.append(line + (_compare(pairs, margin, measure) if whole else [*[None] * 5, False, None]))
+    return pl.DataFrame(lines, schema(measure), orient="row")
 
 
-def _compare(pairs: Sequence[tuple[float, float]], margin: float) -> list[float | bool | None]:
-    """Return dense accuracy, accuracy, difference, low, high, keeps and surely of (accuracy, dense accuracy) pairs."""
-    accuracy, dense = (statistics.fmean(side) for side in zip(*pairs, strict=True))
+def _compare(pairs: Sequence[tuple[float, float]], margin: float, measure: Measure) -> list[float | bool | None]:
+    """Return dense value, value, difference, low, high, keeps and surely of (value, dense value) pairs."""
+    value, dense = (statistics.fmean(side) for side in zip(*pairs, strict=True))
     mean, low, high = mean_with_interval([after - before for after, before in pairs])
-    least = -margin - 1e-9  # accuracies are whole numbers of examples; their differences are rounded
-    return [dense, accuracy, mean, low, high, mean >= least, None if low is None else low >= least]
+    allowed = margin if measure.percent else margin * abs(dense)
+    least = -allowed - 1e-9 * max(1.0, allowed)  # shares are whole numbers of examples; their differences are rounded
+    worst = low if measure.higher_is_better else high
+    surely = None if worst is None else measure.gain(worst, 0.0) >= least
+    return [dense, value, mean, low, high, measure.gain(mean, 0.0) >= least, surely]
 
 
 def mean_with_interval(values: Sequence[float]) -> tuple[float, float | None, float | None]:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from tombola.analysis.claims import Claim, Evidence
     from tombola.study.tickets import Tickets
+    from tombola.training.metrics import Measure
 
 
 _LEVELS = 10_000  # more levels than any network can have
@@ -135,7 +136,7 @@ def stability(options: argparse.Namespace) -> int:
 
 
 def winners(options: argparse.Namespace) -> int:
-    """Show the sparsest ticket of each importance that keeps the accuracy of the dense network."""
+    """Show the sparsest ticket of each importance that keeps the accuracy (or metric) of the dense network."""
     from tombola.analysis import winners
 
     tickets, names = _open(options)
@@ -143,7 +144,10 @@ def winners(options: argparse.Namespace) -> int:
         table = winners.of_study(tickets, names, margin=options.margin / 100, surely=options.surely)
     if options.format == "table" and len(tickets.study.seeds) < 2:
         print_note("no interval: the study has one seed, and an interval needs two or more")
-    _show(table, options.format, _winners)
+    measure = tickets.planner.problem.measure
+    if options.format == "table" and measure.split == "test":
+        print_note(winners.FLATTERS)
+    _show(table, options.format, partial(_winners, measure))
     return 0
 
 
@@ -341,19 +345,19 @@ def _stability(table: pl.DataFrame) -> pl.DataFrame:
     )
 
 
-def _winners(table: pl.DataFrame) -> pl.DataFrame:
+def _winners(measure: Measure, table: pl.DataFrame) -> pl.DataFrame:
     import polars as pl
 
-    from tombola.cli.tables import percent, percent_range
+    from tombola.cli.tables import figure, figure_range, percent
 
     return table.with_columns(sparsity=1 - pl.col("density")).select(
         *("importance", "level"),
         percent("sparsity").alias("sparsity %"),
         "seeds",
-        percent("dense_accuracy").alias("dense accuracy %"),
-        percent("accuracy").alias("accuracy %"),
-        percent("difference", sign=True).alias("difference, points"),
-        percent_range("low", "high", sign=True).alias("95 %"),
+        figure(f"dense_{measure.name}", measure).alias(f"dense {measure.heading}"),
+        figure(measure.name, measure).alias(measure.heading),
+        figure("difference", measure, sign=True).alias("difference, points" if measure.percent else "difference"),
+        figure_range("low", "high", measure).alias("95 %"),
         pl.when("surely").then(pl.lit("yes")).otherwise(pl.lit("no")).alias("surely within the margin"),
     )
 

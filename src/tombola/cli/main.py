@@ -9,10 +9,12 @@ import io
 import os
 import shlex
 import sys
+import textwrap
 from collections.abc import Sequence
+from typing import Any
 
 from tombola import __version__
-from tombola.cli import analysis, catalogue, report, results, run, store
+from tombola.cli import analysis, catalogue, completion, report, results, run, start, store
 from tombola.cli.advice import add_advice
 from tombola.cli.options import Parser, Verb, Verbs, with_dashes
 from tombola.errors import DamagedResultError, UserError, describe_exception, is_of_own_code
@@ -21,11 +23,29 @@ from tombola.exits import end_at_once, watch_exits
 _LIMITS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EBADF}
 """The errors of a system that is full or has reached a limit, or whose disk is broken."""
 
+_GROUPS = {
+    "run a study": (start, run),
+    "show what was found": (results, report),
+    "analyse the tickets": (analysis,),
+    "look after the store": (store,),
+    "about tombola": (catalogue, completion),
+}
+"""The groups of verbs, and the modules that have them."""
+
+_INDENT = 16
+"""The width of the column of verbs in the help."""
+
 EXAMPLES = """\
 examples:
   tombola run digits                        run a whole experiment in a minute
   tombola results digits --format csv       write its results for other programs
   tombola run digits --importances magnitude my_module:my_importance
+
+exit status:
+  0     success
+  1     verify or store check found a difference or damage
+  2     a mistake in what was asked for; the message says what to do
+  130   stopped by Ctrl-C; 141: the reader of the output has closed it
 """
 
 
@@ -43,7 +63,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _prepare_streams()
     try:
         try:
-            options = _parser().parse_args([with_dashes(argument) for argument in given])
+            parser = _parser()
+            completion.complete(parser)
+            options = parser.parse_args([with_dashes(argument) for argument in given])
             return _call(options.verb, options)
         finally:
             sys.stdout.flush()
@@ -115,12 +137,44 @@ def _parser() -> Parser:
         prog="tombola",
         usage="tombola VERB ...",
         description="Find lottery tickets of neural networks under any importance, and compare them.",
-        epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--version", action="version", version=f"tombola {__version__}")
-    verbs = Verbs(parser.add_subparsers(title="verbs", required=True, metavar="VERB", parser_class=Parser))
-    for group in (run, results, analysis, report, catalogue, store):
-        group.add_verbs(verbs)
+    parser.add_argument("--version", action=_Version, help="show the version, those of torch and the kernels, and exit")
+    verbs = Verbs(parser.add_subparsers(required=True, metavar="VERB", help=argparse.SUPPRESS, parser_class=Parser))
+    texts = []
+    for title, modules in _GROUPS.items():
+        before = len(verbs.texts)
+        for module in modules:
+            module.add_verbs(verbs)
+        texts.append(_list_verbs(title, list(verbs.texts.items())[before:]))
+    parser.epilog = "\n".join([*texts, EXAMPLES])
     return parser
+
+
+def _list_verbs(title: str, verbs: Sequence[tuple[str, str]]) -> str:
+    """Return the verbs of a group with their texts, in lines of at most 80 characters."""
+    lines = [f"{title}:"]
+    for name, text in verbs:
+        if " " not in name:
+            first, *others = textwrap.wrap(" ".join(text.split()), 80 - _INDENT)
+            lines += [f"  {name}".ljust(_INDENT) + first, *(" " * _INDENT + other for other in others)]
+    return "\n".join(lines) + "\n"
+
+
+class _Version(argparse.Action):
+    """The argparse action that prints the versions of tombola, of torch and of the kernels, and exits."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(nargs=0, default=argparse.SUPPRESS, **kwargs)
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        """Print the versions."""
+        import torch
+
+        from tombola import kernels
+
+        print(
+            f"tombola {__version__}, torch {torch.__version__}, sparse kernels: {kernels.instruction_set() or 'none'}"
+        )
+        parser.exit()

@@ -32,8 +32,25 @@ Verb = Callable[[argparse.Namespace], int]
 _FIELDS = {name: (annotation, text) for name, annotation, text in fields()}
 
 
+_OF_STUDY = "fields of the study"
+"""The title of the options that override fields; the help lists them only if it is asked to."""
+
+
 class Parser(argparse.ArgumentParser):
     """A parser whose errors are one sentence that names the nearest verbs and options."""
+
+    def format_help(self) -> str:
+        """Return the help without the fields of a study, and a line that says how to see them."""
+        short = [group for group in self._action_groups if group.title != _OF_STUDY]
+        hidden = len(short) < len(self._action_groups)
+        whole, self._action_groups = self._action_groups, short
+        text = super().format_help()
+        self._action_groups = whole
+        return text + (f"\n{_OF_STUDY}: see {self.prog} --help-fields\n" if hidden else "")
+
+    def print_whole_help(self) -> None:
+        """Print the help with the fields of a study."""
+        print(super().format_help(), end="")
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Parse the arguments, and refuse unknown ones here, where the options of this verb are known."""
@@ -77,7 +94,8 @@ def study_options() -> Parser:
         metavar="N",
         help="trainings at the same time (one per processor core, one on a GPU)",
     )
-    overrides = parser.add_argument_group("fields of the study", "Each replaces the value in the study's file.")
+    parser.add_argument("--help-fields", action=_WholeHelp, help="show the fields of a study too, and exit")
+    overrides = parser.add_argument_group(_OF_STUDY, "Each replaces the value in the study's file.")
     for name, (annotation, text) in _FIELDS.items():
         kind: dict[str, Any] = {"type": parse_value}
         if get_origin(annotation) is dict:
@@ -119,7 +137,8 @@ def add_margin(parser: argparse.ArgumentParser) -> None:
         type=percentage_points,
         default=0.5,
         metavar="X",
-        help="a ticket keeps the accuracy if it loses at most this many percentage points (%(default)s)",
+        help="a ticket keeps the accuracy if it loses at most this many percentage points (%(default)s); for a metric "
+        "that is not a share, percent of the dense network's value",
     )
 
 
@@ -132,12 +151,14 @@ class Verbs:
         study: the options of a verb that is about a study.
         table: the options of a verb that prints a table.
         store: the options of a verb that is about a store.
+        texts: the first sentence about each verb, by its name.
     """
 
     parsers: Any
     study: Parser = field(default_factory=study_options)
     table: Parser = field(default_factory=table_options)
     store: Parser = field(default_factory=store_options)
+    texts: dict[str, str] = field(default_factory=dict)
 
     def add(self, name: str, verb: Verb, *parents: Parser) -> Parser:
         """Add a verb with the options of `parents`; its help is its docstring. Return its parser."""
@@ -148,11 +169,12 @@ class Verbs:
             prog=f"tombola {name}",
             parents=parents,
             usage=f"tombola {name}{study} [option ...]",
-            help=text,
             description=text,
             allow_abbrev=False,
+            **({"help": text} if " " in name else {}),  # the help of `tombola` lists its verbs in groups
         )
         parser.set_defaults(verb=verb)
+        self.texts[name] = text.partition("\n\n")[0]
         return parser
 
     def add_group(self, name: str, verb: Verb, choices: str) -> Verbs:
@@ -197,17 +219,34 @@ def open_planner(options: argparse.Namespace, study: Study | None = None) -> Pla
     import torch
 
     from tombola.datasets.cache import CacheWarning
+    from tombola.study.behaviour import StaleResultsWarning
     from tombola.study.trainings import THREADS
     from tombola.workbench.studies import open_planner
 
     torch.set_num_threads(THREADS)
     with warnings_as_notes(CacheWarning):
-        return open_planner(study, store=options.store, data=options.data, beside=Path(options.study))
+        planner = open_planner(study, store=options.store, data=options.data, beside=Path(options.study))
+    with warnings_as_notes(StaleResultsWarning), contextlib.suppress(UserError):
+        _ = planner.identity  # a network that fails is reported by those who use it
+    warnings.simplefilter("ignore", StaleResultsWarning)  # the note is printed once
+    return planner
 
 
 def overrides(options: argparse.Namespace) -> dict[str, Any]:
     """Return the fields of the study that the options override."""
     return {name: value for name, value in vars(options).items() if name in _FIELDS and value is not None}
+
+
+class _WholeHelp(argparse.Action):
+    """The argparse action that prints the help with the fields of a study, and exits."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(nargs=0, default=argparse.SUPPRESS, **kwargs)
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        """Print the help."""
+        parser.print_whole_help()
+        parser.exit()
 
 
 class Arguments(argparse.Action):

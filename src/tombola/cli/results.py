@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from tombola.analysis.accuracy import Cell, Row, Table2
     from tombola.study.schema import Study
     from tombola.study.tickets import Tickets
+    from tombola.training.metrics import Measure
 
 
 def add_verbs(verbs: Verbs) -> None:
@@ -43,7 +44,7 @@ def add_verbs(verbs: Verbs) -> None:
 
 
 def results(options: argparse.Namespace) -> int:
-    """Show the accuracy of every ticket (the paper's Table 2)."""
+    """Show the accuracy of every ticket (the paper's Table 2), or the first of the task's metrics."""
     from tombola.study.tickets import Tickets
 
     if options.reference:
@@ -165,14 +166,13 @@ def _begin_with(option: str) -> Iterator[None]:
 
 def _show_rows(found: Sequence[Row], form: str) -> None:
     """Print results as csv or json."""
-    from tombola.analysis.accuracy import Row
     from tombola.cli.tables import emit, show_table
 
     if form == "json":
         emit(json.dumps([row.to_json() for row in found], indent=1))
     else:
-        names = list(Row.__dataclass_fields__)
-        show_table(names, [[getattr(row, name) for name in names] for row in found], form)
+        lines = [row.to_json() for row in found]
+        show_table(list(lines[0]), [list(line.values()) for line in lines], form)
 
 
 def _print_results(found: Sequence[Row], study: Study, data: str, counted: str) -> None:
@@ -190,7 +190,10 @@ def _print_results(found: Sequence[Row], study: Study, data: str, counted: str) 
     table = table2(found, study.importances)
     seeds = f"mean ± std over {len(study.seeds)} seeds" if len(study.seeds) > 1 else f"seed {study.seeds[0]}"
     best = "; best " + ("bold" if sys.stdout.isatty() else "*") if len(study.importances) > 1 else ""
-    print(f"test accuracy in % on {data}, {seeds}{best}")
+    measure = table.measure
+    if best and not measure.higher_is_better:
+        best += " (lowest)"
+    print(f"{measure.split} {measure.label}{' in %' if measure.percent else ''} on {data}, {seeds}{best}")
     _print_table2(table, study.importances, len(study.seeds))
     print(wrap(counted))
     diverged: dict[str, list[str]] = {}
@@ -215,7 +218,7 @@ def _print_table2(results: Table2, importances: Sequence[str], seeds: int) -> No
         table.add_column(title, justify="right")
     for level, density in results.levels:
         best = results.best(level)
-        cells = [_cell(results.cells[level, name], name in best, plain, seeds) for name in importances]
+        cells = [_cell(results.cells[level, name], results.measure, name in best, plain, seeds) for name in importances]
         table.add_row(str(level), f"{100 * (1 - density):.2f}", *cells)
     half = len(importances) // 2
     if half and too_wide(table):
@@ -225,14 +228,14 @@ def _print_table2(results: Table2, importances: Sequence[str], seeds: int) -> No
         print_table(table)
 
 
-def _cell(cell: Cell, best: bool, plain: bool, seeds: int) -> Text:
+def _cell(cell: Cell, measure: Measure, best: bool, plain: bool, seeds: int) -> Text:
     from rich.text import Text
 
     from tombola.cli.tables import BLANK
 
-    there = len(cell.accuracies)
+    there = len(cell.values)
     if cell.mean is None:
         return Text(("diverged" if cell.diverged else "-") + (BLANK if plain else ""))
-    text = f"{100 * cell.mean:.2f}" + (f"±{100 * cell.std:.2f}" if cell.std is not None else "")
+    text = measure.figure(cell.mean) + (f"±{measure.spread(cell.std)}" if cell.std is not None else "")
     text += f" ({there} of {seeds})" if there < seeds else ""
     return Text(text + (("*" if best else BLANK) if plain else ""), style="bold" if best else "")

@@ -199,6 +199,7 @@ _CURES = {
     "result": _AGAIN,
     "mask": _AGAIN,
     "checkpoint": _AGAIN,
+    "behaviour": "results of this network are not used until the file is restored",
     "record": "`tombola verify` repeats a training and begins a new record",
     "run": _GONE,
     "claim": _GONE,

@@ -21,6 +21,8 @@ from tombola.workbench.text import empty_table, open_console
 if TYPE_CHECKING:
     import polars as pl
 
+    from tombola.training.metrics import Measure
+
 BLANK = "\ue000"
 """A placeholder in cells without a star, so that the columns stay aligned; rich would strip a space."""
 
@@ -110,6 +112,26 @@ def percent(column: str, digits: int = 2, *, sign: bool = False) -> pl.Expr:
 
     form = f"{{:{'+' if sign else ''}.{digits}f}}"
     return (pl.col(column) * 100).map_elements(form.format, return_dtype=pl.String)
+
+
+def figure(column: str, measure: Measure, *, sign: bool = False) -> pl.Expr:
+    """Return a column of values of what tickets are judged by as text."""
+    import polars as pl
+
+    return pl.col(column).map_elements(lambda value: measure.figure(value, sign=sign), return_dtype=pl.String)
+
+
+def figure_range(low: str, high: str, measure: Measure) -> pl.Expr:
+    """Return two columns of differences of what tickets are judged by as the text of a range."""
+    import polars as pl
+
+    def text(pair: dict[str, Any]) -> str:
+        first, last = pair.values()
+        if first is None or last is None:
+            return "-"
+        return f"{measure.figure(first, sign=True)} .. {measure.figure(last, sign=True)}"
+
+    return pl.struct(low, high).map_elements(text, return_dtype=pl.String)
 
 
 def number(column: str, form: str = "{:.3f}") -> pl.Expr:

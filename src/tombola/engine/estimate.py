@@ -16,6 +16,7 @@ from tombola.engine.local import LocalWorkers
 from tombola.engine.run import count_remaining
 from tombola.engine.workers import At
 from tombola.errors import DamagedResultError
+from tombola.inputs import select
 from tombola.pruning.mask import Mask
 from tombola.study.planner import Chain, Planner, Progress
 from tombola.study.tickets import Tickets
@@ -105,7 +106,7 @@ def prior_speed(planner: Planner, workers: int, directory: Path | None = None) -
     if recorded := _recorded_speed(planner, progress):
         return recorded
     testing = _time_testing(planner)
-    step = _STEP_OF_FORWARD * testing * planner.study.recipe.batch_size / len(planner.problem.data.test_inputs)
+    step = _STEP_OF_FORWARD * testing * planner.study.recipe.batch_size / planner.problem.data.test_examples
     if to_train * planner.end * step / workers < _WORTH_TIMING:
         return Speed({}, testing, 0.0, "not known yet")
     return _timed_speed(planner, workers, directory, testing)
@@ -182,13 +183,15 @@ def _thin(mask: Mask, density: float) -> Mask:
 def _time_testing(planner: Planner) -> float:
     """Return the seconds of the test after a training, extrapolated from a part of the test set."""
     data = planner.problem.data
-    few = min(500, len(data.test_inputs))
-    part = replace(data, test_inputs=data.test_inputs[:few], test_labels=data.test_labels[:few])
-    model = planner.problem.build()
-    predict(model, part)
+    few = min(500, data.test_examples)
+    part = replace(
+        data, test_inputs=select(data.test_inputs, slice(few)), test_labels=select(data.test_labels, slice(few))
+    )
+    model, forward = planner.problem.build(), planner.problem.forward
+    predict(model, part, forward)
     began = time.perf_counter()
-    predict(model, part)
-    return (time.perf_counter() - began) * len(data.test_inputs) / few
+    predict(model, part, forward)
+    return (time.perf_counter() - began) * data.test_examples / few
 
 
 def _bytes(planner: Planner, level: int) -> int:

@@ -22,14 +22,16 @@ from tombola.datasets.dataset import Dataset
 from tombola.engine.machine import device_name, machine
 from tombola.errors import ImportanceError, UserError
 from tombola.importance import Importance
+from tombola.inputs import list_tensors
 from tombola.kernels import NoKernelsWarning
 from tombola.lottery.rewinding import Rule
 from tombola.pruning.mask import Mask
 from tombola.streams import ambient
 from tombola.study.rounds import compute_mask
 from tombola.study.schema import Study
-from tombola.study.task import Problem, load_importance
+from tombola.study.task import Problem, load_importance, load_recipe
 from tombola.study.trainings import Round, Training
+from tombola.training.behaviour import Behaviour, agree
 from tombola.training.history import Checkpoint, History, Trained, Watch
 from tombola.training.recipe import Recipe
 from tombola.training.train import train
@@ -39,7 +41,7 @@ Loaded: TypeAlias = tuple[Importance, Mapping[str, str]]
 """An importance and the hashes of its source, see `tombola.study.task.load_importance`."""
 
 _EDITED = "its source was edited after the run began; run the study again"
-_PARTS = ("data", "model", "loss")
+_PARTS = ("data", "model", "loss", "forward", "step", "depends")
 """The parts of a problem's identity, see `tombola.study.task.Problem`."""
 
 
@@ -58,6 +60,8 @@ class Job:
     end: int
     device: str
     sparse: Sequence[str]
+    sources: Mapping[str, str]
+    behaviour: Behaviour = ()
 
     @classmethod
     def of(cls, training: Training, study: Study) -> Job:
@@ -74,6 +78,8 @@ class Job:
             training.end,
             study.device,
             training.identity["sparse"],
+            training.identity.get("sources", {}),
+            training.behaviour,
         )
 
 
@@ -150,7 +156,7 @@ def perform(job: Job, problem: Problem, resume: Checkpoint | None, watch: Watch)
 
     Args:
         job: the training.
-        problem: the data set, model and loss.
+        problem: the data set, model, loss and metrics.
         resume: the checkpoint to resume from; None to start at the beginning.
         watch: a function that is called after every iteration.
 
@@ -158,6 +164,18 @@ def perform(job: Job, problem: Problem, resume: Checkpoint | None, watch: Watch)
         UserError: if the problem is not the one that the training is named after, or if the user's code fails.
     """
     _check_problem(job, problem)
+    if job.behaviour and not agree(job.behaviour, problem.behaviour):
+        name = problem.identity["model"]["name"]
+        raise UserError(
+            f"task.model {name!r}: in a worker, the network or the loss computes something else than it did when the "
+            f"run began: a file or an environment variable that it uses has changed, or is not the same on every "
+            f"machine"
+        )
+    recipe = Recipe.model_validate(job.recipe)
+    functions, sources = load_recipe(recipe)
+    for field in sources:
+        if sources[field] != job.sources.get(field):
+            raise UserError(f"recipe.{field} {recipe.own_code[field]!r}: {_EDITED}")
     clock = _Clock(watch)
     mask = _mask_from_bytes(job.shapes, job.bits)
     with ambient(0):  # for what a user's model draws beside its state
@@ -169,11 +187,16 @@ def perform(job: Job, problem: Problem, resume: Checkpoint | None, watch: Watch)
             safetensors.torch.load(job.initial),
             mask,
             problem.data,
-            Recipe.model_validate(job.recipe),
+            recipe,
             job.seed,
             begin=job.begin,
             end=job.end,
             loss=problem.loss,
+            forward=problem.forward,
+            step=problem.step,
+            optimizer=functions.get("optimizer"),
+            schedule=functions.get("schedule"),
+            metrics=problem.metrics,
             device=job.device,
             kernels=job.sparse,
             resume=resume,
@@ -243,6 +266,8 @@ def _check_problem(job: Job | RoundJob, problem: Problem) -> None:
                 f"the data set {problem.data.name!r} is not the same each time it is loaded, as the names of trainings "
                 f"require: it was edited since the run began, or it is drawn without a fixed seed"
             )
+        if part == "depends":
+            raise UserError("task.depends: a file or a variable has changed since the run began; run the study again")
         name = (now.get(part) or {}).get("name")
         raise UserError(f"task.{part} {name!r}: {_EDITED}")
 
@@ -253,7 +278,9 @@ def _unchanged(data: Dataset) -> Iterator[None]:
 
     Later trainings would have other data. torch counts the changes of a tensor, so that this check reads no data.
     """
-    tensors = [value for value in vars(data).values() if isinstance(value, Tensor) and not value.is_inference()]
+    parts = [value for value in vars(data).values() if isinstance(value, Tensor | tuple | dict)]
+    found = [each for part in parts for each in list_tensors(part).values() if isinstance(each, Tensor)]
+    tensors = [tensor for tensor in found if not tensor.is_inference()]
     before = [tensor._version for tensor in tensors]
     yield
     if [tensor._version for tensor in tensors] != before:

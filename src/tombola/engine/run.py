@@ -68,6 +68,7 @@ def run(
     with Claims(planner.store.root) as claims:
         notes = _wait_for_collector(claims)
         planner.store.sweep(claims.alone)
+        planner.keep_behaviour()
         wanted = [*planner.chains, *planner.repeats] if chains is None else chains
         status = _run(planner, workers, claims, show, wanted, speed, notes)
         planner.store.sweep(claims.alone)  # remove the files of killed workers

@@ -261,11 +261,22 @@ def first_in_losses(stored: Tensor, again: Tensor, begin: int) -> str | None:
 
 
 def first_in_histories(stored: History, again: History) -> str | None:
-    """Return the first difference of two histories; None if all bits are equal."""
-    for name, then in stored.to_json().items():
-        if repr(then) != repr(now := again.to_json()[name]):
+    """Return the first difference of two histories, in the metrics that both have; None if all bits are equal."""
+    before, after = _flatten(stored), _flatten(again)
+    for name, then in before.items():
+        if name in after and repr(then) != repr(now := after[name]):
             return f"{name}: {then!r} in the store, {now!r} now"
     return None
+
+
+def _flatten(history: History) -> dict[str, Any]:
+    """Return the parts of a history by name; without the accuracy if the task does not have it."""
+    document = history.to_json()
+    for split, values in document.pop("metrics", {}).items():
+        document |= {f"{split} {key}": value for key, value in values.items()}
+    if history.test_accuracy is None and history.diverged_at is None:
+        del document["test_accuracy"]
+    return document
 
 
 def first_in_states(stored: State, again: State) -> str | None:

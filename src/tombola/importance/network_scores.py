@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tombola.errors import ImportanceError
+from tombola.inputs import Forward, OwnStep, Tensors, call, convert, count_examples, list_tensors
 
 Convolution: TypeAlias = nn.Conv1d | nn.Conv2d | nn.Conv3d
 
@@ -40,16 +41,31 @@ class Network:
     Args:
         model: the network, with the weights to score; the weights of pruned connections are 0.
         alive: layer -> a bool tensor of the weight's shape, True if the connection is alive.
-        batches: pairs (inputs, labels), as the network receives them.
+        batches: pairs (inputs, labels), as the network receives them. Inputs may be several tensors, see
+            `tombola.inputs`.
         loss: a function (outputs, labels) -> scalar, the mean over the batch.
         generator: the random stream of this round of pruning.
+        forward: a function (model, inputs) -> outputs.
+        step: a function (model, inputs, labels) -> loss, instead of `forward` and `loss`; None for these.
     """
 
     model: nn.Module
     alive: Mapping[str, Tensor]
-    batches: Sequence[tuple[Tensor, Tensor]]
-    loss: Callable[[Tensor, Tensor], Tensor]
+    batches: Sequence[tuple[Any, Any]]
+    loss: Callable[[Tensor, Any], Tensor]
     generator: torch.Generator
+    forward: Forward = call
+    step: OwnStep | None = None
+
+    def outputs(self, inputs: Tensors) -> Tensor:
+        """Return the outputs for the inputs of a batch."""
+        return self.forward(self.model, inputs)
+
+    def loss_of(self, inputs: Tensors, labels: Tensors) -> Tensor:
+        """Return the mean loss over a batch, a scalar, by the step or else by the loss of the outputs."""
+        if self.step is not None:
+            return self.step(self.model, inputs, labels)
+        return self.loss(self.outputs(inputs), labels)
 
     @property
     def weights(self) -> dict[str, nn.Parameter]:
@@ -60,7 +76,7 @@ class Network:
     @property
     def examples(self) -> int:
         """The number of examples in all batches."""
-        return sum(len(inputs) for inputs, _ in self.batches)
+        return sum(count_examples(inputs) for inputs, _ in self.batches)
 
 
 @dataclass(frozen=True)
@@ -103,20 +119,26 @@ def snip(network: Network) -> dict[str, Tensor]:
     """Return |dL/dm| for the mask m, which multiplies the weights (Lee et al., arXiv 1810.02340).
 
     Source: SNIP divides the scores by their sum over the whole network, which changes no order, so it is left out. With
-    weights w * m and m = 1, dL/dm = w * g, so SNIP equals `taylor` except for rounding.
+    weights w * m and m = 1, dL/dm = w * g, so SNIP equals `taylor` except for rounding. With a forward or a step of
+    the user, which may read the weights, it is computed as w * g.
 
     >>> snip(_example())["weight"]
     tensor([[6., 2.]])
     """
+    if network.forward is not call or network.step is not None:
+        return taylor(network)
     masks = {layer: alive.to(network.weights[layer].dtype) for layer, alive in network.alive.items()}
     masks = {layer: mask.requires_grad_() for layer, mask in masks.items()}
 
-    def model(inputs: Tensor) -> Tensor:
+    def model(*inputs: Tensor, **named: Tensor) -> Tensor:
         masked = {layer: weight.detach() * masks[layer] for layer, weight in network.weights.items()}
-        outputs: Tensor = functional_call(network.model, masked, (inputs,))
+        outputs: Tensor = functional_call(network.model, masked, inputs, named)
         return outputs
 
-    return {layer: gradient.abs() for layer, gradient in _gradients(network, model, masks).items()}
+    def loss_of(inputs: Tensors, labels: Tensors) -> Tensor:
+        return network.loss(call(model, inputs), labels)
+
+    return {layer: gradient.abs() for layer, gradient in _gradients(network, loss_of, masks).items()}
 
 
 def grasp(network: Network) -> dict[str, Tensor]:
@@ -130,6 +152,8 @@ def grasp(network: Network) -> dict[str, Tensor]:
     >>> grasp(curved)["weight"].round()  # outputs 4, x = (2, 2): H = x x^T, g = 4 x, H g = 64 and 64 halves
     tensor([[192., -64.]])
     """
+    if network.step is not None:
+        raise ImportanceError("it divides the outputs before the loss, and a step of your own gives only the loss")
     tempered = replace(network, loss=lambda outputs, labels: network.loss(outputs / _TEMPERATURE, labels))
     gradients = {layer: gradient * network.alive[layer] for layer, gradient in _gradients(tempered).items()}
     total = _sum((products for _, products in _hessian_products(tempered, lambda: gradients)), network.weights)
@@ -183,8 +207,7 @@ def fisher(network: Network) -> dict[str, Tensor]:
     with _observe_gradients(network, add):
         for inputs, labels in network.batches:
             # The sum of the examples' losses, so that each example adds its own gradient.
-            outputs = network.model(inputs)
-            loss = _finite(network.loss(outputs, labels)) * len(inputs)
+            loss = _finite(network.loss_of(inputs, labels)) * count_examples(inputs)
             loss.backward()  # type: ignore[no-untyped-call]
     if wrong := [layer for layer, count in calls.items() if count != len(network.batches)]:
         raise ImportanceError(f"it rates only layers that the network calls once, and not {wrong[0]!r}")
@@ -208,7 +231,7 @@ def wanda(network: Network) -> dict[str, Tensor]:
 
     with _observe_inputs(network, add), torch.no_grad():
         for inputs, _ in network.batches:
-            network.model(inputs)
+            network.outputs(inputs)
     if unused := sorted(network.alive.keys() - squares.keys()):
         raise ImportanceError(f"it rates only layers that the network calls, and not {unused[0]!r}")
     return {layer: weight.detach().abs() * squares[layer].sqrt() for layer, weight in network.weights.items()}
@@ -225,15 +248,19 @@ def synflow(network: Network) -> dict[str, Tensor]:
     tensor([[3., 1.]], dtype=torch.float64)
     """
     inputs, _ = network.batches[0]
-    if not inputs.is_floating_point():
-        raise ImportanceError(f"it gives the network the inputs 1, and this network takes inputs of {inputs.dtype}")
+    for name, tensor in list_tensors(inputs).items():
+        if not tensor.is_floating_point():
+            raise ImportanceError(
+                f"it gives the network the inputs 1, and this network takes inputs{name} of {tensor.dtype}"
+            )
     model = copy.deepcopy(network.model).double().eval()
     with torch.no_grad():
         for tensor in model.state_dict().values():
             if tensor.is_floating_point():
                 tensor.abs_()
+    ones = convert(lambda tensor: torch.ones_like(tensor[:1], dtype=torch.float64), inputs)
     weights = {layer: model.get_parameter(layer).requires_grad_() for layer in network.alive}
-    total = _finite(model(torch.ones_like(inputs[:1], dtype=torch.float64)).sum())
+    total = _finite(network.forward(model, ones).sum())
     gradients = torch.autograd.grad(total, list(weights.values()), allow_unused=True)
     return {
         layer: torch.zeros_like(weight) if gradient is None else weight.detach() * gradient
@@ -250,12 +277,12 @@ NETWORK_SCORES: dict[str, NetworkScore] = {
 
 def _gradients(
     network: Network,
-    model: Callable[[Tensor], Tensor] | None = None,
+    loss_of: Callable[[Tensors, Tensors], Tensor] | None = None,
     tensors: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
     """Return the gradient of the mean loss over all examples, by default with respect to the weights."""
     tensors = network.weights if tensors is None else tensors
-    return _sum((_gradient_of(loss, tensors) for loss in _losses(network, model or network.model)), tensors)
+    return _sum((_gradient_of(loss, tensors) for loss in _losses(network, loss_of or network.loss_of)), tensors)
 
 
 def _hessian_products(
@@ -264,7 +291,7 @@ def _hessian_products(
     """Yield a direction v and the part of the product H v that each batch adds; the parts sum to H v."""
     weights = network.weights
     with sdpa_kernel(SDPBackend.MATH):  # the other implementations of attention have no second derivative
-        for loss in _losses(network, network.model):
+        for loss in _losses(network, network.loss_of):
             slopes, along = _gradient_of(loss, weights, create_graph=True), direction()
             slope = torch.stack([(slopes[layer] * along[layer]).sum() for layer in weights]).sum()
             if slope.requires_grad:  # the loss is not linear in the weights
@@ -280,10 +307,10 @@ def _sum(parts: Iterable[Mapping[str, Tensor]], like: Mapping[str, Tensor]) -> d
     return total
 
 
-def _losses(network: Network, model: Callable[[Tensor], Tensor]) -> Iterator[Tensor]:
+def _losses(network: Network, loss_of: Callable[[Tensors, Tensors], Tensor]) -> Iterator[Tensor]:
     """Yield the loss of each batch, weighted by its share of the examples: their sum is the mean over all examples."""
     for inputs, labels in network.batches:
-        yield _finite(network.loss(model(inputs), labels)) * (len(inputs) / network.examples)
+        yield _finite(loss_of(inputs, labels)) * (count_examples(inputs) / network.examples)
 
 
 def _gradient_of(value: Tensor, tensors: Mapping[str, Tensor], *, create_graph: bool = False) -> dict[str, Tensor]:

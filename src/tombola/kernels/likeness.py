@@ -34,13 +34,14 @@ _LARGE = 1000.0
 """A factor of the initial weights: limits that initial weights lie within are exceeded by larger ones."""
 
 
-def is_own(model: nn.Module, loss: object) -> bool:
+def is_own(model: nn.Module, *functions: object) -> bool:
     """Return whether code of a user takes part in a step of a model, and not of PyTorch and this package alone.
 
     >>> is_own(nn.Sequential(nn.Linear(2, 1)), functional.cross_entropy)
     False
     """
-    kinds = [str(getattr(loss, "__module__", "")), *(type(module).__module__ for module in model.modules())]
+    kinds = [str(getattr(function, "__module__", "")) for function in functions]
+    kinds += [type(module).__module__ for module in model.modules()]
     return not all(kind.split(".")[0] in _KNOWN for kind in kinds) or not all(map(is_plain, model.modules()))
 
 

@@ -53,6 +53,18 @@ def replace_layers(model: nn.Module, mask: Mapping[str, Tensor], names: Collecti
     return model
 
 
+def dense_names(model: nn.Module) -> dict[str, str]:
+    """Return the name before `sparsify` of each parameter, by its name now.
+
+    >>> dense_names(nn.Linear(2, 1))
+    {'weight': 'weight', 'bias': 'bias'}
+    """
+    sparse = {
+        f"{path}.values": f"{path}.weight" for path, each in model.named_modules() if isinstance(each, layers.Sparse)
+    }
+    return {name: sparse.get(name, name) for name, _ in model.named_parameters()}
+
+
 def dense_state(model: nn.Module) -> dict[str, Tensor]:
     """Return the state dict of the model as before `sparsify`: dense weights, exactly 0.0 for pruned connections."""
     sparse = {name: module for name, module in model.named_modules() if isinstance(module, layers.Sparse)}

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager, nullcontext
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from tombola.inputs import Forward, OwnStep, Tensors, call
 from tombola.kernels.choice import choices, warn_if_missing
 from tombola.kernels.linear import Perceptron
 from tombola.kernels.replace import dense_state, replace_layers
 from tombola.pruning.mask import Mask
 
-Loss: TypeAlias = Callable[[Tensor, Tensor], Tensor]
+Loss: TypeAlias = Callable[[Tensor, Any], Tensor]
 """A function (outputs of the model, labels) -> scalar, the mean over the batch."""
 
 Precision: TypeAlias = Literal["float32", "bfloat16"]
@@ -30,6 +31,8 @@ class Step:
         loss: a function of outputs and labels that returns the mean over the batch.
         perceptron: the same model as a sequence of linear layers with cross-entropy, without autograd; or None.
         autocast: the context in which outputs are computed, for example with torch's autocast to bfloat16.
+        forward: a function (model, inputs) -> outputs.
+        step: a function (model, inputs, labels) -> loss, instead of `forward` and `loss`; None for these.
     """
 
     def __init__(
@@ -39,19 +42,27 @@ class Step:
         loss: Loss,
         perceptron: Perceptron | None,
         autocast: AbstractContextManager[object],
+        forward: Forward = call,
+        step: OwnStep | None = None,
     ) -> None:
         self.model = model
         self.sparse = sparse
         self.autocast = autocast
         self._loss = loss
         self._perceptron = perceptron
+        self._forward = forward
+        self._step = step
 
-    def __call__(self, inputs: Tensor, labels: Tensor) -> Tensor:
+    def __call__(self, inputs: Tensors, labels: Tensors) -> Tensor:
         """Return the loss of a batch, a scalar, and set the gradients of the parameters, which must be None before."""
-        if self._perceptron is not None and self._perceptron.takes(inputs, labels):
-            return self._perceptron.cross_entropy(inputs, labels)
+        if self._perceptron is not None and isinstance(inputs, Tensor) and isinstance(labels, Tensor):  # noqa: SIM102
+            if self._perceptron.takes(inputs, labels):
+                return self._perceptron.cross_entropy(inputs, labels)
         with self.autocast:
-            loss = self._loss(self.model(inputs), labels)
+            if self._step is not None:
+                loss = self._step(self.model, inputs, labels)
+            else:
+                loss = self._loss(self._forward(self.model, inputs), labels)
         loss.backward()  # type: ignore[no-untyped-call]
         return loss.detach()
 
@@ -73,6 +84,8 @@ def accelerate(
     precision: Precision = "float32",
     device: str = "cpu",
     loss: Loss = functional.cross_entropy,
+    forward: Forward = call,
+    step: OwnStep | None = None,
     among: Collection[str] | None = None,
     stacklevel: int = 1,
 ) -> Step:
@@ -88,6 +101,8 @@ def accelerate(
         precision: the precision of activations; weights are float32.
         device: the device of the model, "cpu" or "cuda".
         loss: a function of outputs and labels that returns the mean over the batch.
+        forward: a function (model, inputs) -> outputs.
+        step: a function (model, inputs, labels) -> loss, instead of `forward` and `loss`; None for these.
         among: the names of the weights whose layers may be replaced; None for all.
         stacklevel: the level of the call that a warning names; 1 is the caller.
 
@@ -106,10 +121,10 @@ def accelerate(
     sparse = [name for name in sparse if among is None or name in among]
     if sparse:
         replace_layers(model, mask, sparse)
-    has_kernels = device == "cpu" and precision == "float32" and loss is functional.cross_entropy
-    perceptron = Perceptron.of(model) if has_kernels else None
+    plain = loss is functional.cross_entropy and forward is call and step is None
+    perceptron = Perceptron.of(model) if plain and device == "cpu" and precision == "float32" else None
     autocast = torch.autocast(device, torch.bfloat16) if precision == "bfloat16" else nullcontext()
-    return Step(model, sparse, loss, perceptron, autocast)
+    return Step(model, sparse, loss, perceptron, autocast, forward, step)
 
 
 def sparse_layers(

@@ -18,6 +18,7 @@ from tombola.datasets.progress import Bar
 from tombola.errors import UserError, did_you_mean
 from tombola.importance import Importance, Normalisation, as_importance
 from tombola.importance.scores import movement
+from tombola.inputs import Forward, OwnStep, call
 from tombola.lottery.ticket import Ticket
 from tombola.pruning.eligible import list_shared, prunable, resolve_layers
 from tombola.pruning.mask import Mask, resolve_kept_dense
@@ -27,7 +28,8 @@ from tombola.pruning.start import check_start
 from tombola.streams import derive
 from tombola.training.evaluation import Loss
 from tombola.training.history import Trained
-from tombola.training.recipe import Recipe
+from tombola.training.own_optimizer import MakeOptimizer
+from tombola.training.recipe import Recipe, RewindTo, Schedule
 from tombola.training.replaceable import OwnLayersWarning, find_fault
 from tombola.training.scoring import EXAMPLES, TRIED, score_network
 from tombola.training.train import check_device, check_recipe_fits, train
@@ -96,6 +98,7 @@ def lottery_ticket_rewinding(
     end: int,
     levels: int,
     score_at: ScoreAt = "end",
+    rewind_to: RewindTo = "weights",
 ) -> Iterator[Ticket]:
     """Yield the ticket of each level: Algorithm 2 of the paper (arXiv 2302.11244).
 
@@ -106,6 +109,11 @@ def lottery_ticket_rewinding(
     point, round by round. Then every level has a ticket, and the result of its training is None if `train` returns
     None. There is no ticket if the training to the rewind point diverged.
 
+    Renda et al. (arXiv 2003.02389) compare three ways to go on after a round. The paper's rewinds the weights and the
+    learning-rate schedule. The other two keep the trained weights: learning-rate rewinding repeats the iterations k..m
+    of the schedule, and fine-tuning trains on for m - k iterations with the last learning rate. Then the weights from
+    which a ticket is trained are those that the level before ended with.
+
     Args:
         train: a function that trains a network, or looks up the result of an earlier training.
         prune: a function that does one round of pruning.
@@ -115,7 +123,9 @@ def lottery_ticket_rewinding(
         end: the number m of iterations of a complete training.
         levels: the number n of rounds, 0 or more.
         score_at: the weights that are scored: those at the end of the training ("end", the paper's), or those of the
-            rewind point ("rewind").
+            rewind point ("rewind", for `rewind_to="weights"` only).
+        rewind_to: what is rewound after a round: "weights", with the schedule; "learning_rate", the schedule alone; or
+            "nothing", which is fine-tuning.
 
     An example with a training that does not change the weights:
 
@@ -137,8 +147,9 @@ def lottery_ticket_rewinding(
         if score_at == "rewind" and rewind_point.history.diverged_at is not None:
             return
         theta_k = rewind_point.weights
+    begin, last = rewind, end
     for level in range(levels + 1):
-        trained = train(theta_k, mask, rewind, end)  # step 3a; starting from theta_k is the rewinding of step 3d
+        trained = train(theta_k, mask, begin, last)  # step 3a; starting from theta_k is the rewinding of step 3d
         if trained is None and score_at == "end":
             return
         yield Ticket(level, mask, theta_k, trained)
@@ -149,6 +160,11 @@ def lottery_ticket_rewinding(
         if pruned is None:
             return
         mask = pruned
+        if rewind_to != "weights":
+            assert trained is not None
+            theta_k = trained.weights
+        if rewind_to == "nothing":
+            begin, last = last, last + end - rewind
 
 
 def find_tickets(
@@ -168,6 +184,10 @@ def find_tickets(
     score_at: ScoreAt = "end",
     score_examples: int = EXAMPLES,
     loss: Loss = functional.cross_entropy,
+    forward: Forward = call,
+    step: OwnStep | None = None,
+    optimizer: MakeOptimizer | None = None,
+    schedule: Schedule | None = None,
     device: str = "cpu",
     kernels: Literal["auto", "off"] = "auto",
     progress: bool = True,
@@ -193,6 +213,9 @@ def find_tickets(
         score_at: the weights that are scored: those at the end of the training, or those of the rewind point.
         score_examples: the number of training examples that a score with data sees, such as `taylor`.
         loss: a function of outputs and labels that returns the mean over the batch.
+        forward: a function (model, inputs) -> outputs; by default the model is called, see `tombola.inputs.call`.
+        step: a function (model, inputs, labels) -> loss, which training uses instead of `forward` and `loss`.
+        optimizer, schedule: the functions that the recipe names, if it names some of the user (`module:function`).
         device: the device to train on, "cpu" or "cuda".
         kernels: whether layers that are faster sparse are replaced on the CPU: "auto" unless the network reaches into
             its own layers, or "off" for none, see `tombola.train`.
@@ -214,7 +237,7 @@ def find_tickets(
     2 0.64 l1
     """
     importance = as_importance(importance)
-    check_score_at(score_at, importance)
+    check_score_at(score_at, importance, recipe.rewind_to)
     check_recipe_fits(recipe, data)
     check_device(device)
     dense = Mask.ones_like(model, exclude, prune)
@@ -222,7 +245,7 @@ def find_tickets(
     kept = resolve_kept_dense(dense, keep_dense, prunable(model, prune).keys() - dense.keys())
     rule = Rule(fraction, kept, selection, resolve_shares(dense, shares or {}))
     check_rule(rule, dense, levels)
-    end = recipe.total_iterations(len(data.train_inputs))
+    end = recipe.total_iterations(data.train_examples)
     theta_0 = Weights.of(model.state_dict())
 
     def prune_network(
@@ -234,6 +257,8 @@ def find_tickets(
             state=weights.load(),
             data=data,
             loss=loss,
+            forward=forward,
+            step=step,
             seed=pruning_seed(seed, level),
             examples=examples,
             batch_size=recipe.batch_size,
@@ -243,10 +268,21 @@ def find_tickets(
             weights, mask, level, rewind, importance=importance, rule=rule, seed=seed, score_network=score
         )
 
-    try_network(partial(copy.deepcopy, model), loss, data, recipe, model_name="model", loss_name="loss")
+    try_network(
+        partial(copy.deepcopy, model),
+        loss,
+        data,
+        recipe,
+        forward=forward,
+        step=step,
+        optimizer=optimizer,
+        schedule=schedule,
+    )
     if kernels not in ("auto", "off"):
         raise UserError(f"kernels: expected 'auto' or 'off', got {kernels!r}")
-    fault = find_fault(model, data, recipe, loss, device) if kernels == "auto" else None
+    if step is not None:
+        kernels = "off"
+    fault = find_fault(model, data, recipe, loss, device, forward=forward) if kernels == "auto" else None
     if fault is not None:
         warnings.warn(fault, OwnLayersWarning, stacklevel=2)
     allowed = [] if fault is not None or kernels == "off" else list(dense)
@@ -285,6 +321,10 @@ def find_tickets(
                 begin=begin,
                 end=end,
                 loss=loss,
+                forward=forward,
+                step=step,
+                optimizer=optimizer,
+                schedule=schedule,
                 device=device,
                 kernels=allowed,
                 watch=advance,
@@ -299,6 +339,7 @@ def find_tickets(
         end=end,
         levels=levels,
         score_at=score_at,
+        rewind_to=recipe.rewind_to,
     )
     shared = {name: others for name, others in list_shared(model).items() if name in dense}
     return (replace(ticket, provenance=provenance, shared=shared) for ticket in tickets)
@@ -331,7 +372,7 @@ def prune_round(
     )
 
 
-def check_score_at(score_at: str, importance: Importance) -> None:
+def check_score_at(score_at: str, importance: Importance, rewind_to: RewindTo = "weights") -> None:
     """Raise `UserError` if an importance cannot be computed from the weights that are scored.
 
     >>> from tombola.importance import find
@@ -341,6 +382,10 @@ def check_score_at(score_at: str, importance: Importance) -> None:
     """
     if score_at not in ("end", "rewind"):
         raise UserError(f"score_at: expected 'end' or 'rewind', got {score_at!r}")
+    if score_at == "rewind" and rewind_to != "weights":
+        raise UserError(
+            f"score_at: scores at the rewind point are for recipe.rewind_to = 'weights', and it is {rewind_to!r}"
+        )
     if score_at == "rewind" and importance.score is movement:
         raise UserError(f"score_at: at the rewind point, the score of {importance.name!r} is 0 for every connection")
 

@@ -26,7 +26,8 @@ class Ticket:
     Args:
         level: the number of pruning rounds; level n has density (1 - fraction)^n, so level 0 is the dense network.
         mask: the connections that are alive.
-        rewind: the complete dense state at the rewind point.
+        rewind: the complete dense state from which the ticket is trained, namely that of the rewind point; where a
+            recipe keeps the trained weights (`rewind_to`), that with which the level before ended.
         trained: the result of training the ticket; None if it is not known.
         provenance: the study, importance and seed that the ticket comes from, as a document of JSON types.
         shared: the other names of weights that modules share, by their names in the mask. The states have a weight

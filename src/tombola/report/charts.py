@@ -16,6 +16,7 @@ from tombola.analysis.gather import ALL, DATA_ORDER, IMPORTANCES
 from tombola.report import look
 from tombola.report.look import Chart
 from tombola.report.tables import DENSITY, NOISE, TWO
+from tombola.training.metrics import TEST_ACCURACY, Measure
 
 _HEIGHT = 230
 _LEGEND = alt.Legend(title=None, symbolOpacity=1)
@@ -28,42 +29,42 @@ def accuracy(
     dense: float | None,
     paper: pl.DataFrame | None = None,
     within: float | None = None,
+    measure: Measure = TEST_ACCURACY,
 ) -> Chart:
     """Chart accuracy against density: for each importance a line with marks and a band over seeds; the dense network.
 
     Args:
         table: from `tables.accuracy`.
         importances: those of the study, in its order.
-        dense: accuracy of the dense network in %.
+        dense: accuracy of the dense network in %, or what else tickets are judged by.
         paper: from `tables.comparison`; shown as hollow marks.
         within: show only accuracies at most this many points below the dense network's.
+        measure: what tickets are judged by.
     """
-    x = _sparsity()
+    x, value = _sparsity(), measure.heading
     scale, clip = alt.Scale(zero=False, nice=True), False
     if within is not None and dense is not None:
-        highest = max(table["high"].fill_null(table["accuracy %"]).drop_nulls().to_list(), default=dense)
+        highest = max(table["high"].fill_null(table[value]).drop_nulls().to_list(), default=dense)
         scale, clip = alt.Scale(domain=[dense - within, max(dense, highest) + 0.05 * within], nice=False), True
 
     def y(column: str) -> alt.Y:
-        return alt.Y(f"{column}:Q", title="accuracy, %", scale=scale)
+        return alt.Y(f"{column}:Q", title=f"{measure.label}, %" if measure.percent else measure.label, scale=scale)
 
-    base = alt.Chart(_data(table.filter(pl.col("accuracy %").is_not_null() & (pl.col(DENSITY) > 0))))
+    base = alt.Chart(_data(table.filter(pl.col(value).is_not_null() & (pl.col(DENSITY) > 0))))
     layers: list[alt.Chart] = []
     if table["sd"].is_not_null().any():
         band = base.transform_filter("isValid(datum.sd)").mark_area(opacity=0.16, clip=clip)
         layers.append(band.encode(x=x, y=y("low"), y2="high:Q", color=_colour(importances)))
     if dense is not None:
-        line = alt.Chart(alt.InlineData([{"accuracy %": dense}])).mark_rule(strokeDash=[2, 3], size=1.3, clip=clip)
-        layers.append(line.encode(y=y("accuracy %")))
-    tooltip = ["importance:N", "level:Q", *_numbers(DENSITY, "accuracy %", "sd"), "seeds:Q"]
+        line = alt.Chart(alt.InlineData([{value: dense}])).mark_rule(strokeDash=[2, 3], size=1.3, clip=clip)
+        layers.append(line.encode(y=y(value)))
+    tooltip = ["importance:N", "level:Q", *_numbers(DENSITY, value, "sd"), "seeds:Q"]
     layers.append(
-        base.mark_line(clip=clip).encode(
-            x=x, y=y("accuracy %"), color=_colour(importances), strokeDash=_dash(importances)
-        )
+        base.mark_line(clip=clip).encode(x=x, y=y(value), color=_colour(importances), strokeDash=_dash(importances))
     )
     layers.append(
         base.mark_point(filled=True, opacity=1, clip=clip).encode(
-            x=x, y=y("accuracy %"), color=_colour(importances), shape=_shape(importances), tooltip=tooltip
+            x=x, y=y(value), color=_colour(importances), shape=_shape(importances), tooltip=tooltip
         )
     )
     if paper is not None and len(paper):

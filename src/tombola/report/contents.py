@@ -35,6 +35,7 @@ from tombola.pruning.coverage import Coverage
 from tombola.study.planner import Planner, select_chains
 from tombola.study.schema import Study
 from tombola.study.tickets import Tickets, check_level
+from tombola.training.metrics import TEST_ACCURACY, Measure
 
 COSTLY = ("functions", "connectivity")
 """Analyses that evaluate the networks and store nothing; a report computes them only on request."""
@@ -67,12 +68,13 @@ class Contents:
         name: the name of the study.
         study: the study itself.
         command: how the command line names the study: its name and the options that override fields, without a verb.
-        about_data: name, classes and the numbers of examples for training and testing.
+        about_data: name, classes and the numbers of examples of each split.
         counted: a sentence on the parameters that density counts, see `Planner.describe_counted`.
         labels: names of the tickets: the importances, and those with other data orders.
         results: one row per ticket.
         level: the level of all charts that show a single level; None if no level from 1 on is stored.
-        margin: a ticket keeps the accuracy if it loses at most this much; on the scale 0..1.
+        margin: a ticket keeps the accuracy, or what else tickets are judged by, if it loses at most this much, see
+            `tombola.analysis.winners.by_level`.
         tables: the analyses' tables by name; see `tombola.analysis`.
         absent: for analyses without a table, the reason.
         claims: the paper's claims with the verdicts of the study's tickets; empty if nothing can be compared yet.
@@ -86,6 +88,7 @@ class Contents:
         coverage: the parameters that are pruned, kept dense, left out and not prunable, in numbers.
         version: version of tombola.
         made: when the contents were gathered, in ISO format.
+        measure: what tickets are judged by.
     """
 
     name: str
@@ -111,6 +114,7 @@ class Contents:
     coverage: Coverage | None = None
     version: str = __version__
     made: str = ""
+    measure: Measure = TEST_ACCURACY
 
 
 def gather(
@@ -173,14 +177,14 @@ def gather(
         about_data={
             "name": data.name,
             "classes": data.classes,
-            "train": len(data.train_inputs),
-            "test": len(data.test_inputs),
-            "shape": tuple(data.input_shape),
+            **{split: data.count(split) for split in data.splits},
+            "shape": [" × ".join(map(str, shape)) for shape in data.input_shapes.values()],
         },
         counted=planner.describe_counted(),
         coverage=planner.coverage,
         labels=(*planner.study.importances, *dict.fromkeys(label(chain) for chain in planner.repeats)),
         results=results,
+        measure=planner.problem.measure,
         level=shown,
         margin=margin,
         tables=tables,

@@ -9,10 +9,12 @@ from typing import Any
 
 import polars as pl
 
+from tombola.analysis.winners import FLATTERS
 from tombola.engine.machine import count_kinds, describe_kinds
 from tombola.report import tables
 from tombola.report.contents import Contents
 from tombola.report.tables import NOISE, TWO
+from tombola.training.metrics import TEST_ACCURACY, Measure
 
 
 @dataclass(frozen=True)
@@ -39,20 +41,22 @@ def findings(contents: Contents) -> list[Finding]:
 
 
 def dense(contents: Contents) -> Finding | None:
-    """Return the accuracy of the dense network, its standard deviation over seeds and its standard error."""
-    accuracies = list(dense_accuracies(contents).values())
-    if not accuracies:
+    """Return the accuracy of the dense network, its standard deviation over seeds and its standard error.
+
+    If tickets are judged by another metric, it is that metric, without the standard error.
+    """
+    values, measure = list(dense_values(contents).values()), contents.measure
+    if not values:
         return None
-    mean, examples = statistics.fmean(accuracies), contents.about_data["test"]
-    text = f"Test accuracy of the dense network, before any pruning, {_of_seeds(len(accuracies))}"
-    if len(accuracies) > 1:
-        text += f", standard deviation {100 * statistics.stdev(accuracies):.2f} points"
-    return Finding(
-        "Dense network",
-        f"{100 * mean:.2f} %",
-        f"{text}. The standard error of one such accuracy is {100 * standard_error(mean, examples):.2f} points, for "
-        f"{examples} test examples.",
-    )
+    mean, examples = statistics.fmean(values), contents.about_data[measure.split]
+    text = f"{measure.split.capitalize()} {measure.label} of the dense network, before any pruning, "
+    text += _of_seeds(len(values))
+    if len(values) > 1:
+        text += f", standard deviation {measure.spread(statistics.stdev(values))}{_unit(measure)}"
+    if measure.name == "accuracy":
+        text += f". The standard error of one such accuracy is {100 * standard_error(mean, examples):.2f} points, for "
+        text += f"{examples} {measure.split} examples"
+    return Finding("Dense network", measure.text(mean), f"{text}.")
 
 
 def standard_error(accuracy: float, examples: int) -> float:
@@ -64,9 +68,14 @@ def standard_error(accuracy: float, examples: int) -> float:
     return math.sqrt(accuracy * (1 - accuracy) / examples)
 
 
-def dense_accuracies(contents: Contents) -> dict[int, float]:
-    """Return the accuracy in 0..1 of the dense network of each seed, without those that diverged."""
-    return {row.seed: row.test_accuracy for row in contents.results if row.level == 0 and row.test_accuracy is not None}
+def dense_values(contents: Contents) -> dict[int, float]:
+    """Return the accuracy (or metric) of the dense network of each seed, without those that diverged."""
+    return {row.seed: row.value for row in contents.results if row.level == 0 and row.value is not None}
+
+
+def _unit(measure: Measure) -> str:
+    """Return the unit of a difference."""
+    return " points" if measure.percent else ""
 
 
 @dataclass(frozen=True)
@@ -89,12 +98,17 @@ def keeps(contents: Contents) -> Keeps | None:
     winners = contents.tables.get("winners")
     if winners is None:
         return None
-    seeds, margin = len(contents.study.seeds), f"{100 * contents.margin:g} points"
+    seeds, measure = len(contents.study.seeds), contents.measure
+    margin = f"{100 * contents.margin:g} {'points' if measure.percent else '% of its absolute value'}"
+    side = "below" if measure.higher_is_better else "above"
     meaning = (
-        f"A ticket keeps the accuracy if its mean accuracy is at most {margin} below the dense network's. "
-        "The table shows the sparsest such level among those that are stored for every seed. Some denser levels may "
-        "not keep the accuracy. "
+        f"A ticket keeps the {measure.label} if its mean {measure.label} is at most {margin} {side} the dense network's"
+        ". The table shows the sparsest such level among those that are stored for every seed. Some denser levels may "
+        f"not keep the {measure.label}. "
     )
+    if measure.split == "test":
+        meaning += f"{FLATTERS} "
+
     if seeds > 1:
         meaning += f"Intervals are 95 % intervals of the mean difference over {seeds} seeds (Student's t)."
     else:
@@ -107,44 +121,51 @@ def keeps(contents: Contents) -> Keeps | None:
         "level",
         (100 * pl.col("density")).alias("alive %"),
         (100 * (1 - pl.col("density"))).alias("sparsity %"),
-        (100 * pl.col("accuracy")).alias("accuracy %"),
-        (100 * pl.col("difference")).alias("difference, points"),
-        *([(100 * pl.col("low")).alias("95 % from"), (100 * pl.col("high")).alias("95 % to")] if seeds > 1 else []),
+        (measure.scale * pl.col(measure.name)).alias(measure.heading),
+        (measure.scale * pl.col("difference")).alias("difference, points" if measure.percent else "difference"),
+        *[(measure.scale * pl.col(end)).alias(name) for end, name in _INTERVAL.items() if seeds > 1],
     )
     return Keeps(meaning, found, table)
 
 
+_INTERVAL = {"low": "95 % from", "high": "95 % to"}
+
+
 def _describe_kept(contents: Contents, name: str, row: dict[str, Any] | None) -> Finding:
     """Return the finding on one importance, from its row in the table of `tombola.analysis.winners`."""
+    measure = contents.measure
     if row is None:
         return Finding(
-            name, "–", "Nothing can be compared: the accuracy of the dense network is not stored for every seed."
+            name,
+            "–",
+            f"Nothing can be compared: the {measure.label} of the dense network is not stored for every seed.",
         )
     last = max(each.level for each in contents.results if each.importance == name)
     level, share = row["level"], row["density"]
     if level == 0:
-        return Finding(name, "none", f"No ticket of {name} up to level {last} keeps the accuracy.")
+        return Finding(name, "none", f"No ticket of {name} up to level {last} keeps the {measure.label}.")
     text = (
-        f"{name} keeps the accuracy at level {level} with {_percent(100 * share)} of the connections "
-        f"({1 / share:,.1f} times fewer): {100 * row['accuracy']:.2f} %, and {100 * row['dense_accuracy']:.2f} % for "
-        f"the dense network. The difference is {_points(row['difference'])} points"
+        f"{name} keeps the {measure.label} at level {level} with {_percent(100 * share)} of the connections "
+        f"({1 / share:,.1f} times fewer): {measure.text(row[measure.name])}, and "
+        f"{measure.text(row[f'dense_{measure.name}'])} for the dense network. The difference is "
+        f"{_points(row['difference'], measure)}{_unit(measure)}"
     )
-    if row["low"] is not None and row["high"] - row["low"] < 1e-9:
+    if row["low"] is not None and row["high"] - row["low"] < 1e-9 * max(1.0, abs(row["low"])):
         text += ", the same for every seed, so no interval can be given"
     elif row["low"] is not None:
         within = "fully within the margin" if row["surely"] else "partly outside the margin"
-        text += f" (95 % interval {_points(row['low'])} to {_points(row['high'])}, {within})"
+        text += f" (95 % interval {_points(row['low'], measure)} to {_points(row['high'], measure)}, {within})"
     text += ". No sparser ticket is stored." if level == last else "."
     return Finding(name, f"{_percent(100 * share)} alive", text)
 
 
-def _points(difference: float) -> str:
-    """Return a difference of accuracies in percentage points, with its sign.
+def _points(difference: float, measure: Measure = TEST_ACCURACY) -> str:
+    """Return a difference of accuracies in percentage points, or of another metric, with its sign.
 
     >>> _points(-0.0022), _points(0.0), _points(-1e-9)
     ('−0.22', '0.00', '0.00')
     """
-    text = f"{abs(100 * difference):.2f}"
+    text = measure.figure(abs(difference))
     return text if float(text) == 0 else f"{'−' if difference < 0 else '+'}{text}"
 
 

@@ -15,8 +15,9 @@ from tombola.analysis.gather import ALL, PRUNABLE
 from tombola.analysis.reference import PAPER, compare, describe
 from tombola.report import charts, tables
 from tombola.report.contents import COSTLY, Contents
-from tombola.report.findings import dense_accuracies
+from tombola.report.findings import dense_values
 from tombola.report.look import Chart
+from tombola.training.metrics import TEST_ACCURACY
 
 MEASURES = {
     "sd": "standard deviation of the trained weight over levels",
@@ -83,33 +84,41 @@ def sections(contents: Contents) -> list[Section]:
 
 
 def _accuracy(contents: Contents) -> Section:
+    """Return the section on the accuracy, or on what else tickets are judged by."""
+    measure = contents.measure
+    title = f"{measure.label[0].upper()}{measure.label[1:]} against sparsity"
     reading = (
         "Each line shows one importance, each mark one level. Sparsity grows to the right. The dotted line is the "
-        "accuracy of the dense network."
+        f"{measure.label} of the dense network."
     )
     if len(contents.study.seeds) > 1:
         reading += " Bands show the mean plus and minus one standard deviation over seeds."
     names = contents.study.importances
     if not contents.results:
-        return _absent_section("accuracy", "Accuracy against sparsity", reading, contents, "run")
+        return _absent_section(measure.name, title, reading, contents, "run")
+    if not measure.higher_is_better:
+        reading += " Lower is better."
     table = tables.accuracy(contents.results)
-    accuracies = list(dense_accuracies(contents).values())
-    dense = 100 * statistics.fmean(accuracies) if accuracies else None
+    values = list(dense_values(contents).values())
+    dense = measure.scale * statistics.fmean(values) if values else None
     compared = [(one, found) for one in contents.references if len(found := compare(contents.results, one.table))]
     reported = next((tables.comparison(found, PAPER) for one, found in compared if one.name == PAPER), None)
+    if measure != TEST_ACCURACY:  # the paper's marks are accuracies on the test set
+        reported = None
     if reported is not None:
         reading += " Large hollow marks with bars show the paper's mean and standard deviation over 3 seeds."
-    parts = [Part("accuracy", "All levels", charts.accuracy(table, names, dense, reported), table)]
-    if dense is not None:
-        near = table.filter(pl.col("accuracy %") >= dense - 2)
+    chart = charts.accuracy(table, names, dense, reported, measure=measure)
+    parts = [Part(measure.name, "All levels", chart, table)]
+    if dense is not None and measure.percent and measure.higher_is_better:
+        near = table.filter(pl.col(measure.heading) >= dense - 2)
         close = None if reported is None else reported.filter(pl.col("paper %") >= dense - 2)
-        chart = charts.accuracy(table, names, dense, close, within=2)
-        parts.append(Part("accuracy-near-dense", "Detail: up to 2 points below the dense network", chart, near))
+        chart = charts.accuracy(table, names, dense, close, within=2, measure=measure)
+        parts.append(Part(f"{measure.name}-near-dense", "Detail: up to 2 points below the dense network", chart, near))
     for one, found in compared:
         whose = f"the {one.name}"
         reading += f" Compared with {whose} ({one.source}): {describe(found)}"
         parts.append(Part(one.name, f"Comparison with {whose}", None, tables.comparison(found, one.name)))
-    return Section("accuracy", "Accuracy against sparsity", reading, tuple(parts))
+    return Section(measure.name, title, reading, tuple(parts))
 
 
 _WITHOUT_KEPT = "All levels, without the layers that are kept dense, which all tickets share"
@@ -260,9 +269,10 @@ _ANALYSES: tuple[tuple[str, str, str, Callable[[Contents, pl.DataFrame], list[Pa
 
 def _absent_section(name: str, title: str, reading: str, contents: Contents, verb: str) -> Section:
     why = contents.absent.get(name, "")
-    if contents.level is None and name != "accuracy":
+    own_metric = name == contents.measure.name
+    if contents.level is None and not own_metric:
         why, verb = "no level from 1 on is stored for all importances and seeds yet", "run"
-    elif len(contents.study.importances) < 2 and name not in ("accuracy", "layers", "weights"):
+    elif len(contents.study.importances) < 2 and not own_metric and name not in ("layers", "weights"):
         own = contents.study.importances[0]
         why = "it compares two or more importances, and the study has one"
         verb = f"run --importances {own} {'magnitude' if own == 'l1' else 'l1'}"

@@ -15,6 +15,7 @@ from tombola.analysis.accuracy import Row, summarise
 from tombola.analysis.claims import Claim, describe
 from tombola.analysis.gather import ALL, DATA_ORDER, IMPORTANCES, PRUNABLE
 from tombola.pruning.coverage import Coverage
+from tombola.training.metrics import TEST_ACCURACY
 
 DENSITY = "alive %"
 """The heading of the density: alive connections in % of all."""
@@ -34,6 +35,8 @@ def together(importances: int) -> str:
 def accuracy(results: Sequence[Row]) -> pl.DataFrame:
     """Return the accuracy of each importance and level: importance, level, alive %, seeds, accuracy %, sd, low, high.
 
+    If tickets are judged by another metric, its name stands for `accuracy %`, see `Measure.heading`.
+
     `sd` is the standard deviation over seeds (n - 1), null for one seed. `low` and `high` are mean - sd and mean + sd.
     `diverged` counts the trainings that diverged.
 
@@ -41,16 +44,21 @@ def accuracy(results: Sequence[Row]) -> pl.DataFrame:
     >>> accuracy(rows).select("level", "seeds", "accuracy %", "low", "high").row(0)
     (1, 2, 91.0, 89.586, 92.414)
     """
-    mean, std = 100 * pl.col("accuracy"), 100 * pl.col("std")
+    measure = results[0].measure if results else TEST_ACCURACY
+    mean, std = measure.scale * pl.col("value"), measure.scale * pl.col("std")
+
+    def rounded(column: pl.Expr, digits: int) -> pl.Expr:
+        return column.round(digits) if measure.percent else column.round_sig_figs(6)
+
     return summarise(results).select(
         "importance",
         "level",
         (100 * pl.col("density")).alias(DENSITY),
         "seeds",
-        mean.round(4).alias("accuracy %"),
-        std.round(4).alias("sd"),
-        (mean - std).round(3).alias("low"),
-        (mean + std).round(3).alias("high"),
+        rounded(mean, 4).alias(measure.heading),
+        rounded(std, 4).alias("sd"),
+        rounded(mean - std, 3).alias("low"),
+        rounded(mean + std, 3).alias("high"),
         "diverged",
     )
 

@@ -17,7 +17,7 @@ class Damage:
     """What is wrong with one part of a store.
 
     Args:
-        kind: "result", "mask", "checkpoint", "record", "run", "claim" or "folder".
+        kind: "result", "mask", "checkpoint", "behaviour", "record", "run", "claim" or "folder".
         name: the name of the part; a record has the name of its result, a folder its path in the store.
         reason: what is wrong with it.
     """
@@ -28,7 +28,7 @@ class Damage:
 
 
 def list_damage(store: Store) -> Iterator[Damage]:
-    """Read every result, mask, checkpoint, record and claim of a store, and yield what is damaged.
+    """Read every result, mask, checkpoint, behaviour, record and claim of a store, and yield what is damaged.
 
     >>> import pathlib, tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -42,6 +42,8 @@ def list_damage(store: Store) -> Iterator[Damage]:
             yield Damage(entry.kind, entry.name, reason)
         if entry.kind == "result" and (reason := _check_record(store, entry)):
             yield Damage("record", entry.name, reason)
+    for name, reason in store.behaviours.check():
+        yield Damage("behaviour", name, reason)
     for path, reason in check_claims(store.root):
         yield Damage(path.parent.name.removesuffix("s"), path.name, reason)
 

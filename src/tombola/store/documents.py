@@ -152,7 +152,7 @@ class ResultDocument(BaseModel):
 
     Args:
         identity: everything that determines the bits of the result; its hash is the result's key.
-        history: the losses and the accuracy.
+        history: the losses and the metrics.
         mask: name and shape of each layer of the mask.
         alive: the number of alive connections of each layer.
         weights: the hash of the weights.
@@ -170,6 +170,20 @@ class ResultDocument(BaseModel):
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of each layer of the mask."""
         return dict(self.mask)
+
+
+class MetricsDocument(BaseModel):
+    """The schema of `metrics.json`, the metrics that were computed from a result's weights afterwards.
+
+    Args:
+        hash: of the result's key and the metrics.
+        metrics: by split and by the key of the metric.
+    """
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    hash: str
+    metrics: dict[str, dict[str, float | None]]
 
 
 class _Machine(BaseModel):

@@ -19,17 +19,18 @@ KEY = re.compile("[0-9a-f]{64}")
 """The name of a result, of a mask, of a checkpoint or of a claim."""
 
 _SPREAD = "(?P<first>[0-9a-f]{2})/(?P=first)[0-9a-f]{62}"
-_FOLDER = re.compile("results|masks|checkpoints|runs|claims|tmp|(results|masks)/[0-9a-f]{2}")
+_FOLDER = re.compile("results|masks|checkpoints|behaviours|runs|claims|tmp|(results|masks)/[0-9a-f]{2}")
 _RESULT = re.compile(f"results/{_SPREAD}")
 _FILES = {
     "masks": re.compile(rf"masks/{_SPREAD}\.safetensors"),
     "checkpoints": re.compile(rf"checkpoints/{KEY.pattern}\.safetensors"),
+    "behaviours": re.compile(rf"behaviours/{KEY.pattern}\.[0-9]{{1,4}}\.json"),
 }
 _PLACES = [
     _FOLDER,
     _RESULT,
     *_FILES.values(),
-    re.compile(rf"results/{_SPREAD}/(result\.json|weights\.safetensors|SHA256SUMS|record\.json)"),
+    re.compile(rf"results/{_SPREAD}/(result\.json|weights\.safetensors|SHA256SUMS|record\.json|metrics\.json)"),
     re.compile(f"runs/{RUN.pattern}"),
     re.compile(f"claims/{KEY.pattern}"),
     re.compile(r"store\.json|\.store\.json\..+"),
@@ -52,11 +53,11 @@ def unfinished_markers(root: Path) -> list[Path]:
 
 
 def list_files(root: Path, kind: str) -> list[Path]:
-    """Return what is named as a mask or as a checkpoint, sorted; it need not be a regular file.
+    """Return what is named as a mask, a checkpoint or a behaviour, sorted; it need not be a regular file.
 
     Args:
         root: the store's folder.
-        kind: "masks" or "checkpoints".
+        kind: "masks", "checkpoints" or "behaviours".
     """
     pattern = "*/*" if kind == "masks" else "*"
     return sorted(path for path in (root / kind).glob(pattern) if _FILES[kind].fullmatch(_name(root, path)))

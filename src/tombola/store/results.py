@@ -22,10 +22,12 @@ from tombola.files import IrregularFileError, read_regular, sync_folder, write_a
 from tombola.pruning.mask import Mask
 from tombola.store.documents import (
     LARGEST,
+    MetricsDocument,
     ResultDocument,
     check_tensors,
     describe,
     parse_json,
+    read_document,
     read_record,
     read_tensors,
 )
@@ -206,6 +208,26 @@ class Results:
             DamagedResultError: if the result is damaged.
         """
         return self._unpack(key, lambda packed: packed["losses"])
+
+    def metrics(self, key: str) -> dict[str, dict[str, float | None]]:
+        """Return the metrics that were computed from a result's weights afterwards, by split and by key of the metric.
+
+        If they are lost or damaged, there are none: they can be computed again.
+        """
+        try:
+            document = MetricsDocument.model_validate(read_document(self.folder(key) / "metrics.json"))
+        except (OSError, ValueError):
+            return {}
+        found: dict[str, dict[str, float | None]] = document.model_dump()["metrics"]
+        return found if document.hash == name_of([key, found]) else {}
+
+    def add_metrics(self, key: str, metrics: Mapping[str, Mapping[str, float | None]]) -> None:
+        """Add metrics that were computed from a result's weights; nothing is stored if the store cannot be written."""
+        known = self.metrics(key)
+        found = {split: known.get(split, {}) | dict(metrics.get(split, {})) for split in {**known, **metrics}}
+        content = canonical({"hash": name_of([key, found]), "metrics": found})
+        with contextlib.suppress(OSError, UserError):
+            write_atomically(self.folder(key) / "metrics.json", content, temporary_folder(self._root))
 
     def confirm(self, key: str, confirmation: Mapping[str, Any]) -> None:
         """Add to a result's record when and on which machine its training was repeated with equal bits.

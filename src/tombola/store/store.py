@@ -9,6 +9,7 @@
     STORE/masks/ab/abcd....safetensors    masks that pruning computed, kept so that they need not be recomputed; each
                                           holds its own name, as does a checkpoint
     STORE/checkpoints/abcd....safetensors the states of unfinished trainings
+    STORE/behaviours/abcd....0.json       what a network computes on a few examples: see `tombola.store.behaviours`
     STORE/runs/, STORE/claims/            which process does which training: see `tombola.store.claims`
     STORE/tmp/                            files that are being written
 
@@ -28,6 +29,7 @@ from pydantic import BaseModel, StrictInt
 
 from tombola.errors import StoreError, UserError
 from tombola.files import remove_path, write_atomically
+from tombola.store.behaviours import Behaviours
 from tombola.store.checkpoints import Checkpoints
 from tombola.store.documents import describe, read_document
 from tombola.store.layout import VERSION, list_files, temporary_folder, unfinished_markers
@@ -64,6 +66,7 @@ class Store:
         results: the results of trainings.
         masks: the masks that pruning computed.
         checkpoints: the states of unfinished trainings.
+        behaviours: what the networks compute on a few examples; they are small, and kept for ever.
 
     Raises:
         StoreError: if the folder is not a store or another version of tombola made it.
@@ -79,6 +82,7 @@ class Store:
         self.results = Results(root)
         self.masks = Masks(root)
         self.checkpoints = Checkpoints(root)
+        self.behaviours = Behaviours(root)
         version = self._read_version()
         if version is None and root.is_dir() and any(path not in unfinished_markers(root) for path in root.iterdir()):
             # Another process may have made the store since: it writes the marker before anything else.

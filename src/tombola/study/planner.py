@@ -22,13 +22,13 @@ from tombola.pruning.eligible import list_shared, prunable
 from tombola.pruning.mask import Mask, resolve_kept_dense
 from tombola.store.store import Store
 from tombola.streams import ambient
+from tombola.study.behaviour import identify, keep_behaviour
 from tombola.study.rounds import compute_mask
 from tombola.study.schema import Study
-from tombola.study.task import Problem, load_importance
+from tombola.study.task import Problem, load_importance, load_recipe
 from tombola.study.trainings import Round, Training, name_mask, name_training
 from tombola.training.history import Trained
 from tombola.training.replaceable import choose_layers, find_fault
-from tombola.training.train import initial_state
 from tombola.training.weights import Weights
 
 
@@ -58,6 +58,9 @@ class Chain:
         other = "" if self.data_seed is None else f", data order {self.data_seed}"
         return f"{self.importance}, seed {self.seed}{other}"
 
+
+_TRIES = 10
+"""How often a run numbers what its network computes, if other runs take the number before."""
 
 Need: TypeAlias = Training | Round
 """What a chain may wait for: a training, or a round of pruning whose scores a worker computes."""
@@ -196,7 +199,7 @@ class Planner:
         self.problem = problem
         self.store = store
         self.about = dict(about or {})
-        self.end = study.recipe.total_iterations(len(problem.data.train_inputs))
+        self.end = study.recipe.total_iterations(problem.data.train_examples)
         own = [Chain(seed, importance) for seed in study.seeds for importance in study.importances]
         self.chains = own if chains is None else list(chains)
         self.repeats = [
@@ -205,11 +208,12 @@ class Planner:
             for data_seed in study.data_seeds
             for importance in study.repeated
         ]
-        self._initialise = initial or (lambda seed: Weights.of(initial_state(problem.build, seed)))
+        self._initialise = initial or (lambda seed: Weights.of(problem.initial(seed)))
         self._initial: dict[int, Weights] = {}
         loaded = {name: load_importance(name) for name in study.importances}
         self._importances = {name: importance for name, (importance, _) in loaded.items()}
         self._sources = {name: sources for name, (_, sources) in loaded.items()}
+        _, self._recipe_sources = load_recipe(study.recipe)
         self._computed: dict[str, Mask] = {}
         self._failures: dict[str, str] = {}
         self._remember = remember
@@ -223,7 +227,7 @@ class Planner:
         self.rule = Rule(study.fraction, self.kept_dense, study.selection, shares)
         check_rule(self.rule, self.dense, study.levels)
         for importance in self._importances.values():
-            check_score_at(study.score_at, importance)
+            check_score_at(study.score_at, importance, study.recipe.rewind_to)
         for name in [name for name in study.importances if not is_built_in(name)]:  # fail before any training
             pruning = self.first_round(name)
             self._prune(pruning.weights, self.dense, 0, pruning.rewind, Chain(pruning.seed, name))
@@ -237,9 +241,9 @@ class Planner:
     def kernel_fault(self) -> str | None:
         """A sentence on why no layer of the network may be replaced by a sparse one; None if all may be."""
         study, problem = self.study, self.problem
-        if study.kernels == "off":
+        if study.kernels == "off" or problem.step is not None:
             return None
-        return find_fault(self.model, problem.data, study.recipe, problem.loss, study.device)
+        return find_fault(self.model, problem.data, study.recipe, problem.loss, study.device, forward=problem.forward)
 
     def describe_counted(self) -> str:
         """Return a sentence on what density is about, and a second one if it is about a small part of the network.
@@ -253,6 +257,23 @@ class Planner:
         """
         coverage = self.coverage
         return " ".join(filter(None, (coverage.describe(), coverage.warn())))
+
+    @cached_property
+    def identity(self) -> Mapping[str, Any]:
+        """What identifies data, network and loss in the names of trainings, see `tombola.study.behaviour.identify`."""
+        return identify(self.problem, self.model, self.store)
+
+    def keep_behaviour(self) -> None:
+        """Store what the network computes, before results of it are stored.
+
+        Raises:
+            UserError: if it cannot be written.
+        """
+        for _ in range(_TRIES):
+            if keep_behaviour(self.problem, self.model, self.store, self.identity):
+                return
+            del self.identity  # another run has taken the number
+        raise UserError(f"store {self.store.root}: other runs write what this study's network computes; try again")
 
     def initial(self, seed: int) -> Weights:
         """Return the initial weights of a seed."""
@@ -270,10 +291,11 @@ class Planner:
             begin, end: the range of iterations, begin..end-1.
         """
         recipe, device = self.study.recipe, self.study.device
-        sparse = choose_layers(self.model, mask, recipe, device, self.study.kernels)
+        allowed = "off" if self.problem.step is not None else self.study.kernels
+        sparse = choose_layers(self.model, mask, recipe, device, allowed)
         sparse = [] if sparse and self.kernel_fault else sparse
         return name_training(
-            self.problem.identity,
+            self.identity,
             recipe,
             initial,
             mask,
@@ -282,6 +304,8 @@ class Planner:
             end=end,
             device=device,
             sparse=sparse,
+            behaviour=self.problem.behaviour,
+            sources=self._recipe_sources,
         )
 
     def progress(self, chain: Chain, find: Callable[[str], Trained | None] | None = None) -> Progress:
@@ -321,6 +345,7 @@ class Planner:
             end=self.end,
             levels=study.levels,
             score_at=study.score_at,
+            rewind_to=study.recipe.rewind_to,
         )
         tickets: list[Ticket] = []
         provenance = self._provenance(chain)
@@ -388,7 +413,7 @@ class Planner:
         trainings = [training for training, trained in asked if trained is None]
         if not trainings and not rounds:
             return None
-        done = sum(trained is not None and training.end == self.end for training, trained in asked)
+        done = sum(trained is not None and training.end >= self.end for training, trained in asked)
         rewind = sum(training.end < self.end for training in trainings)  # level 0 comes after the rewind point
         remaining = len(trainings) if stopped else self.study.levels + 1 - done + rewind
         if rounds:
@@ -454,7 +479,7 @@ class Planner:
             others["rewind"] = rewind.hash
         if isinstance(importance.score, NetworkScore):
             others["network"] = {
-                **self.problem.identity,
+                **self.identity,
                 "examples": study.score_examples,
                 "batch_size": study.recipe.batch_size,
                 "device": study.device,

@@ -13,11 +13,12 @@ import torch
 
 from tombola.errors import UserError
 from tombola.importance import NetworkScore, is_built_in
+from tombola.inputs import convert, select
 from tombola.streams import ambient
 from tombola.study.planner import Planner
 from tombola.study.rounds import compute_mask
 from tombola.study.schema import Task
-from tombola.study.task import Problem, load_data, resolve_importance
+from tombola.study.task import Problem, load_data, load_recipe, resolve_importance
 from tombola.training.batches import normalisation
 from tombola.training.scoring import TRIED
 from tombola.training.weights import state_hash
@@ -42,11 +43,15 @@ def check_repeatable(planner: Planner, device: str | None = None) -> None:
         raise UserError(
             f"task.dataset {task.dataset!r}: {_ELSE.format('data')} in two calls; draw random numbers with a fixed seed"
         )
-    if ":" in task.model or ":" in task.loss:
+    if any(":" in (name or "") for name in (task.model, task.loss, task.forward, task.step)):
         for one, other in zip_longest(_compute(problem, task), _compute(problem, task)):
             if one != other:
                 raise UserError((one or other)[0])
     study = planner.study
+    if (schedule := load_recipe(study.recipe)[0].get("schedule")) is not None:
+        for iteration in range(0, planner.end, max(1, planner.end // _ASKED)):
+            if schedule(iteration, planner.end) != schedule(iteration, planner.end):
+                raise UserError(f"recipe.schedule {study.recipe.schedule!r}: {_ELSE.format('factors')} in two calls")
     few = study.model_copy(
         update={"score_examples": min(TRIED, study.score_examples), "device": device or study.device}
     )
@@ -62,6 +67,8 @@ def check_repeatable(planner: Planner, device: str | None = None) -> None:
                 )
 
 
+_ASKED = 50  # iterations of which a schedule is asked twice
+
 _ELSE = "it gives different {}"
 _DRAW = "in two calls with the same seed; draw random numbers only from torch's global generator"
 
@@ -69,14 +76,23 @@ _DRAW = "in two calls with the same seed; draw random numbers only from torch's 
 def _compute(problem: Problem, task: Task) -> Iterator[tuple[str, str]]:
     """Yield the hash of each tensor that model and loss give, after the message for the case that it differs."""
     model_gives = f"task.model {task.model!r}: {_ELSE} {_DRAW}"
-    few, labels = normalisation(problem.data)(problem.data.test_inputs[:2].clone()), problem.data.test_labels[:2]
+    data, two = problem.data, slice(2)
+    few = normalisation(data)(convert(torch.clone, select(data.test_inputs, two)))
+    labels = select(data.test_labels, two)
     with ambient(0):
         model = problem.build()
         for name, tensor in model.state_dict().items():
             yield model_gives.format(f"initial values of {name!r}"), state_hash({"": tensor})
         with torch.no_grad():
-            outputs = model.eval()(few)
-        yield model_gives.format("outputs"), state_hash({"": outputs})
+            outputs = problem.forward(model.eval(), few)
+        gives = model_gives if task.forward is None else f"task.forward {task.forward!r}: {_ELSE} {_DRAW}"
+        yield gives.format("outputs"), state_hash({"": outputs})
         with torch.no_grad():
-            loss = problem.loss(outputs, labels.clone())
+            loss = problem.loss(outputs, convert(torch.clone, labels))
         yield f"task.loss {task.loss!r}: {_ELSE.format('values')} {_DRAW}", state_hash({"": loss})
+        with ambient(0):
+            outputs = problem.forward(model.train(), few).detach()
+        yield gives.format("outputs in training"), state_hash({"": outputs})
+        if problem.step is not None:
+            loss = problem.step(model, few, convert(torch.clone, labels))
+            yield f"task.step {task.step!r}: {_ELSE.format('losses')} {_DRAW}", state_hash({"": loss})

@@ -37,6 +37,8 @@ def compute_mask(pruning: Round, problem: Problem, study: Study, rule: Rule, imp
             state=pruning.weights.load(),
             data=problem.data,
             loss=problem.loss,
+            forward=problem.forward,
+            step=problem.step,
             seed=pruning_seed(pruning.seed, pruning.level),
             examples=study.score_examples,
             batch_size=study.recipe.batch_size,

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, get_origin
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic_core import ErrorDetails
 
-from tombola.errors import UserError, did_you_mean, shorten
+from tombola.errors import UserError, did_you_mean, short, shorten
 from tombola.study.functions import keep_data, refer
 from tombola.training.recipe import Count, Recipe, Tuple
 
@@ -35,21 +35,60 @@ class Task(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
-    dataset: str = Field(description="name of a data set, or module:function that returns a tombola.Dataset")
+    dataset: str = Field(
+        description="name of a data set, or module:function that returns a tombola.Dataset or draws batches"
+    )
     dataset_arguments: Arguments = Field(default={}, description="arguments of the dataset function")
     model: str = Field(description="name of a model, or module:function that returns a torch module")
     model_arguments: Arguments = Field(default={}, description="arguments of the model function")
-    loss: str = Field(default="cross_entropy", description="cross_entropy, or module:function of (outputs, labels)")
+    loss: str = Field(
+        default="cross_entropy",
+        description="cross_entropy, mse, mae, huber, binary_cross_entropy, or module:function of (outputs, labels)",
+    )
+    forward: str | None = Field(
+        default=None, description="module:function of (model, inputs) that returns outputs; by default calls the model"
+    )
+    step: str | None = Field(
+        default=None, description="module:function of (model, inputs, labels) that returns the training loss"
+    )
+    metrics: Annotated[Tuple[str], Field(min_length=1)] = Field(
+        default=("accuracy",),
+        description="names of metrics, or module:function of (outputs, labels); tickets are judged by the first",
+    )
+    validation: float | int | None = Field(
+        default=None,
+        description="share or number of the training examples to judge tickets on, instead of the test set",
+    )
+    checkpoint: str | None = Field(
+        default=None, description="safetensors file with the initial weights of all seeds; by default they are drawn"
+    )
+    depends: Tuple[str] = Field(
+        default=(), description="what your code uses besides: files, env:NAME, package:NAME, value:TEXT"
+    )
 
     @property
     def own_code(self) -> list[str]:
         """The references to the user's own functions, `module:function`."""
-        return [name for name in (self.dataset, self.model, self.loss) if ":" in name]
+        names = (self.dataset, self.model, self.loss, self.forward, self.step, *self.metrics)
+        return [name for name in names if name is not None and ":" in name]
 
-    @field_validator("dataset", "model", "loss", mode="before")
+    @field_validator("dataset", "model", "loss", "forward", "step", "metrics", mode="before")
     @classmethod
     def _refer(cls, value: Any, info: ValidationInfo) -> Any:
-        return refer(value, f"task.{info.field_name}")
+        return _refer_each(value, f"task.{info.field_name}")
+
+    @field_validator("metrics")
+    @classmethod
+    def _no_repetition(cls, values: tuple[str, ...]) -> tuple[str, ...]:
+        return _check_once(values)
+
+    @field_validator("validation", mode="before")
+    @classmethod
+    def _share_or_number(cls, value: Any) -> Any:
+        share = type(value) is float and 0 < value < 1
+        if value is None or share or (type(value) is int and value >= 1):
+            return value
+        raise ValueError(f"expected a share between 0 and 1, or a number of examples from 1 on, got {short(value)}")
 
     def model_post_init(self, _: object) -> None:
         """Keep the data set as long as the task lives, if only this process has it."""
@@ -119,10 +158,7 @@ class Study(BaseModel):
     @field_validator("importances", "seeds", "data_seeds", "data_seeds_for", "exclude", "keep_dense")
     @classmethod
     def _no_repetition(cls, values: tuple[Any, ...]) -> tuple[Any, ...]:
-        if len(set(values)) < len(values):
-            repeated = next(value for value in values if values.count(value) > 1)
-            raise ValueError(f"{repeated!r} is named more than once")
-        return values
+        return _check_once(values)
 
     @model_validator(mode="after")
     def _other_orders(self) -> Study:
@@ -252,6 +288,13 @@ def is_list(annotation: Any) -> bool:
     return get_origin(annotation) is tuple
 
 
+def _check_once(values: tuple[Any, ...]) -> tuple[Any, ...]:
+    if len(set(values)) < len(values):
+        repeated = next(value for value in values if values.count(value) > 1)
+        raise ValueError(f"{repeated!r} is named more than once")
+    return values
+
+
 def _refer_each(value: Any, field: str) -> Any:
     return [refer(each, field) for each in value] if isinstance(value, (list, tuple)) else refer(value, field)
 
@@ -266,7 +309,11 @@ def _set(document: dict[str, Any], path: list[str], value: Any) -> None:
 
 def _drop_unused_momentum(recipe: dict[str, Any], optimizer: str) -> None:
     """Remove the momentum from a file's recipe if an override selects an optimizer without momentum."""
-    if optimizer in ("adam", "adamw") or (optimizer == "sgd" and recipe.get("optimizer") in ("momentum", "nesterov")):
+    if (
+        optimizer in ("adam", "adamw")
+        or ":" in optimizer
+        or (optimizer == "sgd" and recipe.get("optimizer") in ("momentum", "nesterov"))
+    ):
         recipe.pop("momentum", None)
         recipe.pop("nesterov", None)
 

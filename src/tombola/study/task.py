@@ -7,28 +7,40 @@ import os
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, cast
 
+import safetensors
+import safetensors.torch
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from tombola import datasets, models
-from tombola.datasets.dataset import Dataset
+from tombola.datasets.dataset import Dataset, split_validation
+from tombola.datasets.drawn import Drawn
+from tombola.datasets.own_batches import dataset_of_batches
 from tombola.errors import UserError, did_you_mean, short
 from tombola.importance import Importance, NetworkScore, as_importance, find
 from tombola.importance.importances import find_normalisation, find_score
+from tombola.inputs import Forward, OwnStep, call
 from tombola.pruning.mask import Mask
 from tombola.pruning.start import check_start
+from tombola.store.names import name_of
 from tombola.streams import ambient
 from tombola.study.code import steady_source
+from tombola.study.depends import identify_all
 from tombola.study.functions import is_here, resolve, source_hash
 from tombola.study.schema import Study, Task
+from tombola.training.behaviour import Behaviour, observe
 from tombola.training.evaluation import Loss
-from tombola.training.train import check_device, check_recipe_fits
+from tombola.training.loss_functions import LOSSES
+from tombola.training.metrics import ACCURACY, Measure, Metric, as_metric
+from tombola.training.metrics import find as find_metric
+from tombola.training.recipe import Recipe
+from tombola.training.train import check_device, check_recipe_fits, initial_state
 from tombola.training.trial import guard, try_network
+from tombola.training.weights import State, load_state
 
 COPIES = 4
 """A training keeps weights, gradients, initial weights and trained weights of a network, if not more."""
@@ -45,7 +57,12 @@ class Problem:
         data: the data set.
         build: a function that builds the model; its random numbers come from torch's global generator.
         loss: a function of outputs and labels that returns the mean over the batch.
+        forward: a function (model, inputs) -> outputs; by default it calls the model.
+        step: a function (model, inputs, labels) -> loss, which training uses instead; None for forward and loss.
+        checkpoint: the initial state of all seeds; None if each seed draws its own.
         identity: a document of JSON types that identifies all of these; it is a part of the name of a training.
+        metrics: the metrics, of which the first decides. They are no part of the name of a training: a metric that a
+            stored result does not have is computed from its weights.
 
     >>> load_problem(Task(dataset="digits", model="lenet_300_100", model_arguments={"inputs": 64})).data.input_shape
     (1, 8, 8)
@@ -55,6 +72,39 @@ class Problem:
     build: Callable[[], nn.Module]
     loss: Loss
     identity: Mapping[str, Any]
+    forward: Forward = call
+    step: OwnStep | None = None
+    checkpoint: State | None = None
+    metrics: tuple[Metric, ...] = (ACCURACY,)
+
+    def initial(self, seed: int) -> State:
+        """Return the initial state of a seed: that of the checkpoint, or one that is drawn."""
+        return initial_state(self.build, seed) if self.checkpoint is None else self.checkpoint
+
+    def begin(self) -> nn.Module:
+        """Build the model with the weights of the checkpoint, or else with random ones."""
+        model = self.build()
+        if self.checkpoint is not None:
+            model.load_state_dict(self.checkpoint)
+        return model
+
+    @cached_property
+    def behaviour(self) -> Behaviour:
+        """What the network and the loss compute on a few examples, see `tombola.training.behaviour.observe`."""
+        parts = [part for part in ("model", "loss", "forward", "step") if part in self.identity]
+        names = {part: f"task.{part} {self.identity[part]['name']!r}" for part in parts}
+        return observe(self.build, self.loss, self.data, forward=self.forward, step=self.step, names=names)
+
+    @property
+    def measure(self) -> Measure:
+        """What tickets are judged by: the first metric, on the validation set if there is one, else on the test set."""
+        return self.metrics[0].on(self.data.judged_on)
+
+    @property
+    def measures(self) -> list[Measure]:
+        """All metrics on all splits that are evaluated, the one that tickets are judged by first."""
+        splits = dict.fromkeys((self.data.judged_on, "test"))
+        return [metric.on(split) for split in splits for metric in self.metrics]
 
 
 def load_problem(task: Task, directory: Path | None = None) -> Problem:
@@ -73,12 +123,72 @@ def load_problem(task: Task, directory: Path | None = None) -> Problem:
     with steady_source([name for name in task.own_code if not is_here(name)]):
         data = load_data(task, directory)
         model, model_identity = _function("model", task.model, models.MODELS, task.model_arguments)
-        loss, loss_identity = _function("loss", task.loss, {"cross_entropy": functional.cross_entropy}, {})
+        loss, loss_identity = _function("loss", task.loss, LOSSES, {})
+        metrics = tuple(_load_metric(name) for name in task.metrics)
+        own = {
+            field: _function(field, name, {}, {})
+            for field, name in (("forward", task.forward), ("step", task.step))
+            if name is not None
+        }
     build = _checked(f"task.model {task.model!r}", model)
     if task.model in models.MODELS:
         _check_memory(task.model, build)
-    identity = {"data": data.fingerprint, "model": model_identity, "loss": loss_identity}
-    return Problem(data, build, loss, identity)
+    identity: dict[str, Any] = {"data": data.fingerprint, "model": model_identity, "loss": loss_identity}
+    identity |= {field: about for field, (_, about) in own.items()}
+    if task.depends:
+        identity["depends"] = identify_all(task.depends)
+    functions = {field: function for field, (function, _) in own.items()}
+    checkpoint = None if task.checkpoint is None else _load_checkpoint(task.checkpoint, build)
+    return Problem(data, build, loss, identity, **functions, checkpoint=checkpoint, metrics=metrics)
+
+
+def _load_checkpoint(path: str, build: Callable[[], nn.Module]) -> State:
+    """Return the complete state of a model from a safetensors file; of tied weights, the file may hold one name.
+
+    Raises:
+        UserError: if the file cannot be read, is another kind of file, or does not fit the model.
+    """
+    where = f"task.checkpoint {path!r}"
+    try:
+        content = Path(path).read_bytes()
+    except OSError as error:
+        raise UserError(f"{where}: cannot be read: {error.strerror or error}") from error
+    try:
+        state = safetensors.torch.load(content)
+    except (safetensors.SafetensorError, RuntimeError, ValueError) as error:
+        if content.startswith((b"PK\x03\x04", b"\x80")):
+            raise UserError(
+                f"{where}: it is a pickled file, which may run any code when it is read; if you trust it, convert: "
+                f'safetensors.torch.save_file(torch.load("file.pt", weights_only=True), "file.safetensors")'
+            ) from error
+        raise UserError(f"{where}: it is not a safetensors file: {error}") from error
+    with ambient(0):
+        model = build()
+    tied: dict[int, Tensor] = {}
+    own = model.state_dict()
+    for name in own.keys() & state.keys():
+        if own[name].numel():
+            tied[own[name].data_ptr()] = state[name]
+    state |= {
+        name: tied[each.data_ptr()] for name, each in own.items() if name not in state and each.data_ptr() in tied
+    }
+    load_state(model, state, where)
+    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+
+
+def _load_metric(name: str) -> Metric:
+    """Return a metric by its name, or a user's own by its reference; its key has the hash of its source."""
+    if ":" not in name:
+        try:
+            return find_metric(name)
+        except UserError as error:
+            raise UserError(f"task.metrics: {error} (or give module:function of your own)") from None
+    function = resolve(name, "task.metrics")
+    label = str(getattr(function, "__name__", None) or name.rpartition(":")[2]).replace("<lambda>", "metric")
+    try:
+        return as_metric(function, label, f"{name} {source_hash(name)[:16]}")
+    except UserError as error:
+        raise UserError(f"task.metrics {name!r}: {error}") from error
 
 
 def resolve_importance(name: str) -> Importance:
@@ -126,6 +236,21 @@ def load_importance(name: str) -> tuple[Importance, dict[str, str]]:
         return resolve_importance(name), {reference: source_hash(reference) for reference in own}
 
 
+def load_recipe(recipe: Recipe) -> tuple[dict[str, Callable[..., Any]], dict[str, str]]:
+    """Return the user's own optimizer and schedule that a recipe names, and the hashes of their source, by field.
+
+    Raises:
+        UserError: if there is no such function, or if its source is not the one that was imported.
+
+    >>> load_recipe(Recipe(epochs=1))
+    ({}, {})
+    """
+    own = recipe.own_code
+    with steady_source([name for name in own.values() if not is_here(name)]):
+        functions = {field: resolve(name, f"recipe.{field}") for field, name in own.items()}
+        return functions, {field: source_hash(name) for field, name in own.items()}
+
+
 def try_out(problem: Problem, study: Study) -> None:
     """Raise `UserError` if data, model, loss and recipe do not work together, or if the model does not start dense.
 
@@ -135,11 +260,37 @@ def try_out(problem: Problem, study: Study) -> None:
     task, recipe, data = study.task, study.recipe, problem.data
     check_recipe_fits(recipe, data)
     check_device(study.device)
-    names = {"model_name": f"task.model {task.model!r}", "loss_name": f"task.loss {task.loss!r}"}
+    named = {field: getattr(task, field) for field in ("model", "loss", "forward", "step")}
+    names = {field: f"task.{field} {name!r}" for field, name in named.items() if name is not None}
+    functions, _ = load_recipe(recipe)
     with ambient(0):
-        model = problem.build()
-    check_start(model, Mask.ones_like(model, study.exclude, study.prune), study.prune, names["model_name"])
-    try_network(problem.build, problem.loss, data, recipe, **names)
+        model = problem.begin()
+    check_start(model, Mask.ones_like(model, study.exclude, study.prune), study.prune, names["model"])
+    if data.drawn is not None:
+        _check_drawn(data, data.drawn, study)
+    try_network(
+        problem.begin,
+        problem.loss,
+        data,
+        recipe,
+        names=names,
+        optimizer=functions.get("optimizer"),
+        schedule=functions.get("schedule"),
+        forward=problem.forward,
+        step=problem.step,
+        metrics=problem.metrics,
+    )
+
+
+def _check_drawn(data: Dataset, drawn: Drawn, study: Study) -> None:
+    """Raise `UserError` unless another epoch has as many batches, and scores see as many examples as they should."""
+    for _ in drawn.epoch(seed=1, epoch=1):
+        pass
+    if data.held_examples < min(study.score_examples, data.train_examples):
+        raise UserError(
+            f"score_examples: {study.score_examples} are more than the {data.held_examples} examples that are kept of "
+            f"{data.name!r}, whose batches are drawn"
+        )
 
 
 def _check_memory(name: str, build: Callable[[], nn.Module]) -> None:
@@ -177,11 +328,26 @@ def load_data(task: Task, directory: Path | None = None) -> Dataset:
     'digits'
     """
     what = f"task.dataset {task.dataset!r}"
-    if ":" not in task.dataset:
-        return guard(what, partial(datasets.load, task.dataset, directory, **task.dataset_arguments))()
+    data: Dataset
+    if ":" in task.dataset:
+        data = _load_own_data(what, task)
+    else:
+        data = guard(what, partial(datasets.load, task.dataset, directory, **task.dataset_arguments))()
+    return data if task.validation is None else split_validation(data, task.validation)
+
+
+def _load_own_data(what: str, task: Task) -> Dataset:
+    """Return the data set that a function of the user gives, or whose batches it draws."""
     function = _call(what, resolve(task.dataset, "task.dataset"), task.dataset_arguments)
-    data: Dataset = guard(what, function, Dataset, "a tombola.Dataset")()
-    return data
+    found: Any = guard(what, function)()
+    if isinstance(found, Dataset):
+        return found
+    if not callable(found):
+        raise UserError(
+            f"{what}: expected a tombola.Dataset, or a function (seed, epoch, split) that gives batches, got "
+            f"{type(found).__name__}"
+        )
+    return dataset_of_batches(task.dataset, found, name_of([source_hash(task.dataset), task.dataset_arguments]))
 
 
 def _function(
@@ -195,6 +361,8 @@ def _function(
     elif name in known:
         function = known[name]
         identity["version"] = BUILT_IN
+    elif not known:
+        raise UserError(f"task.{field}: expected module:function, such as my_module:my_{field}, got {name!r}")
     else:
         raise UserError(
             f"task.{field}: unknown {field} {name!r}; {did_you_mean(name, known)} (or give module:function of your own)"

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from numbers import Integral
 from typing import Any
 
 from tombola.errors import NothingStoredError, UserError
 from tombola.lottery.ticket import Ticket
+from tombola.streams import ambient
 from tombola.study.planner import Chain, Planner, Progress
 from tombola.study.schema import Study
-from tombola.training.history import Trained
+from tombola.training.history import History, Trained
+from tombola.training.train import evaluate_state
 
 
 def check_level(study: Study, level: int) -> None:
@@ -49,6 +51,7 @@ class Tickets:
         self.planner = planner
         self._progress: dict[Chain, Progress] = {}
         self._results: dict[str, Trained] = {}
+        self._measured: dict[str, History] = {}
 
     @property
     def study(self) -> Study:
@@ -72,6 +75,53 @@ class Tickets:
             DamagedResultError: if a stored result is damaged.
         """
         return {chain: self.progress(chain) for chain in [*self.planner.chains, *self.planner.repeats]}
+
+    def measured(self, chain: Chain) -> tuple[Ticket, ...]:
+        """Return the tickets of a chain with all metrics of the task.
+
+        Metrics that a stored result does not have, because they were not among those of the study that trained it, are
+        computed from its weights, and kept in the store.
+
+        Raises:
+            UserError: if a metric cannot take the outputs of the network.
+            DamagedResultError: if a stored result is damaged.
+        """
+        progress = self.progress(chain)
+        trainings = [training for training in progress.trainings if training.end == self.planner.end]
+        return tuple(
+            replace(ticket, trained=self._measure(training.key, ticket.trained))
+            for ticket, training in zip(progress.tickets, trainings, strict=False)
+            if ticket.trained is not None
+        )
+
+    def _measure(self, key: str, trained: Trained) -> Trained:
+        wanted = self.planner.problem.measures
+        if all(trained.history.has(measure) for measure in wanted):
+            return trained
+        if key not in self._measured:
+            results = self.planner.store.results
+            history = _add(trained.history, results.metrics(key))
+            if not all(history.has(measure) for measure in wanted):
+                found = self._evaluate(trained)
+                results.add_metrics(key, found)
+                history = _add(history, found)
+            self._measured[key] = history
+        return replace(trained, history=self._measured[key])
+
+    def _evaluate(self, trained: Trained) -> dict[str, dict[str, float | None]]:
+        problem, study = self.planner.problem, self.study
+        with ambient(0):
+            model = problem.build()
+        return evaluate_state(
+            model,
+            trained.weights.load(),
+            problem.data,
+            problem.loss,
+            problem.metrics,
+            forward=problem.forward,
+            device=study.device,
+            precision=study.recipe.precision,
+        )
 
     def at(self, level: int, chains: Iterable[Chain]) -> dict[Chain, Ticket]:
         """Return the tickets of a level for the chains that have one, with their masks in memory.
@@ -135,3 +185,11 @@ class Tickets:
                 return None
             self._results[key] = found
         return self._results[key]
+
+
+def _add(history: History, metrics: Mapping[str, Mapping[str, float | None]]) -> History:
+    """Return a history with further metrics; those that it has stay."""
+    both = {
+        split: {**metrics.get(split, {}), **history.metrics.get(split, {})} for split in {**metrics, **history.metrics}
+    }
+    return replace(history, metrics=both)

@@ -8,6 +8,7 @@ from typing import Any
 
 from tombola.pruning.mask import Mask
 from tombola.store.names import name_of
+from tombola.training.behaviour import Behaviour
 from tombola.training.recipe import Recipe
 from tombola.training.weights import Weights
 
@@ -32,6 +33,7 @@ class Training:
         mask: the connections that are alive.
         seed: the seed of the data order and of every other random choice.
         begin, end: the range of iterations, begin..end-1.
+        behaviour: what the network computes on a few examples, which workers compare; it is not a part of the name.
     """
 
     key: str
@@ -41,6 +43,7 @@ class Training:
     seed: int
     begin: int
     end: int
+    behaviour: Behaviour = ()
 
 
 def name_training(
@@ -54,6 +57,8 @@ def name_training(
     end: int,
     device: str,
     sparse: Sequence[str],
+    sources: Mapping[str, str] | None = None,
+    behaviour: Behaviour = (),
 ) -> Training:
     """Return the training that has these arguments, with its name.
 
@@ -66,6 +71,8 @@ def name_training(
         begin, end: the range of iterations, begin..end-1.
         device: the device to train on, "cpu" or "cuda".
         sparse: the names of the weights that sparse kernels train, see `tombola.kernels.sparse_layers`.
+        sources: the hashes of the source of the recipe's own functions, see `tombola.study.task.load_recipe`.
+        behaviour: what the network computes on a few examples, which workers compare.
 
     >>> import torch
     >>> mask = Mask.from_tensors({"w": torch.tensor([True])})
@@ -86,7 +93,9 @@ def name_training(
         "device": device,
         "sparse": list(sparse),
     }
-    return Training(name_of(identity), identity, initial, mask, seed, begin, end)
+    if sources:
+        identity["sources"] = dict(sources)
+    return Training(name_of(identity), identity, initial, mask, seed, begin, end, behaviour)
 
 
 @dataclass(frozen=True)

@@ -3,44 +3,86 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import chain, islice
+from typing import TypeAlias, cast
 
 import torch
 from torch import Tensor
 
 from tombola import kernels
 from tombola.datasets.dataset import Dataset
+from tombola.datasets.drawn import Drawn
+from tombola.inputs import Tensors, convert, list_tensors, select
 from tombola.streams import generator
 from tombola.training.recipe import Augmentation, Recipe
 
+Batch: TypeAlias = tuple[Tensors, Tensors]
+"""The inputs and the targets of some examples, as a network and a loss receive them."""
 
-def batches(data: Dataset, recipe: Recipe, seed: int, begin: int, end: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield (inputs, labels) for the iterations begin..end-1.
 
-    Each epoch uses a new random permutation of the training set; its last batch may be smaller. The examples of an
-    iteration depend on seed and iteration alone, and the augmentation of an example on seed, epoch and example alone,
-    so a training that is resumed sees the same batches.
+def batches(data: Dataset, recipe: Recipe, seed: int, begin: int, end: int) -> Iterator[Batch]:
+    """Yield (inputs, labels) for the iterations begin..end-1, see `iterations`."""
+    return chain.from_iterable(iterations(data, recipe, seed, begin, end))
+
+
+def iterations(data: Dataset, recipe: Recipe, seed: int, begin: int, end: int) -> Iterator[list[Batch]]:
+    """Yield the batches (inputs, labels) of each of the iterations begin..end-1: one, or `recipe.accumulate`.
+
+    Each epoch uses a new random permutation of the training set; its last batch may be smaller, and its last iteration
+    may have fewer batches. The examples of an iteration depend on seed and iteration alone, and the augmentation of an
+    example on seed, epoch and example alone, so a training that is resumed sees the same batches.
     """
-    count = len(data.train_inputs)
+    if data.drawn is not None:
+        yield from _iterations_drawn(data, data.drawn, recipe, seed, begin, end)
+        return
+    count, examples = data.train_examples, recipe.batch_size * recipe.accumulate
     per_epoch = recipe.iterations_per_epoch(count)
     augmented = recipe.augmentation != Augmentation()
-    images = data.train_inputs.dtype == torch.uint8
-    mean, scale = _mean_and_scale(data)
-    device = data.train_inputs.device
+    changes: Changes | None = None
+    device = device_of(data)
+    mean, scale = _mean_and_scale(data) if data.has_images else (torch.empty(0), torch.empty(0))
+
+    def read(chosen: Tensor) -> Batch:
+        labels = select(data.train_labels, chosen)
+        if not data.has_images:
+            return select(data.train_inputs, chosen), labels
+        images = cast(Tensor, data.train_inputs)
+        if changes is None:
+            return kernels.normalise_images(images, chosen, mean, scale), labels
+        return kernels.normalise(changes.apply(images.index_select(0, chosen), chosen), mean, scale), labels
+
     for iteration in range(begin, end):
         epoch, step = divmod(iteration, per_epoch)
         if step == 0 or iteration == begin:
             # Both are copied to a GPU once an epoch: a copy in each iteration would wait for the GPU.
             order = torch.randperm(count, generator=generator(seed, "data order", epoch)).to(device)
             changes = Changes(seed, epoch, count, recipe.augmentation, device) if augmented else None
-        chosen = order[step * recipe.batch_size : (step + 1) * recipe.batch_size]
-        if changes is not None:
-            changed = changes.apply(data.train_inputs.index_select(0, chosen), chosen)
-            inputs = kernels.normalise(changed, mean, scale)
-        elif images:
-            inputs = kernels.normalise_images(data.train_inputs, chosen, mean, scale)
-        else:
-            inputs = data.train_inputs.index_select(0, chosen)
-        yield inputs, data.train_labels.index_select(0, chosen)
+        chosen = order[step * examples : (step + 1) * examples]
+        yield [read(part) for part in torch.split(chosen, recipe.batch_size)]
+
+
+def _iterations_drawn(
+    data: Dataset, drawn: Drawn, recipe: Recipe, seed: int, begin: int, end: int
+) -> Iterator[list[Batch]]:
+    """Yield the batches of each iteration as a function of the user draws them, on the device of the data set.
+
+    They are copied, because a model may change its inputs, and they may be views of the function's data.
+    """
+    per_epoch, device = recipe.iterations_per_epoch(data.train_examples), device_of(data)
+
+    def move(part: Tensors) -> Tensors:
+        return convert(lambda tensor: tensor.to(device, copy=True), part)
+
+    for iteration in range(begin, end):
+        epoch, step = divmod(iteration, per_epoch)
+        if step == 0 or iteration == begin:
+            left = drawn.epoch(seed, epoch)
+            for _ in islice(left, step * recipe.accumulate):
+                pass
+        yield [(move(inputs), move(labels)) for inputs, labels in islice(left, recipe.accumulate)]
+        if step == per_epoch - 1 and not recipe.drop_last:
+            next(left, None)  # which says that there are more
 
 
 class Changes:
@@ -75,20 +117,25 @@ class Changes:
         return padded[example, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
 
-def normalisation(data: Dataset) -> Callable[[Tensor], Tensor]:
+def normalisation(data: Dataset) -> Callable[[Tensors], Tensors]:
     """Return a function that converts the inputs of a data set to the inputs of a network.
 
     uint8 images become float32, (pixel / 255 - mean) / std for each channel; other inputs stay as they are. Each batch
     is converted when it is needed: gathering bytes instead of floats saves more time than the conversion takes.
     """
-    if data.train_inputs.dtype != torch.uint8:
+    if not data.has_images:
         return lambda inputs: inputs
     mean, scale = _mean_and_scale(data)
-    return lambda inputs: kernels.normalise(inputs, mean, scale)
+    return partial(convert, lambda images: kernels.normalise(images, mean, scale))
+
+
+def device_of(data: Dataset) -> torch.device:
+    """Return the device of the training set."""
+    return next(iter(list_tensors(data.train_inputs).values())).device
 
 
 def _mean_and_scale(data: Dataset) -> tuple[Tensor, Tensor]:
     """Return the mean and 1 / std of each channel on the scale 0..255, both of shape (channels, 1, 1)."""
-    device = data.train_inputs.device
+    device = device_of(data)
     mean = torch.tensor(data.mean, dtype=torch.float32, device=device)[:, None, None] * 255
     return mean, 1 / (torch.tensor(data.std, dtype=torch.float32, device=device)[:, None, None] * 255)

@@ -1,9 +1,10 @@
-"""Evaluation: the predictions of a model on the test set, their accuracy and their loss."""
+"""Evaluation: the outputs of a model on a split of the data, their metrics and their loss."""
 
 from __future__ import annotations
 
 import math
-from typing import TypeAlias
+from collections.abc import Iterator, Sequence
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +12,10 @@ from torch.nn import functional
 
 from tombola import kernels
 from tombola.datasets.dataset import Dataset
+from tombola.errors import UserError
+from tombola.inputs import Forward, Tensors, call, convert, count_examples, select
 from tombola.training.batches import normalisation
+from tombola.training.metrics import ACCURACY, LOSS, Metric, name_metric
 
 Loss: TypeAlias = kernels.Loss
 """A function (outputs of the model, labels) -> scalar, the mean over the batch."""
@@ -19,22 +23,85 @@ Loss: TypeAlias = kernels.Loss
 _BATCH_SIZE = 500  # examples; the size affects the order of summation
 
 
-def evaluate(model: nn.Module, data: Dataset, loss: Loss = functional.cross_entropy) -> tuple[float, float | None]:
+def evaluate(
+    model: nn.Module, data: Dataset, loss: Loss = functional.cross_entropy, forward: Forward = call
+) -> tuple[float, float | None]:
     """Return the accuracy on the test set, in 0..1, and the mean loss over it (None if it is not finite).
 
     An example for which an output is NaN counts as wrong.
     """
-    outputs = predict(model, data)
-    accuracy = float(((outputs.argmax(1) == data.test_labels) & ~outputs.isnan().any(1)).double().mean())
-    test_loss = float(loss(outputs, data.test_labels.clone()))  # a copy, because a loss may change its labels
-    return accuracy, test_loss if math.isfinite(test_loss) else None
+    values, test_loss = measure(model, data, loss, [ACCURACY], forward=forward)
+    accuracy = values[ACCURACY.key]
+    assert accuracy is not None
+    return accuracy, test_loss
 
 
-def predict(model: nn.Module, data: Dataset) -> Tensor:
-    """Return the model's outputs, shape (test examples, classes), in evaluation mode."""
+def measure(
+    model: nn.Module,
+    data: Dataset,
+    loss: Loss,
+    metrics: Sequence[Metric],
+    split: str = "test",
+    forward: Forward = call,
+) -> tuple[dict[str, float | None], float | None]:
+    """Return the metrics of a model on a split by their keys, and the mean loss; None for what is not finite.
+
+    Outputs of one row for each example are kept for the loss, which is computed once over the split. Larger outputs,
+    such as those for each token of a text, are not: their loss is the mean over batches, weighted by examples.
+
+    Args:
+        model: the network.
+        data: the data set.
+        loss: a function of outputs and targets that returns the mean over the batch.
+        metrics: the metrics to compute.
+        split: "test" or "validation".
+        forward: a function (model, inputs) -> outputs.
+
+    Raises:
+        UserError: if a metric cannot take the outputs.
+    """
+    states: dict[str, Any] = {}
+    kept: list[Tensor] = []
+    total, count = 0.0, 0
+    for outputs, targets in list_outputs(model, data, split, forward):
+        examples = count_examples(targets)
+        for metric in metrics:
+            if metric is not LOSS:
+                with name_metric(metric):
+                    if not isinstance(targets, Tensor):
+                        raise UserError("it needs targets that are one tensor, and here they are several")
+                    states[metric.key] = metric.add(states.get(metric.key), outputs, targets)
+        if outputs.ndim <= 2 and len(outputs) == examples:
+            kept.append(outputs)
+        else:  # a copy of the targets, because a loss may change them
+            total += examples * float(loss(outputs, convert(torch.clone, targets)))
+            count += examples
+    if kept:
+        total, count = float(loss(torch.cat(kept), convert(torch.clone, getattr(data, f"{split}_labels")))), 1
+    mean = total / count
+    values = {}
+    for metric in metrics:
+        with name_metric(metric):
+            value = mean if metric is LOSS else metric.value(states[metric.key])
+        values[metric.key] = value if math.isfinite(value) else None
+    return values, mean if math.isfinite(mean) else None
+
+
+def predict(model: nn.Module, data: Dataset, forward: Forward = call, split: str = "test") -> Tensor:
+    """Return the model's outputs on a split in evaluation mode, shape (examples, ...)."""
+    return torch.cat([outputs for outputs, _ in list_outputs(model, data, split, forward)])
+
+
+def list_outputs(
+    model: nn.Module, data: Dataset, split: str = "test", forward: Forward = call
+) -> Iterator[tuple[Tensor, Tensors]]:
+    """Yield the model's outputs on a split in evaluation mode, and the targets, batch after batch."""
     model.eval()
     normalise = normalisation(data)
-    with torch.inference_mode():
-        parts = torch.split(data.test_inputs, _BATCH_SIZE)
-        # The inputs are copied, because the first layer of a model may change them in place.
-        return torch.cat([model(normalise(part.clone())).float() for part in parts])
+    inputs, targets = getattr(data, f"{split}_inputs"), getattr(data, f"{split}_labels")
+    for start in range(0, count_examples(inputs), _BATCH_SIZE):
+        chosen = slice(start, start + _BATCH_SIZE)
+        with torch.inference_mode():
+            # The inputs are copied, because the first layer of a model may change them in place.
+            outputs = forward(model, normalise(convert(torch.clone, select(inputs, chosen)))).float()
+        yield outputs, select(targets, chosen)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from tombola.inputs import Tensors
 from tombola.kernels import Loss, Step
 from tombola.kernels.layers import is_plain
 
@@ -21,7 +22,8 @@ _KNOWN = ("activation", "batchnorm", "container", "conv", "dropout", "flatten", 
 class RecordedStep:
     """A step that is recorded as a CUDA graph after a few steps, and then replayed.
 
-    A batch that is smaller than the others, such as the last one of an epoch, is computed without the graph.
+    A batch that is smaller than the others, such as the last one of an epoch, is computed without the graph, as is a
+    batch of several tensors.
 
     Args:
         step: the step to record; see `can_be_recorded`.
@@ -35,9 +37,9 @@ class RecordedStep:
         self._to_warm_up = _WARM_UP
         self._graph: torch.cuda.CUDAGraph | None = None
 
-    def __call__(self, inputs: Tensor, labels: Tensor) -> Tensor:
+    def __call__(self, inputs: Tensors, labels: Tensors) -> Tensor:
         """Return the loss of a batch, a scalar, and set the gradients of the parameters, which must be None before."""
-        if len(inputs) != self._batch_size:
+        if not isinstance(inputs, Tensor) or not isinstance(labels, Tensor) or len(inputs) != self._batch_size:
             return self._step(inputs, labels)
         if self._to_warm_up:
             self._to_warm_up -= 1

@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Annotated, Any, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
+from tombola.training.metrics import Measure
 from tombola.training.weights import State, Weights
 
 
 @dataclass(frozen=True)
 class History:
-    """The losses and the final accuracy of a training.
+    """The losses and the final metrics of a training.
 
     Args:
         losses: the mean training loss of each epoch; for an incomplete first or last epoch, over the trained part.
-        test_accuracy: the accuracy on the test set at the end, in 0..1; None if the training diverged.
+        test_accuracy: the accuracy on the test set at the end, in 0..1; None if the training diverged, or if
+            accuracy is not among the metrics of the task.
         test_loss: the mean loss over the test set at the end; None if the training diverged.
         diverged_at: the iteration after which the loss or the weights were found not to be finite; None otherwise.
+        metrics: all other metrics at the end, by split ("test" or "validation") and by the key of the metric; None for
+            one that is not finite.
 
     >>> History(losses=(0.9, 0.5), test_accuracy=0.8, test_loss=0.6).to_json()["losses"]
     [0.9, 0.5]
@@ -31,10 +35,36 @@ class History:
     test_accuracy: float | None = None
     test_loss: float | None = None
     diverged_at: int | None = None
+    metrics: Mapping[str, Mapping[str, float | None]] = field(default_factory=dict)
+
+    def has(self, measure: Measure) -> bool:
+        """Return whether a metric on a split is known, if only that it is None.
+
+        >>> History(test_accuracy=0.8).has(Measure()), History(test_accuracy=0.8).has(Measure(split="validation"))
+        (True, False)
+        """
+        if self.diverged_at is not None or measure.key in self.metrics.get(measure.split, {}):
+            return True
+        known = {"accuracy": self.test_accuracy is not None, "loss": True}
+        return measure.split == "test" and known.get(measure.key, False)
+
+    def value(self, measure: Measure) -> float | None:
+        """Return a metric on a split; None if it is not known or not finite, or if the training diverged.
+
+        >>> History(metrics={"validation": {"r2": 0.5}}).value(Measure("r2", split="validation"))
+        0.5
+        """
+        own: dict[str, float | None] = {"loss": self.test_loss} if measure.split == "test" else {}
+        if measure.split == "test" and self.test_accuracy is not None:
+            own["accuracy"] = self.test_accuracy
+        return ({**self.metrics.get(measure.split, {})} | own).get(measure.key)
 
     def to_json(self) -> dict[str, Any]:
-        """Return the history as a document of JSON types."""
-        return asdict(self) | {"losses": list(self.losses)}
+        """Return the history as a document of JSON types; without other metrics, as it was before there were any."""
+        document = asdict(self) | {"losses": list(self.losses)}
+        if not self.metrics:
+            del document["metrics"]
+        return document
 
     @classmethod
     def from_json(cls, document: dict[str, Any]) -> History:
@@ -51,6 +81,7 @@ class HistoryDocument(BaseModel):
     test_accuracy: Annotated[float, Field(ge=0, le=1)] | None
     test_loss: float | None
     diverged_at: Annotated[int, Field(ge=0)] | None
+    metrics: dict[Literal["test", "validation"], dict[str, float | None]] = {}
 
 
 @dataclass(frozen=True)
@@ -59,7 +90,7 @@ class Trained:
 
     Args:
         weights: all parameters and buffers at the end; pruned weights are exactly 0.0.
-        history: losses and accuracy.
+        history: losses and metrics.
         batch_losses: the training loss of every iteration, float32; empty if it was not loaded (see `Store`).
 
     >>> Trained(Weights.of({"w": torch.zeros(1)}), History(diverged_at=3)).history.test_accuracy is None

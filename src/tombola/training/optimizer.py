@@ -7,13 +7,36 @@ take for a small or sparse network. The kernels are private functions of torch: 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+from typing import TypeAlias
+
 import torch
 from torch import Tensor, nn
 
+from tombola.errors import UserError, shorten
 from tombola.training.recipe import Recipe
 from tombola.training.weights import State
 
-_BETA1, _BETA2, _EPSILON = 0.9, 0.999, 1e-8  # the defaults of torch.optim.Adam
+_EPSILON = 1e-8  # the default of torch.optim.Adam
+
+_Updated: TypeAlias = tuple[nn.Parameter, Tensor, dict[str, Tensor]]
+"""A parameter, its gradient, and its state, which is empty at first."""
+
+
+def find_decayed(names: Sequence[str], no_decay: Sequence[str]) -> list[bool]:
+    """Return for each parameter whether it has weight decay: all have except those that a pattern of `no_decay` names.
+
+    Raises:
+        UserError: if a pattern matches no parameter.
+
+    >>> find_decayed(["fc.weight", "fc.bias"], ["*.bias"])
+    [True, False]
+    """
+    for pattern in no_decay:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise UserError(f"recipe.no_decay: no parameter matches {pattern!r}; there are {shorten(', '.join(names))}")
+    return [not any(fnmatchcase(name, pattern) for pattern in no_decay) for name in names]
 
 
 class Optimizer:
@@ -23,6 +46,7 @@ class Optimizer:
         recipe: the recipe with the optimizer and its hyperparameters.
         parameters: the parameters to update; a parameter without a gradient is not changed.
         tensors: the state to resume from, as `tensors()` returns it; by default the optimizer starts without state.
+        decayed: for each parameter, whether it has weight decay; by default all have.
 
     >>> weight = nn.Parameter(torch.ones(1))
     >>> weight.grad = torch.ones(1)
@@ -31,8 +55,15 @@ class Optimizer:
     0.75
     """
 
-    def __init__(self, recipe: Recipe, parameters: list[nn.Parameter], tensors: State | None = None) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        parameters: list[nn.Parameter],
+        tensors: State | None = None,
+        decayed: Sequence[bool] | None = None,
+    ) -> None:
         self.recipe = recipe
+        self._decayed = [True] * len(parameters) if decayed is None else list(decayed)
         self.parameters = parameters
         self._state: list[dict[str, Tensor]] = [{} for _ in parameters]
         for key, tensor in (tensors or {}).items():
@@ -50,10 +81,9 @@ class Optimizer:
     @torch.no_grad()
     def step(self, lr: float) -> None:
         """Update all parameters that have a gradient, with learning rate `lr`."""
-        if self.recipe.optimizer == "sgd":
-            self._step_sgd(lr)
-        else:
-            self._step_adam(lr)
+        step = self._step_sgd if self.recipe.optimizer == "sgd" else self._step_adam
+        step(lr, self.recipe.weight_decay, self._with_gradients(decayed=True))
+        step(lr, 0.0, self._with_gradients(decayed=False))
 
     def tensors(self) -> State:
         """Return a copy of the state on the CPU, by `<number of the parameter>.<name>`."""
@@ -63,13 +93,17 @@ class Optimizer:
             for name, tensor in state.items()
         }
 
-    def _with_gradients(self) -> list[tuple[nn.Parameter, Tensor, dict[str, Tensor]]]:
-        """Return the parameters that have a gradient, each with its gradient and its state."""
-        pairs = zip(self.parameters, self._state, strict=True)
-        return [(parameter, parameter.grad, state) for parameter, state in pairs if parameter.grad is not None]
+    def _with_gradients(self, *, decayed: bool) -> list[_Updated]:
+        """Return the parameters with a gradient, and with weight decay or without, with their gradient and state."""
+        parts = zip(self.parameters, self._state, self._decayed, strict=True)
+        return [
+            (parameter, parameter.grad, state)
+            for parameter, state, decays in parts
+            if decays == decayed and parameter.grad is not None
+        ]
 
-    def _step_sgd(self, lr: float) -> None:
-        momentum, parameters = self.recipe.momentum, self._with_gradients()
+    def _step_sgd(self, lr: float, weight_decay: float, parameters: list[_Updated]) -> None:
+        momentum = self.recipe.momentum
         later = [each for each in parameters if not momentum or each[2]]
         first = [each for each in parameters if momentum and not each[2]]
         for parameter, _, state in first:
@@ -80,7 +114,7 @@ class Optimizer:
                     [parameter for parameter, _, _ in group],
                     [gradient for _, gradient, _ in group],
                     [state["momentum_buffer"] for _, _, state in group] if momentum else [],
-                    weight_decay=self.recipe.weight_decay,
+                    weight_decay=weight_decay,
                     momentum=momentum,
                     lr=lr,
                     dampening=0.0,
@@ -89,9 +123,9 @@ class Optimizer:
                     is_first_step=is_first,
                 )
 
-    def _step_adam(self, lr: float) -> None:
+    def _step_adam(self, lr: float, weight_decay: float, parameters: list[_Updated]) -> None:
         update = torch._fused_adam_ if self.recipe.optimizer == "adam" else torch._fused_adamw_
-        parameters = self._with_gradients()
+        beta1, beta2 = self.recipe.betas
         if not parameters:
             return
         for parameter, _, state in parameters:
@@ -108,9 +142,9 @@ class Optimizer:
             [],
             steps,
             lr=lr,
-            beta1=_BETA1,
-            beta2=_BETA2,
-            weight_decay=self.recipe.weight_decay,
+            beta1=beta1,
+            beta2=beta2,
+            weight_decay=weight_decay,
             eps=_EPSILON,
             amsgrad=False,
             maximize=False,

@@ -3,14 +3,30 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Any, Literal, TypeVar
+from collections.abc import Callable
+from typing import Annotated, Any, Literal, TypeAlias, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from tombola.errors import UserError, short
+from tombola.exits import attribute_failure
 
 Count = Annotated[int, Field(ge=0, le=2**63 - 1)]
 Positive = Annotated[int, Field(ge=1, le=2**63 - 1)]
 
 _Item = TypeVar("_Item")
+
+Reference = Annotated[str, Field(pattern="^[^:]+:[^:]+$")]
+"""The name of a function of the user, `module:function`."""
+
+Schedule: TypeAlias = Callable[[int, int], float]
+"""A function (iteration, number of iterations) -> factor of the learning rate, 0 or more."""
+
+RewindTo: TypeAlias = Literal["weights", "learning_rate", "nothing"]
+"""What is rewound after a round of pruning, see `tombola.lottery.rewinding`."""
+
+_LATER = ("betas", "no_decay", "clip_norm", "accumulate", "drop_last", "label_smoothing")
+"""Fields that decide a training and came after the first version: a part of its name only if they are not default."""
 
 _LARGEST_LR = 88  # the logarithm of the largest float32
 
@@ -49,25 +65,46 @@ class Recipe(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
-    optimizer: Literal["sgd", "adam", "adamw"] = Field(
-        default="sgd", description="stochastic gradient descent, Adam, or AdamW"
+    optimizer: Literal["sgd", "adam", "adamw"] | Reference = Field(
+        default="sgd", description="sgd, adam, adamw, or module:function of (parameters, learning rate)"
     )
     lr: Annotated[float, Field(gt=0)] = Field(default=0.1, description="learning rate")
     momentum: Annotated[float, Field(ge=0, lt=1)] = Field(default=0.0, description="momentum of sgd; 0 is plain SGD")
     nesterov: bool = Field(default=False, description="use Nesterov's form of momentum")
+    betas: Annotated[Tuple[Annotated[float, Field(ge=0, lt=1)]], Field(min_length=2, max_length=2)] = Field(
+        default=(0.9, 0.999), description="decay rates of the two moments of adam and adamw"
+    )
     weight_decay: Annotated[float, Field(ge=0)] = Field(default=0.0, description="weight decay of every parameter")
-    schedule: Literal["constant", "milestones", "cosine"] = Field(
-        default="constant", description="learning-rate schedule"
+    no_decay: Tuple[str] = Field(
+        default=(), description="parameters without weight decay, such as *.bias; * matches any characters"
+    )
+    clip_norm: Annotated[float, Field(gt=0)] | None = Field(
+        default=None, description="largest norm of all gradients together; larger ones are scaled down to it"
+    )
+    schedule: Literal["constant", "milestones", "cosine"] | Reference = Field(
+        default="constant",
+        description="learning rate: constant, milestones, cosine, or module:function of (iteration, iterations)",
     )
     milestones: Tuple[Positive] = Field(
         default=(), description="epochs at which the learning rate is multiplied by gamma"
     )
     gamma: Annotated[float, Field(gt=0)] = Field(default=0.1, description="factor at each milestone")
     warmup: Count = Field(default=0, description="iterations over which the learning rate rises from 0")
-    batch_size: Positive = Field(default=128, description="examples in an iteration")
+    batch_size: Positive = Field(default=128, description="examples in a batch")
+    accumulate: Positive = Field(
+        default=1, description="batches in an iteration, which updates once by their mean gradient"
+    )
+    drop_last: bool = Field(default=False, description="leave out the last iteration of an epoch if it is smaller")
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = Field(
+        default=0.0, description="label smoothing of the training loss; cross_entropy only"
+    )
     epochs: Positive | None = Field(default=None, description="length in epochs (or give iterations)")
     iterations: Positive | None = Field(default=None, description="length in iterations (or give epochs)")
     rewind: Count = Field(default=0, description="the iteration to whose weights tickets are rewound")
+    rewind_to: RewindTo = Field(
+        default="weights",
+        description="what is rewound: weights and learning rate; the learning_rate alone; or nothing (fine-tuning)",
+    )
     precision: Literal["float32", "bfloat16"] = Field(
         default="float32", description="precision of activations (bfloat16: torch's autocast); weights are float32"
     )
@@ -86,6 +123,15 @@ class Recipe(BaseModel):
         if self.optimizer != "sgd" and (self.momentum or self.nesterov):
             field = "momentum" if self.momentum else "nesterov"
             raise ValueError(f"{field} belongs to optimizer = 'sgd', and {self.optimizer!r} does not use it: remove it")
+        if ":" in self.optimizer and (self.weight_decay or self.betas != Recipe.model_fields["betas"].default):
+            field = "weight_decay" if self.weight_decay else "betas"
+            raise ValueError(
+                f"{field} belongs to tombola's optimizers; set it in {self.optimizer!r}, and remove it here"
+            )
+        if self.optimizer == "sgd" and self.betas != Recipe.model_fields["betas"].default:
+            raise ValueError("betas belong to adam and adamw, and 'sgd' does not use them: remove them")
+        if self.no_decay and not self.weight_decay:
+            raise ValueError("no_decay names parameters without weight decay, and weight_decay is 0: remove no_decay")
         if self.nesterov and not self.momentum:
             raise ValueError("nesterov is a form of momentum, and momentum is 0: set momentum, or remove nesterov")
         return self
@@ -94,7 +140,9 @@ class Recipe(BaseModel):
         """Return the recipe as a document of JSON types, from which the name of a training is computed.
 
         The document has the fields of tombola's first version, so that older stored results are found: in that version
-        an optimizer was `sgd`, `momentum`, `nesterov`, `adam` or `adamw`, and an unused momentum was 0.9.
+        an optimizer was `sgd`, `momentum`, `nesterov`, `adam` or `adamw`, and an unused momentum was 0.9. Later fields
+        are left out where they have their defaults. What is rewound is never in it: a training is a function of its
+        initial weights and its iterations, whichever way led to them.
 
         >>> recipe = Recipe(epochs=1, momentum=0.8, nesterov=True)
         >>> [recipe.identity()[field] for field in ("optimizer", "momentum")]
@@ -103,6 +151,10 @@ class Recipe(BaseModel):
         ['sgd', 0.9]
         """
         document = self.model_dump(mode="json")
+        del document["rewind_to"]
+        for name in _LATER:
+            if getattr(self, name) == Recipe.model_fields[name].default:
+                del document[name]
         nesterov = document.pop("nesterov")
         if self.momentum:
             document["optimizer"] = "nesterov" if nesterov else "momentum"
@@ -111,8 +163,14 @@ class Recipe(BaseModel):
         return document
 
     def iterations_per_epoch(self, examples: int) -> int:
-        """Return the number of batches in an epoch of this many examples; the last batch may be smaller."""
-        return math.ceil(examples / self.batch_size)
+        """Return the number of iterations in an epoch of this many examples; the last one may be smaller.
+
+        >>> recipe = Recipe(epochs=1, batch_size=100, accumulate=2)
+        >>> recipe.iterations_per_epoch(900), recipe.model_copy(update={"drop_last": True}).iterations_per_epoch(900)
+        (5, 4)
+        """
+        size = self.batch_size * self.accumulate
+        return examples // size if self.drop_last else math.ceil(examples / size)
 
     def total_iterations(self, examples: int) -> int:
         """Return the number of iterations of a complete training on this many examples."""
@@ -121,12 +179,44 @@ class Recipe(BaseModel):
         assert self.epochs is not None
         return self.epochs * self.iterations_per_epoch(examples)
 
-    def lr_at(self, iteration: int, examples: int) -> float:
-        """Return the learning rate at an iteration (counted from 0) of a training on this many examples."""
+    @property
+    def own_code(self) -> dict[str, str]:
+        """The references to the user's own functions, `module:function`, by field."""
+        named = {"optimizer": self.optimizer, "schedule": self.schedule}
+        return {field: name for field, name in named.items() if ":" in name}
+
+    def lr_at(self, iteration: int, examples: int, schedule: Schedule | None = None) -> float:
+        """Return the learning rate at an iteration (counted from 0) of a training on this many examples.
+
+        A training that goes on after its last iteration keeps the last learning rate.
+
+        Args:
+            iteration: the iteration.
+            examples: the number of training examples.
+            schedule: the user's function that the recipe names, if it names one.
+
+        Raises:
+            UserError: if the function does not return a finite number from 0.
+        """
+        iteration = min(iteration, self.total_iterations(examples) - 1)
         factor = min(1.0, (iteration + 1) / self.warmup) if self.warmup else 1.0
         if self.schedule == "milestones":
             epoch = iteration // self.iterations_per_epoch(examples)
             factor *= self.gamma ** sum(milestone <= epoch for milestone in self.milestones)
         elif self.schedule == "cosine":
             factor *= (1 + math.cos(math.pi * iteration / self.total_iterations(examples))) / 2
+        elif ":" in self.schedule:
+            factor *= self._own_factor(schedule, iteration, self.total_iterations(examples))
         return self.lr * factor
+
+    def _own_factor(self, schedule: Schedule | None, iteration: int, total: int) -> float:
+        if schedule is None:
+            raise UserError(f"recipe.schedule {self.schedule!r}: give the function too, as the argument schedule")
+        with attribute_failure(f"recipe.schedule {self.schedule!r}"):
+            factor = schedule(iteration, total)
+        if isinstance(factor, bool) or not isinstance(factor, int | float) or not 0 <= factor < math.inf:
+            raise UserError(
+                f"recipe.schedule {self.schedule!r}: expected a finite number from 0, got {short(factor)} at iteration "
+                f"{iteration} of {total}"
+            )
+        return float(factor)

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Literal, TypeAlias
 
+import torch
 from torch import Tensor, nn
 
 from tombola import kernels
 from tombola.datasets.dataset import Dataset
+from tombola.inputs import Forward, call, convert
 from tombola.pruning.mask import Mask
 from tombola.training.batches import batches
 from tombola.training.evaluation import Loss
@@ -25,7 +27,9 @@ class OwnLayersWarning(UserWarning):
     """A network reaches into its own layers, so no layer is replaced, and sparse networks train at dense speed."""
 
 
-def find_fault(model: nn.Module, data: Dataset, recipe: Recipe, loss: Loss, device: str = "cpu") -> str | None:
+def find_fault(
+    model: nn.Module, data: Dataset, recipe: Recipe, loss: Loss, device: str = "cpu", *, forward: Forward = call
+) -> str | None:
     """Return a sentence on why no layer of a network may be replaced by a sparse one; None if all may be.
 
     One step with sparse layers is compared with one of PyTorch, see `tombola.kernels.find_difference`. Networks and
@@ -35,14 +39,16 @@ def find_fault(model: nn.Module, data: Dataset, recipe: Recipe, loss: Loss, devi
         model: the network with initial weights.
         data, recipe, loss: the data set, the hyperparameters and the loss of the training.
         device: the device to train on; layers are replaced on the CPU only.
+        forward: a function (model, inputs) -> outputs.
     """
-    if device != "cpu" or recipe.precision != "float32" or not kernels.is_own(model, loss):
+    if device != "cpu" or recipe.precision != "float32" or not kernels.is_own(model, loss, forward):
         return None
     few = recipe.model_copy(update={"batch_size": min(_EXAMPLES, recipe.batch_size)})
     inputs, labels = next(batches(data, few, 0, 0, 1))
 
     def compute(network: nn.Module) -> Tensor:
-        return loss(network(inputs.clone()), labels.clone())  # copies, because both may be changed in place
+        outputs = forward(network, convert(torch.clone, inputs))
+        return loss(outputs, convert(torch.clone, labels))  # copies, because both may be changed in place
 
     difference = kernels.find_difference(model, compute)
     if difference is None:
@@ -62,9 +68,9 @@ def choose_layers(model: nn.Module, mask: Mask, recipe: Recipe, device: str, all
         recipe: the hyperparameters of the training.
         device: the device to train on.
         allowed: "auto" for the layers that are faster, see `tombola.kernels.choose`; "off" for none; or the names of
-            weights among which to choose.
+            weights among which to choose. An optimizer of the user gets the network's own parameters: it allows none.
     """
-    if allowed == "off":
+    if allowed == "off" or ":" in recipe.optimizer:
         return []
     found = kernels.sparse_layers(model, mask, batch_size=recipe.batch_size, precision=recipe.precision, device=device)
     return found if allowed == "auto" else [name for name in found if name in allowed]

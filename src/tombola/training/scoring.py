@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from tombola.datasets.dataset import Dataset
 from tombola.errors import ImportanceError
 from tombola.importance.network_scores import NETWORK_SCORES, Network, NetworkScore
+from tombola.inputs import Forward, OwnStep, call, select
 from tombola.pruning.mask import Mask
 from tombola.streams import ambient, generator
-from tombola.training.batches import normalisation
+from tombola.training.batches import Batch, normalisation
 from tombola.training.determinism import deterministic_algorithms, flush_denormals
 from tombola.training.evaluation import Loss
 from tombola.training.train import load_model, move_data
@@ -38,6 +39,8 @@ def score_network(
     examples: int = EXAMPLES,
     batch_size: int = 128,
     device: str = "cpu",
+    forward: Forward = call,
+    step: OwnStep | None = None,
 ) -> Mapping[str, Tensor]:
     """Return the scores of all connections of a network, layer -> a tensor of the weight's shape.
 
@@ -55,6 +58,8 @@ def score_network(
         examples: the number of examples; all examples if there are fewer.
         batch_size: the largest number of examples in a batch; the batches have about equal sizes.
         device: the device to compute on, "cpu" or "cuda".
+        forward: a function (model, inputs) -> outputs.
+        step: a function (model, inputs, labels) -> loss, instead of `forward` and `loss`; None for these.
 
     Raises:
         ImportanceError: if the score changes the network, or if the loss is not finite.
@@ -71,14 +76,16 @@ def score_network(
     """
     data = move_data(data, device)
     network = load_model(model, state, mask, device)
-    count = min(examples, len(data.train_inputs))
-    chosen = torch.randperm(len(data.train_inputs), generator=generator(seed, "scored examples"))[:count].to(device)
+    count = min(examples, data.held_examples)
+    chosen = torch.randperm(data.held_examples, generator=generator(seed, "scored examples"))[:count].to(device)
     normalise = normalisation(data)
     batches = [
-        (normalise(data.train_inputs.index_select(0, part)), data.train_labels.index_select(0, part))
+        (normalise(select(data.train_inputs, part)), select(data.train_labels, part))
         for part in chosen.tensor_split(math.ceil(count / batch_size))
     ]
-    return score_batches(score, mask, network=network, batches=batches, loss=loss, seed=seed)
+    return score_batches(
+        score, mask, network=network, batches=batches, loss=loss, seed=seed, forward=forward, step=step
+    )
 
 
 def score_batches(
@@ -86,9 +93,11 @@ def score_batches(
     mask: Mask,
     *,
     network: nn.Module,
-    batches: Sequence[tuple[Tensor, Tensor]],
+    batches: Sequence[Batch],
     loss: Loss,
     seed: int,
+    forward: Forward = call,
+    step: OwnStep | None = None,
 ) -> Mapping[str, Tensor]:
     """Return the scores of all connections of a network on these batches, see `score_network`.
 
@@ -99,6 +108,7 @@ def score_batches(
         batches: pairs (inputs, labels), on the device of the network.
         loss: a function of outputs and labels that returns the mean over the batch.
         seed: the seed of the random numbers that the score draws.
+        forward, step: as of `score_network`.
 
     Raises:
         ImportanceError: if the score changes the network, or if the loss is not finite.
@@ -111,7 +121,7 @@ def score_batches(
     built_in = score in NETWORK_SCORES.values()
     before = None if built_in else state_hash(network.state_dict())
     with ambient(seed), torch.enable_grad(), flush_denormals(), deterministic_algorithms(device.type):
-        found = score(Network(network, alive, batches, loss, generator(seed, "score")))
+        found = score(Network(network, alive, batches, loss, generator(seed, "score"), forward, step))
     if before is not None and state_hash(network.state_dict()) != before:
         raise ImportanceError("it changed the network; a score has to leave weights and buffers as they are")
     return found

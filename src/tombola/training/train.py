@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import functools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,17 +16,21 @@ from torch.nn import functional
 
 from tombola.datasets.dataset import Dataset
 from tombola.errors import UserError, short
-from tombola.kernels import accelerate
+from tombola.inputs import Forward, OwnStep, call, convert
+from tombola.kernels import accelerate, dense_names
 from tombola.pruning.mask import Mask
 from tombola.streams import ambient
-from tombola.training.batches import batches
+from tombola.training.accumulation import accumulate
+from tombola.training.batches import iterations
 from tombola.training.determinism import deterministic_algorithms, flush_denormals, seed_random_layers
-from tombola.training.evaluation import Loss, evaluate
+from tombola.training.evaluation import Loss, measure
 from tombola.training.graphs import RecordedStep, can_be_recorded
 from tombola.training.history import Checkpoint, History, Trained, Watch
 from tombola.training.losses import Losses
-from tombola.training.optimizer import Optimizer
-from tombola.training.recipe import Augmentation, Recipe
+from tombola.training.metrics import ACCURACY, LOSS, Metric
+from tombola.training.optimizer import Optimizer, find_decayed
+from tombola.training.own_optimizer import MakeOptimizer, OwnOptimizer
+from tombola.training.recipe import Augmentation, Recipe, Schedule
 from tombola.training.replaceable import Kernels, OwnLayersWarning, choose_layers, find_fault
 from tombola.training.weights import State, Weights, apply_mask, load_state, zero_pruned
 
@@ -53,6 +59,11 @@ def train(
     begin: int = 0,
     end: int | None = None,
     loss: Loss = functional.cross_entropy,
+    forward: Forward = call,
+    step: OwnStep | None = None,
+    optimizer: MakeOptimizer | None = None,
+    schedule: Schedule | None = None,
+    metrics: Sequence[Metric] = (ACCURACY,),
     device: str = "cpu",
     kernels: Kernels = "auto",
     resume: Checkpoint | None = None,
@@ -73,6 +84,10 @@ def train(
         seed: the seed of the data order, the augmentation and random layers such as dropout.
         begin, end: the range of iterations, begin..end-1; by default the complete training.
         loss: a function of outputs and labels that returns the mean over the batch.
+        forward: a function (model, inputs) -> outputs; by default the model is called, see `tombola.inputs.call`.
+        step: a function (model, inputs, labels) -> loss, which training uses instead of `forward` and `loss`.
+        optimizer, schedule: the functions that the recipe names, if it names some of the user (`module:function`).
+        metrics: the metrics to compute at the end, on the test set and on the validation set if there is one.
         device: the device to train on, "cpu" or "cuda"; the data set is copied to a GPU too.
         kernels: which layers sparse ones replace on the CPU: "auto" for those that are faster, unless the network
             reaches into its own layers, see `tombola.training.replaceable`; "off" for none; or the names of weights
@@ -95,52 +110,77 @@ def train(
     True
     """
     check_recipe_fits(recipe, data)
-    examples = len(data.train_inputs)
+    examples = data.train_examples
     end = recipe.total_iterations(examples) if end is None else end
     start = resume or Checkpoint(begin, initial)
     data = move_data(data, device)
     model = load_model(model, start.state, mask, device)
     batch_size, precision = recipe.batch_size, recipe.precision
-    among = None if kernels == "auto" else [] if kernels == "off" else kernels
-    replaced = among is None and choose_layers(model, mask, recipe, device, kernels)
-    if replaced and (fault := find_fault(_load(model, initial), data, recipe, loss, device)):
+    allowed: Kernels = "off" if step is not None or ":" in recipe.optimizer else kernels
+    among = None if allowed == "auto" else [] if allowed == "off" else allowed
+    replaced = among is None and choose_layers(model, mask, recipe, device, allowed)
+    if replaced and (fault := find_fault(_load(model, initial), data, recipe, loss, device, forward=forward)):
         warnings.warn(fault, OwnLayersWarning, stacklevel=2)
         among = []
-    step = accelerate(
-        model, mask, batch_size=batch_size, precision=precision, device=device, loss=loss, among=among, stacklevel=2
+    fast = accelerate(
+        model,
+        mask,
+        batch_size=batch_size,
+        precision=precision,
+        device=device,
+        loss=training_loss(recipe, loss, step),
+        forward=forward,
+        step=step,
+        among=among,
+        stacklevel=2,
     )
-    recorded = device == "cuda" and can_be_recorded(model, loss)
-    compute = RecordedStep(step, batch_size) if recorded else step
+    plain = forward is call and step is None and not recipe.label_smoothing
+    recorded = device == "cuda" and plain and can_be_recorded(model, loss)
+    compute = RecordedStep(fast, batch_size) if recorded else fast
     masked = _dense_masks(model, mask)
-    optimizer = Optimizer(recipe, [p for p in model.parameters() if p.requires_grad], start.optimizer)
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    names = dense_names(model)
+    decayed = find_decayed([names[name] for name in parameters], recipe.no_decay)
+    updater: Optimizer | OwnOptimizer
+    if own := ":" in recipe.optimizer:
+        what = f"recipe.optimizer {recipe.optimizer!r}"
+        if optimizer is None:
+            raise UserError(f"{what}: give the function too, as the argument optimizer")
+        updater = OwnOptimizer(optimizer, recipe.lr, list(parameters.values()), start.optimizer, what)
+    else:
+        updater = Optimizer(recipe, list(parameters.values()), start.optimizer, decayed)
     losses = Losses(begin, end, recipe.iterations_per_epoch(examples), device)
     losses.resume(start.iteration, start.batch_losses)
     diverged = False
 
     def checkpoint() -> Checkpoint:
-        state = {name: tensor.detach().to("cpu", copy=True) for name, tensor in step.state().items()}
-        return Checkpoint(losses.iteration, state, optimizer.tensors(), losses.values().to("cpu", copy=True))
+        state = {name: tensor.detach().to("cpu", copy=True) for name, tensor in fast.state().items()}
+        return Checkpoint(losses.iteration, state, updater.tensors(), losses.values().to("cpu", copy=True))
 
     model.train()
     with ambient(seed), flush_denormals(), deterministic_algorithms(device):
-        for inputs, labels in batches(data, recipe, seed, start.iteration, end):
-            optimizer.zero_grad()
-            if step.draws_random_numbers:
+        for several in iterations(data, recipe, seed, start.iteration, end):
+            updater.zero_grad()
+            if own or fast.draws_random_numbers:
                 seed_random_layers(seed, losses.iteration, device)
-            batch_loss = compute(inputs, labels)
+            batch_loss = accumulate(compute, updater.parameters, several)
             _mask_gradients(masked)
-            optimizer.step(recipe.lr_at(losses.iteration, examples))
+            if recipe.clip_norm is not None:
+                nn.utils.clip_grad_norm_(updater.parameters, recipe.clip_norm)
+            updater.step(recipe.lr_at(losses.iteration, examples, schedule))
+            if own:
+                _mask_weights(masked)
             losses.append(batch_loss)
             if diverged := losses.have_diverged():
                 break
             if watch is not None:
                 watch(losses.iteration, checkpoint)
-        state = apply_mask(step.state(), mask)
+        state = apply_mask(fast.state(), mask)
         diverged = diverged or not _is_finite(state, model, initial)
-        with step.autocast:
-            accuracy, test_loss = (None, None) if diverged else evaluate(model, data, loss)
+        with fast.autocast:
+            history = History() if diverged else _summarise(evaluate_splits(model, data, loss, metrics, forward))
     diverged_at = losses.iteration - 1 if diverged else None
-    history = History(losses.epoch_means(), accuracy, test_loss, diverged_at)
+    history = replace(history, losses=losses.epoch_means(), diverged_at=diverged_at)
     weights = Weights.of({name: tensor.cpu().contiguous() for name, tensor in state.items()})
     return Trained(weights, history, losses.values().cpu())
 
@@ -152,28 +192,95 @@ def _load(model: nn.Module, state: State) -> nn.Module:
     return model
 
 
+def evaluate_state(
+    model: nn.Module,
+    state: State,
+    data: Dataset,
+    loss: Loss,
+    metrics: Sequence[Metric],
+    *,
+    forward: Forward = call,
+    device: str = "cpu",
+    precision: str = "float32",
+) -> dict[str, dict[str, float | None]]:
+    """Return the metrics of a network in a trained state, by split and by key, see `evaluate_splits`.
+
+    Args:
+        model: the network; it is copied, and its own weights are ignored.
+        state: the trained state.
+        data, loss, metrics, forward, device: as for `train`.
+        precision: the precision of activations, as in the recipe.
+    """
+    model = load_model(model, state, Mask({}, {}), device)
+    autocast = torch.autocast(device, torch.bfloat16) if precision == "bfloat16" else nullcontext()
+    with ambient(0), flush_denormals(), deterministic_algorithms(device), autocast:
+        return evaluate_splits(model, move_data(data, device), loss, metrics, forward)
+
+
+def evaluate_splits(
+    model: nn.Module, data: Dataset, loss: Loss, metrics: Sequence[Metric], forward: Forward = call
+) -> dict[str, dict[str, float | None]]:
+    """Return metrics and loss on the test set, and on the validation set if there is one, by split and by key."""
+    found = {}
+    for split in data.splits[1:]:
+        values, mean = measure(model, data, loss, metrics, split, forward)
+        found[split] = values | {LOSS.key: mean}
+    return found
+
+
+def _summarise(found: dict[str, dict[str, float | None]]) -> History:
+    """Return the history with these metrics: accuracy and loss of the test set have fields of their own."""
+    accuracy, loss = (found["test"].pop(key, None) for key in (ACCURACY.key, LOSS.key))
+    metrics = {split: values for split, values in found.items() if values}
+    return History(test_accuracy=accuracy, test_loss=loss, metrics=metrics)
+
+
 def check_recipe_fits(recipe: Recipe, data: Dataset) -> None:
     """Raise `UserError` if a recipe does not fit a data set: its batches, its rewind point or its augmentation."""
-    examples = len(data.train_inputs)
+    examples = data.train_examples
     total = recipe.total_iterations(examples)
     if total > MOST_ITERATIONS:
         raise UserError(f"recipe: a training of {total} iterations; at most {MOST_ITERATIONS} are possible")
+    if data.drawn is not None and recipe.batch_size != data.drawn.batch_size:
+        raise UserError(
+            f"recipe.batch_size: it is {short(recipe.batch_size)}, and the batches of {data.name!r} have "
+            f"{data.drawn.batch_size} examples; set recipe.batch_size = {data.drawn.batch_size}"
+        )
     if recipe.batch_size > examples:
         raise UserError(
             f"recipe.batch_size: {short(recipe.batch_size)} is more than the {examples} training examples of "
             f"{data.name!r}"
         )
+    if recipe.batch_size * recipe.accumulate > examples:
+        raise UserError(
+            f"recipe.accumulate: {short(recipe.accumulate)} batches of {recipe.batch_size} are more than the "
+            f"{examples} training examples of {data.name!r}"
+        )
     if recipe.rewind >= total:
         raise UserError(
             f"recipe.rewind: iteration {short(recipe.rewind)} is not within the training, which has {short(total)}"
         )
-    if recipe.augmentation != Augmentation() and data.train_inputs.dtype != torch.uint8:
+    if recipe.augmentation != Augmentation() and not data.has_images:
         raise UserError(f"recipe.augmentation: it needs images (uint8), but {data.name!r} has other inputs")
     if (crop := recipe.augmentation.crop) and crop > (side := min(data.input_shape[1:])):
         raise UserError(
             f"recipe.augmentation.crop: {short(crop)} is more than the {side} pixels of a side of the images of "
             f"{data.name!r}"
         )
+
+
+def training_loss(recipe: Recipe, loss: Loss, step: OwnStep | None = None) -> Loss:
+    """Return the loss that training minimises: `loss`, with the recipe's label smoothing.
+
+    Raises:
+        UserError: if the recipe asks for label smoothing of another loss than cross-entropy.
+    """
+    if not recipe.label_smoothing:
+        return loss
+    if loss is not functional.cross_entropy or step is not None:
+        own = "a step of your own" if step is not None else "the loss is another"
+        raise UserError(f"recipe.label_smoothing: it is for the loss cross_entropy, and here {own}; remove it")
+    return functools.partial(functional.cross_entropy, label_smoothing=recipe.label_smoothing)
 
 
 def check_device(device: str) -> None:
@@ -217,6 +324,13 @@ def _mask_gradients(masked: list[tuple[nn.Parameter, Tensor]]) -> None:
         torch._foreach_mul_([gradient for gradient, _ in pairs], [mask for _, mask in pairs])
 
 
+@torch.no_grad()
+def _mask_weights(masked: list[tuple[nn.Parameter, Tensor]]) -> None:
+    """Set pruned weights to 0.0, which an optimizer of the user may have changed though their gradients are 0.0."""
+    if masked:
+        torch._foreach_mul_([weight for weight, _ in masked], [mask for _, mask in masked])
+
+
 def _is_finite(state: State, model: nn.Module, initial: State) -> bool:
     """Return whether a state is finite, except for buffers that were not finite at initialisation."""
     buffers = {
@@ -235,5 +349,6 @@ def move_data(data: Dataset, device: str) -> Dataset:
 @functools.lru_cache(maxsize=1)
 def _copy_data(data: Dataset, device: str) -> Dataset:
     """Copy a data set to a GPU; keep the last copy, since many trainings use the same data."""
-    tensors = ("train_inputs", "train_labels", "test_inputs", "test_labels")
-    return replace(data, **{name: getattr(data, name).to(device) for name in tensors})
+    parts = [f"{split}_{part}" for split in data.splits for part in ("inputs", "labels")]
+    moved: dict[str, Any] = {name: convert(lambda each: each.to(device), getattr(data, name)) for name in parts}
+    return replace(data, **moved)

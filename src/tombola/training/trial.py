@@ -3,78 +3,283 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from tombola.datasets.dataset import Dataset
 from tombola.errors import UserError
 from tombola.exits import attribute_failure
+from tombola.inputs import Forward, OwnStep, Tensors, call, convert, count_examples, describe, select
 from tombola.streams import ambient
-from tombola.training.batches import batches, normalisation
-from tombola.training.evaluation import Loss
-from tombola.training.recipe import Recipe
+from tombola.training.batches import Batch, batches, device_of, normalisation
+from tombola.training.evaluation import Loss, measure
+from tombola.training.loss_functions import describe_misfit
+from tombola.training.metrics import ACCURACY, Metric
+from tombola.training.optimizer import find_decayed
+from tombola.training.own_optimizer import MakeOptimizer, check_optimizer
+from tombola.training.recipe import Recipe, Schedule
+from tombola.training.train import training_loss
 
 Result = TypeVar("Result")
 
+_TRIED = 64  # examples on which the metrics are tried
+
 
 def try_network(
-    build: Callable[[], nn.Module], loss: Loss, data: Dataset, recipe: Recipe, *, model_name: str, loss_name: str
+    build: Callable[[], nn.Module],
+    loss: Loss,
+    data: Dataset,
+    recipe: Recipe,
+    metrics: Sequence[Metric] = (ACCURACY,),
+    *,
+    forward: Forward = call,
+    step: OwnStep | None = None,
+    optimizer: MakeOptimizer | None = None,
+    schedule: Schedule | None = None,
+    names: Mapping[str, str] | None = None,
 ) -> None:
-    """Raise `UserError` if a network, a loss and a data set do not work together.
+    """Raise `UserError` if a network, a loss, metrics and a data set do not work together.
 
-    The check runs a forward and a backward pass on the smallest batch of the training (at most two examples), then a
-    forward pass on two examples of the test set.
+    The check runs a forward and a backward pass on the smallest batch of the training (at most two examples), then the
+    loss and the metrics on a few examples of the test set, and of the validation set if there is one.
 
     Args:
         build: a function that returns the network.
         loss: a function of outputs and labels that returns the mean over the batch.
         data: the data set.
         recipe: the hyperparameters of the training.
-        model_name, loss_name: what network and loss are called in messages.
+        metrics: the metrics of the trained network.
+        forward: a function (model, inputs) -> outputs.
+        step: a function (model, inputs, labels) -> loss, instead of `forward` and `loss`; None for these.
+        optimizer, schedule: the functions that the recipe names, if it names some of the user.
+        names: what messages call the `model`, the `loss`, the `forward` and the `step`; by default so.
     """
-    last = len(data.train_inputs) % recipe.batch_size or recipe.batch_size
-    inputs, labels = next(batches(data, recipe.model_copy(update={"batch_size": min(2, last)}), 0, 0, 1))
-    with ambient(0):
+    called = {part: (names or {}).get(part, part) for part in ("model", "loss", "forward", "step")}
+    called["outputs"] = called["model" if forward is call else "forward"]
+    _check_device(data)
+    if step is None:
+        _check_targets(loss, data, called["loss"])
+    of_classes = bool(data.classes) and any(metric.of_classes for metric in metrics)
+    with ambient(0), warnings.catch_warnings():
+        warnings.filterwarnings("error", message="Using a target size")  # of outputs that would be broadcast
         model = build()
         for name, parameter in model.named_parameters():
             if not parameter.isfinite().all():
-                raise UserError(f"{model_name}: its initial {name!r} is not finite (NaN or infinite)")
-        outputs = _outputs(model, inputs, data, model_name)
-        value: Any = guard(loss_name, partial(loss, outputs, labels))()
-        if not isinstance(value, Tensor) or value.shape != ():
-            got = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-            raise UserError(f"{loss_name}: expected one number, the mean over the batch, got {got}")
-        what = f"{loss_name}: at the first step, with the initial weights of {model_name.removeprefix('task.model ')}"
-        if not value.isfinite():
-            wrong = "" if outputs.isfinite().all() else ", as are outputs of the model"
-            raise UserError(f"{what}, the loss is NaN or infinite{wrong}: every training would diverge")
-        guard(f"{loss_name}: going backward", value.backward)()
-        for name, parameter in model.named_parameters():
-            gradient = parameter.grad
-            if gradient is not None and not (gradient.to_dense() if gradient.is_sparse else gradient).isfinite().all():
-                raise UserError(f"{what}, the gradient of {name!r} is NaN or infinite: every training would diverge")
-        with torch.no_grad():
-            outputs = _outputs(model.eval(), normalisation(data)(data.test_inputs[:2].clone()), data, model_name)
-        if outputs.isnan().any():
-            raise UserError(f"{model_name}: in evaluation mode, its outputs on the test set are NaN")
+                raise UserError(f"{called['model']}: its initial {name!r} is not finite (NaN or infinite)")
+        find_decayed([name for name, each in model.named_parameters() if each.requires_grad], recipe.no_decay)
+        _try_step(model, loss, data, recipe, forward=forward, step=step, called=called, of_classes=of_classes)
+        if ":" in recipe.optimizer and optimizer is not None:
+            _try_optimizer(model, optimizer, recipe)
+        total = recipe.total_iterations(data.train_examples)
+        for iteration in {0, total // 2, total - 1}:
+            recipe.lr_at(iteration, data.train_examples, schedule)
+        for split in data.splits[1:]:
+            _try_evaluation(model, loss, data, split, metrics, forward=forward, called=called, of_classes=of_classes)
 
 
-def _outputs(model: nn.Module, inputs: Tensor, data: Dataset, name: str) -> Tensor:
-    """Return a model's outputs; raise `UserError` unless they have one number for each class."""
-    classes = len(data.classes)
-    given = f"inputs of shape {tuple(inputs.shape)} from {data.name!r}"
-    outputs = guard(f"{name}: on {given} it", partial(model, inputs), Tensor, "a tensor")()
-    shape = tuple(outputs.shape)
-    if len(shape) != 2 or shape[0] != len(inputs) or shape[1] < classes:
+def _try_step(
+    model: nn.Module,
+    loss: Loss,
+    data: Dataset,
+    recipe: Recipe,
+    *,
+    forward: Forward,
+    step: OwnStep | None,
+    called: Mapping[str, str],
+    of_classes: bool,
+) -> None:
+    """Try the first step of a training, see `try_network`; the gradients are kept."""
+    minimised, loss_name, finite = training_loss(recipe, loss, step), called["loss"], True
+    inputs, labels = _draw_smallest(recipe, data)
+    if forward is call and step is None:
+        _check_arguments(model, inputs, called["model"])
+    value: Any
+    with _batch_norm_of_one(model, inputs, recipe, data):
+        if step is None:
+            outputs = _outputs(partial(forward, model), inputs, data, called["outputs"], of_classes)
+            _check_classes_of(outputs, loss, data, loss_name)
+            value = _name_loss(loss_name, partial(minimised, outputs, labels))
+            finite = bool(outputs.isfinite().all())
+        else:
+            loss_name = called["step"]
+            value = guard(loss_name, partial(step, model, inputs, labels))()
+    if not isinstance(value, Tensor) or value.shape != ():
+        got = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        raise UserError(f"{loss_name}: expected one number, the mean over the batch, got {got}")
+    what = f"{loss_name}: at the first step, with the initial weights of {called['model'].removeprefix('task.model ')}"
+    if not value.isfinite():
+        wrong = "" if finite else ", as are outputs of the model"
+        raise UserError(f"{what}, the loss is NaN or infinite{wrong}: every training would diverge")
+    guard(f"{loss_name}: going backward", value.backward)()
+    for name, parameter in model.named_parameters():
+        gradient = parameter.grad
+        if gradient is not None and not (gradient.to_dense() if gradient.is_sparse else gradient).isfinite().all():
+            raise UserError(f"{what}, the gradient of {name!r} is NaN or infinite: every training would diverge")
+
+
+def _try_optimizer(model: nn.Module, optimizer: MakeOptimizer, recipe: Recipe) -> None:
+    """Try an optimizer of the user on the gradients of a step; the parameters get their values back."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    values = [parameter.detach().clone() for parameter in trained]
+    check_optimizer(optimizer, recipe.lr, trained, f"recipe.optimizer {recipe.optimizer!r}")
+    with torch.no_grad():
+        for parameter, before in zip(trained, values, strict=True):
+            parameter.copy_(before)
+
+
+def _try_evaluation(
+    model: nn.Module,
+    loss: Loss,
+    data: Dataset,
+    split: str,
+    metrics: Sequence[Metric],
+    *,
+    forward: Forward,
+    called: Mapping[str, str],
+    of_classes: bool,
+) -> None:
+    """Try the loss and the metrics on a few examples of a split, see `try_network`."""
+    few = _spread(data, split)
+    with torch.no_grad():
+        inputs = normalisation(data)(convert(torch.clone, select(getattr(few, f"{split}_inputs"), slice(2))))
+        outputs = _outputs(partial(forward, model.eval()), inputs, data, called["outputs"], of_classes)
+    if outputs.isnan().any():
+        raise UserError(f"{called['model']}: in evaluation mode, its outputs on the {split} set are NaN")
+    values, _ = _name_loss(called["loss"], partial(measure, model, few, loss, metrics, split, forward))
+    for metric in metrics:
+        if values[metric.key] is None:
+            raise UserError(
+                f"task.metrics {metric.name!r}: on a few examples of the {split} set, with the initial weights "
+                f"of {called['model'].removeprefix('task.model ')}, it is NaN or infinite"
+            )
+
+
+def _spread(data: Dataset, split: str) -> Dataset:
+    """Return a data set of which a split has only a few examples, at even distances, as examples may be sorted."""
+    inputs, labels = f"{split}_inputs", f"{split}_labels"
+    count = data.count(split)
+    chosen = torch.linspace(0, count - 1, min(count, _TRIED)).long()
+    parts: dict[str, Any] = {name: select(getattr(data, name), chosen) for name in (inputs, labels)}
+    return replace(data, **parts)
+
+
+def _name_loss(name: str, compute: Callable[[], Result]) -> Result:
+    """Call the loss; put its name before the message of every exception, except for those about metrics."""
+    try:
+        return guard(name, compute)()
+    except UserError as error:
+        if str(error).startswith((name, "task.metrics ")):
+            raise
+        raise UserError(f"{name}: {error}") from error
+
+
+def _check_targets(loss: Loss, data: Dataset, name: str) -> None:
+    """Raise `UserError` if a built-in loss cannot take the targets of a split."""
+    for split in data.splits:
+        targets = getattr(data, f"{split}_labels")
+        if isinstance(targets, Tensor) and (misfit := describe_misfit(loss, targets)):
+            raise UserError(f"{name}: {misfit} ({split} set of {data.name!r})")
+
+
+def _draw_smallest(recipe: Recipe, data: Dataset) -> Batch:
+    """Return a batch as small as the smallest of a training, of at most two examples."""
+    last = 0 if recipe.drop_last else data.train_examples % recipe.batch_size
+    size = min(2, last or recipe.batch_size)
+    if data.drawn is None:
+        return next(batches(data, recipe.model_copy(update={"batch_size": size, "accumulate": 1}), 0, 0, 1))
+    inputs, labels = next(batches(data, recipe, 0, 0, 1))
+    return select(inputs, slice(size)), select(labels, slice(size))
+
+
+def _check_device(data: Dataset) -> None:
+    """Raise `UserError` unless the data are on the CPU, where models are built and tried out."""
+    if device_of(data).type != "cpu":
         raise UserError(
-            f"{name}: for {given} it should give outputs of shape ({len(inputs)}, {classes}), "
+            f"data set {data.name!r}: its tensors are on the device {str(device_of(data))!r}; load them on 'cpu', a "
+            f"training on a GPU copies them there"
+        )
+
+
+def _check_arguments(model: nn.Module, inputs: Tensors, name: str) -> None:
+    """Raise `UserError` if a model does not take several inputs, by position or by name."""
+    if isinstance(inputs, Tensor):
+        return
+    try:
+        signature = inspect.signature(model.forward)
+    except (TypeError, ValueError):  # it is not written in Python
+        return
+    try:
+        call(signature.bind, inputs)
+    except TypeError as error:
+        given = ", ".join(map(repr, inputs)) if isinstance(inputs, dict) else f"{len(inputs)} tensors"
+        raise UserError(
+            f"{name}: its forward does not take the inputs of the data set: {error}; it takes "
+            f"{', '.join(signature.parameters) or 'nothing'}, and the inputs are {given}"
+        ) from error
+
+
+@contextmanager
+def _batch_norm_of_one(model: nn.Module, inputs: Tensors, recipe: Recipe, data: Dataset) -> Iterator[None]:
+    """Say in a sentence that batch norm cannot train on a batch of one example, if it fails for this reason."""
+    try:
+        yield
+    except UserError as error:
+        if "Expected more than 1 value per channel" not in str(error) or count_examples(inputs) > 1:
+            raise
+        raise UserError(
+            f"recipe.batch_size: batches of {recipe.batch_size} of the {data.train_examples} training examples of "
+            f"{data.name!r} leave a last batch of one example, of which batch norm has no variance; set "
+            f"recipe.drop_last = true, or choose another batch size"
+        ) from error
+
+
+def _check_classes_of(outputs: Tensor, loss: Loss, data: Dataset, name: str) -> None:
+    """Raise `UserError` if a target of cross-entropy is the number of a class for which there is no output."""
+    if loss is not functional.cross_entropy or data.classes or outputs.dim() < 2:
+        return
+    ignored, count = -100, outputs.shape[1]
+    for split, labels in (("train", data.train_labels), ("test", data.test_labels)):
+        if isinstance(labels, Tensor) and not labels.is_floating_point():
+            wrong = ((labels < 0) & (labels != ignored)) | (labels >= count)
+            if wrong.any():
+                raise UserError(
+                    f"{name}: target {int(labels[wrong][0])} of example {int(wrong.nonzero()[0][0])} of the {split} "
+                    f"set is out of range, expected 0..{count - 1} for outputs of shape {tuple(outputs.shape)}"
+                )
+
+
+def _outputs(
+    forward: Callable[[Tensors], Tensor], inputs: Tensors, data: Dataset, name: str, of_classes: bool
+) -> Tensor:
+    """Return a model's outputs; raise `UserError` unless they fit the examples, and the classes if they are to."""
+    examples, classes = count_examples(inputs), len(data.classes)
+    given = f"inputs of {describe(inputs)} from {data.name!r}"
+    outputs: Any = guard(f"{name}: on {given} it", partial(forward, inputs))()
+    if not isinstance(outputs, Tensor):
+        raise UserError(
+            f"{name}: on {given}: expected a tensor, got {type(outputs).__name__}; give a forward of your own, a "
+            f"function (model, inputs) -> tensor"
+        )
+    shape = tuple(outputs.shape)
+    if of_classes and (len(shape) != 2 or shape[0] != examples or shape[1] < classes):
+        raise UserError(
+            f"{name}: for {given} it should give outputs of shape ({examples}, {classes}), "
             f"one number for each of the {classes} classes, got shape {shape}"
         )
-    return cast(Tensor, outputs)
+    if not shape or shape[0] != examples:
+        raise UserError(
+            f"{name}: for {given} it should give outputs whose first dimension counts the {examples} examples, "
+            f"got shape {shape}"
+        )
+    return outputs
 
 
 def guard(

@@ -123,7 +123,7 @@ def line(status: Status, finished: Training, planner: Planner) -> str:
     names = ", ".join(chain.importance for chain in found)
     order = "" if chain.data_seed is None else f", data order {chain.data_seed}"
     where = f"seed {chain.seed}{order}, level {ticket.level}, density {100 * ticket.mask.density:.2f} %"
-    return f"{done} {where}: {_accuracy(ticket)} ({names}){left}"
+    return f"{done} {where}: {_result(ticket, planner)} ({names}){left}"
 
 
 def live_display(status: Status, planner: Planner, height: int, workers: int) -> Group:
@@ -149,14 +149,19 @@ def live_display(status: Status, planner: Planner, height: int, workers: int) ->
         tickets = status.chains[chain].tickets
         order = "" if chain.data_seed is None else f", order {chain.data_seed}"
         level = f"{tickets[-1].level} of {planner.study.levels}" if tickets else "-"
-        last = _accuracy(tickets[-1]) if tickets else "-"
+        last = _result(tickets[-1], planner) if tickets else "-"
         table.add_row(chain.importance + order, str(chain.seed), level, last, _state(status, chain))
     return Group(bar, table)
 
 
-def _accuracy(ticket: Ticket) -> str:
-    accuracy = ticket.trained.history.test_accuracy if ticket.trained else None
-    return "diverged" if accuracy is None else f"accuracy {100 * accuracy:.2f} %"
+def _result(ticket: Ticket, planner: Planner) -> str:
+    """Return the value that a ticket is judged by, such as its accuracy."""
+    if ticket.trained is None or ticket.trained.history.diverged_at is not None:
+        return "diverged"
+    measure = planner.problem.measure
+    value = ticket.trained.history.value(measure)
+    split = "" if measure.split == "test" else f"{measure.split} "
+    return f"{split}{measure.label} {'unknown' if value is None else measure.text(value)}"
 
 
 def _state(status: Status, chain: Chain) -> str:

@@ -232,7 +232,7 @@ def list_here(planner: Planner) -> list[str]:
         if isinstance(resolve_importance(name).score, NetworkScore)
         for part in name.split("/")
     ]
-    return [name for name in (task.dataset, task.model, task.loss, *of_network) if is_here(name)]
+    return [name for name in (*task.own_code, *planner.study.recipe.own_code.values(), *of_network) if is_here(name)]
 
 
 def count_workers(workers: int | None, device: str) -> int:

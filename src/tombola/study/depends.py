@@ -1,0 +1,68 @@
+"""What a study depends on besides its own source: files, environment variables, versions of packages, values."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable
+from importlib import metadata
+from pathlib import Path
+
+from tombola.errors import UserError
+from tombola.files import open_regular
+
+_BLOCK = 2**20  # bytes that are read at a time
+
+
+def identify_all(names: Iterable[str]) -> dict[str, str | None]:
+    """Return what identifies each thing that a study depends on, by its name in the study.
+
+    Args:
+        names: `env:NAME` is the value of an environment variable, `package:NAME` the version of an installed package,
+            and `value:TEXT` the text itself; everything else is the path of a file or of a folder.
+
+    Returns:
+        The value; None for a variable that is not set; the version; or the SHA-256 of the file, or of the names and
+        contents of all files in the folder.
+
+    Raises:
+        UserError: if there is no such file or package.
+
+    >>> identify_all(["value:run 2"])
+    {'value:run 2': 'run 2'}
+    """
+    return {name: _identify(name) for name in names}
+
+
+def _identify(name: str) -> str | None:
+    kind, colon, rest = name.partition(":")
+    if colon and kind == "value":
+        return rest
+    if colon and kind == "env":
+        return os.environ.get(rest)
+    if colon and kind == "package":
+        try:
+            return metadata.version(rest)
+        except (metadata.PackageNotFoundError, ValueError) as error:
+            raise UserError(f"task.depends: the package {rest!r} is not installed") from error
+    path = Path(name)
+    try:
+        if path.is_dir():
+            files = sorted(each for each in path.rglob("*") if each.is_file())
+            parts = [f"{each.relative_to(path).as_posix()} {_hash_file(each)}\n" for each in files]
+            return hashlib.sha256("".join(parts).encode("utf-8", "surrogateescape")).hexdigest()
+        return _hash_file(path)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(
+            f"task.depends: {name!r} cannot be read: {reason}; expected a file, a folder, env:NAME, package:NAME or "
+            f"value:TEXT"
+        ) from error
+
+
+def _hash_file(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open_regular(path) as file:
+        while block := file.read(_BLOCK):
+            digest.update(block)
+    return digest.hexdigest()

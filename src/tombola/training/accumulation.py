@@ -1,0 +1,53 @@
+"""Accumulation: the mean loss and the mean gradient of several batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from tombola.inputs import Tensors, count_examples
+from tombola.training.batches import Batch
+
+
+def accumulate(
+    compute: Callable[[Tensors, Tensors], Tensor], parameters: Sequence[nn.Parameter], batches: Sequence[Batch]
+) -> Tensor:
+    """Return the mean loss over the examples of all batches, and set the gradients to those of this mean.
+
+    The mean weighs each batch by its number of examples. Without layers that mix examples, such as batch norm, it
+    equals that of one large batch up to rounding.
+
+    Args:
+        compute: a function (inputs, labels) -> mean loss over a batch. It sets gradients, which are None before.
+        parameters: the parameters with the gradients.
+        batches: pairs (inputs, labels), one or more.
+
+    >>> weight = nn.Parameter(torch.ones(1))
+    >>> def compute(inputs, labels):
+    ...     loss = (weight * inputs).mean()
+    ...     loss.backward()
+    ...     return loss.detach()
+    >>> accumulate(compute, [weight], [(torch.ones(2), torch.ones(2)), (4 * torch.ones(1), torch.ones(1))])
+    tensor(2.)
+    >>> weight.grad
+    tensor([2.])
+    """
+    if len(batches) == 1:
+        return compute(*batches[0])
+    counts = [count_examples(inputs) for inputs, _ in batches]
+    means: list[Tensor | None] = [None] * len(parameters)
+    losses = []
+    for (inputs, labels), count in zip(batches, counts, strict=True):
+        for parameter in parameters:
+            parameter.grad = None
+        share = count / sum(counts)
+        losses.append(compute(inputs, labels) * share)
+        for number, parameter in enumerate(parameters):
+            if parameter.grad is not None:
+                mean, part = means[number], parameter.grad * share
+                means[number] = part if mean is None else mean.add_(part)
+    for parameter, mean in zip(parameters, means, strict=True):
+        parameter.grad = mean
+    return torch.stack(losses).sum()

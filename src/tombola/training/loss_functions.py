@@ -1,0 +1,98 @@
+"""Loss functions: the built-in losses by name, each the mean over a batch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from tombola.errors import UserError
+from tombola.kernels import Loss
+
+
+def mse(outputs: Tensor, targets: Tensor) -> Tensor:
+    """Return the mean squared error over all numbers.
+
+    Raises:
+        UserError: if outputs and targets differ in shape, where torch would compare each output with each target.
+
+    >>> import torch
+    >>> mse(torch.tensor([1.0, 2.0]), torch.tensor([1.0, 4.0]))
+    tensor(2.)
+    """
+    return functional.mse_loss(outputs, _like(outputs, targets))
+
+
+def mae(outputs: Tensor, targets: Tensor) -> Tensor:
+    """Return the mean absolute error over all numbers.
+
+    Raises:
+        UserError: if outputs and targets differ in shape.
+
+    >>> import torch
+    >>> mae(torch.tensor([1.0, 2.0]), torch.tensor([1.0, 4.0]))
+    tensor(1.)
+    """
+    return functional.l1_loss(outputs, _like(outputs, targets))
+
+
+def huber(outputs: Tensor, targets: Tensor) -> Tensor:
+    """Return the mean over all numbers of e^2 / 2 for errors up to 1, and of |e| - 1/2 beyond.
+
+    Raises:
+        UserError: if outputs and targets differ in shape.
+
+    >>> import torch
+    >>> huber(torch.tensor([1.0, 2.0]), torch.tensor([1.0, 4.0]))
+    tensor(0.7500)
+    """
+    return functional.huber_loss(outputs, _like(outputs, targets))
+
+
+def binary_cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
+    """Return the mean over all numbers of the cross-entropy of sigmoid(output) and a target in 0..1.
+
+    Raises:
+        UserError: if outputs and targets differ in shape.
+
+    >>> import torch
+    >>> binary_cross_entropy(torch.tensor([0.0]), torch.tensor([1]))
+    tensor(0.6931)
+    """
+    return functional.binary_cross_entropy_with_logits(outputs, _like(outputs, targets))
+
+
+LOSSES: dict[str, Loss] = {
+    "cross_entropy": functional.cross_entropy,
+    "mse": mse,
+    "mae": mae,
+    "huber": huber,
+    "binary_cross_entropy": binary_cross_entropy,
+}
+"""The built-in losses by name. Outputs of `binary_cross_entropy` are logits, those of `cross_entropy` too."""
+
+
+def describe_misfit(loss: Loss, targets: Tensor) -> str | None:
+    """Return why a built-in loss cannot take the targets of a split; None if nothing is known against it.
+
+    >>> import torch
+    >>> describe_misfit(binary_cross_entropy, torch.tensor([0.0, 2.0]))
+    'it needs targets in 0..1, got 0..2'
+    """
+    if loss is functional.cross_entropy and targets.dtype != torch.int64 and targets.ndim == 1:
+        return f"it needs class numbers (int64) as targets, got {targets.dtype}; choose another loss, such as mse"
+    if loss is binary_cross_entropy and not targets.is_complex():
+        low, high = float(targets.min()), float(targets.max())
+        if low < 0 or high > 1:
+            return f"it needs targets in 0..1, got {low:g}..{high:g}"
+    return None
+
+
+def _like(outputs: Tensor, targets: Tensor) -> Tensor:
+    """Return targets in the type of the outputs; raise `UserError` unless there is one for each output."""
+    if outputs.shape != targets.shape:
+        raise UserError(
+            f"it needs one output for each target, got outputs of shape {tuple(outputs.shape)} and targets of shape "
+            f"{tuple(targets.shape)}; give one of them the shape of the other"
+        )
+    return targets.to(outputs.dtype)
