@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 from torch.nn import functional
 
+import tombola
 from tombola.errors import UserError
 from tombola.importance import find, l1
 from tombola.lottery.rewinding import check_score_at, find_tickets, lottery_ticket_rewinding
@@ -320,3 +322,22 @@ def test_tickets_start_from_the_weights_of_the_level_before(way: str) -> None:
     assert one[1] != other[1]
     with pytest.raises(UserError, match=r"scores at the rewind point are for recipe.rewind_to = 'weights'"):
         check_score_at("rewind", find("l1"), recipe.rewind_to)
+
+
+def rprop(parameters: Iterable[nn.Parameter], lr: float) -> torch.optim.Optimizer:
+    return torch.optim.Rprop(parameters, lr)
+
+
+def test_a_run_that_keeps_the_trained_weights(
+    tmp_path: Path, workers_here: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fields = {"levels": 2, "seeds": [0], "data_seeds": [], "importances": ["l1", "movement/l1"], "recipe.epochs": 1}
+    fields |= {"recipe.rewind": 2, "recipe.rewind_to": "nothing", "recipe.optimizer": rprop, "recipe.schedule": half}
+    fields |= {"recipe.batch_size": 200, "recipe.clip_norm": 1.0}
+    table = tombola.run("digits", fields, store=tmp_path / "store")
+    printed = capsys.readouterr().out
+    assert printed.count("rewind point") == 1
+    assert [printed.count(f"level {level},") for level in range(3)] == [1, 2, 2]
+    assert tombola.run("digits", fields, store=tmp_path / "store").equals(table), "nothing is done again"
+    other = {**fields, "recipe.optimizer": own_sgd, "levels": 0}
+    assert not tombola.run("digits", other, store=tmp_path / "store").equals(table)

@@ -328,5 +328,5 @@ def test_what_fits_is_tried_out() -> None:
     try_network(lambda: nn.Sequential(one_input(), nn.BatchNorm1d(2)), functional.cross_entropy, split(X),
                 RECIPE.model_copy(update={"drop_last": True}))  # fmt: skip
     try_network(embedding, functional.cross_entropy, split(torch.arange(23)), RECIPE)
-    try_network(one_input, functional.mse_loss, split(X, X[:, :2]), RECIPE)
+    try_network(one_input, functional.mse_loss, split(X, X[:, :2]), RECIPE, [])
     try_network(one_input, functional.cross_entropy, split(X, torch.where(torch.arange(23) == 3, -100, Y)), RECIPE)

@@ -303,6 +303,7 @@ def test_fields_are_the_leaves() -> None:
         "prune",
         "exclude",
         "keep_dense",
+        "task.metrics",
         "task.depends",
         "recipe.milestones",
         "recipe.betas",

@@ -21,3 +21,9 @@ def dataset() -> Dataset:
 def model() -> nn.Module:
     """Return a network with buffers and random numbers."""
     return nn.Sequential(nn.Linear(16, 64), nn.BatchNorm1d(64), nn.ReLU(), nn.Dropout(0.1), nn.Linear(64, 4))
+
+
+def deeper() -> nn.Module:
+    """Return a network of three linear layers."""
+    first = (nn.Linear(16, 32), nn.BatchNorm1d(32), nn.ReLU())
+    return nn.Sequential(*first, nn.Linear(32, 12), nn.ReLU(), nn.Linear(12, 4))

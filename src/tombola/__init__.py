@@ -5,7 +5,8 @@ Where to begin:
     tombola.find_tickets(model, data, recipe, l1, levels=5)   the tickets of one network, level after level
     tombola.run("digits")                                     a whole study, with several seeds and importances
     tombola.results("digits")                                 its accuracies; also: overlap, layers, stability, winners,
-                                                              weights, functions, connectivity, claims, compare, reinit
+                                                              weights, functions, connectivity, claims, compare, reinit,
+                                                              matching, initial
     tombola.charts("digits")["overlap"]                       its charts; write_report writes them all on one page
     tombola.loops.hold(model, mask, optimizer)                your own training loop: pruned weights stay 0.0
     tombola.Ticket.load("ticket.safetensors").apply(model)    a ticket that somebody has found
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
     from tombola.training.recipe import Augmentation, Recipe
     from tombola.training.train import train
     from tombola.training.weights import Weights
+    from tombola.workbench.further import initial, matching
     from tombola.workbench.pictures import charts, write_report
     from tombola.workbench.runs import reinit, run
     from tombola.workbench.tables import (
@@ -85,10 +87,12 @@ _HOME = {
     "connectivity": "workbench.tables",
     "find_tickets": "lottery.rewinding",
     "functions": "workbench.tables",
+    "initial": "workbench.further",
     "layers": "workbench.tables",
     "load_problem": "study.task",
     "load_study": "study.schema",
     "lottery_ticket_rewinding": "lottery.rewinding",
+    "matching": "workbench.further",
     "overlap": "workbench.tables",
     "prunable": "pruning.eligible",
     "prune": "pruning.prune",
@@ -134,12 +138,14 @@ __all__ = [
     "find_tickets",
     "functions",
     "importance",
+    "initial",
     "interchange",
     "layers",
     "load_problem",
     "load_study",
     "loops",
     "lottery_ticket_rewinding",
+    "matching",
     "models",
     "overlap",
     "prunable",

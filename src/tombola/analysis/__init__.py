@@ -11,11 +11,37 @@ and the pure functions that it is made of, whose docstrings describe the columns
 - `weights`: distributions of weights and importances.
 - `functions`: agreement of predictions, ensembles.
 - `connectivity`: the error between two tickets' weights.
+- `matching`: the overlap after the hidden units of one ticket are put into the order of the other's.
+- `initial`: how many of the connections that begin with the largest weights are in the ticket.
 - `reinit`: partial reinitialisation: survival of shared connections against chance.
 """
 
 from __future__ import annotations
 
-from tombola.analysis import connectivity, functions, layers, overlap, reference, reinit, stability, weights, winners
+from tombola.analysis import (
+    connectivity,
+    functions,
+    initial,
+    layers,
+    matching,
+    overlap,
+    reference,
+    reinit,
+    stability,
+    weights,
+    winners,
+)
 
-__all__ = ["connectivity", "functions", "layers", "overlap", "reference", "reinit", "stability", "weights", "winners"]
+__all__ = [
+    "connectivity",
+    "functions",
+    "initial",
+    "layers",
+    "matching",
+    "overlap",
+    "reference",
+    "reinit",
+    "stability",
+    "weights",
+    "winners",
+]

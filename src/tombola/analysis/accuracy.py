@@ -44,7 +44,7 @@ class Row:
     collapsed: tuple[str, ...] = ()
     train_loss: float | None = None
     measure: Measure = TEST_ACCURACY
-    others: Mapping[str, float | None] = field(default_factory=dict)
+    others: Mapping[str, float | None] = field(default_factory=dict, hash=False)
 
     @property
     def test_accuracy(self) -> float | None:

@@ -122,6 +122,10 @@ def summarise(table: pl.DataFrame) -> pl.DataFrame:
 
 def build_measure(planner: Planner) -> Measure:
     """Return a function that computes the error and the loss of a state on the study's test set."""
+    if not planner.problem.data.classes:
+        raise UserError(
+            "connectivity: its error is that of predicted classes, and the labels of this data are no classes"
+        )
     with ambient(0):
         model = planner.problem.build()
 

@@ -134,6 +134,8 @@ class _Outputs:
     """Computes the outputs of trained tickets on the test set, and keeps those of the last few networks."""
 
     def __init__(self, planner: Planner) -> None:
+        if not planner.problem.data.classes:
+            raise UserError("functions: it compares predicted classes, and the labels of this data are no classes")
         self._data, self._forward = planner.problem.data, planner.problem.forward
         with ambient(0):
             self._model = planner.problem.build()

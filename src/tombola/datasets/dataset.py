@@ -404,10 +404,10 @@ def _first(dataset: Dataset, split: str, per_class: int | None) -> Tensor | slic
     labels: Tensor = getattr(dataset, f"{split}_labels")
     if per_class is None:
         return slice(None)
-    if not dataset.classes:
-        raise UserError(f"{split}_per_class: data set {dataset.name!r} has no classes")
     if not isinstance(per_class, int) or isinstance(per_class, bool) or per_class < 1:
         raise UserError(f"{split}_per_class: expected a whole number from 1, got {short(per_class)}")
+    if not dataset.classes:
+        raise UserError(f"{split}_per_class: the labels of data set {dataset.name!r} are no numbers of classes")
     counts = torch.bincount(labels, minlength=len(dataset.classes))
     if int(counts.min()) < per_class:
         fewest = int(counts.argmin())

@@ -28,6 +28,7 @@ from tombola.pruning.start import check_start
 from tombola.streams import derive
 from tombola.training.evaluation import Loss
 from tombola.training.history import Trained
+from tombola.training.metrics import ACCURACY, Metric
 from tombola.training.own_optimizer import MakeOptimizer
 from tombola.training.recipe import Recipe, RewindTo, Schedule
 from tombola.training.replaceable import OwnLayersWarning, find_fault
@@ -188,6 +189,7 @@ def find_tickets(
     step: OwnStep | None = None,
     optimizer: MakeOptimizer | None = None,
     schedule: Schedule | None = None,
+    metrics: Sequence[Metric] = (ACCURACY,),
     device: str = "cpu",
     kernels: Literal["auto", "off"] = "auto",
     progress: bool = True,
@@ -216,6 +218,7 @@ def find_tickets(
         forward: a function (model, inputs) -> outputs; by default the model is called, see `tombola.inputs.call`.
         step: a function (model, inputs, labels) -> loss, which training uses instead of `forward` and `loss`.
         optimizer, schedule: the functions that the recipe names, if it names some of the user (`module:function`).
+        metrics: the metrics of each trained ticket, such as `[tombola.training.metrics.find("r2")]`.
         device: the device to train on, "cpu" or "cuda".
         kernels: whether layers that are faster sparse are replaced on the CPU: "auto" unless the network reaches into
             its own layers, or "off" for none, see `tombola.train`.
@@ -273,6 +276,7 @@ def find_tickets(
         loss,
         data,
         recipe,
+        metrics,
         forward=forward,
         step=step,
         optimizer=optimizer,
@@ -325,6 +329,7 @@ def find_tickets(
                 step=step,
                 optimizer=optimizer,
                 schedule=schedule,
+                metrics=metrics,
                 device=device,
                 kernels=allowed,
                 watch=advance,

@@ -6,6 +6,7 @@
                                                   and the training loss of every iteration
                              SHA256SUMS           checksums of the two files, in the format of `sha256sum -c`
                              record.json          when, where and how long the training ran; not a part of the result
+                             metrics.json         metrics that were computed from the weights later; may be missing
     STORE/masks/ab/abcd....safetensors    masks that pruning computed, kept so that they need not be recomputed; each
                                           holds its own name, as does a checkpoint
     STORE/checkpoints/abcd....safetensors the states of unfinished trainings

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 import os
 from collections.abc import Callable, Mapping
@@ -183,6 +184,10 @@ def _load_metric(name: str) -> Metric:
             return find_metric(name)
         except UserError as error:
             raise UserError(f"task.metrics: {error} (or give module:function of your own)") from None
+    if name.startswith("torchmetrics") and importlib.util.find_spec("torchmetrics") is None:
+        raise UserError(
+            f"task.metrics {name!r}: torchmetrics is not installed; install tombola[metrics] or torchmetrics"
+        )
     function = resolve(name, "task.metrics")
     label = str(getattr(function, "__name__", None) or name.rpartition(":")[2]).replace("<lambda>", "metric")
     try:

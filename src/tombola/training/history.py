@@ -35,7 +35,7 @@ class History:
     test_accuracy: float | None = None
     test_loss: float | None = None
     diverged_at: int | None = None
-    metrics: Mapping[str, Mapping[str, float | None]] = field(default_factory=dict)
+    metrics: Mapping[str, Mapping[str, float | None]] = field(default_factory=dict, hash=False)
 
     def has(self, measure: Measure) -> bool:
         """Return whether a metric on a split is known, if only that it is None.

@@ -116,9 +116,10 @@ def train(
     data = move_data(data, device)
     model = load_model(model, start.state, mask, device)
     batch_size, precision = recipe.batch_size, recipe.precision
-    allowed: Kernels = "off" if step is not None or ":" in recipe.optimizer else kernels
-    among = None if allowed == "auto" else [] if allowed == "off" else allowed
-    replaced = among is None and choose_layers(model, mask, recipe, device, allowed)
+    if step is not None or ":" in recipe.optimizer:
+        kernels = "off"  # code of the user gets the network's own parameters
+    among = None if kernels == "auto" else [] if kernels == "off" else kernels
+    replaced = among is None and choose_layers(model, mask, recipe, device, kernels)
     if replaced and (fault := find_fault(_load(model, initial), data, recipe, loss, device, forward=forward)):
         warnings.warn(fault, OwnLayersWarning, stacklevel=2)
         among = []

@@ -3,6 +3,7 @@
 Every function takes a study: a `Study`, the name of a preset, or the path of a TOML file, with fields to override.
 """
 
+from tombola.workbench.further import initial, matching
 from tombola.workbench.pictures import charts, write_report
 from tombola.workbench.runs import reinit, run
 from tombola.workbench.tables import (
@@ -25,7 +26,9 @@ __all__ = [
     "compare",
     "connectivity",
     "functions",
+    "initial",
     "layers",
+    "matching",
     "overlap",
     "read_ticket",
     "reinit",

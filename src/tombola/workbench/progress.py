@@ -114,8 +114,8 @@ def line(status: Status, finished: Training, planner: Planner) -> str:
     found = {}
     for chain, progress in status.chains.items():
         for ticket in progress.tickets[-1:]:
-            arguments = ticket.mask, ticket.rewind.hash, chain.order_seed, planner.end
-            if arguments == (finished.mask, finished.initial.hash, finished.seed, finished.end):
+            arguments = ticket.mask, ticket.rewind.hash, chain.order_seed
+            if finished.end >= planner.end and arguments == (finished.mask, finished.initial.hash, finished.seed):
                 found[chain] = ticket
     if not found:
         return f"{done} seed {finished.seed}: rewind point{left}"

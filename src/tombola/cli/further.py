@@ -1,0 +1,94 @@
+"""The verbs of further analyses: what tickets share up to the order of units, and where they come from."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+from tombola.cli.analysis import _open as open_compared
+from tombola.cli.analysis import _show as show
+from tombola.cli.options import Verbs, print_note, warnings_as_notes, whole_number
+
+if TYPE_CHECKING:
+    import polars as pl
+
+_MOST = 10_000
+
+
+def add_verbs(verbs: Verbs) -> None:
+    """Add the verbs to the command line."""
+    for verb in (matching, initial):
+        added = verbs.add(verb.__name__, verb, verbs.study, verbs.table)
+        added.add_argument("--level", type=whole_number(0, _MOST), nargs="+", metavar="N", help="only these levels")
+        if verb is matching:
+            added.add_argument(
+                "--by",
+                choices=("weights", "activations"),
+                default="weights",
+                help="match hidden units by their weights or by their activations (%(default)s)",
+            )
+            added.add_argument(
+                "--draws",
+                type=whole_number(1, 1000),
+                default=3,
+                metavar="N",
+                help="random tickets that are matched for each pair (%(default)s)",
+            )
+
+
+def matching(options: argparse.Namespace) -> int:
+    """Show the overlap of tickets, also of different seeds, after their hidden units are put into the same order."""
+    from tombola.analysis import matching
+
+    tickets, names = open_compared(options)
+    with warnings_as_notes(Warning):
+        table = matching.of_study(tickets, names, options.level, options.by, options.draws)
+    if options.format == "table":
+        if len(tickets.study.seeds) < 2:
+            print_note("nothing across initialisations: the study has one seed; add others with --seeds")
+        if not (table["kind"] == "data order").any():
+            print_note("no noise floor: no two data orders are compared; add some with --data-seeds")
+    show(table, options.format, _matching)
+    return 0
+
+
+def initial(options: argparse.Namespace) -> int:
+    """Show how many of the connections that begin with the largest weights are in the tickets, compared with chance."""
+    from tombola.analysis import initial
+
+    tickets, names = open_compared(options)
+    with warnings_as_notes(Warning):
+        table = initial.of_study(tickets, names, options.level)
+    show(table, options.format, _initial)
+    return 0
+
+
+def _matching(table: pl.DataFrame) -> pl.DataFrame:
+    """Return one row for each comparison, over all layers that may be pruned; means over the seeds."""
+    from tombola.analysis import matching
+    from tombola.cli.tables import number, percent
+
+    return matching.summarise(table).select(
+        *("level", "kind", "tickets", "pairs"),
+        percent("jaccard").alias("Jaccard %"),
+        percent("layers_jaccard").alias("chance"),
+        percent("matched_jaccard").alias("matched: Jaccard %"),
+        percent("chance_jaccard").alias("chance, matched"),
+        number("chance_sd", "{:.4f}").alias("sd"),
+        percent("moved").alias("units moved %"),
+    )
+
+
+def _initial(table: pl.DataFrame) -> pl.DataFrame:
+    """Return one row for each importance and layer, with means over seeds."""
+    from tombola.analysis import initial
+    from tombola.cli.tables import number, percent, percent_range
+
+    return initial.summarise(table).select(
+        *("level", "importance", "quantity", "layer", "seeds"),
+        percent("density").alias("density %"),
+        percent("kept").alias("largest kept %"),
+        percent_range("low", "high").alias("95 %"),
+        percent("expected").alias("chance"),
+        number("excess").alias("excess"),
+    )
