@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.utils import prune as torch_prune
 from torch.nn.utils.parametrizations import weight_norm
@@ -37,6 +38,7 @@ from tombola import (
     train,
 )
 from tombola.analysis.paths import Paths
+from tombola.cli.run import print_coverage
 from tombola.datasets.dataset import Dataset
 from tombola.importance import IMPORTANCES, find, magnitude
 from tombola.lottery import ticket_file
@@ -44,6 +46,7 @@ from tombola.lottery.ticket_file import Content
 from tombola.pruning.coverage import cover
 from tombola.pruning.eligible import list_shared
 from tombola.pruning.start import check_start
+from tombola.report import tables
 from tombola.study.reinitialisation import plan
 from tombola.study.tickets import Tickets
 from tombola.training.history import History
@@ -581,3 +584,25 @@ def test_a_run_says_once_that_a_network_keeps_its_layers(tmp_path: Path) -> None
         warnings.simplefilter("error")
         run(study, {"kernels": "off"}, store=tmp_path / "store", progress=False)
     assert len(list(Store(tmp_path / "store").results)) == 2
+
+
+def test_a_study_that_starts_from_a_pruned_checkpoint_is_refused(tmp_path: Path) -> None:
+    model = two_layers()
+    sparsify(model)
+    save_file(model.state_dict(), tmp_path / "pruned.safetensors")
+    study = Study(
+        task=Task(dataset=vectors(), model=two_layers, checkpoint=str(tmp_path / "pruned.safetensors")),
+        recipe=Recipe(**HALF), importances=("l1",), seeds=(0,), levels=1,
+    )  # fmt: skip
+    with pytest.raises(UserError, match=r"60 of the 80 initial weights of '0\.weight' are exactly 0"):
+        run(study, store=tmp_path / "store", progress=False)
+
+
+def test_a_plan_and_a_report_list_what_is_pruned(capsys: pytest.CaptureFixture[str]) -> None:
+    found = cover(build("gpt"), Mask.ones_like(build("gpt")))
+    print_coverage(found)
+    said = capsys.readouterr().out.splitlines()
+    assert said[0].split() == ["parameters", "that", "are", "tensors", "parameters", "%", "the", "largest"]
+    assert said[2].startswith("pruned                     5         552  ")
+    assert said[2].endswith("block.self_attn.in_proj_weight, block.linear1.weight, block.linear2.weight and 2 more")
+    assert tables.coverage(found).row(1)[:3] == ("not prunable", 9, 120)
