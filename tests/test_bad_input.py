@@ -388,13 +388,46 @@ def test_a_store_that_cannot_be_written_to(refused: Refused, tmp_path: Path, mon
         ({"--levels": "4", "--level": "3"}, "level 3 of l1, seed 0 is not in {store}, levels 0 to 2 are; `tombola run` does the"),
         ({"--recipe.lr": "0.3"}, "level 1 of l1, seed 0 is not in {store}, none of its levels is; `tombola run` does the"),
         ({"-o": "gone/t.safetensors"}, "--output gone/t.safetensors: there is no folder gone; make it first"),
-        ({"-o": "/"}, "/: cannot be written: "),
+        ({"-o": "/"}, "--output /: is a folder; name a file in it"),
+        ({"-o": "x/" * 3000}, "/x/ ...: cannot be written: File name too long"),
+        ({"-o": "mine.py"}, "--output mine.py: is a .py file, which is not replaced; name another file"),
+        ({"-o": "{store}/store.json"}, "--output {store}/store.json: lies in the store {store}; name a file in another folder"),
+        ({"-o": "link/ticket"}, "--output link/ticket: lies in the store {store}; name a file in another folder"),
     ],
 )  # fmt: skip
 def test_exports_of_what_is_not_there(changes: dict[str, str], sentence: str, refused: Refused, finished: Path) -> None:
+    Path("mine.py").touch()
+    Path("link").symlink_to(finished / "results")
     options = {"--importance": "l1", "--seed": "0", "--level": "1", "-o": "t.safetensors", "--store": str(finished)}
-    words = [word for option in (options | changes).items() for word in option]
-    assert sentence.format(store=finished) in refused("export", *STUDY, *words)
+    words = [word.format(store=finished) for option in (options | changes).items() for word in option]
+    assert sentence.format(store=finished.resolve()) in refused("export", *STUDY, *words)
+    assert Path("mine.py").stat().st_size == 0
+
+
+@pytest.mark.parametrize("option", ["--store", "--data", "--level", "--seeds", "--levels", "--workers", "--format"])
+def test_an_option_without_a_value(option: str, refused: Refused) -> None:
+    assert refused("overlap", "digits", f"{option}=--").startswith(f"{option}: expected a value, got '--'")
+
+
+@pytest.mark.parametrize("kind", ["pipe", "zeros", "large"])
+def test_a_study_that_is_no_regular_file_is_not_waited_for(kind: str, refused: Refused, tmp_path: Path) -> None:
+    path = tmp_path / "study.toml"
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "zeros":
+        path.symlink_to("/dev/zero")
+    else:
+        path.touch()
+        os.truncate(path, 2**33)  # it takes no room on the disk
+    assert "study.toml: cannot be read: it " in refused("results", str(path))
+
+
+def test_a_study_may_come_from_a_pipe_of_the_shell(refused: Refused) -> None:
+    reader, writer = os.pipe()
+    os.write(writer, b"levels = -1")
+    os.close(writer)
+    assert "levels: expected a number from 0" in refused("results", f"/dev/fd/{reader}")
+    os.close(reader)
 
 
 def test_results_of_what_is_not_there(refused: Refused, finished: Path) -> None:

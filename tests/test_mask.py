@@ -539,6 +539,10 @@ def not_a_number(weights: Tensor) -> Tensor:
     return weights / 0 * 0
 
 
+def complex_numbers(weights: Tensor) -> Tensor:
+    return weights * 1j
+
+
 def raising(weights: Tensor) -> Tensor:
     raise KeyError("missing")
 
@@ -557,6 +561,8 @@ def seeded_wrongly(weights: Tensor, draw: torch.Generator) -> Tensor:
         (no_tensor, "'no_tensor', layer 'fc.weight': expected a tensor of shape (4,), one number per survivor, "
                     "got list"),
         (not_a_number, "'not_a_number', layer 'fc.weight': it returned NaN"),
+        (complex_numbers, "'complex_numbers', layer 'fc.weight': it returned complex numbers, which have no "
+                          "order; return for example their magnitudes"),
         (raising, "'raising', layer 'fc.weight': it raised KeyError: 'missing' (in "),
         (Seeded(seeded_wrongly), "'seeded_wrongly', layer 'fc.weight': expected a tensor of shape (4,), one number per "
                                  "survivor, got shape (1,)"),

@@ -26,7 +26,7 @@ from processes import LONG
 from stores import InTurn, content, planner, results, study, write_study
 from tombola.cli import main
 from tombola.engine.run import run
-from tombola.errors import UserError
+from tombola.errors import DamagedResultError, UserError
 from tombola.files import IrregularFileError, open_regular, read_regular
 from tombola.report.contents import gather
 from tombola.store.check import list_damage
@@ -284,6 +284,26 @@ def test_a_result_of_another_shape_is_damaged_though_its_checksum_is_right(root:
         assert said.status == 2
         assert f"result {path.parent.name[:12]} is damaged" in said.err
     assert say("store", "ls").status == 0
+    assert f"result,{path.parent.name}," in say("store", "check").out
+
+
+OF_OTHER_WEIGHTS: dict[str, Callable[[dict[str, Any]], object]] = {
+    "hash": lambda document: document | {"weights": "0" * 64},
+    "shape": lambda document: document | {"mask": [[name, shape[::-1]] for name, shape in document["mask"]]},
+    "numbers": lambda document: document | {"alive": dict.fromkeys(document["alive"], 1)},
+}
+
+
+@pytest.mark.parametrize("part", OF_OTHER_WEIGHTS)
+def test_weights_that_are_not_those_of_the_document_are_damage_though_the_checksums_are_right(
+    root: Path, say: Say, part: str
+) -> None:
+    path = files(root)["result.json"]
+    tell_again(path.parent, json.dumps(OF_OTHER_WEIGHTS[part](json.loads(path.read_text()))).encode())
+    trained = Store(root).results.get(path.parent.name)
+    assert trained is not None
+    with pytest.raises(DamagedResultError):
+        trained.weights.load()
     assert f"result,{path.parent.name}," in say("store", "check").out
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import gc
+import importlib
 import itertools
 import os
 import signal
@@ -15,7 +16,7 @@ from dataclasses import replace
 from enum import Enum
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import polars as pl
@@ -55,6 +56,8 @@ def fresh(code: str, module: str = "__main__", **given: Any) -> dict[str, Any]:
         "partial": functools.partial,
         "Path": Path,
         "Mode": Mode,
+        "Enum": Enum,
+        "NamedTuple": NamedTuple,
     }
     space |= given
     exec(code, space)
@@ -134,6 +137,14 @@ class Mode(Enum):
     B = "b"
 
 
+OWN = [
+    f"class C({base}):\n    a = 1\n    def g(self):\n        return 3\nc = {value}\nf = lambda: c.g()"
+    for base, value in {
+        "dict": "C()", "float": "C(1)", "str": "C()", "tuple": "C()", "NamedTuple": "C()", "Enum": "C(1)",
+    }.items()
+]  # fmt: skip
+KEPT = "class C({}):\n    __repr__ = lambda self: ''\nc = C()\nc.k = 3\nf = lambda: c"
+META = "class M(type):\n    def __call__(self):\n        return 3\nclass f(metaclass=M):\n    pass"
 TWO_DEFAULTS = "def a(k=0.01):\n    return k\ndef b(k=1):\n    return k\ndef f():\n    return a() + b()"
 TWO_PARTIALS = "def g(k):\n    return k\na = partial(g, k=0.01)\nb = partial(g, k=1)\ndef f():\n    return a() + b()"
 SAME = "def f():\n    return nn.Linear(2, width())\ndef width():\n    return SIZE\nSIZE = 3"
@@ -163,6 +174,10 @@ SAME = "def f():\n    return nn.Linear(2, width())\ndef width():\n    return SIZ
         ("D = torch.ones(2).bfloat16()\nf = lambda: D", "D = torch.zeros(2).bfloat16()\nf = lambda: D"),
         ("D = Path('a')\nf = lambda: D", "D = Path('b')\nf = lambda: D"),
         ("D = Mode('a')\nf = lambda: D", "D = Mode('b')\nf = lambda: D"),
+        ("def f():\n    return f.k\nf.k = 3", "def f():\n    return f.k\nf.k = 4"),
+        ("def g(k):\n    pass\nf = partial(g, 1)\nf.k = 3", "def g(k):\n    pass\nf = partial(g, 1)\nf.k = 4"),
+        *((code, code.replace("3", "4")) for code in (*OWN, KEPT.format("list"), KEPT.format("int"), META)),
+        ("T = torch.ones(3)\nf = lambda: T", "T = torch.ones(3, requires_grad=True)\nf = lambda: T"),
     ],
 )  # fmt: skip
 def test_an_edit_of_what_a_function_uses_changes_its_identity(
@@ -177,6 +192,22 @@ def test_an_edit_of_what_a_function_uses_changes_its_identity(
         assert reference.startswith("__main__:")
         hashes.append(source_hash(reference))
     assert hashes[0] == hashes[1] != hashes[2]
+
+
+@pytest.mark.parametrize(
+    "text", ["import helper_of_a_script", "from helper_of_a_script import g", "lambda: __import__"]
+)
+def test_an_edit_of_a_module_that_a_function_imports_when_it_is_called_changes_its_identity(
+    text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    hashes = []
+    for k in (3, 4):
+        (tmp_path / "helper_of_a_script.py").write_text(f"def g():\n    return {k}\n")
+        importlib.invalidate_caches()
+        sys.modules.pop("helper_of_a_script", None)
+        hashes.append(source_hash(refer(fresh(f"def f():\n    {text}\n    return 5")["f"], "x")))
+    assert (hashes[0] != hashes[1]) == ("helper" in text)
 
 
 def test_what_a_function_does_not_use_does_not_matter() -> None:

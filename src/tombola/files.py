@@ -11,7 +11,7 @@ import tempfile
 from pathlib import Path
 from typing import BinaryIO
 
-from tombola.errors import UserError
+from tombola.errors import UserError, shorten
 
 
 class IrregularFileError(OSError):
@@ -90,14 +90,47 @@ def write_atomically(path: Path, content: bytes, within: Path | None = None) -> 
         raise UserError(f"{path}: cannot be written: {error.strerror or error}") from error
 
 
+_SOURCES = {".py", ".toml", ".ipynb"}
+"""The endings of files that users write themselves."""
+
+
+def check_output(path: Path) -> None:
+    """Raise `UserError` if this file cannot or should not be written; call this before anything is loaded."""
+    try:
+        if not path.parent.is_dir():
+            raise UserError(f"{path}: there is no folder {path.parent}; make it first")
+        if path.is_dir():
+            raise UserError(f"{path}: is a folder; name a file in it")
+    except OSError as error:  # for example, a name that is too long
+        raise UserError(f"{shorten(str(path))}: cannot be written: {error.strerror or error}") from error
+    _check_not_precious(path)
+
+
+def _check_not_precious(path: Path) -> None:
+    """Raise `UserError` if this is a source file that is there already, or if it lies in a store."""
+    try:
+        if path.suffix.lower() in _SOURCES and path.is_file():
+            raise UserError(f"{path}: is a {path.suffix} file, which is not replaced; name another file")
+        for folder in path.resolve().parents:
+            with contextlib.suppress(OSError):
+                if read_regular(folder / "store.json", 100).startswith(b'{"store"'):
+                    raise UserError(f"{path}: lies in the store {folder}; name a file in another folder")
+    except (OSError, RuntimeError):  # it cannot be looked at, as with a loop of links; writing it will say so
+        return
+    except ValueError as error:
+        raise error if isinstance(error, UserError) else UserError(f"{path}: cannot be written: {error}") from error
+
+
 def write_output(path: Path, content: bytes) -> None:
     """Write a file that a user has named, atomically if it is a regular file.
 
-    A symbolic link stays, and the file that it names is replaced. A device or a pipe stays, and is written to.
+    A symbolic link stays, and the file that it names is replaced. A device or a pipe stays, and is written to. A file
+    that users write themselves (.py, .toml, .ipynb) and what lies in a store is not replaced.
 
     Raises:
         UserError: if it cannot be written.
     """
+    _check_not_precious(path)
     try:
         if path.is_symlink():
             path = path.resolve()  # raises an error for a loop of links

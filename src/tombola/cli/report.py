@@ -64,8 +64,8 @@ def add_verbs(verbs: Verbs) -> None:
 def report(options: argparse.Namespace) -> int:
     """Write a report on a study: one HTML file that needs no network."""
     from tombola.cli.tables import size
-    from tombola.files import write_output
-    from tombola.workbench.pictures import check_installed, check_output
+    from tombola.files import check_output, write_output
+    from tombola.workbench.pictures import check_installed
 
     with check_installed():
         from tombola.report.page import page

@@ -58,11 +58,12 @@ def results(options: argparse.Namespace) -> int:
 
 def export(options: argparse.Namespace) -> int:
     """Write one ticket to a safetensors file: its mask, its rewound weights, and the study that it is from."""
+    from tombola.files import check_output
     from tombola.study.planner import Chain
     from tombola.workbench.tickets import ticket_of
 
-    if not options.output.parent.is_dir():
-        raise UserError(f"--output {options.output}: there is no folder {options.output.parent}; make it first")
+    with _begin_with("--output "):
+        check_output(options.output)
     planner = open_planner(options)
     with _begin_with("--"):
         ticket = ticket_of(planner, options.importance, options.seed, options.level)

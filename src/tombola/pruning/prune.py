@@ -220,6 +220,8 @@ def _check_shape(values: object, shape: tuple[int, ...], what: str) -> None:
 def _check(values: Tensor, length: int) -> Tensor:
     """Return the values of an importance as float64 on the CPU; raise `ImportanceError` if they cannot be compared."""
     _check_shape(values, (length,), "number per survivor")
+    if values.is_complex():
+        raise ImportanceError("it returned complex numbers, which have no order; return for example their magnitudes")
     values = values.detach().to("cpu", torch.float64).contiguous()
     if length and values.min().isnan():  # the minimum is NaN if one of the numbers is
         raise ImportanceError("it returned NaN")

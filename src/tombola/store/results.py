@@ -34,7 +34,7 @@ from tombola.store.documents import (
 from tombola.store.layout import list_results, temporary_folder
 from tombola.store.names import canonical, name_of
 from tombola.training.history import History, Trained
-from tombola.training.weights import State, Weights
+from tombola.training.weights import State, Weights, state_hash
 
 Shapes = Mapping[str, tuple[int, ...]]
 _Content = TypeVar("_Content")
@@ -75,7 +75,7 @@ class Results:
         document = self.document(key)
         if document is None:
             return None
-        load = partial(self._load_weights, key, document.shapes)
+        load = partial(self._load_weights, key, document)
         return Trained(Weights(document.weights, load), History.from_json(document.history.model_dump()))
 
     def document(self, key: str) -> ResultDocument | None:
@@ -164,14 +164,15 @@ class Results:
         shutil.rmtree(temporary)
 
     def check(self, key: str) -> None:
-        """Read every byte of a result, and compare checksums and name.
+        """Read every byte of a result, and compare checksums, name, the hash of the weights and the sizes of the mask.
 
         Raises:
             DamagedResultError: if a checksum differs, or if it is the result of another training.
             UserError: if a file cannot be read.
         """
-        self.document(key)
-        self._read(key, "weights.safetensors")
+        document = self.document(key)
+        if document is not None:
+            self._load_weights(key, document)
 
     def mask(self, key: str) -> Mask:
         """Return the mask that a result was trained with, after a check of all bytes of the result.
@@ -283,8 +284,18 @@ class Results:
         except (safetensors.SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
             raise DamagedResultError(key, f"weights.safetensors does not fit the result: {error}") from error
 
-    def _load_weights(self, key: str, shapes: Shapes) -> State:
-        return self._unpack(key, partial(unpack_state, shapes=shapes))
+    def _load_weights(self, key: str, document: ResultDocument) -> State:
+        """Return the weights of a result, which are those that its document names, whatever the checksums say."""
+
+        def unpack(packed: State) -> State:
+            state = unpack_state(packed, document.shapes)
+            if state_hash(state) != document.weights:
+                raise ValueError("it has the weights of another result")
+            if unpack_mask(packed, document.shapes).counts != document.alive:
+                raise ValueError("its mask has other numbers of alive connections")
+            return state
+
+        return self._unpack(key, unpack)
 
 
 def pack_state(state: State, mask: Mask) -> State:

@@ -179,7 +179,7 @@ def own_modules(root: str) -> dict[str, Path]:
         if name in seen or (top != own and (top == "tombola" or _of_python(top))):
             continue
         seen.add(name)
-        path = _source(name)
+        path = find_source(name)
         if path is not None and top != own and is_installed(path):
             continue
         if path is not None:
@@ -189,7 +189,8 @@ def own_modules(root: str) -> dict[str, Path]:
     return found
 
 
-def _source(module: str) -> Path | None:
+def find_source(module: str) -> Path | None:
+    """Return the file of a module, which is not imported; None if there is none."""
     try:
         spec = importlib.util.find_spec(module)
     except KeyboardInterrupt:
@@ -206,7 +207,7 @@ def _of_python(top: str) -> bool:
     """Return whether a name belongs to the standard library and is not hidden by a module of the user."""
     if top not in sys.stdlib_module_names:
         return False
-    path = _source(top)
+    path = find_source(top)
     return path is None or is_installed(path)
 
 

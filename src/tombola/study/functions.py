@@ -7,9 +7,11 @@ the hash of its own code and of what it uses. It is trained in this process, see
 
 from __future__ import annotations
 
+import contextlib
 import dis
 import functools
 import hashlib
+import importlib.util
 import sys
 import types
 import weakref
@@ -148,14 +150,18 @@ def _describe(value: Any, what: str, seen: _Seen) -> Iterator[bytes]:
         seen: the values that have been described.
     """
     kind = type(value).__name__
-    if isinstance(value, _PLAIN) or f"{type(value).__module__}.{kind}" in _PLAIN_OF_TORCH:
+    own = _list_own_parts(value)
+    plain = next((base for base in _PLAIN if isinstance(value, base)), None)
+    if not own and (plain is not None or f"{type(value).__module__}.{kind}" in _PLAIN_OF_TORCH):
         yield f"{kind} {value!r}".encode()
         return
     if id(value) in seen:
         yield f"again {seen[id(value)][0]}".encode()
         return
     seen[id(value)] = len(seen), value
-    if isinstance(value, types.ModuleType):
+    if plain is not None:  # of a class of the user, whose `__repr__` may say anything
+        yield f"{kind} {plain.__repr__(value)}".encode()  # type: ignore[call-arg]
+    elif isinstance(value, types.ModuleType):
         yield _describe_module(value)
     elif isinstance(value, types.BuiltinFunctionType):
         yield f"{value.__module__} {value.__qualname__}".encode()
@@ -169,6 +175,8 @@ def _describe(value: Any, what: str, seen: _Seen) -> Iterator[bytes]:
         for name, each in used.items():
             yield name.encode()
             yield from _describe(each, f"{what}: {value.__name__}: {name}", seen)
+        for name in _list_imports(value):
+            yield from _describe_import(name)
     elif isinstance(value, (set, frozenset)):
         yield f"{kind} of {len(value)}".encode()
         yield from sorted(_hash(each, what, dict(seen)).encode() for each in value)
@@ -181,6 +189,32 @@ def _describe(value: Any, what: str, seen: _Seen) -> Iterator[bytes]:
             f"{what}: it uses a {kind}, whose content cannot be identified, so that its trainings "
             "would have no name; create that inside the function, or put the function into a module"
         )
+    if own:
+        yield from _describe(own, what, seen)
+
+
+def _list_own_parts(value: Any) -> list[Any]:
+    """Return what a value has besides its content: attributes, and the methods that a class of the user gives it.
+
+    An object with a method `__call__` is left out, because all of it is described, see `_list_parts`.
+    """
+    if isinstance(value, (types.FunctionType, functools.partial)):
+        attributes = {name: each for name, each in vars(value).items() if name != "__wrapped__"}
+        return [attributes] if attributes else []
+    classes = [base for base in type(value).__mro__ if _is_of_user(base.__module__, _file_of(base.__module__))]
+    if not classes or (callable(value) and not isinstance(value, type)):
+        return []
+    members = {f"{base.__qualname__}.{name}": each for base in classes for name, each in _list_methods(base)}
+    attributes = {} if isinstance(value, (type, Enum)) else dict(getattr(value, "__dict__", {}))
+    return [part for part in (members, attributes) if part]
+
+
+def _list_methods(kind: type) -> Iterator[tuple[str, Any]]:
+    """Yield the methods and properties that a class defines itself, without those that `namedtuple` or `Enum` make."""
+    for name, member in vars(kind).items():
+        function = member.fget if isinstance(member, property) else getattr(member, "__func__", member)
+        if isinstance(function, types.FunctionType) and function.__module__ == kind.__module__:
+            yield name, member
 
 
 def _list_parts(value: Any) -> Sequence[Any] | None:
@@ -222,7 +256,8 @@ def _list_parts_of_tensor(tensor: Tensor) -> list[str] | None:
     from tombola.datasets.dataset import digest_of  # it imports torch, which the command line's `--help` does not need
 
     try:
-        return None if tensor.is_quantized else digest_of(tensor.detach())
+        frozen = tensor.requires_grad != isinstance(tensor, sys.modules["torch"].nn.Parameter)
+        return None if tensor.is_quantized else digest_of(tensor.detach()) + ["requires_grad differs"] * frozen
     except RuntimeError:  # it has no bytes of its own, as it is sparse, a view or on the device 'meta'
         return None
 
@@ -252,12 +287,46 @@ def _is_importable(value: Any) -> bool:
 
 def _describe_module(module: types.ModuleType) -> bytes:
     """Describe a module: one of the user by its source, another by its name."""
-    name, path = module.__name__, getattr(module, "__file__", None)
-    own = path is not None and name.partition(".")[0] != "tombola" and name != _SCRIPT
-    if own and not is_installed(Path(str(path))) and name.partition(".")[0] not in sys.stdlib_module_names:
-        with code.steady_source([name]):
-            return f"{name} {code.source_hash(name)}".encode()
+    name = module.__name__
+    if name != _SCRIPT and _is_of_user(name, getattr(module, "__file__", None)):
+        return _describe_source(name)
     return name.encode()
+
+
+def _describe_import(name: str) -> Iterator[bytes]:
+    """Describe a module of the user that a function imports when it is called; the name may be that of no module."""
+    if name != _SCRIPT and _is_of_user(name, code.find_source(name)):
+        yield _describe_source(name)
+
+
+def _describe_source(module: str) -> bytes:
+    with code.steady_source([module]):
+        return f"{module} {code.source_hash(module)}".encode()
+
+
+def _is_of_user(module: str, path: str | Path | None) -> bool:
+    """Return whether a module is the user's script, or a file that is not installed."""
+    top = module.partition(".")[0]
+    if top == "tombola" or top in sys.stdlib_module_names:
+        return False
+    return module == _SCRIPT or (path is not None and not is_installed(Path(path)))
+
+
+def _file_of(module: str) -> str | None:
+    return getattr(sys.modules.get(module), "__file__", None)
+
+
+def _list_imports(function: types.FunctionType) -> Iterator[str]:
+    """Yield the modules that a function imports when it is called; a name from a package may be a module too."""
+    package = function.__globals__.get("__package__")
+    for each in code.list_codes(function.__code__):
+        steps = list(dis.get_instructions(each))
+        for level, names, step in zip(steps, steps[1:], steps[2:], strict=False):
+            if step.opname == "IMPORT_NAME":
+                dots = "." * level.argval
+                with contextlib.suppress(ImportError):  # a relative import in a script, which will fail
+                    base = importlib.util.resolve_name(dots + step.argval, package)
+                    yield from (base, *(f"{base}.{name}" for name in names.argval or ()))
 
 
 def _list_used(function: types.FunctionType) -> Iterable[tuple[str, Any]]:

@@ -14,10 +14,14 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 from pydantic_core import ErrorDetails
 
 from tombola.errors import UserError, did_you_mean, short, shorten
+from tombola.files import read_regular
 from tombola.study.functions import keep_data, refer
 from tombola.training.recipe import Count, Recipe, Tuple
 
 Arguments = dict[str, bool | int | float | str | Tuple[bool | int | float | str]]
+
+
+_LARGEST = 2**24  # bytes of a study's file
 
 
 class OldFieldWarning(UserWarning):
@@ -217,7 +221,7 @@ def load_study(name: str | Path, overrides: Mapping[str, Any] | None = None) -> 
     else:
         raise UserError(f"study {name!r} is neither a preset nor a .toml file; {did_you_mean(name, presets())}")
     try:
-        document = tomllib.loads(path.read_text(encoding="utf-8"))
+        document = tomllib.loads(_read(path).decode())
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
     except RecursionError as error:
@@ -225,6 +229,14 @@ def load_study(name: str | Path, overrides: Mapping[str, Any] | None = None) -> 
     except ValueError as error:  # also a whole number of thousands of digits, which is no TOMLDecodeError
         raise UserError(f"{path}: is not valid TOML: {error}") from error
     return _build(document, overrides or {}, f"study {name}")
+
+
+def _read(path: Path) -> bytes:
+    """Return the content of a study's file; a pipe is read if a shell has opened it for this process (`<(command)`)."""
+    if path.parent in (Path("/dev/fd"), Path("/proc/self/fd")) or path == Path("/dev/stdin"):
+        with path.open("rb") as file:
+            return file.read(_LARGEST)
+    return read_regular(path, _LARGEST)
 
 
 def override(study: Study, overrides: Mapping[str, Any]) -> Study:

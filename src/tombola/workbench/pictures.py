@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tombola.errors import NothingStoredError, UserError, did_you_mean
-from tombola.files import write_output
+from tombola.files import check_output, write_output
 from tombola.store.layout import STORE
 from tombola.study.functions import refer
 from tombola.study.planner import Planner
@@ -170,14 +170,6 @@ def _word(value: Any) -> str:
 
 def _quote(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False) if isinstance(value, str) else _word(value)
-
-
-def check_output(path: Path) -> None:
-    """Raise `UserError` if this file cannot be written; call this before anything is loaded."""
-    if not path.parent.is_dir():
-        raise UserError(f"{path}: there is no folder {path.parent}; make it first")
-    if path.is_dir():
-        raise UserError(f"{path}: is a folder; name a file in it")
 
 
 @contextmanager
