@@ -14,7 +14,7 @@ import torch
 
 import tombola
 from tombola import Planner, Store, UserError, load_problem, load_study
-from tombola.analysis import initial, matching, overlap
+from tombola.analysis import functions, initial, matching, overlap, similarity
 from tombola.cli import main
 from tombola.engine.here import WorkersHere
 from tombola.engine.run import run
@@ -175,6 +175,46 @@ def test_initial_from_python(folder: Path) -> None:
     assert table["quantity"].unique().sort().to_list() == ["initial", "rewind"]
 
 
+# similarity
+
+
+def test_similarity_compares_tickets_and_dense_networks(tickets: Tickets) -> None:
+    table = similarity.of_study(tickets)
+    assert compared(table) == [
+        (0, 0, "data order", ["magnitude", "magnitude@100"]),
+        (0, 1, "data order", ["magnitude", "magnitude@100"]),
+        (0, None, "seeds", ["magnitude, seed 0", "magnitude, seed 1"]),
+        (2, 0, "importances", ["magnitude", "l1"]),
+        (2, 0, "data order", ["magnitude", "magnitude@100"]),
+        (2, 1, "importances", ["magnitude", "l1"]),
+        (2, 1, "data order", ["magnitude", "magnitude@100"]),
+        (2, None, "seeds", ["magnitude, seed 0", "magnitude, seed 1"]),
+        (2, None, "seeds", ["l1, seed 0", "l1, seed 1"]),
+    ]
+    assert table["layer"].unique(maintain_order=True).to_list() == ["(outputs)", "0", "3", "5"]
+    outputs = table.filter(pl.col("layer") == "(outputs)")
+    same = functions.of_study(tickets).join(outputs, on=["level", "seed", "kind", "tickets"], suffix="_too")
+    assert len(same) == 6
+    assert same["disagreement"].to_list() == pytest.approx([1 - each for each in same["agreement"]])
+    assert same["accuracy"].equals(same["accuracy_too"].rename("accuracy"))
+    final = table.filter(pl.col("layer") == "5")
+    assert final["cka"].to_list() == pytest.approx(outputs["cka"].to_list())  # the last layer returns the outputs
+    means = similarity.summarise(table)
+    assert means.filter(pl.col("layer") == "(outputs)").select("level", "kind", "tickets", "pairs").rows() == [
+        (0, "data order", "dense", 2),
+        (0, "seeds", "dense", 1),
+        (2, "data order", "magnitude & magnitude@100", 2),
+        (2, "importances", "magnitude & l1", 2),
+        (2, "seeds", "magnitude", 1),
+        (2, "seeds", "l1", 1),
+    ]
+
+
+def test_similarity_from_python(folder: Path) -> None:
+    table = tombola.similarity(folder / "study.toml", store=folder / "store", importances=["l1"], levels=[1])
+    assert compared(table) == [(level, None, "seeds", ["l1, seed 0", "l1, seed 1"]) for level in (0, 1)]
+
+
 # the command line
 
 
@@ -184,6 +224,7 @@ def test_initial_from_python(folder: Path) -> None:
         ["matching", "--importances", "l1"],
         ["matching", "--importances", "l1", "--by", "activations", "--level", "1"],
         ["initial"],
+        ["similarity"],
     ],
 )
 def test_every_verb_prints_a_table_csv_and_json(
@@ -203,10 +244,10 @@ def test_every_verb_prints_a_table_csv_and_json(
 def test_the_table_of_matching_has_one_row_for_each_comparison(
     folder: Path, capsys: pytest.CaptureFixture[str], tickets: Tickets
 ) -> None:
-    assert command(folder, "matching") == 0
+    assert command(folder, "matching", "--draws", "1") == 0
     lines = capsys.readouterr().out.splitlines()[2:]
     assert len(lines) == 4
-    means = matching.summarise(matching.of_study(tickets)).to_dicts()
+    means = matching.summarise(matching.of_study(tickets, draws=1)).to_dicts()
     (own,) = [each for each in means if each["tickets"] == "magnitude & l1"]
     (line,) = [each for each in lines if "magnitude & l1" in each]
     figures = [f"{100 * own[name]:.2f}" for name in ("jaccard", "layers_jaccard", "matched_jaccard", "chance_jaccard")]
@@ -233,6 +274,12 @@ def test_a_note_says_what_is_missing(folder: Path, capsys: pytest.CaptureFixture
         (["matching", "--seeds", "0", "7"], "level 0 is not in "),
         (["matching", "--draws", "0"], "--draws: expected a whole number from 1 to 1000, got '0'"),
         (["matching", "--by", "names"], "unknown --by 'names'"),
+        (["similarity", "--level", "7"], "the study has no level 7, it has levels 0 to 2"),
+        (
+            ["similarity", "--importances", "l1", "--seeds", "0"],
+            "there are no two networks to compare: expected two se",
+        ),
+        (["similarity", "--level", "0", "--seeds", "0", "--data-seeds"], "or two importances at a level from 1 on"),
         (["initial", "--level", "7"], "the study has no level 7, it has levels 0 to 2"),
     ],
 )

@@ -6,7 +6,7 @@ Where to begin:
     tombola.run("digits")                                     a whole study, with several seeds and importances
     tombola.results("digits")                                 its accuracies; also: overlap, layers, stability, winners,
                                                               weights, functions, connectivity, claims, compare, reinit,
-                                                              matching, initial
+                                                              matching, initial, similarity
     tombola.charts("digits")["overlap"]                       its charts; write_report writes them all on one page
     tombola.loops.hold(model, mask, optimizer)                your own training loop: pruned weights stay 0.0
     tombola.Ticket.load("ticket.safetensors").apply(model)    a ticket that somebody has found
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from tombola.training.recipe import Augmentation, Recipe
     from tombola.training.train import train
     from tombola.training.weights import Weights
-    from tombola.workbench.further import initial, matching
+    from tombola.workbench.further import initial, matching, similarity
     from tombola.workbench.pictures import charts, write_report
     from tombola.workbench.runs import reinit, run
     from tombola.workbench.tables import (
@@ -100,6 +100,7 @@ _HOME = {
     "reinit": "workbench.runs",
     "results": "workbench.tables",
     "run": "workbench.runs",
+    "similarity": "workbench.further",
     "stability": "workbench.tables",
     "train": "training.train",
     "weights": "workbench.tables",
@@ -154,6 +155,7 @@ __all__ = [
     "reinit",
     "results",
     "run",
+    "similarity",
     "stability",
     "train",
     "weights",

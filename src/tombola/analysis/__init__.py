@@ -13,6 +13,7 @@ and the pure functions that it is made of, whose docstrings describe the columns
 - `connectivity`: the error between two tickets' weights.
 - `matching`: the overlap after the hidden units of one ticket are put into the order of the other's.
 - `initial`: how many of the connections that begin with the largest weights are in the ticket.
+- `similarity`: how alike networks are as functions: divergences, calibration, alignment of layers.
 - `reinit`: partial reinitialisation: survival of shared connections against chance.
 """
 
@@ -27,6 +28,7 @@ from tombola.analysis import (
     overlap,
     reference,
     reinit,
+    similarity,
     stability,
     weights,
     winners,
@@ -41,6 +43,7 @@ __all__ = [
     "overlap",
     "reference",
     "reinit",
+    "similarity",
     "stability",
     "weights",
     "winners",

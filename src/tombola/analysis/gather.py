@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import combinations
+from typing import Any
 
 import polars as pl
 
@@ -21,6 +23,10 @@ PRUNABLE = "(prunable)"
 
 IMPORTANCES, DATA_ORDER, SEEDS = "importances", "data order", "seeds"
 """The values of the column `kind`: what differs between the tickets that a row compares."""
+
+
+NO_PAIRS = "expected two seeds, or two importances at a level from 1 on"
+"""What a study needs for `pairs`, as the end of a message."""
 
 
 def label(chain: Chain) -> str:
@@ -140,6 +146,37 @@ def groups(
                 first = name == study.importances[0]  # whose level 0 is that of all
                 if name in repeated and len(orders) > 1 and (level > 0 or first):
                     yield Group(level, seed, DATA_ORDER, orders, True)
+
+
+def pairs(
+    tickets: Tickets, importances: Sequence[str] | None, levels: Collection[int]
+) -> Iterator[tuple[dict[str, Any], tuple[Ticket, Ticket]]]:
+    """Yield each two tickets of a level that are compared, within seeds as in `groups`, and across seeds.
+
+    Each comes with its level, its seed (None for two seeds), its kind and the names of the tickets; those of one
+    importance and two seeds are named `l1, seed 0`. The dense networks of a seed are the same for all importances, so
+    level 0 has only data orders and seeds.
+
+    Args:
+        tickets: of the study.
+        importances: the importances to compare, one or more; None for all.
+        levels: the levels, which every chain must have.
+
+    Raises:
+        UserError: where importances or levels are not the study's.
+        NothingStoredError: where the store does not have them yet.
+    """
+    chains = select_chains(tickets.study, importances)
+    names = list(dict.fromkeys(chain.importance for chain in chains))
+    for group in groups(tickets, importances, levels) if len(names) > 1 else ():
+        for pair in combinations(group.tickets, 2) if group.level or group.kind == DATA_ORDER else ():
+            where = {"level": group.level, "seed": group.seed, "kind": group.kind, "tickets": list(pair)}
+            yield where, (group.tickets[pair[0]], group.tickets[pair[1]])
+    for level, found in by_level(tickets, chains, levels):
+        for name in names if level else names[:1]:
+            of_seeds = [(f"{name}, seed {chain.seed}", one) for chain, one in found.items() if chain.importance == name]
+            for (first, one), (second, other) in combinations(of_seeds, 2):
+                yield {"level": level, "seed": None, "kind": SEEDS, "tickets": [first, second]}, (one, other)
 
 
 def after(table: pl.DataFrame, **where: object) -> pl.DataFrame:

@@ -8,8 +8,7 @@ ICLR 2023, arXiv 2209.04836). Adnan et al. (arXiv 2505.05143) train a mask that 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from itertools import combinations
-from typing import Any, Literal, TypeAlias, cast, get_args
+from typing import Literal, TypeAlias, cast, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +18,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
 from tombola.analysis import overlap
-from tombola.analysis.gather import ALL, PRUNABLE, SEEDS, after, by_level, groups, label, last_level
+from tombola.analysis.gather import ALL, NO_PAIRS, PRUNABLE, SEEDS, after, last_level, pairs
 from tombola.analysis.units import Axis, Orders, Units, find_units
 from tombola.errors import UserError, did_you_mean
 from tombola.lottery.ticket import Ticket
@@ -84,35 +83,13 @@ def of_study(
     tickets.require(wanted, chains)
     network = _Network(tickets.planner)
     tables = []
-    for where, (one, other) in _pairs(tickets, importances, wanted):
+    for where, (one, other) in pairs(tickets, importances, wanted):
         names = where.pop("tickets")
         table = network.compare(one, other, by, draws, names)
         tables.append(after(table.select(pl.Series("tickets", [names] * len(table)), pl.all()), **where, by=by))
     if not tables:
-        raise UserError("there are no two tickets to match: the study has one importance, one seed and one data order")
+        raise UserError(f"there are no two tickets to match: {NO_PAIRS}")
     return pl.concat([table.with_columns(pl.col("seed").cast(pl.Int64)) for table in tables])
-
-
-def _pairs(
-    tickets: Tickets, importances: Sequence[str] | None, levels: Collection[int]
-) -> Iterator[tuple[dict[str, Any], tuple[Ticket, Ticket]]]:
-    """Yield what is compared: first within each seed, then across seeds."""
-    chains = select_chains(tickets.study, importances)
-    names = list(dict.fromkeys(chain.importance for chain in chains))
-    if len(names) > 1:
-        for group in groups(tickets, importances, levels):
-            for pair in combinations(group.tickets, 2):
-                where = {"level": group.level, "seed": group.seed, "kind": group.kind, "tickets": list(pair)}
-                yield where, (group.tickets[pair[0]], group.tickets[pair[1]])
-    for level, found in by_level(tickets, chains, levels):
-        for name in names if level else names[:1]:  # the dense networks of a seed are the same for all importances
-            of_seeds = [
-                (f"{label(chain)}, seed {chain.seed}", each)
-                for chain, each in found.items()
-                if chain.importance == name
-            ]
-            for (first, one), (second, other) in combinations(of_seeds, 2):
-                yield {"level": level, "seed": None, "kind": SEEDS, "tickets": [first, second]}, (one, other)
 
 
 def of_pair(

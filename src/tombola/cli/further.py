@@ -1,4 +1,4 @@
-"""The verbs of further analyses: what tickets share up to the order of units, and where they come from."""
+"""The verbs of further analyses, which ask what the paper does not ask."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _MOST = 10_000
 
 def add_verbs(verbs: Verbs) -> None:
     """Add the verbs to the command line."""
-    for verb in (matching, initial):
+    for verb in (matching, initial, similarity):
         added = verbs.add(verb.__name__, verb, verbs.study, verbs.table)
         added.add_argument("--level", type=whole_number(0, _MOST), nargs="+", metavar="N", help="only these levels")
         if verb is matching:
@@ -63,6 +63,20 @@ def initial(options: argparse.Namespace) -> int:
     return 0
 
 
+def similarity(options: argparse.Namespace) -> int:
+    """Show how alike trained tickets are as functions: predictions, divergences, calibration and each layer."""
+    from tombola.analysis import similarity
+
+    tickets, names = open_compared(options)
+    with warnings_as_notes(Warning):
+        table = similarity.of_study(tickets, names, options.level)
+    show(table, options.format, _similarity)
+    if options.format == "table":
+        print("\nLinear CKA of each layer:")
+        show(table, options.format, _alignment)
+    return 0
+
+
 def _matching(table: pl.DataFrame) -> pl.DataFrame:
     """Return one row for each comparison, over all layers that may be pruned; means over the seeds."""
     from tombola.analysis import matching
@@ -92,3 +106,37 @@ def _initial(table: pl.DataFrame) -> pl.DataFrame:
         percent("expected").alias("chance"),
         number("excess").alias("excess"),
     )
+
+
+def _similarity(table: pl.DataFrame) -> pl.DataFrame:
+    """Return one row for each comparison, about the outputs; means over the seeds."""
+    import polars as pl
+
+    from tombola.analysis import similarity
+    from tombola.cli.tables import number, percent
+
+    return similarity.summarise(table.filter(pl.col("layer") == similarity.OUTPUTS)).select(
+        *("level", "kind", "tickets", "pairs"),
+        percent("disagreement").alias("disagreement %"),
+        percent("expected").alias("if independent"),
+        number("kl", "{:.4f}").alias("KL"),
+        number("js", "{:.4f}").alias("JS"),
+        number("cka").alias("CKA"),
+        percent("accuracy").alias("accuracy %"),
+        percent("gain", sign=True).alias("ensemble gain"),
+        percent("ece").alias("ECE %"),
+        percent("ensemble_ece").alias("of the ensemble"),
+    )
+
+
+def _alignment(table: pl.DataFrame) -> pl.DataFrame:
+    """Return one row for each comparison, and a column for each layer; means over the seeds."""
+    import polars as pl
+
+    from tombola.analysis import similarity
+    from tombola.cli.tables import number
+
+    means = similarity.summarise(table.filter(pl.col("layer") != similarity.OUTPUTS))
+    layers = means["layer"].unique(maintain_order=True).to_list()
+    wide = means.pivot(on="layer", index=["level", "kind", "tickets"], values="cka")
+    return wide.select("level", "kind", "tickets", *(number(layer) for layer in layers))

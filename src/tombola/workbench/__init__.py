@@ -3,7 +3,7 @@
 Every function takes a study: a `Study`, the name of a preset, or the path of a TOML file, with fields to override.
 """
 
-from tombola.workbench.further import initial, matching
+from tombola.workbench.further import initial, matching, similarity
 from tombola.workbench.pictures import charts, write_report
 from tombola.workbench.runs import reinit, run
 from tombola.workbench.tables import (
@@ -34,6 +34,7 @@ __all__ = [
     "reinit",
     "results",
     "run",
+    "similarity",
     "stability",
     "weights",
     "winners",

@@ -84,3 +84,37 @@ def initial(
     with one_thread():
         tickets = open_tickets(study, overrides, store=store, data=data, importances=importances)
         return analysis.initial.of_study(tickets, name_importances(importances), levels)
+
+
+def similarity(
+    study: AnyStudy,
+    overrides: Overrides = None,
+    *,
+    store: str | Path = STORE,
+    data: str | Path | None = None,
+    importances: Importances = None,
+    levels: Levels = None,
+) -> pl.DataFrame:
+    """Return how alike each two trained tickets are as functions: their predictions, calibration and layers.
+
+    Args:
+        study: a `Study`, the name of a preset, or the path of a TOML file.
+        overrides: fields with other values.
+        store: the folder of the store.
+        data: the folder of the data sets.
+        importances: the importances to compare; by default all.
+        levels: the levels; by default the last that all have.
+
+    Returns:
+        The columns of `tombola.analysis.similarity.of_study`.
+
+    Raises:
+        UserError: if the store does not have what is compared.
+
+    >>> from tombola.workbench.example import finished
+    >>> similarity(**finished())["layer"].unique().sort().to_list()
+    ['(outputs)', 'fc', 'fc1', 'fc2']
+    """
+    with one_thread():
+        tickets = open_tickets(study, overrides, store=store, data=data, importances=importances)
+        return analysis.similarity.of_study(tickets, name_importances(importances), levels)

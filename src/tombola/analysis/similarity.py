@@ -1,0 +1,251 @@
+"""Similarity: how alike trained networks are as functions, in their predictions and in each layer."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+import polars as pl
+import torch
+from torch import Tensor, nn
+
+from tombola.analysis.functions import of_outputs
+from tombola.analysis.gather import NO_PAIRS, SEEDS, after, last_level, pairs
+from tombola.errors import UserError
+from tombola.lottery.ticket import Ticket
+from tombola.streams import ambient
+from tombola.study.planner import Planner, select_chains
+from tombola.study.tickets import Tickets
+from tombola.training.batches import normalisation
+from tombola.training.evaluation import predict
+
+OUTPUTS = "(outputs)"
+"""The value of the column `layer` for what the network returns."""
+
+EXAMPLES = 256
+"""The number of test examples on which layers are compared."""
+
+BINS = 15
+
+_REMEMBERED = 64  # networks whose answers are kept
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What a network answers to test examples.
+
+    Args:
+        outputs: before softmax, shape (examples, classes).
+        layers: the similarities of some examples in each layer, see `compare_examples`, each of shape (n, n).
+    """
+
+    outputs: Tensor
+    layers: Mapping[str, Tensor]
+
+
+def of_study(
+    tickets: Tickets, importances: Sequence[str] | None = None, levels: Collection[int] | None = None
+) -> pl.DataFrame:
+    """Return how alike each two trained tickets are as functions.
+
+    These columns come before those of `of_pair`:
+
+    - level, seed: of the tickets; seed is null if they have different seeds. Level 0, the dense networks, is always
+      included for comparison.
+    - kind: what differs between the tickets: "importances", "data order" or "seeds" (tickets of one importance from
+      different initialisations; they are called `l1, seed 0`).
+    - tickets: names of the two.
+
+    Args:
+        tickets: tickets of the study.
+        importances: the importances to compare; by default all. One is enough where the study has several seeds.
+        levels: the levels; by default the last that all have.
+
+    Raises:
+        UserError: if importances or levels are not in the study, or if there are no two tickets to compare.
+        NothingStoredError: if they are not stored yet.
+    """
+    chains = select_chains(tickets.study, importances)
+    wanted = set(levels) if levels is not None else {last_level(tickets, chains)}
+    tickets.require(wanted, chains)
+    ask = _Networks(tickets.planner)
+    labels = tickets.planner.problem.data.test_labels
+    tables = []
+    for where, (one, other) in pairs(tickets, importances, wanted | {0}):
+        names = where.pop("tickets")
+        table = of_pair(ask(one), ask(other), labels)
+        tables.append(after(table.select(pl.Series("tickets", [names] * len(table)), pl.all()), **where))
+    if not tables:
+        raise UserError(f"there are no two networks to compare: {NO_PAIRS}")
+    found = pl.concat([table.with_columns(pl.col("seed").cast(pl.Int64)) for table in tables])
+    return found.sort("level", maintain_order=True)
+
+
+def of_pair(first: Answers, second: Answers, labels: Tensor) -> pl.DataFrame:
+    """Return how alike two networks are as functions.
+
+    One row for the outputs, and one for each layer, with the columns
+
+    - layer: "(outputs)", or the name of a linear or convolution layer. A layer has only the column cka.
+    - cka: linear centred kernel alignment, HSIC(X, Y) / sqrt(HSIC(X, X) HSIC(Y, Y)), of the layer's outputs on the
+      first 256 test examples (Kornblith et al., arXiv 1905.00414), with the unbiased estimator of HSIC (Song et al.,
+      Journal of Machine Learning Research 13, 2012), which is 0 on average for independent layers of any width; at most
+      1, which it is for outputs that are equal up to a rotation and scale. Null where a layer's outputs are constant.
+    - disagreement: share of the test examples for which the two predict different classes, in 0..1. low, high: its 95 %
+      interval over examples (Wilson). expected: that of independent predictions. kappa: Cohen's, see
+      `tombola.analysis.functions.of_outputs`.
+    - kl: mean over examples of (KL(p || q) + KL(q || p)) / 2 of the predicted probabilities p and q, in nats.
+    - js: mean over examples of the Jensen-Shannon divergence, (KL(p || m) + KL(q || m)) / 2 with m = (p + q) / 2, in
+      nats, in 0..ln 2.
+    - accuracy: mean of the two accuracies, in 0..1. gain: accuracy of the mean of the two predicted probabilities,
+      minus accuracy.
+    - ece, ensemble_ece: mean of the two expected calibration errors, and that of the mean of the two predicted
+      probabilities, see `calibration_error`.
+
+    Args:
+        first, second: the answers of the networks to the same examples.
+        labels: the true classes, shape (examples,).
+
+    >>> one, other = torch.eye(4), torch.eye(4)[[0, 1, 2, 2]]
+    >>> of_pair(Answers(one, {}), Answers(other, {}), torch.arange(4)).select("disagreement", "accuracy").rows()
+    [(0.25, 0.875)]
+    """
+    agreed = of_outputs({"first": first.outputs, "second": second.outputs}, labels).row(0, named=True)
+    logs = [each.outputs.double().log_softmax(1) for each in (first, second)]
+    middle = (logs[0].exp() + logs[1].exp()) / 2
+    figures = {
+        "disagreement": 1 - agreed["agreement"],
+        "low": 1 - agreed["high"],
+        "high": 1 - agreed["low"],
+        "expected": 1 - agreed["expected"],
+        "kappa": agreed["kappa"],
+        "kl": (_divergence(logs[0], logs[1]) + _divergence(logs[1], logs[0])) / 2,
+        "js": sum(_divergence(each, middle.log()) for each in logs) / 2,
+        "accuracy": agreed["accuracy"],
+        "gain": agreed["ensemble_accuracy"] - agreed["accuracy"],
+        "ece": sum(calibration_error(each.exp(), labels) for each in logs) / 2,
+        "ensemble_ece": calibration_error(middle, labels),
+    }
+    unknown = dict.fromkeys(figures)
+    lines = [
+        {"layer": name, "cka": _align(first.layers, second.layers, name), **(figures if name == OUTPUTS else unknown)}
+        for name in dict.fromkeys([OUTPUTS, *first.layers])
+    ]
+    return pl.DataFrame(lines, schema={name: pl.String if name == "layer" else pl.Float64 for name in lines[0]})
+
+
+def _divergence(p: Tensor, q: Tensor) -> float:
+    """Return the mean over examples of KL(p || q) of log probabilities."""
+    return float((p.exp() * (p - q)).nan_to_num(0.0).sum(1).mean())  # 0 log 0 = 0
+
+
+def calibration_error(probabilities: Tensor, labels: Tensor, bins: int = BINS) -> float:
+    """Return the expected calibration error: sum over bins of |B| / n * |accuracy(B) - confidence(B)|, in 0..1.
+
+    The bins divide 0..1 evenly by the probability of the predicted class (Guo et al., arXiv 1706.04599).
+
+    Args:
+        probabilities: shape (n, classes).
+        labels: the true classes, shape (n,).
+        bins: their number.
+
+    >>> calibration_error(torch.tensor([[0.75, 0.25], [0.75, 0.25]]), torch.tensor([0, 1]))
+    0.25
+    """
+    confidence, predicted = probabilities.double().max(1)
+    number = (confidence * bins).ceil().long().clamp(1, bins) - 1
+    surplus = (predicted == labels).double() - confidence
+    return float(torch.zeros(bins, dtype=torch.float64).index_add(0, number, surplus).abs().sum() / len(labels))
+
+
+def compare_examples(outputs: Tensor) -> Tensor:
+    """Return the products of a layer's outputs for each two examples, U-centred (Szekely and Rizzo 2014), float64.
+
+    K = X X^T has its diagonal set to 0, and its row and column means subtracted such that each row sums to 0. The
+    sum of the products of two such matrices, divided by n (n - 3), is the unbiased estimator of HSIC.
+
+    Args:
+        outputs: shape (n, ...), n of 4 or more.
+
+    >>> compare_examples(torch.randn(6, 3)).sum(0).abs().max() < 1e-9
+    tensor(True)
+    """
+    flat = outputs.flatten(1).double()
+    gram, n = flat @ flat.T, len(flat)
+    gram.fill_diagonal_(0.0)
+    rows = gram.sum(0) / (n - 2)
+    centred = gram - rows[:, None] - rows[None, :] + gram.sum() / ((n - 1) * (n - 2))
+    return centred.fill_diagonal_(0.0)
+
+
+def _align(first: Mapping[str, Tensor], second: Mapping[str, Tensor], layer: str) -> float | None:
+    if layer not in first or layer not in second:
+        return None
+    one, other = first[layer], second[layer]
+    size = float(one.norm() * other.norm())
+    return float((one * other).sum()) / size if size > 0 else None
+
+
+def summarise(table: pl.DataFrame) -> pl.DataFrame:
+    """Return the means over seeds of a table of `of_study`: one row for each level, two tickets and layer.
+
+    The columns are level, kind, tickets (of two seeds: their importance, or dense), layer, pairs (how many were
+    averaged), and the means of the figures of `of_pair`, without the bounds low and high.
+
+    Args:
+        table: of `of_study`, or a part of it.
+    """
+    dense = pl.col("level") == 0
+    together = pl.col("tickets").list.join(" & ")
+    of_one = pl.col("tickets").list.first().str.replace(r", seed -?\d+$", "")
+    figures = [name for name in table.columns[table.columns.index("layer") + 1 :] if name not in ("low", "high")]
+    return (
+        table.with_columns(
+            tickets=pl.when(dense).then(pl.lit("dense")).when(pl.col("kind") == SEEDS).then(of_one).otherwise(together)
+        )
+        .group_by("level", "kind", "tickets", "layer", maintain_order=True)
+        .agg(pl.len().cast(pl.Int64).alias("pairs"), pl.col(*figures).mean())
+        .sort("level", "kind", maintain_order=True)
+    )
+
+
+class _Networks:
+    """Asks trained tickets for their answers to the test set, and keeps those of the last networks."""
+
+    def __init__(self, planner: Planner) -> None:
+        self._data = planner.problem.data
+        with ambient(0):
+            self._model = planner.problem.build()
+        self._inputs = normalisation(self._data)(self._data.test_inputs[:EXAMPLES].clone())
+        self._known: dict[str, Answers] = {}
+
+    def __call__(self, ticket: Ticket) -> Answers:
+        assert ticket.trained is not None
+        name = ticket.trained.weights.hash
+        if name not in self._known:
+            ticket.apply(self._model, trained=True)
+            self._known[name] = Answers(predict(self._model, self._data), self._look())
+            for oldest in list(self._known)[:-_REMEMBERED]:
+                del self._known[oldest]
+        return self._known[name]
+
+    def _look(self) -> dict[str, Tensor]:
+        """Return the similarities of examples in each layer, in the order in which the layers are called."""
+        found: dict[str, Tensor] = {}
+        if len(self._inputs) < 4:
+            return found
+        hooks = []
+        for name, module in self._model.named_modules():
+            if isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)):
+
+                def note(_: nn.Module, __: object, outputs: Tensor, name: str = name) -> None:
+                    found[name] = compare_examples(outputs)
+
+                hooks.append(module.register_forward_hook(note))
+        try:
+            with torch.inference_mode():
+                found[OUTPUTS] = compare_examples(self._model.eval()(self._inputs.clone()))
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return found

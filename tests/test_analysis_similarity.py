@@ -1,0 +1,116 @@
+"""Similarity of networks as functions: by hand, and in another way."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from scipy.spatial.distance import jensenshannon
+from scipy.stats import entropy
+from torch import Tensor
+
+from tombola.analysis.similarity import OUTPUTS, Answers, calibration_error, compare_examples, of_pair
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def compare(one: Tensor, other: Tensor, labels: Tensor | None = None) -> dict[str, float]:
+    """Return the figures of two networks' outputs."""
+    labels = torch.zeros(len(one), dtype=torch.int64) if labels is None else labels
+    line = of_pair(Answers(one, {}), Answers(other, {}), labels).row(0, named=True)
+    return {name: value for name, value in line.items() if name != "layer"}
+
+
+def align(one: Tensor, other: Tensor) -> float | None:
+    first, second = ({"x": compare_examples(each)} for each in (one, other))
+    outputs = torch.eye(2)
+    table = of_pair(Answers(outputs, first), Answers(outputs, second), torch.arange(2))
+    assert table["layer"].to_list() == [OUTPUTS, "x"]
+    assert table["disagreement"].to_list() == [0.0, None]
+    found: float | None = table["cka"][1]
+    return found
+
+
+def test_divergences_are_those_of_scipy() -> None:
+    one, other = random(20, 5), random(20, 5, seed=1)
+    p, q = (each.softmax(1).numpy() for each in (one, other))
+    found = compare(one, other)
+    assert found["kl"] == pytest.approx((entropy(p, q, axis=1) + entropy(q, p, axis=1)).mean() / 2)
+    assert found["js"] == pytest.approx((jensenshannon(p, q, axis=1) ** 2).mean())
+
+
+def test_equal_networks_differ_in_nothing_and_opposite_ones_in_all() -> None:
+    one = 100 * torch.eye(2, dtype=torch.float64)
+    same = compare(one, one, torch.arange(2))
+    assert {name: same[name] for name in ("disagreement", "kl", "js", "gain")} == dict.fromkeys(
+        ("disagreement", "kl", "js", "gain"), 0.0
+    )
+    opposite = compare(1e4 * one, 1e4 * one.flip(0), torch.arange(2))  # probabilities that are exactly 0 and 1
+    assert (opposite["disagreement"], opposite["kl"], opposite["accuracy"]) == (1.0, 1e6, 0.5)
+    assert opposite["js"] == pytest.approx(math.log(2))
+
+
+def test_predictions_by_hand() -> None:
+    labels = torch.tensor([0, 1, 1, 0])
+    one = torch.tensor([[2.0, 0.0], [0.0, 2.0], [2.0, 0.0], [2.0, 0.0]])  # predicts 0 1 0 0
+    other = torch.tensor([[2.0, 0.0], [0.0, 2.0], [0.0, 9.0], [0.0, 1.0]])  # predicts 0 1 1 1
+    found = compare(one, other, labels)
+    assert (found["disagreement"], found["accuracy"], found["gain"]) == (0.5, 0.75, 0.25)
+    assert found["low"] < 0.5 < found["high"]
+    assert found["expected"] == pytest.approx(1 - 2 * 3 / 4 * 1 / 4)
+
+
+def test_calibration_by_hand() -> None:
+    probabilities = torch.tensor([[0.95, 0.05], [0.15, 0.85], [0.55, 0.45], [0.56, 0.44]])
+    labels = torch.tensor([0, 0, 0, 1])
+    # one bin for each of 0.95 and 0.85; 0.55 and 0.56 share one with accuracy 0.5 and confidence 0.555
+    assert calibration_error(probabilities, labels, 10) == pytest.approx((0.05 + 0.85 + 2 * 0.055) / 4)
+    assert calibration_error(probabilities, labels, 1) == pytest.approx(abs(0.5 - (0.95 + 0.85 + 0.55 + 0.56) / 4))
+    assert calibration_error(torch.eye(3), torch.arange(3)) == 0.0
+
+
+def test_the_calibration_error_in_another_way() -> None:
+    probabilities, labels = (3 * random(200, 4)).softmax(1), torch.arange(200) % 4
+    confidence, predicted = probabilities.max(1)
+    expected = 0.0
+    for number in range(15):
+        inside = (confidence > number / 15) & (confidence <= (number + 1) / 15)
+        if inside.any():
+            right = (predicted == labels)[inside].double().mean()
+            expected += float(inside.double().mean() * (right - confidence[inside].mean()).abs())
+    assert calibration_error(probabilities, labels) == pytest.approx(expected)
+
+
+def test_alignment_is_that_of_the_unbiased_estimator() -> None:
+    """HSIC_1 as Song et al. write it: traces and sums of the Gram matrices without their diagonals."""
+
+    def hsic(one: Tensor, other: Tensor) -> float:
+        a, b = ((each @ each.T).fill_diagonal_(0.0) for each in (one, other))
+        n = len(a)
+        rest = a.sum() * b.sum() / ((n - 1) * (n - 2)) - 2 / (n - 2) * (a.sum(0) @ b.sum(0))
+        return float(((a @ b).trace() + rest) / (n * (n - 3)))
+
+    one, other = random(12, 3), random(12, 3) + random(12, 3, seed=1)
+    expected = hsic(one, other) / math.sqrt(hsic(one, one) * hsic(other, other))
+    assert align(one, other) == pytest.approx(expected)
+    assert 0.1 < expected < 0.9
+
+
+def test_alignment_does_not_change_by_rotation_scale_and_shift() -> None:
+    one = random(10, 4)
+    turned = 3 * one @ torch.linalg.qr(random(4, 4, seed=1)).Q + 7
+    assert align(one, turned) == pytest.approx(1.0)
+    assert align(one.view(10, 2, 2), one) == pytest.approx(1.0)  # an image is as many values
+
+
+def test_independent_layers_of_any_width_are_not_aligned() -> None:
+    """The usual estimator would give more than 0.9 for layers this wide."""
+    found = [align(random(40, 800, seed=2 * seed), random(40, 800, seed=2 * seed + 1)) for seed in range(10)]
+    assert abs(sum(each or 0.0 for each in found)) / 10 < 0.03
+
+
+def test_a_constant_layer_has_no_alignment() -> None:
+    assert align(torch.zeros(5, 3), random(5, 3)) is None
