@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import polars as pl
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from tombola.analysis.functions import of_outputs
 from tombola.analysis.gather import NO_PAIRS, SEEDS, after, last_level, pairs
 from tombola.errors import UserError
+from tombola.inputs import convert, count_examples, select
 from tombola.lottery.ticket import Ticket
 from tombola.streams import ambient
 from tombola.study.planner import Planner, select_chains
@@ -69,7 +71,7 @@ def of_study(
     wanted = set(levels) if levels is not None else {last_level(tickets, chains)}
     tickets.require(wanted, chains)
     ask = _Networks(tickets.planner)
-    labels = tickets.planner.problem.data.test_labels
+    labels = cast(Tensor, tickets.planner.problem.data.test_labels)
     tables = []
     for where, (one, other) in pairs(tickets, importances, wanted | {0}):
         names = where.pop("tickets")
@@ -213,10 +215,13 @@ class _Networks:
     """Asks trained tickets for their answers to the test set, and keeps those of the last networks."""
 
     def __init__(self, planner: Planner) -> None:
-        self._data = planner.problem.data
+        self._data, self._forward = planner.problem.data, planner.problem.forward
+        if not self._data.classes:
+            raise UserError(f"it compares predicted classes, and the labels of {self._data.name!r} are no classes")
         with ambient(0):
             self._model = planner.problem.build()
-        self._inputs = normalisation(self._data)(self._data.test_inputs[:EXAMPLES].clone())
+        few = convert(torch.clone, select(self._data.test_inputs, slice(EXAMPLES)))
+        self._inputs = normalisation(self._data)(few)
         self._known: dict[str, Answers] = {}
 
     def __call__(self, ticket: Ticket) -> Answers:
@@ -224,7 +229,7 @@ class _Networks:
         name = ticket.trained.weights.hash
         if name not in self._known:
             ticket.apply(self._model, trained=True)
-            self._known[name] = Answers(predict(self._model, self._data), self._look())
+            self._known[name] = Answers(predict(self._model, self._data, self._forward), self._look())
             for oldest in list(self._known)[:-_REMEMBERED]:
                 del self._known[oldest]
         return self._known[name]
@@ -232,7 +237,7 @@ class _Networks:
     def _look(self) -> dict[str, Tensor]:
         """Return the similarities of examples in each layer, in the order in which the layers are called."""
         found: dict[str, Tensor] = {}
-        if len(self._inputs) < 4:
+        if count_examples(self._inputs) < 4:
             return found
         hooks = []
         for name, module in self._model.named_modules():
@@ -244,7 +249,7 @@ class _Networks:
                 hooks.append(module.register_forward_hook(note))
         try:
             with torch.inference_mode():
-                found[OUTPUTS] = compare_examples(self._model.eval()(self._inputs.clone()))
+                found[OUTPUTS] = compare_examples(self._forward(self._model.eval(), convert(torch.clone, self._inputs)))
         finally:
             for hook in hooks:
                 hook.remove()

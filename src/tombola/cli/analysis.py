@@ -74,14 +74,14 @@ def claims(options: argparse.Namespace) -> int:
     """Show whether the tickets agree with each claim of the paper: are they unique, alike, more stable where shared."""
     from tombola.analysis import claims
 
-    tickets, names = _open(options)
+    tickets, names = open_compared(options)
     with warnings_as_notes(Warning):
         evidence = claims.collect(tickets, names, options.level)
     found = claims.judge(evidence)
     if options.format == "table":
         _print_claims(evidence, found)
     else:
-        _show(claims.to_frame(found), options.format, lambda table: table)
+        show(claims.to_frame(found), options.format, lambda table: table)
     return 0
 
 
@@ -91,7 +91,7 @@ def overlap(options: argparse.Namespace) -> int:
     from tombola.analysis.gather import PRUNABLE
     from tombola.cli.tables import wrap
 
-    tickets, names = _open(options)
+    tickets, names = open_compared(options)
     with warnings_as_notes(Warning):
         table = overlap.of_study(tickets, names, options.level)
     if options.format == "table" and not tickets.planner.repeats:
@@ -99,14 +99,14 @@ def overlap(options: argparse.Namespace) -> int:
     elif options.format == "table" and not (table["kind"] == "data order").any():
         print_note("no noise floor: the tickets of other data orders are missing; find them with `tombola run`")
     if options.level is not None:
-        _show(table, options.format, _overlap_at_levels)
+        show(table, options.format, _overlap_at_levels)
         return 0
-    _show(table, options.format, _overlap_by_level)
+    show(table, options.format, _overlap_by_level)
     if options.format == "table":
         print(wrap(tickets.planner.describe_counted()))
         if tickets.planner.kept_dense:
             print("\nThe same without the layers that are kept dense:")
-            _show(table, options.format, partial(_overlap_by_level, total=PRUNABLE))
+            show(table, options.format, partial(_overlap_by_level, total=PRUNABLE))
     return 0
 
 
@@ -115,10 +115,10 @@ def layers(options: argparse.Namespace) -> int:
     from tombola.analysis import layers
     from tombola.cli.tables import wrap
 
-    tickets, names = _open(options)
+    tickets, names = open_compared(options)
     with warnings_as_notes(Warning):
         table = layers.of_study(tickets, names, options.level)
-    _show(table, options.format, _layers)
+    show(table, options.format, _layers)
     if options.format == "table":
         print(wrap(tickets.planner.describe_counted()))
     return 0
@@ -128,10 +128,10 @@ def stability(options: argparse.Namespace) -> int:
     """Show how much shared and other connections change from one level to the next."""
     from tombola.analysis import stability
 
-    tickets, names = _open(options)
+    tickets, names = open_compared(options)
     with warnings_as_notes(Warning):
         table = stability.of_study(tickets, names, options.level, options.layer)
-    _show(table, options.format, _stability)
+    show(table, options.format, _stability)
     return 0
 
 
@@ -139,7 +139,7 @@ def winners(options: argparse.Namespace) -> int:
     """Show the sparsest ticket of each importance that keeps the accuracy (or metric) of the dense network."""
     from tombola.analysis import winners
 
-    tickets, names = _open(options)
+    tickets, names = open_compared(options)
     with warnings_as_notes(Warning):
         table = winners.of_study(tickets, names, margin=options.margin / 100, surely=options.surely)
     if options.format == "table" and len(tickets.study.seeds) < 2:
@@ -147,7 +147,7 @@ def winners(options: argparse.Namespace) -> int:
     measure = tickets.planner.problem.measure
     if options.format == "table" and measure.split == "test":
         print_note(winners.FLATTERS)
-    _show(table, options.format, partial(_winners, measure))
+    show(table, options.format, partial(_winners, measure))
     return 0
 
 
@@ -155,10 +155,10 @@ def weights(options: argparse.Namespace) -> int:
     """Show the distribution of weights and importances in each layer."""
     from tombola.analysis import weights
 
-    tickets, names = _open(options)
+    tickets, names = open_compared(options)
     with warnings_as_notes(Warning):
         table = weights.of_study(tickets, names, options.level)
-    _show(table, options.format, _weights)
+    show(table, options.format, _weights)
     return 0
 
 
@@ -166,10 +166,10 @@ def functions(options: argparse.Namespace) -> int:
     """Show how often two tickets make the same prediction."""
     from tombola.analysis import functions
 
-    tickets, names = _open(options)
+    tickets, names = open_compared(options)
     with warnings_as_notes(Warning):
         table = functions.of_study(tickets, names, options.level)
-    _show(table, options.format, _functions)
+    show(table, options.format, _functions)
     return 0
 
 
@@ -177,10 +177,10 @@ def connectivity(options: argparse.Namespace) -> int:
     """Show how high the test error rises on the line between the weights of two tickets."""
     from tombola.analysis import connectivity
 
-    tickets, names = _open(options)
+    tickets, names = open_compared(options)
     with warnings_as_notes(Warning):
         table = connectivity.of_study(tickets, names, options.level, options.points)
-    _show(table, options.format, _connectivity)
+    show(table, options.format, _connectivity)
     return 0
 
 
@@ -194,7 +194,7 @@ def reinit(options: argparse.Namespace) -> int:
     from tombola.workbench.progress import show_progress
     from tombola.workbench.runs import count_workers, open_workers
 
-    tickets, names = _open(options)
+    tickets, names = open_compared(options)
     with warnings_as_notes(Warning):
         plans = plan_draws(tickets, options.level, options.draws, names)
     count = count_workers(options.workers, tickets.study.device)
@@ -213,11 +213,11 @@ def reinit(options: argparse.Namespace) -> int:
                 run(plan.planner, workers, show, speed=speed)
     with warnings_as_notes(Warning):
         table = reinit.of_plans(plans)
-    _show(table, options.format, _reinit)
+    show(table, options.format, _reinit)
     return 0
 
 
-def _open(options: argparse.Namespace) -> tuple[Tickets, list[str] | None]:
+def open_compared(options: argparse.Namespace) -> tuple[Tickets, list[str] | None]:
     """Return the tickets and the names of the importances to compare; None means all importances of the study.
 
     `--importances` selects some importances of the study. It may also name others with which the study was run before,
@@ -229,7 +229,7 @@ def _open(options: argparse.Namespace) -> tuple[Tickets, list[str] | None]:
     return with_importances(open_planner(options), names), names or None
 
 
-def _show(table: pl.DataFrame, form: str, view: Callable[[pl.DataFrame], pl.DataFrame]) -> None:
+def show(table: pl.DataFrame, form: str, view: Callable[[pl.DataFrame], pl.DataFrame]) -> None:
     """Print a table: in csv and json with all columns, on a terminal with a selection of them."""
     from tombola.cli.tables import show_frame
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from tombola.cli.analysis import _open as open_compared
-from tombola.cli.analysis import _show as show
+from tombola.cli.analysis import open_compared, show
 from tombola.cli.options import Verbs, print_note, warnings_as_notes, whole_number
 
 if TYPE_CHECKING:
