@@ -81,7 +81,7 @@ def claims(options: argparse.Namespace) -> int:
     if options.format == "table":
         _print_claims(evidence, found)
     else:
-        show(claims.to_frame(found), options.format, lambda table: table)
+        show_view(claims.to_frame(found), options.format, lambda table: table)
     return 0
 
 
@@ -99,14 +99,14 @@ def overlap(options: argparse.Namespace) -> int:
     elif options.format == "table" and not (table["kind"] == "data order").any():
         print_note("no noise floor: the tickets of other data orders are missing; find them with `tombola run`")
     if options.level is not None:
-        show(table, options.format, _overlap_at_levels)
+        show_view(table, options.format, _overlap_at_levels)
         return 0
-    show(table, options.format, _overlap_by_level)
+    show_view(table, options.format, _overlap_by_level)
     if options.format == "table":
         print(wrap(tickets.planner.describe_counted()))
         if tickets.planner.kept_dense:
             print("\nThe same without the layers that are kept dense:")
-            show(table, options.format, partial(_overlap_by_level, total=PRUNABLE))
+            show_view(table, options.format, partial(_overlap_by_level, total=PRUNABLE))
     return 0
 
 
@@ -118,7 +118,7 @@ def layers(options: argparse.Namespace) -> int:
     tickets, names = open_compared(options)
     with warnings_as_notes(Warning):
         table = layers.of_study(tickets, names, options.level)
-    show(table, options.format, _layers)
+    show_view(table, options.format, _layers)
     if options.format == "table":
         print(wrap(tickets.planner.describe_counted()))
     return 0
@@ -131,7 +131,7 @@ def stability(options: argparse.Namespace) -> int:
     tickets, names = open_compared(options)
     with warnings_as_notes(Warning):
         table = stability.of_study(tickets, names, options.level, options.layer)
-    show(table, options.format, _stability)
+    show_view(table, options.format, _stability)
     return 0
 
 
@@ -147,7 +147,7 @@ def winners(options: argparse.Namespace) -> int:
     measure = tickets.planner.problem.measure
     if options.format == "table" and measure.split == "test":
         print_note(winners.FLATTERS)
-    show(table, options.format, partial(_winners, measure))
+    show_view(table, options.format, partial(_winners, measure))
     return 0
 
 
@@ -158,7 +158,7 @@ def weights(options: argparse.Namespace) -> int:
     tickets, names = open_compared(options)
     with warnings_as_notes(Warning):
         table = weights.of_study(tickets, names, options.level)
-    show(table, options.format, _weights)
+    show_view(table, options.format, _weights)
     return 0
 
 
@@ -169,7 +169,7 @@ def functions(options: argparse.Namespace) -> int:
     tickets, names = open_compared(options)
     with warnings_as_notes(Warning):
         table = functions.of_study(tickets, names, options.level)
-    show(table, options.format, _functions)
+    show_view(table, options.format, _functions)
     return 0
 
 
@@ -180,7 +180,7 @@ def connectivity(options: argparse.Namespace) -> int:
     tickets, names = open_compared(options)
     with warnings_as_notes(Warning):
         table = connectivity.of_study(tickets, names, options.level, options.points)
-    show(table, options.format, _connectivity)
+    show_view(table, options.format, _connectivity)
     return 0
 
 
@@ -213,7 +213,7 @@ def reinit(options: argparse.Namespace) -> int:
                 run(plan.planner, workers, show, speed=speed)
     with warnings_as_notes(Warning):
         table = reinit.of_plans(plans)
-    show(table, options.format, _reinit)
+    show_view(table, options.format, _reinit)
     return 0
 
 
@@ -229,7 +229,7 @@ def open_compared(options: argparse.Namespace) -> tuple[Tickets, list[str] | Non
     return with_importances(open_planner(options), names), names or None
 
 
-def show(table: pl.DataFrame, form: str, view: Callable[[pl.DataFrame], pl.DataFrame]) -> None:
+def show_view(table: pl.DataFrame, form: str, view: Callable[[pl.DataFrame], pl.DataFrame]) -> None:
     """Print a table: in csv and json with all columns, on a terminal with a selection of them."""
     from tombola.cli.tables import show_frame
 

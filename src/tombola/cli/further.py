@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from tombola.cli.analysis import open_compared, show
+from tombola.cli.analysis import open_compared, show_view
 from tombola.cli.options import Verbs, print_note, warnings_as_notes, whole_number
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ def matching(options: argparse.Namespace) -> int:
             print_note("nothing across initialisations: the study has one seed; add others with --seeds")
         if not (table["kind"] == "data order").any():
             print_note("no noise floor: no two data orders are compared; add some with --data-seeds")
-    show(table, options.format, _matching)
+    show_view(table, options.format, _matching)
     return 0
 
 
@@ -58,7 +58,7 @@ def initial(options: argparse.Namespace) -> int:
     tickets, names = open_compared(options)
     with warnings_as_notes(Warning):
         table = initial.of_study(tickets, names, options.level)
-    show(table, options.format, _initial)
+    show_view(table, options.format, _initial)
     return 0
 
 
@@ -69,10 +69,10 @@ def similarity(options: argparse.Namespace) -> int:
     tickets, names = open_compared(options)
     with warnings_as_notes(Warning):
         table = similarity.of_study(tickets, names, options.level)
-    show(table, options.format, _similarity)
+    show_view(table, options.format, _similarity)
     if options.format == "table":
         print("\nLinear CKA of each layer:")
-        show(table, options.format, _alignment)
+        show_view(table, options.format, _alignment)
     return 0
 
 
