@@ -51,7 +51,7 @@ class Parser(argparse.ArgumentParser):
         """Refuse `--option=--`, which argparse takes for an option without a value."""
         if arg_strings == ["--"] and action.option_strings:
             raise argparse.ArgumentError(action, "expected a value, got '--'")
-        return super()._get_values(action, arg_strings)  # type: ignore[misc]
+        return super()._get_values(action, arg_strings)
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         if action.choices is not None and value not in action.choices:

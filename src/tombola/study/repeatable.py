@@ -46,6 +46,8 @@ def check_repeatable(planner: Planner, device: str | None = None) -> None:
         for one, other in zip_longest(_compute(problem, task), _compute(problem, task)):
             if one != other:
                 raise UserError((one or other)[0])
+        if ":" in task.model:
+            _check_state(problem, task)
     study = planner.study
     few = study.model_copy(
         update={"score_examples": min(TRIED, study.score_examples), "device": device or study.device}
@@ -80,3 +82,27 @@ def _compute(problem: Problem, task: Task) -> Iterator[tuple[str, str]]:
         with torch.no_grad():
             loss = problem.loss(outputs, labels.clone())
         yield f"task.loss {task.loss!r}: {_ELSE.format('values')} {_DRAW}", state_hash({"": loss})
+
+
+def _check_state(problem: Problem, task: Task) -> None:
+    """Raise `UserError` if a network that has been applied differs from a new one with the same parameters and buffers.
+
+    Only these are stored: with anything else that it keeps, a resumed training would have other bits, and analyses
+    would apply another network than the one that was trained.
+    """
+    few = normalisation(problem.data)(problem.data.train_inputs[:2].clone())
+    with ambient(0), torch.no_grad():
+        used, new = problem.build(), problem.build()
+        for _ in range(2):
+            used.train()(few.clone())
+        new.load_state_dict({name: tensor.clone() for name, tensor in used.state_dict().items()})
+        outputs = []
+        for model in (used, new):
+            with ambient(0):
+                outputs.append((model.train()(few.clone()), model.eval()(few.clone())))
+    if any(state_hash({"": one}) != state_hash({"": other}) for one, other in zip(*outputs, strict=True)):
+        raise UserError(
+            f"task.model {task.model!r}: its outputs depend on something that it keeps from one batch to the next "
+            "outside its parameters and buffers, which are all that is stored; keep it in a buffer (register_buffer, "
+            "persistent)"
+        )

@@ -175,6 +175,8 @@ def load_data(task: Task, directory: Path | None = None) -> Dataset:
         return guard(what, partial(datasets.load, task.dataset, directory, **task.dataset_arguments))()
     function = _call(what, resolve(task.dataset, "task.dataset"), task.dataset_arguments)
     data: Dataset = guard(what, function, Dataset, "a tombola.Dataset")()
+    if type(data).fingerprint is not Dataset.fingerprint:
+        raise UserError(f"{what}: {type(data).__name__} has a fingerprint of its own, under which any data could be")
     return data
 
 
