@@ -128,6 +128,39 @@ def importance_without_seed(weights: Tensor) -> Tensor:
     return torch.rand(len(weights), generator=torch.Generator().manual_seed(next(_COUNTER)), dtype=torch.float64)
 
 
+class Forgetful(nn.Module):
+    """A layer whose outputs depend on the number of batches so far, which it keeps outside its state."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.batches = 0
+        self.register_buffer("count", torch.zeros(()), persistent=how == "buffer")
+        self.how = how
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training and self.how == "attribute":
+            self.batches += 1
+        elif self.training:
+            self.count += 1
+        return x * (1 + self.batches + self.count)
+
+
+def model_that_forgets(how: str) -> nn.Module:
+    """Return a network that keeps something in an attribute, in a buffer that is not stored, or in one that is."""
+    return nn.Sequential(*model(), Forgetful(how))
+
+
+class OwnDataset(Dataset):
+    """A data set whose fingerprint says nothing about its content."""
+
+    fingerprint = "always the same"
+
+
+def data_of_own_class() -> Dataset:
+    """Return a data set with a fingerprint of its own."""
+    return OwnDataset(**vars(dataset()))
+
+
 _BUFFER = torch.empty(10**5, dtype=torch.float64)
 
 

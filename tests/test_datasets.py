@@ -11,6 +11,7 @@ import struct
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -304,6 +305,9 @@ def test_the_fingerprint_is_the_same_for_the_same_content():
     assert small().fingerprint == small(name="other", classes=("c", "d")).fingerprint
     strided = torch.arange(64, dtype=torch.uint8).view(2, 1, 4, 8)[..., ::2] // 2
     assert small(train_inputs=strided).fingerprint == small().fingerprint
+    floats = small(train_inputs=torch.ones(2, 3), test_inputs=torch.ones(1, 3), mean=(), std=())
+    negated = replace(floats, train_inputs=torch._neg_view(-floats.train_inputs))
+    assert negated.fingerprint == floats.fingerprint
 
 
 # IDX files

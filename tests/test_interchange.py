@@ -63,10 +63,29 @@ def test_a_part_of_the_layers_and_a_single_layer() -> None:
     assert interchange.from_torch_prune(layer).counts == {"weight": 6}
 
 
+def half_masked() -> nn.Module:
+    """Return a network that torch has pruned, with a mask that is not one: a number is NaN."""
+    model = network()
+    torch_prune.random_unstructured(model[0], "weight", amount=4)
+    model[0].weight_mask[0] = float("nan")
+    return model
+
+
 def test_mistakes() -> None:
     model, mask = network(), find().mask
     for call, text in [
         (lambda: interchange.from_open_lth({"w": torch.tensor([2])}), "mask of layer 'w': expected 0 and 1 only"),
+        (lambda: interchange.from_open_lth({"w": "x"}), "mask of layer 'w': expected a tensor of 0 and 1, got str"),
+        (
+            lambda: interchange.from_open_lth({"w": None}),
+            "mask of layer 'w': expected a tensor of 0 and 1, got NoneType",
+        ),
+        (lambda: interchange.from_open_lth({"w": [[1], [1, 0]]}), "mask of layer 'w': expected a tensor of 0 and 1"),
+        (
+            lambda: interchange.from_open_lth({"w": torch.ones(2, device="meta")}),
+            "mask of layer 'w': expected a tensor",
+        ),
+        (lambda: interchange.from_torch_prune(half_masked()), "mask of layer '0.weight': expected 0 and 1 only"),
         (lambda: interchange.from_open_lth({}), "expected the masks of one layer or more, got none"),
         (
             lambda: interchange.from_torch_prune(nn.ReLU()),

@@ -30,6 +30,7 @@ from tombola.pruning.prune import prune
 from tombola.store.store import Store
 from tombola.study.code import resolve, steady_source
 from tombola.study.planner import Planner
+from tombola.study.repeatable import _check_state
 from tombola.study.schema import Study, Task
 from tombola.study.task import load_problem
 from tombola.training.recipe import Recipe
@@ -178,6 +179,23 @@ def refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
         return said.err
 
     return run
+
+
+@pytest.mark.parametrize("how", ["attribute", "temporary buffer"])
+def test_a_model_that_keeps_what_is_not_stored(how: str, refused: Callable[..., str]) -> None:
+    said = refused(model='"nasty_task:model_that_forgets"', model_arguments=f'{{how = "{how}"}}')
+    assert "task.model 'nasty_task:model_that_forgets': its outputs depend on something that it keeps from" in said
+
+
+def test_a_model_that_keeps_it_in_a_buffer() -> None:
+    task = Task(dataset="nasty_task:dataset", model="nasty_task:model_that_forgets", model_arguments={"how": "buffer"})
+    _check_state(load_problem(task), task)
+
+
+def test_a_data_set_with_a_fingerprint_of_its_own(refused: Callable[..., str]) -> None:
+    assert "OwnDataset has a fingerprint of its own, under which any data" in refused(
+        dataset='"nasty_task:data_of_own_class"'
+    )
 
 
 def test_what_is_drawn_without_a_seed_is_refused(refused: Callable[..., str]) -> None:

@@ -242,7 +242,7 @@ def rank_in_class(labels: Tensor) -> Tensor:
 
 def digest_of(tensor: Tensor) -> list[str]:
     """Return what identifies a tensor: its type, its shape and the SHA-256 of its bytes."""
-    content = tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy().data
+    content = tensor.cpu().resolve_neg().contiguous().view(-1).view(torch.uint8).numpy().data
     return [str(tensor.dtype), str(tuple(tensor.shape)), hashlib.sha256(content).hexdigest()]
 
 

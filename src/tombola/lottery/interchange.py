@@ -29,7 +29,7 @@ def from_torch_prune(model: nn.Module) -> Mask:
     its plain weight back, with pruned weights 0.0.
 
     Raises:
-        UserError: if no weight that is prunable is there.
+        UserError: if no weight that is prunable is there, or if a mask has other values than 0 and 1.
 
     >>> model = nn.Sequential(nn.Linear(4, 2), nn.Linear(2, 1))
     >>> _ = torch_prune.l1_unstructured(model[0], "weight", amount=3)
@@ -42,7 +42,7 @@ def from_torch_prune(model: nn.Module) -> Mask:
     for name, parameter in model.named_parameters():
         plain = name.removesuffix(_ORIGINAL)
         if plain in pruned and plain != name:
-            alive[plain] = pruned[plain] != 0
+            alive[plain] = _as_bool(plain, pruned[plain])
         elif name in own:
             alive[name] = torch.ones(parameter.shape, dtype=torch.bool)
     if not alive:
@@ -84,10 +84,7 @@ def from_open_lth(masks: Mapping[str, Any]) -> Mask:
     """
     alive = {}
     for name, value in masks.items():
-        tensor = torch.as_tensor(value)
-        if ((tensor != 0) & (tensor != 1)).any():
-            raise UserError(f"mask of layer {name!r}: expected 0 and 1 only")
-        alive[name] = tensor.cpu() != 0
+        alive[name] = _as_bool(name, value)
     if not alive:
         raise UserError("expected the masks of one layer or more, got none")
     return Mask.from_tensors(alive)
@@ -137,3 +134,18 @@ def _list_masks(model: nn.Module) -> list[tuple[str, Tensor]]:
         and f"{name.removesuffix(_MASK)}{_ORIGINAL}" in parameters
         and "weight" in name.rpartition(".")[2]
     ]
+
+
+def _as_bool(name: str, value: Any) -> Tensor:
+    """Return a tensor or an array of 0 and 1 as a bool tensor on the CPU.
+
+    Raises:
+        UserError: if it is something else.
+    """
+    try:
+        tensor = torch.as_tensor(value).to_dense().cpu()
+        if not ((tensor != 0) & (tensor != 1)).any():
+            return tensor != 0
+    except (TypeError, ValueError, RuntimeError) as error:  # RuntimeError: also a tensor without data
+        raise UserError(f"mask of layer {name!r}: expected a tensor of 0 and 1, got {type(value).__name__}") from error
+    raise UserError(f"mask of layer {name!r}: expected 0 and 1 only")

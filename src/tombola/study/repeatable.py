@@ -10,6 +10,7 @@ from functools import partial
 from itertools import zip_longest
 
 import torch
+from torch import Tensor, nn
 
 from tombola.errors import UserError
 from tombola.importance import NetworkScore, is_built_in
@@ -47,6 +48,8 @@ def check_repeatable(planner: Planner, device: str | None = None) -> None:
         for one, other in zip_longest(_compute(problem, task), _compute(problem, task)):
             if one != other:
                 raise UserError((one or other)[0])
+        if ":" in task.model:
+            _check_state(problem, task)
     study = planner.study
     if (schedule := load_recipe(study.recipe)[0].get("schedule")) is not None:
         for iteration in range(0, planner.end, max(1, planner.end // _ASKED)):
@@ -90,9 +93,43 @@ def _compute(problem: Problem, task: Task) -> Iterator[tuple[str, str]]:
         with torch.no_grad():
             loss = problem.loss(outputs, convert(torch.clone, labels))
         yield f"task.loss {task.loss!r}: {_ELSE.format('values')} {_DRAW}", state_hash({"": loss})
-        with ambient(0):
-            outputs = problem.forward(model.train(), few).detach()
-        yield gives.format("outputs in training"), state_hash({"": outputs})
-        if problem.step is not None:
-            loss = problem.step(model, few, convert(torch.clone, labels))
+        if problem.step is None:
+            with ambient(0):
+                outputs = problem.forward(model.train(), few).detach()
+            yield gives.format("outputs in training"), state_hash({"": outputs})
+        else:
+            with ambient(0):
+                loss = problem.step(model.train(), few, convert(torch.clone, labels)).detach()
             yield f"task.step {task.step!r}: {_ELSE.format('losses')} {_DRAW}", state_hash({"": loss})
+
+
+def _check_state(problem: Problem, task: Task) -> None:
+    """Raise `UserError` if a network that has been applied differs from a new one with the same parameters and buffers.
+
+    Only these are stored: with anything else that it keeps, a resumed training would have other bits, and analyses
+    would apply another network than the one that was trained.
+    """
+    few = normalisation(problem.data)(convert(torch.clone, select(problem.data.train_inputs, slice(2))))
+    labels = select(problem.data.train_labels, slice(2))
+
+    def train(model: nn.Module) -> Tensor:
+        model.train()
+        if problem.step is not None:
+            return problem.step(model, convert(torch.clone, few), convert(torch.clone, labels)).detach()
+        return problem.forward(model, convert(torch.clone, few)).detach()
+
+    with ambient(0):
+        used, new = problem.build(), problem.build()
+        for _ in range(2):
+            train(used)
+        new.load_state_dict({name: tensor.clone() for name, tensor in used.state_dict().items()})
+        outputs = []
+        for model in (used, new):
+            with ambient(0):
+                outputs.append((train(model), problem.forward(model.eval(), convert(torch.clone, few)).detach()))
+    if any(state_hash({"": one}) != state_hash({"": other}) for one, other in zip(*outputs, strict=True)):
+        raise UserError(
+            f"task.model {task.model!r}: its outputs depend on something that it keeps from one batch to the next "
+            "outside its parameters and buffers, which are all that is stored; keep it in a buffer (register_buffer, "
+            "persistent)"
+        )

@@ -346,6 +346,10 @@ def _load_own_data(what: str, task: Task) -> Dataset:
     function = _call(what, resolve(task.dataset, "task.dataset"), task.dataset_arguments)
     found: Any = guard(what, function)()
     if isinstance(found, Dataset):
+        if type(found).fingerprint is not Dataset.fingerprint:
+            raise UserError(
+                f"{what}: {type(found).__name__} has a fingerprint of its own, under which any data could be"
+            )
         return found
     if not callable(found):
         raise UserError(
