@@ -16,10 +16,13 @@ from tombola.analysis import (
     claims,
     connectivity,
     functions,
+    initial,
     layers,
+    matching,
     overlap,
     reference,
     reinit,
+    similarity,
     stability,
     weights,
     winners,
@@ -35,7 +38,7 @@ from tombola.study.planner import Planner, select_chains
 from tombola.study.schema import Study
 from tombola.study.tickets import Tickets, check_level
 
-COSTLY = ("functions", "connectivity")
+COSTLY = ("functions", "connectivity", "matching", "similarity")
 """Analyses that evaluate the networks and store nothing; a report computes them only on request."""
 
 
@@ -159,6 +162,11 @@ def gather(
                 add("functions", lambda: functions.of_study(tickets, levels=[shown]))
             if "connectivity" in costly:
                 add("connectivity", lambda: connectivity.of_study(tickets, levels=[shown]))
+            add("initial", lambda: initial.of_study(tickets, levels=[shown]))
+            if "matching" in costly:
+                add("matching", lambda: matching.of_study(tickets, levels=[shown]))
+            if "similarity" in costly:
+                add("similarity", lambda: similarity.of_study(tickets, levels=[shown]))
         add("reinit", lambda: reinit.of_study(tickets))
         evidence = _collect_evidence(tickets, tables)
     records = tuple(tickets.records().values())
