@@ -19,6 +19,8 @@ from tombola.cli import main
 from tombola.engine.here import WorkersHere
 from tombola.engine.run import run
 from tombola.pruning.mask import Mask
+from tombola.report.contents import gather
+from tombola.report.sections import sections
 from tombola.study.planner import Chain
 from tombola.study.tickets import Tickets
 
@@ -213,6 +215,19 @@ def test_similarity_compares_tickets_and_dense_networks(tickets: Tickets) -> Non
 def test_similarity_from_python(folder: Path) -> None:
     table = tombola.similarity(folder / "study.toml", store=folder / "store", importances=["l1"], levels=[1])
     assert compared(table) == [(level, None, "seeds", ["l1, seed 0", "l1, seed 1"]) for level in (0, 1)]
+
+
+# the report
+
+
+def test_the_report_shows_the_figures_of_the_analyses(tickets: Tickets) -> None:
+    contents = gather(tickets.planner, "s", ["s.toml"], costly=["matching", "similarity"], level=2)
+    found = {part.name: part.table for section in sections(contents) for part in section.parts}
+    means = matching.summarise(matching.of_study(tickets, levels=[2]))
+    assert found["matching"]["matched %"].to_list() == [100 * each for each in means["matched_jaccard"]]
+    assert found["similarity"]["what differs"].to_list()[:2] == ["data order", "seeds"]
+    assert found["alignment"].height == 3 * found["similarity"].height
+    assert found["initial"].height == 2 * 2 * 5
 
 
 # the command line

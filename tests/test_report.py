@@ -313,6 +313,8 @@ def test_every_section_tells_what_it_shows_or_how_to_come_by_it(planner: Planner
     assert absent == {
         "connectivity": "tombola report s.toml --with connectivity --levels 3",
         "functions": "tombola report s.toml --with functions --levels 3",
+        "matching": "tombola report s.toml --with matching --levels 3",
+        "similarity": "tombola report s.toml --with similarity --levels 3",
     }
     none = dataclasses.replace(some, tables={name: each for name, each in some.tables.items() if name != "reinit"})
     html = page(none)
@@ -471,7 +473,7 @@ def test_one_importance_has_nothing_to_compare_with(planner: Planner) -> None:
         open_planner(planner.store.root, alone), "s", ["s", "--importances", "l1", "--seeds", "0", "--data-seeds"]
     )
     absent = {section.name: section for section in sections(one) if not section.parts}
-    assert set(absent) == {"overlap", "stability", "reinit", "connectivity", "functions"}
+    assert set(absent) == {"overlap", "stability", "reinit", "connectivity", "functions", "matching", "similarity"}
     expected = "tombola run s --importances l1 magnitude --seeds 0 --data-seeds"
     assert {section.command for section in absent.values()} == {expected}
     assert "one seed" in page(one)

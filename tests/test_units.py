@@ -263,3 +263,12 @@ def test_a_random_ticket_has_the_same_connections_and_values_in_each_layer() -> 
         assert torch.equal(drawn[name].flatten().sort().values, state[name].flatten().sort().values)
     assert matching.shuffle(state, mask, 0, "x")[1] == other
     assert matching.shuffle(state, mask, 1, "x")[1] != other
+
+
+def test_matching_ends_no_lower_where_all_weights_have_the_same_units_on_both_sides() -> None:
+    units = Units({0: 5}, {"w": (Axis(0, 1), Axis(0, 1))}, {})
+    for seed in range(30):
+        random = torch.Generator().manual_seed(seed)
+        one, other = ({"w": torch.randn(5, 5, generator=random)} for _ in range(2))
+        moved = units.permute(other, matching.match_weights(units, one, other))
+        assert (one["w"] * moved["w"]).sum() >= (one["w"] * other["w"]).sum()

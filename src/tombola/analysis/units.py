@@ -127,16 +127,16 @@ def find_units(model: nn.Module, input_shape: Sequence[int]) -> Units:
     try:
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
-            graph = fx.symbolic_trace(model.eval())
+            graph = fx.Tracer().trace(model.eval())
             kind = next((each.dtype for each in model.parameters() if each.is_floating_point()), None)
-            _Shapes(graph).run(torch.zeros(2, *input_shape, dtype=kind))
+            _Shapes(model, graph).run(torch.zeros(2, *input_shape, dtype=kind))
     except Exception as error:
         reason = " ".join(str(error.__cause__ or error).split())
         raise UserError(
             f"the units of {name} cannot be matched, its graph cannot be traced: {reason}; {_LEFT}"
         ) from error
-    follower = _Follower(graph, model)
-    for node in graph.graph.nodes:
+    follower = _Follower(model)
+    for node in graph.nodes:
         try:
             follower.follow(node)
         except UserError as error:
@@ -150,8 +150,8 @@ _LEFT = "its tickets can be compared without matching, by their overlap"
 class _Follower:
     """Follows units through a graph, node by node; the groups that turn out to be the same are joined (union-find)."""
 
-    def __init__(self, graph: fx.GraphModule, model: nn.Module) -> None:
-        self._graph = graph
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
         self._names: dict[int, list[str]] = {}
         tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
         for name, tensor in tensors:
@@ -199,7 +199,7 @@ class _Follower:
             if any(any(self._axes.get(given, ())) for given in node.all_input_nodes) and node.target not in _SIZES:
                 raise UserError(f"its operation {node.name!r} does not return a tensor")
         elif node.op == "call_module":
-            module = self._graph.get_submodule(str(node.target))
+            module = self._model.get_submodule(str(node.target))
             self._axes[node] = self._through_module(node, module)
         else:
             name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
@@ -378,8 +378,8 @@ def _shape(node: fx.Node) -> tuple[int, ...] | None:
 class _Shapes(fx.Interpreter):
     """Runs a graph and notes the shape of each tensor at the node that computes it."""
 
-    def __init__(self, graph: fx.GraphModule) -> None:
-        super().__init__(graph)
+    def __init__(self, model: nn.Module, graph: fx.Graph) -> None:
+        super().__init__(model, graph=graph)
         self.extra_traceback = False
 
     def run_node(self, n: fx.Node) -> Any:

@@ -26,10 +26,10 @@ def add_verbs(verbs: Verbs) -> None:
             "--with",
             dest="costly",
             nargs="+",
-            choices=("functions", "connectivity"),
+            choices=("functions", "connectivity", "matching", "similarity"),
             default=[],
             metavar="NAME",
-            help="include functions or connectivity, which take time",
+            help="include functions, connectivity, matching or similarity, which take time",
         )
         add_margin(added)
         if verb is report:

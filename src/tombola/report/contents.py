@@ -16,10 +16,13 @@ from tombola.analysis import (
     claims,
     connectivity,
     functions,
+    initial,
     layers,
+    matching,
     overlap,
     reference,
     reinit,
+    similarity,
     stability,
     weights,
     winners,
@@ -37,7 +40,7 @@ from tombola.study.schema import Study
 from tombola.study.tickets import Tickets, check_level
 from tombola.training.metrics import TEST_ACCURACY, Measure
 
-COSTLY = ("functions", "connectivity")
+COSTLY = ("functions", "connectivity", "matching", "similarity")
 """Analyses that evaluate the networks and store nothing; a report computes them only on request."""
 
 
@@ -166,6 +169,11 @@ def gather(
                 add("functions", lambda: functions.of_study(tickets, levels=[shown]))
             if "connectivity" in costly:
                 add("connectivity", lambda: connectivity.of_study(tickets, levels=[shown]))
+            add("initial", lambda: initial.of_study(tickets, levels=[shown]))
+            if "matching" in costly:
+                add("matching", lambda: matching.of_study(tickets, levels=[shown]))
+            if "similarity" in costly:
+                add("similarity", lambda: similarity.of_study(tickets, levels=[shown]))
         add("reinit", lambda: reinit.of_study(tickets))
         evidence = _collect_evidence(tickets, tables)
     records = tuple(tickets.records().values())

@@ -13,7 +13,7 @@ import polars as pl
 
 from tombola.analysis.gather import ALL, PRUNABLE
 from tombola.analysis.reference import PAPER, compare, describe
-from tombola.report import charts, tables
+from tombola.report import charts, further, tables
 from tombola.report.contents import COSTLY, Contents
 from tombola.report.findings import dense_values
 from tombola.report.look import Chart
@@ -219,6 +219,19 @@ def _functions(_: Contents, table: pl.DataFrame) -> list[Part]:
     return [Part("functions", "Agreement", charts.functions(own), own)]
 
 
+def _matching(_: Contents, table: pl.DataFrame) -> list[Part]:
+    return [Part("matching", "Overlap after matching", None, further.matching(table))]
+
+
+def _initial(_: Contents, table: pl.DataFrame) -> list[Part]:
+    return [Part("initial", "The largest weights that are kept", None, further.initial(table))]
+
+
+def _similarity(_: Contents, table: pl.DataFrame) -> list[Part]:
+    parts = [Part("similarity", "Predictions", None, further.similarity(table))]
+    return [*parts, Part("alignment", "Alignment of layers", None, further.alignment(table))]
+
+
 _ANALYSES: tuple[tuple[str, str, str, Callable[[Contents, pl.DataFrame], list[Part]], str], ...] = (
     (
         *("overlap", "Overlap of the tickets", "overlap", _overlap),
@@ -263,6 +276,27 @@ _ANALYSES: tuple[tuple[str, str, str, Callable[[Contents, pl.DataFrame], list[Pa
         "95 % intervals over test examples, from the lowest to the highest bound of all seeds. For comparison, dense "
         "networks are shown that differ in the data order or in the seed.",
     ),
+    (
+        *("initial", "Largest initial weights", "initial", _initial),
+        "For the tickets at level {level}. Of a layer with n connections alive, the share of the n connections that "
+        "have the largest weights at initialisation, or at the rewind point, and are in the ticket. An excess of 1 "
+        "means that the initial weights decide which connections survive in a layer, 0 that they have no influence.",
+    ),
+    (
+        *("matching", "Overlap up to the order of units", "report --with matching", _matching),
+        "For the tickets at level {level}. Hidden units carry no names: two tickets may be the same with their units "
+        "in another order. Matching puts the units of one network into the order that brings its weights nearest to "
+        "the other's. It raises the overlap of random tickets, too: tickets are alike up to the order of units if they "
+        "share more than chance after matching.",
+    ),
+    (
+        *("similarity", "Networks as functions", "report --with similarity", _similarity),
+        "For two trained tickets at level {level}, and for dense networks that differ in the data order or in the "
+        "seed: the share of test examples for which their predictions differ, the mean divergences of the predicted "
+        "probabilities in nats (KL is the mean of both directions), the linear centred kernel alignment (CKA) of "
+        "outputs and layers, what the mean of the two predictions gains in accuracy, and the expected calibration "
+        "error.",
+    ),
 )
 """One section per analysis: name of the table and section, title, verb that computes it, parts, how to read it."""
 
@@ -272,7 +306,15 @@ def _absent_section(name: str, title: str, reading: str, contents: Contents, ver
     own_metric = name == contents.measure.name
     if contents.level is None and not own_metric:
         why, verb = "no level from 1 on is stored for all importances and seeds yet", "run"
-    elif len(contents.study.importances) < 2 and not own_metric and name not in ("layers", "weights"):
+    elif (
+        len(contents.study.importances) < 2
+        and not own_metric
+        and name
+        not in (
+            *("layers", "weights", "initial"),
+            *(("matching", "similarity") if len(contents.study.seeds) > 1 else ()),  # they compare seeds, too
+        )
+    ):
         own = contents.study.importances[0]
         why = "it compares two or more importances, and the study has one"
         verb = f"run --importances {own} {'magnitude' if own == 'l1' else 'l1'}"

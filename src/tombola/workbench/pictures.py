@@ -39,7 +39,7 @@ def charts(
         overrides: fields with other values.
         store: the folder of the store.
         data: the folder of the data sets.
-        costly: further analyses, `"functions"` and `"connectivity"`, which take time.
+        costly: further analyses, which take time: `"functions"`, `"connectivity"`, `"matching"`, `"similarity"`.
         level: the level of the charts that show one level.
         margin: by how much the accuracy of a winning ticket may be lower, on the scale 0..1.
 
@@ -79,7 +79,7 @@ def write_report(
         overrides: fields with other values.
         store: the folder of the store.
         data: the folder of the data sets.
-        costly: further analyses, `"functions"` and `"connectivity"`, which take time.
+        costly: further analyses, which take time: `"functions"`, `"connectivity"`, `"matching"`, `"similarity"`.
         level: the level of the charts that show one level.
         margin: by how much the accuracy of a winning ticket may be lower, on the scale 0..1.
 
