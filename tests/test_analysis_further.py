@@ -316,6 +316,8 @@ def test_mistakes_in_python(asked: dict[str, Any], words: str, tickets: Tickets)
 
 
 def test_a_network_that_cannot_be_matched_is_told(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tickets = Tickets(open_planner(folder))
+    assert tickets.planner.identity
     monkeypatch.setattr(torch.nn.ReLU, "forward", lambda self, inputs: inputs.cumsum(1))  # a unit meets its neighbour
     with pytest.raises(UserError, match="with its units in another order it computes something else; its tickets can"):
-        matching.of_study(Tickets(open_planner(folder)), ["l1"], draws=1)
+        matching.of_study(tickets, ["l1"], draws=1)

@@ -20,6 +20,7 @@ from torch import nn
 from tombola import Planner, Store, UserError, load_problem, load_study, train
 from tombola.analysis import claims, connectivity, functions, layers, overlap, reinit, stability, weights, winners
 from tombola.cli import main
+from tombola.pruning.mask import Mask
 from tombola.study.planner import Chain
 from tombola.study.reinitialisation import plan
 from tombola.study.tickets import Tickets
@@ -181,6 +182,7 @@ def test_a_warning_says_why_effective_sparsity_is_left_out(planner: Planner, mon
 
     problem = planner.problem
     monkeypatch.setattr(planner, "problem", replace(problem, build=Squared))
+    monkeypatch.setattr(planner, "dense", Mask.ones_like(Squared()))
     with pytest.warns(UserWarning, match="effective sparsity is not computed: the paths of Squared .* it calls 'mul'"):
         assert layers.trace_paths(planner) is None
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from tombola import kernels
 from tombola.datasets.dataset import Dataset
+from tombola.exits import attribute_failure
 from tombola.inputs import Forward, call, convert
 from tombola.pruning.mask import Mask
 from tombola.training.batches import batches
@@ -50,7 +51,8 @@ def find_fault(
         outputs = forward(network, convert(torch.clone, inputs))
         return loss(outputs, convert(torch.clone, labels))  # copies, because both may be changed in place
 
-    difference = kernels.find_difference(model, compute)
+    with attribute_failure(f"{type(model).__name__} or its loss, in a step that is tried out,"):
+        difference = kernels.find_difference(model, compute)
     if difference is None:
         return None
     return (
