@@ -115,8 +115,8 @@ def train(
     start = resume or Checkpoint(begin, initial)
     data = move_data(data, device)
     model = load_model(model, start.state, mask, device)
-    batch_size, precision = recipe.batch_size, recipe.precision
-    if step is not None or ":" in recipe.optimizer:
+    own = ":" in recipe.optimizer
+    if step is not None or own:
         kernels = "off"  # code of the user gets the network's own parameters
     among = None if kernels == "auto" else [] if kernels == "off" else kernels
     replaced = among is None and choose_layers(model, mask, recipe, device, kernels)
@@ -126,8 +126,8 @@ def train(
     fast = accelerate(
         model,
         mask,
-        batch_size=batch_size,
-        precision=precision,
+        batch_size=recipe.batch_size,
+        precision=recipe.precision,
         device=device,
         loss=training_loss(recipe, loss, step),
         forward=forward,
@@ -137,19 +137,9 @@ def train(
     )
     plain = forward is call and step is None and not recipe.label_smoothing
     recorded = device == "cuda" and plain and can_be_recorded(model, loss)
-    compute = RecordedStep(fast, batch_size) if recorded else fast
+    compute = RecordedStep(fast, recipe.batch_size) if recorded else fast
     masked = _dense_masks(model, mask)
-    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    names = dense_names(model)
-    decayed = find_decayed([names[name] for name in parameters], recipe.no_decay)
-    updater: Optimizer | OwnOptimizer
-    if own := ":" in recipe.optimizer:
-        what = f"recipe.optimizer {recipe.optimizer!r}"
-        if optimizer is None:
-            raise UserError(f"{what}: give the function too, as the argument optimizer")
-        updater = OwnOptimizer(optimizer, recipe.lr, list(parameters.values()), start.optimizer, what)
-    else:
-        updater = Optimizer(recipe, list(parameters.values()), start.optimizer, decayed)
+    updater = _make_updater(model, recipe, optimizer, start.optimizer)
     losses = Losses(begin, end, recipe.iterations_per_epoch(examples), device)
     losses.resume(start.iteration, start.batch_losses)
     diverged = False
@@ -184,6 +174,21 @@ def train(
     history = replace(history, losses=losses.epoch_means(), diverged_at=diverged_at)
     weights = Weights.of({name: tensor.cpu().contiguous() for name, tensor in state.items()})
     return Trained(weights, history, losses.values().cpu())
+
+
+def _make_updater(
+    model: nn.Module, recipe: Recipe, optimizer: MakeOptimizer | None, state: State
+) -> Optimizer | OwnOptimizer:
+    """Return what updates the parameters of a model: an optimizer of the recipe, or one of the user."""
+    parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    names = dense_names(model)
+    decayed = find_decayed([names[name] for name in parameters], recipe.no_decay)
+    if ":" not in recipe.optimizer:
+        return Optimizer(recipe, list(parameters.values()), state, decayed)
+    what = f"recipe.optimizer {recipe.optimizer!r}"
+    if optimizer is None:
+        raise UserError(f"{what}: give the function too, as the argument optimizer")
+    return OwnOptimizer(optimizer, recipe.lr, list(parameters.values()), state, what)
 
 
 def _load(model: nn.Module, state: State) -> nn.Module:

@@ -119,6 +119,8 @@ def _try_step(
         wrong = "" if finite else ", as are outputs of the model"
         raise UserError(f"{what}, the loss is NaN or infinite{wrong}: every training would diverge")
     guard(f"{loss_name}: going backward", value.backward)()
+    if all(parameter.grad is None for parameter in model.parameters()):
+        raise UserError(f"{what}, no weight has a gradient: the loss does not depend on the network")
     for name, parameter in model.named_parameters():
         gradient = parameter.grad
         if gradient is not None and not (gradient.to_dense() if gradient.is_sparse else gradient).isfinite().all():
