@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional
 
@@ -20,7 +21,7 @@ from stores import InTurn
 from stores import study as small_study
 from tombola.cli import main
 from tombola.datasets.dataset import Dataset
-from tombola.engine.job import Job, perform
+from tombola.engine.job import Job, RoundJob, perform, perform_round
 from tombola.engine.run import run
 from tombola.errors import UserError
 from tombola.store.check import list_damage
@@ -32,6 +33,7 @@ from tombola.study.repeatable import check_repeatable
 from tombola.study.schema import Study, Task
 from tombola.study.task import Problem, load_problem
 from tombola.training.behaviour import TOLERANCE, agree, observe
+from tombola.training.trial import spread
 
 # A network whose activation, dropout and loss are in variables of another module, as if it read them from a file.
 
@@ -53,6 +55,8 @@ class Network(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.first, self.last = nn.Linear(16, 8), nn.Linear(8, 4)
+        with torch.no_grad():
+            self.first.weight.mul_(float(CONFIGURATION.get("scale", 1.0)))  # type: ignore[arg-type]
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         inside: Callable[[torch.Tensor], torch.Tensor] = CONFIGURATION.get("activation", torch.relu)  # type: ignore[assignment]
@@ -148,18 +152,69 @@ def test_a_worker_whose_network_computes_something_else_refuses_the_training(tmp
     job = Job.of(need, plan.study)  # type: ignore[arg-type]
     assert perform(job, problem(), None, lambda *_: None).key == need.key
     CONFIGURATION["activation"] = torch.tanh
-    with pytest.raises(UserError, match="in a worker, the network or the loss computes something else"):
+    with pytest.raises(
+        UserError, match="in a worker, the network, the loss or the recipe's functions compute something else"
+    ):
         perform(job, problem(), None, lambda *_: None)
 
 
 @pytest.mark.parametrize("content", [b"", b"[]", b'{"name": "x", "number": 0, "computes": [[1.0]]}'])
-def test_a_damaged_behaviour_is_found_and_its_results_are_not_used(tmp_path: Path, content: bytes) -> None:
-    run_all(tmp_path)
+def test_a_damaged_behaviour_is_found_and_nothing_is_trained_again_for_it(tmp_path: Path, content: bytes) -> None:
+    before = keys(run_all(tmp_path))
     [path] = (tmp_path / "behaviours").iterdir()
     path.write_bytes(content)
     assert [(damage.kind, damage.name) for damage in list_damage(Store(tmp_path))] == [("behaviour", path.name)]
+    with pytest.raises(UserError, match="is damaged, so that it is not known whether its results are still valid"):
+        keys(planner(tmp_path))
+    path.unlink()
+    assert keys(planner(tmp_path)) == before
+
+
+def test_a_worker_that_scores_another_network_refuses_the_round(tmp_path: Path) -> None:
+    plan = planner(tmp_path, ("taylor",))
+    job = RoundJob.of(plan.first_round("taylor"), plan.study, plan.rule)
+    assert perform_round(job, problem()).key == job.key
+    CONFIGURATION["activation"] = torch.tanh
+    with pytest.raises(UserError, match="in a worker, the network, the loss or the recipe's functions compute"):
+        perform_round(job, problem())
+
+
+def test_results_from_a_checkpoint_are_compared_with_its_weights(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    save_file(Network().state_dict(), tmp_path / "start.safetensors")
+    of = study().model_copy(
+        update={"task": study().task.model_copy(update={"checkpoint": str(tmp_path / "start.safetensors")})}
+    )
+    plan = Planner(of, load_problem(of.task), Store(tmp_path / "s"))
+    with InTurn(last_first=False, works_on=plan.problem) as workers:
+        run(plan, workers, lambda *_: None)
+    CONFIGURATION.update(activation=torch.tanh, scale=2.0)  # the weights that the model draws are others too
     with pytest.warns(StaleResultsWarning):
-        assert keys(planner(tmp_path)) == []
+        assert keys(Planner(of, load_problem(of.task), Store(tmp_path / "s"))) == []
+
+
+def optimizer(parameters: list[nn.Parameter], lr: float) -> torch.optim.Optimizer:
+    return torch.optim.RMSprop(parameters, lr, alpha=float(CONFIGURATION.get("alpha", 0.9)))  # type: ignore[arg-type]
+
+
+def schedule(iteration: int, iterations: int) -> float:
+    return 1 - float(CONFIGURATION.get("slope", 0.5)) * iteration / iterations  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("name", "value"), [("alpha", 0.8), ("slope", 0.6)])
+def test_functions_of_a_recipe_are_observed_too(tmp_path: Path, name: str, value: float) -> None:
+    own = {"optimizer": "test_behaviour:optimizer", "schedule": "test_behaviour:schedule", "momentum": 0.0}
+    of = study().model_copy(update={"recipe": study().recipe.model_copy(update=own)})
+
+    def plan() -> Planner:
+        return Planner(of, load_problem(of.task), Store(tmp_path))
+
+    with InTurn(last_first=False, works_on=plan().problem) as workers:
+        run(plan(), workers, lambda *_: None)
+    assert len(keys(plan())) == 2
+    CONFIGURATION[name] = value
+    with pytest.warns(StaleResultsWarning):
+        assert keys(plan()) == []
 
 
 def test_a_network_that_does_not_repeat_is_refused(tmp_path: Path) -> None:
@@ -233,6 +288,16 @@ def test_what_a_network_computes_is_observed_without_a_trace() -> None:
     assert torch.equal(data.train_inputs, inputs)
     assert torch.equal(data.train_labels, labels)
     assert torch.equal(torch.random.get_rng_state(), stream)
+
+
+def test_a_step_that_needs_derivatives_and_large_outputs_are_observed() -> None:
+    def penalise(model: nn.Module, inputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        inputs.requires_grad_()
+        (slope,) = torch.autograd.grad(model(inputs).sum(), inputs, create_graph=True)
+        return slope.square().mean()
+
+    assert len(observe(Network, loss, dataset(), step=penalise)) == 2
+    assert spread(2**24 + 4, 3).tolist() == [0, 2**23 + 1, 2**24 + 3]
 
 
 # What a study names

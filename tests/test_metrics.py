@@ -32,7 +32,7 @@ from tombola.study.tickets import Tickets
 from tombola.training.evaluation import evaluate, measure, predict
 from tombola.training.history import HistoryDocument
 from tombola.training.loss_functions import LOSSES, binary_cross_entropy
-from tombola.training.metrics import ACCURACY, METRICS, Measure, as_metric, compute, find
+from tombola.training.metrics import ACCURACY, METRICS, Measure, as_metric, check_names, compute, find
 from tombola.workbench.studies import open_planner
 
 R2 = Measure("r2", "r2", "R2", "validation", percent=False)
@@ -405,3 +405,15 @@ def test_the_value_of_an_edited_metric_is_not_used_again(folder: Path, capsys: p
     capsys.readouterr()
     assert main(["winners", "diabetes.toml", "--levels", "0", "--seeds", "0", "--importances", "l1"]) == 0
     assert "winners are chosen on the test set" in capsys.readouterr().err
+
+
+def test_two_metrics_of_one_name_are_refused() -> None:
+    with pytest.raises(UserError, match="two of them are called 'mse'"):
+        check_names([find("mse"), as_metric(mean_of_outputs, "mse", "own")])
+
+
+def mean_of_outputs(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    return outputs.mean()
+
+
+mean_of_outputs.higher_is_better = False  # type: ignore[attr-defined]

@@ -45,12 +45,13 @@ from tombola.lottery import ticket_file
 from tombola.lottery.ticket_file import Content
 from tombola.pruning.coverage import cover
 from tombola.pruning.eligible import list_shared
+from tombola.pruning.mask import resolve_kept_dense
 from tombola.pruning.start import check_start
 from tombola.report import tables
 from tombola.study.reinitialisation import plan
 from tombola.study.tickets import Tickets
 from tombola.training.history import History
-from tombola.training.replaceable import OwnLayersWarning, choose_layers, find_fault
+from tombola.training.replaceable import OwnLayersWarning, check_kernels, choose_layers, find_fault
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
@@ -606,3 +607,15 @@ def test_a_plan_and_a_report_list_what_is_pruned(capsys: pytest.CaptureFixture[s
     assert said[2].startswith("pruned                     5         552  ")
     assert said[2].endswith("block.self_attn.in_proj_weight, block.linear1.weight, block.linear2.weight and 2 more")
     assert tables.coverage(found).row(1)[:3] == ("not prunable", 9, 120)
+
+
+def test_layers_are_named_by_any_name_of_a_shared_weight() -> None:
+    model = nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 4), nn.Linear(4, 9, bias=False))
+    model[2].weight = model[0].weight
+    assert list(Mask.ones_like(model, ["2"])) == ["1.weight"]
+    assert resolve_kept_dense(Mask.ones_like(model), ["2"], (), list_shared(model)) == {"0.weight"}
+
+
+def test_kernels_is_auto_or_off() -> None:
+    with pytest.raises(UserError, match="expected 'auto' or 'off', got 'on'"):
+        check_kernels("on")  # type: ignore[arg-type]

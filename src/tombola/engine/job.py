@@ -31,7 +31,7 @@ from tombola.study.rounds import compute_mask
 from tombola.study.schema import Study
 from tombola.study.task import Problem, load_importance, load_recipe
 from tombola.study.trainings import Round, Training
-from tombola.training.behaviour import Behaviour, agree
+from tombola.training.behaviour import Behaviour, agree, observe_recipe
 from tombola.training.history import Checkpoint, History, Trained, Watch
 from tombola.training.recipe import Recipe
 from tombola.training.train import train
@@ -101,6 +101,7 @@ class RoundJob:
     level: int
     importance: str
     seed: int
+    behaviour: Behaviour = ()
 
     @classmethod
     def of(cls, pruning: Round, study: Study, rule: Rule) -> RoundJob:
@@ -117,6 +118,7 @@ class RoundJob:
             pruning.level,
             pruning.importance,
             pruning.seed,
+            pruning.behaviour,
         )
 
 
@@ -163,16 +165,9 @@ def perform(job: Job, problem: Problem, resume: Checkpoint | None, watch: Watch)
     Raises:
         UserError: if the problem is not the one that the training is named after, or if the user's code fails.
     """
-    _check_problem(job, problem)
-    if job.behaviour and not agree(job.behaviour, problem.behaviour):
-        name = problem.identity["model"]["name"]
-        raise UserError(
-            f"task.model {name!r}: in a worker, the network or the loss computes something else than it did when the "
-            f"run began: a file or an environment variable that it uses has changed, or is not the same on every "
-            f"machine"
-        )
     recipe = Recipe.model_validate(job.recipe)
     functions, sources = load_recipe(recipe)
+    _check_problem(job, problem, recipe)
     for field in sources:
         if sources[field] != job.sources.get(field):
             raise UserError(f"recipe.{field} {recipe.own_code[field]!r}: {_EDITED}")
@@ -226,7 +221,7 @@ def perform_round(job: RoundJob, problem: Problem, loaded: Loaded | None = None)
     Raises:
         UserError: if the problem or the importance is not the one that the mask is named after.
     """
-    _check_problem(job, problem)
+    _check_problem(job, problem, job.study.recipe)
     importance, sources = loaded or load_importance(job.importance)
     if sources != job.sources:
         raise UserError(f"importance {job.importance!r}: {_EDITED}")
@@ -252,10 +247,11 @@ def _mask_from_bytes(shapes: Mapping[str, tuple[int, ...]], bits: Mapping[str, b
     return Mask(shapes, {name: np.frombuffer(each, np.uint8) for name, each in bits.items()})
 
 
-def _check_problem(job: Job | RoundJob, problem: Problem) -> None:
+def _check_problem(job: Job | RoundJob, problem: Problem, recipe: Recipe) -> None:
     """Raise `UserError` unless this process has loaded the problem that the training is named after.
 
-    Otherwise the result of edited code, or of other data, would be stored under the name of the former.
+    Otherwise the result of edited code, of code that reads other files, or of other data, would be stored under the
+    name of the former.
     """
     now = problem.identity
     for part in _PARTS:
@@ -270,6 +266,13 @@ def _check_problem(job: Job | RoundJob, problem: Problem) -> None:
             raise UserError("task.depends: a file or a variable has changed since the run began; run the study again")
         name = (now.get(part) or {}).get("name")
         raise UserError(f"task.{part} {name!r}: {_EDITED}")
+    if job.behaviour and not agree(job.behaviour, problem.behaviour + observe_recipe(recipe, load_recipe(recipe)[0])):
+        name = problem.identity["model"]["name"]
+        raise UserError(
+            f"task.model {name!r}: in a worker, the network, the loss or the recipe's functions compute something else "
+            f"than when the run began: a file or an environment variable that they use has changed, or is not the same "
+            f"on every machine"
+        )
 
 
 @contextmanager

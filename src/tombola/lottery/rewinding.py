@@ -31,7 +31,7 @@ from tombola.training.history import Trained
 from tombola.training.metrics import ACCURACY, Metric
 from tombola.training.own_optimizer import MakeOptimizer
 from tombola.training.recipe import Recipe, RewindTo, Schedule
-from tombola.training.replaceable import OwnLayersWarning, find_fault
+from tombola.training.replaceable import OwnLayersWarning, check_kernels, find_fault
 from tombola.training.scoring import EXAMPLES, TRIED, score_network
 from tombola.training.train import check_device, check_recipe_fits, train
 from tombola.training.trial import try_network
@@ -245,7 +245,8 @@ def find_tickets(
     check_device(device)
     dense = Mask.ones_like(model, exclude, prune)
     check_start(model, dense, prune, "model")
-    kept = resolve_kept_dense(dense, keep_dense, prunable(model, prune).keys() - dense.keys())
+    shared = list_shared(model)
+    kept = resolve_kept_dense(dense, keep_dense, prunable(model, prune).keys() - dense.keys(), shared)
     rule = Rule(fraction, kept, selection, resolve_shares(dense, shares or {}))
     check_rule(rule, dense, levels)
     end = recipe.total_iterations(data.train_examples)
@@ -282,8 +283,7 @@ def find_tickets(
         optimizer=optimizer,
         schedule=schedule,
     )
-    if kernels not in ("auto", "off"):
-        raise UserError(f"kernels: expected 'auto' or 'off', got {kernels!r}")
+    check_kernels(kernels)
     if step is not None:
         kernels = "off"
     fault = find_fault(model, data, recipe, loss, device, forward=forward) if kernels == "auto" else None
@@ -346,7 +346,7 @@ def find_tickets(
         score_at=score_at,
         rewind_to=recipe.rewind_to,
     )
-    shared = {name: others for name, others in list_shared(model).items() if name in dense}
+    shared = {name: others for name, others in shared.items() if name in dense}
     return (replace(ticket, provenance=provenance, shared=shared) for ticket in tickets)
 
 
@@ -405,7 +405,7 @@ def resolve_shares(mask: Mask, shares: Mapping[str, float]) -> dict[str, float]:
 
     Args:
         mask: the mask of the dense network.
-        shares: layer -> share, see `tombola.pruning.mask.resolve_layers` for the names.
+        shares: layer -> share, see `tombola.pruning.eligible.resolve_layers` for the names.
 
     Raises:
         UserError: if a name matches no layer, or if a share is negative or not finite.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -108,7 +108,11 @@ def list_shared(model: nn.Module) -> dict[str, tuple[str, ...]]:
 
 
 def resolve_layers(
-    parameters: Collection[str], layers: Collection[str], field: str, kind: str = "prunable layer"
+    parameters: Collection[str],
+    layers: Collection[str],
+    field: str,
+    kind: str = "prunable layer",
+    shared: Mapping[str, Collection[str]] | None = None,
 ) -> frozenset[str]:
     """Return the parameter names that `layers` refers to.
 
@@ -119,6 +123,7 @@ def resolve_layers(
             whose name ends in `.fc`.
         field: what the user calls `layers`, for the message.
         kind: what each of `layers` should be, for the message.
+        shared: the other names of parameters that modules share, which `layers` may use too, see `list_shared`.
 
     Raises:
         UserError: if one of `layers` matches no prunable layer.
@@ -126,8 +131,10 @@ def resolve_layers(
     >>> sorted(resolve_layers(["fc1.weight", "fc2.weight", "head.fc.weight"], ["fc?", "head.fc.weight"], "exclude"))
     ['fc1.weight', 'fc2.weight', 'head.fc.weight']
     """
-    by_layer = {name.removesuffix(".weight"): name for name in parameters}
-    known = {**by_layer, **{name: name for name in parameters}}
+    names = {name: name for name in parameters}
+    names |= {other: name for name, others in (shared or {}).items() if name in names for other in others}
+    by_layer = {name.removesuffix(".weight"): first for name, first in names.items()}
+    known = {**by_layer, **names}
     resolved = set[str]()
     for pattern in layers:
         found = [known[pattern]] if pattern in known else [known[name] for name in fnmatch.filter(known, pattern)]

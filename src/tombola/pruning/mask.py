@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from tombola.errors import UserError
-from tombola.pruning.eligible import describe_computed, prunable, resolve_layers
+from tombola.pruning.eligible import describe_computed, list_shared, prunable, resolve_layers
 
 Bits = npt.NDArray[np.uint8]
 
@@ -73,7 +73,7 @@ class Mask(Mapping[str, Tensor]):
                 layer is left.
         """
         weights = prunable(model, prune)
-        left_out = resolve_layers(weights, exclude, "exclude")
+        left_out = resolve_layers(weights, exclude, "exclude", shared=list_shared(model))
         if unknown := [name for name, w in weights.items() if torch.nn.parameter.is_lazy(w)]:
             raise UserError(f"layer {unknown[0]!r} is lazy and has no shape yet: run the model once on an input first")
         shapes = {name: tuple(w.shape) for name, w in weights.items() if name not in left_out}
@@ -214,7 +214,12 @@ def pack(alive: Tensor) -> Bits:
     return np.packbits(alive.detach().cpu().flatten().numpy(), bitorder="little")
 
 
-def resolve_kept_dense(mask: Mask, layers: Collection[str], left_out: Collection[str] = ()) -> frozenset[str]:
+def resolve_kept_dense(
+    mask: Mask,
+    layers: Collection[str],
+    left_out: Collection[str] = (),
+    shared: Mapping[str, Collection[str]] | None = None,
+) -> frozenset[str]:
     """Return the layers of a dense network's mask that are kept dense: counted, and never pruned.
 
     Args:
@@ -229,7 +234,7 @@ def resolve_kept_dense(mask: Mask, layers: Collection[str], left_out: Collection
     >>> sorted(resolve_kept_dense(mask, ["fc"]))
     ['fc.weight']
     """
-    kept = resolve_layers([*mask, *left_out], layers, "keep_dense") - set(left_out)
+    kept = resolve_layers([*mask, *left_out], layers, "keep_dense", shared=shared) - set(left_out)
     if kept == set(mask):
         raise UserError(f"keep_dense: {', '.join(map(repr, layers))} match all {len(mask)} layers; leave one to prune")
     return kept

@@ -15,8 +15,7 @@ from tombola.files import write_durably
 from tombola.store.documents import describe, read_document
 from tombola.store.layout import list_files, temporary_folder
 from tombola.store.names import canonical
-
-Numbers = tuple[tuple[float | None, ...], ...]
+from tombola.training.behaviour import Behaviour
 
 
 class Behaviours:
@@ -39,9 +38,9 @@ class Behaviours:
     def __init__(self, root: Path) -> None:
         self._root = root
 
-    def all(self, name: str) -> dict[int, Numbers | None]:
+    def all(self, name: str) -> dict[int, Behaviour | None]:
         """Return the behaviours of a network, by number; None stands for one that is damaged."""
-        found: dict[int, Numbers | None] = {}
+        found: dict[int, Behaviour | None] = {}
         for path in list_files(self._root, "behaviours"):
             if path.name.startswith(name):
                 try:
@@ -50,7 +49,7 @@ class Behaviours:
                     found[_number(path)] = None
         return found
 
-    def add(self, name: str, number: int, numbers: Numbers) -> bool:
+    def add(self, name: str, number: int, numbers: Behaviour) -> bool:
         """Store a behaviour; return whether this number was free.
 
         Raises:
@@ -93,7 +92,7 @@ class _Document(BaseModel):
     computes: tuple[tuple[StrictFloat | None, ...], ...]
 
 
-def _read(path: Path) -> Numbers:
+def _read(path: Path) -> Behaviour:
     document = _Document.model_validate(read_document(path))
     if path.name != f"{document.name}.{document.number}.json":
         raise ValueError(f"it holds what another network computes, {document.name[:12]}")

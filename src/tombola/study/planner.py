@@ -22,7 +22,7 @@ from tombola.pruning.eligible import list_shared, prunable
 from tombola.pruning.mask import Mask, resolve_kept_dense
 from tombola.store.store import Store
 from tombola.streams import ambient
-from tombola.study.behaviour import identify, keep_behaviour
+from tombola.study.behaviour import Observed, identify, keep_behaviour, observe_study
 from tombola.study.rounds import compute_mask
 from tombola.study.schema import Study
 from tombola.study.task import Problem, load_importance, load_recipe
@@ -222,7 +222,7 @@ class Planner:
         self.dense = Mask.ones_like(self.model, study.exclude, study.prune)
         self.shared = {name: others for name, others in list_shared(self.model).items() if name in self.dense}
         left_out = prunable(self.model, study.prune).keys() - self.dense.keys()
-        self.kept_dense = resolve_kept_dense(self.dense, study.keep_dense, left_out)
+        self.kept_dense = resolve_kept_dense(self.dense, study.keep_dense, left_out, list_shared(self.model))
         shares = resolve_shares(self.dense, study.shares)
         self.rule = Rule(study.fraction, self.kept_dense, study.selection, shares)
         check_rule(self.rule, self.dense, study.levels)
@@ -261,7 +261,12 @@ class Planner:
     @cached_property
     def identity(self) -> Mapping[str, Any]:
         """What identifies data, network and loss in the names of trainings, see `tombola.study.behaviour.identify`."""
-        return identify(self.problem, self.model, self.store)
+        return identify(self.observed, self.store)
+
+    @cached_property
+    def observed(self) -> Observed:
+        """What the code of the study computes, see `tombola.study.behaviour.observe_study`."""
+        return observe_study(self.problem, self.model, self.study.recipe)
 
     def keep_behaviour(self) -> None:
         """Store what the network computes, before results of it are stored.
@@ -270,7 +275,7 @@ class Planner:
             UserError: if it cannot be written.
         """
         for _ in range(_TRIES):
-            if keep_behaviour(self.problem, self.model, self.store, self.identity):
+            if keep_behaviour(self.observed, self.store, self.identity):
                 return
             del self.identity  # another run has taken the number
         raise UserError(f"store {self.store.root}: other runs write what this study's network computes; try again")
@@ -304,7 +309,7 @@ class Planner:
             end=end,
             device=device,
             sparse=sparse,
-            behaviour=self.problem.behaviour,
+            behaviour=self.observed.computes,
             sources=self._recipe_sources,
         )
 
@@ -374,7 +379,7 @@ class Planner:
         seed = self.study.seeds[0]
         weights, chain = self.initial(seed), Chain(seed, importance)
         name = self._name(weights, self.dense, 0, weights, chain)
-        return Round(name, weights, weights, self.dense, 0, importance, seed, self._name_others(weights, importance))
+        return self._round(name, weights, weights, self.dense, 0, chain)
 
     def compute(self, pruning: Round) -> None:
         """Do a round of pruning in this process, and remember its mask or its failure."""
@@ -445,8 +450,7 @@ class Planner:
             known = self.store.masks.get(name)
         if known is not None:
             return known
-        others = self._name_others(rewind, chain.importance)
-        pruning = Round(name, weights, rewind, mask, level, chain.importance, chain.order_seed, others)
+        pruning = self._round(name, weights, rewind, mask, level, chain)
         if by_worker and self._remember:
             return pruning
         found = compute_mask(pruning, self.problem, self.study, self.rule, importance)
@@ -455,6 +459,12 @@ class Planner:
         else:
             self._computed[name] = found
         return found
+
+    def _round(self, name: str, weights: Weights, rewind: Weights, mask: Mask, level: int, chain: Chain) -> Round:
+        others = self._name_others(rewind, chain.importance)
+        of_network = isinstance(self._importances[chain.importance].score, NetworkScore)
+        computes = self.observed.computes if of_network else ()
+        return Round(name, weights, rewind, mask, level, chain.importance, chain.order_seed, others, computes)
 
     def _name(self, weights: Weights, mask: Mask, level: int, rewind: Weights, chain: Chain) -> str:
         return name_mask(

@@ -408,7 +408,8 @@ def _describe(problem: ErrorDetails) -> str:
         choices = re.findall("'([^']+)'", about["expected"])
         return f"unknown {_as_toml(value)}; {did_you_mean(str(value), choices)}"
     if problem["type"] == "too_short":
-        return "at least one is needed"
+        least = about["min_length"]
+        return "at least one is needed" if least == 1 else f"expected {least} values, got {about['actual_length']}"
     kind = _KINDS.get(problem["type"])
     if problem["type"] in _LIMITS:
         text, limit = _LIMITS[problem["type"]]

@@ -36,7 +36,7 @@ from tombola.study.schema import Study, Task
 from tombola.training.behaviour import Behaviour, observe
 from tombola.training.evaluation import Loss
 from tombola.training.loss_functions import LOSSES
-from tombola.training.metrics import ACCURACY, Measure, Metric, as_metric
+from tombola.training.metrics import ACCURACY, Measure, Metric, as_metric, check_names
 from tombola.training.metrics import find as find_metric
 from tombola.training.recipe import Recipe
 from tombola.training.train import check_device, check_recipe_fits, initial_state
@@ -94,7 +94,7 @@ class Problem:
         """What the network and the loss compute on a few examples, see `tombola.training.behaviour.observe`."""
         parts = [part for part in ("model", "loss", "forward", "step") if part in self.identity]
         names = {part: f"task.{part} {self.identity[part]['name']!r}" for part in parts}
-        return observe(self.build, self.loss, self.data, forward=self.forward, step=self.step, names=names)
+        return observe(self.begin, self.loss, self.data, forward=self.forward, step=self.step, names=names)
 
     @property
     def measure(self) -> Measure:
@@ -131,6 +131,7 @@ def load_problem(task: Task, directory: Path | None = None) -> Problem:
             for field, name in (("forward", task.forward), ("step", task.step))
             if name is not None
         }
+    check_names(metrics)
     build = _checked(f"task.model {task.model!r}", model)
     if task.model in models.MODELS:
         _check_memory(task.model, build)

@@ -13,7 +13,7 @@ from tombola.streams import ambient
 from tombola.study.planner import Chain, Planner, Progress
 from tombola.study.schema import Study
 from tombola.training.history import History, Trained
-from tombola.training.train import evaluate_state
+from tombola.training.train import check_device, evaluate_state
 
 
 def check_level(study: Study, level: int) -> None:
@@ -110,6 +110,7 @@ class Tickets:
 
     def _evaluate(self, trained: Trained) -> dict[str, dict[str, float | None]]:
         problem, study = self.planner.problem, self.study
+        check_device(study.device)
         with ambient(0):
             model = problem.build()
         return evaluate_state(

@@ -111,6 +111,7 @@ class Round:
         importance: the name of the importance.
         seed: the seed of the random numbers of this round and of all others.
         others: what determines the mask besides, see `name_mask`.
+        behaviour: what the network computes on a few examples, for a score of the whole network, see `Training`.
     """
 
     key: str
@@ -121,6 +122,7 @@ class Round:
     importance: str
     seed: int
     others: Mapping[str, Any] = field(default_factory=dict)
+    behaviour: Behaviour = ()
 
 
 def name_mask(

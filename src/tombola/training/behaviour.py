@@ -17,7 +17,9 @@ from tombola.inputs import Forward, OwnStep, Tensors, call, convert, select
 from tombola.streams import ambient
 from tombola.training.batches import normalisation
 from tombola.training.evaluation import Loss
-from tombola.training.trial import guard
+from tombola.training.own_optimizer import OwnOptimizer
+from tombola.training.recipe import Recipe
+from tombola.training.trial import guard, spread
 
 EXAMPLES = 8
 """The number of training examples on which a network is observed."""
@@ -81,8 +83,36 @@ def observe(
             seen.append(guard(outputs_of, partial(forward, model.train(), inputs))())
             seen.append(guard(called["loss"], partial(loss, seen[-1], labels))())
         else:
-            seen.append(guard(called["step"], partial(step, model.train(), inputs, labels))())
+            with torch.enable_grad():  # a step may need derivatives
+                seen.append(guard(called["step"], partial(step, model.train(), inputs, labels))())
     return tuple(_sample(tensor) for part in seen for tensor in _tensors(part))
+
+
+def observe_recipe(recipe: Recipe, functions: Mapping[str, Callable[..., Any]]) -> Behaviour:
+    """Return what the user's own functions of a recipe compute: factors of a schedule, steps of an optimizer.
+
+    Args:
+        recipe: the recipe.
+        functions: its own `optimizer` and `schedule`, if it names some, see `tombola.study.task.load_recipe`.
+
+    Raises:
+        UserError: if a function fails.
+
+    >>> observe_recipe(Recipe(epochs=1), {})
+    ()
+    """
+    found: list[Tensor] = []
+    if (schedule := functions.get("schedule")) is not None:
+        factors = [guard("recipe.schedule", partial(schedule, iteration, 100))() for iteration in (0, 1, 25, 50, 99)]
+        found.append(torch.tensor([float(factor) for factor in factors]))
+    if (optimizer := functions.get("optimizer")) is not None:
+        weight = nn.Parameter(torch.linspace(-1, 1, 6).reshape(2, 3))
+        updater = OwnOptimizer(optimizer, recipe.lr, [weight], name="recipe.optimizer")
+        for _ in range(2):
+            weight.grad = torch.linspace(1, 2, 6).reshape(2, 3)
+            updater.step(recipe.lr)
+            found.append(weight.detach().clone())
+    return tuple(map(_sample, found))
 
 
 def agree(one: Behaviour, other: Behaviour) -> bool:
@@ -107,8 +137,9 @@ def _tensors(outputs: Any) -> list[Tensor]:
 
 
 def _sample(tensor: Tensor) -> tuple[float | None, ...]:
-    """Return the root of the mean square of a tensor, and some of its numbers at equal distances."""
-    flat = tensor.detach().flatten().double()
-    chosen = flat[torch.linspace(0, len(flat) - 1, min(NUMBERS, len(flat))).long()]
-    numbers = [float(flat.square().mean().sqrt()), *chosen.tolist()] if len(flat) else []
+    """Return some numbers of a tensor at equal distances, and before them the root of the mean square of all."""
+    flat = tensor.detach().flatten()
+    chosen = flat[spread(len(flat), NUMBERS)].double()
+    square = flat.to(torch.promote_types(flat.dtype, torch.float32)).abs().square().mean(dtype=torch.float64)
+    numbers = [float(square.sqrt()), *chosen.tolist()] if len(flat) else []
     return tuple(number if math.isfinite(number) else None for number in numbers)

@@ -14,7 +14,7 @@ from tombola import kernels
 from tombola.datasets.dataset import Dataset
 from tombola.errors import UserError
 from tombola.inputs import Forward, Tensors, call, convert, count_examples, select
-from tombola.training.batches import normalisation
+from tombola.training.batches import device_of, normalisation
 from tombola.training.metrics import ACCURACY, LOSS, Metric, name_metric
 
 Loss: TypeAlias = kernels.Loss
@@ -61,13 +61,14 @@ def measure(
         UserError: if a metric cannot take the outputs.
     """
     states: dict[str, Any] = {}
+    data_device = device_of(data).type  # a metric is computed in float32, whatever the network is
     kept: list[Tensor] = []
     total, count = 0.0, 0
     for outputs, targets in list_outputs(model, data, split, forward):
         examples = count_examples(targets)
         for metric in metrics:
             if metric is not LOSS:
-                with name_metric(metric):
+                with name_metric(metric), torch.autocast(data_device, enabled=False):
                     if not isinstance(targets, Tensor):
                         raise UserError("it needs targets that are one tensor, and here they are several")
                     states[metric.key] = metric.add(states.get(metric.key), outputs, targets)
@@ -81,7 +82,7 @@ def measure(
     mean = total / count
     values = {}
     for metric in metrics:
-        with name_metric(metric):
+        with name_metric(metric), torch.autocast(data_device, enabled=False):
             value = mean if metric is LOSS else metric.value(states[metric.key])
         values[metric.key] = value if math.isfinite(value) else None
     return values, mean if math.isfinite(mean) else None

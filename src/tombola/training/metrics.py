@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -145,6 +145,19 @@ def compute(metric: Metric, outputs: Tensor, targets: Tensor) -> float:
     0.5
     """
     return metric.value(metric.add(None, outputs, targets))
+
+
+def check_names(metrics: Sequence[Metric]) -> None:
+    """Raise `UserError` if two metrics have the same name: their values would be in the same column.
+
+    >>> check_names([ACCURACY, ACCURACY])
+    Traceback (most recent call last):
+    tombola.errors.UserError: task.metrics: two of them are called 'accuracy'; rename your function or leave one out
+    """
+    names = [metric.name for metric in metrics]
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"task.metrics: two of them are called {name!r}; rename your function or leave one out")
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from tombola import kernels
 from tombola.datasets.dataset import Dataset
+from tombola.errors import UserError
 from tombola.exits import attribute_failure
 from tombola.inputs import Forward, call, convert
 from tombola.pruning.mask import Mask
@@ -59,6 +60,12 @@ def find_fault(
         f"{type(model).__name__} is trained with its own layers, at dense speed, because it does not compute the same "
         f"with sparse ones in their place: {difference}"
     )
+
+
+def check_kernels(kernels: Kernels) -> None:
+    """Raise `UserError` unless the value is "auto", "off" or a collection of names."""
+    if isinstance(kernels, str) and kernels not in ("auto", "off"):
+        raise UserError(f"kernels: expected 'auto' or 'off', got {kernels!r}")
 
 
 def choose_layers(model: nn.Module, mask: Mask, recipe: Recipe, device: str, allowed: Kernels) -> list[str]:

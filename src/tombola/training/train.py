@@ -31,7 +31,7 @@ from tombola.training.metrics import ACCURACY, LOSS, Metric
 from tombola.training.optimizer import Optimizer, find_decayed
 from tombola.training.own_optimizer import MakeOptimizer, OwnOptimizer
 from tombola.training.recipe import Augmentation, Recipe, Schedule
-from tombola.training.replaceable import Kernels, OwnLayersWarning, choose_layers, find_fault
+from tombola.training.replaceable import Kernels, OwnLayersWarning, check_kernels, choose_layers, find_fault
 from tombola.training.weights import State, Weights, apply_mask, load_state, zero_pruned
 
 MOST_ITERATIONS = 10**9
@@ -115,6 +115,7 @@ def train(
     start = resume or Checkpoint(begin, initial)
     data = move_data(data, device)
     model = load_model(model, start.state, mask, device)
+    check_kernels(kernels)
     own = ":" in recipe.optimizer
     if step is not None or own:
         kernels = "off"  # code of the user gets the network's own parameters

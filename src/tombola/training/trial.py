@@ -22,7 +22,7 @@ from tombola.streams import ambient
 from tombola.training.batches import Batch, batches, device_of, normalisation
 from tombola.training.evaluation import Loss, measure
 from tombola.training.loss_functions import describe_misfit
-from tombola.training.metrics import ACCURACY, Metric
+from tombola.training.metrics import ACCURACY, Metric, check_names
 from tombola.training.optimizer import find_decayed
 from tombola.training.own_optimizer import MakeOptimizer, check_optimizer
 from tombola.training.recipe import Recipe, Schedule
@@ -65,6 +65,7 @@ def try_network(
     called = {part: (names or {}).get(part, part) for part in ("model", "loss", "forward", "step")}
     called["outputs"] = called["model" if forward is call else "forward"]
     _check_device(data)
+    check_names(metrics)
     if step is None:
         _check_targets(loss, data, called["loss"])
     of_classes = bool(data.classes) and any(metric.of_classes for metric in metrics)
@@ -164,11 +165,21 @@ def _try_evaluation(
             )
 
 
+def spread(count: int, most: int) -> Tensor:
+    """Return at most so many of the indices 0..count-1, at even distances, with the first and the last.
+
+    >>> spread(10, 4).tolist(), spread(2, 4).tolist()
+    ([0, 3, 6, 9], [0, 1])
+    """
+    number = min(count, most)
+    return torch.tensor([index * (count - 1) // max(1, number - 1) for index in range(number)], dtype=torch.int64)
+
+
 def _spread(data: Dataset, split: str) -> Dataset:
     """Return a data set of which a split has only a few examples, at even distances, as examples may be sorted."""
     inputs, labels = f"{split}_inputs", f"{split}_labels"
     count = data.count(split)
-    chosen = torch.linspace(0, count - 1, min(count, _TRIED)).long()
+    chosen = spread(count, _TRIED)
     parts: dict[str, Any] = {name: select(getattr(data, name), chosen) for name in (inputs, labels)}
     return replace(data, **parts)
 
