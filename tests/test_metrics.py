@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Callable
@@ -19,20 +20,23 @@ from torch.nn import functional
 
 import regression_task
 import tombola
-from tombola import Dataset, History, UserError, load_study
+from tombola import Dataset, History, Recipe, UserError, find_tickets, load_study
 from tombola.analysis.accuracy import Row, table2
 from tombola.analysis.winners import by_level, select_winners
 from tombola.cli.main import main
 from tombola.datasets.dataset import split_validation
 from tombola.engine.verify import first_in_histories
+from tombola.importance import magnitude
 from tombola.store.results import Results
+from tombola.study.code import own_modules
 from tombola.study.planner import Chain
 from tombola.study.task import load_problem, try_out
 from tombola.study.tickets import Tickets
 from tombola.training.evaluation import evaluate, measure, predict
 from tombola.training.history import HistoryDocument
-from tombola.training.loss_functions import LOSSES, binary_cross_entropy
+from tombola.training.loss_functions import LOSSES, binary_cross_entropy, mse
 from tombola.training.metrics import ACCURACY, METRICS, Measure, as_metric, check_names, compute, find
+from tombola.training.trial import try_network
 from tombola.workbench.studies import open_planner
 
 R2 = Measure("r2", "r2", "R2", "validation", percent=False)
@@ -409,7 +413,15 @@ def test_the_value_of_an_edited_metric_is_not_used_again(folder: Path, capsys: p
 
 def test_two_metrics_of_one_name_are_refused() -> None:
     with pytest.raises(UserError, match="two of them are called 'mse'"):
-        check_names([find("mse"), as_metric(mean_of_outputs, "mse", "own")])
+        check_names([find("mse"), find("mse")])
+
+
+def test_an_own_metric_has_no_name_of_a_built_in_one() -> None:
+    with pytest.raises(UserError, match="cannot be called 'accuracy', like a built-in one"):
+        as_metric(mean_of_outputs, "accuracy", "own")
+
+
+COUNT = itertools.count()
 
 
 def mean_of_outputs(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -417,3 +429,61 @@ def mean_of_outputs(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tenso
 
 
 mean_of_outputs.higher_is_better = False  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"loss": "msee"}, "unknown loss 'msee'; did you mean 'mse'"),
+        ({"loss": "mse", "metrics": ["r3"]}, "unknown metric 'r3'"),
+        ({"loss": "mse", "metrics": [3]}, "expected names of metrics or functions, got int"),
+        ({"loss": "mse", "metrics": ["mse"], "prune": "*.weight"}, "expected a list of patterns, got the text"),
+    ],
+)
+def test_find_tickets_says_which_name_is_wrong(options: dict[str, Any], said: str) -> None:
+    data = Dataset("line", torch.randn(8, 2), torch.randn(8, 1), torch.randn(4, 2), torch.randn(4, 1))
+    with pytest.raises(UserError, match=said):
+        find_tickets(nn.Linear(2, 1), data, Recipe(epochs=1, batch_size=4), magnitude, levels=0, **options)
+
+
+def test_find_tickets_takes_names_and_functions() -> None:
+    torch.manual_seed(0)
+    data = Dataset("line", torch.randn(8, 2), torch.randn(8, 1), torch.randn(4, 2), torch.randn(4, 1))
+    recipe = Recipe(epochs=1, batch_size=4)
+    [ticket] = find_tickets(
+        nn.Linear(2, 1), data, recipe, magnitude, levels=0, loss="mse", metrics=["r2", mean_of_outputs]
+    )
+    assert ticket.trained is not None
+    assert set(ticket.trained.history.metrics["test"]) == {"r2", "mean_of_outputs"}
+
+
+def unsteady(outputs: Tensor, targets: Tensor) -> float:
+    return float(next(COUNT))
+
+
+unsteady.higher_is_better = True  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("labels", "options", "said"),
+    [
+        (torch.tensor([[0.0], [math.nan], [1.0], [2.0]]), {"loss": mse}, "the target of example 1 is NaN or infinite"),
+        (torch.zeros(4, 1), {"loss": mse, "metrics": [as_metric(unsteady, "n", "n")]}, "different val"),
+    ],
+)  # fmt: skip
+def test_targets_and_metrics_are_tried_out(labels: Tensor, options: dict[str, Any], said: str) -> None:
+    data = Dataset("line", torch.randn(4, 2), labels, torch.randn(4, 2), torch.zeros(4, 1))
+    with pytest.raises(UserError, match=said):
+        try_network(lambda: nn.Linear(2, 1), options.pop("loss"), data, Recipe(epochs=1, batch_size=2), **options)
+
+
+def test_classes_in_the_last_dimension_are_refused_with_what_to_do() -> None:
+    tokens = torch.randint(7, (6, 7))
+    data = Dataset("text", tokens, tokens, tokens, tokens)
+    build = lambda: nn.Sequential(nn.Embedding(7, 4), nn.Linear(4, 7))  # noqa: E731
+    with pytest.raises(UserError, match=r"takes the classes as the second dimension.* outputs\.transpose\(1, 2\)"):
+        try_network(build, nn.functional.cross_entropy, data, Recipe(epochs=1, batch_size=3), [find("loss")])
+
+
+def test_functions_of_torch_are_named_without_reading_torch() -> None:
+    assert own_modules("torch.optim") == {}

@@ -520,13 +520,13 @@ def test_what_density_counts_is_said() -> None:
         "is left out."
     )
     assert [row[:3] for row in found.tabulate()] == [
-        ("pruned", 1, 96), ("kept dense", 1, 16), ("left out", 1, 256), ("not prunable", 5, 82)
+        ("pruned", 1, 96), ("kept dense", 1, 16), ("left out", 1, 256), ("not chosen", 5, 82)
     ]  # fmt: skip
     assert sum(row[3] for row in found.tabulate()) == pytest.approx(1)
     assert found.warn() == (
         "Only 21.3 % of the network's parameters may be pruned, so its density says little about the whole; the "
-        "largest others are rnn.weight_hh_l0 (256, left out), rnn.bias_ih_l0 (32, not prunable), rnn.bias_hh_l0 (32, "
-        "not prunable)."
+        "largest others are rnn.weight_hh_l0 (256, left out), rnn.bias_ih_l0 (32, not chosen), rnn.bias_hh_l0 (32, "
+        "not chosen)."
     )
 
 
@@ -606,7 +606,7 @@ def test_a_plan_and_a_report_list_what_is_pruned(capsys: pytest.CaptureFixture[s
     assert said[0].split() == ["parameters", "that", "are", "tensors", "parameters", "%", "the", "largest"]
     assert said[2].startswith("pruned                     5         552  ")
     assert said[2].endswith("block.self_attn.in_proj_weight, block.linear1.weight, block.linear2.weight and 2 more")
-    assert tables.coverage(found).row(1)[:3] == ("not prunable", 9, 120)
+    assert tables.coverage(found).row(1)[:3] == ("not chosen", 9, 120)
 
 
 def test_layers_are_named_by_any_name_of_a_shared_weight() -> None:

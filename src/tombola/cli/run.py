@@ -121,7 +121,7 @@ def show_plan(planner: Planner, expected: Estimate, workers: int, form: str) -> 
 
 
 def print_coverage(coverage: Coverage) -> None:
-    """Print which tensors are pruned, kept dense, left out and not prunable."""
+    """Print which tensors are pruned, kept dense, left out and not chosen."""
     from tombola.cli.tables import show_table
 
     rows = [(*row[:3], f"{100 * row[3]:.2f}", row[4]) for row in coverage.tabulate()]

@@ -90,7 +90,7 @@ def _print_findings(findings: list[Finding]) -> None:
     for (before, now), number in kinds.items():
         print(f"stored results of another kind of machine, {number} of {len(findings)}: {before}, now {now}")
     for phrase, number in elsewhere.items():
-        print(f"recorded on another machine, {number} of {len(findings)}: {phrase}")
+        print(f"recorded elsewhere or with other versions, {number} of {len(findings)}: {phrase}")
     if unequal and not elsewhere:
         print("no difference between this machine and the recorded one is known")
     print(f"re-ran {count(len(findings), 'training')}: ", end="")

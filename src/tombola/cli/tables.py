@@ -72,7 +72,7 @@ def show_table(header: Sequence[str], lines: Sequence[Sequence[Any]], form: str)
         emit(out.getvalue().removesuffix("\n"))
     else:
         table = empty_table()
-        for title, values in zip(header, zip(*lines, strict=True), strict=True):
+        for title, values in zip(header, zip(*lines, strict=True) if lines else [()] * len(header), strict=True):
             table.add_column(title, justify="right" if all(isinstance(value, int) for value in values) else "left")
         for line in lines:
             table.add_row(*map(str, line))

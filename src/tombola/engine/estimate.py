@@ -14,8 +14,8 @@ from tombola.engine.forecast import Speed, Timing, makespan, paths_ahead, refine
 from tombola.engine.job import Job
 from tombola.engine.local import LocalWorkers
 from tombola.engine.run import count_remaining
-from tombola.engine.workers import At
-from tombola.errors import DamagedResultError
+from tombola.engine.workers import At, Failed
+from tombola.errors import DamagedResultError, UserError
 from tombola.inputs import select
 from tombola.pruning.mask import Mask
 from tombola.study.planner import Chain, Planner, Progress
@@ -160,8 +160,10 @@ def _time_iterations(planner: Planner, mask: Mask, count: int, directory: Path |
             workers.submit(replace(Job.of(training, planner.study), key=key))
         while time.perf_counter() - began < _PATIENCE:
             for event in workers.events(timeout=0.1):
+                if isinstance(event, Failed):
+                    raise UserError(f"a training that was tried out failed: {event.reason}")
                 if not isinstance(event, At):
-                    marks[event.key] += [(0, began), (1, time.perf_counter())]  # the training diverged or failed
+                    marks[event.key] += [(0, began), (1, time.perf_counter())]  # the training diverged
                 else:
                     marks[event.key].append((event.iteration, time.perf_counter()))
             if all(len(at) > 1 and at[-1][1] - at[0][1] > _TIMED_SECONDS for at in marks.values()):

@@ -5,10 +5,10 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Literal, Protocol, TypeAlias
+from typing import Any, Literal, Protocol, TypeAlias
 
 from torch import nn
 from torch.nn import functional
@@ -28,7 +28,8 @@ from tombola.pruning.start import check_start
 from tombola.streams import derive
 from tombola.training.evaluation import Loss
 from tombola.training.history import Trained
-from tombola.training.metrics import ACCURACY, Metric
+from tombola.training.loss_functions import find_loss
+from tombola.training.metrics import ACCURACY, Metric, load_metric
 from tombola.training.own_optimizer import MakeOptimizer
 from tombola.training.recipe import Recipe, RewindTo, Schedule
 from tombola.training.replaceable import OwnLayersWarning, check_kernels, find_fault
@@ -184,12 +185,12 @@ def find_tickets(
     shares: Mapping[str, float] | None = None,
     score_at: ScoreAt = "end",
     score_examples: int = EXAMPLES,
-    loss: Loss = functional.cross_entropy,
+    loss: Loss | str = functional.cross_entropy,
     forward: Forward = call,
     step: OwnStep | None = None,
     optimizer: MakeOptimizer | None = None,
     schedule: Schedule | None = None,
-    metrics: Sequence[Metric] = (ACCURACY,),
+    metrics: Sequence[Metric | str | Callable[..., Any]] = (ACCURACY,),
     device: str = "cpu",
     kernels: Literal["auto", "off"] = "auto",
     progress: bool = True,
@@ -214,11 +215,12 @@ def find_tickets(
         shares: the shares of layers for the selection `shares`, by layer or parameter name.
         score_at: the weights that are scored: those at the end of the training, or those of the rewind point.
         score_examples: the number of training examples that a score with data sees, such as `taylor`.
-        loss: a function of outputs and labels that returns the mean over the batch.
+        loss: a function of outputs and labels that returns the mean over the batch, or the name of a built-in loss.
         forward: a function (model, inputs) -> outputs; by default the model is called, see `tombola.inputs.call`.
         step: a function (model, inputs, labels) -> loss, which training uses instead of `forward` and `loss`.
         optimizer, schedule: the functions that the recipe names, if it names some of the user (`module:function`).
-        metrics: the metrics of each trained ticket, such as `[tombola.training.metrics.find("r2")]`.
+        metrics: the metrics of each trained ticket: names such as "r2", or functions of outputs and targets, see
+            `tombola.training.metrics.as_metric`.
         device: the device to train on, "cpu" or "cuda".
         kernels: whether layers that are faster sparse are replaced on the CPU: "auto" unless the network reaches into
             its own layers, or "off" for none, see `tombola.train`.
@@ -239,7 +241,13 @@ def find_tickets(
     1 0.8 l1
     2 0.64 l1
     """
-    importance = as_importance(importance)
+    if not isinstance(model, nn.Module) or not isinstance(data, Dataset):
+        raise UserError(
+            f"find_tickets: expected a torch module and a tombola.Dataset, got {type(model).__name__} and "
+            f"{type(data).__name__}"
+        )
+    importance, loss = as_importance(importance), find_loss(loss) if isinstance(loss, str) else loss
+    measured = tuple(map(load_metric, metrics))
     check_score_at(score_at, importance, recipe.rewind_to)
     check_recipe_fits(recipe, data)
     check_device(device)
@@ -277,7 +285,7 @@ def find_tickets(
         loss,
         data,
         recipe,
-        metrics,
+        measured,
         forward=forward,
         step=step,
         optimizer=optimizer,
@@ -329,7 +337,7 @@ def find_tickets(
                 step=step,
                 optimizer=optimizer,
                 schedule=schedule,
-                metrics=metrics,
+                metrics=measured,
                 device=device,
                 kernels=allowed,
                 watch=advance,

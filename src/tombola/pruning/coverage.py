@@ -11,7 +11,7 @@ from torch import nn
 from tombola.pruning.eligible import DEFAULT, list_names, prunable
 from tombola.pruning.mask import Mask
 
-PRUNED, KEPT_DENSE, LEFT_OUT, OTHER = "pruned", "kept dense", "left out", "not prunable"
+PRUNED, KEPT_DENSE, LEFT_OUT, OTHER = "pruned", "kept dense", "left out", "not chosen"
 """The roles of parameters: counted and pruned, counted and never pruned, excluded, and not chosen to be prunable."""
 
 ENOUGH = 0.9
@@ -64,7 +64,7 @@ class Coverage:
     """What density is about: the parameters of a network by their roles. A shared tensor is counted once.
 
     Args:
-        parts: one part for each role, in the order pruned, kept dense, left out, not prunable; a part may be empty.
+        parts: one part for each role, in the order pruned, kept dense, left out, not chosen; a part may be empty.
         patterns: the patterns that chose what is prunable, see `prunable`; empty for the default.
     """
 
@@ -131,7 +131,7 @@ def cover(model: nn.Module, dense: Mask, kept_dense: Collection[str] = (), prune
     >>> found.describe()
     "Density counts 18 of the network's 43 parameters; 6 of these are kept dense (2.weight)."
     >>> [(role, parameters, largest) for role, _, parameters, _, largest in found.tabulate()]
-    [('pruned', 12, '1.weight'), ('kept dense', 6, '2.weight'), ('not prunable', 25, '0.weight, 1.bias, 2.bias')]
+    [('pruned', 12, '1.weight'), ('kept dense', 6, '2.weight'), ('not chosen', 25, '0.weight, 1.bias, 2.bias')]
     >>> found.warn().partition("; prune")[2]
     ' = ["default", "0.weight"] would prune it too.'
     """

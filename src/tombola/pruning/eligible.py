@@ -38,6 +38,8 @@ def prunable(model: nn.Module, prune: Sequence[str] = ()) -> dict[str, nn.Parame
     >>> list(prunable(nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 3), nn.Linear(3, 2)), ["*.weight", "!2"]))
     ['0.weight', '1.weight']
     """
+    if isinstance(prune, str):
+        raise UserError(f"prune: expected a list of patterns, got the text {prune!r}; write [{prune!r}]")
     parameters = dict(model.named_parameters())
     weights = {id(weight) for module in model.modules() for _, weight in list_matrices(module)}
     default = {name for name, parameter in parameters.items() if id(parameter) in weights}

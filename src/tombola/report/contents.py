@@ -88,7 +88,7 @@ class Contents:
         stopped: chains that cannot continue, with the reason.
         verified: see `Verification`.
         records: when, where and how long each stored training ran.
-        coverage: the parameters that are pruned, kept dense, left out and not prunable, in numbers.
+        coverage: the parameters that are pruned, kept dense, left out and not chosen, in numbers.
         version: version of tombola.
         made: when the contents were gathered, in ISO format.
         measure: what tickets are judged by.

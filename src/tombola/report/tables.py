@@ -64,7 +64,7 @@ def accuracy(results: Sequence[Row]) -> pl.DataFrame:
 
 
 def coverage(found: Coverage) -> pl.DataFrame:
-    """Return which of the network's parameters are pruned, kept dense, left out and not prunable."""
+    """Return which of the network's parameters are pruned, kept dense, left out and not chosen."""
     names = ("parameters that are", "tensors", "parameters", "%", "the largest")
     rows = [(*row[:3], 100 * row[3], row[4]) for row in found.tabulate()]
     return pl.DataFrame(

@@ -60,8 +60,8 @@ def source_hash(reference: str) -> str:
     """Return the SHA-256 of the source code that determines what `module:function` does.
 
     The hash covers the module, every module that it imports directly or indirectly, and their packages. It does not
-    cover the standard library, tombola or installed packages (other than the module's own). Every edit, even of a
-    comment, changes the hash. A module whose name is computed when it is imported is not found.
+    cover the standard library, tombola, torch or installed packages (other than the module's own). Every edit, even of
+    a comment, changes the hash. A module whose name is computed when it is imported is not found.
     """
     root = reference.partition(":")[0]
     digest = hashlib.sha256()
@@ -171,6 +171,8 @@ def own_modules(root: str) -> dict[str, Path]:
     """Return the files of a module and of the user's own modules that it imports, by module name."""
     found: dict[str, Path] = {}
     own = root.partition(".")[0]
+    if own == "torch":  # its version is recorded with each result, as it is for all studies
+        return {}
     seen = {""}
     waiting = [root]
     while waiting:

@@ -234,7 +234,7 @@ class Planner:
 
     @property
     def coverage(self) -> Coverage:
-        """What density is about: the parameters that are pruned, kept dense, left out and not prunable."""
+        """What density is about: the parameters that are pruned, kept dense, left out and not chosen."""
         return cover(self.model, self.dense, self.kept_dense, self.study.prune)
 
     @cached_property

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from tombola.errors import UserError
+from tombola.errors import UserError, did_you_mean
 from tombola.kernels import Loss
 
 
@@ -72,6 +72,17 @@ LOSSES: dict[str, Loss] = {
 """The built-in losses by name. Outputs of `binary_cross_entropy` are logits, those of `cross_entropy` too."""
 
 
+def find_loss(name: str) -> Loss:
+    """Return a built-in loss; raise `UserError` if there is none of this name.
+
+    >>> find_loss("mse") is mse
+    True
+    """
+    if name not in LOSSES:
+        raise UserError(f"loss: unknown loss {name!r}; {did_you_mean(name, LOSSES)} (or give a function of your own)")
+    return LOSSES[name]
+
+
 def describe_misfit(loss: Loss, targets: Tensor) -> str | None:
     """Return why a built-in loss cannot take the targets of a split; None if nothing is known against it.
 
@@ -79,6 +90,10 @@ def describe_misfit(loss: Loss, targets: Tensor) -> str | None:
     >>> describe_misfit(binary_cross_entropy, torch.tensor([0.0, 2.0]))
     'it needs targets in 0..1, got 0..2'
     """
+    if loss in LOSSES.values() and targets.is_floating_point() and not targets.isfinite().all():
+        first = int((~targets.isfinite()).flatten(1).any(1).nonzero()[0]) if targets.ndim > 1 else None
+        first = int((~targets.isfinite()).nonzero()[0]) if first is None else first
+        return f"the target of example {first} is NaN or infinite; leave the example out, or give a loss of your own"
     if loss is functional.cross_entropy and targets.dtype != torch.int64 and targets.ndim == 1:
         return f"it needs class numbers (int64) as targets, got {targets.dtype}; choose another loss, such as mse"
     if loss is binary_cross_entropy and not targets.is_complex():

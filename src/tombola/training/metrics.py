@@ -394,6 +394,22 @@ def find(name: str) -> Metric:
     return METRICS[name]
 
 
+def load_metric(metric: Metric | str | Callable[..., Any]) -> Metric:
+    """Return a metric: a built-in one by its name, or that of a function of the user, see `as_metric`.
+
+    >>> load_metric("r2") is R2
+    True
+    """
+    if isinstance(metric, Metric):
+        return metric
+    if isinstance(metric, str):
+        return find(metric)
+    if not callable(metric):
+        raise UserError(f"metrics: expected names of metrics or functions, got {type(metric).__name__}")
+    name = str(getattr(metric, "__name__", type(metric).__name__))
+    return as_metric(metric, name, name)
+
+
 def as_metric(function: Callable[..., Any], name: str, key: str) -> Metric:
     """Return the metric of a user: a function of all outputs and targets, or what returns a `torchmetrics.Metric`.
 
@@ -413,6 +429,8 @@ def as_metric(function: Callable[..., Any], name: str, key: str) -> Metric:
     >>> compute(as_metric(largest_error, "largest_error", "k"), torch.tensor([1.0]), torch.tensor([3.0]))
     2.0
     """
+    if name in METRICS:
+        raise UserError(f"a metric of your own cannot be called {name!r}, like a built-in one; rename the function")
     if name in RESERVED:
         raise UserError(f"a metric cannot be called {name!r}, which is a column of the tables; rename the function")
     if _is_accumulator(function) or _takes_nothing(function):

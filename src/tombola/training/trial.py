@@ -106,7 +106,7 @@ def _try_step(
     with _batch_norm_of_one(model, inputs, recipe, data):
         if step is None:
             outputs = _outputs(partial(forward, model), inputs, data, called["outputs"], of_classes)
-            _check_classes_of(outputs, loss, data, loss_name)
+            _check_classes_of(outputs, labels, loss, data, loss_name)
             value = _name_loss(loss_name, partial(minimised, outputs, labels))
             finite = bool(outputs.isfinite().all())
         else:
@@ -119,6 +119,8 @@ def _try_step(
     if not value.isfinite():
         wrong = "" if finite else ", as are outputs of the model"
         raise UserError(f"{what}, the loss is NaN or infinite{wrong}: every training would diverge")
+    if not value.requires_grad:
+        raise UserError(f"{what}, the loss does not depend on any parameter that is trained (requires_grad)")
     guard(f"{loss_name}: going backward", value.backward)()
     if all(parameter.grad is None for parameter in model.parameters()):
         raise UserError(f"{what}, no weight has a gradient: the loss does not depend on the network")
@@ -156,8 +158,14 @@ def _try_evaluation(
         outputs = _outputs(partial(forward, model.eval()), inputs, data, called["outputs"], of_classes)
     if outputs.isnan().any():
         raise UserError(f"{called['model']}: in evaluation mode, its outputs on the {split} set are NaN")
-    values, _ = _name_loss(called["loss"], partial(measure, model, few, loss, metrics, split, forward))
+    compute = partial(measure, model, few, loss, metrics, split, forward)
+    (values, _), (again, _) = (_name_loss(called["loss"], compute) for _ in range(2))
     for metric in metrics:
+        if values[metric.key] != again[metric.key]:
+            raise UserError(
+                f"task.metrics {metric.name!r}: it gives different values in two calls, for the same outputs and "
+                f"targets: {values[metric.key]} and {again[metric.key]}; draw random numbers with a fixed seed"
+            )
         if values[metric.key] is None:
             raise UserError(
                 f"task.metrics {metric.name!r}: on a few examples of the {split} set, with the initial weights "
@@ -254,12 +262,19 @@ def _batch_norm_of_one(model: nn.Module, inputs: Tensors, recipe: Recipe, data: 
         ) from error
 
 
-def _check_classes_of(outputs: Tensor, loss: Loss, data: Dataset, name: str) -> None:
+def _check_classes_of(outputs: Tensor, labels: Tensors, loss: Loss, data: Dataset, name: str) -> None:
     """Raise `UserError` if a target of cross-entropy is the number of a class for which there is no output."""
     if loss is not functional.cross_entropy or data.classes or outputs.dim() < 2:
         return
+    if outputs.dim() > 2 and isinstance(labels, Tensor) and tuple(outputs.shape[:-1]) == tuple(labels.shape):
+        raise UserError(
+            f"{name}: cross-entropy takes the classes as the second dimension, and in outputs of shape "
+            f"{tuple(outputs.shape)} for targets of shape {tuple(labels.shape)} they are the last; let the network "
+            f"return outputs.transpose(1, 2) for outputs of three dimensions"
+        )
     ignored, count = -100, outputs.shape[1]
-    for split, labels in (("train", data.train_labels), ("test", data.test_labels)):
+    for split in data.splits:
+        labels = getattr(data, f"{split}_labels")
         if isinstance(labels, Tensor) and not labels.is_floating_point():
             wrong = ((labels < 0) & (labels != ignored)) | (labels >= count)
             if wrong.any():
