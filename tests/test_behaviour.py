@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,13 +14,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import nn
-from torch.nn import functional
 
-import tiny_task
+from changing_task import CONFIGURATION, Network, dataset, loss
 from stores import InTurn
 from stores import study as small_study
 from tombola.cli import main
-from tombola.datasets.dataset import Dataset
 from tombola.engine.job import Job, RoundJob, perform, perform_round
 from tombola.engine.run import run
 from tombola.errors import UserError
@@ -35,10 +33,6 @@ from tombola.study.task import Problem, load_problem
 from tombola.training.behaviour import TOLERANCE, agree, observe
 from tombola.training.trial import spread
 
-# A network whose activation, dropout and loss are in variables of another module, as if it read them from a file.
-
-CONFIGURATION: dict[str, object] = {}
-
 
 @pytest.fixture(autouse=True)
 def configuration() -> Iterator[None]:
@@ -47,29 +41,8 @@ def configuration() -> Iterator[None]:
     CONFIGURATION.clear()
 
 
-def dataset() -> Dataset:
-    return tiny_task.dataset()
-
-
-class Network(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.last = nn.Linear(16, 8), nn.Linear(8, 4)
-        with torch.no_grad():
-            self.first.weight.mul_(float(CONFIGURATION.get("scale", 1.0)))  # type: ignore[arg-type]
-
-    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        inside: Callable[[torch.Tensor], torch.Tensor] = CONFIGURATION.get("activation", torch.relu)  # type: ignore[assignment]
-        hidden = inside(self.first(inputs))
-        return self.last(functional.dropout(hidden, float(CONFIGURATION.get("dropout", 0.1)), self.training))  # type: ignore[arg-type]
-
-
-def loss(outputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    return functional.cross_entropy(outputs, labels, label_smoothing=float(CONFIGURATION.get("smoothing", 0.0)))  # type: ignore[arg-type]
-
-
 def study(importances: tuple[str, ...] = ("magnitude",)) -> Study:
-    task = Task(dataset="test_behaviour:dataset", model="test_behaviour:Network", loss="test_behaviour:loss")
+    task = Task(dataset="changing_task:dataset", model="changing_task:Network", loss="changing_task:loss")
     return small_study(importances, levels=1, rewind=0, iterations=5).model_copy(update={"task": task})
 
 
@@ -193,17 +166,9 @@ def test_results_from_a_checkpoint_are_compared_with_its_weights(tmp_path: Path)
         assert keys(Planner(of, load_problem(of.task), Store(tmp_path / "s"))) == []
 
 
-def optimizer(parameters: list[nn.Parameter], lr: float) -> torch.optim.Optimizer:
-    return torch.optim.RMSprop(parameters, lr, alpha=float(CONFIGURATION.get("alpha", 0.9)))  # type: ignore[arg-type]
-
-
-def schedule(iteration: int, iterations: int) -> float:
-    return 1 - float(CONFIGURATION.get("slope", 0.5)) * iteration / iterations  # type: ignore[arg-type]
-
-
 @pytest.mark.parametrize(("name", "value"), [("alpha", 0.8), ("slope", 0.6)])
 def test_functions_of_a_recipe_are_observed_too(tmp_path: Path, name: str, value: float) -> None:
-    own = {"optimizer": "test_behaviour:optimizer", "schedule": "test_behaviour:schedule", "momentum": 0.0}
+    own = {"optimizer": "changing_task:optimizer", "schedule": "changing_task:schedule", "momentum": 0.0}
     of = study().model_copy(update={"recipe": study().recipe.model_copy(update=own)})
 
     def plan() -> Planner:
@@ -242,7 +207,7 @@ def test_the_command_line_says_once_that_results_are_stale(tmp_path: Path, capsy
     run_all(tmp_path / "store")
     (tmp_path / "s.toml").write_text(
         'importances = ["magnitude"]\nseeds = [0]\nlevels = 1\nfraction = 0.5\n[task]\n'
-        'dataset = "test_behaviour:dataset"\nmodel = "test_behaviour:Network"\nloss = "test_behaviour:loss"\n'
+        'dataset = "changing_task:dataset"\nmodel = "changing_task:Network"\nloss = "changing_task:loss"\n'
         "[recipe]\nmomentum = 0.9\nbatch_size = 32\niterations = 5\nlr = 0.05\n"
     )
     command = ["results", str(tmp_path / "s.toml"), "--store", str(tmp_path / "store")]
@@ -252,7 +217,7 @@ def test_the_command_line_says_once_that_results_are_stale(tmp_path: Path, capsy
         CONFIGURATION["activation"] = torch.tanh
         assert main(command) == 2
     printed = capsys.readouterr().err
-    assert printed.count("note: task.model 'test_behaviour:Network'") == 1
+    assert printed.count("note: task.model 'changing_task:Network'") == 1
     assert "no result of this study" in printed
 
 

@@ -168,7 +168,9 @@ def test_a_report_reads_each_result_once(root: Path, monkeypatch: pytest.MonkeyP
     of = planner(root, STUDY)
     reads = count_reads(monkeypatch)
     contents = gather(of, "s", ["s"], costly=COSTLY)
-    assert {"overlap", "layers", "stability", "winners", "weights", "initial", *COSTLY, "reinit"} == set(contents.tables)
+    assert {"overlap", "layers", "stability", "winners", "weights", "initial", *COSTLY, "reinit"} == set(
+        contents.tables
+    )
     assert set(reads.values()) == {1}
 
 

@@ -40,7 +40,6 @@ from tombola.study.functions import is_here, refer, resolve, source_hash
 from tombola.study.planner import Chain, Planner
 from tombola.study.schema import override
 from tombola.study.task import load_importance, load_problem
-from tombola.training.behaviour import EXAMPLES
 from tombola.workbench import runs
 from tombola.workbench.example import finished
 
@@ -330,13 +329,13 @@ def test_each_ticket_is_told_once(tmp_path: Path) -> None:
 )
 def test_a_failure_in_this_process(tmp_path: Path, fail: Callable[[], object], reason: str) -> None:
     def loss(outputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        if len(outputs) > EXAMPLES:  # the trial has fewer
+        if len(outputs) == 50:  # a batch of a training, and of no trial
             fail()
         return functional.cross_entropy(outputs, labels)
 
     task = Task(dataset=tiny_task.dataset(), model=lambda: tiny_task.model(), loss=loss)  # type: ignore[arg-type]
     with pytest.raises(UserError, match=f"training of magnitude, seed 0, level 0 failed: {reason}"):
-        tombola.run(study(task=task), store=tmp_path / "s", progress=False)
+        tombola.run(study(task=task), {"recipe.batch_size": 50}, store=tmp_path / "s", progress=False)
 
 
 def test_a_task_is_tried_out_before_it_is_trained(tmp_path: Path) -> None:
