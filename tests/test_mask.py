@@ -300,7 +300,7 @@ def test_ones_like_excludes_by_layer_or_parameter(exclude: Sequence[str]) -> Non
             ("0",),
             "Sequential has no linear, convolution, recurrent or attention weight to prune",
         ),
-        (Tied(), ("encodr",), "exclude: 'encodr' is no prunable layer; did you mean 'encoder'?"),
+        (Tied(), ("encodr",), "exclude: 'encodr' is no prunable layer; did you mean 'encoder', 'decoder'?"),
         (
             nn.Sequential(nn.LazyLinear(3), nn.LazyLinear(2)),
             (),

@@ -50,7 +50,8 @@ def observe_study(problem: Problem, model: nn.Module, recipe: Recipe) -> Observe
     """
     functions, sources = load_recipe(recipe)
     state = model.state_dict() if problem.checkpoint is None else problem.checkpoint
-    name = name_of(["behaviour", dict(problem.identity), sources, state_hash(state)])
+    own = [sources, recipe.identity()] if sources else []
+    name = name_of(["behaviour", dict(problem.identity), state_hash(state), *own])
     return Observed(name, problem.identity, problem.behaviour + observe_recipe(recipe, functions))
 
 

@@ -76,11 +76,12 @@ def observe(
 
     with ambient(0), torch.no_grad():
         model = build()
-        seen = [guard(outputs_of, partial(forward, model.eval(), normalise(copy_few(data.train_inputs))))()]
+        few = partial(forward, model.eval(), normalise(copy_few(data.train_inputs)))
+        seen = [guard(outputs_of, few, Tensor, "a tensor")()]
         seen = copy.deepcopy(seen)  # a network may write later outputs into the same tensor
         inputs, labels = normalise(copy_few(data.train_inputs)), copy_few(data.train_labels)
         if step is None:
-            seen.append(guard(outputs_of, partial(forward, model.train(), inputs))())
+            seen.append(guard(outputs_of, partial(forward, model.train(), inputs), Tensor, "a tensor")())
             seen.append(guard(called["loss"], partial(loss, seen[-1], labels))())
         else:
             with torch.enable_grad():  # a step may need derivatives
