@@ -167,7 +167,7 @@ def perform(job: Job, problem: Problem, resume: Checkpoint | None, watch: Watch)
     """
     recipe = Recipe.model_validate(job.recipe)
     functions, sources = load_recipe(recipe)
-    _check_problem(job, problem, recipe)
+    _check_problem(job, problem, recipe, functions)
     for field in sources:
         if sources[field] != job.sources.get(field):
             raise UserError(f"recipe.{field} {recipe.own_code[field]!r}: {_EDITED}")
@@ -221,7 +221,8 @@ def perform_round(job: RoundJob, problem: Problem, loaded: Loaded | None = None)
     Raises:
         UserError: if the problem or the importance is not the one that the mask is named after.
     """
-    _check_problem(job, problem, job.study.recipe)
+    recipe = job.study.recipe
+    _check_problem(job, problem, recipe, load_recipe(recipe)[0])
     importance, sources = loaded or load_importance(job.importance)
     if sources != job.sources:
         raise UserError(f"importance {job.importance!r}: {_EDITED}")
@@ -247,7 +248,9 @@ def _mask_from_bytes(shapes: Mapping[str, tuple[int, ...]], bits: Mapping[str, b
     return Mask(shapes, {name: np.frombuffer(each, np.uint8) for name, each in bits.items()})
 
 
-def _check_problem(job: Job | RoundJob, problem: Problem, recipe: Recipe) -> None:
+def _check_problem(
+    job: Job | RoundJob, problem: Problem, recipe: Recipe, functions: Mapping[str, Callable[..., Any]]
+) -> None:
     """Raise `UserError` unless this process has loaded the problem that the training is named after.
 
     Otherwise the result of edited code, of code that reads other files, or of other data, would be stored under the
@@ -266,7 +269,7 @@ def _check_problem(job: Job | RoundJob, problem: Problem, recipe: Recipe) -> Non
             raise UserError("task.depends: a file or a variable has changed since the run began; run the study again")
         name = (now.get(part) or {}).get("name")
         raise UserError(f"task.{part} {name!r}: {_EDITED}")
-    if job.behaviour and not agree(job.behaviour, problem.behaviour + observe_recipe(recipe, load_recipe(recipe)[0])):
+    if job.behaviour and not agree(job.behaviour, problem.behaviour + observe_recipe(recipe, functions)):
         name = problem.identity["model"]["name"]
         raise UserError(
             f"task.model {name!r}: in a worker, the network, the loss or the recipe's functions compute something else "

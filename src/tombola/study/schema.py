@@ -67,7 +67,7 @@ class Task(BaseModel):
         default=None, description="safetensors file with the initial weights of all seeds; by default they are drawn"
     )
     depends: Tuple[str] = Field(
-        default=(), description="what your code uses besides: files, env:NAME, package:NAME, value:TEXT"
+        default=(), description="what else your code uses: files, env:NAME, package:NAME, value:TEXT"
     )
 
     @property
