@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
-import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import hypothesis
@@ -15,7 +14,7 @@ import pytest
 import torch
 from filelock import FileLock
 
-from processes import LONG, kill_children
+from processes import LONG, kill_children, run_command
 from small_study import STUDY
 
 # The examples are the same each time. To look for others: pytest --hypothesis-profile explore
@@ -55,21 +54,8 @@ def _no_children() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def tombola() -> Callable[..., subprocess.CompletedProcess[str]]:
-    """A function that runs the command line in a process of its own."""
-
-    def run(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-c", "from tombola.cli import main; raise SystemExit(main())", *arguments]
-        return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, timeout=LONG)
-
-    return run
-
-
-@pytest.fixture(scope="session")
 def finished_run(
-    tmp_path_factory: pytest.TempPathFactory,
-    worker_id: str,
-    tombola: Callable[..., subprocess.CompletedProcess[str]],
+    tmp_path_factory: pytest.TempPathFactory, worker_id: str
 ) -> tuple[Path, subprocess.CompletedProcess[str]]:
     """The folder in which `tombola run` has run `STUDY` with two workers, and what it said; not to be changed.
 
@@ -84,7 +70,7 @@ def finished_run(
             new = root / "unfinished"
             shutil.rmtree(new, ignore_errors=True)
             new.mkdir()
-            run = tombola("run", *STUDY, "--workers", "2", folder=new)
+            run = run_command(new, ["tombola", "run", *STUDY, "--workers", "2"])
             assert run.returncode == 0, run.stderr
             (new / "said.json").write_text(json.dumps([run.args, run.returncode, run.stdout, run.stderr]))
             new.rename(folder)

@@ -5,11 +5,13 @@ No test depends on how long something takes. `LONG` is no expectation: it only e
 
 from __future__ import annotations
 
-import contextlib
+import multiprocessing
 import os
 import select
 import signal
 import subprocess
+import sys
+import tempfile
 import time
 import traceback
 import warnings
@@ -20,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from tombola.cli import main
+from tombola.engine.local import PRELOADED
 
 LONG = 300.0
 """Seconds after which a test gives up waiting for something that must come."""
@@ -103,24 +106,42 @@ def fork(work: Callable[[], object]) -> int:
         os._exit(status)
 
 
-def run_command(folder: Path, command: Sequence[str], before: Callable[[], object] = lambda: None) -> tuple[int, str]:
-    """Run the command line in a copy of this process; return its exit status and what it wrote as errors.
+def prepare_workers() -> None:
+    """Start the process that workers are copies of, if it does not run: `fork` needs it."""
+    multiprocessing.get_context("forkserver").set_forkserver_preload(PRELOADED)
+    forkserver.ensure_running()
+
+
+def run_command(
+    folder: Path, command: Sequence[str], before: Callable[[], object] = lambda: None
+) -> subprocess.CompletedProcess[str]:
+    """Run the command line in a copy of this process, which has imported torch already.
 
     Args:
-        folder: where.
+        folder: the working directory of the copy.
         command: `tombola` and its arguments.
-        before: is called in the copy, first.
+        before: a function that the copy calls first.
+
+    Returns:
+        the exit status, and all that the copy and its workers wrote.
     """
+    prepare_workers()
+    with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as errors:
 
-    def work() -> None:
-        os.chdir(folder)
-        with (folder / "errors").open("w") as errors, contextlib.redirect_stderr(errors):
-            before()
-            status = main(command[1:])
-        os._exit(status)
+        def work() -> None:
+            os.chdir(folder)
+            sys.path.insert(0, "")
+            for number, file in enumerate((output, errors), 1):
+                os.dup2(file.fileno(), number)
+            with open(1, "w", closefd=False) as sys.stdout, open(2, "w", closefd=False) as sys.stderr:
+                before()
+                status = main(command[1:])
+            os._exit(status)
 
-    status = status_of(fork(work))
-    return status, (folder / "errors").read_text()
+        status = status_of(fork(work))
+        for file in (output, errors):
+            file.seek(0)
+        return subprocess.CompletedProcess(command, status, output.read(), errors.read())
 
 
 def workers_of(server: int | None = None) -> list[int]:

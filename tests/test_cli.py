@@ -25,7 +25,7 @@ import safetensors.torch
 import torch
 
 from gate import Arrival, Gate
-from processes import LONG, start, wait_for_end
+from processes import LONG, run_command, start, wait_for_end
 from small_study import OVERRIDES, STUDY
 from stores import results, study, write_study
 from tombola import Planner, Store, Ticket, load_problem, load_study
@@ -40,7 +40,6 @@ from tombola.training.train import initial_state
 from tombola.workbench.runs import count_workers
 
 Completed = subprocess.CompletedProcess[str]
-Tombola = Callable[..., Completed]
 Here = Callable[..., str]
 
 CONSOLE = [sys.executable, "-c", "from tombola.cli import main; raise SystemExit(main())"]
@@ -610,9 +609,7 @@ def test_trainings_at_once_are_one_per_core_and_one_on_a_gpu(monkeypatch: pytest
         assert count_workers(given, device) == expected
 
 
-def test_what_a_users_code_prints_is_not_in_csv_or_json(
-    tmp_path: Path, tombola: Callable[..., subprocess.CompletedProcess[str]]
-) -> None:
+def test_what_a_users_code_prints_is_not_in_csv_or_json(tmp_path: Path) -> None:
     (tmp_path / "loud.py").write_text(
         "import torch\nfrom torch import nn\nprint('module')\n"
         "class Loud(nn.Sequential):\n    def forward(self, x):\n"
@@ -626,10 +623,10 @@ def test_what_a_users_code_prints_is_not_in_csv_or_json(
         'task = { dataset = "digits", model = "loud:network" }\n'
         "recipe = { iterations = 3, batch_size = 16 }\n"
     )
-    run = tombola("run", "s.toml", folder=tmp_path)
+    run = run_command(tmp_path, ["tombola", "run", "s.toml"])
     assert run.returncode == 0, run.stderr
-    for verb in (["plan"], ["functions"], ["verify"]):
-        done = tombola(verb[0], "s.toml", *verb[1:], "--format", "json", folder=tmp_path)
+    for verb in ("plan", "functions", "verify"):
+        done = run_command(tmp_path, ["tombola", verb, "s.toml", "--format", "json"])
         assert done.returncode == 0, done.stderr
         assert json.loads(done.stdout)
         assert "module" in done.stderr

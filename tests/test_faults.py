@@ -170,10 +170,10 @@ def _limit_files(size: int) -> None:
 
 def test_a_full_disk_is_said_and_when_there_is_room_the_same_command_goes_on(tmp_path: Path) -> None:
     command = [*write_study(tmp_path), "--workers", "1"]
-    status, errors = run_command(tmp_path, command, before=partial(_limit_files, 2500))
-    assert status == 2
-    assert "cannot be written: File too large; all results that were stored before are kept" in errors
-    assert "Traceback" not in errors
+    done = run_command(tmp_path, command, before=partial(_limit_files, 2500))
+    assert done.returncode == 2
+    assert "cannot be written: File too large; all results that were stored before are kept" in done.stderr
+    assert "Traceback" not in done.stderr
     store = tmp_path / "tombola-store"
     assert not results(store)
     run_study(store)

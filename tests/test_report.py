@@ -7,7 +7,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import tomllib
 import urllib.error
@@ -26,7 +25,7 @@ import torch
 
 from browser import CHROMIUM, Browser, browser
 from nasty_task import NASTY
-from processes import LONG, start
+from processes import LONG, fork, status_of
 from stores import InTurn
 from tombola import Planner, Recipe, Store, Study, Task, UserError, load_problem, load_study
 from tombola.analysis import layers, overlap, reference, reinit, winners
@@ -629,20 +628,29 @@ def test_what_to_install_is_said(
 
 
 def test_watching_serves_the_loopback_alone_and_ends_by_ctrl_c(study_file: list[str], tmp_path: Path) -> None:
-    code = "from tombola.cli import main; raise SystemExit(main())"
-    command = [sys.executable, "-c", code, "watch", *study_file]
-    with start(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-        assert process.stdout is not None
-        line = process.stdout.readline()
+    ours, theirs = os.pipe()
+
+    def watch() -> None:
+        os.close(ours)
+        os.dup2(theirs, 2)
+        with open(theirs, "w", buffering=1) as sys.stdout, open(2, "w", closefd=False) as sys.stderr:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            os.chdir(tmp_path)
+            status = main(["watch", *study_file])
+        os._exit(status)
+
+    watcher = fork(watch)
+    os.close(theirs)
+    with open(ours) as said:
+        line = said.readline()
         found = re.search(r"http://127\.0\.0\.1:(\d+)/", line)
         assert found is not None, line
         with urllib.request.urlopen(found[0], timeout=LONG) as answer:
             assert b"Findings" in answer.read()
             assert answer.headers["Cache-Control"] == "no-store"
-        os.kill(process.pid, signal.SIGINT)
-        _, errors = process.communicate(timeout=LONG)
-    assert process.returncode == 0
-    assert "Traceback" not in errors
+        os.kill(watcher, signal.SIGINT)
+        assert status_of(watcher) == 0
+        assert "Traceback" not in said.read()
 
 
 def test_the_server_answers_under_its_own_name_alone() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import sysconfig
 import traceback
 from collections.abc import Iterable
@@ -128,7 +129,11 @@ def _message_of(error: BaseException) -> str:
 
 def is_installed(path: Path) -> bool:
     """Say whether a file belongs to an installed package or to Python itself."""
-    folders = {sysconfig.get_path(kind) for kind in ("purelib", "platlib", "stdlib", "platstdlib")}
     if {"site-packages", "dist-packages"} & set(path.parts):  # also folders of the user and of another Python
         return True
-    return any(path.is_relative_to(folder) for folder in folders)
+    return any(path.is_relative_to(folder) for folder in _installed_folders())
+
+
+@functools.cache
+def _installed_folders() -> frozenset[str]:
+    return frozenset(sysconfig.get_path(kind) for kind in ("purelib", "platlib", "stdlib", "platstdlib"))

@@ -19,20 +19,25 @@ and the pure functions that it is made of, whose docstrings describe the columns
 
 from __future__ import annotations
 
-from tombola.analysis import (
-    connectivity,
-    functions,
-    initial,
-    layers,
-    matching,
-    overlap,
-    reference,
-    reinit,
-    similarity,
-    stability,
-    weights,
-    winners,
-)
+import importlib
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from tombola.analysis import (
+        connectivity,
+        functions,
+        initial,
+        layers,
+        matching,
+        overlap,
+        reference,
+        reinit,
+        similarity,
+        stability,
+        weights,
+        winners,
+    )
 
 __all__ = [
     "connectivity",
@@ -48,3 +53,10 @@ __all__ = [
     "weights",
     "winners",
 ]
+
+
+def __getattr__(name: str) -> ModuleType:
+    """Import a module when it is first used: a verb of the command line loads only what it needs."""
+    if name in __all__:
+        return importlib.import_module(f"tombola.analysis.{name}")
+    raise AttributeError(f"module 'tombola.analysis' has no attribute {name!r}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import errno
+import functools
 import io
 import os
 import shlex
@@ -132,6 +133,7 @@ def _check_folder() -> None:
         raise UserError("the working directory has been removed; change to another one") from error
 
 
+@functools.cache
 def _parser() -> Parser:
     parser = Parser(
         prog="tombola",

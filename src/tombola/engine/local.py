@@ -44,7 +44,8 @@ _FILES = 16
 """Files that the start of a process needs for a moment, and some more."""
 
 _PAUSE = 0.5  # seconds until a worker whose start failed is started again
-_PRELOADED = ["tombola.engine.local", "torch._dynamo"]  # torch imports the latter at an optimizer's first step
+PRELOADED = ["tombola.engine.local", "torch._dynamo"]  # torch imports the latter at an optimizer's first step
+"""Modules that the process imports of which the workers are copies."""
 
 
 @dataclass(frozen=True)
@@ -193,7 +194,7 @@ class _Worker:
     def _start(cls, setting: _Setting) -> _Worker:
         _check_files()
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(_PRELOADED)
+        context.set_forkserver_preload(PRELOADED)
         ours, theirs = context.Pipe()
         try:
             process = context.Process(target=_work, args=(theirs, setting), daemon=True)

@@ -1,42 +1,5 @@
 """The workbench: run a study, and get its tables and charts, from a script, a notebook or the command line.
 
 Every function takes a study: a `Study`, the name of a preset, or the path of a TOML file, with fields to override.
+The package imports none of its modules, so that a verb of the command line loads only what it needs.
 """
-
-from tombola.workbench.further import initial, matching, similarity
-from tombola.workbench.pictures import charts, write_report
-from tombola.workbench.runs import reinit, run
-from tombola.workbench.tables import (
-    claims,
-    compare,
-    connectivity,
-    functions,
-    layers,
-    overlap,
-    results,
-    stability,
-    weights,
-    winners,
-)
-from tombola.workbench.tickets import read_ticket
-
-__all__ = [
-    "charts",
-    "claims",
-    "compare",
-    "connectivity",
-    "functions",
-    "initial",
-    "layers",
-    "matching",
-    "overlap",
-    "read_ticket",
-    "reinit",
-    "results",
-    "run",
-    "similarity",
-    "stability",
-    "weights",
-    "winners",
-    "write_report",
-]
