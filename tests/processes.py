@@ -18,6 +18,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing import forkserver
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,10 @@ def start(command: Sequence[str], **how: Any) -> Iterator[subprocess.Popen[str]]
             process.kill()
 
 
+def _do_nothing() -> None:
+    pass
+
+
 def fork(work: Callable[[], object]) -> int:
     """Do some work in a copy of this process; return the copy's number.
 
@@ -106,42 +111,62 @@ def fork(work: Callable[[], object]) -> int:
         os._exit(status)
 
 
-def prepare_workers() -> None:
-    """Start the process that workers are copies of, if it does not run: `fork` needs it."""
-    multiprocessing.get_context("forkserver").set_forkserver_preload(PRELOADED)
-    forkserver.ensure_running()
+@contextmanager
+def start_command(
+    folder: Path, command: Sequence[str], before: Callable[[], object] = _do_nothing
+) -> Iterator[tuple[BaseProcess, Path, Path]]:
+    """Start the command line in a process like a worker's, which has imported torch already; in the end it is killed.
+
+    It is no copy of this process: threads are not copied, and other libraries would wait for theirs.
+
+    Args:
+        folder: the working directory of the process.
+        command: `tombola` and its arguments.
+        before: a function that the process calls first; it must be pickled.
+
+    Returns:
+        the process, and the files with all that it and its workers write as output and as errors.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    with tempfile.TemporaryDirectory() as written:
+        output, errors = Path(written, "output"), Path(written, "errors")
+        process = context.Process(target=_work, args=(folder, command, before, output, errors))
+        process.start()
+        try:
+            yield process, output, errors
+        finally:
+            process.kill()
+            process.join()
+
+
+def _work(folder: Path, command: Sequence[str], before: Callable[[], object], output: Path, errors: Path) -> None:
+    """Run the command line in this process, and end it; its workers come from where it comes from."""
+    forkserver._forkserver.ensure_running = lambda: None
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    os.chdir(folder)
+    sys.path.insert(0, "")
+    for number, path in enumerate((output, errors), 1):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+    status = 1
+    try:
+        with open(1, "w", closefd=False) as sys.stdout, open(2, "w", closefd=False) as sys.stderr:
+            before()
+            status = main(command[1:])
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(status)
 
 
 def run_command(
-    folder: Path, command: Sequence[str], before: Callable[[], object] = lambda: None
+    folder: Path, command: Sequence[str], before: Callable[[], object] = _do_nothing
 ) -> subprocess.CompletedProcess[str]:
-    """Run the command line in a copy of this process, which has imported torch already.
-
-    Args:
-        folder: the working directory of the copy.
-        command: `tombola` and its arguments.
-        before: a function that the copy calls first.
-
-    Returns:
-        the exit status, and all that the copy and its workers wrote.
-    """
-    prepare_workers()
-    with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as errors:
-
-        def work() -> None:
-            os.chdir(folder)
-            sys.path.insert(0, "")
-            for number, file in enumerate((output, errors), 1):
-                os.dup2(file.fileno(), number)
-            with open(1, "w", closefd=False) as sys.stdout, open(2, "w", closefd=False) as sys.stderr:
-                before()
-                status = main(command[1:])
-            os._exit(status)
-
-        status = status_of(fork(work))
-        for file in (output, errors):
-            file.seek(0)
-        return subprocess.CompletedProcess(command, status, output.read(), errors.read())
+    """Run the command line as `start_command` does; return its exit status and what it wrote."""
+    with start_command(folder, command, before) as (process, output, errors):
+        process.join(LONG)
+        assert process.exitcode is not None, f"{command} goes on"
+        return subprocess.CompletedProcess(command, process.exitcode, output.read_text(), errors.read_text())
 
 
 def workers_of(server: int | None = None) -> list[int]:

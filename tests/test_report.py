@@ -25,7 +25,7 @@ import torch
 
 from browser import CHROMIUM, Browser, browser
 from nasty_task import NASTY
-from processes import LONG, fork, status_of
+from processes import LONG, start_command, until
 from stores import InTurn
 from tombola import Planner, Recipe, Store, Study, Task, UserError, load_problem, load_study
 from tombola.analysis import layers, overlap, reference, reinit, winners
@@ -628,29 +628,18 @@ def test_what_to_install_is_said(
 
 
 def test_watching_serves_the_loopback_alone_and_ends_by_ctrl_c(study_file: list[str], tmp_path: Path) -> None:
-    ours, theirs = os.pipe()
-
-    def watch() -> None:
-        os.close(ours)
-        os.dup2(theirs, 2)
-        with open(theirs, "w", buffering=1) as sys.stdout, open(2, "w", closefd=False) as sys.stderr:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-            os.chdir(tmp_path)
-            status = main(["watch", *study_file])
-        os._exit(status)
-
-    watcher = fork(watch)
-    os.close(theirs)
-    with open(ours) as said:
-        line = said.readline()
-        found = re.search(r"http://127\.0\.0\.1:(\d+)/", line)
-        assert found is not None, line
+    with start_command(tmp_path, ["tombola", "watch", *study_file]) as (process, output, errors):
+        until(lambda: process.exitcode is not None or (output.exists() and "\n" in output.read_text()), "an address")
+        found = re.search(r"http://127\.0\.0\.1:(\d+)/", output.read_text())
+        assert found is not None, errors.read_text()
         with urllib.request.urlopen(found[0], timeout=LONG) as answer:
             assert b"Findings" in answer.read()
             assert answer.headers["Cache-Control"] == "no-store"
-        os.kill(watcher, signal.SIGINT)
-        assert status_of(watcher) == 0
-        assert "Traceback" not in said.read()
+        assert process.pid is not None
+        os.kill(process.pid, signal.SIGINT)
+        process.join(LONG)
+        assert process.exitcode == 0
+        assert "Traceback" not in errors.read_text()
 
 
 def test_the_server_answers_under_its_own_name_alone() -> None:
