@@ -30,6 +30,15 @@ class ImportanceError(UserError):
 class NothingStoredError(UserError):
     """The store does not have the requested results yet: their trainings have not been run."""
 
+    @classmethod
+    def of_study(cls, store: Path) -> NothingStoredError:
+        """Return the error of a store that has no result of a study.
+
+        >>> NothingStoredError.of_study(Path("here"))
+        NothingStoredError('no result of this study is in here')
+        """
+        return cls(f"no result of this study is in {store}")
+
 
 class StoreError(UserError):
     """A folder cannot be used as a store: it is not a store, or another version of tombola wrote it."""

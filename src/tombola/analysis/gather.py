@@ -70,7 +70,7 @@ def by_level(
         found = tickets.at(level, [*chains, *optional])
         if not any(chain in found for chain in chains):
             if level == 0:
-                raise NothingStoredError(f"no result of this study is in {tickets.planner.store.root}")
+                raise NothingStoredError.of_study(tickets.planner.store.root)
             return
         yield level, found
 
@@ -85,7 +85,7 @@ def last_level(tickets: Tickets, chains: Sequence[Chain]) -> int:
     if last is None:
         root = tickets.planner.store.root
         if not any(tickets.progress(chain).tickets for chain in chains):
-            raise NothingStoredError(f"no result of this study is in {root}")
+            raise NothingStoredError.of_study(root)
         raise NothingStoredError(f"level 0 is not in {root} for every seed")
     return last
 

@@ -85,7 +85,7 @@ def show_results(tickets: Tickets, form: str) -> None:
     found = rows(tickets)
     kinds = describe_kinds(count_kinds(tickets.records().values()))
     if not found:
-        raise NothingStoredError(f"no result of this study is in {tickets.planner.store.root}")
+        raise NothingStoredError.of_study(tickets.planner.store.root)
     planner = tickets.planner
     expected = len(planner.chains) * (planner.study.levels + 1)
     if form == "table":

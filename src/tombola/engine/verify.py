@@ -77,7 +77,7 @@ def list_places(tickets: Tickets, chains: Sequence[Chain]) -> list[Place]:
         for place in _places(tickets.planner, chain, tickets.progress(chain)):
             found.setdefault(place.training.key, place)
     if not found:
-        raise NothingStoredError(f"no result of this study is in {tickets.planner.store.root}")
+        raise NothingStoredError.of_study(tickets.planner.store.root)
     return list(found.values())
 
 

@@ -124,7 +124,7 @@ def gather_stored(
         raise UserError(f"costly: unknown analysis {unknown[0]!r}; {did_you_mean(unknown[0], COSTLY)}")
     contents = gather(planner, title, command, costly=costly, level=level, margin=margin)
     if not contents.results:
-        raise NothingStoredError(f"no result of this study is in {planner.store.root}")
+        raise NothingStoredError.of_study(planner.store.root)
     return contents
 
 

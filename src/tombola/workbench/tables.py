@@ -60,7 +60,7 @@ def of_tickets(tickets: Tickets) -> pl.DataFrame:
     """Return the accuracy of every ticket, see `results`."""
     found = accuracy.rows(tickets)
     if not found:
-        raise NothingStoredError(f"no result of this study is in {tickets.planner.store.root}")
+        raise NothingStoredError.of_study(tickets.planner.store.root)
     return accuracy.to_frame(found)
 
 
