@@ -69,6 +69,7 @@ def _bits(trained: Trained) -> tuple[str, History]:
 # Golden bits.
 
 
+@pytest.mark.xdist_group("golden")  # a setting's bits are computed in a process of their own, once
 @pytest.mark.parametrize("setting", golden.SETTINGS)
 @pytest.mark.parametrize(
     ("name", "kernel_set"),
