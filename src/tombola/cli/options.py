@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import math
 import sys
-import tomllib
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn, get_args, get_origin
 
 from tombola.errors import UserError, did_you_mean, shorten
 from tombola.store.layout import STORE
-from tombola.study.schema import OldFieldWarning, Study, fields, is_list, load_study
 
 if TYPE_CHECKING:
     from tombola.study.planner import Planner
+    from tombola.study.schema import Study
 
 MOST = 2**63 - 1
 """The largest whole number of an option that has no limit of its own."""
@@ -29,11 +29,16 @@ _DIGITS = 1000  # more digits than any option needs
 Verb = Callable[[argparse.Namespace], int]
 """A function that runs a verb with its options and returns the exit status."""
 
-_FIELDS = {name: (annotation, text) for name, annotation, text in fields()}
-
-
 _OF_STUDY = "fields of the study"
 """The title of the options that override fields; the help lists them only if it is asked to."""
+
+
+@functools.cache
+def _fields() -> dict[str, tuple[Any, str]]:
+    """Return the type and the description of each field of a study, which takes time that `tombola --help` has not."""
+    from tombola.study.schema import fields
+
+    return {name: (annotation, text) for name, annotation, text in fields()}
 
 
 class Parser(argparse.ArgumentParser):
@@ -88,6 +93,8 @@ class Parser(argparse.ArgumentParser):
 
 def study_options() -> Parser:
     """Return the options of a verb that is about a study."""
+    from tombola.study.schema import is_list
+
     parser = Parser(add_help=False)
     parser.add_argument("study", metavar="STUDY", help="the name of a preset (see `tombola presets`) or a TOML file")
     add_store(parser)
@@ -102,7 +109,7 @@ def study_options() -> Parser:
     )
     parser.add_argument("--help-fields", action=_WholeHelp, help="show the fields of a study too, and exit")
     overrides = parser.add_argument_group(_OF_STUDY, "Each replaces the value in the study's file.")
-    for name, (annotation, text) in _FIELDS.items():
+    for name, (annotation, text) in _fields().items():
         kind: dict[str, Any] = {"type": parse_value}
         if get_origin(annotation) is dict:
             kind = {"nargs": "+", "action": Arguments}
@@ -161,7 +168,7 @@ class Verbs:
     """
 
     parsers: Any
-    study: Parser = field(default_factory=study_options)
+    study: Parser
     table: Parser = field(default_factory=table_options)
     store: Parser = field(default_factory=store_options)
     texts: dict[str, str] = field(default_factory=dict)
@@ -193,6 +200,8 @@ class Verbs:
 
 def open_study(options: argparse.Namespace) -> Study:
     """Return the study that the options name."""
+    from tombola.study.schema import OldFieldWarning, load_study
+
     with warnings_as_notes(OldFieldWarning):
         return load_study(options.study, overrides(options))
 
@@ -240,7 +249,7 @@ def open_planner(options: argparse.Namespace, study: Study | None = None) -> Pla
 
 def overrides(options: argparse.Namespace) -> dict[str, Any]:
     """Return the fields of the study that the options override."""
-    return {name: value for name, value in vars(options).items() if name in _FIELDS and value is not None}
+    return {name: value for name, value in vars(options).items() if name in _fields() and value is not None}
 
 
 class _WholeHelp(argparse.Action):
@@ -290,6 +299,8 @@ def parse_value(text: str) -> Any:
     >>> parse_value("[1, 2]"), parse_value("1e-3"), parse_value(".5"), parse_value("l1")
     ([1, 2], 0.001, 0.5, 'l1')
     """
+    import tomllib
+
     try:
         document = tomllib.loads(f"value = {text}")
     except RecursionError:
