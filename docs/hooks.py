@@ -1,4 +1,4 @@
-"""What the site needs besides its pages: the command line's help, drawings in the page's colours, links of root files."""
+"""What the site needs besides its pages: the command line's help, drawings in its colours, links of root files."""
 
 from __future__ import annotations
 

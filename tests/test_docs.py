@@ -1,7 +1,7 @@
 """The documentation: its code runs, page by page from first line to last, its commands are understood, its files exist.
 
-A block with a title, such as ```` ```python title="mine.py" ````, is written into that file. A command about a study that
-the page has written is run, with fewer epochs; of all others the options and the study are read.
+A block with a title, such as ```` ```python title="mine.py" ````, is written into that file. A command about a study
+that the page has written is run, with fewer epochs; of all others the options and the study are read.
 """
 
 from __future__ import annotations

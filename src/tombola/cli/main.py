@@ -16,7 +16,7 @@ from typing import Any
 from tombola import __version__
 from tombola.cli import analysis, catalogue, completion, further, report, results, run, start, store
 from tombola.cli.advice import add_advice
-from tombola.cli.options import Parser, Verb, Verbs, study_options, with_dashes
+from tombola.cli.options import Parser, Verb, Verbs, store_options, study_options, table_options, with_dashes
 from tombola.errors import DamagedResultError, UserError, describe_exception, is_of_own_code
 from tombola.exits import end_at_once, watch_exits
 
@@ -147,7 +147,8 @@ def make_parser(*, with_study: bool = True) -> Parser:
     )
     parser.add_argument("--version", action=_Version, help="show the version, those of torch and the kernels, and exit")
     parsers = parser.add_subparsers(required=True, metavar="VERB", help=argparse.SUPPRESS, parser_class=Parser)
-    verbs = Verbs(parsers, study_options() if with_study else Parser(add_help=False))
+    about_study = study_options() if with_study else Parser(add_help=False)
+    verbs = Verbs(parsers, about_study, table_options(), store_options(), {})
     texts = []
     for title, modules in GROUPS.items():
         before = len(verbs.texts)

@@ -10,9 +10,8 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NoReturn, get_args, get_origin
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, NoReturn, get_args, get_origin
 
 from tombola.errors import UserError, did_you_mean, shorten
 from tombola.store.layout import STORE
@@ -155,8 +154,7 @@ def add_margin(parser: argparse.ArgumentParser) -> None:
     )
 
 
-@dataclass(frozen=True)
-class Verbs:
+class Verbs(NamedTuple):
     """The verbs of the command line, to which each module adds its own.
 
     Args:
@@ -169,9 +167,9 @@ class Verbs:
 
     parsers: Any
     study: Parser
-    table: Parser = field(default_factory=table_options)
-    store: Parser = field(default_factory=store_options)
-    texts: dict[str, str] = field(default_factory=dict)
+    table: Parser
+    store: Parser
+    texts: dict[str, str]
 
     def add(self, name: str, verb: Verb, *parents: Parser) -> Parser:
         """Add a verb with the options of `parents`; its help is its docstring. Return its parser."""
@@ -195,7 +193,7 @@ class Verbs:
         parser = self.add(name, verb)
         parser.usage = f"tombola {name} {choices} [option ...]"
         parsers = parser.add_subparsers(required=True, metavar=choices, parser_class=Parser)
-        return Verbs(parsers, self.study, self.table, self.store)
+        return Verbs(parsers, self.study, self.table, self.store, {})
 
 
 def open_study(options: argparse.Namespace) -> Study:

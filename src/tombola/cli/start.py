@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 from tombola.cli.options import Verbs
 from tombola.errors import UserError
-from tombola.files import write_atomically
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -45,6 +44,7 @@ def add_verbs(verbs: Verbs) -> None:
 
 def init(options: argparse.Namespace) -> int:
     """Write a study file for a model of your own, with every field explained."""
+    from tombola.files import write_atomically
     from tombola.study.schema import Study
 
     path: Path = options.file
