@@ -4,7 +4,7 @@ PIP = PIP_CONSTRAINT=requirements.lock .venv/bin/pip install --quiet --disable-p
 PYTEST = .venv/bin/pytest --pyargs tombola tests -n auto --dist loadgroup
 SOURCES = pyproject.toml requirements.lock CMakeLists.txt $(shell find src -type f -not -name '*.pyc' -not -name '*.so')
 
-.PHONY: demo test test-repeat test-torch sanitize golden reference mutate bench clean
+.PHONY: demo test test-repeat test-torch sanitize golden reference mutate bench docs docs-serve clean
 
 demo: .venv/installed
 	.venv/bin/tombola run digits
@@ -67,6 +67,14 @@ reference: .venv/installed-tests
 bench: .venv/installed
 	.venv/bin/python benchmarks/run.py
 
+# The documentation: built into build/site, where a warning is an error; and shown on http://127.0.0.1:8000.
+MKDOCS = NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs
+docs: .venv/installed-docs
+	$(MKDOCS) build --quiet
+
+docs-serve: .venv/installed-docs
+	$(MKDOCS) serve --dev-addr 127.0.0.1:8000
+
 .venv/installed: $(SOURCES)
 	$(PYTHON) -m venv .venv
 	$(PIP) .
@@ -79,6 +87,10 @@ bench: .venv/installed
 
 .venv/installed-ray: .venv/installed-tests
 	$(PIP) 'tombola[ray]'
+	touch $@
+
+.venv/installed-docs: .venv/installed
+	$(PIP) 'tombola[docs]'
 	touch $@
 
 clean:

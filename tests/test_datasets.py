@@ -589,3 +589,26 @@ def test_a_name_that_is_never_resolved_is_given_up(tmp_path, monkeypatch):
         assert asked.wait(LONG)
     finally:
         over.set()
+
+
+# Without the extra `data`
+
+
+def test_a_download_without_its_package_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pooch", None)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    with pytest.raises(UserError, match=r"needs the extra 'data' .*: pip install 'tombola\[data\]'"):
+        load("cifar10", tmp_path)
+    assert files.cache_folder() == tmp_path / "cache" / "tombola"
+
+
+def test_images_without_their_package_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    with pytest.raises(UserError, match=r"decoding the images of .*pets needs the extra 'data'"):
+        (tmp_path / "pets" / "train" / "cat").mkdir(parents=True)
+        load("image-folder", tmp_path, path="pets")
+
+
+def test_no_package_of_an_extra_is_imported_before_it_is_needed():
+    code = "import sys, tombola; tombola.datasets.load('digits'); print({'PIL', 'pooch', 'sklearn'} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"

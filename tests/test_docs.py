@@ -1,23 +1,77 @@
-"""The Python code of the documentation runs, each page from its first line to its last."""
+"""The documentation: its code runs, page by page from first line to last, its commands are understood, its files exist.
+
+A block with a title, such as ```` ```python title="mine.py" ````, is written into that file. A command about a study
+that the page has written is run, with fewer epochs; of all others the options and the study are read.
+"""
 
 from __future__ import annotations
 
 import re
+import shlex
+import sys
+from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
-DOCS = Path(__file__).parents[1] / "docs"
+from tombola.cli.main import main, make_parser
+from tombola.cli.options import with_dashes
+from tombola.study.schema import load_study
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+SMALL = ["--levels", "3", "--seeds", "0", "--recipe.epochs", "1"]
+FAST = {"run", "plan", "winners", "results", "export"}
+ELSEWHERE = {"importances.md"}  # its code is a module; tests/test_rounds.py runs it
+
+BLOCK = re.compile(r'^```(\w*)(?: title="([\w.]+)")?\n(.*?)^```$', re.DOTALL | re.MULTILINE)
+COMMAND = re.compile(r"^ {0,4}(?:\.venv/bin/)?tombola ((?:.*\\\n)*.*)$", re.MULTILINE)
 
 
-@pytest.mark.parametrize("page", ["python.md", "your-loop.md"])
+def commands(text: str) -> Iterator[list[str]]:
+    """Yield the arguments of the commands of a block or of indented lines."""
+    for found in COMMAND.finditer(text):
+        arguments = shlex.split(found[1].replace("\\\n", " ").partition(" ...")[0], comments=True)
+        yield [re.sub(r"\$\w+", "4", argument) for argument in arguments]
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if "```" in page.read_text()], ids=lambda page: page.stem)
 def test_the_code_of_a_page_runs(
-    page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers_here: None
+    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers_here: None
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    blocks = re.findall(r"^```python\n(.*?)^```", (DOCS / page).read_text(), re.DOTALL | re.MULTILINE)
-    assert len(blocks) >= 2
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setitem(sys.modules, "mine", ModuleType("mine"))  # so that it is gone afterwards
+    del sys.modules["mine"]
     space: dict[str, object] = {"__name__": "page"}
-    for block in blocks:
-        exec(compile(block, page, "exec"), space)
-    assert (tmp_path / "ticket.safetensors").exists()
+    for language, title, text in BLOCK.findall(page.read_text()):
+        if title:
+            Path(title).write_text(text)
+            if title.endswith(".toml"):
+                load_study(Path(title))
+        elif language == "python" and page.name not in ELSEWHERE:
+            exec(compile(text, str(page), "exec"), space)
+        for arguments in commands(text) if language == "sh" else ():
+            own = [argument for argument in arguments[1:2] if argument.endswith(".toml") and Path(argument).exists()]
+            if arguments[0] == "init" or (own and arguments[0] in FAST):
+                assert main([*arguments, *(SMALL if own else [])]) == 0, arguments
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_the_commands_of_a_page_are_understood(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for arguments in commands(page.read_text()):
+        if {"--version", "--help"} & set(arguments) or arguments[0].isupper():
+            continue
+        options = make_parser().parse_args([with_dashes(argument) for argument in arguments])
+        study = getattr(options, "study", None)
+        if study is not None and not study.endswith(".toml") and not study.isupper():
+            load_study(study)
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", ROOT / "CONTRIBUTING.md"], ids=lambda page: page.stem)
+def test_the_links_of_a_page_lead_to_files(page: Path) -> None:
+    """Those of the site are checked when it is built."""
+    for link in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text()):
+        assert (ROOT / link).exists(), link

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from tombola.cli.main import _parser, main
+from tombola.cli.main import main, make_parser
 from tombola.cli.options import open_study, overrides, parse_value
 from tombola.cli.store import store as _store_verb
 from tombola.errors import UserError
@@ -137,7 +137,7 @@ def test_a_library_refuses_numbers_of_thousands_of_digits() -> None:
 
 
 def test_overrides_have_one_field_each() -> None:
-    options = _parser().parse_args(["plan", "digits", "--levels", "1\nfraction = 0.5"])
+    options = make_parser().parse_args(["plan", "digits", "--levels", "1\nfraction = 0.5"])
     assert overrides(options) == {"levels": "1\nfraction = 0.5"}
     assert parse_value("1\n") == 1
 

@@ -63,7 +63,7 @@ if TYPE_CHECKING:
     )
     from tombola.workbench.tickets import read_ticket
 
-__version__ = "0.1.0"
+__version__ = "1.0.0rc1"
 
 _HOME = {
     "Augmentation": "training.recipe",

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
 import sysconfig
-import traceback
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -97,6 +95,8 @@ def did_you_mean(name: str, choices: Iterable[str]) -> str:
     >>> did_you_mean("xyz", ["magnitude", "l1"])
     "choose from 'magnitude', 'l1'"
     """
+    import difflib
+
     name, known = name[:_LONGEST], list(choices)
     folded = {choice.casefold(): choice for choice in known}
     near = [choice for choice in known if name and choice.casefold().startswith(name.casefold())]
@@ -111,6 +111,8 @@ def describe_exception(error: BaseException) -> str:
     >>> describe_exception(ValueError("no such thing"))
     'ValueError: no such thing'
     """
+    import traceback
+
     text = f"{type(error).__name__}: {_message_of(error)}".removesuffix(": ")
     package = Path(__file__).parent
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
@@ -122,6 +124,8 @@ def describe_exception(error: BaseException) -> str:
 
 def is_of_own_code(error: BaseException) -> bool:
     """Return whether an exception was raised in a user's code, or in a function that a user's code called."""
+    import traceback
+
     package = Path(__file__).parent
     paths = {Path(frame.f_code.co_filename) for frame, _ in traceback.walk_tb(error.__traceback__)}
     return any(path.is_file() and not is_installed(path) and not path.is_relative_to(package) for path in paths)

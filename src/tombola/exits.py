@@ -8,7 +8,6 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from types import FrameType
 from typing import NoReturn
 
@@ -18,17 +17,14 @@ end_at_once = os._exit
 """`os._exit`, which `watch_exits` does not replace."""
 
 
-@dataclass
 class Exits:
-    """What has happened inside a block of `watch_exits`.
+    """What has happened inside a block of `watch_exits`."""
 
-    Args:
-        knows: whether Ctrl-C is told apart from a `raise KeyboardInterrupt` of the user's code.
-        ctrl_c: whether Ctrl-C was pressed.
-    """
-
-    knows: bool = False
-    ctrl_c: bool = False
+    def __init__(self) -> None:
+        self.knows = False
+        """Whether Ctrl-C is told apart from a `raise KeyboardInterrupt` of the user's code."""
+        self.ctrl_c = False
+        """Whether Ctrl-C was pressed."""
 
     def is_ctrl_c(self, error: BaseException) -> bool:
         """Return whether an exception comes from Ctrl-C, as far as that can be told."""

@@ -5,8 +5,6 @@ from __future__ import annotations
 import argparse
 
 from tombola.cli.options import Verbs
-from tombola.study.schema import load_study
-from tombola.study.schema import presets as preset_files
 
 
 def add_verbs(verbs: Verbs) -> None:
@@ -40,6 +38,8 @@ def importances(options: argparse.Namespace) -> int:
 def presets(options: argparse.Namespace) -> int:
     """List the studies that come with tombola."""
     from tombola.cli.tables import show_table
+    from tombola.study.schema import load_study
+    from tombola.study.schema import presets as preset_files
 
     lines = []
     for name, path in preset_files().items():

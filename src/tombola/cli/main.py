@@ -17,14 +17,14 @@ from typing import Any
 from tombola import __version__
 from tombola.cli import analysis, catalogue, completion, further, report, results, run, start, store
 from tombola.cli.advice import add_advice
-from tombola.cli.options import Parser, Verb, Verbs, with_dashes
+from tombola.cli.options import Parser, Verb, Verbs, store_options, study_options, table_options, with_dashes
 from tombola.errors import DamagedResultError, UserError, describe_exception, is_of_own_code
 from tombola.exits import end_at_once, watch_exits
 
 _LIMITS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EBADF}
 """The errors of a system that is full or has reached a limit, or whose disk is broken."""
 
-_GROUPS = {
+GROUPS = {
     "run a study": (start, run),
     "show what was found": (results, report),
     "analyse the tickets": (analysis, further),
@@ -64,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _prepare_streams()
     try:
         try:
-            parser = _parser()
+            parser = make_parser(with_study=not given or given[0] not in ("-h", "--help"))
             completion.complete(parser)
             options = parser.parse_args([with_dashes(argument) for argument in given])
             return _call(options.verb, options)
@@ -134,7 +134,12 @@ def _check_folder() -> None:
 
 
 @functools.cache
-def _parser() -> Parser:
+def make_parser(*, with_study: bool = True) -> Parser:
+    """Return the parser of the command line.
+
+    Args:
+        with_study: whether the verbs have the options about a study, which the list of verbs does not need.
+    """
     parser = Parser(
         prog="tombola",
         usage="tombola VERB ...",
@@ -143,9 +148,11 @@ def _parser() -> Parser:
         allow_abbrev=False,
     )
     parser.add_argument("--version", action=_Version, help="show the version, those of torch and the kernels, and exit")
-    verbs = Verbs(parser.add_subparsers(required=True, metavar="VERB", help=argparse.SUPPRESS, parser_class=Parser))
+    parsers = parser.add_subparsers(required=True, metavar="VERB", help=argparse.SUPPRESS, parser_class=Parser)
+    about_study = study_options() if with_study else Parser(add_help=False)
+    verbs = Verbs(parsers, about_study, table_options(), store_options(), {})
     texts = []
-    for title, modules in _GROUPS.items():
+    for title, modules in GROUPS.items():
         before = len(verbs.texts)
         for module in modules:
             module.add_verbs(verbs)

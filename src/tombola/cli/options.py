@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import math
 import sys
-import tomllib
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NoReturn, get_args, get_origin
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, NoReturn, get_args, get_origin
 
 from tombola.errors import UserError, did_you_mean, shorten
 from tombola.store.layout import STORE
-from tombola.study.schema import OldFieldWarning, Study, fields, is_list, load_study
 
 if TYPE_CHECKING:
     from tombola.study.planner import Planner
+    from tombola.study.schema import Study
 
 MOST = 2**63 - 1
 """The largest whole number of an option that has no limit of its own."""
@@ -29,11 +28,16 @@ _DIGITS = 1000  # more digits than any option needs
 Verb = Callable[[argparse.Namespace], int]
 """A function that runs a verb with its options and returns the exit status."""
 
-_FIELDS = {name: (annotation, text) for name, annotation, text in fields()}
-
-
 _OF_STUDY = "fields of the study"
 """The title of the options that override fields; the help lists them only if it is asked to."""
+
+
+@functools.cache
+def _fields() -> dict[str, tuple[Any, str]]:
+    """Return the type and the description of each field of a study, which takes time that `tombola --help` has not."""
+    from tombola.study.schema import fields
+
+    return {name: (annotation, text) for name, annotation, text in fields()}
 
 
 class Parser(argparse.ArgumentParser):
@@ -88,6 +92,8 @@ class Parser(argparse.ArgumentParser):
 
 def study_options() -> Parser:
     """Return the options of a verb that is about a study."""
+    from tombola.study.schema import is_list
+
     parser = Parser(add_help=False)
     parser.add_argument("study", metavar="STUDY", help="the name of a preset (see `tombola presets`) or a TOML file")
     add_store(parser)
@@ -102,7 +108,7 @@ def study_options() -> Parser:
     )
     parser.add_argument("--help-fields", action=_WholeHelp, help="show the fields of a study too, and exit")
     overrides = parser.add_argument_group(_OF_STUDY, "Each replaces the value in the study's file.")
-    for name, (annotation, text) in _FIELDS.items():
+    for name, (annotation, text) in _fields().items():
         kind: dict[str, Any] = {"type": parse_value}
         if get_origin(annotation) is dict:
             kind = {"nargs": "+", "action": Arguments}
@@ -148,8 +154,7 @@ def add_margin(parser: argparse.ArgumentParser) -> None:
     )
 
 
-@dataclass(frozen=True)
-class Verbs:
+class Verbs(NamedTuple):
     """The verbs of the command line, to which each module adds its own.
 
     Args:
@@ -161,10 +166,10 @@ class Verbs:
     """
 
     parsers: Any
-    study: Parser = field(default_factory=study_options)
-    table: Parser = field(default_factory=table_options)
-    store: Parser = field(default_factory=store_options)
-    texts: dict[str, str] = field(default_factory=dict)
+    study: Parser
+    table: Parser
+    store: Parser
+    texts: dict[str, str]
 
     def add(self, name: str, verb: Verb, *parents: Parser) -> Parser:
         """Add a verb with the options of `parents`; its help is its docstring. Return its parser."""
@@ -188,11 +193,13 @@ class Verbs:
         parser = self.add(name, verb)
         parser.usage = f"tombola {name} {choices} [option ...]"
         parsers = parser.add_subparsers(required=True, metavar=choices, parser_class=Parser)
-        return Verbs(parsers, self.study, self.table, self.store)
+        return Verbs(parsers, self.study, self.table, self.store, {})
 
 
 def open_study(options: argparse.Namespace) -> Study:
     """Return the study that the options name."""
+    from tombola.study.schema import OldFieldWarning, load_study
+
     with warnings_as_notes(OldFieldWarning):
         return load_study(options.study, overrides(options))
 
@@ -240,7 +247,7 @@ def open_planner(options: argparse.Namespace, study: Study | None = None) -> Pla
 
 def overrides(options: argparse.Namespace) -> dict[str, Any]:
     """Return the fields of the study that the options override."""
-    return {name: value for name, value in vars(options).items() if name in _FIELDS and value is not None}
+    return {name: value for name, value in vars(options).items() if name in _fields() and value is not None}
 
 
 class _WholeHelp(argparse.Action):
@@ -290,6 +297,8 @@ def parse_value(text: str) -> Any:
     >>> parse_value("[1, 2]"), parse_value("1e-3"), parse_value(".5"), parse_value("l1")
     ([1, 2], 0.001, 0.5, 'l1')
     """
+    import tomllib
+
     try:
         document = tomllib.loads(f"value = {text}")
     except RecursionError:

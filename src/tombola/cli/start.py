@@ -7,14 +7,13 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
-
-from pydantic import BaseModel
+from typing import TYPE_CHECKING, Any
 
 from tombola.cli.options import Verbs
 from tombola.errors import UserError
-from tombola.files import write_atomically
-from tombola.study.schema import Study
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
 
 _WRITTEN = {
     "importances": ["magnitude", "l1"],
@@ -45,6 +44,9 @@ def add_verbs(verbs: Verbs) -> None:
 
 def init(options: argparse.Namespace) -> int:
     """Write a study file for a model of your own, with every field explained."""
+    from tombola.files import write_atomically
+    from tombola.study.schema import Study
+
     path: Path = options.file
     if path.suffix != ".toml":
         raise UserError(f"{path}: the name of a study file ends in .toml")
@@ -64,6 +66,8 @@ def init(options: argparse.Namespace) -> int:
 
 def _list_lines(model: type[BaseModel], written: Mapping[str, object], prefix: str = "") -> Iterator[str]:
     """Yield the lines of a study file: the fields of one table, then the tables in it."""
+    from pydantic import BaseModel
+
     if not prefix:
         yield "# A study: which network is trained on which data, and which of its connections are pruned."
         yield "# Lines that begin with # show a default value. Remove the # to set another.\n"

@@ -17,9 +17,10 @@ import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
-from PIL import Image, ImageOps, UnidentifiedImageError
+if TYPE_CHECKING:
+    from PIL import Image
 
 HEADER = struct.Struct("<QQ")
 """Before each image on the standard input: its place and how many bytes follow."""
@@ -83,6 +84,8 @@ def decode(content: bytes, form: Form) -> bytes:
     Raises:
         TroubleError: where it is not a whole image or does not have the right form.
     """
+    from PIL import Image, ImageOps
+
     with _open_image(content) as image:
         if image.mode not in MODES:
             raise TroubleError(f"has pixels of the kind {image.mode}, expected eight bits a channel")
@@ -148,6 +151,8 @@ def receive(file: IO[bytes]) -> Iterator[tuple[int, bytes]]:
 
 
 def _open_image(content: bytes) -> Image.Image:
+    from PIL import Image, UnidentifiedImageError
+
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of unusual but readable files, and of many pixels

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import http.client
+import importlib
+import os
 import queue
 import threading
 import urllib.error
@@ -23,9 +25,26 @@ SECONDS_OF_SILENCE = 30.0
 
 def cache_folder() -> Path:
     """Return this program's cache folder of the user, without creating it."""
-    import pooch
-
+    try:
+        import pooch
+    except ImportError:  # nothing can be downloaded into it, but files may have been put there
+        return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "tombola")
     return Path(pooch.os_cache("tombola"))
+
+
+def require(module: str, what: str) -> None:
+    """Refuse what needs a package of the extra `data` if it is not installed.
+
+    Args:
+        module: the package's name in Python.
+        what: what needs it, the beginning of the message.
+
+    >>> require("json", "reading this file")
+    """
+    try:
+        importlib.import_module(module)
+    except ImportError as error:
+        raise UserError(f"{what} needs the extra 'data' ({error}): pip install 'tombola[data]'") from error
 
 
 def folders(directory: Path | None, *names: str) -> list[Path]:
@@ -82,6 +101,7 @@ def download(url: str, sha256: str, folder: Path) -> Path:
         UserError: if there is no network, the server refuses, the checksum differs or the folder cannot be written.
             Its text is a clause that says which.
     """
+    require("pooch", f"downloading {url}")
     import pooch
 
     reason = _out_of_reach(url)

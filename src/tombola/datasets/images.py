@@ -17,6 +17,7 @@ from tombola.datasets import decoder
 from tombola.datasets.cache import About, Fill, load_cached
 from tombola.datasets.dataset import Dataset
 from tombola.datasets.decoder import Form, TroubleError
+from tombola.datasets.files import require
 from tombola.datasets.progress import Bar
 from tombola.datasets.tree import Tree, open_tree, read_file, stamp
 from tombola.errors import UserError
@@ -75,6 +76,7 @@ def image_set(
     """
 
     def make() -> tuple[About, Fill]:
+        require("PIL", f"decoding the images of {source}")
         tree = open_tree(source, entries)
         listed = listing(tree)
         names = [image for image, _ in [*listed.train, *listed.test]]

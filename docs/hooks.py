@@ -1,0 +1,109 @@
+"""What the site needs besides its pages: the command line's help, drawings in its colours, links of root files."""
+
+from __future__ import annotations
+
+import argparse
+import html
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+DOCS = Path(__file__).parent
+HERE = {"ARCHITECTURE.md": "inside.md", "CONTRIBUTING.md": "contributing/index.md", "CHANGELOG.md": "changes.md"}
+"""The files beside `docs` that the site has as pages."""
+
+
+def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
+    """Put the files of the root and the command line's help into the pages that ask for them."""
+    up = "../" * page.file.src_uri.count("/")
+    markdown = re.sub(r"^--8<-- \"(.+)\"$", lambda found: _root_file(found[1], up), markdown, flags=re.MULTILINE)
+    if page.file.src_uri == "command-line.md":
+        markdown += "\n".join(describe_command_line())
+    return markdown
+
+
+def on_page_content(content: str, *, page: Any, **_: Any) -> str:
+    """Put drawings into the page itself, where they have its colours, light or dark."""
+
+    def draw(found: re.Match[str]) -> str:
+        drawing = (DOCS / page.file.src_uri).parent / found[1]
+        return f'<figure class="drawing">{drawing.read_text()}</figure>'
+
+    return re.sub(r'<p><img [^>]*src="([^"]+\.svg)"[^>]*></p>', draw, content)
+
+
+def _root_file(name: str, up: str) -> str:
+    """Return a file of the root with its links as they are on the site, `up` being the way to its first page."""
+    text = (DOCS.parent / name).read_text()
+    for path, page in HERE.items():
+        text = text.replace(f"]({path}", f"]({up}{page}")
+    text = re.sub(r"```mermaid.*?```", "![How a study runs](docs/pictures/house.svg)", text, flags=re.DOTALL)
+    return text.replace("](docs/", f"]({up}")
+
+
+def describe_command_line() -> Iterator[str]:
+    """Yield the lines of a page with every verb of the command line, from its parser."""
+    from tombola.cli.main import GROUPS, make_parser
+
+    parser = make_parser()
+    verbs = _subparsers(parser)
+    seen: set[int] = set()
+    for title, modules in GROUPS.items():
+        yield f"\n## {title[0].upper()}{title[1:]}\n"
+        homes = [module.__name__ for module in modules]
+        for verb in verbs.values():
+            if verb.get_default("verb").__module__ in homes:
+                yield from _describe_verb(verb, seen)
+    yield "\n## Fields of a study\n"
+    yield "Verbs that are about a study take these options too. Each replaces the value in the study's file.\n"
+    yield from _table(_group(verbs["run"], of_fields=True))
+
+
+def _describe_verb(parser: Any, seen: set[int]) -> Iterator[str]:
+    if id(parser) in seen:
+        return
+    seen.add(id(parser))
+    yield f"\n### {parser.prog}\n"
+    yield f"{_escape(parser.description or '')}\n"
+    yield f"```text\n{parser.format_usage().removeprefix('usage: ').strip()}\n```\n"
+    yield from _table(_group(parser, of_fields=False))
+    for inner in _subparsers(parser).values():
+        yield from _describe_verb(inner, seen)
+
+
+def _group(parser: Any, *, of_fields: bool) -> list[argparse.Action]:
+    groups = [group for group in parser._action_groups if (group.title == "fields of the study") == of_fields]
+    actions = [action for group in groups for action in group._group_actions]
+    return [action for action in actions if action.help and action.help != argparse.SUPPRESS]
+
+
+def _table(actions: list[argparse.Action]) -> Iterator[str]:
+    rows = [action for action in actions if not isinstance(action, (argparse._HelpAction, argparse._SubParsersAction))]
+    if not rows:
+        return
+    yield "| option | meaning |\n|---|---|"
+    for action in rows:
+        default = action.default if isinstance(action.default, (str, int, float, Path)) else ""
+        text = (action.help or "").replace("%(default)s", str(default)).replace("%%", "%")
+        value = action.metavar or ("|".join(map(str, action.choices)) if action.choices else "")
+        names = " ".join([", ".join(action.option_strings), str(value)]).strip().replace("|", "\\|")
+        yield f"| `{names}` | {_escape(text)} |"
+    yield ""
+
+
+def _subparsers(parser: Any) -> dict[str, Any]:
+    return {
+        name: inner
+        for action in parser._actions
+        if isinstance(action, argparse._SubParsersAction)
+        for name, inner in action.choices.items()
+    }
+
+
+def _escape(text: str) -> str:
+    return (
+        html.escape(" ".join(text.split()) if "\n\n" not in text else text, quote=False)
+        .replace("|", "\\|")
+        .replace("*", "\\*")
+    )
