@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from tombola.analysis import (
     connectivity,
+    frontier,
     functions,
     initial,
     layers,
@@ -36,6 +37,7 @@ from tombola.analysis import (
 
 __all__ = [
     "connectivity",
+    "frontier",
     "functions",
     "initial",
     "layers",
