@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from tombola.training.recipe import Augmentation, Recipe
     from tombola.training.train import train
     from tombola.training.weights import Weights
-    from tombola.workbench.find import Found, find
+    from tombola.workbench.find import find
     from tombola.workbench.further import initial, matching, similarity
     from tombola.workbench.pictures import charts, write_report
     from tombola.workbench.runs import reinit, run
@@ -71,7 +71,6 @@ _HOME = {
     "Augmentation": "training.recipe",
     "Checkpoint": "training.history",
     "Dataset": "datasets.dataset",
-    "Found": "workbench.find",
     "History": "training.history",
     "Mask": "pruning.mask",
     "Planner": "study.planner",
@@ -123,7 +122,6 @@ __all__ = [
     "Augmentation",
     "Checkpoint",
     "Dataset",
-    "Found",
     "History",
     "Mask",
     "Planner",

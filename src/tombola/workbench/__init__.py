@@ -3,7 +3,7 @@
 Every function takes a study: a `Study`, the name of a preset, or the path of a TOML file, with fields to override.
 """
 
-from tombola.workbench.find import Found, find
+from tombola.workbench.find import find
 from tombola.workbench.further import initial, matching, similarity
 from tombola.workbench.pictures import charts, write_report
 from tombola.workbench.runs import reinit, run
@@ -22,7 +22,6 @@ from tombola.workbench.tables import (
 from tombola.workbench.tickets import read_ticket
 
 __all__ = [
-    "Found",
     "charts",
     "claims",
     "compare",
