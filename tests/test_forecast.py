@@ -20,7 +20,7 @@ FRACTION, LEVELS, ITERATIONS = 0.2, 20, 1000
 def planner(levels: int = LEVELS) -> Planner:
     """What a forecast reads of a planner."""
     study = SimpleNamespace(levels=levels, fraction=FRACTION, recipe=SimpleNamespace(rewind=0), score_at="end")
-    return cast(Planner, SimpleNamespace(study=study, end=ITERATIONS))
+    return cast(Planner, SimpleNamespace(study=study, end=ITERATIONS, levels=lambda chain: range(levels + 1)))
 
 
 def training(key: str, level: int) -> Training:

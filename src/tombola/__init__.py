@@ -4,6 +4,7 @@ Where to begin:
 
     tombola.find_tickets(model, data, recipe, l1, levels=5)   the tickets of one network, level after level
     tombola.run("digits")                                     a whole study, with several seeds and importances
+    tombola.find("digits", within=0.01)                       the sparsest ticket that keeps the accuracy, cheaply
     tombola.results("digits")                                 its accuracies; also: overlap, layers, stability, winners,
                                                               weights, functions, connectivity, claims, compare, reinit,
                                                               matching, initial, similarity
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
     from tombola.training.recipe import Augmentation, Recipe
     from tombola.training.train import train
     from tombola.training.weights import Weights
+    from tombola.workbench.find import find
     from tombola.workbench.further import initial, matching, similarity
     from tombola.workbench.pictures import charts, write_report
     from tombola.workbench.runs import reinit, run
@@ -85,6 +87,7 @@ _HOME = {
     "claims": "workbench.tables",
     "compare": "workbench.tables",
     "connectivity": "workbench.tables",
+    "find": "workbench.find",
     "find_tickets": "lottery.rewinding",
     "functions": "workbench.tables",
     "initial": "workbench.further",
@@ -136,6 +139,7 @@ __all__ = [
     "compare",
     "connectivity",
     "datasets",
+    "find",
     "find_tickets",
     "functions",
     "importance",

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from tombola.analysis import (
         connectivity,
+        frontier,
         functions,
         initial,
         layers,
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "connectivity",
+    "frontier",
     "functions",
     "initial",
     "layers",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -103,7 +103,7 @@ def prior_speed(planner: Planner, workers: int, directory: Path | None = None) -
     to_train = max(count_remaining(progress), damaged)
     if not to_train:
         return None
-    if recorded := _recorded_speed(planner, progress):
+    if recorded := speed_of(planner, progress):
         return recorded
     testing = _time_testing(planner)
     step = _STEP_OF_FORWARD * testing * planner.study.recipe.batch_size / planner.problem.data.test_examples
@@ -114,19 +114,30 @@ def prior_speed(planner: Planner, workers: int, directory: Path | None = None) -
 
 def recorded_speed(tickets: Tickets) -> Speed | None:
     """Return the speed of a study's stored trainings, from their records; None if there are none."""
-    return _recorded_speed(tickets.planner, list(tickets.all().values()))
+    return speed_of(tickets.planner, list(tickets.all().values()))
+
+
+def dense_speed(planner: Planner, directory: Path | None = None) -> Speed:
+    """Return the speed of trainings of the dense network, from a few iterations that are timed now.
+
+    Args:
+        planner: the planner of the study.
+        directory: the folder of the data sets.
+    """
+    each, start = _time_iterations(planner, planner.dense, 1, directory)
+    return Speed({1.0: each}, _time_testing(planner), start, "from a few iterations timed now")
 
 
 def _speed(planner: Planner, chains: Sequence[Progress], workers: int, directory: Path | None) -> Speed:
     """Return the speed of trainings, from the finished trainings of the study or from a few iterations timed now."""
-    if recorded := _recorded_speed(planner, chains):
+    if recorded := speed_of(planner, chains):
         _, start = _time_iterations(planner, planner.dense, 1, directory)
         return replace(recorded, start=start)
     return _timed_speed(planner, workers, directory, _time_testing(planner))
 
 
-def _recorded_speed(planner: Planner, chains: Sequence[Progress]) -> Speed | None:
-    """Return the speed of the finished trainings, from their records; None if there are none."""
+def speed_of(planner: Planner, chains: Iterable[Progress]) -> Speed | None:
+    """Return the speed of the finished trainings of chains, from their records; None if there are none."""
     timings: dict[str, Timing] = {}
     for progress in chains:
         for training in progress.trainings:

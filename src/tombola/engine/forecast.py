@@ -120,10 +120,10 @@ def steps_ahead(planner: Planner, chain: Chain, progress: Progress, speed: Speed
     """Return the trainings that a chain still needs, in their order."""
     if progress.waits_for is None:
         return []
-    levels, rewind = planner.study.levels, planner.study.recipe.rewind
-    first = levels + 1 - progress.remaining  # level of the first missing training; -1 for the rewind point
+    levels, rewind = planner.levels(chain), planner.study.recipe.rewind
+    missing = [-1, *levels][1 + len(levels) - progress.remaining :]  # -1 is the training to the rewind point
     steps = []
-    for number, level in enumerate(range(first, levels + 1)):
+    for number, level in enumerate(missing):
         name = (progress.waits_for.key, number) if number < progress.shared else (str(chain), level)
         density = (1 - planner.study.fraction) ** max(0, level)
         steps.append(Step(name, speed.training(density, planner.end - rewind if level >= 0 else rewind)))

@@ -9,7 +9,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any, TypeAlias
 
@@ -114,7 +114,7 @@ class RoundJob:
             pruning.mask.shapes,
             _mask_to_bytes(pruning.mask),
             study,
-            rule,
+            replace(rule, fraction=pruning.fraction),
             pruning.level,
             pruning.importance,
             pruning.seed,
@@ -228,7 +228,7 @@ def perform_round(job: RoundJob, problem: Problem, loaded: Loaded | None = None)
         raise UserError(f"importance {job.importance!r}: {_EDITED}")
     weights = Weights.of(safetensors.torch.load(job.initial))
     mask = _mask_from_bytes(job.shapes, job.bits)
-    pruning = Round(job.key, weights, weights, mask, job.level, job.importance, job.seed)
+    pruning = Round(job.key, weights, weights, mask, job.level, job.importance, job.seed, job.rule.fraction)
     try:
         found = compute_mask(pruning, problem, job.study, job.rule, importance)
     except ImportanceError as error:

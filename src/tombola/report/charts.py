@@ -19,6 +19,9 @@ from tombola.report.tables import DENSITY, NOISE, TWO
 from tombola.training.metrics import TEST_ACCURACY, Measure
 
 _HEIGHT = 230
+_WORK = "work, in trainings"
+_FOUND, _KEEPS, _FAILS = "found", "keeps the metric", "does not"
+_NOT_FROM_0 = alt.Scale(zero=False, nice=True)
 _LEGEND = alt.Legend(title=None, symbolOpacity=1)
 _SPARSER = "connections alive, % (log scale)"
 
@@ -79,6 +82,57 @@ def accuracy(
                 tooltip=["importance:N", "level:Q", *_numbers("paper %", "paper std", "accuracy %")],
             )
         )
+    return alt.layer(*layers).properties(height=_HEIGHT)
+
+
+def frontier(
+    table: pl.DataFrame, importances: Sequence[str], dense: float | None, margin: float, measure: Measure
+) -> Chart:
+    """Chart what a search has tried, against the work spent: density above, the metric below, with the margin.
+
+    Args:
+        table: from `tombola.analysis.frontier.of_walk`.
+        importances: those of the study, in its order.
+        dense: the metric of the dense network.
+        margin: by how much a ticket may be worse.
+        measure: what tickets are judged by.
+    """
+    allowed = margin if measure.percent or dense is None else margin * abs(dense)
+    value = measure.heading
+    shown = table.select(
+        "importance",
+        "path",
+        "level",
+        pl.col("work").alias(_WORK),
+        (100 * pl.col("density")).alias(DENSITY),
+        (measure.scale * pl.col(measure.name)).alias(value),
+        pl.when("found").then(pl.lit(_FOUND)).when("keeps").then(pl.lit(_KEEPS)).otherwise(pl.lit(_FAILS)).alias("is"),
+    ).filter(pl.col(DENSITY) > 0)
+    x = _sparsity()
+    y = alt.Y(f"{value}:Q", title=f"{measure.label}, %" if measure.percent else measure.label, scale=_NOT_FROM_0)
+    states = alt.Shape(
+        "is:N",
+        scale=alt.Scale(domain=[_FOUND, _KEEPS, _FAILS], range=["diamond", "circle", "cross"]),
+        legend=alt.Legend(title=None, columns=3),
+    )
+    size = alt.Size(
+        f"{_WORK}:Q", scale=alt.Scale(range=[25, 220], zero=False), legend=alt.Legend(title=_WORK, columns=4)
+    )
+    base = alt.Chart(_data(shown))
+    layers: list[alt.Chart] = []
+    if dense is not None:
+        lines = [{value: measure.scale * each} for each in (dense, dense - measure.gain(allowed, 0.0))]
+        layers += [
+            alt.Chart(alt.InlineData([line])).mark_rule(strokeDash=dash).encode(y=y)
+            for line, dash in zip(lines, ([1, 0], [2, 3]), strict=True)
+        ]
+    tooltip = ["importance:N", "path:N", "is:N", *_numbers(DENSITY, value, _WORK)]
+    layers.append(base.mark_line(opacity=0.4).encode(x=x, y=y, color=_colour(importances), order=f"{_WORK}:Q"))
+    layers.append(
+        base.mark_point(filled=True, opacity=1).encode(
+            x=x, y=y, color=_colour(importances), shape=states, size=size, tooltip=tooltip
+        )
+    )
     return alt.layer(*layers).properties(height=_HEIGHT)
 
 

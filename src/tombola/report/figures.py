@@ -12,7 +12,7 @@ import vl_convert
 
 from tombola.errors import UserError
 from tombola.files import write_output
-from tombola.report.look import on_paper
+from tombola.report.look import Chart, on_paper
 from tombola.report.page import VEGA_LITE
 from tombola.report.sections import Part
 
@@ -47,11 +47,23 @@ def write(parts: Sequence[Part], folder: Path, formats: Sequence[str], inches: f
     return written
 
 
+def draw(chart: Chart, form: str, inches: float) -> bytes:
+    """Return a chart as a file of one of `FORMATS`, or as an HTML page that needs no network.
+
+    Args:
+        chart: made by `tombola.report.charts`.
+        form: one of `FORMATS`, or "html".
+        inches: the width of the figure.
+    """
+    return _draw(json.dumps(on_paper(chart, inches)), form)
+
+
 def _draw(specification: str, form: str) -> bytes:
     draw: dict[str, Callable[..., Any]] = {
         "pdf": vl_convert.vegalite_to_pdf,
         "svg": vl_convert.vegalite_to_svg,
         "png": partial(vl_convert.vegalite_to_png, ppi=_DOTS),
+        "html": partial(vl_convert.vegalite_to_html, bundle=True),
     }
     drawn = draw[form](specification, vl_version=VEGA_LITE)
     return drawn.encode() if isinstance(drawn, str) else bytes(drawn)

@@ -214,6 +214,13 @@ class _Reinitialisation(BaseModel):
     importances: list[str]
 
 
+class _Path(BaseModel):
+    model_config = _STRICT
+
+    importance: str
+    path: Annotated[list[Annotated[int, Field(ge=1, lt=2**31)]], Field(min_length=1)]
+
+
 class _Record(BaseModel):
     """The schema of `record.json`. Every field may be missing, and there may be others."""
 
@@ -229,6 +236,7 @@ class _Record(BaseModel):
     confirmed: list[_Confirmation] = []
     contradicted: list[_Confirmation] = []
     reinit: _Reinitialisation = _ABSENT
+    search: list[_Path] = []
 
 
 def read_record(path: Path) -> dict[str, Any]:

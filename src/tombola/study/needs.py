@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from tombola.study.planner import Chain, Planner
 from tombola.study.reinitialisation import list_notes, plan_again
 from tombola.study.tickets import Tickets
 from tombola.study.trainings import Round
@@ -10,8 +11,8 @@ from tombola.study.trainings import Round
 def list_needs(tickets: Tickets) -> set[str]:
     """Return the names of the results, masks and checkpoints that a study needs or may need next.
 
-    The chains of the study and those of its partial reinitialisations are included. Each chain needs its trainings that
-    the store has, the training that it waits for, and the masks that its tickets are pruned to.
+    The chains of the study, those of its searches and those of its partial reinitialisations are included. Each chain
+    needs its trainings that the store has, the training that it waits for, and the masks its tickets are pruned to.
 
     Args:
         tickets: the tickets of the study.
@@ -19,13 +20,29 @@ def list_needs(tickets: Tickets) -> set[str]:
     Raises:
         DamagedResultError: if a stored result is damaged, so that its chain cannot be followed to its end.
     """
+    planner = tickets.planner
     needs = list_chain_needs(tickets)
+    if searched := list_searched(tickets):
+        needs |= list_chain_needs(Tickets(Planner(planner.study, planner.problem, planner.store, chains=searched)))
     for (level, importances), draws in list_notes(tickets).items():
         for seed in tickets.study.seeds:
             found = plan_again(tickets, level, draws, importances, seed)
             if found is not None:
                 needs |= list_chain_needs(Tickets(found.planner))
     return needs
+
+
+def list_searched(tickets: Tickets) -> list[Chain]:
+    """Return the chains of a study that searches have tried, as the records of their trainings say."""
+    study, results = tickets.study, tickets.planner.store.results
+    notes = [note for key in results for note in results.record(key).get("search", [])]
+    paths = {(note["importance"], tuple(note["path"])) for note in notes}
+    return [
+        Chain(seed, importance, path=path)
+        for importance, path in sorted(paths)
+        if importance in study.importances and path[-1] <= study.levels and list(path) == sorted(set(path))
+        for seed in study.seeds
+    ]
 
 
 def list_chain_needs(tickets: Tickets) -> set[str]:

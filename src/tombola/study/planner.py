@@ -40,14 +40,17 @@ class Chain:
         seed: the seed of the initialisation, and by default of the data order and every other random choice.
         importance: the name of the importance that decides which connections are pruned.
         data_seed: the seed of all random choices except the initialisation; None if it is `seed`.
+        path: the levels of the chain's tickets after level 0, increasing: a round may prune several levels at once.
+            Empty for every level of the study.
 
-    >>> str(Chain(0, "l1")), str(Chain(0, "l1", 100))
-    ('l1, seed 0', 'l1, seed 0, data order 100')
+    >>> str(Chain(0, "l1")), str(Chain(0, "l1", 100)), str(Chain(0, "l1", path=(4, 6)))
+    ('l1, seed 0', 'l1, seed 0, data order 100', 'l1, seed 0, by levels 4, 6')
     """
 
     seed: int
     importance: str
     data_seed: int | None = None
+    path: tuple[int, ...] = ()
 
     @property
     def order_seed(self) -> int:
@@ -56,7 +59,8 @@ class Chain:
 
     def __str__(self) -> str:
         other = "" if self.data_seed is None else f", data order {self.data_seed}"
-        return f"{self.importance}, seed {self.seed}{other}"
+        path = f", by levels {', '.join(map(str, self.path))}" if self.path else ""
+        return f"{self.importance}, seed {self.seed}{other}{path}"
 
 
 _TRIES = 10
@@ -286,6 +290,19 @@ class Planner:
             self._initial[seed] = self._initialise(seed)
         return self._initial[seed]
 
+    def levels(self, chain: Chain) -> Sequence[int]:
+        """Return the levels of a chain's tickets, from 0 on."""
+        return (0, *chain.path) if chain.path else range(self.study.levels + 1)
+
+    def fraction(self, chain: Chain, level: int) -> float:
+        """Return the fraction of the alive connections that the round after a level of a chain removes.
+
+        A round to the next level but k removes 1 - (1 - f)^k, so that it leaves as many as k rounds of the study.
+        """
+        after = next((each for each in self.levels(chain) if each > level), level + 1)
+        fraction = self.study.fraction
+        return fraction if after == level + 1 else 1 - (1 - fraction) ** (after - level)
+
     def training(self, seed: int, initial: Weights, mask: Mask, begin: int, end: int) -> Training:
         """Return a training of the study, with its name.
 
@@ -334,13 +351,13 @@ class Planner:
             return asked[-1][1]
 
         def prune(weights: Weights, mask: Mask, level: int, rewind: Weights) -> Mask | None:
-            found = self._prune(weights, mask, level, rewind, chain)
+            found = self._prune(weights, mask, levels[level], rewind, chain)
             if isinstance(found, Mask):
                 return found
             missing.append(found)
             return None
 
-        study = self.study
+        study, levels = self.study, self.levels(chain)
         algorithm = lottery_ticket_rewinding(
             look_up,
             prune,
@@ -348,7 +365,7 @@ class Planner:
             self.dense,
             rewind=study.recipe.rewind,
             end=self.end,
-            levels=study.levels,
+            levels=len(levels) - 1,
             score_at=study.score_at,
             rewind_to=study.recipe.rewind_to,
         )
@@ -362,17 +379,18 @@ class Planner:
                     continue
                 mask = self._unload(training, chain, tickets[-1]) if tickets else self.dense
                 asked[-1] = replace(training, mask=mask), trained
-                tickets.append(replace(ticket, mask=mask, provenance=provenance, shared=self.shared))
+                level = levels[ticket.level]
+                tickets.append(replace(ticket, level=level, mask=mask, provenance=provenance, shared=self.shared))
         except ImportanceError as error:
             stopped = Stopped(str(error))
         trainings = tuple(training for training, trained in asked if trained is not None)
-        ended = stopped or (Finished() if len(tickets) > study.levels else Diverged())
-        waiting = self._wait(asked, missing, stopped=stopped is not None)
+        ended = stopped or (Finished() if len(tickets) == len(levels) else Diverged())
+        waiting = self._wait(asked, missing, len(levels), stopped=stopped is not None)
         return Progress(tuple(tickets), trainings, waiting or ended)
 
     def name_masks(self, chain: Chain, tickets: Sequence[Ticket]) -> list[str]:
         """Return the names under which the store remembers the masks that these tickets of a chain are pruned to."""
-        return [self._name_mask(chain, ticket) for ticket in tickets if ticket.level < self.study.levels]
+        return [self._name_mask(chain, ticket) for ticket in tickets if ticket.level < self.levels(chain)[-1]]
 
     def first_round(self, importance: str) -> Round:
         """Return the round that prunes the initial network of the first seed by an importance."""
@@ -406,13 +424,14 @@ class Planner:
         return self._find_mask(need.key) is not None
 
     def _wait(
-        self, asked: Sequence[tuple[Training, Trained | None]], rounds: Sequence[Round], *, stopped: bool
+        self, asked: Sequence[tuple[Training, Trained | None]], rounds: Sequence[Round], levels: int, *, stopped: bool
     ) -> Waiting | None:
         """Return what a chain waits for; None if it needs nothing.
 
         Args:
             asked: the trainings that the chain needs as far as they are known, with their results.
             rounds: the round of pruning whose mask is not known yet, if any.
+            levels: the number of the chain's levels, level 0 included.
             stopped: whether the importance failed, so that no other trainings are needed.
         """
         trainings = [training for training, trained in asked if trained is None]
@@ -420,7 +439,7 @@ class Planner:
             return None
         done = sum(trained is not None and training.end >= self.end for training, trained in asked)
         rewind = sum(training.end < self.end for training in trainings)  # level 0 comes after the rewind point
-        remaining = len(trainings) if stopped else self.study.levels + 1 - done + rewind
+        remaining = len(trainings) if stopped else levels - done + rewind
         if rounds:
             return Waiting(rounds[0], remaining, 0, tuple(trainings))
         return Waiting(trainings[0], remaining, 1 + rewind, tuple(trainings[1:]))
@@ -431,7 +450,8 @@ class Planner:
             "importance": chain.importance,
             "seed": chain.seed,
         }
-        return about if chain.data_seed is None else about | {"data_seed": chain.data_seed}
+        about |= {} if chain.data_seed is None else {"data_seed": chain.data_seed}
+        return about | {"path": list(chain.path)} if chain.path else about
 
     def _prune(self, weights: Weights, mask: Mask, level: int, rewind: Weights, chain: Chain) -> Mask | Round:
         """Prune as `prune_round` does; return the remembered mask if there is one.
@@ -464,7 +484,18 @@ class Planner:
         others = self._name_others(rewind, chain.importance)
         of_network = isinstance(self._importances[chain.importance].score, NetworkScore)
         computes = self.observed.computes if of_network else ()
-        return Round(name, weights, rewind, mask, level, chain.importance, chain.order_seed, others, computes)
+        return Round(
+            name,
+            weights,
+            rewind,
+            mask,
+            level,
+            chain.importance,
+            chain.order_seed,
+            self.fraction(chain, level),
+            others,
+            computes,
+        )
 
     def _name(self, weights: Weights, mask: Mask, level: int, rewind: Weights, chain: Chain) -> str:
         return name_mask(
@@ -472,7 +503,7 @@ class Planner:
             mask,
             level,
             importance=chain.importance,
-            fraction=self.study.fraction,
+            fraction=self.fraction(chain, level),
             seed=chain.order_seed,
             kept_dense=self.kept_dense,
             others=self._name_others(rewind, chain.importance),

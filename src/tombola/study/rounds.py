@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 from tombola.importance import Importance, NetworkScore
@@ -21,7 +22,7 @@ def compute_mask(pruning: Round, problem: Problem, study: Study, rule: Rule, imp
         pruning: the pruning.
         problem: the data set, model and loss, for a score that needs the network.
         study: the study, for how such a score is computed.
-        rule: what all rounds have in common.
+        rule: what all rounds have in common; the round has its own fraction.
         importance: the importance that the round names.
 
     Raises:
@@ -50,7 +51,7 @@ def compute_mask(pruning: Round, problem: Problem, study: Study, rule: Rule, imp
         pruning.level,
         pruning.rewind,
         importance=importance,
-        rule=rule,
+        rule=replace(rule, fraction=pruning.fraction),
         seed=pruning.seed,
         score_network=score,
     )

@@ -110,6 +110,7 @@ class Round:
         level: the level of this ticket.
         importance: the name of the importance.
         seed: the seed of the random numbers of this round and of all others.
+        fraction: the fraction of the alive connections that the round removes, in (0, 1).
         others: what determines the mask besides, see `name_mask`.
         behaviour: what the network computes on a few examples, for a score of the whole network, see `Training`.
     """
@@ -121,6 +122,7 @@ class Round:
     level: int
     importance: str
     seed: int
+    fraction: float
     others: Mapping[str, Any] = field(default_factory=dict)
     behaviour: Behaviour = ()
 

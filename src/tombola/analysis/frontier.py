@@ -1,0 +1,127 @@
+"""Frontier: what a search for a ticket has tried, and how sure it is of what it has found."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+import polars as pl
+from scipy import special
+
+from tombola.analysis.accuracy import row_of
+from tombola.analysis.winners import by_level, mean_with_interval
+from tombola.engine.search import Walk
+from tombola.lottery.search import Candidate
+from tombola.lottery.ticket import Ticket
+from tombola.study.planner import Chain
+from tombola.study.tickets import Tickets
+
+
+def of_walk(walk: Walk) -> pl.DataFrame:
+    """Return the tickets that a search has tried, in its order.
+
+    One row for each ticket, with the columns
+
+    - importance. path: the levels at which it was trained on the way, as text. level: its own. density: in 0..1; null
+      if it was not reached.
+    - work: the work of the search until the ticket was known, in complete trainings, whether or not the store had them.
+    - dense_accuracy, accuracy: of the first trial, which decides where the search goes; null where a training diverged.
+      For another metric the columns have its name.
+    - difference: accuracy - dense_accuracy.
+    - judges: the number of seeds that have judged the ticket; mean, low, high: the mean of their differences and its
+      95 % interval by Student's t; null without judges, and the interval for one.
+    - keeps: whether it keeps the metric as far as is known. found: whether it is what the search has found.
+    - why: why there is no value; empty if there is one.
+    """
+    measure = walk.trials[-1][0].problem.measure
+    names = [f"dense_{measure.name}", measure.name]
+    lines = []
+    for tried in walk.tried:
+        if tried.trial:
+            continue
+        pairs = [(each.value, each.dense) for each in walk.tried if each.trial and each.candidate == tried.candidate]
+        whole = [value - dense for value, dense in pairs if value is not None]
+        judged = mean_with_interval(whole) if whole and len(whole) == len(pairs) else (None, None, None)
+        path = " ".join(map(str, tried.candidate.path))
+        difference = None if tried.value is None else tried.value - tried.dense
+        where = [tried.candidate.importance, path, tried.candidate.level, tried.density, tried.work]
+        values = [tried.dense, tried.value, difference, len(pairs), *judged]
+        states = [walk.known.keeps(tried.candidate), tried.candidate == walk.end.found, tried.why]
+        lines.append([*where, *values, *states])
+    numbers = dict.fromkeys([*names, "difference"], pl.Float64)
+    schema: dict[str, Any] = {"importance": pl.String, "path": pl.String, "level": pl.Int64, "density": pl.Float64}
+    schema |= {"work": pl.Float64, **numbers, "judges": pl.Int64}
+    schema |= dict.fromkeys(("mean", "low", "high"), pl.Float64)
+    schema |= {"keeps": pl.Boolean, "found": pl.Boolean, "why": pl.String}
+    return pl.DataFrame(lines, schema, orient="row")
+
+
+def verdict(walk: Walk, margin: float) -> dict[str, Any]:
+    """Return how sure a search is of the ticket that it has found.
+
+    The seeds that have judged the ticket are compared with the dense networks of the same seeds. The search has not
+    chosen by their results. If there are none, this is the seed of the search, which flatters the ticket.
+
+    Args:
+        walk: a search that has found a ticket.
+        margin: by how much a ticket may be worse.
+
+    Returns:
+        The columns of `tombola.analysis.winners.by_level` for the ticket, and
+
+        - path: the levels at which it is trained, and judges: the seeds that have judged it.
+        - outside: the chance that a further seed is outside the margin, in 0..1, by Student's predictive distribution
+          (mean + t s sqrt(1 + 1/n)); None for fewer than two judges.
+        - test and dense_test: the metric of the ticket and of the dense network on the test set, the mean over the same
+          seeds; None if it is not finite.
+        - work, done: the work of the search, and of those of its trainings that the store did not have, in complete
+          trainings.
+    """
+    found = walk.end.found
+    assert found is not None
+    trials = [trial for trial in sorted(walk.known.gains[found]) if trial] or [0]
+    read = [(walk.trials[trial][1], *read_tickets(walk, found, trial)) for trial in trials]
+    measures = walk.trials[-1][0].problem.measures
+    rows = [row_of(Chain(seed, found.importance), ticket, measures) for seed, *tickets in read for ticket in tickets]
+    line = by_level(rows, margin=margin).filter(level=found.level).row(0, named=True)
+    test = walk.trials[-1][0].problem.metrics[0].on("test")
+    tested = [
+        [ticket.trained.history.value(test) if ticket.trained else None for ticket in tickets] for _, *tickets in read
+    ]
+    return line | {
+        "path": list(found.path),
+        "judges": [seed for seed, *_ in read] if trials != [0] else [],
+        "outside": chance_outside([walk.known.gains[found][trial] for trial in trials], margin),
+        "test": _mean([each[1] for each in tested]),
+        "dense_test": _mean([each[0] for each in tested]),
+        "work": walk.work,
+        "done": walk.done,
+    }
+
+
+def chance_outside(gains: Sequence[float], margin: float) -> float | None:
+    """Return the chance that a further gain is below -margin, by Student's predictive distribution; None for few.
+
+    >>> chance_outside([0.0, 0.01, -0.01], 0.0), chance_outside([0.5, 0.5], 0.0), chance_outside([0.5], 0.0)
+    (0.5, 0.0, None)
+    """
+    if len(gains) < 2 or not all(map(math.isfinite, gains)):
+        return None
+    mean, spread = statistics.fmean(gains), statistics.stdev(gains) * math.sqrt(1 + 1 / len(gains))
+    if spread == 0:
+        return float(mean < -margin)
+    return float(special.stdtr(len(gains) - 1, (-margin - mean) / spread))
+
+
+def read_tickets(walk: Walk, candidate: Candidate, trial: int) -> tuple[Ticket, Ticket]:
+    """Return the dense network and a ticket of a search in one of its trials, with all metrics."""
+    planner, seed = walk.trials[trial]
+    tickets = Tickets(planner).measured(Chain(seed, candidate.importance, path=candidate.path))
+    return tickets[0], tickets[-1]
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return statistics.fmean(known) if known and len(known) == len(values) else None

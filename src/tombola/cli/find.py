@@ -1,0 +1,203 @@
+"""The verb `find`, which searches for the sparsest ticket that keeps the metric."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tombola.cli.options import Verbs, open_planner, percentage_points, print_note
+from tombola.errors import UserError
+
+if TYPE_CHECKING:
+    import polars as pl
+
+    from tombola.training.metrics import Measure
+    from tombola.workbench.find import Found
+
+_PICTURES = ("svg", "png", "pdf", "html")
+
+
+def add_verbs(verbs: Verbs) -> None:
+    """Add the verb to the command line."""
+    added = verbs.add("find", find, verbs.study, verbs.table)
+    added.add_argument(
+        "--within",
+        type=percentage_points,
+        default=0.5,
+        metavar="X",
+        help="a ticket keeps the accuracy if it loses at most this many percentage points (%(default)s); for a metric "
+        "that is not a share, percent of the dense network's value",
+    )
+    added.add_argument(
+        "--strategy", default="race", metavar="NAME", help="rounds, bisect, one-shot, race or short (%(default)s)"
+    )
+    added.add_argument(
+        "--budget", metavar="TEXT", help="what may be spent: a time such as 90m or 2h, or a number of trainings"
+    )
+    added.add_argument("-o", "--output", type=Path, metavar="FILE", help="the file to write the ticket to")
+    added.add_argument(
+        "--picture", type=Path, metavar="FILE", help="a chart of what was tried, as a file .svg, .png, .pdf or .html"
+    )
+
+
+def find(options: argparse.Namespace) -> int:
+    """Find the sparsest ticket that keeps the accuracy (or metric) of the dense network, with few trainings."""
+    from tombola import kernels
+    from tombola.analysis.frontier import of_walk
+    from tombola.analysis.winners import FLATTERS
+    from tombola.files import check_output
+    from tombola.workbench.find import choose_strategy, conclude, describe_failure, read_budget, walk_study
+    from tombola.workbench.runs import prepare_store, try_study
+
+    plain = options.format == "table"
+    try:
+        budget = read_budget(options.budget)
+        choose_strategy(options.strategy)
+        _check_pictures(options.picture)
+        for name, path in (("output", options.output), ("picture", options.picture)):
+            if path is not None:
+                _check(name, path, check_output)
+    except UserError as error:
+        raise UserError(f"--{error}") from error
+    planner = open_planner(options)
+    try_study(planner)
+    prepare_store(planner, options.store)
+    measure = planner.problem.measure
+    if planner.study.device == "cpu" and not kernels.available():
+        print_note(kernels.MISSING)
+    if planner.kernel_fault is not None:
+        print_note(planner.kernel_fault)
+    if measure.split == "test":
+        print_note(FLATTERS)
+    walk = walk_study(planner, options.within / 100, options.strategy, budget, options.workers, options.data)
+    if options.picture is not None:
+        _write_picture(walk, options.picture)
+    if walk.end.found is None:
+        _show(of_walk(walk), measure, options.format)
+        raise UserError(describe_failure(walk))
+    found = conclude(walk, options.within / 100)
+    if options.output is not None:
+        found.ticket.save(options.output, trained=True)
+    if options.format == "json":
+        _emit(found)
+        return 0
+    _show(found.table, measure, options.format)
+    for line in _describe(found, measure):
+        print(line, file=sys.stdout if plain else sys.stderr)
+    if options.output is not None and plain:
+        print(f"{options.output}: the ticket of seed {found.walk.trials[-1][0].study.seeds[0]}, with trained weights")
+    return 0
+
+
+def _check(name: str, path: Path, check: Any) -> None:
+    try:
+        check(path)
+    except UserError as error:
+        raise UserError(f"{name} {error}") from error
+
+
+def _check_pictures(path: Path | None) -> None:
+    if path is None:
+        return
+    if path.suffix.removeprefix(".") not in _PICTURES:
+        raise UserError(f"picture {path}: the name of a picture ends in .svg, .png, .pdf or .html")
+    from tombola.workbench.pictures import check_installed
+
+    with check_installed():
+        import tombola.report.figures  # noqa: F401
+
+
+def _write_picture(walk: Any, path: Path) -> None:
+    from tombola.files import write_output
+    from tombola.report.figures import draw
+    from tombola.report.look import BOTH_COLUMNS
+    from tombola.workbench.find import draw as chart
+
+    write_output(path, draw(chart(walk), path.suffix.removeprefix("."), BOTH_COLUMNS))
+
+
+def _emit(found: Found) -> None:
+    from tombola.cli.tables import emit
+
+    document = {
+        "verdict": found.verdict,
+        "reason": found.reason,
+        "unknown": list(found.unknown),
+        "frontier": found.table.to_dicts(),
+    }
+    emit(json.dumps(document, indent=1))
+
+
+def _show(table: pl.DataFrame, measure: Measure, form: str) -> None:
+    """Print what was tried."""
+    import polars as pl
+
+    from tombola.cli.tables import figure, figure_range, percent, show_frame
+
+    if form != "table":
+        show_frame(table, form)
+        return
+    points = ", points" if measure.percent else ""
+    shown = table.select(
+        "importance",
+        pl.col("path").alias("by levels"),
+        percent("density").alias("alive %"),
+        pl.col("work").map_elements("{:.1f}".format, return_dtype=pl.String),
+        figure(measure.name, measure).alias(f"{measure.split} {measure.heading}"),
+        figure("difference", measure, sign=True).alias(f"difference{points}"),
+        "judges",
+        figure("mean", measure, sign=True).alias("their mean"),
+        figure_range("low", "high", measure).alias("95 %"),
+        pl.when("found")
+        .then(pl.lit("found"))
+        .when("keeps")
+        .then(pl.lit("keeps it"))
+        .when(pl.col("why") != "")
+        .then("why")
+        .otherwise(pl.lit("does not"))
+        .alias("verdict"),
+    )
+    show_frame(shown, "table")
+
+
+def _describe(found: Found, measure: Measure) -> list[str]:
+    """Return sentences on what was found, how sure it is, and what it took."""
+    from tombola.cli.tables import wrap
+    from tombola.workbench.find import work_of_rounds
+
+    seen = found.verdict
+    study = found.walk.trials[-1][0].study
+    path = f" by levels {', '.join(map(str, seen['path']))}"
+    lines = [
+        f"found: {seen['importance']}, level {seen['level']}{path}: {100 * seen['density']:.2f} % of the connections "
+        "are alive"
+    ]
+    judges = ", ".join(map(str, seen["judges"]))
+    over = f"over seeds {judges}, which did not choose it" if judges else f"of seed {study.seeds[0]}, which chose it"
+    value, dense = seen[measure.name], seen[f"dense_{measure.name}"]
+    difference = f"{measure.figure(seen['difference'], sign=True)} {measure.unit}"
+    interval = ""
+    if seen["low"] is not None:
+        interval = (
+            f", 95 % interval {measure.figure(seen['low'], sign=True)} .. {measure.figure(seen['high'], sign=True)}, "
+            f"{'within' if seen['surely'] else 'not surely within'} the margin"
+        )
+    lines.append(
+        f"{measure.split} {measure.label}: {measure.text(value)}, dense {measure.text(dense)}, difference {difference} "
+        f"{over}{interval}"
+    )
+    if seen["outside"] is not None:
+        lines.append(f"a further seed is outside the margin with a chance of {100 * seen['outside']:.0f} %")
+    if measure.split != "test" and seen["test"] is not None and seen["dense_test"] is not None:
+        lines.append(f"test {measure.label}: {measure.text(seen['test'])}, dense {measure.text(seen['dense_test'])}")
+    rounds = work_of_rounds(study)
+    lines.append(
+        f"work: {seen['work']:.1f} complete trainings, {seen['done']:.1f} of them now; all rounds of the study are "
+        f"{rounds}"
+    )
+    lines.append(f"end: {found.reason}")
+    lines += [f"not known: {each}" for each in found.unknown]
+    return [wrap(line) for line in lines]

@@ -1,0 +1,282 @@
+"""Search: the sparsest ticket that keeps the metric of the dense network, with few trainings.
+
+A search tries tickets one after another. Each is named by its path, the levels at which it was trained on the way: the
+paper's 20 % rounds to level 8 are the path 1, 2, ..., 8, and the path 5, 8 prunes the dense network to level 5 at once,
+trains, and prunes to level 8. A *strategy* is a pure function of what is known of the tickets tried so far; it returns
+the tickets to try next, or none if it has ended. `plan` adds what all strategies have in common: the ticket that is
+found is trained with further seeds, which judge it. If they refute it, the strategy goes on with that knowledge.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from tombola.errors import UserError, did_you_mean, short
+
+_ROUNDING = 1e-9  # shares are whole numbers of examples; their differences are rounded
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A ticket that may be tried.
+
+    Args:
+        importance: the importance that decides which connections are pruned.
+        path: the levels at which it is trained on the way from the dense network, increasing; the last is its own.
+
+    >>> Candidate("l1", (5, 8)).level, [each.path for each in Candidate("l1", (5, 8)).stages]
+    (8, [(5,), (5, 8)])
+    """
+
+    importance: str
+    path: tuple[int, ...]
+
+    @property
+    def level(self) -> int:
+        """Its level."""
+        return self.path[-1]
+
+    @property
+    def stages(self) -> list[Candidate]:
+        """The tickets that are trained on its path, of which it is the last."""
+        return [Candidate(self.importance, self.path[: number + 1]) for number in range(len(self.path))]
+
+
+@dataclass(frozen=True)
+class Known:
+    """What is known in the course of a search.
+
+    A trial is a repetition of all trainings. The first decides where the search goes. The others judge what it finds:
+    the search has not chosen by their results, so that they are not better than those of another seed would be.
+
+    Args:
+        importances: the importances to search.
+        levels: the highest level.
+        margin: by how much a ticket may be worse than the dense network, 0 or more.
+        trials: the number of trials, 1 or more.
+        gains: the gain of each trained ticket in each trial, by the number of the trial: by how much its metric is
+            better than that of the trial's dense network, on the scale of the margin; -inf if it has none, because its
+            training diverged or its importance failed.
+
+    >>> first, second = Candidate("l1", (4,)), Candidate("l1", (4, 8))
+    >>> known = Known(("l1",), 10, 0.005, 2, {first: {0: 0.01, 1: 0.0}, second: {0: -0.001, 1: -0.02}})
+    >>> known.keeps(first), known.keeps(second), known.keeps(Candidate("l1", (5,)))
+    (True, False, None)
+    >>> known.best.path
+    (4,)
+    """
+
+    importances: tuple[str, ...]
+    levels: int
+    margin: float
+    trials: int
+    gains: Mapping[Candidate, Mapping[int, float]]
+
+    def keeps(self, candidate: Candidate) -> bool | None:
+        """Return whether a ticket keeps the metric, as far as is known; None if it has not been tried.
+
+        In the first trial its gain has to be at least -margin, and so has the mean over the other trials once all of
+        them are known.
+        """
+        gains = self.gains.get(candidate, {})
+        if 0 not in gains:
+            return None
+        judged = [gains[trial] for trial in range(1, self.trials) if trial in gains]
+        complete = judged and len(judged) == self.trials - 1
+        return self._within(gains[0]) and (not complete or self._within(statistics.fmean(judged)))
+
+    @property
+    def best(self) -> Candidate | None:
+        """The sparsest ticket that keeps the metric, as far as is known; of several, the one with the largest gain."""
+        return self._sparsest([each for each in self.gains if self.keeps(each)])
+
+    def bounds(self, importance: str) -> tuple[Candidate | None, int]:
+        """Return the sparsest ticket of an importance that keeps the metric, and the next level that was refuted.
+
+        Without a refuted level, the next is the one after the last.
+        """
+        own = [each for each in self.gains if each.importance == importance]
+        kept = self._sparsest([each for each in own if self.keeps(each)])
+        least = kept.level if kept else 0
+        refuted = [each.level for each in own if self.keeps(each) is False and each.level > least]
+        return kept, min(refuted, default=self.levels + 1)
+
+    def _within(self, gain: float) -> bool:
+        return gain >= -self.margin - _ROUNDING * max(1.0, self.margin)
+
+    def _sparsest(self, candidates: Sequence[Candidate]) -> Candidate | None:
+        return max(candidates, key=lambda each: (each.level, self.gains[each][0]), default=None)
+
+
+Strategy: TypeAlias = Callable[[Known], Sequence[Candidate]]
+"""A function that returns the tickets to try next in the first trial; none if the search has ended."""
+
+
+def rounds(known: Known) -> list[Candidate]:
+    """Try every level, one after another: the paper's rounds of pruning, to which other strategies are compared.
+
+    >>> rounds(Known(("l1",), 2, 0.0, 1, {Candidate("l1", (1,)): {0: -0.5}}))
+    [Candidate(importance='l1', path=(1, 2))]
+    """
+    found = []
+    for importance in known.importances:
+        for stage in Candidate(importance, tuple(range(1, known.levels + 1))).stages if known.levels else ():
+            gains = known.gains.get(stage)
+            if gains is None:
+                found.append(stage)
+            if gains is None or gains[0] == -math.inf:
+                break
+    return found
+
+
+def bisect(known: Known) -> list[Candidate]:
+    """Prune by about the square root of the levels at once as long as tickets keep the metric, then halve the gap.
+
+    With n levels, this takes at most about 2 sqrt(n) trainings, see `step`.
+    """
+    return _step_each(known, max(1, round(math.sqrt(known.levels))))
+
+
+def one_shot(known: Known) -> list[Candidate]:
+    """Halve the gap from the beginning: first prune the dense network to the middle of all levels at once.
+
+    With n levels, this takes about log2(n) trainings and one more for each round that is repeated, see `step`.
+
+    >>> one_shot(Known(("l1", "l2"), 24, 0.0, 1, {}))
+    [Candidate(importance='l1', path=(13,)), Candidate(importance='l2', path=(13,))]
+    """
+    return _step_each(known, known.levels)
+
+
+def race(known: Known) -> list[Candidate]:
+    """Search with all importances as `one_shot` does, and drop those that fall behind.
+
+    Importances are ranked by the sparsest ticket that keeps the metric, then by its gain. After each ticket that the
+    first has tried, half of the importances are left. Those that cannot pass the first are dropped at once.
+
+    >>> gains = {Candidate("l1", (5,)): {0: 0.0}, Candidate("l2", (5,)): {0: -0.1}}
+    >>> race(Known(("l1", "l2"), 10, 0.0, 1, gains))
+    [Candidate(importance='l1', path=(5, 8))]
+    """
+    order = sorted(known.importances, key=lambda each: _rank(known, each), reverse=True)
+    first = order[0]
+    level = _level(known.bounds(first)[0])
+    tried = sum(each.importance == first for each in known.gains)
+    left = order[: math.ceil(len(order) / 2**tried)]
+    going = [each for each in left if each == first or known.bounds(each)[1] > level]
+    return [found for each in going if (found := step(known, each, known.levels)) is not None]
+
+
+STRATEGIES: dict[str, Strategy] = {"rounds": rounds, "bisect": bisect, "one-shot": one_shot, "race": race}
+"""The strategies by name."""
+
+
+def find_strategy(name: str) -> Strategy:
+    """Return a strategy by its name.
+
+    Raises:
+        UserError: if there is none of this name.
+
+    >>> find_strategy("bisekt")
+    Traceback (most recent call last):
+    tombola.errors.UserError: strategy: unknown 'bisekt'; did you mean 'bisect'?
+    """
+    if name not in STRATEGIES:
+        raise UserError(f"strategy: unknown {short(name)}; {did_you_mean(str(name), STRATEGIES)}")
+    return STRATEGIES[name]
+
+
+def step(known: Known, importance: str, most: int) -> Candidate | None:
+    """Return the ticket of an importance to try next; None if the search with it has ended.
+
+    The next ticket is pruned from the sparsest one that keeps the metric, at level a. It lies in the middle between a
+    and the level b that was refuted (of two levels, it is the sparser), but at most `most` levels ahead. If no level
+    lies between, b is tried again unless it was pruned from a: a ticket that was pruned from a denser one, by more
+    connections at once, is no proof that b cannot be reached.
+
+    Args:
+        known: what is known.
+        importance: the importance.
+        most: the largest number of levels to prune at once, 1 or more.
+
+    >>> a, b = Candidate("l1", (4,)), Candidate("l1", (6,))
+    >>> step(Known(("l1",), 10, 0.0, 1, {b: {0: -1.0}, a: {0: 0.0}}), "l1", 10)
+    Candidate(importance='l1', path=(4, 5))
+    """
+    kept, refuted = known.bounds(importance)
+    path, level = (kept.path, kept.level) if kept else ((), 0)
+    if level >= known.levels:
+        return None
+    ahead = level + min(most, (refuted - level + 1) // 2)
+    found = Candidate(importance, (*path, ahead))
+    return found if known.keeps(found) is None else None
+
+
+@dataclass(frozen=True)
+class Ask:
+    """What to train next: some tickets, and all that are on their paths.
+
+    Args:
+        candidates: the tickets.
+        trials: the numbers of the trials in which to train them.
+    """
+
+    candidates: tuple[Candidate, ...]
+    trials: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class End:
+    """The end of a search.
+
+    Args:
+        found: the sparsest ticket that keeps the metric; None if no ticket that was tried does.
+        reason: why the search ended, as a sentence.
+    """
+
+    found: Candidate | None
+    reason: str
+
+
+def plan(known: Known, strategy: Strategy) -> Ask | End:
+    """Return what to train next, or the ticket that was found.
+
+    If the strategy asks for nothing, the ticket that was found is trained in the other trials. If these refute it, the
+    strategy is asked again.
+
+    >>> found = Candidate("l1", (1,))
+    >>> plan(Known(("l1",), 1, 0.0, 3, {found: {0: 0.0}}), one_shot)
+    Ask(candidates=(Candidate(importance='l1', path=(1,)),), trials=(1, 2))
+    >>> plan(Known(("l1",), 1, 0.0, 1, {found: {0: 0.0}}), one_shot).reason
+    'level 1 is the last level of the study, and sparser tickets were not tried'
+    """
+    if asked := strategy(known):
+        return Ask(tuple(asked), (0,))
+    best = known.best
+    if best is None:
+        return End(None, "no ticket that was tried keeps the metric")
+    if missing := tuple(trial for trial in range(known.trials) if trial not in known.gains[best]):
+        return Ask((best,), missing)
+    if best.level >= known.levels:
+        return End(best, f"level {best.level} is the last level of the study, and sparser tickets were not tried")
+    return End(best, f"level {best.level} keeps the metric, and no sparser ticket that was tried does")
+
+
+def _step_each(known: Known, most: int) -> list[Candidate]:
+    return [found for each in known.importances if (found := step(known, each, most)) is not None]
+
+
+def _rank(known: Known, importance: str) -> tuple[float, ...]:
+    """Return the rank of an importance in a race, which is higher for a better one."""
+    kept, refuted = known.bounds(importance)
+    gain = known.gains[kept][0] if kept else 0.0
+    tries = [gains[0] for each, gains in known.gains.items() if each.importance == importance and each.level == refuted]
+    return _level(kept), gain, refuted, max(tries, default=-math.inf)
+
+
+def _level(candidate: Candidate | None) -> int:
+    return candidate.level if candidate else 0

@@ -1,0 +1,317 @@
+"""Find: the sparsest ticket of a study that keeps the metric of its dense network, with few trainings."""
+
+from __future__ import annotations
+
+import math
+import re
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import polars as pl
+
+from tombola import kernels
+from tombola.analysis import frontier
+from tombola.analysis.winners import FLATTERS
+from tombola.engine.estimate import dense_speed
+from tombola.engine.here import WorkersHere
+from tombola.engine.search import Budget, Walk, search
+from tombola.errors import UserError, short
+from tombola.exits import watch_exits
+from tombola.lottery.search import Strategy, find_strategy
+from tombola.lottery.ticket import Ticket
+from tombola.store.layout import STORE
+from tombola.study.planner import Planner
+from tombola.study.schema import Study
+from tombola.threads import one_thread
+from tombola.training.recipe import Recipe
+from tombola.training.replaceable import OwnLayersWarning
+from tombola.workbench.pictures import check_installed
+from tombola.workbench.progress import show_nothing, show_progress
+from tombola.workbench.runs import open_workers, prepare_store, try_study
+from tombola.workbench.studies import AnyStudy, Overrides, open_planner
+
+if TYPE_CHECKING:
+    from tombola.report.look import Chart
+
+DEFAULT = "race"
+"""The strategy that is used if none is named."""
+
+SHORT = "short"
+"""The strategy that searches with shorter trainings, as `race` does."""
+
+SHARE = 0.25
+"""The length of its trainings, as a share of the complete ones."""
+
+_UNITS = {"s": 1, "m": 60, "min": 60, "h": 3600, "d": 86400}
+_TIME = re.compile(r"(?:\d+(?:\.\d+)? *(?:s|min|m|h|d) *)+")
+_TRAININGS = re.compile(r"(\d+(?:\.\d+)?) *(?:trainings?)?")
+
+
+class FlattersWarning(UserWarning):
+    """Tickets are chosen on the test set, because the data has no validation set."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """A ticket that a search has found.
+
+    Args:
+        ticket: the ticket, with its trained weights.
+        verdict: how sure it is, see `tombola.analysis.frontier.verdict`.
+        table: what was tried, see `tombola.analysis.frontier.of_walk`.
+        reason: why the search ended.
+        unknown: sentences on what is not known, because the budget ended the search or there are too few seeds.
+        walk: the search.
+    """
+
+    ticket: Ticket
+    verdict: dict[str, Any]
+    table: pl.DataFrame
+    reason: str
+    unknown: tuple[str, ...]
+    walk: Walk
+
+    def chart(self) -> Chart:
+        """Return the chart of what was tried, which a notebook shows inline.
+
+        Raises:
+            UserError: if the extra `report` is not installed.
+        """
+        with check_installed():
+            from tombola.report.look import inline
+
+            return inline(draw(self.walk), "What the search has tried")
+
+
+def find(
+    study: AnyStudy,
+    overrides: Overrides = None,
+    *,
+    within: float = 0.005,
+    strategy: str | Strategy = DEFAULT,
+    budget: str | float | None = None,
+    store: str | Path = STORE,
+    data: str | Path | None = None,
+    workers: int | None = None,
+    progress: bool = True,
+) -> Found:
+    """Find the sparsest ticket of a study that keeps the metric of its dense network, with few trainings.
+
+    The search goes by the results of the first seed of the study, on the validation set. What it finds is trained with
+    the other seeds, which judge it; if they refute it, the search goes on. Trainings are stored and shared with those
+    of the study and of other searches, so that a search which is interrupted, or whose budget is spent, goes on where
+    it stopped.
+
+    Args:
+        study: a `Study`, the name of a preset, or the path of a TOML file.
+        overrides: fields with other values, such as `{"seeds": [0, 1, 2], "task.validation": 0.2}`.
+        within: by how much a ticket may be worse, in 0..1: for accuracies and other shares on their own scale (0.005 is
+            half a percentage point), for all other metrics as a share of the dense network's |value|.
+        strategy: the name of a strategy: `rounds`, `bisect`, `one-shot`, `race` or `short`; or a function, see
+            `tombola.lottery.search`.
+        budget: what may be spent on trainings that the store does not have: a time such as `"90m"` or `"2h"`, or a
+            number of complete trainings such as `12` or `"12 trainings"`. By default there is no limit.
+        store: the folder of the store; it is created if it is missing.
+        data: the folder of the data sets.
+        workers: the number of trainings at the same time.
+        progress: whether to show the progress.
+
+    Raises:
+        UserError: if the study, the margin, the strategy or the budget is invalid, if the budget does not suffice for
+            the first ticket, or if no ticket that was tried keeps the metric; finished trainings are kept.
+
+    Warns:
+        FlattersWarning: if the data has no validation set, so that tickets are chosen on the test set.
+
+    >>> from tombola.workbench.example import finished
+    >>> import warnings
+    >>> with warnings.catch_warnings():
+    ...     warnings.simplefilter("ignore", FlattersWarning)
+    ...     found = find(**finished(), within=1.0, progress=False)
+    >>> found.ticket.level, found.table.columns[:3]
+    (1, ['importance', 'path', 'level'])
+    """
+    with one_thread(), watch_exits():
+        check_margin(within)
+        allowed = read_budget(budget)
+        choose_strategy(strategy)
+        planner = open_planner(study, overrides, store=store, data=data)
+        try_study(planner)
+        prepare_store(planner, Path(store))
+        if planner.study.device == "cpu" and not kernels.available():
+            warnings.warn(kernels.MISSING, kernels.NoKernelsWarning, stacklevel=2)
+        if planner.kernel_fault is not None:
+            warnings.warn(planner.kernel_fault, OwnLayersWarning, stacklevel=2)
+        if planner.problem.measure.split == "test":
+            warnings.warn(FLATTERS, FlattersWarning, stacklevel=2)
+        folder = None if data is None else Path(data)
+        walk = walk_study(planner, within, strategy, allowed, workers, folder, progress=progress)
+        return conclude(walk, within)
+
+
+def check_margin(within: float) -> None:
+    """Raise `UserError` unless a margin is a number in 0..1."""
+    if isinstance(within, bool) or not isinstance(within, int | float) or not 0 <= within <= 1:
+        raise UserError(f"within: expected a number in 0 to 1, such as 0.005 for half a point, got {short(within)}")
+
+
+def read_budget(budget: str | float | None) -> Budget:
+    """Return a budget from how a user writes it.
+
+    Raises:
+        UserError: if it is neither a time nor a number of trainings, or if it is less than one training.
+
+    >>> read_budget("1h 30m").seconds, read_budget("12 trainings").trainings, read_budget(3).text
+    (5400.0, 12.0, '3 trainings')
+    """
+    if budget is None:
+        return Budget()
+    text = str(budget).strip()
+    if found := _TRAININGS.fullmatch(text):
+        number = float(found[1])
+        if number < 1:
+            raise UserError(f"budget: {number:g} is less than one training; give 2 or more, or a time such as 90m")
+        return Budget(trainings=number, text=f"{number:g} trainings")
+    if not _TIME.fullmatch(text):
+        raise UserError(
+            f"budget: expected a time such as 90m or 2h, or a number of trainings such as 12, got {short(budget)}"
+        )
+    parts = re.findall(r"(\d+(?:\.\d+)?) *([a-z]+)", text)
+    seconds = sum(float(number) * _UNITS[unit] for number, unit in parts)
+    if not 0 < seconds < math.inf:
+        raise UserError(f"budget: expected a time above 0, got {short(budget)}")
+    return Budget(seconds=seconds, text=text)
+
+
+def choose_strategy(strategy: str | Strategy) -> Strategy:
+    """Return a strategy by its name; a function is one already.
+
+    Raises:
+        UserError: if there is none of this name.
+    """
+    if callable(strategy):
+        return strategy
+    return find_strategy(DEFAULT if strategy == SHORT else strategy)
+
+
+def walk_study(
+    planner: Planner,
+    within: float,
+    strategy: str | Strategy,
+    budget: Budget,
+    workers: int | None,
+    data: Path | None,
+    *,
+    progress: bool = True,
+) -> Walk:
+    """Search for the sparsest ticket of a study that keeps the metric, see `tombola.engine.search.search`.
+
+    Args:
+        planner: the planner of the study, with a store that can be written to.
+        within: by how much a ticket may be worse.
+        strategy: the strategy or its name.
+        budget: what may be spent.
+        workers: the number of trainings at the same time.
+        data: the folder of the data sets.
+        progress: whether to show the progress.
+
+    Raises:
+        UserError: if the study has no level from 1 on, see `tombola.engine.search.search`.
+    """
+    study = planner.study
+    if not study.levels:
+        raise UserError("levels: the study has level 0 alone, and a ticket is found at a level from 1 on")
+    trials = [(planner, seed) for seed in study.seeds]
+    if strategy == SHORT:
+        shorter = study.model_copy(update={"recipe": shorten(study.recipe, SHARE)})
+        trials = [(Planner(shorter, planner.problem, planner.store), study.seeds[0]), *trials]
+    with open_workers(planner, workers, data) as opened:
+        timed = budget.seconds is not None and not isinstance(opened, WorkersHere)
+        speed = dense_speed(planner, data) if timed else None
+        with show_progress(planner, opened.count) if progress else show_nothing() as show:
+            return search(trials, opened, show, choose_strategy(strategy), margin=within, budget=budget, speed=speed)
+
+
+def shorten(recipe: Recipe, share: float) -> Recipe:
+    """Return a recipe whose trainings have a share of the length, with its milestones, warm-up and rewind point.
+
+    >>> short = shorten(Recipe(epochs=20, schedule="milestones", milestones=(10, 15), rewind=100), 0.25)
+    >>> short.epochs, short.milestones, short.rewind
+    (5, (2, 4), 25)
+    """
+    fields = recipe.model_dump()
+    for name in ("epochs", "iterations"):
+        if fields[name] is not None:
+            fields[name] = max(1, round(fields[name] * share))
+    fields["milestones"] = tuple(sorted({max(1, round(each * share)) for each in recipe.milestones}))
+    for name in ("warmup", "rewind"):
+        fields[name] = round(fields[name] * share)
+    return Recipe.model_validate(fields)
+
+
+def conclude(walk: Walk, within: float) -> Found:
+    """Return what a search has found.
+
+    Raises:
+        UserError: if it has found no ticket; the message says how far the densest one fell.
+    """
+    if walk.end.found is None:
+        raise UserError(describe_failure(walk))
+    found = walk.end.found
+    trial = next(number for number, (planner, _) in enumerate(walk.trials) if planner is walk.trials[-1][0])
+    if trial not in walk.known.gains[found]:
+        raise UserError(
+            f"{walk.end.reason}: {found.importance} at level {found.level} keeps the metric in short trainings, and "
+            "was not trained in full; give a larger budget, and the search goes on"
+        )
+    ticket = frontier.read_tickets(walk, found, trial)[1]
+    unknown = (*walk.unknown, *_list_unknown(walk))
+    return Found(ticket, frontier.verdict(walk, within), frontier.of_walk(walk), walk.end.reason, unknown, walk)
+
+
+def describe_failure(walk: Walk) -> str:
+    """Return a sentence that says that no ticket keeps the metric, and how far the densest one fell."""
+    measure = walk.trials[-1][0].problem.measure
+    densest = min(walk.tried, key=lambda each: (each.candidate.level, -each.gain))
+    where = f"the densest ticket that was tried ({densest.candidate.importance}, level {densest.candidate.level})"
+    if densest.value is None:
+        fell = f"{where} has no {measure.label}: {densest.why}"
+    else:
+        fell = (
+            f"{where} has {measure.text(densest.value)}, and the dense network {measure.text(densest.dense)}, a "
+            f"difference of {measure.figure(densest.value - densest.dense, sign=True)} {measure.unit}"
+        )
+    ended = f"; {walk.end.reason}, and {'; '.join(walk.unknown)}" if walk.unknown else ""
+    margin = f"{100 * walk.known.margin:g} {'points' if measure.percent else '%'}"
+    return f"within: no ticket keeps the {measure.split} {measure.label} within {margin}; {fell}{ended}"
+
+
+def draw(walk: Walk) -> Chart:
+    """Return the chart of what a search has tried, without colours and size."""
+    from tombola.report.charts import frontier as chart
+
+    planner = walk.trials[-1][0]
+    dense = next((each.dense for each in walk.tried), None)
+    return chart(frontier.of_walk(walk), planner.study.importances, dense, walk.known.margin, planner.problem.measure)
+
+
+def _list_unknown(walk: Walk) -> Sequence[str]:
+    judges = walk.known.trials - 1
+    if judges == 0:
+        return ["not judged: the study has one seed, by whose results the ticket was chosen; more seeds judge it"]
+    if judges == 1:
+        return ["no interval: one seed has judged the ticket, and an interval needs two, so three seeds in all"]
+    return []
+
+
+def work_of_rounds(study: Study) -> int:
+    """Return the complete trainings that the study's own rounds take, without those that chains share by chance.
+
+    >>> from tombola import load_study
+    >>> work_of_rounds(load_study("digits", {"importances": ["l1", "l2"], "seeds": [0, 1], "levels": 3}))
+    14
+    """
+    return len(study.seeds) * (1 + len(study.importances) * study.levels)

@@ -1,0 +1,407 @@
+"""Searches for a ticket: strategies as pure plans, their trainings in a store, budgets, verdicts and the verb."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from stores import InTurn, planner, results, study
+from tombola import Ticket, UserError, find, load_study
+from tombola.analysis import frontier
+from tombola.analysis.frontier import chance_outside
+from tombola.cli.main import main
+from tombola.engine.run import run
+from tombola.engine.search import Budget, Walk, search
+from tombola.lottery.search import STRATEGIES, Ask, Candidate, End, Known, bisect, find_strategy, plan, race, step
+from tombola.store.store import Store
+from tombola.study.needs import list_needs
+from tombola.study.planner import Chain, Planner
+from tombola.study.schema import Study
+from tombola.study.task import load_problem
+from tombola.study.tickets import Tickets
+from tombola.workbench.find import choose_strategy, conclude, read_budget, shorten
+
+Gain = Callable[[Candidate, int], float]
+"""The gain of a ticket in a trial."""
+
+
+def simulate(gain: Gain, strategy: str, levels: int, importances: tuple[str, ...] = ("l1",), trials: int = 1) -> Any:
+    """Search among made-up tickets; return the end, what is known, and the number of trainings of each trial."""
+    known = Known(importances, levels, 0.0, trials, {})
+    counts = [0] * trials
+    for _ in range(20 * levels * len(importances)):
+        asked = plan(known, find_strategy(strategy))
+        if isinstance(asked, End):
+            return asked, known, counts
+        gains = {each: dict(one) for each, one in known.gains.items()}
+        for trial in asked.trials:
+            for candidate in asked.candidates:
+                for stage in candidate.stages:
+                    if trial not in gains.setdefault(stage, {}):
+                        gains[stage][trial] = gain(stage, trial)
+                        counts[trial] += 1
+        assert gains != known.gains, "it asked for what is known"
+        known = Known(importances, levels, 0.0, trials, gains)
+    raise AssertionError("the search does not end")
+
+
+# strategies
+
+
+@given(st.sampled_from(sorted(STRATEGIES)), st.integers(1, 40), st.data())
+def test_every_strategy_finds_the_last_level_that_keeps_the_metric(
+    strategy: str, levels: int, data: st.DataObject
+) -> None:
+    last = data.draw(st.integers(0, levels))
+    end, known, counts = simulate(lambda each, _: float(last - each.level), strategy, levels)
+    assert (end.found.level if end.found else 0) == last
+    most = {
+        "rounds": levels,
+        "bisect": 2 * math.isqrt(levels) + math.ceil(math.log2(levels + 1)) + 2,
+        "one-shot": math.ceil(math.log2(levels + 1)) + 2,
+        "race": math.ceil(math.log2(levels + 1)) + 2,
+    }
+    assert counts[0] <= most[strategy]
+    assert (known.best is None) == (last == 0)
+
+
+@given(st.lists(st.integers(0, 24), min_size=2, max_size=6, unique=True))
+def test_a_race_finds_what_all_importances_together_find_with_fewer_trainings(last: list[int]) -> None:
+    names = tuple(f"importance {number}" for number in range(len(last)))
+
+    def gain(candidate: Candidate, trial: int) -> float:
+        return float(last[names.index(candidate.importance)] - candidate.level)
+
+    raced, _, counts = simulate(gain, "race", 24, names)
+    alone, _, others = simulate(gain, "one-shot", 24, names)
+    assert raced.found is not None
+    assert alone.found is not None
+    assert raced.found.level == alone.found.level == max(last)
+    assert counts[0] < others[0]
+
+
+@pytest.mark.parametrize("strategy", ["bisect", "one-shot", "race"])
+def test_a_level_that_was_refuted_by_a_large_round_is_tried_again_by_a_small_one(strategy: str) -> None:
+    def gain(candidate: Candidate, trial: int) -> float:
+        largest = max(b - a for a, b in zip((0, *candidate.path), candidate.path, strict=False))
+        return 0.0 if candidate.level <= 9 and largest <= 3 else -1.0
+
+    end, _, _ = simulate(gain, strategy, 10)
+    assert end.found is not None
+    assert end.found.level == 9
+
+
+@given(st.sampled_from(sorted(STRATEGIES)), st.integers(2, 20), st.integers(0, 20))
+def test_other_trials_refute_what_the_first_has_found_by_chance(strategy: str, levels: int, last: int) -> None:
+    end, known, _ = simulate(
+        lambda each, trial: 0.0 if trial == 0 else float(last - each.level), strategy, levels, trials=3
+    )
+    found = end.found.level if end.found else 0
+    assert found <= last
+    assert found == min(last, levels) or strategy != "rounds"
+    if end.found is not None:
+        assert set(known.gains[end.found]) == {0, 1, 2}
+
+
+def test_trials_that_are_not_all_known_do_not_refute() -> None:
+    ticket = Candidate("l1", (2,))
+    assert Known(("l1",), 4, 0.0, 3, {ticket: {0: 0.0, 1: -1.0}}).keeps(ticket)
+    assert not Known(("l1",), 4, 0.0, 3, {ticket: {0: 0.0, 1: -1.0, 2: 0.5}}).keeps(ticket)
+
+
+def test_rounds_end_where_a_training_diverges() -> None:
+    end, known, _ = simulate(lambda each, _: -math.inf if each.level == 3 else 0.0, "rounds", 6)
+    assert end.found == Candidate("l1", (1, 2))
+    assert max(each.level for each in known.gains) == 3
+
+
+def test_a_race_drops_half_after_each_ticket_and_takes_up_who_is_first_again() -> None:
+    names = ("a", "b", "c", "d")
+    first = {Candidate(name, (6,)): {0: 0.1 * number} for number, name in enumerate(names)}
+    known = Known(names, 10, 0.0, 1, first)
+    assert [each.importance for each in race(known)] == ["d", "c"]
+    more = first | {Candidate("d", (6, 9)): {0: -1.0}, Candidate("c", (6, 9)): {0: 0.0}}
+    assert race(Known(names, 10, 0.0, 1, more)) == [Candidate("c", (6, 9, 10))]
+
+
+def test_bisect_takes_steps_of_about_the_root_of_the_levels() -> None:
+    assert [each.path for each in bisect(Known(("l1",), 24, 0.0, 1, {}))] == [(5,)]
+    assert step(Known(("l1",), 1, 0.0, 1, {Candidate("l1", (1,)): {0: 0.0}}), "l1", 1) is None
+
+
+# searches in a store
+
+STUDY = study(["l1"], seeds=(0, 1, 2), levels=4, rewind=0, iterations=20)
+SHOW: Any = lambda *_: None  # noqa: E731
+
+
+def walk(root: Path, strategy: str = "one-shot", of: Study = STUDY, margin: float = 0.05, **how: Any) -> Walk:
+    own = planner(root, of)
+    trials = [(own, seed) for seed in of.seeds]
+    return search(trials, InTurn(last_first=False), SHOW, choose_strategy(strategy), margin=margin, **how)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store with a search."""
+    torch.set_num_threads(1)
+    root = tmp_path_factory.mktemp("find") / "store"
+    walk(root)
+    return root
+
+
+def test_a_search_is_repeated_from_the_store(root: Path) -> None:
+    before = results(root)
+    again = walk(root)
+    assert (again.done, results(root)) == (0, before)
+    assert again.work == len(before)
+    assert again.end.found is not None
+    assert set(again.known.gains[again.end.found]) == {0, 1, 2}
+
+
+def test_a_search_by_rounds_leaves_nothing_for_a_study_to_train(tmp_path: Path) -> None:
+    of = study(seeds=(0,), levels=2, rewind=10)
+    found = walk(tmp_path / "s", "rounds", of, margin=1.0)
+    assert found.work == pytest.approx((10 + 50 * 5) / 60)  # a rewind point, level 0, 2 levels of each
+    assert run(planner(tmp_path / "s", of), InTurn(last_first=False), SHOW).total == 0
+
+
+def test_a_large_round_leaves_as_many_connections_as_the_rounds_that_it_replaces(root: Path) -> None:
+    of = planner(root, STUDY)
+    tickets = Tickets(of).progress(Chain(0, "l1", path=(2,))).tickets
+    assert [ticket.level for ticket in tickets] == [0, 2]
+    assert tickets[1].mask.alive == pytest.approx(of.dense.total / 4, abs=1)
+    assert tickets[1].provenance["path"] == [2]
+
+
+def test_a_worker_prunes_a_large_round_by_a_score_of_the_whole_network(tmp_path: Path) -> None:
+    of = study(["snip"], levels=4, rewind=0, iterations=5)
+    own = planner(tmp_path / "s", of)
+    run(own, InTurn(last_first=False), SHOW, [Chain(0, "snip", path=(3,))])
+    ticket = own.progress(Chain(0, "snip", path=(3,))).tickets[-1]
+    assert (ticket.level, ticket.mask.alive) == (3, own.dense.total - round(own.dense.total * (1 - 0.5**3)))
+
+
+def test_a_collection_keeps_what_a_search_has_trained(root: Path) -> None:
+    assert {folder.name for folder in results(root)} <= list_needs(Tickets(planner(root, STUDY)))
+
+
+@pytest.mark.parametrize("trainings", [2, 4])
+def test_a_budget_of_trainings_is_kept_and_a_larger_one_goes_on(tmp_path: Path, root: Path, trainings: int) -> None:
+    part = walk(tmp_path / "s", budget=Budget(trainings=trainings, text=f"{trainings} trainings"))
+    assert 0 < part.done <= trainings
+    assert part.unknown
+    assert "budget" in part.end.reason
+    whole = walk(tmp_path / "s")
+    assert (whole.end, whole.work) == (walk(root).end, part.done + whole.done)
+
+
+def test_trainings_that_judge_are_reserved(tmp_path: Path) -> None:
+    of = study(["l1"], seeds=(0, 1), levels=8, rewind=0, iterations=5)
+    part = walk(tmp_path / "s", "rounds", of, margin=1.0, budget=Budget(trainings=6, text="6"))
+    assert part.end.found == Candidate("l1", (1, 2))  # 3 trainings, 3 more to judge it
+    assert part.judged
+    assert part.done == 6
+
+
+def test_a_budget_of_time_is_kept(tmp_path: Path) -> None:
+    now = [0.0]
+
+    def tick(*_: object) -> None:
+        now[0] += 1.0
+
+    own = planner(tmp_path / "s", STUDY)
+    trials = [(own, seed) for seed in STUDY.seeds]
+    how: dict[str, Any] = {"margin": 0.05, "clock": lambda: now[0]}
+    part = search(
+        trials, InTurn(last_first=False), tick, choose_strategy("rounds"), budget=Budget(seconds=10, text="10s"), **how
+    )
+    assert part.unknown
+    assert part.done < 15
+    assert now[0] <= 11
+
+
+def test_a_budget_below_the_first_ticket_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"budget: 1 trainings is too small; .* need 2 trainings of 20 iterations"):
+        walk(tmp_path / "s", budget=Budget(trainings=1, text="1 trainings"))
+    assert not results(tmp_path / "s")
+
+
+def test_a_dense_network_that_diverges_has_nothing_to_keep(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="the dense network of seed 0 has no accuracy: its training diverged"):
+        walk(tmp_path / "s", of=study(["l1"], lr=1e30, rewind=0))
+
+
+def test_short_trainings_search_and_complete_ones_judge(tmp_path: Path) -> None:
+    of = study(["l1"], seeds=(0, 1), levels=4, rewind=0, iterations=10)
+    own = planner(tmp_path / "s", of)
+    scout = planner(tmp_path / "s", of.model_copy(update={"recipe": shorten(of.recipe, 0.5)}))
+    trials = [(scout, 0), (own, 0), (own, 1)]
+    found = search(trials, InTurn(last_first=False), SHOW, choose_strategy("short"), margin=1.0)
+    assert found.end.found is not None
+    steps = len(found.end.found.path)
+    tried = sum(each.trial == 0 for each in found.tried)
+    assert found.work == 0.5 * (1 + tried) + 2 * (1 + steps)
+
+
+# verdicts
+
+
+def test_the_frontier_has_a_row_for_each_ticket_and_the_mean_of_its_judges(root: Path) -> None:
+    seen = walk(root)
+    table = frontier.of_walk(seen)
+    assert table.height == sum(not each.trial for each in seen.tried)
+    assert table["work"].is_sorted()
+    row = table.filter("found").row(0, named=True)
+    verdict = frontier.verdict(seen, 0.05)
+    assert (row["judges"], verdict["judges"], verdict["seeds"]) == (2, [1, 2], 2)
+    assert row["mean"] == pytest.approx(verdict["difference"])
+    assert row["low"] == pytest.approx(verdict["low"])
+    assert verdict["test"] == pytest.approx(verdict["accuracy"])  # there is no validation set
+    assert verdict["keeps"]
+
+
+def test_the_chance_of_a_further_seed_is_that_of_students_distribution() -> None:
+    judged = [0.1, 0.4, -0.2]  # mean 0.1, standard deviation 0.3
+    margin = 3 * 0.3 * math.sqrt(4 / 3) - 0.1  # 3 predictive standard deviations below the mean
+    assert chance_outside(judged, margin) == pytest.approx(0.0477, abs=1e-4)  # of Student's t, 2 degrees of freedom
+    assert chance_outside([0.1, -math.inf], 1.0) is None
+
+
+# the verb
+
+FEW: dict[str, Any] = {
+    "levels": 2,
+    "seeds": [0, 1, 2],
+    "data_seeds": [],
+    "importances": ["l1"],
+    "recipe.epochs": 1,
+    "task.dataset_arguments": {"train_per_class": 20, "test_per_class": 5},
+    "task.validation": 0.25,
+}
+WORDS = [
+    *("digits", "--levels", "2", "--seeds", "0", "1", "2", "--data-seeds", "--importances", "l1"),
+    *("--recipe.epochs", "1", "--task.dataset-arguments", "train_per_class=20", "test_per_class=5"),
+]
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store with all trainings that a search with a margin of everything needs, with and without validation."""
+    root = tmp_path_factory.mktemp("find") / "small"
+    for fields in (FEW, {name: value for name, value in FEW.items() if name != "task.validation"}):
+        of = load_study("digits", fields)
+        problem = load_problem(of.task)
+        own = Planner(of, problem, Store(root))
+        trials = [(own, seed) for seed in of.seeds]
+        how: dict[str, Any] = {"margin": 1.0}
+        search(trials, InTurn(last_first=False, works_on=problem), SHOW, choose_strategy("race"), **how)
+    return root
+
+
+def call(small: Path, *words: str, validation: bool = True) -> int:
+    own = ["--task.validation", "0.25"] if validation else []
+    return main(["find", *WORDS, *own, "--store", str(small), "--workers", "1", *words])
+
+
+def test_the_verb_writes_the_ticket_and_the_picture(
+    small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ticket, picture = tmp_path / "ticket.safetensors", tmp_path / "walk.svg"
+    assert call(small, "--within", "100", "-o", str(ticket), "--picture", str(picture)) == 0
+    out = capsys.readouterr().out
+    read = Ticket.load(ticket)
+    assert (read.level, read.trained is not None) == (2, True)
+    assert picture.read_text().startswith("<svg")
+    for text in (
+        "found: l1, level 2",
+        "over seeds 1, 2, which did",
+        "95 % interval",
+        "test accuracy:",
+        "0.0 of them now",
+    ):
+        assert text in out, text
+    assert "level 2 is the last level of the study" in out
+
+
+def test_the_verb_writes_json_and_csv(small: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(small, "--within", "100", "--format", "json") == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["verdict"]["level"] == 2
+    assert 0 <= document["verdict"]["outside"] <= 1
+    assert [row["found"] for row in document["frontier"]] == [True]
+    assert call(small, "--within", "100", "--format", "csv") == 0
+    assert capsys.readouterr().out.startswith("importance,path,level,density,work,dense_accuracy,accuracy,difference")
+
+
+def test_without_a_validation_set_the_verb_says_what_is_used(small: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(small, "--within", "100", validation=False) == 0
+    captured = capsys.readouterr()
+    assert "chosen on the test set, which makes them look better" in captured.err
+    assert "test accuracy" in captured.out
+
+
+def test_find_in_python_gives_the_ticket_and_the_table(small: Path) -> None:
+    found = find("digits", FEW, within=1.0, store=small, progress=False)
+    assert (found.ticket.level, found.walk.done, found.table.height) == (2, 0, 1)
+    assert found.chart().to_dict()["layer"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--within", "-1"], "--within: expected percentage points of accuracy, 0 to 100, got '-1'"),
+        (["--strategy", "bisekt"], "--strategy: unknown 'bisekt'; did you mean 'bisect'?"),
+        (["--budget", "0.5"], "--budget: 0.5 is less than one training"),
+        (["--budget", "soon"], "--budget: expected a time such as 90m or 2h, or a number of trainings such as 12"),
+        (["--budget", "0s"], "--budget: expected a time above 0"),
+        (["--picture", "walk.gif"], "--picture walk.gif: the name of a picture ends in .svg, .png, .pdf or .html"),
+        (["-o", "missing/ticket.safetensors"], "--output missing"),
+        (["--levels", "0"], "levels: the study has level 0 alone"),
+        (["--seeds", "9", "--budget", "1 training"], "budget: 1 trainings is too small; the dense network and the"),
+    ],
+)
+def test_bad_input_is_refused_in_a_sentence(
+    words: list[str], message: str, small: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert call(small, *words) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_a_margin_that_no_level_keeps_says_how_far_the_densest_fell(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="within: expected a number in 0 to 1"):
+        find("digits", within=-0.1)
+    own = planner(tmp_path / "s", study(["l1"], seeds=(0, 1), levels=2, rewind=0, iterations=5))
+    trials = [(own, 0), (own, 1)]
+    lost = search(trials, InTurn(last_first=False), SHOW, choose_strategy("one-shot"), margin=-2.0)
+    expected = r"no ticket keeps the test accuracy within -200 points; the densest ticket that was tried \(l1, level"
+    with pytest.raises(
+        UserError, match=expected + r" 1\) has [\d.]+ %, and the dense network [\d.]+ %, a difference of"
+    ):
+        conclude(lost, -2.0)
+
+
+def test_a_metric_without_direction_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "aimless.py").write_text("def aim(outputs, targets):\n    return 0.0\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(UserError, match=r"which way is better; set aim.higher_is_better = True or False"):
+        find("digits", {"task.metrics": ["aimless:aim"]}, store=tmp_path / "s", progress=False)
+
+
+def test_budgets_are_read_in_all_their_forms() -> None:
+    assert read_budget("90m") == Budget(seconds=5400, text="90m")
+    assert read_budget(12).trainings == read_budget("12 trainings").trainings == 12
+    assert read_budget(None) == Budget()
+    assert isinstance(plan(Known(("l1",), 3, 0.0, 1, {}), choose_strategy("race")), Ask)
