@@ -15,6 +15,7 @@ import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any
 
 import torch
@@ -154,7 +155,8 @@ class Segment:
     def source(self, x: Tensor) -> Value:
         """Return the value of a tensor that is no result of this segment."""
         if id(x) not in self._sources:
-            value = Value(tuple(x.shape), "source", tensors=(self.tensor(x),))
+            batch, channels, height, width = x.shape
+            value = Value((batch, channels, height, width), "source", tensors=(self.tensor(x),))
             self._sources[id(x)] = value
             self.values.append(value)
         return self._sources[id(x)]
@@ -172,7 +174,7 @@ class Segment:
         with torch.enable_grad():
             found = dict(zip(outputs, _compute(self, outputs, *self.tensors), strict=True))
         for result in results:
-            result._plain, result._segment = found[result._value], None
+            result._plain = found[result._value]
         for value in self.values:
             if value.how == "norm":
                 _update_statistics(value.layer, self._statistics[value], value.size)
@@ -238,11 +240,11 @@ class Segment:
                 native.max_pool_packed(operation.x.size, first.kernel, x.pair, y.pair, name)
             else:
                 native.sum_packed(result.size, x.pair, other, operation.relu, y.pair, name)
-        plain = []
-        for value in outputs:
-            plain.append(empty(value.size))
-            native.unpack_images(self._buffers[value].pair, plain[-1], name)
-        return plain
+        return [empty(value.size) for value in outputs]  # written when they are read: variables may outlive their use
+
+    def unpack(self, value: Value, to: Tensor) -> None:
+        """Write a value that is computed into a plain tensor."""
+        layers.extension.unpack_images(self._buffers[value].pair, to, self.memory.instruction_set)
 
     def backward(
         self, outputs: Sequence[Value], deltas: Sequence[Tensor | None], needs: Sequence[bool]
@@ -279,8 +281,8 @@ class _Backward:
                 self.deltas[value] = self.take(value)
                 native.pack_images(delta.resolve_neg(), self.deltas[value].pair, name)
         for operation in reversed(self.segment.operations):
-            if (delta := self.deltas.pop(operation.result, None)) is not None:
-                getattr(self, f"_{operation.first.how}")(operation, delta)
+            if (found := self.deltas.pop(operation.result, None)) is not None:
+                getattr(self, f"_{operation.first.how}")(operation, found)
         return self.gradients
 
     def take(self, value: Value) -> Buffer:
@@ -431,6 +433,9 @@ def _update_statistics(layer: nn.BatchNorm2d, statistics: Tensor, size: Size) ->
         layer.num_batches_tracked.add_(1)
 
 
+_CPU = torch.device("cpu")
+
+
 class Packed(Tensor):
     """A tensor that is recorded and not computed yet. It is computed when anything but a recorded operation reads it.
 
@@ -445,7 +450,7 @@ class Packed(Tensor):
     @staticmethod
     def of(packing: Packing, segment: Segment, value: Value) -> Packed:
         """Return the tensor of a value."""
-        tensor: Packed = Tensor._make_wrapper_subclass(Packed, value.size, dtype=torch.float32, device="cpu")  # type: ignore[attr-defined]
+        tensor: Packed = Tensor._make_wrapper_subclass(Packed, value.size, dtype=torch.float32, device=_CPU)
         tensor._packing, tensor._segment, tensor._value, tensor._plain = packing, segment, value, None
         segment.results.append(weakref.ref(tensor))
         return tensor
@@ -462,7 +467,7 @@ class Packed(Tensor):
         return func(*args, **kwargs)
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         args, kwargs = tree_map(compute, (args, kwargs or {}))
         return func(*args, **kwargs)
 
@@ -475,24 +480,24 @@ def compute(x: Any) -> Any:
         if not torch.is_grad_enabled():
             _refuse_own_functions()
         x._packing.compute()
+    assert x._plain is not None
+    if x._segment is not None:
+        x._segment.unpack(x._value, x._plain.detach())
+        x._segment = None
     return x._plain
 
 
 def _refuse_own_functions() -> None:
     """Raise `RuntimeError` within the forward pass of a `torch.autograd.Function`, which would lose the gradient."""
-    frame = sys._getframe(2)
+    frame: FrameType | None = sys._getframe(2)
     while frame is not None:
         if any(isinstance(value, torch.autograd.function.FunctionCtx) for value in frame.f_locals.values()):
             raise RuntimeError("a torch.autograd.Function of the network's own reads a tensor that is not computed yet")
         frame = frame.f_back
 
 
-_DESCRIPTIONS = {
-    Tensor.shape.__get__,
-    Tensor.ndim.__get__,  # type: ignore[attr-defined]
-    Tensor.dtype.__get__,
-    Tensor.device.__get__,
-    Tensor.is_cpu.__get__,
+_DESCRIPTIONS: set[Any] = {
+    *(vars(torch._C.TensorBase)[name].__get__ for name in ("shape", "ndim", "dtype", "device", "is_cpu")),
     Tensor.size,
     Tensor.dim,
     Tensor.numel,
@@ -501,7 +506,8 @@ _DESCRIPTIONS = {
 
 
 def _recorded_relu(input: Any, inplace: bool = False) -> Tensor | None:
-    return input._packing.apply("relu", (input,), input if inplace else None)
+    packing: Packing = input._packing
+    return packing.apply("relu", (input,), input if inplace else None)
 
 
 def _recorded_relu_(input: Any) -> Tensor | None:
@@ -518,7 +524,8 @@ def _recorded_sum(input: Any, other: Any, *, alpha: float = 1, out: Any = None) 
 def _recorded_sum_(input: Any, other: Any, *, alpha: float = 1) -> Tensor | None:
     if type(input) is not Packed or alpha != 1:
         return None
-    return input._packing.apply("sum", (input, other), input)
+    packing: Packing = input._packing
+    return packing.apply("sum", (input, other), input)
 
 
 _RECORDED: dict[Any, Callable[..., Tensor | None]] = {
@@ -658,19 +665,28 @@ def _are_saved_tensors_watched() -> bool:
     return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
 
 
+class _Tracer(fx.Tracer):
+    """Traces a network, and refuses to without gradients, as in a function of autograd."""
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        if not torch.is_grad_enabled():
+            raise RuntimeError("an operation without gradients")
+        return super().create_node(*args, **kwargs)
+
+
 def can_pack(model: nn.Module) -> bool:
     """Return whether outputs of a network's sparse convolutions may be recorded, see `Packing`.
 
     All networks of PyTorch's own modules without hooks may be. One with modules of the user must be one that `torch.fx`
-    can trace: a function of the user's own, such as a `torch.autograd.Function`, could read a tensor unnoticed.
+    can trace, with gradients throughout: a `torch.autograd.Function` of the user could read a tensor unnoticed.
     """
     if not all(map(is_plain, model.modules())):
         return False
     if all(type(module).__module__.split(".")[0] in ("torch", "tombola") for module in model.modules()):
         return True
     try:
-        with torch.random.fork_rng(devices=[]):
-            fx.symbolic_trace(copy.deepcopy(model))
+        with torch.random.fork_rng(devices=[]), torch.enable_grad():
+            _Tracer().trace(copy.deepcopy(model))
     except Exception:  # code of the user may fail in any way when it gets a symbol for a tensor
         return False
     return True
