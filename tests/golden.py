@@ -19,7 +19,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -78,7 +78,12 @@ def force_kernels(name: str) -> Iterator[None]:
         *before, _, read = arguments
         return extension.Layer(*before, name, read)
 
-    forced = SimpleNamespace(**(vars(extension) | {"instruction_sets": lambda: [name], "Layer": make_layer}))
+    def force(function: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *arguments: function(*arguments[:-1], name)  # the last one is the instruction set
+
+    packed = {each: force(vars(extension)[each]) for each in vars(extension) if each == "block" or "pack" in each}
+    own = {"instruction_sets": lambda: [name], "Layer": make_layer}
+    forced = SimpleNamespace(**(vars(extension) | packed | own))
     with mock.patch.object(layers, "extension", forced):
         yield
 
@@ -97,8 +102,8 @@ def key(case: str, setting: str, kernel_set: str | None = None) -> str:
         limit = {"own": vendor(), "AVX2": f"{vendor()} up to AVX2", "portable": f"any {platform.machine()}"}
         return f"{own}, {limit[setting]}"
     best = kernel_sets()[0]
-    beside = f" with batch normalisation {best}" if "convolutions" in case and best != kernel_set else ""
-    return f"{own}, kernels {kernel_set}{beside}"  # batch normalisation always uses the best
+    beside = f" with batch normalisation {best}" if case == "sparse convolutions" and best != kernel_set else ""
+    return f"{own}, kernels {kernel_set}{beside}"  # batch normalisation uses the best layer by layer
 
 
 @functools.cache

@@ -24,7 +24,7 @@ from tombola.kernels.layers import BatchNorm2d, MaxPool2d, SparseConv2d
 from tombola.kernels.likeness import find_difference, is_own
 from tombola.kernels.linear import Perceptron, SparseLinear
 from tombola.kernels.replace import dense_names, dense_state, sparsify
-from tombola.kernels.step import Loss, Precision, Step, accelerate, sparse_layers
+from tombola.kernels.step import Loss, Precision, Step, accelerate, are_packed, sparse_layers
 
 __all__ = [
     "MISSING",
@@ -38,6 +38,7 @@ __all__ = [
     "SparseLinear",
     "Step",
     "accelerate",
+    "are_packed",
     "available",
     "choices",
     "choose",

@@ -20,6 +20,42 @@ class Layer:
     def weight_gradient(
         self, source: Tensor, delta: Tensor, gradient: Tensor, bias_gradient: Tensor | None
     ) -> None: ...
+    @property
+    def border(self) -> int: ...
+    @property
+    def delta_border(self) -> int: ...
+    @property
+    def block(self) -> int: ...
+    def forward_images(
+        self,
+        values: Tensor,
+        bias: Tensor | None,
+        source: Tensor,
+        source_border: int,
+        target: Tensor,
+        target_border: int,
+        batch: int,
+    ) -> None: ...
+    def input_gradient_images(
+        self,
+        values: Tensor,
+        delta: Tensor,
+        delta_border: int,
+        target: Tensor,
+        target_border: int,
+        batch: int,
+        add: bool,
+    ) -> None: ...
+    def weight_gradient_images(
+        self,
+        source: Tensor,
+        source_border: int,
+        delta: Tensor,
+        delta_border: int,
+        batch: int,
+        gradient: Tensor,
+        bias_gradient: Tensor | None,
+    ) -> None: ...
 
 class Chain:
     def __init__(self, layers: tuple[Layer, ...], relus: Sequence[bool]) -> None: ...
@@ -60,4 +96,60 @@ def batch_norm_gradient(
 ) -> None: ...
 def normalise_images(
     images: Tensor, indices: Tensor, mean: Tensor, scale: Tensor, target: Tensor, instruction_set: str | None = None
+) -> None: ...
+
+_Size = tuple[int, int, int, int]
+_Window = tuple[int, int, int, int, int, int]
+_Images = tuple[Tensor, int]
+_NoImages = tuple[None, int]
+
+def block(instruction_set: str | None = None) -> int: ...
+def pack_images(source: Tensor, target: _Images, instruction_set: str | None = None) -> None: ...
+def unpack_images(source: _Images, target: Tensor, instruction_set: str | None = None) -> None: ...
+def normalise_packed(
+    size: _Size,
+    x: _Images,
+    weight: Tensor,
+    bias: Tensor,
+    epsilon: float,
+    statistics: Tensor,
+    other: _Images | _NoImages,
+    relu: bool,
+    y: _Images,
+    instruction_set: str | None = None,
+) -> None: ...
+def normalise_gradient_packed(
+    size: _Size,
+    x: _Images,
+    delta: _Images,
+    weight: Tensor,
+    bias: Tensor,
+    statistics: Tensor,
+    relu: bool,
+    y: _Images | _NoImages,
+    gradient: _Images,
+    weight_gradient: Tensor,
+    bias_gradient: Tensor,
+    instruction_set: str | None = None,
+) -> None: ...
+def sum_packed(
+    size: _Size,
+    a: _Images,
+    b: _Images | _NoImages,
+    relu: bool,
+    y: _Images,
+    instruction_set: str | None = None,
+) -> None: ...
+def gate_packed(size: _Size, delta: _Images, y: _Images, instruction_set: str | None = None) -> None: ...
+def max_pool_packed(
+    size: _Size, window: _Window, x: _Images, y: _Images, instruction_set: str | None = None
+) -> None: ...
+def max_pool_gradient_packed(
+    size: _Size,
+    window: _Window,
+    x: _Images,
+    y: _Images,
+    delta: _Images,
+    gradient: _Images,
+    instruction_set: str | None = None,
 ) -> None: ...

@@ -465,10 +465,395 @@ void normalise_images(const uint8_t* images, const int64_t* indices, ptrdiff_t c
     }
 }
 
+constexpr int conv_block = conv_vectors * L;
+
+inline float* at(Packed p, int n, int c, int y) { return p.data + n * p.blocks + c * p.channel + y * p.row; }
+
+inline int count_blocks(int batch) { return (batch + conv_block - 1) / conv_block; }
+
+// The samples of a block.
+inline int samples_of(int batch, int n) { return at_most(conv_block, batch - n * conv_block); }
+
+// Calls body(block, channel, row) for each row of pixels, channel by channel.
+template <class Body>
+void each_row(ImageSize size, const Body& body) {
+    for (int c = 0; c < size.channels; ++c)
+        for (int n = 0; n < count_blocks(size.batch); ++n)
+            for (int y = 0; y < size.height; ++y) body(n, c, y);
+}
+
+// Sets to zero what lies beyond the last sample.
+void clear_rest(float* row, int width, int samples) {
+    if (samples < conv_block)
+        for (int x = 0; x < width; ++x) std::memset(row + x * conv_block + samples, 0, sizeof(float) * (conv_block - samples));
+}
+
+void pack_images(View from, ImageSize size, int border, Packed to) {
+    const int rows = size.height + 2 * border, columns = size.width + 2 * border;
+    for (int n = 0; n < count_blocks(size.batch); ++n) {
+        View part = from;
+        part.data += ptrdiff_t(n) * conv_block * from.n;
+        pack(part, size.height, size.width, samples_of(size.batch, n), conv_block, size.channels, -border, rows, -border,
+             columns, at(to, n, 0, -border) - border * conv_block, to.channel);
+    }
+}
+
+void unpack_images(Packed from, ImageSize size, View to) {
+    for (int n = 0; n < count_blocks(size.batch); ++n) {
+        const int samples = samples_of(size.batch, n);
+        for (int c = 0; c < size.channels; ++c)
+            for (int y = 0; y < size.height; ++y) {
+                const float* in = at(from, n, c, y);
+                float* out = to.data + ptrdiff_t(n) * conv_block * to.n + c * to.c + y * to.h;
+                for (int x = 0; x < size.width; ++x, in += conv_block, out += to.w) {
+                    if (to.n == 1)
+                        std::memcpy(out, in, sizeof(float) * samples);
+                    else
+                        for (int s = 0; s < samples; ++s) out[s * to.n] = in[s];
+                }
+            }
+    }
+}
+
+// Calls body(tile, first row, rows, block of samples) for what a pass reads at once.
+template <class Body>
+void each_piece(const Pass& pass, int batch, const Body& body) {
+    for (int n = 0; n < count_blocks(batch); ++n)
+        for (int y = 0; y < pass.grid_height; y += pass.band)
+            for (int tile = 0; tile < pass.tiles; ++tile)
+                body(tile, y, at_most(pass.band, pass.grid_height - y), n);
+}
+
+// P pixels of a pass from pixel `first` of a band on: where they are read, and where they lie in the target.
+template <int P>
+struct Pixels {
+    const float* source[P];
+    float* target[P];
+
+    Pixels(const Pass& pass, int tile, int band, int n, int first, Packed from, Packed to) {
+        for (int p = 0; p < P; ++p) {
+            const int i = band + (first + p) / pass.grid_width, j = (first + p) % pass.grid_width;
+            source[p] = at(from, n, tile * pass.tile_channels, i * pass.source_step - pass.pad_top) +
+                        (ptrdiff_t(j) * pass.source_step - pass.pad_left) * conv_block;
+            target[p] = at(to, n, 0, i * pass.target_step + pass.target_top) +
+                        (ptrdiff_t(j) * pass.target_step + pass.target_left) * conv_block;
+        }
+    }
+};
+
+template <int P>
+void gather_pixels(const Pass& pass, int tile, const int32_t* offset, const float* values, const float* bias,
+                   const float* lanes, const Pixels<P>& pixels, ptrdiff_t channel, bool add) {
+    const int32_t* split = pass.split + tile;
+    for (int r = 0; r < pass.rows; ++r, split += pass.tiles + 1) {
+        const int begin = split[0], end = split[1];
+        if (add && begin == end) continue;
+        vec sum[P][conv_vectors];
+        for (int p = 0; p < P; ++p)
+            for (int v = 0; v < conv_vectors; ++v)
+                sum[p][v] = add ? load(pixels.target[p] + r * channel + v * L)
+                                : (bias ? bias[r] * load(lanes + v * L) : vec{});
+        for (int k = begin; k < end; ++k) {
+            const float value = values[k];
+            const ptrdiff_t from = offset[k];
+            for (int p = 0; p < P; ++p)
+                for (int v = 0; v < conv_vectors; ++v) sum[p][v] += value * load(pixels.source[p] + from + v * L);
+        }
+        for (int p = 0; p < P; ++p)
+            for (int v = 0; v < conv_vectors; ++v) store(pixels.target[p] + r * channel + v * L, sum[p][v]);
+    }
+}
+
+void gather_packed(const Pass& pass, const int32_t* offset, const float* values, const float* bias, Packed source,
+                   int batch, Packed target, bool add) {
+    each_piece(pass, batch, [&](int tile, int band, int rows, int n) {
+        float lanes[conv_block];  // 1 for each sample
+        for (int s = 0; s < conv_block; ++s) lanes[s] = s < samples_of(batch, n) ? 1.f : 0.f;
+        const auto group = [&](const auto& pixels) {
+            gather_pixels(pass, tile, offset, values, bias, lanes, pixels, target.channel, add || tile > 0);
+        };
+        const int end = rows * pass.grid_width;
+        int first = 0;
+        for (; first + conv_pixels <= end; first += conv_pixels)
+            group(Pixels<conv_pixels>(pass, tile, band, n, first, source, target));
+        for (; first < end; ++first) group(Pixels<1>(pass, tile, band, n, first, source, target));
+    });
+}
+
+// Sums of vectors for consecutive taps, which are added to the gradients L at a time.
+struct Sums {
+    float* gradient;
+    vec totals[L];
+    int first = 0, count = 0;
+
+    void add(int tap, vec total) {
+        if (first + count != tap) flush(), first = tap;
+        totals[count++] = total;
+        if (count == L) flush();
+    }
+
+    void flush() {
+        if (count == 0) return;
+        for (int i = count; i < L; ++i) totals[i] = vec{};
+        const vec all = sums<L / 2>([&](int i) { return totals[i]; }, 0);
+        if (count == L)
+            store(gradient + first, load(gradient + first) + all);
+        else
+            for (int i = 0; i < count; ++i) gradient[first + i] += all[i];
+        first += count;
+        count = 0;
+    }
+};
+
+template <int P>
+void correlate_pixels(const Pass& pass, int tile, const int32_t* offset, const Pixels<P>& pixels, ptrdiff_t channel,
+                      float* gradient) {
+    const int32_t* split = pass.split + tile;
+    Sums kept;
+    kept.gradient = gradient;
+    for (int r = 0; r < pass.rows; ++r, split += pass.tiles + 1) {
+        const int begin = split[0], end = split[1];
+        if (begin == end) continue;
+        vec d[P][conv_vectors];
+        for (int p = 0; p < P; ++p)
+            for (int v = 0; v < conv_vectors; ++v) d[p][v] = load(pixels.target[p] + r * channel + v * L);
+        for (int k = begin; k < end; ++k) {
+            const ptrdiff_t from = offset[k];
+            vec total = {};
+            for (int p = 0; p < P; ++p)
+                for (int v = 0; v < conv_vectors; ++v) total += d[p][v] * load(pixels.source[p] + from + v * L);
+            kept.add(k, total);
+        }
+    }
+    kept.flush();
+}
+
+void correlate_packed(const Pass& pass, const int32_t* offset, Packed source, Packed delta, int batch, float* gradient,
+                      float* bias_gradient) {
+    const int32_t taps = pass.split[ptrdiff_t(pass.rows) * (pass.tiles + 1) - 1];
+    if (taps) std::memset(gradient, 0, sizeof(float) * taps);
+    each_piece(pass, batch, [&](int tile, int band, int rows, int n) {
+        const int end = rows * pass.grid_width;
+        int first = 0;
+        for (; first + conv_pixels <= end; first += conv_pixels)
+            correlate_pixels(pass, tile, offset, Pixels<conv_pixels>(pass, tile, band, n, first, source, delta),
+                             delta.channel, gradient);
+        for (; first < end; ++first)
+            correlate_pixels(pass, tile, offset, Pixels<1>(pass, tile, band, n, first, source, delta), delta.channel,
+                             gradient);
+    });
+    for (int r = 0; bias_gradient && r < pass.rows; ++r) {
+        double total = 0, rest = 0;
+        each_row({batch, 1, pass.grid_height, pass.grid_width}, [&](int n, int, int y) {
+            const float* row = at(delta, n, r, y);
+            sum_pairs(0, ptrdiff_t(pass.grid_width) * conv_block, total, rest,
+                      [&](ptrdiff_t i, int) { return Pair{load(row + i), vec{}}; });
+        });
+        bias_gradient[r] = float(total);
+    }
+}
+
+// Adds a number of values to a mean and to the squared deviations from it.
+struct Moments {
+    double count = 0, mean = 0, squares = 0;
+
+    void add(double more, double total, double deviations) {
+        const double step = total / more - mean;
+        squares += deviations + step * step * count * more / (count + more);
+        mean += step * more / (count + more);
+        count += more;
+    }
+};
+
+Moments moments(Packed x, ImageSize size, int c) {
+    Moments all;
+    const ptrdiff_t length = ptrdiff_t(size.width) * conv_block;
+    each_row({size.batch, 1, size.height, size.width}, [&](int n, int, int y) {
+        const float* row = at(x, n, c, y);
+        const int samples = samples_of(size.batch, n);
+        double total = 0, deviations = 0, rest = 0;
+        if (samples == conv_block) {
+            sum_pairs(0, length, total, rest, [&](ptrdiff_t i, int) { return Pair{load(row + i), vec{}}; });
+            const float near = float(total / double(length));
+            total = 0;
+            sum_pairs(0, length, total, deviations, [&](ptrdiff_t i, int) {
+                const vec d = load(row + i) - near;
+                return Pair{d, d * d};
+            });
+            total += double(near) * double(length);
+            const double off = total / double(length) - near;
+            all.add(double(length), total, deviations - off * off * double(length));
+        } else {
+            const double count = double(size.width) * samples;
+            for (ptrdiff_t i = 0; i < length; ++i)
+                if (i % conv_block < samples) total += row[i];
+            for (ptrdiff_t i = 0; i < length; ++i)
+                if (i % conv_block < samples) deviations += (row[i] - total / count) * (row[i] - total / count);
+            all.add(count, total, deviations);
+        }
+    });
+    return all;
+}
+
+inline float positive(float x) { return x < 0 ? 0 : x; }
+
+// What normalisation does to a number.
+struct Line {
+    float from, slope, shift;
+    float at(float x) const { return (x - from) * slope + shift; }
+};
+
+void normalise_packed(Packed x, ImageSize size, const float* weight, const float* bias, float epsilon, float* mean,
+                      float* variance, float* scale, const Packed* other, bool relu, Packed y) {
+    const ptrdiff_t length = ptrdiff_t(size.width) * conv_block;
+    for (int c = 0; c < size.channels; ++c) {
+        const Moments found = moments(x, size, c);
+        const double spread = found.squares / found.count;
+        mean[c] = float(found.mean);
+        variance[c] = float(spread);
+        scale[c] = float(1 / __builtin_sqrt(spread + epsilon));
+        const Line line{mean[c], scale[c] * weight[c], bias[c]};
+        each_row({size.batch, 1, size.height, size.width}, [&](int n, int, int i) {
+            const float* __restrict from = at(x, n, c, i);
+            float* __restrict to = at(y, n, c, i);
+            if (other) {
+                const float* __restrict more = at(*other, n, c, i);
+                if (relu)
+                    for (ptrdiff_t k = 0; k < length; ++k) to[k] = positive(line.at(from[k]) + more[k]);
+                else
+                    for (ptrdiff_t k = 0; k < length; ++k) to[k] = line.at(from[k]) + more[k];
+            } else if (relu) {
+                for (ptrdiff_t k = 0; k < length; ++k) to[k] = positive(line.at(from[k]));
+            } else {
+                for (ptrdiff_t k = 0; k < length; ++k) to[k] = line.at(from[k]);
+            }
+            clear_rest(to, size.width, samples_of(size.batch, n));
+        });
+    }
+}
+
+inline vec line_at(Line line, vec x) { return (x - line.from) * line.slope + line.shift; }
+
+// delta where y is above 0 or no number, else 0.
+inline vec gated(vec delta, vec y) {
+    typedef int ints __attribute__((vector_size(4 * L)));
+    const ints off = y <= vec{};
+    return (vec)((ints)delta & ~off);
+}
+
+void normalise_gradient_packed(Packed x, Packed delta, ImageSize size, const float* weight, const float* bias,
+                               const float* mean, const float* scale, bool relu, const Packed* y, Packed gradient,
+                               float* weight_gradient, float* bias_gradient) {
+    const ptrdiff_t length = ptrdiff_t(size.width) * conv_block;
+    const double count = double(size.batch) * size.height * size.width;
+    const bool again = relu && !y;  // the gate is found from x
+    for (int c = 0; c < size.channels; ++c) {
+        const Line line{mean[c], scale[c] * weight[c], bias[c]};
+        double total = 0, product = 0;
+        each_row({size.batch, 1, size.height, size.width}, [&](int n, int, int i) {
+            const float* in = at(x, n, c, i);
+            float* d = at(delta, n, c, i);
+            if (relu && y) {
+                const float* out = at(*y, n, c, i);
+                sum_pairs(0, length, total, product, [&](ptrdiff_t k, int) {
+                    const vec g = gated(load(d + k), load(out + k));
+                    store(d + k, g);
+                    return Pair{g, g * (load(in + k) - line.from)};
+                });
+            } else {
+                sum_pairs(0, length, total, product, [&](ptrdiff_t k, int) {
+                    const vec v = load(in + k), g = again ? gated(load(d + k), line_at(line, v)) : load(d + k);
+                    return Pair{g, g * (v - line.from)};
+                });
+            }
+        });
+        weight_gradient[c] = float(product * scale[c]);
+        bias_gradient[c] = float(total);
+        const float shift = float(total / count), pull = float(product / count * scale[c] * scale[c]);
+        each_row({size.batch, 1, size.height, size.width}, [&](int n, int, int i) {
+            const float *in = at(x, n, c, i), *d = at(delta, n, c, i);
+            float* to = at(gradient, n, c, i);
+            for (ptrdiff_t k = 0; k < length; k += L) {
+                const vec v = load(in + k), g = again ? gated(load(d + k), line_at(line, v)) : load(d + k);
+                store(to + k, (g - shift - (v - line.from) * pull) * line.slope);
+            }
+            clear_rest(to, size.width, samples_of(size.batch, n));
+        });
+    }
+}
+
+void sum_packed(Packed a, const Packed* b, ImageSize size, bool relu, Packed y) {
+    const ptrdiff_t length = ptrdiff_t(size.width) * conv_block;
+    each_row(size, [&](int n, int c, int i) {
+        const float *one = at(a, n, c, i), *two = b ? at(*b, n, c, i) : nullptr;
+        float* to = at(y, n, c, i);
+        for (ptrdiff_t k = 0; k < length; k += L) {
+            const vec v = two ? load(one + k) + load(two + k) : load(one + k);
+            store(to + k, relu ? gated(v, v) : v);
+        }
+    });
+}
+
+void gate_packed(Packed delta, Packed y, ImageSize size) {
+    each_row(size, [&](int n, int c, int i) {
+        float *d = at(delta, n, c, i), *out = at(y, n, c, i);
+        for (ptrdiff_t k = 0; k < ptrdiff_t(size.width) * conv_block; k += L) store(d + k, gated(load(d + k), load(out + k)));
+    });
+}
+
+// Calls body(first float of the window's output, row and first and last column) for each output and row of its window.
+template <class Body>
+void each_window(ImageSize size, Window w, const Body& body) {
+    for (int c = 0; c < size.channels; ++c)
+        for (int n = 0; n < count_blocks(size.batch); ++n)
+            for (int i = 0; i < w.target_height; ++i)
+                for (int j = 0; j < w.target_width; ++j) {
+                    const int top = i * w.step_down - w.pad_top, left = j * w.step_right - w.pad_left;
+                    body(n, c, i, j, top < 0 ? 0 : top, at_most(top + w.height, size.height), left < 0 ? 0 : left,
+                         at_most(left + w.width, size.width));
+                }
+}
+
+void max_pool(Packed x, ImageSize size, Window window, Packed y) {
+    each_window(size, window, [&](int n, int c, int i, int j, int top, int bottom, int left, int right) {
+        for (int v = 0; v < conv_block; v += L) {
+            vec most = load(at(x, n, c, top) + left * conv_block + v);
+            for (int row = top; row < bottom; ++row)
+                for (int column = left; column < right; ++column) {
+                    const vec other = load(at(x, n, c, row) + column * conv_block + v);
+                    most = (other > most) | (other != other) ? other : most;  // a NaN is more than all
+                }
+            store(at(y, n, c, i) + j * conv_block + v, most);
+        }
+    });
+}
+
+void max_pool_gradient(Packed x, Packed y, Packed delta, ImageSize size, Window window, Packed gradient) {
+    each_row(size, [&](int n, int c, int i) {
+        std::memset(at(gradient, n, c, i), 0, sizeof(float) * size.width * conv_block);
+    });
+    each_window(size, window, [&](int n, int c, int i, int j, int top, int bottom, int left, int right) {
+        for (int v = 0; v < conv_block; v += L) {
+            const vec most = load(at(y, n, c, i) + j * conv_block + v);
+            vec rest = load(at(delta, n, c, i) + j * conv_block + v);  // goes to the first of the greatest
+            for (int row = top; row < bottom; ++row)
+                for (int column = left; column < right; ++column) {
+                    float* to = at(gradient, n, c, row) + column * conv_block + v;
+                    const vec value = load(at(x, n, c, row) + column * conv_block + v);
+                    const auto found = (value == most) | (value != value);
+                    store(to, load(to) + (found ? rest : vec{}));
+                    rest = found ? vec{} : rest;
+                }
+        }
+    });
+}
+
 }  // namespace
 
 extern const Kernels TOMBOLA_ISA = {TOMBOLA_NAME(TOMBOLA_ISA), linear_vectors * L, conv_vectors* L, gather, correlate,
                                    pack_features, unpack_features, rectify, gate,
-                                   batch_norm, batch_norm_gradient, normalise_images};
+                                   batch_norm, batch_norm_gradient, normalise_images,
+                                   pack_images, unpack_images, gather_packed, correlate_packed, normalise_packed,
+                                   normalise_gradient_packed, sum_packed, gate_packed, max_pool, max_pool_gradient};
 
 }  // namespace tombola

@@ -45,6 +45,24 @@ struct Target {
     ptrdiff_t row, pixel, blocks;
 };
 
+// Packed images, (blocks of samples, channels, pixels, samples of a block): the first block's and channel's pixel (0, 0),
+// and distances between blocks, channels and rows of pixels. Pixels of a row are a block apart. Around an image lie as
+// many zeros as its readers need, and what is beyond the last sample is zero.
+struct Packed {
+    float* data;
+    ptrdiff_t blocks, channel, row;
+};
+
+struct ImageSize {
+    int batch, channels, height, width;
+};
+
+// A window of max-pooling.
+struct Window {
+    int height, width, step_down, step_right, pad_top, pad_left;
+    int target_height, target_width;
+};
+
 struct Kernels {
     const char* name;
     int linear_block, conv_block;
@@ -69,6 +87,27 @@ struct Kernels {
     // target[n] = (images[indices[n]] - mean) * scale, images of (channels, pixels).
     void (*normalise_images)(const uint8_t* images, const int64_t* indices, ptrdiff_t count, int channels,
                              ptrdiff_t pixels, const float* mean, const float* scale, float* target);
+
+    // The same for packed images. `offset` is that of each tap from the pixel of its pass, in floats; `add` adds to the
+    // target, without a bias.
+    void (*pack_images)(View from, ImageSize size, int border, Packed to);
+    void (*unpack_images)(Packed from, ImageSize size, View to);
+    void (*gather_packed)(const Pass&, const int32_t* offset, const float* values, const float* bias, Packed source,
+                          int batch, Packed target, bool add);
+    void (*correlate_packed)(const Pass&, const int32_t* offset, Packed source, Packed delta, int batch,
+                             float* gradient, float* bias_gradient);
+    // y = normalised x + other, or of these the positive numbers; `other` may be null.
+    void (*normalise_packed)(Packed x, ImageSize size, const float* weight, const float* bias, float epsilon, float* mean,
+                             float* variance, float* scale, const Packed* other, bool relu, Packed y);
+    // Where `relu`, delta is 0 where y is not above 0: it is overwritten if `y` is given, which must be so with `other`.
+    // The gradient of x may be written over delta.
+    void (*normalise_gradient_packed)(Packed x, Packed delta, ImageSize size, const float* weight, const float* bias,
+                                      const float* mean, const float* scale, bool relu, const Packed* y,
+                                      Packed gradient, float* weight_gradient, float* bias_gradient);
+    void (*sum_packed)(Packed a, const Packed* b, ImageSize size, bool relu, Packed y);  // y may be a; no b: 0
+    void (*gate_packed)(Packed delta, Packed y, ImageSize size);
+    void (*max_pool)(Packed x, ImageSize size, Window window, Packed y);
+    void (*max_pool_gradient)(Packed x, Packed y, Packed delta, ImageSize size, Window window, Packed gradient);
 };
 
 extern const Kernels plain, avx2, avx512;

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from tombola.kernels import recording
+
 try:
     from tombola.kernels import _sparse
 
@@ -187,13 +189,17 @@ class SparseConv2d(Sparse):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the layer's outputs, which are those of the dense layer with the same weights."""
+        recorder = recording.current()
+        if recorder is not None and (recorded := recorder.convolve(self, x)) is not None:
+            return recorded
         values, bias = self.values, self.bias
         kernel = self.kernel(x.shape[1:]) if x.dim() == 4 and can_compute(x, values, bias) else None
         if kernel is None:
             return functional.conv2d(x, self.weight, bias, self.stride, self.padding)
-        return _product(x, values, bias, kernel, (x.shape[0], self.shape[0], *self._size(x.shape[1:])))
+        return _product(x, values, bias, kernel, (x.shape[0], self.shape[0], *self.output_size(x.shape[1:])))
 
-    def _size(self, size: Sequence[int]) -> tuple[int, int]:
+    def output_size(self, size: Sequence[int]) -> tuple[int, int]:
+        """Return height and width of the outputs for inputs of a size, (channels, height, width)."""
         (_, height, width), (rows, columns) = size, self.padding
         return (
             (height + 2 * rows - self.shape[2]) // self.stride + 1,
@@ -202,7 +208,7 @@ class SparseConv2d(Sparse):
 
     def _make(self, size: Sequence[int]) -> Any:
         _, inputs, *kernel = self.shape
-        if size[0] != inputs or 0 in self.shape or min(self._size(size)) < 1:
+        if size[0] != inputs or 0 in self.shape or min(self.output_size(size)) < 1:
             return None
         return self._layer((kernel[0], kernel[1]), (size[1], size[2]), self.stride, self.padding)
 
@@ -261,6 +267,9 @@ class BatchNorm2d(_Replacement, nn.BatchNorm2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the normalised inputs, which are the same as on any other layout."""
+        recorder = recording.current()
+        if recorder is not None and (recorded := recorder.normalise(self, x)) is not None:
+            return recorded
         weight, bias, mean, variance = self.weight, self.bias, self.running_mean, self.running_var
         if (
             not self.training
@@ -294,6 +303,9 @@ class MaxPool2d(_Replacement, nn.MaxPool2d):
 
     def forward(self, input: Tensor) -> Any:
         """Return the maxima, which are the same as on any other layout."""
+        recorder = recording.current()
+        if recorder is not None and (recorded := recorder.pool(self, input)) is not None:
+            return recorded
         if input.dim() != 4 or input.stride() != _strides(input.shape) or self.return_indices:
             return super().forward(input)
         return super().forward(input.transpose(0, 1)).transpose(0, 1)

@@ -186,7 +186,7 @@ def _kernels(row: Sequence[SparseLinear]) -> list[Any]:
     return kernels
 
 
-def _has_global_hooks() -> bool:
+def has_global_hooks() -> bool:
     """Return whether global module hooks are registered; the oldest supported torch has no function for this."""
     of = nn.modules.module
     registered = (
@@ -233,7 +233,7 @@ class Perceptron:
             or len(parameters) < len(list(model.named_parameters(remove_duplicate=False)))  # some are shared
             or not any(parameter.requires_grad for parameter in parameters)
             or any(p._backward_hooks or getattr(p, "_post_accumulate_grad_hooks", None) for p in parameters)
-            or _has_global_hooks()
+            or has_global_hooks()
         ):
             return None
         modules = list(model)

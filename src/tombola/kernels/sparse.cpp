@@ -3,6 +3,7 @@
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
 #include <algorithm>
@@ -101,6 +102,25 @@ float* workspace(size_t floats) {
     return memory.get();
 }
 
+// How packed images lie: (blocks, channels, pixels, block), where the pixels are those of the image with `border` zeros
+// around it, and maybe some more, which are never read.
+struct Grid {
+    int batch, channels, height, width, border;
+
+    ptrdiff_t columns() const { return width + 2 * ptrdiff_t(border); }
+    ptrdiff_t pixels() const { return (height + 2 * ptrdiff_t(border)) * columns(); }
+
+    Packed of(const char* name, nb::handle object, int block) const {
+        const Tensor<float> tensor(name, object);
+        const Numbers size = tensor.sizes();
+        const ptrdiff_t lines = size.count == 4 ? size.at[2] : 0;
+        float* const data = tensor.contiguous({(ptrdiff_t(batch) + block - 1) / block, channels, any, block});
+        tensor.strided({any, any, any, any});  // checks the memory
+        if (lines < pixels()) tensor.refuse(", of at least " + std::to_string(pixels()) + " pixels a channel");
+        return {data + border * (columns() + 1) * block, channels * lines * block, lines * block, columns() * block};
+    }
+};
+
 // Bytes of a cache for packed activations, and taps that are worth a piece of a row, as measured.
 struct Sizes {
     size_t first_cache, least_taps;
@@ -116,11 +136,28 @@ struct Tap {
 struct Structure {
     Pass pass{};
     std::vector<int32_t> split, offset;
+    std::vector<Tap> taps;
     size_t source_floats = 0, target_floats = 0;
+
+    // The zeros that the pass reads around its source.
+    int border() const {
+        const Pass& p = pass;
+        return std::max({0, p.pad_top, p.pad_left,
+                         (p.grid_height - 1) * p.source_step + p.tap_height - p.pad_top - p.height,
+                         (p.grid_width - 1) * p.source_step + p.tap_width - p.pad_left - p.width});
+    }
+
+    // Of each tap from the pixel of the pass, in floats of a packed source.
+    void offsets(const Packed& source, int32_t* to) const {
+        for (size_t k = 0; k < taps.size(); ++k)
+            to[k] = static_cast<int32_t>(taps[k].channel % pass.tile_channels * source.channel + taps[k].y * source.row +
+                                         taps[k].x * pass.block);
+    }
 
     // taps[first[r]] to taps[first[r + 1]] are those of row r, by ascending channel; left out where `wanted` says so.
     template <class Wanted>
-    void build(const std::vector<Tap>& taps, const std::vector<int32_t>& first, const Wanted& wanted) {
+    void build(std::vector<Tap> all, const std::vector<int32_t>& first, const Wanted& wanted) {
+        taps = std::move(all);
         Pass& p = pass;
         const int columns = (p.grid_width - 1) * p.source_step + p.tap_width;
         const size_t line = sizeof(float) * columns * p.block;
@@ -222,7 +259,7 @@ class Layer {
         f.grid_height = f.target_height = (height + 2 * padding.first - kernel_height) / stride + 1;
         f.grid_width = f.target_width = (width + 2 * padding.second - kernel_width) / stride + 1;
         f.source_step = stride, f.target_step = 1, f.block = block;
-        forward_.build(taps, first, [&](int r) { return read[r]; });
+        forward_.build(std::move(taps), first, [&](int r) { return read[r]; });
 
         // Input pixel (stride * i + a, stride * j + b) is reached by the taps of one phase of the kernel only,
         // and each of these from the output pixel (i, j) plus a constant shift.
@@ -258,7 +295,7 @@ class Layer {
                     transposed[at] = {w.output, (a + padding.first - w.y) / stride + p.pad_top,
                                       (b + padding.second - w.x) / stride + p.pad_left};
                 }
-                structure.build(transposed, start, [](int) { return true; });
+                structure.build(std::move(transposed), start, [](int) { return true; });
             }
     }
 
@@ -296,6 +333,58 @@ class Layer {
         nb::gil_scoped_release unlocked;
         kernels_.correlate(forward_.pass, x, d, samples, dw, db,
                            workspace(forward_.source_floats + forward_.target_floats));
+    }
+
+    // The zeros that its products read around packed sources, and around packed gradients of its outputs.
+    int border() const { return forward_.border(); }
+    int delta_border() const {
+        int most = 0;
+        for (const Structure& structure : backward_) most = std::max(most, structure.border());
+        return most;
+    }
+
+    // The products of packed images, each with its border; see `Grid`.
+    void forward_images(nb::handle values, nb::handle bias, nb::handle source, int source_border, nb::handle target,
+                        int target_border, int batch) const {
+        const float *w = values_of(values), *b = bias_of(bias);
+        const Packed x = images("source", source, source_grid(batch, source_border), border()),
+                     y = images("target", target, target_grid(batch, target_border), 0);
+        check_apart(y.data, "source", x.data);
+        nb::gil_scoped_release unlocked;
+        int32_t* const offset = reinterpret_cast<int32_t*>(workspace(count_in_lines(forward_.taps.size())));
+        forward_.offsets(x, offset);
+        kernels_.gather_packed(forward_.pass, offset, w, b, x, batch, y, false);
+    }
+
+    void input_gradient_images(nb::handle values, nb::handle delta, int delta_border, nb::handle target,
+                               int target_border, int batch, bool add) const {
+        const float* w = values_of(values);
+        const Packed d = images("delta", delta, target_grid(batch, delta_border), this->delta_border()),
+                     dx = images("target", target, source_grid(batch, target_border), 0);
+        check_apart(dx.data, "delta", d.data);
+        nb::gil_scoped_release unlocked;
+        const size_t floats = count_in_lines(order_.size());
+        float* ordered = workspace(2 * floats);
+        int32_t* offset = reinterpret_cast<int32_t*>(ordered + floats);
+        for (size_t k = 0; k < order_.size(); ++k) ordered[k] = w[order_[k]];
+        for (const Structure& structure : backward_) {
+            structure.offsets(d, offset);
+            kernels_.gather_packed(structure.pass, offset, ordered, nullptr, d, batch, dx, add);
+            ordered += structure.taps.size();
+            offset += structure.taps.size();
+        }
+    }
+
+    void weight_gradient_images(nb::handle source, int source_border, nb::handle delta, int delta_border, int batch,
+                                nb::handle gradient, nb::handle bias_gradient) const {
+        const Packed x = images("source", source, source_grid(batch, source_border), border()),
+                     d = images("delta", delta, target_grid(batch, delta_border), 0);
+        float *dw = Tensor<float>("gradient", gradient).contiguous({count_}),
+              *db = contiguous_or_null("bias_gradient", bias_gradient, {outputs()});
+        nb::gil_scoped_release unlocked;
+        int32_t* const offset = reinterpret_cast<int32_t*>(workspace(count_in_lines(forward_.taps.size())));
+        forward_.offsets(x, offset);
+        kernels_.correlate_packed(forward_.pass, offset, x, d, batch, dw, db);
     }
 
     const float* values_of(nb::handle tensor) const { return Tensor<float>("values", tensor).contiguous({count_}); }
@@ -349,6 +438,32 @@ class Layer {
         return static_cast<int>(count);
     }
 
+    Grid source_grid(int batch, int border) const {
+        const Pass& p = forward_.pass;
+        return {batch, p.channels, p.height, p.width, border};
+    }
+
+    Grid target_grid(int batch, int border) const {
+        const Pass& p = forward_.pass;
+        return {batch, p.rows, p.grid_height, p.grid_width, border};
+    }
+
+    Packed images(const char* name, nb::handle tensor, Grid grid, int least) const {
+        if (block() != kernels_.conv_block) throw std::invalid_argument("expected a convolution of images");
+        check_sizes({{"batch", grid.batch, 1, INT_MAX / 2}, {"border", grid.border, least, most_pixels}});
+        const Packed found = grid.of(name, tensor, block());
+        if (found.channel * std::min(grid.channels, most_tile()) > INT32_MAX)
+            throw std::invalid_argument(std::string(name) + ": the images are too large");
+        return found;
+    }
+
+    // The most channels of which a tap's offset counts.
+    int most_tile() const {
+        int most = forward_.pass.tile_channels;
+        for (const Structure& structure : backward_) most = std::max(most, structure.pass.tile_channels);
+        return most;
+    }
+
     Batch source_of(nb::handle tensor) const { return batch("source", tensor, forward_.pass); }
 
     // The gradient of a target is what a pass backward reads.
@@ -391,7 +506,8 @@ class Layer {
         }
     }
 
-    size_t count_in_lines() const { return (order_.size() + 15) / 16 * 16; }
+    static size_t count_in_lines(size_t count) { return (count + 15) / 16 * 16; }
+    size_t count_in_lines() const { return count_in_lines(order_.size()); }
 
     size_t backward_floats() const {
         size_t most = 0;
@@ -639,6 +755,152 @@ void normalise_images(nb::handle images, nb::handle indices, nb::handle mean, nb
     kernels.normalise_images(from, which, count, static_cast<int>(channels), height * width, center, slope, to);
 }
 
+// The size of packed images as Python gives it: batch, channels, height, width.
+using Size4 = std::tuple<int, int, int, int>;
+
+// Packed images of one instruction set, each checked before its address is taken.
+struct Images4 {
+    const Kernels& kernels;
+    ImageSize size;
+
+    Images4(const Name& instruction_set, Size4 of) : kernels(kernels_named(instruction_set)) {
+        std::tie(size.batch, size.channels, size.height, size.width) = of;
+        for (const int each : {size.batch, size.channels, size.height, size.width})
+            if (each < 1 || each > 1 << 28)
+                throw std::invalid_argument("size: expected numbers from 1 to 2^28, got " + std::to_string(each));
+    }
+
+    Packed at(const char* name, nb::handle tensor, int border) const {
+        if (border < 0 || border > 1 << 20)
+            throw std::invalid_argument("border: expected from 0 to 2^20, got " + std::to_string(border));
+        return Grid{size.batch, size.channels, size.height, size.width, border}.of(name, tensor, kernels.conv_block);
+    }
+
+    std::optional<Packed> at_or_none(const char* name, nb::handle tensor, int border) const {
+        return tensor.is_none() ? std::nullopt : std::optional<Packed>(at(name, tensor, border));
+    }
+};
+
+inline const Packed* pointer(const std::optional<Packed>& packed) { return packed ? &*packed : nullptr; }
+
+// Packed images with the number of zeros around them, as Python gives them.
+using Bordered = std::pair<nb::object, int>;
+
+void pack_images(nb::handle source, Bordered target, const Name& instruction_set) {
+    const auto [view, batch] = batch_of("source", source, {any, any, any, any});
+    const Numbers sizes = Tensor<float>("source", source).sizes();
+    for (int i = 1; i < 4; ++i)
+        if (sizes.at[i] > 1 << 28) throw std::invalid_argument("source: expected sizes of at most 2^28");
+    const Images4 images(instruction_set, {batch, int(sizes.at[1]), int(sizes.at[2]), int(sizes.at[3])});
+    const Packed to = images.at("target", target.first, target.second);
+    nb::gil_scoped_release unlocked;
+    images.kernels.pack_images(view, images.size, target.second, to);
+}
+
+void unpack_images(Bordered source, nb::handle target, const Name& instruction_set) {
+    const auto [view, batch] = batch_of("target", target, {any, any, any, any});
+    const Numbers sizes = Tensor<float>("target", target).sizes();
+    for (int i = 1; i < 4; ++i)
+        if (sizes.at[i] > 1 << 28) throw std::invalid_argument("target: expected sizes of at most 2^28");
+    const Images4 images(instruction_set, {batch, int(sizes.at[1]), int(sizes.at[2]), int(sizes.at[3])});
+    const View to = target_of(target, {batch, sizes.at[1], sizes.at[2], sizes.at[3]});
+    const Packed from = images.at("source", source.first, source.second);
+    nb::gil_scoped_release unlocked;
+    images.kernels.unpack_images(from, images.size, to);
+}
+
+void normalise_packed(Size4 size, Bordered x, nb::handle weight, nb::handle bias, float epsilon, nb::handle statistics,
+                      Bordered other, bool relu, Bordered y, const Name& instruction_set) {
+    const Images4 images(instruction_set, size);
+    const ptrdiff_t channels = images.size.channels;
+    const Packed from = images.at("x", x.first, x.second), to = images.at("y", y.first, y.second);
+    const auto more = images.at_or_none("other", other.first, other.second);
+    check_apart(to.data, "x", from.data);
+    if (more) check_apart(to.data, "other", more->data);
+    const float *w = Tensor<float>("weight", weight).contiguous({channels}),
+                *b = Tensor<float>("bias", bias).contiguous({channels});
+    float* mean = Tensor<float>("statistics", statistics).contiguous({3, channels});
+    nb::gil_scoped_release unlocked;
+    images.kernels.normalise_packed(from, images.size, w, b, epsilon, mean, mean + channels, mean + 2 * channels,
+                                    pointer(more), relu, to);
+}
+
+void normalise_gradient_packed(Size4 size, Bordered x, Bordered delta, nb::handle weight, nb::handle bias,
+                               nb::handle statistics, bool relu, Bordered y, Bordered gradient,
+                               nb::handle weight_gradient, nb::handle bias_gradient, const Name& instruction_set) {
+    const Images4 images(instruction_set, size);
+    const ptrdiff_t channels = images.size.channels;
+    const Packed from = images.at("x", x.first, x.second), d = images.at("delta", delta.first, delta.second),
+                 to = images.at("gradient", gradient.first, gradient.second);
+    const auto out = images.at_or_none("y", y.first, y.second);
+    check_apart(to.data, "x", from.data);
+    if (to.data == d.data && (to.blocks != d.blocks || to.channel != d.channel || to.row != d.row))
+        throw std::invalid_argument("gradient: expected delta as it is, or memory of its own");
+    const float *w = Tensor<float>("weight", weight).contiguous({channels}),
+                *b = Tensor<float>("bias", bias).contiguous({channels}),
+                *mean = Tensor<float>("statistics", statistics).contiguous({3, channels});
+    float *dw = Tensor<float>("weight_gradient", weight_gradient).contiguous({channels}),
+          *db = Tensor<float>("bias_gradient", bias_gradient).contiguous({channels});
+    nb::gil_scoped_release unlocked;
+    images.kernels.normalise_gradient_packed(from, d, images.size, w, b, mean, mean + 2 * channels, relu, pointer(out),
+                                             to, dw, db);
+}
+
+void sum_packed(Size4 size, Bordered a, Bordered b, bool relu, Bordered y, const Name& instruction_set) {
+    const Images4 images(instruction_set, size);
+    const Packed one = images.at("a", a.first, a.second), to = images.at("y", y.first, y.second);
+    const auto two = images.at_or_none("b", b.first, b.second);
+    nb::gil_scoped_release unlocked;
+    images.kernels.sum_packed(one, pointer(two), images.size, relu, to);
+}
+
+void gate_packed(Size4 size, Bordered delta, Bordered y, const Name& instruction_set) {
+    const Images4 images(instruction_set, size);
+    const Packed d = images.at("delta", delta.first, delta.second), out = images.at("y", y.first, y.second);
+    nb::gil_scoped_release unlocked;
+    images.kernels.gate_packed(d, out, images.size);
+}
+
+// A window of max-pooling as Python gives it: height, width, steps, padding.
+using Window6 = std::tuple<int, int, int, int, int, int>;
+
+// The window over images of a size, and the size of what it leaves.
+std::pair<Window, Size4> window_over(const ImageSize& size, Window6 numbers) {
+    Window w{};
+    std::tie(w.height, w.width, w.step_down, w.step_right, w.pad_top, w.pad_left) = numbers;
+    const bool sound = w.height > 0 && w.width > 0 && w.step_down > 0 && w.step_right > 0 && w.pad_top >= 0 &&
+                       w.pad_left >= 0 && 2 * w.pad_top <= w.height && 2 * w.pad_left <= w.width &&
+                       w.height <= size.height + 2 * w.pad_top && w.width <= size.width + 2 * w.pad_left;
+    if (!sound || w.height > 1 << 20 || w.width > 1 << 20)
+        throw std::invalid_argument("window: expected one that fits the images, with padding of at most half its size");
+    w.target_height = (size.height + 2 * w.pad_top - w.height) / w.step_down + 1;
+    w.target_width = (size.width + 2 * w.pad_left - w.width) / w.step_right + 1;
+    return {w, {size.batch, size.channels, w.target_height, w.target_width}};
+}
+
+void max_pool_packed(Size4 size, Window6 window, Bordered x, Bordered y, const Name& instruction_set) {
+    const Images4 images(instruction_set, size);
+    const auto [w, left] = window_over(images.size, window);
+    const Packed from = images.at("x", x.first, x.second),
+                 to = Images4(instruction_set, left).at("y", y.first, y.second);
+    check_apart(to.data, "x", from.data);
+    nb::gil_scoped_release unlocked;
+    images.kernels.max_pool(from, images.size, w, to);
+}
+
+void max_pool_gradient_packed(Size4 size, Window6 window, Bordered x, Bordered y, Bordered delta, Bordered gradient,
+                              const Name& instruction_set) {
+    const Images4 images(instruction_set, size);
+    const auto [w, left] = window_over(images.size, window);
+    const Images4 outputs(instruction_set, left);
+    const Packed from = images.at("x", x.first, x.second), most = outputs.at("y", y.first, y.second),
+                 d = outputs.at("delta", delta.first, delta.second),
+                 to = images.at("gradient", gradient.first, gradient.second);
+    for (const Packed& each : {from, most, d}) check_apart(to.data, "a source", each.data);
+    nb::gil_scoped_release unlocked;
+    images.kernels.max_pool_gradient(from, most, d, images.size, w, to);
+}
+
 NB_MODULE(_sparse, m) {
     torch() = new Torch;
     nb::set_leak_warnings(false);  // layers that live until the interpreter ends are no leak
@@ -658,6 +920,16 @@ NB_MODULE(_sparse, m) {
              nb::overload_cast<nb::handle, nb::handle, nb::handle>(&Layer::input_gradient, nb::const_),
              nb::arg("values"), nb::arg("delta"), nb::arg("target"))
         .def("weight_gradient", &Layer::weight_gradient, nb::arg("source"), nb::arg("delta"), nb::arg("gradient"),
+             nb::arg("bias_gradient").none())
+        .def_prop_ro("border", &Layer::border)
+        .def_prop_ro("delta_border", &Layer::delta_border)
+        .def_prop_ro("block", &Layer::block)
+        .def("forward_images", &Layer::forward_images, nb::arg("values"), nb::arg("bias").none(), nb::arg("source"),
+             nb::arg("source_border"), nb::arg("target"), nb::arg("target_border"), nb::arg("batch"))
+        .def("input_gradient_images", &Layer::input_gradient_images, nb::arg("values"), nb::arg("delta"),
+             nb::arg("delta_border"), nb::arg("target"), nb::arg("target_border"), nb::arg("batch"), nb::arg("add"))
+        .def("weight_gradient_images", &Layer::weight_gradient_images, nb::arg("source"), nb::arg("source_border"),
+             nb::arg("delta"), nb::arg("delta_border"), nb::arg("batch"), nb::arg("gradient"),
              nb::arg("bias_gradient").none());
     nb::class_<Chain>(m, "Chain")
         .def(nb::init<nb::tuple, std::vector<bool>>())
@@ -674,6 +946,25 @@ NB_MODULE(_sparse, m) {
           nb::arg("instruction_set") = nb::none());
     m.def("normalise_images", normalise_images, nb::arg("images"), nb::arg("indices"), nb::arg("mean"),
           nb::arg("scale"), nb::arg("target"), nb::arg("instruction_set") = nb::none());
+    m.def("block", [](const Name& instruction_set) { return kernels_named(instruction_set).conv_block; },
+          nb::arg("instruction_set") = nb::none());
+    m.def("pack_images", pack_images, nb::arg("source"), nb::arg("target"), nb::arg("instruction_set") = nb::none());
+    m.def("unpack_images", unpack_images, nb::arg("source"), nb::arg("target"),
+          nb::arg("instruction_set") = nb::none());
+    m.def("normalise_packed", normalise_packed, nb::arg("size"), nb::arg("x"), nb::arg("weight"), nb::arg("bias"),
+          nb::arg("epsilon"), nb::arg("statistics"), nb::arg("other"), nb::arg("relu"), nb::arg("y"),
+          nb::arg("instruction_set") = nb::none());
+    m.def("normalise_gradient_packed", normalise_gradient_packed, nb::arg("size"), nb::arg("x"), nb::arg("delta"),
+          nb::arg("weight"), nb::arg("bias"), nb::arg("statistics"), nb::arg("relu"), nb::arg("y"), nb::arg("gradient"),
+          nb::arg("weight_gradient"), nb::arg("bias_gradient"), nb::arg("instruction_set") = nb::none());
+    m.def("sum_packed", sum_packed, nb::arg("size"), nb::arg("a"), nb::arg("b"), nb::arg("relu"), nb::arg("y"),
+          nb::arg("instruction_set") = nb::none());
+    m.def("gate_packed", gate_packed, nb::arg("size"), nb::arg("delta"), nb::arg("y"),
+          nb::arg("instruction_set") = nb::none());
+    m.def("max_pool_packed", max_pool_packed, nb::arg("size"), nb::arg("window"), nb::arg("x"), nb::arg("y"),
+          nb::arg("instruction_set") = nb::none());
+    m.def("max_pool_gradient_packed", max_pool_gradient_packed, nb::arg("size"), nb::arg("window"), nb::arg("x"),
+          nb::arg("y"), nb::arg("delta"), nb::arg("gradient"), nb::arg("instruction_set") = nb::none());
 }
 
 }  // namespace

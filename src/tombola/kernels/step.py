@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils._pytree import tree_map
 
-from tombola.inputs import Forward, OwnStep, Tensors, call
+from tombola.inputs import Forward, OwnStep, Tensors, call, list_tensors
 from tombola.kernels.choice import choices, warn_if_missing
-from tombola.kernels.linear import Perceptron
+from tombola.kernels.layers import is_plain
+from tombola.kernels.linear import Perceptron, has_global_hooks
+from tombola.kernels.packed import Memory, Packing, can_pack, compute
+from tombola.kernels.recording import record
 from tombola.kernels.replace import dense_state, replace_layers
 from tombola.pruning.mask import Mask
 
@@ -33,6 +37,7 @@ class Step:
         autocast: the context in which outputs are computed, for example with torch's autocast to bfloat16.
         forward: a function (model, inputs) -> outputs.
         step: a function (model, inputs, labels) -> loss, instead of `forward` and `loss`; None for these.
+        packed: whether activations between sparse convolutions stay packed, see `tombola.kernels.packed`.
     """
 
     def __init__(
@@ -44,6 +49,8 @@ class Step:
         autocast: AbstractContextManager[object],
         forward: Forward = call,
         step: OwnStep | None = None,
+        *,
+        packed: bool = False,
     ) -> None:
         self.model = model
         self.sparse = sparse
@@ -52,6 +59,7 @@ class Step:
         self._perceptron = perceptron
         self._forward = forward
         self._step = step
+        self._memory = Memory() if packed else None
 
     def __call__(self, inputs: Tensors, labels: Tensors) -> Tensor:
         """Return the loss of a batch, a scalar, and set the gradients of the parameters, which must be None before."""
@@ -62,9 +70,21 @@ class Step:
             if self._step is not None:
                 loss = self._step(self.model, inputs, labels)
             else:
-                loss = self._loss(self._forward(self.model, inputs), labels)
+                loss = self._loss(self._outputs(inputs), labels)
         loss.backward()  # type: ignore[no-untyped-call]
         return loss.detach()
+
+    def _outputs(self, inputs: Tensors) -> Tensor:
+        """Return the outputs of the model; a hook that is new since the model was accelerated sees plain tensors."""
+        if self._memory is None or has_global_hooks() or not all(map(is_plain, self.model.modules())):
+            return self._forward(self.model, inputs)
+        self._memory.prepare([tensor.shape for tensor in list_tensors(inputs).values()])
+        packing = Packing(self._memory)
+        with record(packing):
+            outputs = self._forward(self.model, inputs)
+        packing.compute()
+        computed: Tensor = tree_map(compute, outputs)
+        return computed
 
     @property
     def draws_random_numbers(self) -> bool:
@@ -119,12 +139,30 @@ def accelerate(
         warn_if_missing(stacklevel + 2)
     sparse = sparse_layers(model, mask, batch_size=batch_size, precision=precision, device=device)
     sparse = [name for name in sparse if among is None or name in among]
+    packed = forward is call and step is None and are_packed(model, mask, sparse)
     if sparse:
         replace_layers(model, mask, sparse)
     plain = loss is functional.cross_entropy and forward is call and step is None
     perceptron = Perceptron.of(model) if plain and device == "cpu" and precision == "float32" else None
     autocast = torch.autocast(device, torch.bfloat16) if precision == "bfloat16" else nullcontext()
-    return Step(model, sparse, loss, perceptron, autocast, forward, step)
+    return Step(model, sparse, loss, perceptron, autocast, forward, step, packed=packed)
+
+
+def are_packed(model: nn.Module, mask: Mapping[str, Tensor], sparse: Collection[str]) -> bool:
+    """Return whether activations stay packed between the sparse convolutions of a network, see `Packing`.
+
+    Packed layers sum in another order than others, so this is a part of the identity of a training.
+
+    Args:
+        model: the model, with its own layers.
+        mask: the connections that are alive.
+        sparse: the names of the weights whose layers are sparse, see `sparse_layers`.
+
+    >>> model = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 2))
+    >>> are_packed(model, Mask.ones_like(model), ["0.weight"])
+    False
+    """
+    return any(mask[name].dim() == 4 for name in sparse) and can_pack(model)
 
 
 def sparse_layers(

@@ -15,6 +15,8 @@ from typing import Any, TypeAlias
 
 from tombola.errors import DamagedResultError, ImportanceError, UserError, did_you_mean
 from tombola.importance import NetworkScore, is_built_in
+from tombola.inputs import call
+from tombola.kernels import are_packed
 from tombola.lottery.rewinding import Rule, check_rule, check_score_at, lottery_ticket_rewinding, resolve_shares
 from tombola.lottery.ticket import Ticket
 from tombola.pruning.coverage import Coverage, cover
@@ -326,6 +328,7 @@ class Planner:
             end=end,
             device=device,
             sparse=sparse,
+            packed=self.problem.forward is call and are_packed(self.model, mask, sparse),
             behaviour=self.observed.computes,
             sources=self._recipe_sources,
         )

@@ -15,6 +15,9 @@ from tombola.training.weights import Weights
 SCHEME = 2
 """Version of the naming and of `train`: increase it if `train` gives other bits than before."""
 
+PACKED = 1
+"""Version of the computation with packed activations: increase it if these trainings alone give other bits."""
+
 PRUNING = 1
 """Version of `prune`, its scores and normalisations: increase it if they give other masks than before."""
 
@@ -57,6 +60,7 @@ def name_training(
     end: int,
     device: str,
     sparse: Sequence[str],
+    packed: bool = False,
     sources: Mapping[str, str] | None = None,
     behaviour: Behaviour = (),
 ) -> Training:
@@ -71,6 +75,7 @@ def name_training(
         begin, end: the range of iterations, begin..end-1.
         device: the device to train on, "cpu" or "cuda".
         sparse: the names of the weights that sparse kernels train, see `tombola.kernels.sparse_layers`.
+        packed: whether activations stay packed between sparse convolutions, see `tombola.kernels.are_packed`.
         sources: the hashes of the source of the recipe's own functions, see `tombola.study.task.load_recipe`.
         behaviour: what the network computes on a few examples, which workers compare.
 
@@ -93,6 +98,8 @@ def name_training(
         "device": device,
         "sparse": list(sparse),
     }
+    if packed:
+        identity["packed"] = PACKED
     if sources:
         identity["sources"] = dict(sources)
     return Training(name_of(identity), identity, initial, mask, seed, begin, end, behaviour)

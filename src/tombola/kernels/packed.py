@@ -1,0 +1,692 @@
+"""Packed networks: activations that stay in the kernels' layout from one sparse convolution to the next.
+
+A convolution reads blocks of samples with zeros around each image. `Packing` records what a forward pass does with the
+outputs of sparse convolutions, as long as it is batch normalisation, ReLU, addition, max pooling or another sparse
+convolution. The recorded operations are computed when their result is read by anything else, all of them in one
+function of autograd: activations are then packed once and unpacked once, and normalisation, addition and ReLU are one
+pass over memory. The forward pass itself runs in Python at each step, so it may decide by data or by its own state.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+import weakref
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
+from torch.utils._pytree import tree_map
+
+from tombola.kernels import layers
+from tombola.kernels.layers import can_compute, empty, is_plain, is_readable
+
+Size = tuple[int, int, int, int]
+"""(batch, channels, height, width)."""
+
+
+@dataclass(eq=False)
+class Value:
+    """The images that an operation results in, and where they are.
+
+    Args:
+        size: batch, channels, height and width.
+        how: what computes them: "source", "convolution", "norm", "relu", "sum" or "pool".
+        of: the values that they are computed from.
+        layer: the layer that computes them, if it is one.
+        kernel: the kernel of a convolution, or the window of max pooling.
+        tensors: the positions of the layer's parameters among the tensors of the segment; -1 for no bias.
+    """
+
+    size: Size
+    how: str
+    of: tuple[Value, ...] = ()
+    layer: Any = None
+    kernel: Any = None
+    tensors: tuple[int, ...] = ()
+
+
+@dataclass(eq=False)
+class Operation:
+    """Values that are computed at once: the last one of them, from `x`, and from `other` which is added.
+
+    Normalisation, an addition and a ReLU make one operation if nothing else reads what is between them.
+    """
+
+    result: Value
+    x: Value
+    other: Value | None
+    first: Value
+    relu: bool
+
+
+@dataclass(frozen=True)
+class Buffer:
+    """Packed images: their memory, and the number of zeros around them."""
+
+    memory: Tensor
+    border: int
+
+    @property
+    def pair(self) -> tuple[Tensor, int]:
+        """What the kernels take."""
+        return self.memory, self.border
+
+
+class Memory:
+    """Memory for packed images, which is used again. The zeros around the images are written once.
+
+    Args:
+        instruction_set: one of `instruction_sets()`; by default the best of this machine.
+    """
+
+    def __init__(self, instruction_set: str | None = None) -> None:
+        self.instruction_set = instruction_set
+        self.block: int = layers.extension.block(instruction_set)
+        self._free: defaultdict[tuple[int, ...], list[Buffer]] = defaultdict(list)
+        self._kind: object = None
+
+    def prepare(self, kind: object) -> None:
+        """Forget the memory that is left from inputs of another kind."""
+        if kind != self._kind:
+            self._free.clear()
+            self._kind = kind
+
+    def take(self, size: Size, border: int) -> Buffer:
+        """Return memory for images of a size; only the zeros around them are set."""
+        batch, channels, height, width = size
+        pixels = (height + 2 * border) * (width + 2 * border)
+        if pixels % 32 == 0:
+            pixels += 4  # channels at distances of a power of 2 would share few lines of a cache
+        shape = (-(-batch // self.block), channels, pixels, self.block)
+        free = self._free[*shape, border, width]
+        return free.pop() if free else Buffer(torch.zeros(shape, dtype=torch.float32, device="cpu"), border)
+
+    def give(self, buffer: Buffer, size: Size) -> None:
+        """Take memory back."""
+        self._free[*buffer.memory.shape, buffer.border, size[3]].append(buffer)
+
+
+class Segment:
+    """Recorded operations: values in order, and the tensors that they are computed from.
+
+    Args:
+        memory: where memory comes from, and goes to when the segment is no longer needed.
+    """
+
+    def __init__(self, memory: Memory) -> None:
+        self.memory = memory
+        self.values: list[Value] = []
+        self.tensors: list[Tensor] = []
+        self.versions: list[int] = []
+        self.results: list[weakref.ref[Packed]] = []
+        self._positions: dict[int, int] = {}
+        self._sources: dict[int, Value] = {}
+        self._operations: list[Operation] = []
+        self._buffers: dict[Value, Buffer] = {}
+        self._statistics: dict[Value, Tensor] = {}
+        self._borders: dict[Value, int] = {}
+        self._delta_borders: dict[Value, int] = {}
+
+    def __del__(self) -> None:
+        for value, buffer in self._buffers.items():
+            self.memory.give(buffer, value.size)
+
+    def tensor(self, tensor: Tensor | None) -> int:
+        """Return the position of a tensor among those of the segment; -1 for None."""
+        if tensor is None:
+            return -1
+        if id(tensor) not in self._positions:
+            self._positions[id(tensor)] = len(self.tensors)
+            self.tensors.append(tensor)
+            self.versions.append(tensor._version)
+        return self._positions[id(tensor)]
+
+    def knows(self, x: Tensor) -> bool:
+        """Return whether a tensor is a source."""
+        return id(x) in self._sources
+
+    def source(self, x: Tensor) -> Value:
+        """Return the value of a tensor that is no result of this segment."""
+        if id(x) not in self._sources:
+            batch, channels, height, width = x.shape
+            value = Value((batch, channels, height, width), "source", tensors=(self.tensor(x),))
+            self._sources[id(x)] = value
+            self.values.append(value)
+        return self._sources[id(x)]
+
+    def check(self, positions: Iterable[int]) -> None:
+        """Raise `RuntimeError` if one of these tensors was changed in place since it was recorded."""
+        if any(at >= 0 and self.tensors[at]._version != self.versions[at] for at in positions):
+            raise RuntimeError("a tensor was changed in place after a sparse convolution, and before it was computed")
+
+    def compute(self) -> None:
+        """Compute all values, and give those that are still of use to the tensors that stand for them."""
+        results = [result for reference in self.results if (result := reference()) is not None]
+        outputs = list(dict.fromkeys(result._value for result in results))
+        self._plan(outputs)
+        with torch.enable_grad():
+            found = dict(zip(outputs, _compute(self, outputs, *self.tensors), strict=True))
+        for result in results:
+            result._plain = found[result._value]
+        for value in self.values:
+            if value.how == "norm":
+                _update_statistics(value.layer, self._statistics[value], value.size)
+        self._positions, self._sources = {}, {}
+
+    def _plan(self, outputs: Sequence[Value]) -> None:
+        """Group the values into operations, and decide how many zeros are around each."""
+        uses: defaultdict[Value, list[Value]] = defaultdict(list)
+        for value in self.values:
+            for source in value.of:
+                uses[source].append(value)
+        free = set(outputs)
+        inner: dict[Value, Operation] = {}  # by the last value so far
+        for value in self.values:
+            joined = None
+            for number, source in enumerate(value.of):
+                before = inner[source]
+                if before.result is not source or uses[source] != [value] or source in free or before.relu:
+                    continue
+                if value.how == "relu" and before.first.how in ("norm", "sum"):
+                    joined, before.relu = before, True
+                elif value.how == "sum" and before.first.how == "norm" and before.other is None:
+                    joined, before.other = before, value.of[1 - number]
+                if joined is not None:
+                    joined.result = value
+                    break
+            if joined is None:
+                other = value.of[1] if value.how == "sum" else None
+                joined = Operation(value, value.of[0] if value.of else value, other, value, value.how == "relu")
+            inner[value] = joined
+        order = {value: number for number, value in enumerate(self.values)}
+        self._operations = sorted(set(inner.values()), key=lambda operation: order[operation.result])
+        for operation in self._operations:
+            kernel = operation.first.kernel
+            convolution = operation.first.how == "convolution"
+            if convolution:
+                self._borders[operation.x] = max(self._borders.get(operation.x, 0), kernel.border)
+            read = [self._delta_borders[each] for each in (operation.x, operation.other) if each in self._delta_borders]
+            passed = max(read, default=0) if operation.first.how in ("norm", "sum", "relu") else 0
+            self._delta_borders[operation.result] = kernel.delta_border if convolution else passed
+
+    def forward(self, outputs: Sequence[Value]) -> list[Tensor]:
+        """Compute all operations, and return these values as plain tensors."""
+        tensors = self.tensors
+        native, name = layers.extension, self.memory.instruction_set
+        for operation in self._operations:
+            first, result = operation.first, operation.result
+            y = self._buffers[result] = self.memory.take(result.size, self._borders.get(result, 0))
+            if first.how == "source":
+                native.pack_images(tensors[first.tensors[0]], y.pair, name)
+                continue
+            x = self._buffers[operation.x]
+            other = self._buffers[operation.other].pair if operation.other else _NONE
+            parameters = [None if at < 0 else tensors[at] for at in first.tensors]
+            if first.how == "convolution":
+                first.kernel.forward_images(*parameters, *x.pair, *y.pair, result.size[0])
+            elif first.how == "norm":
+                statistics = self._statistics[first] = tensors[0].new_empty((3, result.size[1]))
+                native.normalise_packed(
+                    result.size, x.pair, *parameters, first.layer.eps, statistics, other, operation.relu, y.pair, name
+                )
+            elif first.how == "pool":
+                native.max_pool_packed(operation.x.size, first.kernel, x.pair, y.pair, name)
+            else:
+                native.sum_packed(result.size, x.pair, other, operation.relu, y.pair, name)
+        return [empty(value.size) for value in outputs]  # written when they are read: variables may outlive their use
+
+    def unpack(self, value: Value, to: Tensor) -> None:
+        """Write a value that is computed into a plain tensor."""
+        layers.extension.unpack_images(self._buffers[value].pair, to, self.memory.instruction_set)
+
+    def backward(
+        self, outputs: Sequence[Value], deltas: Sequence[Tensor | None], needs: Sequence[bool]
+    ) -> list[Tensor | None]:
+        """Return the gradients of the tensors that need one, given those of the outputs."""
+        return _Backward(self, needs).run(outputs, deltas)
+
+    @property
+    def operations(self) -> list[Operation]:
+        """The operations in order."""
+        return self._operations
+
+
+_NONE = (None, 0)
+
+
+class _Backward:
+    """The backward pass of a segment."""
+
+    def __init__(self, segment: Segment, needs: Sequence[bool]) -> None:
+        self.segment, self.memory = segment, segment.memory
+        self.tensors, self.needs = segment.tensors, needs
+        self.gradients: list[Tensor | None] = [None] * len(needs)
+        self.deltas: dict[Value, Buffer] = {}
+        self.needed: set[Value] = set()
+        for value in segment.values:
+            if any(needs[at] for at in value.tensors if at >= 0) or any(each in self.needed for each in value.of):
+                self.needed.add(value)
+
+    def run(self, outputs: Sequence[Value], deltas: Sequence[Tensor | None]) -> list[Tensor | None]:
+        native, name = layers.extension, self.memory.instruction_set
+        for value, delta in zip(outputs, deltas, strict=True):
+            if delta is not None and value in self.needed:
+                self.deltas[value] = self.take(value)
+                native.pack_images(delta.resolve_neg(), self.deltas[value].pair, name)
+        for operation in reversed(self.segment.operations):
+            if (found := self.deltas.pop(operation.result, None)) is not None:
+                getattr(self, f"_{operation.first.how}")(operation, found)
+        return self.gradients
+
+    def take(self, value: Value) -> Buffer:
+        """Return memory for the gradient of a value."""
+        return self.memory.take(value.size, self.segment._delta_borders.get(value, 0))
+
+    def add(self, value: Value, delta: Buffer, *, last: bool) -> None:
+        """Add to the gradient of a value; the memory is kept if this is its last use."""
+        if value not in self.needed:
+            pass
+        elif value in self.deltas:
+            all_ = self.deltas[value].pair
+            layers.extension.sum_packed(value.size, all_, delta.pair, False, all_, self.memory.instruction_set)
+        elif last and delta.border >= self.segment._delta_borders.get(value, 0):
+            self.deltas[value] = delta
+            return
+        else:
+            new = self.deltas[value] = self.take(value)
+            layers.extension.sum_packed(value.size, delta.pair, _NONE, False, new.pair, self.memory.instruction_set)
+        if last:
+            self.memory.give(delta, value.size)
+
+    def accumulate(self, at: int, gradient: Tensor) -> None:
+        """Add to the gradient of a tensor."""
+        if at >= 0 and self.needs[at]:
+            before = self.gradients[at]
+            self.gradients[at] = gradient if before is None else before + gradient
+
+    def _source(self, operation: Operation, delta: Buffer) -> None:
+        value = operation.result
+        gradient = empty(value.size)
+        layers.extension.unpack_images(delta.pair, gradient, self.memory.instruction_set)
+        self.accumulate(value.tensors[0], gradient)
+        self.memory.give(delta, value.size)
+
+    def _convolution(self, operation: Operation, delta: Buffer) -> None:
+        value, x = operation.result, operation.x
+        batch, (values, bias) = value.size[0], value.tensors
+        if any(self.needs[at] for at in value.tensors if at >= 0):
+            dvalues = torch.empty_like(self.tensors[values])
+            dbias = torch.empty_like(self.tensors[bias]) if bias >= 0 else None
+            source = self.segment._buffers[x].pair
+            value.kernel.weight_gradient_images(*source, *delta.pair, batch, dvalues, dbias)
+            self.accumulate(values, dvalues)
+            if dbias is not None:
+                self.accumulate(bias, dbias)
+        if x in self.needed:
+            add = x in self.deltas
+            if not add:
+                self.deltas[x] = self.take(x)
+            target = self.deltas[x].pair
+            value.kernel.input_gradient_images(self.tensors[values], *delta.pair, *target, batch, add)
+        self.memory.give(delta, value.size)
+
+    def _norm(self, operation: Operation, delta: Buffer) -> None:
+        norm, result, x, other = operation.first, operation.result, operation.x, operation.other
+        weight, bias = (self.tensors[at] for at in norm.tensors)
+        dweight, dbias = torch.empty_like(weight), torch.empty_like(bias)
+        buffers = self.segment._buffers
+        y = buffers[result].pair if operation.relu and other else _NONE
+        own = other is None and delta.border >= self.segment._delta_borders.get(x, 0)
+        dx = delta if own else self.take(x)
+        layers.extension.normalise_gradient_packed(
+            result.size,
+            buffers[x].pair,
+            delta.pair,
+            weight,
+            bias,
+            self.segment._statistics[norm],
+            operation.relu,
+            y,
+            dx.pair,
+            dweight,
+            dbias,
+            self.memory.instruction_set,
+        )
+        self.accumulate(norm.tensors[0], dweight)
+        self.accumulate(norm.tensors[1], dbias)
+        self.add(x, dx, last=True)
+        if other is not None:
+            self.add(other, delta, last=True)
+        elif not own:
+            self.memory.give(delta, result.size)
+
+    def _sum(self, operation: Operation, delta: Buffer) -> None:
+        if operation.relu:
+            self._gate(operation, delta)
+        assert operation.other is not None
+        self.add(operation.other, delta, last=False)
+        self.add(operation.x, delta, last=True)
+
+    def _relu(self, operation: Operation, delta: Buffer) -> None:
+        self._gate(operation, delta)
+        self.add(operation.x, delta, last=True)
+
+    def _pool(self, operation: Operation, delta: Buffer) -> None:
+        value, x = operation.result, operation.x
+        buffers, dx = self.segment._buffers, self.take(x)
+        layers.extension.max_pool_gradient_packed(
+            x.size,
+            value.kernel,
+            buffers[x].pair,
+            buffers[value].pair,
+            delta.pair,
+            dx.pair,
+            self.memory.instruction_set,
+        )
+        self.memory.give(delta, value.size)
+        self.add(x, dx, last=True)
+
+    def _gate(self, operation: Operation, delta: Buffer) -> None:
+        y = self.segment._buffers[operation.result].pair
+        layers.extension.gate_packed(operation.result.size, delta.pair, y, self.memory.instruction_set)
+
+
+class _Compute(torch.autograd.Function):
+    """The outputs of a segment as a function of its tensors."""
+
+    @staticmethod
+    def forward(ctx: Any, segment: Segment, outputs: list[Value], *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.segment, ctx.outputs = segment, outputs
+        segment.check(range(len(tensors)))
+        ctx.set_materialize_grads(False)
+        return tuple(segment.forward(outputs))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *deltas: Tensor | None) -> tuple[Tensor | None, ...]:
+        ctx.segment.check({at for value in ctx.segment.values if value.how != "source" for at in value.tensors})
+        gradients = ctx.segment.backward(ctx.outputs, deltas, ctx.needs_input_grad[2:])
+        return (None, None, *gradients)
+
+
+_compute: Callable[..., tuple[Tensor, ...]] = _Compute.apply
+
+
+@torch.no_grad()
+def _update_statistics(layer: nn.BatchNorm2d, statistics: Tensor, size: Size) -> None:
+    """Update the running statistics of batch norm."""
+    batch, _, height, width = size
+    count = batch * height * width
+    assert layer.running_mean is not None
+    assert layer.running_var is not None
+    assert layer.momentum is not None
+    layer.running_mean.lerp_(statistics[0], layer.momentum)
+    layer.running_var.lerp_(statistics[1] * (count / (count - 1)), layer.momentum)
+    if layer.num_batches_tracked is not None:
+        layer.num_batches_tracked.add_(1)
+
+
+_CPU = torch.device("cpu")
+
+
+class Packed(Tensor):
+    """A tensor that is recorded and not computed yet. It is computed when anything but a recorded operation reads it.
+
+    Its type and shape are those of the tensor that it stands for.
+    """
+
+    _packing: Packing
+    _segment: Segment | None
+    _value: Value
+    _plain: Tensor | None
+
+    @staticmethod
+    def of(packing: Packing, segment: Segment, value: Value) -> Packed:
+        """Return the tensor of a value."""
+        tensor: Packed = Tensor._make_wrapper_subclass(Packed, value.size, dtype=torch.float32, device=_CPU)
+        tensor._packing, tensor._segment, tensor._value, tensor._plain = packing, segment, value, None
+        segment.results.append(weakref.ref(tensor))
+        return tensor
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in _DESCRIPTIONS:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
+        if (recorded := _RECORDED.get(func)) is not None and (result := recorded(*args, **kwargs)) is not None:
+            return result
+        args, kwargs = tree_map(compute, (args, kwargs))
+        return func(*args, **kwargs)
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        args, kwargs = tree_map(compute, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+
+def compute(x: Any) -> Any:
+    """Return the plain tensor of a recorded one, which is computed if it is not yet; anything else as it is."""
+    if type(x) is not Packed:
+        return x
+    if x._plain is None:
+        if not torch.is_grad_enabled():
+            _refuse_own_functions()
+        x._packing.compute()
+    assert x._plain is not None
+    if x._segment is not None:
+        x._segment.unpack(x._value, x._plain.detach())
+        x._segment = None
+    return x._plain
+
+
+def _refuse_own_functions() -> None:
+    """Raise `RuntimeError` within the forward pass of a `torch.autograd.Function`, which would lose the gradient."""
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None:
+        if any(isinstance(value, torch.autograd.function.FunctionCtx) for value in frame.f_locals.values()):
+            raise RuntimeError("a torch.autograd.Function of the network's own reads a tensor that is not computed yet")
+        frame = frame.f_back
+
+
+_DESCRIPTIONS: set[Any] = {
+    *(vars(torch._C.TensorBase)[name].__get__ for name in ("shape", "ndim", "dtype", "device", "is_cpu")),
+    Tensor.size,
+    Tensor.dim,
+    Tensor.numel,
+    Tensor.__len__,
+}
+
+
+def _recorded_relu(input: Any, inplace: bool = False) -> Tensor | None:
+    packing: Packing = input._packing
+    return packing.apply("relu", (input,), input if inplace else None)
+
+
+def _recorded_relu_(input: Any) -> Tensor | None:
+    return _recorded_relu(input, inplace=True)
+
+
+def _recorded_sum(input: Any, other: Any, *, alpha: float = 1, out: Any = None) -> Tensor | None:
+    first = input if type(input) is Packed else other
+    if type(first) is not Packed or alpha != 1 or out is not None:
+        return None
+    return first._packing.apply("sum", (input, other), None)
+
+
+def _recorded_sum_(input: Any, other: Any, *, alpha: float = 1) -> Tensor | None:
+    if type(input) is not Packed or alpha != 1:
+        return None
+    packing: Packing = input._packing
+    return packing.apply("sum", (input, other), input)
+
+
+_RECORDED: dict[Any, Callable[..., Tensor | None]] = {
+    torch.relu: _recorded_relu,
+    Tensor.relu: _recorded_relu,
+    functional.relu: _recorded_relu,
+    torch.relu_: _recorded_relu_,
+    Tensor.relu_: _recorded_relu_,
+    torch.add: _recorded_sum,
+    Tensor.add: _recorded_sum,
+    Tensor.__add__: _recorded_sum,
+    Tensor.__radd__: _recorded_sum,
+    Tensor.add_: _recorded_sum_,
+    Tensor.__iadd__: _recorded_sum_,
+}
+
+
+class Packing:
+    """Records what follows sparse convolutions, and computes it with packed activations.
+
+    Args:
+        memory: where memory comes from.
+    """
+
+    def __init__(self, memory: Memory) -> None:
+        self.memory = memory
+        self._segment: Segment | None = None
+
+    def compute(self) -> None:
+        """Compute what is recorded so far."""
+        segment, self._segment = self._segment, None
+        if segment is not None:
+            segment.compute()
+
+    def convolve(self, layer: Any, x: Tensor) -> Tensor | None:
+        """Record a sparse convolution; return None if the kernels do not support it."""
+        if not (self._records(x) and layer.instruction_set == self.memory.instruction_set):
+            return None
+        if not _are_readable(layer.values, layer.bias):
+            return None
+        kernel = layer.kernel(x.shape[1:])
+        if kernel is None or kernel.block != self.memory.block:
+            return None
+        size = (x.shape[0], layer.shape[0], *layer.output_size(x.shape[1:]))
+        return self._record(size, "convolution", (x,), layer, kernel, (layer.values, layer.bias))
+
+    def normalise(self, layer: Any, x: Tensor) -> Tensor | None:
+        """Record batch normalisation; return None unless it normalises by the batch and knows how to update."""
+        mean, variance = layer.running_mean, layer.running_var
+        if (
+            type(x) is not Packed
+            or not self._records(x)
+            or not layer.training
+            or layer.momentum is None
+            or not layer.affine
+            or mean is None
+            or variance is None
+            or x.shape[1] != layer.num_features
+            or not _are_readable(layer.weight, layer.bias, mean, variance)
+            or x.numel() // x.shape[1] < 2
+        ):
+            return None
+        return self._record(tuple(x.shape), "norm", (x,), layer, None, (layer.weight, layer.bias))
+
+    def pool(self, layer: Any, x: Tensor) -> Tensor | None:
+        """Record max pooling; return None if the kernels do not support it."""
+        if type(x) is not Packed or not self._records(x) or layer.return_indices or layer.ceil_mode:
+            return None
+        if _pair(layer.dilation) != (1, 1):
+            return None
+        size, step, padding = _pair(layer.kernel_size), _pair(layer.stride), _pair(layer.padding)
+        reach = [x.shape[2 + axis] + 2 * padding[axis] - size[axis] for axis in (0, 1)]
+        if any(each < 0 for each in reach) or any(2 * padding[axis] > size[axis] for axis in (0, 1)):
+            return None
+        rows, columns = (reach[axis] // step[axis] + 1 for axis in (0, 1))
+        return self._record((*x.shape[:2], rows, columns), "pool", (x,), layer, (*size, *step, *padding))
+
+    def apply(self, how: str, of: tuple[Any, ...], target: Packed | None) -> Tensor | None:
+        """Record a ReLU or an addition, in place if there is a target; return None if it cannot be recorded."""
+        fitting = all(self._has_value(x) and self._records(x) and x.shape == of[0].shape for x in of)
+        if not fitting or (target is not None and target._plain is not None):
+            return None
+        result = self._record(tuple(of[0].shape), how, of)
+        if target is None:
+            return result
+        target._value, target._segment = result._value, result._segment
+        return target
+
+    def _record(
+        self,
+        size: Any,
+        how: str,
+        of: tuple[Tensor, ...],
+        layer: Any = None,
+        kernel: Any = None,
+        parameters: tuple[Tensor | None, ...] = (),
+    ) -> Packed:
+        if self._segment is None:
+            self._segment = Segment(self.memory)
+        segment = self._segment
+        values = tuple(self._value_of(segment, x) for x in of)
+        value = Value(size, how, values, layer, kernel, tuple(segment.tensor(each) for each in parameters))
+        segment.values.append(value)
+        return Packed.of(self, segment, value)
+
+    def _has_value(self, x: Any) -> bool:
+        """Return whether x has a value in this segment; others are not read later, when they may have been changed."""
+        if type(x) is Packed:
+            return x._plain is None or (self._segment is not None and self._segment.knows(x._plain))
+        return isinstance(x, Tensor) and self._segment is not None and self._segment.knows(x)
+
+    @staticmethod
+    def _value_of(segment: Segment, x: Tensor) -> Value:
+        if type(x) is Packed:
+            if x._plain is None and x._segment is segment:
+                return x._value
+            x = compute(x)
+        return segment.source(x)
+
+    def _records(self, x: Tensor) -> bool:
+        """Return whether an operation on this tensor can be recorded."""
+        if not torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or x.dim() != 4:
+            return False
+        return not _are_saved_tensors_watched() and (type(x) is Packed or can_compute(x))
+
+
+def _pair(numbers: int | Sequence[int]) -> tuple[int, int]:
+    return (numbers, numbers) if isinstance(numbers, int) else (numbers[0], numbers[1])
+
+
+def _are_readable(*tensors: Tensor | None) -> bool:
+    return all(each is None or (is_readable(each) and each.is_contiguous()) for each in tensors)
+
+
+def _are_saved_tensors_watched() -> bool:
+    """Return whether code wants to know what autograd saves, such as checkpoints that compute it again."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+
+
+class _Tracer(fx.Tracer):
+    """Traces a network, and refuses to without gradients, as in a function of autograd."""
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        if not torch.is_grad_enabled():
+            raise RuntimeError("an operation without gradients")
+        return super().create_node(*args, **kwargs)
+
+
+def can_pack(model: nn.Module) -> bool:
+    """Return whether outputs of a network's sparse convolutions may be recorded, see `Packing`.
+
+    All networks of PyTorch's own modules without hooks may be. One with modules of the user must be one that `torch.fx`
+    can trace, with gradients throughout: a `torch.autograd.Function` of the user could read a tensor unnoticed.
+    """
+    if not all(map(is_plain, model.modules())):
+        return False
+    if all(type(module).__module__.split(".")[0] in ("torch", "tombola") for module in model.modules()):
+        return True
+    try:
+        with torch.random.fork_rng(devices=[]), torch.enable_grad():
+            _Tracer().trace(copy.deepcopy(model))
+    except Exception:  # code of the user may fail in any way when it gets a symbol for a tensor
+        return False
+    return True

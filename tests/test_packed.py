@@ -1,0 +1,714 @@
+"""Networks whose activations stay packed compute what dense networks compute, and recorded operations hide nothing."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from test_kernels import KINDS, LAYOUTS, SETS, a_mask, assert_rounding, in_layout, needs_kernels, refuse_each
+from tombola import Mask, kernels
+from tombola.kernels import layers, packed
+from tombola.kernels.packed import Memory, Packed, Packing
+from tombola.kernels.recording import record
+from tombola.kernels.replace import replace_layers
+from tombola.models import resnet20
+
+pytestmark = needs_kernels
+
+
+def run(model: nn.Module, x: Tensor, memory: Memory | None = None) -> Tensor:
+    """The outputs of a forward pass that is recorded."""
+    packing = Packing(memory or Memory())
+    with record(packing):
+        y = model(x)
+    packing.compute()
+    outputs: Tensor = packed.compute(y)
+    return outputs
+
+
+def is_packed(y: Tensor) -> bool:
+    """Whether a function of recorded operations had a part in a tensor."""
+    seen, waiting = set(), [y.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            waiting += [each for each, _ in node.next_functions]
+    return any(isinstance(node, packed._Compute._backward_cls) for node in seen)
+
+
+def sparse_of(model: nn.Module, kind: str = "0.3") -> tuple[nn.Module, nn.Module]:
+    """A network whose weights are masked, in float64, and the same with sparse layers."""
+    mask = {}
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 4:
+            mask[name] = a_mask(tuple(parameter.shape), kind)
+            parameter.data.mul_(mask[name])
+    return copy.deepcopy(model).double(), replace_layers(model, mask, list(mask))
+
+
+def assert_equal_steps(model: nn.Module, x: Tensor, kind: str = "0.3", *, packs: bool = True) -> None:
+    """Outputs, gradients and buffers of a step against float64, with bounds for networks of a few layers."""
+    exact, sparse = sparse_of(model, kind)
+    inputs = [x.double().requires_grad_(), x.requires_grad_()]
+    outputs = [exact(inputs[0]), run(sparse, inputs[1])]
+    assert is_packed(outputs[1]) == packs
+    delta = torch.randn(outputs[0].shape)
+    for y in outputs:
+        torch.autograd.backward(y, delta.to(y.dtype))
+    close(outputs[1], outputs[0])
+    assert inputs[0].grad is not None
+    close(inputs[1].grad, inputs[0].grad)
+    alive = {name: layer.alive for name, layer in sparse.named_modules() if isinstance(layer, layers.Sparse)}
+    largest = max(float(each.grad.abs().max()) for each in exact.parameters() if each.grad is not None)
+    for name, parameter in sparse.named_parameters():
+        path, _, attribute = name.rpartition(".")
+        dense = exact.get_parameter(f"{path}.weight" if attribute == "values" else name).grad
+        close(
+            parameter.grad,
+            dense.flatten()[alive[path]] if dense is not None and path in alive and attribute == "values" else dense,
+            largest,
+        )
+    for name, buffer in sparse.named_buffers():
+        if not name.endswith("alive"):
+            close(buffer, exact.get_buffer(name))
+
+
+def close(ours: Tensor | None, exact: Tensor | None, scale: float = 1) -> None:
+    """Compare numbers that were computed in float32 and in float64; `scale` is the size of those that were summed."""
+    assert (ours is None) == (exact is None)
+    if ours is None or exact is None:
+        return
+    ours, exact = ours.detach(), exact.detach()
+    assert ours.shape == exact.shape
+    if exact.numel():
+        assert float((ours.double() - exact).abs().max()) <= 2e-4 * max(scale, float(exact.abs().max()))
+
+
+# Single operations, with the bound of the rounding error.
+
+
+@pytest.mark.parametrize("instruction_set", SETS)
+@settings(max_examples=30, deadline=None)
+@given(
+    seed=st.integers(0, 2**32),
+    batch=st.sampled_from([1, 3, 16, 33, 64]),
+    channels=st.tuples(st.integers(1, 5), st.integers(1, 5)),
+    kernel=st.tuples(st.integers(1, 5), st.integers(1, 4)),
+    image=st.tuples(st.integers(1, 9), st.integers(1, 9)),
+    stride=st.integers(1, 4),
+    padding=st.tuples(st.integers(0, 4), st.integers(0, 3)),
+    kind=KINDS,
+    layout=LAYOUTS,
+    bias=st.booleans(),
+)
+def test_a_convolution_equals_masked_dense(
+    instruction_set: str, seed: int, batch: int, channels: tuple[int, int], kernel: tuple[int, int],
+    image: tuple[int, int], stride: int, padding: tuple[int, int], kind: str, layout: str, bias: bool,
+) -> None:  # fmt: skip
+    torch.manual_seed(seed)
+    if any(side + 2 * more < taps for side, more, taps in zip(image, padding, kernel, strict=True)):
+        return
+    mask = a_mask((channels[1], channels[0], *kernel), kind)
+    weight, added = torch.randn(mask.shape), torch.randn(channels[1]) if bias else None
+    layer = kernels.SparseConv2d(weight, added, mask, stride, padding, instruction_set)
+    x = in_layout(torch.randn(batch, channels[0], *image), layout).requires_grad_()
+    y = run(layer, x, Memory(instruction_set))
+    if not is_packed(y):
+        assert kernel == image == (1, 1)  # a linear layer
+        return
+    delta = torch.randn(y.shape)
+    weights = [layer.values, *([] if layer.bias is None else [layer.bias])]
+    ours = [y.detach(), *torch.autograd.grad(y, (x, *weights), delta, retain_graph=True)]
+    again = torch.autograd.grad(y, (x, *weights), delta)
+    assert all(torch.equal(a, b) for a, b in zip(ours[1:], again, strict=True))
+
+    def reference(sign: Callable[[Tensor], Tensor]) -> list[Tensor]:
+        inputs = [sign(t.detach().double()) for t in (x, weight * mask, *([] if added is None else [added]))]
+        inputs = [each.requires_grad_() for each in inputs]
+        exact = F.conv2d(*inputs, stride=stride, padding=padding)
+        return [exact.detach(), *torch.autograd.grad(exact, inputs, sign(delta.double()))]
+
+    exact, bound = reference(lambda t: t), reference(torch.abs)
+    exact[2], bound[2] = exact[2][mask], bound[2][mask]
+    positions = delta.numel() // delta.shape[1]
+    terms = [mask[0].numel() + 1, mask.numel() // mask.shape[1], positions, positions]
+    for found, right, absolute, count in zip(ours, exact, bound, terms, strict=False):
+        assert_rounding(found, right, absolute, count)
+
+
+@pytest.mark.parametrize("instruction_set", SETS)
+@settings(max_examples=25, deadline=None)
+@given(
+    seed=st.integers(0, 2**32),
+    shape=st.tuples(st.sampled_from([2, 16, 37]), st.integers(1, 3), st.integers(1, 7), st.integers(1, 7)),
+    offset=st.sampled_from([0.0, 100.0]),
+    relu=st.booleans(),
+    added=st.booleans(),
+)
+def test_normalisation_equals_torch(
+    instruction_set: str, seed: int, shape: tuple[int, int, int, int], offset: float, relu: bool, added: bool
+) -> None:
+    torch.manual_seed(seed)
+    memory, extension = Memory(instruction_set), layers.extension
+    x, other, delta = torch.randn(shape) + offset, torch.randn(shape), torch.randn(shape)
+    weight, bias = torch.randn(shape[1]), torch.randn(shape[1])
+    inputs = [each.double().requires_grad_() for each in (x, weight, bias, other)]
+    exact = F.batch_norm(inputs[0], None, None, inputs[1], inputs[2], training=True, eps=1e-5)
+    exact = exact + inputs[3] if added else exact
+    gate = (exact > 0) if relu else torch.ones_like(exact, dtype=torch.bool)
+    gradients = torch.autograd.grad(exact * gate, inputs[: 4 if added else 3], delta.double())
+
+    def pack(plain: Tensor, border: int) -> tuple[Tensor, int]:
+        buffer = memory.take(shape, border).pair
+        extension.pack_images(plain, buffer, instruction_set)
+        return buffer
+
+    def unpack(images: tuple[Tensor, int]) -> Tensor:
+        plain = layers.empty(shape)
+        extension.unpack_images(images, plain, instruction_set)
+        return plain
+
+    px, py, pd = pack(x, 1), memory.take(shape, 2).pair, pack(delta, 3)
+    more, statistics = (pack(other, 0) if added else (None, 0)), torch.empty(3, shape[1])
+    extension.normalise_packed(shape, px, weight, bias, 1e-5, statistics, more, relu, py, instruction_set)
+    size = 1 + offset
+    assert torch.allclose(unpack(py).double(), (exact * gate).detach(), rtol=0, atol=1e-5 * size)
+    variance, mean = torch.var_mean(x.double(), (0, 2, 3), correction=0)
+    assert torch.allclose(statistics[0].double(), mean, rtol=1e-6, atol=1e-6)
+    assert torch.allclose(statistics[1].double(), variance, rtol=1e-5, atol=1e-6)
+    if relu and float(exact.detach().abs().min()) < 1e-4 * size:
+        return  # rounding may decide otherwise
+    dx, dw, db = memory.take(shape, 0).pair, torch.empty(shape[1]), torch.empty(shape[1])
+    given = py if relu and added else (None, 0)
+    extension.normalise_gradient_packed(
+        shape, px, pd, weight, bias, statistics, relu, given, dx, dw, db, instruction_set
+    )
+    spread = float((variance + 1e-5).rsqrt().max())
+    for found, right in zip((unpack(dx), dw, db), gradients, strict=False):
+        assert torch.allclose(found.double(), right, rtol=1e-4, atol=1e-4 * size * max(1.0, spread))
+    if added and relu:
+        assert torch.equal(unpack(pd), delta * gate)
+
+
+POOLS = st.fixed_dictionaries(
+    {
+        "kernel_size": st.sampled_from([1, 2, 3, (2, 3)]),
+        "stride": st.sampled_from([None, 1, 2, (3, 1)]),
+        "padding": st.sampled_from([0, 1, (1, 0)]),
+    }
+)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    seed=st.integers(0, 2**32),
+    shape=st.tuples(st.sampled_from([1, 17]), st.integers(1, 3), st.integers(2, 7), st.integers(2, 7)),
+    how=POOLS,
+    ties=st.booleans(),
+)
+def test_max_pooling_has_the_bits_of_torch(
+    seed: int, shape: tuple[int, int, int, int], how: dict[str, Any], ties: bool
+) -> None:
+    torch.manual_seed(seed)
+    x = torch.randn(shape).round() if ties else torch.randn(shape)
+    one = torch.eye(shape[1])[:, :, None, None]
+    identity = kernels.SparseConv2d(one, None, one > 0)
+    theirs = nn.MaxPool2d(**how)
+    try:
+        expected_in = x.clone().requires_grad_()
+        expected = theirs(expected_in)
+    except RuntimeError:
+        return  # torch refuses it
+    ours_in = x.clone().requires_grad_()
+    ours = run(nn.Sequential(identity, layers.MaxPool2d.of(nn.MaxPool2d(**how))), ours_in)
+    assert torch.equal(ours, expected)
+    delta = torch.randn(expected.shape).round()  # so that sums are exact
+    torch.autograd.backward((ours, expected), (delta, delta))
+    assert torch.equal(ours_in.grad, expected_in.grad)
+
+
+# Networks.
+
+
+class Block(nn.Module):
+    """A residual block, written in one of the usual ways."""
+
+    def __init__(self, channels: int, outputs: int, stride: int, how: str) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, outputs, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(outputs)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1)
+        self.bn2 = nn.BatchNorm2d(outputs, momentum=0.3)
+        self.short = nn.Conv2d(channels, outputs, 1, stride) if channels != outputs or stride > 1 else None
+        self.how = how
+
+    def forward(self, x: Tensor) -> Tensor:
+        short = x if self.short is None else self.short(x)
+        if self.how == "in place":
+            y = self.bn2(self.conv2(torch.relu_(self.bn1(self.conv1(x)))))
+            y += short
+            return y.relu_()
+        if self.how == "functional":
+            return F.relu(torch.add(short, self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))))
+        if self.how == "no norm":
+            return (self.conv2(self.conv1(x).relu()) + short).relu()
+        if self.how == "twice":  # values that several operations read
+            y = self.bn1(self.conv1(x))
+            y = y + y
+            z = self.bn2(self.conv2(y)) + short
+            return torch.relu(z) + z
+        return self.bn2(self.conv2(self.bn1(self.conv1(x)))) + short
+
+
+WAYS = ["in place", "functional", "no norm", "twice", "linear"]
+
+
+def a_network(how: str, outputs: int = 4, stride: int = 2) -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(2, 3, 3, padding=1),
+        nn.BatchNorm2d(3),
+        nn.ReLU(inplace=True),
+        Block(3, 3, 1, how),
+        nn.MaxPool2d(2),
+        Block(3, outputs, stride, how),
+        nn.Identity(),
+    )
+
+
+@pytest.mark.parametrize("how", WAYS)
+@pytest.mark.parametrize("batch", [5, 32])
+def test_networks_equal_masked_dense(how: str, batch: int) -> None:
+    torch.manual_seed(3)
+    assert_equal_steps(a_network(how), torch.randn(batch, 2, 9, 11))
+
+
+def test_a_block_is_as_few_operations_as_it_can_be() -> None:
+    torch.manual_seed(0)
+    _, sparse = sparse_of(a_network("in place"))
+    planned: list[list[str]] = []
+    compute = packed.Segment.forward
+
+    def note(segment: packed.Segment, outputs: Any) -> Any:
+        planned.append([f"{each.first.how}{'+' * bool(each.other)}{'>' * each.relu}" for each in segment.operations])
+        return compute(segment, outputs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(packed.Segment, "forward", note)
+        run(sparse, torch.randn(4, 2, 8, 8))
+    block = ["convolution", "norm>", "convolution", "norm+>"]
+    first, second = ["source", "convolution", "norm>"], ["convolution", *block]
+    assert planned == [[*first, *block, "pool", *second]]
+
+
+def test_memory_is_used_again() -> None:
+    torch.manual_seed(0)
+    _, sparse = sparse_of(a_network("functional"))
+    memory, x = Memory(), torch.randn(20, 2, 8, 8)
+
+    def step() -> tuple[Tensor, list[int]]:
+        y = run(sparse, x, memory)
+        torch.autograd.backward(y.sum())
+        del y
+        return x, sorted(buffer.memory.data_ptr() for free in memory._free.values() for buffer in free)
+
+    first, second = step(), step()
+    assert len(first[1]) > 10
+    assert first[1] == second[1]
+    memory.prepare("another size")
+    assert not memory._free
+
+
+def test_steps_have_the_same_bits_again_and_in_any_memory() -> None:
+    torch.manual_seed(0)
+    _, sparse = sparse_of(a_network("functional"))
+    memory, x, other = Memory(), torch.randn(20, 2, 8, 8), torch.randn(18, 2, 8, 8)
+
+    def step(inputs: Tensor, memory: Memory) -> list[Tensor]:
+        y = run(sparse, inputs, memory)
+        return [y.detach().clone(), *torch.autograd.grad(y.square().sum(), list(sparse.parameters()))]
+
+    expected = step(x, memory)
+    step(other, memory)  # leaves its own samples in the same memory
+    step(torch.full_like(x, torch.inf), memory)
+    for again in (step(x, memory), step(x, Memory())):
+        assert all(torch.equal(a, b) for a, b in zip(expected, again, strict=True))
+
+
+# What is not recorded is computed as it would be without.
+
+
+class Own(nn.Module):
+    """Convolutions with code of the user between them."""
+
+    def __init__(self, code: Callable[[nn.Module, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.conv1, self.bn, self.conv2 = nn.Conv2d(2, 3, 3, padding=1), nn.BatchNorm2d(3), nn.Conv2d(3, 2, 3)
+        self.code, self.steps = code, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.steps += 1
+        y: Tensor = self.conv2(self.code(self, self.bn(self.conv1(x))))
+        return y
+
+
+def by_data(model: Any, y: Tensor) -> Tensor:
+    return y.relu() if y.mean() > 1e-3 or float(y.detach().abs().max()) > 0 else y * 0
+
+
+def by_state(model: Any, y: Tensor) -> Tensor:
+    return y.relu() if model.steps % 2 else y
+
+
+def makes_tensors(model: Any, y: Tensor) -> Tensor:
+    return y * torch.linspace(0.5, 2, y.shape[-1]).to(y.dtype) + y.new_ones(y.size())
+
+
+def reads_without_gradient(model: Any, y: Tensor) -> Tensor:
+    with torch.no_grad():
+        scale = y.abs().mean()
+    return y / scale
+
+
+def in_place(model: Any, y: Tensor) -> Tensor:
+    z = y.clone()
+    z[:, 1] = 0.5
+    y.mul_(2).add_(1)
+    return y.relu_() + z
+
+
+def in_pieces(model: Any, y: Tensor) -> Tensor:
+    first, second, *_ = y.split(1, 1)
+    return torch.cat([y[:, 2:], second, first], 1).relu()
+
+
+def kept(model: Any, y: Tensor) -> Tensor:
+    model.seen = [y, y.relu()]
+    return model.seen[1] + model.seen[0].detach()
+
+
+def adds_a_number(model: Any, y: Tensor) -> Tensor:
+    return torch.add(1 + y + 2, y, alpha=3)
+
+
+def broadcasts(model: Any, y: Tensor) -> Tensor:
+    return y + y[:1] + y.mean((2, 3), keepdim=True)
+
+
+def looks(model: Any, y: Tensor) -> Tensor:
+    assert isinstance(y, Tensor)
+    assert y.requires_grad
+    assert y.dtype.is_floating_point
+    assert not y.is_leaf
+    assert len(y) == y.shape[0] == y.size(0)
+    assert y.numel() == y.detach().numpy().size
+    assert "grad_fn" in repr(y)
+    return F.leaky_relu(y)
+
+
+CODES = [by_data, by_state, makes_tensors, reads_without_gradient, in_place, in_pieces, kept, adds_a_number,
+         broadcasts, looks]  # fmt: skip
+
+
+@pytest.mark.parametrize("code", CODES, ids=[code.__name__ for code in CODES])
+def test_code_between_layers_sees_tensors(code: Callable[[Any, Tensor], Tensor]) -> None:
+    torch.manual_seed(1)
+    model = Own(code)
+    assert_equal_steps(model, torch.randn(6, 2, 5, 5))
+    model.__dict__.pop("seen", None)
+    assert_equal_steps(nn.Sequential(Own(code), Own(by_state)), torch.randn(6, 2, 7, 7))
+
+
+def test_a_recorded_value_that_is_read_later_is_computed_once() -> None:
+    torch.manual_seed(1)
+    exact, sparse = sparse_of(Own(kept))
+    x = torch.randn(6, 2, 5, 5)
+    y, expected = run(sparse, x), exact(x.double())
+    close(y, expected)
+    for ours, theirs in zip(sparse.seen, exact.seen, strict=True):  # type: ignore[arg-type]
+        assert type(ours) is Packed
+        close(packed.compute(ours), theirs)
+    assert int(sparse.bn.num_batches_tracked) == 1  # type: ignore[union-attr, arg-type]
+
+
+class Shift(torch.autograd.Function):
+    """A function behind the back of PyTorch's overrides."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x + 1
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Tensor:  # type: ignore[override]
+        return dy
+
+
+def test_a_function_of_the_users_own_is_never_silently_wrong() -> None:
+    model = Own(lambda model, y: Shift.apply(y))  # type: ignore[no-untyped-call]
+    assert not packed.can_pack(model)
+    _, sparse = sparse_of(model)
+    with pytest.raises(RuntimeError, match=r"a torch.autograd.Function of the network's own reads a tensor"):
+        run(sparse, torch.randn(6, 2, 5, 5))
+
+
+def test_what_can_be_packed() -> None:
+    assert packed.can_pack(resnet20(width=2))
+    assert packed.can_pack(Own(by_state))
+    assert not packed.can_pack(Own(by_data))  # what cannot be traced may be anything
+    hooked = resnet20(width=2)
+    hooked.bn1.register_forward_hook(lambda *_: None)
+    assert not packed.can_pack(hooked)
+    draws = Own(lambda model, y: y * float(torch.rand(())))
+    state = torch.random.get_rng_state()
+    assert packed.can_pack(draws)
+    assert torch.equal(state, torch.random.get_rng_state())
+
+
+def test_where_saved_tensors_are_watched_layers_compute_at_once() -> None:
+    """As in a checkpoint, which computes again what autograd saved."""
+    torch.manual_seed(0)
+
+    class Watched(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.part, self.first = nn.Sequential(nn.Conv2d(2, 2, 3), nn.ReLU(), nn.Conv2d(2, 2, 3)), nn.Conv2d(2, 2, 3)
+            self.saved = 0
+
+        def save(self, x: Tensor) -> Tensor:
+            self.saved += 1
+            return x
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.first(x)
+            with torch.autograd.graph.saved_tensors_hooks(self.save, lambda x: x):
+                z: Tensor = self.part(y)
+            return z
+
+    model = Watched()
+    assert_equal_steps(model, torch.randn(4, 2, 9, 9))
+    assert model.saved >= 4
+
+
+CHANGES: dict[str, Callable[[nn.BatchNorm2d], object]] = {
+    "eval": lambda norm: norm.eval(),
+    "no momentum": lambda norm: setattr(norm, "momentum", None),
+    "not affine": lambda norm: norm.__init__(3, affine=False),  # type: ignore[misc]
+    "not tracked": lambda norm: norm.__init__(3, track_running_stats=False),  # type: ignore[misc]
+    "frozen": lambda norm: norm.requires_grad_(False),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_other_batch_norms(change: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.ReLU(), nn.Conv2d(3, 2, 3))
+    CHANGES[change](model[1])
+    exact, sparse = sparse_of(model)
+    x = torch.randn(9, 2, 7, 7)
+    y, expected = run(sparse, x), exact(x.double())
+    assert is_packed(y)
+    close(y, expected)
+    for output in (y, expected):
+        torch.autograd.backward(output.square().mean())
+    close(sparse[0].values.grad, exact[0].weight.grad[exact[0].weight != 0])  # type: ignore[index, union-attr]
+    for name, buffer in exact.named_buffers():
+        close(sparse.get_buffer(name), buffer)
+    assert (sparse.get_submodule("1").weight is None) == (change == "not affine")
+    assert change != "frozen" or sparse.get_parameter("1.weight").grad is None
+
+
+def a_step(model: nn.Module) -> kernels.Step:
+    mask = {name: torch.rand(p.shape) < 0.3 for name, p in model.named_parameters() if p.dim() == 4}
+    for name, alive in mask.items():
+        model.get_parameter(name).data.mul_(alive)
+    return kernels.accelerate(model, Mask.from_tensors(mask))
+
+
+@pytest.fixture
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3))
+    model.append(nn.Flatten())
+    return model.append(nn.Linear(4 * 9, 3))
+
+
+@pytest.fixture
+def computed(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[object]]:
+    """The segments that were computed."""
+    found: list[object] = []
+    compute = packed.Segment.compute
+
+    def note(segment: packed.Segment) -> None:
+        found.append(len(segment.values))
+        compute(segment)
+
+    monkeypatch.setattr(packed.Segment, "compute", note)
+    return found
+
+
+def test_a_step_is_packed_until_a_hook_looks_on(network: nn.Module, computed: list[object]) -> None:
+    step = a_step(network)
+    x, y = torch.randn(64, 2, 7, 7), torch.randint(3, (64,))
+    loss = step(x, y)
+    assert computed == [5]
+    step.model.zero_grad()
+    seen: list[type] = []
+    handle = step.model[2].register_forward_hook(lambda _, __, output: seen.append(type(output)))
+    assert torch.allclose(step(x, y), loss)
+    handle.remove()
+    step.model.zero_grad()
+    handle = nn.modules.module.register_module_forward_hook(lambda _, __, output: seen.append(type(output)))
+    assert torch.allclose(step(x, y), loss)
+    handle.remove()
+    assert set(seen) == {Tensor}
+    assert computed == [5]
+    with torch.autocast("cpu", torch.bfloat16):
+        step.model.zero_grad()
+        assert torch.allclose(step(x, y), loss, rtol=0.05)
+    assert computed == [5]
+    step.model.zero_grad()
+    step(x, y)
+    assert computed == [5, 5]
+
+
+def test_hooks_of_parameters_and_gradients_twice(network: nn.Module) -> None:
+    _, sparse = sparse_of(network)
+    x = torch.randn(20, 2, 7, 7)
+    values, seen = sparse.get_parameter("0.values"), []
+    values.register_hook(lambda gradient: seen.append(gradient.clone()))
+    y = run(sparse, x)
+    torch.autograd.backward(y.square().sum(), retain_graph=True)
+    first = values.grad.clone()  # type: ignore[union-attr]
+    torch.autograd.backward(y.square().sum())
+    assert torch.equal(values.grad, 2 * first)  # type: ignore[arg-type]
+    assert torch.equal(seen[0], first)
+    (gradient,) = torch.autograd.grad(run(sparse, x).square().sum(), (values,), create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        torch.autograd.backward(gradient.sum())
+
+
+def test_without_gradients_layers_compute_at_once(network: nn.Module, computed: list[object]) -> None:
+    exact, sparse = sparse_of(network)
+    x = torch.randn(20, 2, 7, 7)
+    with torch.no_grad():
+        close(run(sparse, x), exact(x.double()))
+    assert not computed
+    close(sparse.get_buffer("1.running_var"), exact.get_buffer("1.running_var"))
+
+
+@pytest.mark.parametrize("changed", ["input", "weight"])
+def test_what_is_changed_in_place_is_noticed(network: nn.Module, changed: str) -> None:
+    _, sparse = sparse_of(network)
+    conv, x = sparse[0], torch.randn(20, 2, 7, 7)  # type: ignore[index]
+    with record(Packing(Memory())):
+        y = conv(x)
+        with torch.no_grad():
+            (x if changed == "input" else conv.values).mul_(2)
+    with pytest.raises(RuntimeError, match="changed in place"):
+        packed.compute(y)
+
+
+def test_a_weight_that_changes_before_the_backward_pass_is_noticed(network: nn.Module) -> None:
+    _, sparse = sparse_of(network)
+    y = run(sparse, torch.randn(20, 2, 7, 7))
+    with torch.no_grad():
+        sparse.get_parameter("3.values").mul_(2)
+    with pytest.raises(RuntimeError, match="changed in place"):
+        torch.autograd.backward(y.sum())
+
+
+# Names.
+
+
+def test_only_networks_with_sparse_convolutions_are_packed(network: nn.Module) -> None:
+    mask = Mask.from_tensors({"0.weight": torch.ones(4, 2, 3, 3) > 0, "5.weight": torch.ones(3, 36) > 0})
+    assert kernels.are_packed(network, mask, ["0.weight"])
+    assert not kernels.are_packed(network, mask, ["5.weight"])
+    assert not kernels.are_packed(network, mask, [])
+
+
+# Wrong arguments.
+
+
+def test_packed_functions_refuse_every_wrong_tensor() -> None:
+    extension, memory = layers.extension, Memory()
+    size = (7, 3, 4, 5)
+    x, y, d, g = (memory.take(size, 1).memory for _ in range(4))
+    three, statistics = torch.ones(3), torch.empty(3, 3)
+
+    def pairs(function: Callable[..., None], *before: Any) -> Callable[..., None]:
+        def call(**tensors: Any) -> None:
+            images = ("x", "y", "delta", "gradient", "other", "a", "b", "source", "target")
+            function(*before, **{n: (t, 1) if n in images and n not in plain else t for n, t in tensors.items()})
+
+        return call
+
+    plain: set[str] = set()
+    both = {"weight": three, "bias": three.clone(), "statistics": statistics}
+
+    def normalise(**t: Any) -> None:
+        pairs(extension.normalise_packed, size)(epsilon=1e-5, relu=True, **t)
+
+    refuse_each(normalise, {"x": x, "other": d, "y": y, **both}, {"other"}, {"x", "other", "y"})
+
+    def gradient(**t: Any) -> None:
+        pairs(extension.normalise_gradient_packed, size)(relu=False, **t)
+
+    right = {"x": x, "delta": d, "y": y, "gradient": g, **both}
+    right |= {"weight_gradient": torch.empty(3), "bias_gradient": torch.empty(3)}
+    refuse_each(gradient, right, {"y"}, {"x", "delta", "y", "gradient"})
+    for name, flags in (("sum_packed", {"relu": True}), ("gate_packed", {})):
+        names = ("a", "b", "y") if flags else ("delta", "y")
+
+        def call(name: str = name, flags: Any = flags, **t: Any) -> None:
+            pairs(getattr(extension, name), size)(**flags, **t)
+
+        refuse_each(call, dict(zip(names, (x, d, y), strict=False)), {"b"}, set(names))
+    window, left = (2, 2, 2, 2, 0, 0), (7, 3, 2, 2)
+    py, pd = memory.take(left, 1).memory, memory.take(left, 1).memory
+    refuse_each(pairs(extension.max_pool_packed, size, window), {"x": x, "y": py}, set(), {"x", "y"})
+    right = {"x": x, "y": py, "delta": pd, "gradient": g}
+    refuse_each(pairs(extension.max_pool_gradient_packed, size, window), right, set(), set(right))
+
+
+def test_kernels_refuse_packed_images_that_do_not_fit() -> None:
+    mask = torch.ones(2, 3, 3, 3) > 0
+    layer = kernels.SparseConv2d(torch.ones(2, 3, 3, 3), None, mask, 1, (1, 1))
+    kernel, memory = layer.kernel((3, 4, 5)), Memory()
+    assert (kernel.border, kernel.delta_border) == (1, 1)
+    x, y = memory.take((7, 3, 4, 5), 1).pair, memory.take((7, 2, 4, 5), 1).pair
+    values = layer.values.detach()
+    kernel.forward_images(values, None, *x, *y, 7)
+    kernel.input_gradient_images(values, *y, *x, 7, add=True)
+    kernel.weight_gradient_images(*x, *y, 7, values.clone(), torch.ones(2))
+    with pytest.raises(ValueError, match=r"border: expected from 1 to .*, got 0"):
+        kernel.forward_images(values, None, x[0], 0, *y, 7)
+    with pytest.raises(ValueError, match="of at least 72 pixels a channel"):
+        kernel.forward_images(values, None, x[0], 2, *y, 7)
+    with pytest.raises(ValueError, match=r"batch: expected from 1 to .*, got 0"):
+        kernel.forward_images(values, None, *x, *y, 0)
+    with pytest.raises(ValueError, match=r"source: .* of shape \(2, 3, any"):
+        kernel.forward_images(values, None, *x, *y, memory.block + 1)
+    with pytest.raises(ValueError, match="expected memory of its own"):
+        kernel.forward_images(values, None, *x, x[0][:, :2].contiguous(), 1, 7) or kernel.input_gradient_images(
+            values, *y, *y, 7, add=True
+        )
+    with pytest.raises(ValueError, match="expected memory of its own"):
+        layers.extension.normalise_packed(
+            (7, 2, 4, 5), y, torch.ones(2), torch.ones(2), 1e-5, torch.empty(3, 2), (None, 0), False, y
+        )
+    with pytest.raises(ValueError, match="window: expected one that fits the images"):
+        layers.extension.max_pool_packed((7, 2, 4, 5), (6, 1, 1, 1, 0, 0), y, y)
+    with pytest.raises(ValueError, match="size: expected numbers from 1"):
+        layers.extension.gate_packed((7, 0, 4, 5), y, y)
+    linear = kernels.SparseConv2d(torch.ones(2, 3, 1, 1), None, torch.ones(2, 3, 1, 1) > 0).kernel((3, 1, 1))
+    with pytest.raises(ValueError, match="expected a convolution of images"):
+        linear.forward_images(torch.ones(6), None, *x, *y, 7)
