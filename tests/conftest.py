@@ -17,7 +17,7 @@ from filelock import FileLock
 from processes import LONG, kill_children, run_command
 from small_study import STUDY
 
-# The examples are the same each time. To look for others: pytest --hypothesis-profile explore
+# The examples are the same each time. To try others, and twenty times as many: pytest --hypothesis-profile explore
 hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None)
 hypothesis.settings.register_profile("explore", max_examples=2000, deadline=None, print_blob=True)
 hypothesis.settings.load_profile("repeatable")

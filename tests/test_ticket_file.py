@@ -74,7 +74,7 @@ def content(ticket: Ticket) -> list[object]:
     return [ticket.level, ticket.mask.hash, list(ticket.mask), ticket.provenance, *states]
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=5 * settings.default.max_examples, deadline=None)
 @given(place=st.floats(0, 1, exclude_max=True), value=st.integers(1, 255))
 def test_a_changed_byte_never_gives_another_ticket(
     tmp_path_factory: pytest.TempPathFactory, place: float, value: int
