@@ -6,7 +6,8 @@ Where to begin:
     tombola.run("digits")                                     a whole study, with several seeds and importances
     tombola.results("digits")                                 its accuracies; also: overlap, layers, stability, winners,
                                                               weights, functions, connectivity, claims, compare, reinit,
-                                                              matching, initial, similarity
+                                                              matching, initial, similarity, controls, combine,
+                                                              transfer
     tombola.charts("digits")["overlap"]                       its charts; write_report writes them all on one page
     tombola.loops.hold(model, mask, optimizer)                your own training loop: pruned weights stay 0.0
     tombola.Ticket.load("ticket.safetensors").apply(model)    a ticket that somebody has found
@@ -62,6 +63,7 @@ if TYPE_CHECKING:
         winners,
     )
     from tombola.workbench.tickets import read_ticket
+    from tombola.workbench.trained import combine, controls, transfer
 
 __version__ = "0.1.0"
 
@@ -83,8 +85,10 @@ _HOME = {
     "Weights": "training.weights",
     "charts": "workbench.pictures",
     "claims": "workbench.tables",
+    "combine": "workbench.trained",
     "compare": "workbench.tables",
     "connectivity": "workbench.tables",
+    "controls": "workbench.trained",
     "find_tickets": "lottery.rewinding",
     "functions": "workbench.tables",
     "initial": "workbench.further",
@@ -103,6 +107,7 @@ _HOME = {
     "similarity": "workbench.further",
     "stability": "workbench.tables",
     "train": "training.train",
+    "transfer": "workbench.trained",
     "weights": "workbench.tables",
     "winners": "workbench.tables",
     "write_report": "workbench.pictures",
@@ -133,8 +138,10 @@ __all__ = [
     "Weights",
     "charts",
     "claims",
+    "combine",
     "compare",
     "connectivity",
+    "controls",
     "datasets",
     "find_tickets",
     "functions",
@@ -158,6 +165,7 @@ __all__ = [
     "similarity",
     "stability",
     "train",
+    "transfer",
     "weights",
     "winners",
     "write_report",

@@ -14,13 +14,20 @@ and the pure functions that it is made of, whose docstrings describe the columns
 - `matching`: the overlap after the hidden units of one ticket are put into the order of the other's.
 - `initial`: how many of the connections that begin with the largest weights are in the ticket.
 - `similarity`: how alike networks are as functions: divergences, calibration, alignment of layers.
+- `controls`: what a ticket loses if one thing about it is changed; tickets combined, or trained elsewhere.
+- `basins`: up to which level a ticket is connected to the next one and to the dense network.
+- `rewind_point`: from which iteration on two data orders stay connected.
+- `early`: how early in training it is known which connections survive.
 - `reinit`: partial reinitialisation: survival of shared connections against chance.
 """
 
 from __future__ import annotations
 
 from tombola.analysis import (
+    basins,
     connectivity,
+    controls,
+    early,
     functions,
     initial,
     layers,
@@ -28,6 +35,7 @@ from tombola.analysis import (
     overlap,
     reference,
     reinit,
+    rewind_point,
     similarity,
     stability,
     weights,
@@ -35,7 +43,10 @@ from tombola.analysis import (
 )
 
 __all__ = [
+    "basins",
     "connectivity",
+    "controls",
+    "early",
     "functions",
     "initial",
     "layers",
@@ -43,6 +54,7 @@ __all__ = [
     "overlap",
     "reference",
     "reinit",
+    "rewind_point",
     "similarity",
     "stability",
     "weights",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from tombola.study.reinitialisation import list_notes, plan_again
+from tombola.study.singles import list_single_needs
 from tombola.study.tickets import Tickets
 from tombola.study.trainings import Round
 
@@ -10,7 +11,8 @@ from tombola.study.trainings import Round
 def list_needs(tickets: Tickets) -> set[str]:
     """Return the names of the results, masks and checkpoints that a study needs or may need next.
 
-    The chains of the study and those of its partial reinitialisations are included. Each chain needs its trainings that
+    The chains of the study and those of its partial reinitialisations are included, and the stored trainings of other
+    further analyses. Each chain needs its trainings that
     the store has, the training that it waits for, and the masks that its tickets are pruned to.
 
     Args:
@@ -25,7 +27,7 @@ def list_needs(tickets: Tickets) -> set[str]:
             found = plan_again(tickets, level, draws, importances, seed)
             if found is not None:
                 needs |= list_chain_needs(Tickets(found.planner))
-    return needs
+    return needs | list_single_needs(tickets, needs)
 
 
 def list_chain_needs(tickets: Tickets) -> set[str]:

@@ -19,12 +19,15 @@ from tombola.workbench.tables import (
     winners,
 )
 from tombola.workbench.tickets import read_ticket
+from tombola.workbench.trained import combine, controls, transfer
 
 __all__ = [
     "charts",
     "claims",
+    "combine",
     "compare",
     "connectivity",
+    "controls",
     "functions",
     "initial",
     "layers",
@@ -36,6 +39,7 @@ __all__ = [
     "run",
     "similarity",
     "stability",
+    "transfer",
     "weights",
     "winners",
     "write_report",
