@@ -7,7 +7,7 @@ Where to begin:
     tombola.results("digits")                                 its accuracies; also: overlap, layers, stability, winners,
                                                               weights, functions, connectivity, claims, compare, reinit,
                                                               matching, initial, similarity, controls, combine,
-                                                              transfer
+                                                              transfer, basins, rewind_point, early
     tombola.charts("digits")["overlap"]                       its charts; write_report writes them all on one page
     tombola.loops.hold(model, mask, optimizer)                your own training loop: pruned weights stay 0.0
     tombola.Ticket.load("ticket.safetensors").apply(model)    a ticket that somebody has found
@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from tombola.training.recipe import Augmentation, Recipe
     from tombola.training.train import train
     from tombola.training.weights import Weights
-    from tombola.workbench.further import initial, matching, similarity
+    from tombola.workbench.further import basins, initial, matching, similarity
     from tombola.workbench.pictures import charts, write_report
     from tombola.workbench.runs import reinit, run
     from tombola.workbench.tables import (
@@ -63,7 +63,7 @@ if TYPE_CHECKING:
         winners,
     )
     from tombola.workbench.tickets import read_ticket
-    from tombola.workbench.trained import combine, controls, transfer
+    from tombola.workbench.trained import combine, controls, early, rewind_point, transfer
 
 __version__ = "0.1.0"
 
@@ -83,12 +83,14 @@ _HOME = {
     "Trained": "training.history",
     "UserError": "errors",
     "Weights": "training.weights",
+    "basins": "workbench.further",
     "charts": "workbench.pictures",
     "claims": "workbench.tables",
     "combine": "workbench.trained",
     "compare": "workbench.tables",
     "connectivity": "workbench.tables",
     "controls": "workbench.trained",
+    "early": "workbench.trained",
     "find_tickets": "lottery.rewinding",
     "functions": "workbench.tables",
     "initial": "workbench.further",
@@ -103,6 +105,7 @@ _HOME = {
     "read_ticket": "workbench.tickets",
     "reinit": "workbench.runs",
     "results": "workbench.tables",
+    "rewind_point": "workbench.trained",
     "run": "workbench.runs",
     "similarity": "workbench.further",
     "stability": "workbench.tables",
@@ -136,6 +139,7 @@ __all__ = [
     "Trained",
     "UserError",
     "Weights",
+    "basins",
     "charts",
     "claims",
     "combine",
@@ -143,6 +147,7 @@ __all__ = [
     "connectivity",
     "controls",
     "datasets",
+    "early",
     "find_tickets",
     "functions",
     "importance",
@@ -161,6 +166,7 @@ __all__ = [
     "read_ticket",
     "reinit",
     "results",
+    "rewind_point",
     "run",
     "similarity",
     "stability",

@@ -128,15 +128,14 @@ def rewind_point(options: argparse.Namespace) -> int:
     tickets = Tickets(open_planner(options))
     if names and len(names) > 1:
         raise UserError("--importances: name the one importance whose tickets are tried")
+    if not options.plan:
+        try_study(tickets.planner)
+        prepare_store(tickets.planner, options.store)
     with warnings_as_notes(Warning):
         points = plan_rewind_points(tickets, options.at, options.level, names[0] if names else None)
     if options.plan:
         _show_points(points, options)
         return 0
-    try_study(tickets.planner)
-    prepare_store(tickets.planner, options.store)
-    for point in points:
-        point.planner.store = tickets.planner.store
     with progress_elsewhere(options.format):
         run_further(tickets, list_planners(points), options.workers, options.data)
     table = rewind_point.of_points(points)

@@ -3,7 +3,7 @@
 Every function takes a study: a `Study`, the name of a preset, or the path of a TOML file, with fields to override.
 """
 
-from tombola.workbench.further import initial, matching, similarity
+from tombola.workbench.further import basins, initial, matching, similarity
 from tombola.workbench.pictures import charts, write_report
 from tombola.workbench.runs import reinit, run
 from tombola.workbench.tables import (
@@ -19,15 +19,17 @@ from tombola.workbench.tables import (
     winners,
 )
 from tombola.workbench.tickets import read_ticket
-from tombola.workbench.trained import combine, controls, transfer
+from tombola.workbench.trained import combine, controls, early, rewind_point, transfer
 
 __all__ = [
+    "basins",
     "charts",
     "claims",
     "combine",
     "compare",
     "connectivity",
     "controls",
+    "early",
     "functions",
     "initial",
     "layers",
@@ -36,6 +38,7 @@ __all__ = [
     "read_ticket",
     "reinit",
     "results",
+    "rewind_point",
     "run",
     "similarity",
     "stability",
