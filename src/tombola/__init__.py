@@ -7,7 +7,8 @@ Where to begin:
     tombola.find("digits", within=0.01)                       the sparsest ticket that keeps the accuracy, cheaply
     tombola.results("digits")                                 its accuracies; also: overlap, layers, stability, winners,
                                                               weights, functions, connectivity, claims, compare, reinit,
-                                                              matching, initial, similarity
+                                                              matching, initial, similarity, controls, combine,
+                                                              transfer, basins, rewind_point, early
     tombola.charts("digits")["overlap"]                       its charts; write_report writes them all on one page
     tombola.loops.hold(model, mask, optimizer)                your own training loop: pruned weights stay 0.0
     tombola.Ticket.load("ticket.safetensors").apply(model)    a ticket that somebody has found
@@ -48,7 +49,7 @@ if TYPE_CHECKING:
     from tombola.training.train import train
     from tombola.training.weights import Weights
     from tombola.workbench.find import find
-    from tombola.workbench.further import initial, matching, similarity
+    from tombola.workbench.further import basins, initial, matching, similarity
     from tombola.workbench.pictures import charts, write_report
     from tombola.workbench.runs import reinit, run
     from tombola.workbench.tables import (
@@ -64,6 +65,7 @@ if TYPE_CHECKING:
         winners,
     )
     from tombola.workbench.tickets import read_ticket
+    from tombola.workbench.trained import combine, controls, early, rewind_point, transfer
 
 __version__ = "1.0.0rc1"
 
@@ -83,10 +85,14 @@ _HOME = {
     "Trained": "training.history",
     "UserError": "errors",
     "Weights": "training.weights",
+    "basins": "workbench.further",
     "charts": "workbench.pictures",
     "claims": "workbench.tables",
+    "combine": "workbench.trained",
     "compare": "workbench.tables",
     "connectivity": "workbench.tables",
+    "controls": "workbench.trained",
+    "early": "workbench.trained",
     "find": "workbench.find",
     "find_tickets": "lottery.rewinding",
     "functions": "workbench.tables",
@@ -102,10 +108,12 @@ _HOME = {
     "read_ticket": "workbench.tickets",
     "reinit": "workbench.runs",
     "results": "workbench.tables",
+    "rewind_point": "workbench.trained",
     "run": "workbench.runs",
     "similarity": "workbench.further",
     "stability": "workbench.tables",
     "train": "training.train",
+    "transfer": "workbench.trained",
     "weights": "workbench.tables",
     "winners": "workbench.tables",
     "write_report": "workbench.pictures",
@@ -134,11 +142,15 @@ __all__ = [
     "Trained",
     "UserError",
     "Weights",
+    "basins",
     "charts",
     "claims",
+    "combine",
     "compare",
     "connectivity",
+    "controls",
     "datasets",
+    "early",
     "find",
     "find_tickets",
     "functions",
@@ -158,10 +170,12 @@ __all__ = [
     "read_ticket",
     "reinit",
     "results",
+    "rewind_point",
     "run",
     "similarity",
     "stability",
     "train",
+    "transfer",
     "weights",
     "winners",
     "write_report",

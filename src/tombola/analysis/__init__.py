@@ -14,6 +14,10 @@ and the pure functions that it is made of, whose docstrings describe the columns
 - `matching`: the overlap after the hidden units of one ticket are put into the order of the other's.
 - `initial`: how many of the connections that begin with the largest weights are in the ticket.
 - `similarity`: how alike networks are as functions: divergences, calibration, alignment of layers.
+- `controls`: what a ticket loses if one thing about it is changed; tickets combined, or trained elsewhere.
+- `basins`: up to which level a ticket is connected to the next one and to the dense network.
+- `rewind_point`: from which iteration on two data orders stay connected.
+- `early`: how early in training it is known which connections survive.
 - `reinit`: partial reinitialisation: survival of shared connections against chance.
 """
 
@@ -25,7 +29,10 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from tombola.analysis import (
+        basins,
         connectivity,
+        controls,
+        early,
         frontier,
         functions,
         initial,
@@ -34,6 +41,7 @@ if TYPE_CHECKING:
         overlap,
         reference,
         reinit,
+        rewind_point,
         similarity,
         stability,
         weights,
@@ -41,7 +49,10 @@ if TYPE_CHECKING:
     )
 
 __all__ = [
+    "basins",
     "connectivity",
+    "controls",
+    "early",
     "frontier",
     "functions",
     "initial",
@@ -50,6 +61,7 @@ __all__ = [
     "overlap",
     "reference",
     "reinit",
+    "rewind_point",
     "similarity",
     "stability",
     "weights",

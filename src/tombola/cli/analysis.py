@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tombola.cli.options import Verbs, add_margin, open_planner, print_note, warnings_as_notes, whole_number
 
@@ -188,11 +188,9 @@ def reinit(options: argparse.Namespace) -> int:
     """Keep the shared connections, reinitialise the others, find tickets again, and show what survives."""
     from tombola.analysis import reinit
     from tombola.cli.run import show_plan
-    from tombola.engine.estimate import estimate, recorded_speed
-    from tombola.engine.run import run
+    from tombola.engine.estimate import estimate
     from tombola.study.reinitialisation import plan as plan_draws
-    from tombola.workbench.progress import show_progress
-    from tombola.workbench.runs import count_workers, open_workers
+    from tombola.workbench.runs import count_workers, run_further
 
     tickets, names = open_compared(options)
     with warnings_as_notes(Warning):
@@ -203,18 +201,17 @@ def reinit(options: argparse.Namespace) -> int:
             print(f"seed {plan.seed}: {plan.kept.alive} of {plan.kept.total} connections kept")
             show_plan(plan.planner, estimate(plan.planner, count, options.data), count, options.format)
         return 0
-    speed = recorded_speed(tickets)
-    with open_workers(tickets.planner, count, options.data) as workers:
-        for plan in plans:
-            with (
-                redirect_stdout(sys.stderr if options.format != "table" else sys.stdout),
-                show_progress(plan.planner, count) as show,
-            ):
-                run(plan.planner, workers, show, speed=speed)
+    with progress_elsewhere(options.format):
+        run_further(tickets, [plan.planner for plan in plans], options.workers, options.data)
     with warnings_as_notes(Warning):
         table = reinit.of_plans(plans)
     show_view(table, options.format, _reinit)
     return 0
+
+
+def progress_elsewhere(form: str) -> redirect_stdout[Any]:
+    """Show the progress on standard error inside the block, if the output is for other programs."""
+    return redirect_stdout(sys.stdout if form == "table" else sys.stderr)
 
 
 def open_compared(options: argparse.Namespace) -> tuple[Tickets, list[str] | None]:

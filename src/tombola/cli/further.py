@@ -6,7 +6,7 @@ import argparse
 from typing import TYPE_CHECKING
 
 from tombola.cli.analysis import open_compared, show_view
-from tombola.cli.options import Verbs, print_note, warnings_as_notes, whole_number
+from tombola.cli.options import Verbs, add_margin, add_tolerance, print_note, warnings_as_notes, whole_number
 
 if TYPE_CHECKING:
     import polars as pl
@@ -33,6 +33,13 @@ def add_verbs(verbs: Verbs) -> None:
                 metavar="N",
                 help="random tickets that are matched for each pair (%(default)s)",
             )
+
+    added = verbs.add("basins", basins, verbs.study, verbs.table)
+    added.add_argument(
+        "--points", type=whole_number(2, 1001), default=11, metavar="N", help="points on each line (%(default)s)"
+    )
+    add_tolerance(added)
+    add_margin(added)
 
 
 def matching(options: argparse.Namespace) -> int:
@@ -74,6 +81,45 @@ def similarity(options: argparse.Namespace) -> int:
         print("\nLinear CKA of each layer:")
         show_view(table, options.format, _alignment)
     return 0
+
+
+def basins(options: argparse.Namespace) -> int:
+    """Show up to which level a ticket is connected to the next one, and where the accuracy begins to fall."""
+    from tombola.analysis import basins
+
+    tickets, names = open_compared(options)
+    tolerance = options.tolerance / 100
+    with warnings_as_notes(Warning):
+        table = basins.of_study(tickets, names, options.points, tolerance)
+    if options.format != "table":
+        show_view(table, options.format, _basins)
+        return 0
+    if len(tickets.study.seeds) < 2:
+        print_note("no interval: the study has one seed, and an interval needs two or more; add others with --seeds")
+    means = basins.summarise(table, tickets, tolerance, options.margin / 100)
+    show_view(means, options.format, _basins)
+    for sentence in basins.describe(means):
+        print(sentence)
+    return 0
+
+
+def _basins(means: pl.DataFrame) -> pl.DataFrame:
+    """Return one row for each importance and level."""
+    import polars as pl
+
+    from tombola.cli.tables import percent, percent_range
+
+    words = {True: "yes", False: "no"}
+    return means.select(
+        *("importance", "level", "seeds"),
+        percent("density").alias("density %"),
+        percent("next").alias("barrier to the next level, points"),
+        percent_range("low", "high").alias("95 %"),
+        percent("dense").alias("to the dense network"),
+        percent("other_order").alias("to another data order"),
+        pl.col("connected").replace_strict(words, return_dtype=pl.String).alias("connected"),
+        pl.col("keeps").replace_strict(words, return_dtype=pl.String).alias("keeps the accuracy"),
+    )
 
 
 def _matching(table: pl.DataFrame) -> pl.DataFrame:

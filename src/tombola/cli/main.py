@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from tombola import __version__
-from tombola.cli import analysis, catalogue, completion, find, further, report, results, run, start, store
+from tombola.cli import analysis, catalogue, completion, find, further, report, results, run, start, store, trained
 from tombola.cli.advice import add_advice
 from tombola.cli.options import Parser, Verb, Verbs, store_options, study_options, table_options, with_dashes
 from tombola.errors import DamagedResultError, UserError, describe_exception, is_of_own_code
@@ -27,7 +27,7 @@ _LIMITS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EMFILE, err
 GROUPS = {
     "run a study": (start, run, find),
     "show what was found": (results, report),
-    "analyse the tickets": (analysis, further),
+    "analyse the tickets": (analysis, further, trained),
     "look after the store": (store,),
     "about tombola": (catalogue, completion),
 }

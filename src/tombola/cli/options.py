@@ -154,6 +154,17 @@ def add_margin(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_tolerance(parser: argparse.ArgumentParser) -> None:
+    """Add the option `--tolerance`."""
+    parser.add_argument(
+        "--tolerance",
+        type=percentage_points,
+        default=2.0,
+        metavar="X",
+        help="networks are connected if the barrier is at most this many percentage points (%(default)s)",
+    )
+
+
 class Verbs(NamedTuple):
     """The verbs of the command line, to which each module adds its own.
 

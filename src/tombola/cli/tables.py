@@ -85,7 +85,7 @@ def _in_csv(value: Any) -> Any:
     return str(value).lower() if isinstance(value, bool) else value
 
 
-_WORDS = {"importance", "kind", "tickets", "layer", "measure", "quantity", "collapsed", "verdict"}
+_WORDS = {"importance", "kind", "tickets", "layer", "measure", "quantity", "collapsed", "verdict", "trained"}
 """Columns of text; all others are numbers, which are aligned to the right."""
 
 

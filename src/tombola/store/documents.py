@@ -221,6 +221,17 @@ class _Path(BaseModel):
     path: Annotated[list[Annotated[int, Field(ge=1, lt=2**31)]], Field(min_length=1)]
 
 
+class _Further(BaseModel):
+    model_config = _STRICT
+
+    verb: str
+    of: list[str]
+    level: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    draws: Annotated[int, Field(ge=1, le=100_000)] = 1
+    importances: list[str] = []
+    kinds: list[str] = []
+
+
 class _Record(BaseModel):
     """The schema of `record.json`. Every field may be missing, and there may be others."""
 
@@ -237,6 +248,7 @@ class _Record(BaseModel):
     contradicted: list[_Confirmation] = []
     reinit: _Reinitialisation = _ABSENT
     search: list[_Path] = []
+    further: _Further = _ABSENT
 
 
 def read_record(path: Path) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from tombola.study.planner import Chain, Planner
 from tombola.study.reinitialisation import list_notes, plan_again
+from tombola.study.singles import list_single_needs
 from tombola.study.tickets import Tickets
 from tombola.study.trainings import Round
 
@@ -11,8 +12,9 @@ from tombola.study.trainings import Round
 def list_needs(tickets: Tickets) -> set[str]:
     """Return the names of the results, masks and checkpoints that a study needs or may need next.
 
-    The chains of the study, those of its searches and those of its partial reinitialisations are included. Each chain
-    needs its trainings that the store has, the training that it waits for, and the masks its tickets are pruned to.
+    The chains of the study, those of its searches and those of its partial reinitialisations are included, and the
+    stored trainings of other further analyses. Each chain needs its trainings that the store has, the training that it
+    waits for, and the masks that its tickets are pruned to.
 
     Args:
         tickets: the tickets of the study.
@@ -29,7 +31,7 @@ def list_needs(tickets: Tickets) -> set[str]:
             found = plan_again(tickets, level, draws, importances, seed)
             if found is not None:
                 needs |= list_chain_needs(Tickets(found.planner))
-    return needs
+    return needs | list_single_needs(tickets, needs)
 
 
 def list_searched(tickets: Tickets) -> list[Chain]:

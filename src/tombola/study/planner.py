@@ -65,6 +65,24 @@ class Chain:
         return f"{self.importance}, seed {self.seed}{other}{path}"
 
 
+@dataclass(frozen=True)
+class Start:
+    """What a single training begins with: one outside Algorithm 2, such as the training of a control.
+
+    Args:
+        level: the level of the ticket that it belongs to.
+        weights: the weights at the start.
+        mask: the connections that are alive.
+        begin, end: the range of iterations, begin..end-1.
+    """
+
+    level: int
+    weights: Weights
+    mask: Mask
+    begin: int
+    end: int
+
+
 _TRIES = 10
 """How often a run numbers what its network computes, if other runs take the number before."""
 
@@ -164,6 +182,8 @@ class Planner:
         store: the store with the results.
         initial: a function that returns the initial weights of a seed; by default it initialises the model.
         chains: the chains of the study; by default one for each importance and seed.
+        starts: single trainings; each stands in the place of a chain, whose importance is any text, and whose only
+            ticket is what the training gives.
         remember: whether to read masks from the store if it has them; otherwise all masks are computed again.
         about: extra metadata for the records of the trainings.
 
@@ -198,6 +218,7 @@ class Planner:
         *,
         initial: Callable[[int], Weights] | None = None,
         chains: Sequence[Chain] | None = None,
+        starts: Mapping[Chain, Start] | None = None,
         remember: bool = True,
         about: Mapping[str, Any] | None = None,
     ) -> None:
@@ -207,7 +228,8 @@ class Planner:
         self.about = dict(about or {})
         self.end = study.recipe.total_iterations(problem.data.train_examples)
         own = [Chain(seed, importance) for seed in study.seeds for importance in study.importances]
-        self.chains = own if chains is None else list(chains)
+        self._starts = dict(starts or {})
+        self.chains = list(self._starts) if starts is not None else own if chains is None else list(chains)
         self.repeats = [
             Chain(seed, importance, data_seed)
             for seed in study.seeds
@@ -345,6 +367,8 @@ class Planner:
             DamagedResultError: if a stored result is damaged.
         """
         find = find or self.store.results.get
+        if chain in self._starts:
+            return self._progress_single(chain, self._starts[chain], find)
         asked: list[tuple[Training, Trained | None]] = []
         missing: list[Round] = []
 
@@ -390,6 +414,16 @@ class Planner:
         ended = stopped or (Finished() if len(tickets) == len(levels) else Diverged())
         waiting = self._wait(asked, missing, len(levels), stopped=stopped is not None)
         return Progress(tuple(tickets), trainings, waiting or ended)
+
+    def _progress_single(self, chain: Chain, start: Start, find: Callable[[str], Trained | None]) -> Progress:
+        """Look up a single training and return its progress."""
+        training = self.training(chain.order_seed, start.weights, start.mask, start.begin, start.end)
+        trained = find(training.key)
+        if trained is None:
+            return Progress((), (), Waiting(training, 1, 1))
+        provenance = self._provenance(chain)
+        ticket = Ticket(start.level, start.mask, start.weights, trained, provenance, self.shared)
+        return Progress((ticket,), (training,), Finished())
 
     def name_masks(self, chain: Chain, tickets: Sequence[Ticket]) -> list[str]:
         """Return the names under which the store remembers the masks that these tickets of a chain are pruned to."""

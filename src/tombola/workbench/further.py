@@ -7,6 +7,8 @@ from pathlib import Path
 import polars as pl
 
 from tombola import analysis
+from tombola.analysis.basins import TOLERANCE
+from tombola.analysis.connectivity import POINTS
 from tombola.analysis.matching import DRAWS, By
 from tombola.store.layout import STORE
 from tombola.threads import one_thread
@@ -118,3 +120,39 @@ def similarity(
     with one_thread():
         tickets = open_tickets(study, overrides, store=store, data=data, importances=importances)
         return analysis.similarity.of_study(tickets, name_importances(importances), levels)
+
+
+def basins(
+    study: AnyStudy,
+    overrides: Overrides = None,
+    *,
+    store: str | Path = STORE,
+    data: str | Path | None = None,
+    importances: Importances = None,
+    points: int = POINTS,
+    tolerance: float = TOLERANCE,
+) -> pl.DataFrame:
+    """Return for each ticket the barriers to the ticket of the next level and to the dense network.
+
+    Args:
+        study: a `Study`, the name of a preset, or the path of a TOML file.
+        overrides: fields with other values.
+        store: the folder of the store.
+        data: the folder of the data sets.
+        importances: the importances; by default all.
+        points: the number of points on each line, including both ends.
+        tolerance: the largest barrier of networks that count as connected, in 0..1.
+
+    Returns:
+        The columns of `tombola.analysis.basins.of_study`.
+
+    Raises:
+        UserError: if an argument is invalid, or if the store does not have the tickets.
+
+    >>> from tombola.workbench.example import finished
+    >>> basins(**finished())["level"].unique().to_list()
+    [0, 1]
+    """
+    with one_thread():
+        tickets = open_tickets(study, overrides, store=store, data=data, importances=importances)
+        return analysis.basins.of_study(tickets, name_importances(importances), points, tolerance)

@@ -148,7 +148,7 @@ def live_display(status: Status, planner: Planner, height: int, workers: int) ->
     for chain in chains[:lines]:
         tickets = status.chains[chain].tickets
         order = "" if chain.data_seed is None else f", order {chain.data_seed}"
-        level = f"{tickets[-1].level} of {planner.levels(chain)[-1]}" if tickets else "-"
+        level = f"{tickets[-1].level} of {max(tickets[-1].level, planner.levels(chain)[-1])}" if tickets else "-"
         last = _result(tickets[-1], planner) if tickets else "-"
         table.add_row(chain.importance + order, str(chain.seed), level, last, _state(status, chain))
     return Group(bar, table)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -153,12 +153,37 @@ def reinit(
     with one_thread(), watch_exits():
         tickets = open_tickets(study, overrides, store=store, data=data, importances=importances)
         plans = plan(tickets, level, draws, name_importances(importances))
-        speed = recorded_speed(tickets)
-        with open_workers(tickets.planner, workers, None if data is None else Path(data)) as opened:
-            for each in plans:
-                with show_progress(each.planner, opened.count) if progress else show_nothing() as show:
-                    run_trainings(each.planner, opened, show, speed=speed)
+        run_further(tickets, [each.planner for each in plans], workers, data, progress=progress)
         return analysis.of_plans(plans)
+
+
+def run_further(
+    tickets: Tickets,
+    planners: Iterable[Planner],
+    workers: int | None = None,
+    data: str | Path | None = None,
+    *,
+    progress: bool = True,
+) -> None:
+    """Do the trainings that a further analysis of a study needs and that the store does not have.
+
+    Args:
+        tickets: the tickets of the study.
+        planners: the planners of these trainings, one after the other; each may be made when its turn comes.
+        workers: the number of trainings at the same time.
+        data: the folder of the data sets.
+        progress: whether to show the progress.
+
+    Raises:
+        UserError: if a training fails, or if an importance does; finished trainings are kept.
+    """
+    speed = recorded_speed(tickets)
+    with open_workers(tickets.planner, workers, None if data is None else Path(data)) as opened:
+        for planner in planners:
+            with show_progress(planner, opened.count) if progress else show_nothing() as show:
+                status = run_trainings(planner, opened, show, speed=speed)
+            if stopped := describe_stopped(status):
+                raise UserError(f"{stopped}; all other results are kept")
 
 
 def tell_tickets(show: Show, on_ticket: OnTicket | None) -> Show:

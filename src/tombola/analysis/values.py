@@ -1,0 +1,80 @@
+"""Values of trainings: what tickets are judged by, of a ticket or between tickets, and means over seeds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import polars as pl
+
+from tombola.analysis.winners import mean_with_interval
+from tombola.study.planner import Chain
+from tombola.study.tickets import Tickets
+
+
+def value_at(tickets: Tickets, chain: Chain, place: int = 0) -> float | None:
+    """Return the value of a ticket, such as its accuracy; None if its training diverged or is missing.
+
+    Args:
+        tickets: the tickets of a study, or single trainings.
+        chain: the chain.
+        place: the place of the ticket in its chain: its level, or 0 for a single training.
+    """
+    found = tickets.measured(chain)
+    trained = found[place].trained if place < len(found) else None
+    return None if trained is None else trained.history.value(tickets.planner.problem.measure)
+
+
+def value_at_density(tickets: Tickets, chain: Chain, density: float) -> float | None:
+    """Return the value of a chain's tickets at a density, linear in log density between two levels.
+
+    Args:
+        tickets: the tickets of a study.
+        chain: the chain.
+        density: the density, in 0..1.
+
+    Returns:
+        The value; None if the chain has no tickets on both sides, or if one of them diverged.
+    """
+    known = [(ticket.mask.density, value_at(tickets, chain, ticket.level)) for ticket in tickets.measured(chain)]
+    points = sorted((math.log(each), value) for each, value in known if value is not None and each > 0)
+    if not points or density <= 0 or not points[0][0] <= math.log(density) <= points[-1][0]:
+        return None
+    return float(np.interp(math.log(density), [each for each, _ in points], [value for _, value in points]))
+
+
+def mean_or_none(values: Sequence[float | None]) -> float | None:
+    """Return the mean of values; None if there are none, or if one of them is None."""
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known and len(known) == len(values) else None
+
+
+def over_seeds(table: pl.DataFrame, by: Sequence[str], column: str, others: Sequence[str]) -> pl.DataFrame:
+    """Return the means over seeds of a table with one row for each seed.
+
+    The columns are those of `by`; seeds, the number of rows in which `column` is not null; the means of `others` and
+    of `column`, and low and high, its 95 % interval by Student's t (null for fewer than two seeds).
+
+    Args:
+        table: the table.
+        by: the columns that say what a row is about.
+        column: the column whose interval is wanted.
+        others: further columns, whose means are over the rows in which `column` is not null.
+
+    >>> table = pl.DataFrame({"kind": ["a", "a", "b"], "lost": [0.1, 0.1, None], "value": [1.0, 2.0, 3.0]})
+    >>> over_seeds(table, ["kind"], "lost", ["value"]).rows()
+    [('a', 2, 1.5, 0.1, 0.1, 0.1), ('b', 0, None, None, None, None)]
+    """
+    there = pl.col(column).is_not_null()
+    lines = table.group_by(by, maintain_order=True).agg(
+        pl.col(column).count().cast(pl.Int64).alias("seeds"),
+        *(pl.col(other).filter(there).mean() for other in others),
+        pl.col(column).drop_nulls().alias("each"),
+    )
+    found = [mean_with_interval(each) if len(each) else (None, None, None) for each in lines["each"].to_list()]
+    names = (column, "low", "high")
+    columns = zip(*found, strict=True) if found else ((), (), ())
+    return lines.drop("each").with_columns(
+        pl.Series(name, values, pl.Float64) for name, values in zip(names, columns, strict=True)
+    )

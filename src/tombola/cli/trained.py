@@ -1,0 +1,287 @@
+"""The verbs of further analyses that train networks, planned, stored and resumed like those of a study."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from functools import partial
+from typing import TYPE_CHECKING
+
+from tombola.cli.analysis import open_compared, progress_elsewhere, show_view
+from tombola.cli.options import Verbs, add_tolerance, print_note, warnings_as_notes, whole_number
+from tombola.errors import UserError
+
+if TYPE_CHECKING:
+    import polars as pl
+
+    from tombola.study.controls import Plan
+    from tombola.study.early import Snapshots
+    from tombola.study.rewind_point import Point
+    from tombola.training.metrics import Measure
+
+_MOST = 10_000
+_KINDS = ("new-order", "signs", "new-weights", "shuffled", "other-seed", "random")
+
+
+def add_verbs(verbs: Verbs) -> None:
+    """Add the verbs to the command line."""
+    for verb in (controls, combine, transfer):
+        added = verbs.add(verb.__name__, verb, verbs.study, verbs.table)
+        added.add_argument(
+            "--level", type=whole_number(0, _MOST), required=True, metavar="N", help="the level of the tickets"
+        )
+        if verb is controls:
+            added.add_argument(
+                "--kinds", nargs="+", choices=_KINDS, metavar="KIND", help=f"only these: {', '.join(_KINDS)}"
+            )
+            added.add_argument(
+                "--draws",
+                type=whole_number(1, 1000),
+                default=1,
+                metavar="N",
+                help="random draws of each control and seed (%(default)s)",
+            )
+        if verb is combine:
+            added.add_argument(
+                "--over",
+                choices=("importances", "seeds"),
+                default="importances",
+                help="combine the tickets of all importances, or of all seeds (%(default)s)",
+            )
+        if verb is transfer:
+            added.add_argument("--from", dest="other", required=True, metavar="STUDY", help="the study of the masks")
+        added.add_argument("--plan", action="store_true", help="show what would be trained, and train nothing")
+
+    added = verbs.add("rewind-point", rewind_point, verbs.study, verbs.table)
+    added.add_argument("--at", type=whole_number(0), nargs="+", metavar="K", help="the iterations to try")
+    added.add_argument(
+        "--level",
+        type=whole_number(1, _MOST),
+        metavar="N",
+        help="also try tickets of this level, found for each iteration",
+    )
+    add_tolerance(added)
+    added.add_argument("--plan", action="store_true", help="show what would be trained, and train nothing")
+    added = verbs.add("early", early, verbs.study, verbs.table)
+    added.add_argument("--at", type=whole_number(0), nargs="+", metavar="K", help="the iterations to look at")
+    added.add_argument(
+        "--level", type=whole_number(1, _MOST), metavar="N", help="the level of the tickets (the last that all have)"
+    )
+    added.add_argument("--plan", action="store_true", help="show what would be trained, and train nothing")
+
+
+def controls(options: argparse.Namespace) -> int:
+    """Change one thing about a ticket (weights, mask, signs), train it, and show what it loses."""
+    from tombola.analysis import controls
+    from tombola.study.controls import plan_controls
+
+    tickets, names = open_compared(options)
+    with warnings_as_notes(Warning):
+        plan = plan_controls(tickets, options.level, options.kinds, options.draws, names)
+    if options.format == "table" and len(tickets.study.seeds) < 2:
+        print_note("no interval and no mask of another seed: the study has one seed; add others with --seeds")
+    if _do(plan, options):
+        view = partial(_controls, tickets.planner.problem.measure)
+        show_view(controls.of_controls(plan), options.format, view)
+    return 0
+
+
+def combine(options: argparse.Namespace) -> int:
+    """Train the union and the intersection of tickets as tickets of their own."""
+    from tombola.analysis import controls
+    from tombola.study.controls import plan_combinations
+
+    tickets, names = open_compared(options)
+    with warnings_as_notes(Warning):
+        plan = plan_combinations(tickets, options.level, options.over, names)
+    if _do(plan, options):
+        view = partial(_combinations, tickets.planner.problem.measure)
+        show_view(controls.of_combinations(plan), options.format, view)
+    return 0
+
+
+def transfer(options: argparse.Namespace) -> int:
+    """Train the masks of another study in the networks of this one."""
+    from tombola.analysis import controls
+    from tombola.study.controls import plan_transfers
+    from tombola.workbench.studies import open_tickets
+
+    tickets, names = open_compared(options)
+    with warnings_as_notes(Warning):
+        others = open_tickets(options.other, store=options.store, data=options.data, importances=names)
+        plan = plan_transfers(tickets, others, options.level, names)
+    if _do(plan, options):
+        view = partial(_transfers, tickets.planner.problem.measure)
+        show_view(controls.of_transfers(plan), options.format, view)
+    return 0
+
+
+def rewind_point(options: argparse.Namespace) -> int:
+    """Find the iteration from which two data orders stay connected, and show what to write into the study."""
+    from tombola.analysis import rewind_point
+    from tombola.cli.options import open_planner
+    from tombola.study.rewind_point import list_planners, plan_rewind_points
+    from tombola.study.tickets import Tickets
+    from tombola.workbench.runs import prepare_store, run_further, try_study
+
+    names, options.importances = options.importances, None
+    tickets = Tickets(open_planner(options))
+    if names and len(names) > 1:
+        raise UserError("--importances: name the one importance whose tickets are tried")
+    if not options.plan:
+        try_study(tickets.planner)
+        prepare_store(tickets.planner, options.store)
+    with warnings_as_notes(Warning):
+        points = plan_rewind_points(tickets, options.at, options.level, names[0] if names else None)
+    if options.plan:
+        _show_points(points, options)
+        return 0
+    with progress_elsewhere(options.format):
+        run_further(tickets, list_planners(points), options.workers, options.data)
+    table = rewind_point.of_points(points)
+    if options.format != "table":
+        show_view(table, options.format, _points)
+        return 0
+    if len(tickets.study.seeds) < 2:
+        print_note("no interval: the study has one seed, and an interval needs two or more; add others with --seeds")
+    means = rewind_point.summarise(table, options.tolerance / 100)
+    show_view(means, options.format, _points)
+    print("\n".join(rewind_point.advise(means)))
+    return 0
+
+
+def early(options: argparse.Namespace) -> int:
+    """Show how early in training the mask of its end is known, and how much of the ticket."""
+    from tombola.analysis import early
+    from tombola.study.early import plan_snapshots
+
+    tickets, names = open_compared(options)
+    with warnings_as_notes(Warning):
+        plan = plan_snapshots(tickets, options.at)
+    if _do(plan, options):
+        table = early.of_snapshots(plan, names, options.level)
+        show_view(table, options.format, _early)
+        if options.format == "table":
+            print("\n".join(early.describe(early.summarise(table))))
+    return 0
+
+
+def _show_points(points: Sequence[Point], options: argparse.Namespace) -> None:
+    """Print how many trainings each iteration takes, and how many of them the store has."""
+    from tombola.cli.tables import show_table
+    from tombola.engine.run import count_remaining
+    from tombola.study.tickets import Tickets
+
+    lines = []
+    for point in points:
+        planner, places = point.plan_orders()
+        progress = list(Tickets(point.planner).all().values())
+        orders = list(Tickets(planner).all().values()) if places else []
+        missing = len(point.chains) * len(point.levels) - len(orders)  # their networks are not there yet
+        there = {training.key for each in (*progress, *orders) for training in each.trainings}
+        lines.append([point.iteration, len(there), count_remaining(progress) + count_remaining(orders) + missing])
+    show_table(["iteration", "trainings there", "trainings to do"], lines, options.format)
+
+
+def _do(plan: Plan | Snapshots, options: argparse.Namespace) -> bool:
+    """Do the trainings of a plan, or show them if the options ask for it; return whether they are done."""
+    from tombola.cli.run import show_plan
+    from tombola.engine.estimate import estimate
+    from tombola.workbench.runs import count_workers, run_further
+
+    if options.plan:
+        count = count_workers(options.workers, plan.tickets.study.device)
+        show_plan(plan.planner, estimate(plan.planner, count, options.data), count, options.format)
+        return False
+    with progress_elsewhere(options.format):
+        run_further(plan.tickets, [plan.planner], options.workers, options.data)
+    return True
+
+
+def _controls(measure: Measure, table: pl.DataFrame) -> pl.DataFrame:
+    """Return one row for each kind of control and importance; means over seeds."""
+    import polars as pl
+
+    from tombola.analysis import controls
+    from tombola.cli.tables import figure, figure_range
+    from tombola.study.controls import KINDS
+
+    points = ", points" if measure.percent else ""
+    return controls.summarise(table).select(
+        *("level", "kind"),
+        pl.col("kind").replace(KINDS).alias("trained"),
+        *("importance", "seeds"),
+        figure("dense", measure).alias(f"dense {measure.heading}"),
+        figure("ticket", measure).alias(f"ticket {measure.heading}"),
+        figure("value", measure).alias(f"control {measure.heading}"),
+        figure("lost", measure, sign=True).alias(f"lost{points}"),
+        figure_range("low", "high", measure).alias("95 %"),
+    )
+
+
+def _combinations(measure: Measure, table: pl.DataFrame) -> pl.DataFrame:
+    """Return one row for each union and intersection; means over seeds."""
+    from tombola.analysis import controls
+    from tombola.cli.tables import figure, figure_range, percent
+
+    return controls.summarise_combinations(table).select(
+        *("level", "kind", "tickets", "seeds"),
+        percent("density").alias("density %"),
+        figure("ticket", measure).alias(f"tickets {measure.heading}"),
+        figure("value", measure).alias(f"combined {measure.heading}"),
+        figure("same_density", measure).alias("tickets as dense"),
+        figure("difference", measure, sign=True).alias("better by"),
+        figure_range("low", "high", measure).alias("95 %"),
+    )
+
+
+def _transfers(measure: Measure, table: pl.DataFrame) -> pl.DataFrame:
+    """Return one row for each importance; means over seeds."""
+    from tombola.analysis import controls
+    from tombola.cli.tables import figure, figure_range, percent
+
+    return controls.summarise_transfers(table).select(
+        *("level", "importance", "seeds"),
+        percent("density").alias("density %"),
+        figure("dense", measure).alias(f"dense {measure.heading}"),
+        figure("own", measure).alias(f"own ticket {measure.heading}"),
+        figure("value", measure).alias(f"transferred {measure.heading}"),
+        figure("shuffled", measure).alias("shuffled"),
+        figure("gained", measure, sign=True).alias("better than shuffled by"),
+        figure_range("low", "high", measure).alias("95 %"),
+        figure("difference", measure, sign=True).alias("better than own by"),
+    )
+
+
+def _points(means: pl.DataFrame) -> pl.DataFrame:
+    """Return one row for each level and iteration."""
+    import polars as pl
+
+    from tombola.cli.tables import percent, percent_range
+
+    return means.select(
+        *("level", "importance", "iteration", "seeds"),
+        percent("first").alias("error of one order %"),
+        percent("second").alias("of the other %"),
+        percent("barrier").alias("barrier, points"),
+        percent_range("low", "high").alias("95 %"),
+        pl.col("connected").replace_strict({True: "yes", False: "no"}, return_dtype=pl.String).alias("connected"),
+        percent("jaccard").alias("overlap of masks %"),
+        percent("chance").alias("chance"),
+    )
+
+
+def _early(table: pl.DataFrame) -> pl.DataFrame:
+    """Return one row for each importance and iteration; means over seeds."""
+    from tombola.analysis import early
+    from tombola.cli.tables import percent, percent_range
+
+    return early.summarise(table).select(
+        *("level", "importance", "iteration", "seeds"),
+        percent("distance").alias("distance to the end %"),
+        percent("known").alias("of the mask at the end, known %"),
+        percent_range("low", "high").alias("95 %"),
+        percent("chance").alias("chance"),
+        percent("ticket").alias("of the ticket, known %"),
+        percent("ticket_chance").alias("chance "),
+    )
