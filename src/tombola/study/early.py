@@ -100,5 +100,5 @@ def prune_at_once(
     """
     loaded, _ = load_importance(importance)
     rule = replace(planner.rule, fraction=1 - density)
-    pruning = Round("", weights, rewind, planner.dense, 0, importance, seed)
+    pruning = Round("", weights, rewind, planner.dense, 0, importance, seed, rule.fraction)
     return compute_mask(pruning, planner.problem, planner.study, rule, loaded)
