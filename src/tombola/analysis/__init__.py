@@ -18,6 +18,7 @@ and the pure functions that it is made of, whose docstrings describe the columns
 - `basins`: up to which level a ticket is connected to the next one and to the dense network.
 - `rewind_point`: from which iteration on two data orders stay connected.
 - `early`: how early in training it is known which connections survive.
+- `uniqueness`: what stored controls and rewind points say about the uniqueness of tickets.
 - `reinit`: partial reinitialisation: survival of shared connections against chance.
 """
 
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
         rewind_point,
         similarity,
         stability,
+        uniqueness,
         weights,
         winners,
     )
@@ -64,6 +66,7 @@ __all__ = [
     "rewind_point",
     "similarity",
     "stability",
+    "uniqueness",
     "weights",
     "winners",
 ]

@@ -72,7 +72,7 @@ def add_verbs(verbs: Verbs) -> None:
 
 def claims(options: argparse.Namespace) -> int:
     """Show whether the tickets agree with each claim of the paper: are they unique, alike, more stable where shared."""
-    from tombola.analysis import claims
+    from tombola.analysis import claims, uniqueness
 
     tickets, names = open_compared(options)
     with warnings_as_notes(Warning):
@@ -80,6 +80,7 @@ def claims(options: argparse.Namespace) -> int:
     found = claims.judge(evidence)
     if options.format == "table":
         _print_claims(evidence, found)
+        _print_uniqueness(uniqueness.describe(tickets, names))
     else:
         show_view(claims.to_frame(found), options.format, lambda table: table)
     return 0
@@ -245,6 +246,16 @@ def _print_claims(evidence: Evidence, found: Sequence[Claim]) -> None:
         print(f"\n{claim.number:3} {wrap(claim.statement, 4)}")
         for name, text in describe(claim).items():
             print(wrap(f"    {name}: {text}", 6))
+
+
+def _print_uniqueness(sentences: Sequence[str]) -> None:
+    """Print what stored controls and rewind points add, and which analyses ask the rest."""
+    from tombola.cli.tables import wrap
+
+    print("\nUnique up to what?")
+    for sentence in sentences:
+        print(wrap(f"  - {sentence}", 4))
+    print(wrap("  - More: `tombola matching` (the order of units), `basins`, `controls` and `rewind-point`.", 4))
 
 
 def _overlap_by_level(table: pl.DataFrame, total: str = "(all)") -> pl.DataFrame:

@@ -26,10 +26,11 @@ def add_verbs(verbs: Verbs) -> None:
             "--with",
             dest="costly",
             nargs="+",
-            choices=("functions", "connectivity", "matching", "similarity"),
+            choices=("functions", "connectivity", "matching", "similarity", "basins", "rewind-point", "early"),
             default=[],
             metavar="NAME",
-            help="include functions, connectivity, matching or similarity, which take time",
+            help="include these analyses, which take time: functions, connectivity, matching, similarity, basins, "
+            "rewind-point, early",
         )
         add_margin(added)
         if verb is report:

@@ -327,6 +327,33 @@ def reinit(table: pl.DataFrame, importances: Sequence[str]) -> Chart:
     return _by_layer(table, importances, column, title, others, alt.Scale(), ("low", "high"))
 
 
+def controls(table: pl.DataFrame, importances: Sequence[str], measure: Measure = TEST_ACCURACY) -> Chart:
+    """Chart what each control loses against the ticket, with 95 % intervals; takes a table of `further.controls`."""
+    kinds = table["trained"].unique(maintain_order=True).to_list()
+    title = f"{measure.label} lost" + (", points" if measure.percent else "")
+    scale = alt.Scale(domain=kinds, paddingInner=0.25)
+    y = alt.Y("trained:N", sort=kinds, title=None, axis=alt.Axis(labelLimit=260), scale=scale)
+    offset = alt.YOffset("importance:N", sort=list(importances), scale=alt.Scale(domain=list(importances)))
+    colour, shape = _colour(importances), _shape(importances)
+    base = alt.Chart(_data(table))
+    layers: list[alt.Chart] = [alt.Chart(alt.InlineData([{"zero": 0}])).mark_rule().encode(x="zero:Q")]
+    if table["low"].is_not_null().any():
+        rules = base.transform_filter("isValid(datum.low)").mark_rule(opacity=0.6)
+        layers.append(rules.encode(x=alt.X("low:Q", title=title), x2="high:Q", y=y, yOffset=offset, color=colour))
+    numbers = ["lost", "low", "high", *(name for name in table.columns if name.startswith(("ticket ", "control ")))]
+    layers.append(
+        base.mark_point(filled=True, opacity=0.9, size=60).encode(
+            x=alt.X("lost:Q", title=title),
+            y=y,
+            yOffset=offset,
+            color=colour,
+            shape=shape,
+            tooltip=["importance:N", "trained:N", *_numbers(*numbers)],
+        )
+    )
+    return alt.layer(*layers).properties(height=max(22, 9 * len(importances)) * max(1, len(kinds)))
+
+
 def weights(table: pl.DataFrame, importances: Sequence[str]) -> Chart:
     """Chart the distribution of weights in each layer: 5 % to 95 % as a thin bar, middle half thick, median marked.
 

@@ -13,8 +13,11 @@ import polars as pl
 
 from tombola import __version__
 from tombola.analysis import (
+    basins,
     claims,
     connectivity,
+    controls,
+    early,
     functions,
     initial,
     layers,
@@ -22,6 +25,7 @@ from tombola.analysis import (
     overlap,
     reference,
     reinit,
+    rewind_point,
     similarity,
     stability,
     weights,
@@ -42,6 +46,9 @@ from tombola.training.metrics import TEST_ACCURACY, Measure
 
 COSTLY = ("functions", "connectivity", "matching", "similarity")
 """Analyses that evaluate the networks and store nothing; a report computes them only on request."""
+
+FURTHER = ("basins", "rewind-point", "early")
+"""Further analyses that a report has only on request, and does not name otherwise."""
 
 
 @dataclass(frozen=True)
@@ -135,7 +142,7 @@ def gather(
         planner: of the study.
         name: the name of the study.
         command: how the command line names it, see `Contents`.
-        costly: those of the analyses in `COSTLY` that are to be computed.
+        costly: those of the analyses in `COSTLY` and `FURTHER` that are to be computed.
         level: the level of all charts that show a single level. By default, the sparsest level at which every
             importance keeps the dense network's accuracy; if there is none, the last level that all have.
         margin: see `tombola.analysis.winners`.
@@ -175,6 +182,14 @@ def gather(
             if "similarity" in costly:
                 add("similarity", lambda: similarity.of_study(tickets, levels=[shown]))
         add("reinit", lambda: reinit.of_study(tickets))
+        add("controls", lambda: controls.of_study(tickets))
+        add("combinations", lambda: controls.combinations_of_study(tickets))
+        if "basins" in costly:
+            add("basins", lambda: basins.summarise(basins.of_study(tickets), tickets, margin=margin))
+        if "rewind-point" in costly:
+            add("rewind-point", lambda: rewind_point.of_study(tickets))
+        if "early" in costly:
+            add("early", lambda: early.of_study(tickets))
         evidence = _collect_evidence(tickets, tables)
     records = tuple(tickets.records().values())
     data = planner.problem.data

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import polars as pl
 
+from tombola.analysis import controls as controls_analysis
+from tombola.analysis import early as early_analysis
 from tombola.analysis import initial as initial_analysis
 from tombola.analysis import matching as matching_analysis
+from tombola.analysis import rewind_point as rewind_analysis
 from tombola.analysis import similarity as similarity_analysis
+from tombola.study.controls import KINDS
+from tombola.training.metrics import Measure
 
 
 def matching(table: pl.DataFrame) -> pl.DataFrame:
@@ -72,3 +77,93 @@ def alignment(table: pl.DataFrame) -> pl.DataFrame:
     """
     means = similarity_analysis.summarise(table.filter(pl.col("layer") != similarity_analysis.OUTPUTS))
     return means.select(pl.col("kind").alias("what differs"), "tickets", "layer", pl.col("cka").alias("CKA"))
+
+
+def controls(table: pl.DataFrame, measure: Measure) -> pl.DataFrame:
+    """Return what each control loses against the ticket; means over seeds, with the 95 % interval of what is lost.
+
+    Args:
+        table: from `tombola.analysis.controls.of_controls`, for one level.
+        measure: what tickets are judged by.
+    """
+    value = measure.heading
+    return controls_analysis.summarise(table).select(
+        pl.col("kind").replace_strict(KINDS, return_dtype=pl.String).alias("trained"),
+        "importance",
+        (measure.scale * pl.col("ticket")).alias(f"ticket {value}"),
+        (measure.scale * pl.col("value")).alias(f"control {value}"),
+        *(measure.scale * pl.col(name) for name in ("lost", "low", "high")),
+        "seeds",
+    )
+
+
+def combinations(table: pl.DataFrame, measure: Measure) -> pl.DataFrame:
+    """Return how unions and intersections of tickets do, beside tickets of their density; means over seeds.
+
+    Args:
+        table: from `tombola.analysis.controls.of_combinations`, for one level.
+        measure: what tickets are judged by.
+    """
+    value = measure.heading
+    return controls_analysis.summarise_combinations(table).select(
+        "kind",
+        pl.col("tickets").list.join(" & "),
+        (100 * pl.col("density")).alias("density %"),
+        (measure.scale * pl.col("ticket")).alias(f"tickets {value}"),
+        (measure.scale * pl.col("value")).alias(f"combined {value}"),
+        (measure.scale * pl.col("same_density")).alias("tickets as dense"),
+        *(measure.scale * pl.col(name) for name in ("difference", "low", "high")),
+        "seeds",
+    )
+
+
+def basins(means: pl.DataFrame) -> pl.DataFrame:
+    """Return the barriers of each level to the next and to the dense network, with two verdicts.
+
+    Args:
+        means: from `tombola.analysis.basins.summarise`.
+    """
+    words = {True: "yes", False: "no"}
+    return means.select(
+        *("importance", "level"),
+        (100 * pl.col("density")).alias("density %"),
+        (100 * pl.col("next")).alias("barrier to the next level, points"),
+        (100 * pl.col("dense")).alias("to the dense network"),
+        (100 * pl.col("other_order")).alias("to another data order"),
+        *(pl.col(name).replace_strict(words, return_dtype=pl.String) for name in ("connected", "keeps")),
+        "seeds",
+    )
+
+
+def rewind_point(table: pl.DataFrame) -> pl.DataFrame:
+    """Return the barrier between two data orders that share the first iterations; means over seeds.
+
+    Args:
+        table: from `tombola.analysis.rewind_point`.
+    """
+    return rewind_analysis.summarise(table).select(
+        *("level", "iteration"),
+        *((100 * pl.col(name)).alias(f"{name} error %") for name in ("first", "second")),
+        (100 * pl.col("barrier")).alias("barrier, points"),
+        (100 * pl.col("jaccard")).alias("overlap of masks %"),
+        (100 * pl.col("chance")).alias("chance %"),
+        pl.col("connected").replace_strict({True: "yes", False: "no"}, return_dtype=pl.String),
+        "seeds",
+    )
+
+
+def early(table: pl.DataFrame) -> pl.DataFrame:
+    """Return how much of the mask at the end, and of the ticket, is known at each iteration; means over seeds.
+
+    Args:
+        table: from `tombola.analysis.early`.
+    """
+    return early_analysis.summarise(table).select(
+        *("importance", "iteration"),
+        (100 * pl.col("distance")).alias("distance to the end %"),
+        (100 * pl.col("known")).alias("of the mask at the end %"),
+        (100 * pl.col("chance")).alias("chance %"),
+        (100 * pl.col("ticket")).alias("of the ticket %"),
+        (100 * pl.col("ticket_chance")).alias("chance, ticket %"),
+        "seeds",
+    )

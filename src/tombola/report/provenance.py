@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from tombola.report.contents import COSTLY, Contents
+from tombola.report.contents import COSTLY, FURTHER, Contents
 from tombola.report.sections import command
 from tombola.study.schema import Study, fields
 
@@ -16,7 +16,7 @@ from tombola.study.schema import Study, fields
 def commands(contents: Contents) -> list[tuple[str, str]]:
     """Return (purpose, command) for the commands that compute the results, check them and write this report again."""
     level = [] if contents.level is None else [f"--level {contents.level}"]
-    costly = [name for name in COSTLY if name in contents.tables]
+    costly = [name for name in (*COSTLY, *FURTHER) if name in contents.tables]
     options = " ".join(["report", *level, *(["--with", *costly] if costly else [])])
     found = [
         ("runs the trainings that are not stored yet", command(contents, "run")),

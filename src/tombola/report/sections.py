@@ -14,7 +14,7 @@ import polars as pl
 from tombola.analysis.gather import ALL, PRUNABLE
 from tombola.analysis.reference import PAPER, compare, describe
 from tombola.report import charts, further, tables
-from tombola.report.contents import COSTLY, Contents
+from tombola.report.contents import COSTLY, FURTHER, Contents
 from tombola.report.findings import dense_values
 from tombola.report.look import Chart
 from tombola.training.metrics import TEST_ACCURACY
@@ -76,6 +76,8 @@ def sections(contents: Contents) -> list[Section]:
     found = [_accuracy(contents)]
     for name, title, verb, parts, about in _ANALYSES:
         reading, table = about.format(level=contents.level), contents.tables.get(name)
+        if table is None and name in _ON_REQUEST:
+            continue
         if table is None:
             found.append(_absent_section(name, title, reading, contents, verb.format(level=contents.level or 1)))
         else:
@@ -232,6 +234,35 @@ def _similarity(_: Contents, table: pl.DataFrame) -> list[Part]:
     return [*parts, Part("alignment", "Alignment of layers", None, further.alignment(table))]
 
 
+def _controls(contents: Contents, table: pl.DataFrame) -> list[Part]:
+    parts = []
+    for (level,), rows in table.group_by("level", maintain_order=True):
+        own = further.controls(rows, contents.measure)
+        there = own.filter(pl.col("lost").is_not_null())
+        chart = charts.controls(there, contents.study.importances, contents.measure) if len(there) else None
+        parts.append(Part(f"controls-level-{level}", f"Level {level}", chart, own))
+    return parts
+
+
+def _combinations(contents: Contents, table: pl.DataFrame) -> list[Part]:
+    return [
+        Part(f"combinations-level-{level}", f"Level {level}", None, further.combinations(rows, contents.measure))
+        for (level,), rows in table.group_by("level", maintain_order=True)
+    ]
+
+
+def _basins(_: Contents, means: pl.DataFrame) -> list[Part]:
+    return [Part("basins", "Barriers of each level", None, further.basins(means))]
+
+
+def _rewind_point(_: Contents, table: pl.DataFrame) -> list[Part]:
+    return [Part("rewind-point", "Barriers of two data orders", None, further.rewind_point(table))]
+
+
+def _early(_: Contents, table: pl.DataFrame) -> list[Part]:
+    return [Part("early", "Masks during training", None, further.early(table))]
+
+
 _ANALYSES: tuple[tuple[str, str, str, Callable[[Contents, pl.DataFrame], list[Part]], str], ...] = (
     (
         *("overlap", "Overlap of the tickets", "overlap", _overlap),
@@ -297,8 +328,39 @@ _ANALYSES: tuple[tuple[str, str, str, Callable[[Contents, pl.DataFrame], list[Pa
         "outputs and layers, what the mean of the two predictions gains in accuracy, and the expected calibration "
         "error.",
     ),
+    (
+        *("controls", "Controls", "controls --level {level}", _controls),
+        "One thing about each ticket is changed, and the result is trained: what a control loses is what the ticket "
+        "owes to the thing that was changed. The ticket with another data order is the noise of a training. Bars show "
+        "95 % intervals over seeds.",
+    ),
+    (
+        *("combinations", "Unions and intersections of tickets", "combine --level {level}", _combinations),
+        "The union and the intersection of tickets, trained as tickets of their own, beside tickets of their density, "
+        "between two levels. A difference above 0 is in favour of the combination.",
+    ),
+    (
+        *("basins", "Connected levels", "report --with basins", _basins),
+        "The barrier of the test error between a trained ticket and that of the next level, and between the dense "
+        "network and the ticket. Levels are connected if the barrier is at most 2 points. A level keeps what tickets "
+        "are judged by if it loses no more than the margin.",
+    ),
+    (
+        *("rewind-point", "Rewind point", "report --with rewind-point", _rewind_point),
+        "Two networks share the first iterations, and see the data in different orders from then on. They are "
+        "connected if the barrier of the test error between them is at most 2 points. The overlap is that of the masks "
+        "that one round prunes the two to.",
+    ),
+    (
+        *("early", "How early a mask is known", "report --with early", _early),
+        "At each iteration the dense network is pruned in one round to the density of the tickets of the last level. "
+        "The share of this mask that is in the mask at the end of training, and the share of the ticket that is in it.",
+    ),
 )
 """One section per analysis: name of the table and section, title, verb that computes it, parts, how to read it."""
+
+_ON_REQUEST = ("controls", "combinations", *FURTHER)
+"""Analyses that have a section only if their results are there."""
 
 
 def _absent_section(name: str, title: str, reading: str, contents: Contents, verb: str) -> Section:

@@ -39,7 +39,8 @@ def charts(
         overrides: fields with other values.
         store: the folder of the store.
         data: the folder of the data sets.
-        costly: further analyses, which take time: `"functions"`, `"connectivity"`, `"matching"`, `"similarity"`.
+        costly: further analyses, which take time: `"functions"`, `"connectivity"`, `"matching"`, `"similarity"`,
+            `"basins"`, and, if they have been run, `"rewind-point"` and `"early"`.
         level: the level of the charts that show one level.
         margin: by how much the accuracy of a winning ticket may be lower, on the scale 0..1.
 
@@ -79,7 +80,8 @@ def write_report(
         overrides: fields with other values.
         store: the folder of the store.
         data: the folder of the data sets.
-        costly: further analyses, which take time: `"functions"`, `"connectivity"`, `"matching"`, `"similarity"`.
+        costly: further analyses, which take time: `"functions"`, `"connectivity"`, `"matching"`, `"similarity"`,
+            `"basins"`, and, if they have been run, `"rewind-point"` and `"early"`.
         level: the level of the charts that show one level.
         margin: by how much the accuracy of a winning ticket may be lower, on the scale 0..1.
 
@@ -118,10 +120,11 @@ def gather_stored(
     Raises:
         NothingStoredError: if the store has no result of the study.
     """
-    from tombola.report.contents import COSTLY, gather
+    from tombola.report.contents import COSTLY, FURTHER, gather
 
-    if unknown := [each for each in costly if each not in COSTLY]:
-        raise UserError(f"costly: unknown analysis {unknown[0]!r}; {did_you_mean(unknown[0], COSTLY)}")
+    known = (*COSTLY, *FURTHER)
+    if unknown := [each for each in costly if each not in known]:
+        raise UserError(f"costly: unknown analysis {unknown[0]!r}; {did_you_mean(unknown[0], known)}")
     contents = gather(planner, title, command, costly=costly, level=level, margin=margin)
     if not contents.results:
         raise NothingStoredError.of_study(planner.store.root)
