@@ -171,12 +171,24 @@ def race(known: Known) -> list[Candidate]:
     return [found for each in going if (found := step(known, each, known.levels)) is not None]
 
 
-STRATEGIES: dict[str, Strategy] = {"rounds": rounds, "bisect": bisect, "one-shot": one_shot, "race": race}
+STRATEGIES: dict[str, Strategy] = {
+    "rounds": rounds,
+    "bisect": bisect,
+    "one-shot": one_shot,
+    "race": race,
+    "short": race,
+}
 """The strategies by name."""
 
+SHARES = {"short": 0.25}
+"""Strategies whose first trial has shorter trainings: their length as a share of the complete ones."""
 
-def find_strategy(name: str) -> Strategy:
-    """Return a strategy by its name.
+DEFAULT = "race"
+"""The strategy that is used if none is named."""
+
+
+def find_strategy(name: str | Strategy) -> Strategy:
+    """Return a strategy by its name; a function is one already.
 
     Raises:
         UserError: if there is none of this name.
@@ -185,6 +197,8 @@ def find_strategy(name: str) -> Strategy:
     Traceback (most recent call last):
     tombola.errors.UserError: strategy: unknown 'bisekt'; did you mean 'bisect'?
     """
+    if callable(name):
+        return name
     if name not in STRATEGIES:
         raise UserError(f"strategy: unknown {short(name)}; {did_you_mean(str(name), STRATEGIES)}")
     return STRATEGIES[name]
