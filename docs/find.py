@@ -27,7 +27,7 @@ from tombola.workbench import find, run, winners
 from tombola.workbench.find import work_of_rounds
 from tombola.workbench.runs import open_workers
 
-STRATEGIES = ("rounds", "bisect", "one-shot", "race", "short")
+STRATEGIES = ("race", "short", "one-shot", "bisect", "rounds")
 
 STUDIES: dict[str, tuple[str, dict[str, Any], float]] = {
     "digits": ("digits", {"seeds": [0, 1, 2], "data_seeds": [], "task.validation": 0.3}, 0.01),

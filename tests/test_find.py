@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stores import InTurn, planner, results, study
@@ -27,7 +27,7 @@ from tombola.study.planner import Chain, Planner
 from tombola.study.schema import Study
 from tombola.study.task import load_problem
 from tombola.study.tickets import Tickets
-from tombola.workbench.find import choose_strategy, conclude, read_budget, shorten
+from tombola.workbench.find import conclude, read_budget, shorten
 
 Gain = Callable[[Candidate, int], float]
 """The gain of a ticket in a trial."""
@@ -56,6 +56,7 @@ def simulate(gain: Gain, strategy: str, levels: int, importances: tuple[str, ...
 # strategies
 
 
+@settings(max_examples=30)
 @given(st.sampled_from(sorted(STRATEGIES)), st.integers(1, 40), st.data())
 def test_every_strategy_finds_the_last_level_that_keeps_the_metric(
     strategy: str, levels: int, data: st.DataObject
@@ -68,11 +69,13 @@ def test_every_strategy_finds_the_last_level_that_keeps_the_metric(
         "bisect": 2 * math.isqrt(levels) + math.ceil(math.log2(levels + 1)) + 2,
         "one-shot": math.ceil(math.log2(levels + 1)) + 2,
         "race": math.ceil(math.log2(levels + 1)) + 2,
+        "short": math.ceil(math.log2(levels + 1)) + 2,
     }
     assert counts[0] <= most[strategy]
     assert (known.best is None) == (last == 0)
 
 
+@settings(max_examples=30)
 @given(st.lists(st.integers(0, 24), min_size=2, max_size=6, unique=True))
 def test_a_race_finds_what_all_importances_together_find_with_fewer_trainings(last: list[int]) -> None:
     names = tuple(f"importance {number}" for number in range(len(last)))
@@ -99,6 +102,7 @@ def test_a_level_that_was_refuted_by_a_large_round_is_tried_again_by_a_small_one
     assert end.found.level == 9
 
 
+@settings(max_examples=30)
 @given(st.sampled_from(sorted(STRATEGIES)), st.integers(2, 20), st.integers(0, 20))
 def test_other_trials_refute_what_the_first_has_found_by_chance(strategy: str, levels: int, last: int) -> None:
     end, known, _ = simulate(
@@ -146,7 +150,7 @@ SHOW: Any = lambda *_: None  # noqa: E731
 def walk(root: Path, strategy: str = "one-shot", of: Study = STUDY, margin: float = 0.05, **how: Any) -> Walk:
     own = planner(root, of)
     trials = [(own, seed) for seed in of.seeds]
-    return search(trials, InTurn(last_first=False), SHOW, choose_strategy(strategy), margin=margin, **how)
+    return search(trials, InTurn(last_first=False), SHOW, find_strategy(strategy), margin=margin, **how)
 
 
 @pytest.fixture(scope="module")
@@ -194,7 +198,7 @@ def test_a_collection_keeps_what_a_search_has_trained(root: Path) -> None:
     assert {folder.name for folder in results(root)} <= list_needs(Tickets(planner(root, STUDY)))
 
 
-@pytest.mark.parametrize("trainings", [2, 4])
+@pytest.mark.parametrize("trainings", [4])
 def test_a_budget_of_trainings_is_kept_and_a_larger_one_goes_on(tmp_path: Path, root: Path, trainings: int) -> None:
     part = walk(tmp_path / "s", budget=Budget(trainings=trainings, text=f"{trainings} trainings"))
     assert 0 < part.done <= trainings
@@ -222,7 +226,7 @@ def test_a_budget_of_time_is_kept(tmp_path: Path) -> None:
     trials = [(own, seed) for seed in STUDY.seeds]
     how: dict[str, Any] = {"margin": 0.05, "clock": lambda: now[0]}
     part = search(
-        trials, InTurn(last_first=False), tick, choose_strategy("rounds"), budget=Budget(seconds=10, text="10s"), **how
+        trials, InTurn(last_first=False), tick, find_strategy("rounds"), budget=Budget(seconds=10, text="10s"), **how
     )
     assert part.unknown
     assert part.done < 15
@@ -245,7 +249,7 @@ def test_short_trainings_search_and_complete_ones_judge(tmp_path: Path) -> None:
     own = planner(tmp_path / "s", of)
     scout = planner(tmp_path / "s", of.model_copy(update={"recipe": shorten(of.recipe, 0.5)}))
     trials = [(scout, 0), (own, 0), (own, 1)]
-    found = search(trials, InTurn(last_first=False), SHOW, choose_strategy("short"), margin=1.0)
+    found = search(trials, InTurn(last_first=False), SHOW, find_strategy("short"), margin=1.0)
     assert found.end.found is not None
     steps = len(found.end.found.path)
     tried = sum(each.trial == 0 for each in found.tried)
@@ -303,7 +307,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
         own = Planner(of, problem, Store(root))
         trials = [(own, seed) for seed in of.seeds]
         how: dict[str, Any] = {"margin": 1.0}
-        search(trials, InTurn(last_first=False, works_on=problem), SHOW, choose_strategy("race"), **how)
+        search(trials, InTurn(last_first=False, works_on=problem), SHOW, find_strategy("race"), **how)
     return root
 
 
@@ -359,7 +363,7 @@ def test_find_in_python_gives_the_ticket_and_the_table(small: Path) -> None:
     ("words", "message"),
     [
         (["--within", "-1"], "--within: expected percentage points of accuracy, 0 to 100, got '-1'"),
-        (["--strategy", "bisekt"], "--strategy: unknown 'bisekt'; did you mean 'bisect'?"),
+        (["--strategy", "bisekt"], "unknown --strategy 'bisekt'; did you mean 'bisect'?"),
         (["--budget", "0.5"], "--budget: 0.5 is less than one training"),
         (["--budget", "soon"], "--budget: expected a time such as 90m or 2h, or a number of trainings such as 12"),
         (["--budget", "0s"], "--budget: expected a time above 0"),
@@ -384,7 +388,7 @@ def test_a_margin_that_no_level_keeps_says_how_far_the_densest_fell(tmp_path: Pa
         find("digits", within=-0.1)
     own = planner(tmp_path / "s", study(["l1"], seeds=(0, 1), levels=2, rewind=0, iterations=5))
     trials = [(own, 0), (own, 1)]
-    lost = search(trials, InTurn(last_first=False), SHOW, choose_strategy("one-shot"), margin=-2.0)
+    lost = search(trials, InTurn(last_first=False), SHOW, find_strategy("one-shot"), margin=-2.0)
     expected = r"no ticket keeps the test accuracy within -200 points; the densest ticket that was tried \(l1, level"
     with pytest.raises(
         UserError, match=expected + r" 1\) has [\d.]+ %, and the dense network [\d.]+ %, a difference of"
@@ -404,4 +408,4 @@ def test_budgets_are_read_in_all_their_forms() -> None:
     assert read_budget("90m") == Budget(seconds=5400, text="90m")
     assert read_budget(12).trainings == read_budget("12 trainings").trainings == 12
     assert read_budget(None) == Budget()
-    assert isinstance(plan(Known(("l1",), 3, 0.0, 1, {}), choose_strategy("race")), Ask)
+    assert isinstance(plan(Known(("l1",), 3, 0.0, 1, {}), find_strategy("race")), Ask)

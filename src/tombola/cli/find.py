@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from tombola.cli.options import Verbs, open_planner, percentage_points, print_note
 from tombola.errors import UserError
+from tombola.lottery.search import DEFAULT, STRATEGIES
 
 if TYPE_CHECKING:
     import polars as pl
@@ -32,7 +33,11 @@ def add_verbs(verbs: Verbs) -> None:
         "that is not a share, percent of the dense network's value",
     )
     added.add_argument(
-        "--strategy", default="race", metavar="NAME", help="rounds, bisect, one-shot, race or short (%(default)s)"
+        "--strategy",
+        choices=tuple(STRATEGIES),
+        default=DEFAULT,
+        metavar="NAME",
+        help=f"{', '.join(STRATEGIES)} (%(default)s)",
     )
     added.add_argument(
         "--budget", metavar="TEXT", help="what may be spent: a time such as 90m or 2h, or a number of trainings"
@@ -49,13 +54,12 @@ def find(options: argparse.Namespace) -> int:
     from tombola.analysis.frontier import of_walk
     from tombola.analysis.winners import FLATTERS
     from tombola.files import check_output
-    from tombola.workbench.find import choose_strategy, conclude, describe_failure, read_budget, walk_study
+    from tombola.workbench.find import conclude, describe_failure, read_budget, walk_study
     from tombola.workbench.runs import prepare_store, try_study
 
     plain = options.format == "table"
     try:
         budget = read_budget(options.budget)
-        choose_strategy(options.strategy)
         _check_pictures(options.picture)
         for name, path in (("output", options.output), ("picture", options.picture)):
             if path is not None:

@@ -82,7 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         again = "; finished trainings are kept, continue with: " + shlex.join(["tombola", *given])
-        print(f"\ntombola: stopped{again if given[:1] == ['run'] else ''}", file=sys.stderr, flush=True)
+        print(f"\ntombola: stopped{again if given[:1] in (['run'], ['find']) else ''}", file=sys.stderr, flush=True)
         if arguments is None:
             end_at_once(130)  # because the normal exit of torch can take seconds
         return 130

@@ -11,11 +11,12 @@ from tombola.engine.estimate import speed_of
 from tombola.engine.forecast import Speed, makespan, paths_ahead, steps_ahead
 from tombola.engine.run import Status, run
 from tombola.engine.workers import Workers
-from tombola.errors import UserError
+from tombola.errors import DamagedResultError, UserError
 from tombola.lottery.search import Ask, Candidate, End, Known, Strategy, plan
 from tombola.study.planner import Chain, Planner, Progress
 from tombola.study.tickets import Tickets
 from tombola.study.trainings import Training
+from tombola.training.history import Trained
 from tombola.training.metrics import Measure
 
 Show = Callable[[Status, Training | None], None]
@@ -211,7 +212,7 @@ class _Search:
         steps = {
             (planner.end, step.name): step.seconds
             for chain, planner in chains.items()
-            for step in steps_ahead(planner, chain, planner.progress(chain), unit)
+            for step in steps_ahead(planner, chain, _follow(planner, chain), unit)
         }
         return sum(steps.values())
 
@@ -223,7 +224,7 @@ class _Search:
         paths = [
             path
             for chain, planner in chains.items()
-            for path in paths_ahead(planner, chain, planner.progress(chain), speed)
+            for path in paths_ahead(planner, chain, _follow(planner, chain), speed)
         ]
         return makespan(paths, self._workers.count)
 
@@ -306,6 +307,18 @@ def measure_gain(value: float, dense: float, measure: Measure) -> float:
     if measure.percent or not gain:
         return gain
     return gain / abs(dense) if dense else math.copysign(math.inf, gain)
+
+
+def _follow(planner: Planner, chain: Chain) -> Progress:
+    """Return the progress of a chain; a damaged result is missing, because a run repeats its training."""
+
+    def get(key: str) -> Trained | None:
+        try:
+            return planner.store.results.get(key)
+        except DamagedResultError:
+            return None
+
+    return planner.progress(chain, get)
 
 
 def _stop(known: Known) -> Sequence[Candidate]:

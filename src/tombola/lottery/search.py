@@ -85,9 +85,12 @@ class Known:
         gains = self.gains.get(candidate, {})
         if 0 not in gains:
             return None
-        judged = [gains[trial] for trial in range(1, self.trials) if trial in gains]
-        complete = judged and len(judged) == self.trials - 1
-        return self._within(gains[0]) and (not complete or self._within(statistics.fmean(judged)))
+        others = [gains[trial] for trial in gains if trial]
+        return self._within(gains[0]) and (not self.judged(candidate) or self._within(statistics.fmean(others)))
+
+    def judged(self, candidate: Candidate) -> bool:
+        """Return whether all trials but the first are known of a ticket, and there are some."""
+        return self.trials > 1 and self.gains.get(candidate, {}).keys() >= set(range(1, self.trials))
 
     @property
     def best(self) -> Candidate | None:
@@ -156,7 +159,8 @@ def race(known: Known) -> list[Candidate]:
     """Search with all importances as `one_shot` does, and drop those that fall behind.
 
     Importances are ranked by the sparsest ticket that keeps the metric, then by its gain. After each ticket that the
-    first has tried, half of the importances are left. Those that cannot pass the first are dropped at once.
+    first has tried, half of the importances are left. Those that cannot pass the first are dropped at once. When the
+    race is over, each of the others may still pass the first, by one level.
 
     >>> gains = {Candidate("l1", (5,)): {0: 0.0}, Candidate("l2", (5,)): {0: -0.1}}
     >>> race(Known(("l1", "l2"), 10, 0.0, 1, gains))
@@ -168,15 +172,28 @@ def race(known: Known) -> list[Candidate]:
     tried = sum(each.importance == first for each in known.gains)
     left = order[: math.ceil(len(order) / 2**tried)]
     going = [each for each in left if each == first or known.bounds(each)[1] > level]
-    return [found for each in going if (found := step(known, each, known.levels)) is not None]
+    asked = [found for each in going if (found := step(known, each, known.levels)) is not None]
+    return asked or [found for each in order[1:] if (found := _pass(known, each, level + 1)) is not None]
 
 
-STRATEGIES: dict[str, Strategy] = {"rounds": rounds, "bisect": bisect, "one-shot": one_shot, "race": race}
+STRATEGIES: dict[str, Strategy] = {
+    "rounds": rounds,
+    "bisect": bisect,
+    "one-shot": one_shot,
+    "race": race,
+    "short": race,
+}
 """The strategies by name."""
 
+SHARES = {"short": 0.25}
+"""Strategies whose first trial has shorter trainings: their length as a share of the complete ones."""
 
-def find_strategy(name: str) -> Strategy:
-    """Return a strategy by its name.
+DEFAULT = "race"
+"""The strategy that is used if none is named."""
+
+
+def find_strategy(name: str | Strategy) -> Strategy:
+    """Return a strategy by its name; a function is one already.
 
     Raises:
         UserError: if there is none of this name.
@@ -185,6 +202,8 @@ def find_strategy(name: str) -> Strategy:
     Traceback (most recent call last):
     tombola.errors.UserError: strategy: unknown 'bisekt'; did you mean 'bisect'?
     """
+    if callable(name):
+        return name
     if name not in STRATEGIES:
         raise UserError(f"strategy: unknown {short(name)}; {did_you_mean(str(name), STRATEGIES)}")
     return STRATEGIES[name]
@@ -195,8 +214,8 @@ def step(known: Known, importance: str, most: int) -> Candidate | None:
 
     The next ticket is pruned from the sparsest one that keeps the metric, at level a. It lies in the middle between a
     and the level b that was refuted (of two levels, it is the sparser), but at most `most` levels ahead. If no level
-    lies between, b is tried again unless it was pruned from a: a ticket that was pruned from a denser one, by more
-    connections at once, is no proof that b cannot be reached.
+    lies between, b is tried again unless it was pruned from a or refuted by the other trials: a ticket that was pruned
+    from a denser one, by more connections at once, is no proof that b cannot be reached.
 
     Args:
         known: what is known.
@@ -212,6 +231,8 @@ def step(known: Known, importance: str, most: int) -> Candidate | None:
     if level >= known.levels:
         return None
     ahead = level + min(most, (refuted - level + 1) // 2)
+    if any(known.judged(each) for each in known.gains if (each.importance, each.level) == (importance, ahead)):
+        return None
     found = Candidate(importance, (*path, ahead))
     return found if known.keeps(found) is None else None
 
@@ -268,6 +289,14 @@ def plan(known: Known, strategy: Strategy) -> Ask | End:
 
 def _step_each(known: Known, most: int) -> list[Candidate]:
     return [found for each in known.importances if (found := step(known, each, most)) is not None]
+
+
+def _pass(known: Known, importance: str, level: int) -> Candidate | None:
+    """Return the ticket of an importance at a level, pruned from its sparsest one; None if it is refuted there."""
+    kept, refuted = known.bounds(importance)
+    if level > known.levels or level >= refuted:
+        return None
+    return Candidate(importance, (*(kept.path if kept else ()), level))
 
 
 def _rank(known: Known, importance: str) -> tuple[float, ...]:

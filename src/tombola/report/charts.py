@@ -88,7 +88,9 @@ def accuracy(
 def frontier(
     table: pl.DataFrame, importances: Sequence[str], dense: float | None, margin: float, measure: Measure
 ) -> Chart:
-    """Chart what a search has tried, against the work spent: density above, the metric below, with the margin.
+    """Chart what a search has tried: the metric against density, in the order of the search; marks grow with the work.
+
+    The metric is that of the first trial. The lines across are the dense network's metric and the margin below it.
 
     Args:
         table: from `tombola.analysis.frontier.of_walk`.

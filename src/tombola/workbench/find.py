@@ -15,16 +15,17 @@ import polars as pl
 from tombola import kernels
 from tombola.analysis import frontier
 from tombola.analysis.winners import FLATTERS
-from tombola.engine.estimate import dense_speed
+from tombola.engine.estimate import dense_speed, recorded_speed
 from tombola.engine.here import WorkersHere
 from tombola.engine.search import Budget, Walk, search
 from tombola.errors import UserError, short
 from tombola.exits import watch_exits
-from tombola.lottery.search import Strategy, find_strategy
+from tombola.lottery.search import DEFAULT, SHARES, Strategy, find_strategy
 from tombola.lottery.ticket import Ticket
 from tombola.store.layout import STORE
 from tombola.study.planner import Planner
 from tombola.study.schema import Study
+from tombola.study.tickets import Tickets
 from tombola.threads import one_thread
 from tombola.training.recipe import Recipe
 from tombola.training.replaceable import OwnLayersWarning
@@ -35,15 +36,6 @@ from tombola.workbench.studies import AnyStudy, Overrides, open_planner
 
 if TYPE_CHECKING:
     from tombola.report.look import Chart
-
-DEFAULT = "race"
-"""The strategy that is used if none is named."""
-
-SHORT = "short"
-"""The strategy that searches with shorter trainings, as `race` does."""
-
-SHARE = 0.25
-"""The length of its trainings, as a share of the complete ones."""
 
 _UNITS = {"s": 1, "m": 60, "min": 60, "h": 3600, "d": 86400}
 _TIME = re.compile(r"(?:\d+(?:\.\d+)? *(?:s|min|m|h|d) *)+")
@@ -137,7 +129,7 @@ def find(
     with one_thread(), watch_exits():
         check_margin(within)
         allowed = read_budget(budget)
-        choose_strategy(strategy)
+        find_strategy(strategy)
         planner = open_planner(study, overrides, store=store, data=data)
         try_study(planner)
         prepare_store(planner, Path(store))
@@ -186,17 +178,6 @@ def read_budget(budget: str | float | None) -> Budget:
     return Budget(seconds=seconds, text=text)
 
 
-def choose_strategy(strategy: str | Strategy) -> Strategy:
-    """Return a strategy by its name; a function is one already.
-
-    Raises:
-        UserError: if there is none of this name.
-    """
-    if callable(strategy):
-        return strategy
-    return find_strategy(DEFAULT if strategy == SHORT else strategy)
-
-
 def walk_study(
     planner: Planner,
     within: float,
@@ -225,14 +206,14 @@ def walk_study(
     if not study.levels:
         raise UserError("levels: the study has level 0 alone, and a ticket is found at a level from 1 on")
     trials = [(planner, seed) for seed in study.seeds]
-    if strategy == SHORT:
-        shorter = study.model_copy(update={"recipe": shorten(study.recipe, SHARE)})
+    if isinstance(strategy, str) and strategy in SHARES:
+        shorter = study.model_copy(update={"recipe": shorten(study.recipe, SHARES[strategy])})
         trials = [(Planner(shorter, planner.problem, planner.store), study.seeds[0]), *trials]
     with open_workers(planner, workers, data) as opened:
         timed = budget.seconds is not None and not isinstance(opened, WorkersHere)
-        speed = dense_speed(planner, data) if timed else None
+        speed = recorded_speed(Tickets(planner)) or dense_speed(planner, data) if timed else None
         with show_progress(planner, opened.count) if progress else show_nothing() as show:
-            return search(trials, opened, show, choose_strategy(strategy), margin=within, budget=budget, speed=speed)
+            return search(trials, opened, show, find_strategy(strategy), margin=within, budget=budget, speed=speed)
 
 
 def shorten(recipe: Recipe, share: float) -> Recipe:
