@@ -604,8 +604,8 @@ def test_a_download_without_its_package_is_refused(tmp_path, monkeypatch):
 
 def test_images_without_their_package_are_refused(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "PIL", None)
+    (tmp_path / "pets" / "train" / "cat").mkdir(parents=True)
     with pytest.raises(UserError, match=r"decoding the images of .*pets needs the extra 'data'"):
-        (tmp_path / "pets" / "train" / "cat").mkdir(parents=True)
         load("image-folder", tmp_path, path="pets")
 
 
