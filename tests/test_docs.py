@@ -6,12 +6,15 @@ that the page has written is run, with fewer epochs; of all others the options a
 
 from __future__ import annotations
 
+import importlib
+import json
 import re
 import shlex
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -68,6 +71,24 @@ def test_the_commands_of_a_page_are_understood(page: Path, tmp_path: Path, monke
         study = getattr(options, "study", None)
         if study is not None and not study.endswith(".toml") and not study.isupper():
             load_study(study)
+
+
+@pytest.mark.parametrize("name", ["first-ticket", "compare-importances"])
+def test_a_notebook_runs_and_shows_its_charts(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers_here: None
+) -> None:
+    """The trainings are the same; what it shows was written by `docs/notebooks/execute.py`."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(ROOT / "docs" / "notebooks"))
+    path = ROOT / "docs" / "notebooks" / f"{name}.ipynb"
+    shown = [cell["outputs"] for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "code"]
+    found = [outputs for _, outputs in importlib.import_module("execute").execute(path)]
+    assert [_kinds(outputs) for outputs in found] == [_kinds(outputs) for outputs in shown]
+    assert sum(kinds.count("image/png") for kinds in map(_kinds, found)) == 2
+
+
+def _kinds(outputs: list[dict[str, Any]]) -> list[str]:
+    return [kind for output in outputs for kind in output.get("data", {output["output_type"]: None})]
 
 
 @pytest.mark.parametrize("page", [ROOT / "README.md", ROOT / "CONTRIBUTING.md"], ids=lambda page: page.stem)
