@@ -86,7 +86,7 @@ def finished(finished_run: tuple[Path, subprocess.CompletedProcess[str]]) -> Pat
 @pytest.fixture
 def workers_here(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let `tombola run` do its trainings in this process, which needs no time to start others."""
-    from tombola.engine.job import Job, Outcome, perform
+    from tombola.engine.job import Job, Outcome, Pruned, RoundJob, perform, perform_round
     from tombola.engine.workers import Failed
     from tombola.study.schema import Task
     from tombola.study.task import Problem, load_problem
@@ -98,7 +98,7 @@ def workers_here(monkeypatch: pytest.MonkeyPatch) -> None:
 
         def __init__(self, count: int, task: Task, directory: Path | None, store: Path) -> None:
             self.problem: Problem = load_problem(task, directory)
-            self.jobs: list[Job] = []
+            self.jobs: list[Job | RoundJob] = []
 
         def __enter__(self) -> Here:
             return self
@@ -110,14 +110,17 @@ def workers_here(monkeypatch: pytest.MonkeyPatch) -> None:
         def idle(self) -> bool:
             return not self.jobs
 
-        def submit(self, job: Job) -> None:
+        def submit(self, job: Job | RoundJob) -> None:
             self.jobs.append(job)
 
-        def events(self, timeout: float) -> Iterator[Outcome | Failed]:
+        def events(self, timeout: float) -> Iterator[Outcome | Pruned | Failed]:
             while self.jobs:
                 job = self.jobs.pop()
                 try:
-                    yield perform(job, self.problem, None, lambda iteration, checkpoint: None)
+                    if isinstance(job, RoundJob):
+                        yield perform_round(job, self.problem)
+                    else:
+                        yield perform(job, self.problem, None, lambda iteration, checkpoint: None)
                 except Exception as error:
                     yield Failed.by(job.key, error)
 

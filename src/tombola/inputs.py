@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
+import torch
 from torch import Tensor
 
 Tensors: TypeAlias = Tensor | tuple[Tensor, ...] | dict[str, Tensor]
@@ -64,6 +65,21 @@ def count_examples(tensors: Tensors) -> int:
     3
     """
     return len(next(iter(list_tensors(tensors).values())))
+
+
+def concatenate(parts: Sequence[Tensors]) -> Tensors:
+    """Return the examples of several parts, all of one structure, one after the other.
+
+    >>> import torch
+    >>> concatenate([(torch.zeros(1), torch.ones(1)), (torch.ones(2), torch.zeros(2))])
+    (tensor([0., 1., 1.]), tensor([1., 0., 0.]))
+    """
+    named = [list_tensors(part) for part in parts]
+    joined = [torch.cat([each[key] for each in named]) for key in named[0]]
+    first = parts[0]
+    if isinstance(first, dict):
+        return dict(zip(first, joined, strict=True))
+    return tuple(joined) if isinstance(first, tuple) else joined[0]
 
 
 def describe(tensors: Tensors) -> str:

@@ -19,7 +19,7 @@ from scipy import stats
 from tombola.analysis import layers, overlap, reinit, stability
 from tombola.analysis.accuracy import Row, rows
 from tombola.analysis.gather import ALL, DATA_ORDER, IMPORTANCES, PRUNABLE, last_level
-from tombola.analysis.winners import mean_with_interval
+from tombola.analysis.winners import UNBOUNDED, Bounds, mean_with_interval
 from tombola.errors import NothingStoredError, UserError
 from tombola.study.planner import Chain, select_chains
 from tombola.study.tickets import Tickets
@@ -28,6 +28,9 @@ Verdict = Literal["holds", "holds in part", "does not hold", "not testable"]
 
 ALIKE = ("magnitude", "l1", "l2")
 """The importances that the paper's claims compare."""
+
+_DELTA: Bounds = (-1.0, 1.0)
+"""The possible values of Cliff's delta."""
 
 SPARSITY = 0.9648
 """The sparsity at which the paper compares tickets: that of level 15, after rounds of 20 %."""
@@ -68,11 +71,17 @@ class Claim:
     noise: float | None = None
     seeds: int = 0
 
-    def add_measure(self, measure: str, values: Sequence[float]) -> Claim:
-        """Add the number that decides: the mean of these values, one for each seed, with its interval."""
+    def add_measure(self, measure: str, values: Sequence[float], within: Bounds = UNBOUNDED) -> Claim:
+        """Add the number that decides: the mean of these values, one for each seed, with its interval.
+
+        Args:
+            measure: what the number is.
+            values: the value of each seed.
+            within: the smallest and the largest possible value.
+        """
         if not values:
             return self
-        mean, low, high = mean_with_interval(values)
+        mean, low, high = mean_with_interval(values, within)
         return replace(self, measure=measure, value=mean, low=low, high=high, seeds=len(values))
 
     def add_baselines(self, *, chance: float | None = None, noise: float | None = None) -> Claim:
@@ -638,8 +647,8 @@ def _judge_effect(
         return claim.decide("not testable", "there are no shared connections, or no others")
     values = by_seed["effect"].to_list()
     agrees = _is_below(values, 0) if below else _is_above(values, 0)
-    measured = claim.add_measure("Cliff's delta, shared against others", values).add_baselines(chance=0.0)
-    return measured.decide(*_conclude({f"Cliff's delta is {_mean(values, '+.3f')}": agrees}))
+    measured = claim.add_measure("Cliff's delta, shared against others", values, _DELTA).add_baselines(chance=0.0)
+    return measured.decide(*_conclude({f"Cliff's delta is {_mean(values, '+.3f', _DELTA)}": agrees}))
 
 
 # 6. Partial reinitialisation.
@@ -843,8 +852,8 @@ def _unevenness(evidence: Evidence, importance: str, seed: int, last: int) -> fl
     return statistics.fmean(found) if found else None
 
 
-def _mean(values: Sequence[float], form: str) -> str:
-    mean, low, high = mean_with_interval(values)
+def _mean(values: Sequence[float], form: str, within: Bounds = UNBOUNDED) -> str:
+    mean, low, high = mean_with_interval(values, within)
     return f"{_number(mean, form)}{_bracket(low, high, form)}"
 
 

@@ -122,7 +122,7 @@ def summarise(table: pl.DataFrame) -> pl.DataFrame:
 
 def build_measure(planner: Planner) -> Measure:
     """Return a function that computes the error and the loss of a state on the study's test set."""
-    if not planner.problem.data.classes:
+    if not planner.problem.of_classes:
         raise UserError(
             "connectivity: its error is that of predicted classes, and the labels of this data are no classes"
         )

@@ -18,6 +18,7 @@ from tombola.streams import ambient
 from tombola.study.planner import Planner, select_chains
 from tombola.study.tickets import Tickets
 from tombola.training.evaluation import predict
+from tombola.training.metrics import flatten_classes, list_classes
 
 _REMEMBERED = 16  # number of networks whose outputs are kept: those of one level
 
@@ -33,6 +34,8 @@ def of_study(
     - kind: what differs between the tickets: "importances", "data order" (the same importance and initial weights) or,
       for level 0, "seeds". Level 0 is always included for comparison. Its tickets are the dense networks, of which a
       seed has only one for all importances.
+
+    Where classes are those of positions, such as the tokens of a text, each position counts as an example.
 
     Args:
         tickets: tickets of the study.
@@ -135,8 +138,9 @@ class _Outputs:
     """Computes the outputs of trained tickets on the test set, and keeps those of the last few networks."""
 
     def __init__(self, planner: Planner) -> None:
-        if not planner.problem.data.classes:
+        if not planner.problem.of_classes:
             raise UserError("functions: it compares predicted classes, and the labels of this data are no classes")
+        self._labels = cast(Tensor, planner.problem.data.test_labels)
         self._data, self._forward = planner.problem.data, planner.problem.forward
         with ambient(0):
             self._model = planner.problem.build()
@@ -147,11 +151,12 @@ class _Outputs:
         name = ticket.trained.weights.hash
         if name not in self._known:
             ticket.apply(self._model, trained=True)
-            self._known[name] = predict(self._model, self._data, self._forward)
+            outputs = predict(self._model, self._data, self._forward)
+            self._known[name] = flatten_classes(outputs, self._labels)[0]
             for oldest in list(self._known)[:-_REMEMBERED]:
                 del self._known[oldest]
         return self._known[name]
 
     def compare(self, outputs: Mapping[str, Tensor]) -> pl.DataFrame:
         """Return the table of `of_outputs` for outputs on the test set."""
-        return of_outputs(outputs, cast(Tensor, self._data.test_labels))  # numbers of classes
+        return of_outputs(outputs, list_classes(self._labels))

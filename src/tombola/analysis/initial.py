@@ -114,6 +114,8 @@ def summarise(table: pl.DataFrame) -> pl.DataFrame:
         pl.col("kept").drop_nulls().alias("each"),
         pl.col("kept", "expected", "excess").mean(),
     )
-    bounds = [mean_with_interval(each)[1:] if len(each) else (None, None) for each in lines["each"].to_list()]
+    bounds = [
+        mean_with_interval(each, (0.0, 1.0))[1:] if len(each) else (None, None) for each in lines["each"].to_list()
+    ]
     low, high = zip(*bounds, strict=True) if bounds else ((), ())
     return lines.drop("each").with_columns(pl.Series("low", low, pl.Float64), pl.Series("high", high, pl.Float64))

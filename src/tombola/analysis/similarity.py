@@ -20,6 +20,7 @@ from tombola.study.planner import Planner, select_chains
 from tombola.study.tickets import Tickets
 from tombola.training.batches import normalisation
 from tombola.training.evaluation import predict
+from tombola.training.metrics import flatten_classes, list_classes
 
 OUTPUTS = "(outputs)"
 """The value of the column `layer` for what the network returns."""
@@ -71,7 +72,7 @@ def of_study(
     wanted = set(levels) if levels is not None else {last_level(tickets, chains)}
     tickets.require(wanted, chains)
     ask = _Networks(tickets.planner)
-    labels = cast(Tensor, tickets.planner.problem.data.test_labels)
+    labels = list_classes(cast(Tensor, tickets.planner.problem.data.test_labels))
     tables = []
     for where, (one, other) in pairs(tickets, importances, wanted | {0}):
         names = where.pop("tickets")
@@ -216,7 +217,7 @@ class _Networks:
 
     def __init__(self, planner: Planner) -> None:
         self._data, self._forward = planner.problem.data, planner.problem.forward
-        if not self._data.classes:
+        if not planner.problem.of_classes:
             raise UserError(f"it compares predicted classes, and the labels of {self._data.name!r} are no classes")
         with ambient(0):
             self._model = planner.problem.build()
@@ -229,7 +230,9 @@ class _Networks:
         name = ticket.trained.weights.hash
         if name not in self._known:
             ticket.apply(self._model, trained=True)
-            self._known[name] = Answers(predict(self._model, self._data, self._forward), self._look())
+            outputs = predict(self._model, self._data, self._forward)
+            scores, _ = flatten_classes(outputs, cast(Tensor, self._data.test_labels))
+            self._known[name] = Answers(scores, self._look())
             for oldest in list(self._known)[:-_REMEMBERED]:
                 del self._known[oldest]
         return self._known[name]

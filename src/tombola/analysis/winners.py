@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import polars as pl
 from scipy import special
@@ -134,14 +134,26 @@ def _compare(pairs: Sequence[tuple[float, float]], margin: float, measure: Measu
     return [dense, value, mean, low, high, measure.gain(mean, 0.0) >= least, surely]
 
 
-def mean_with_interval(values: Sequence[float]) -> tuple[float, float | None, float | None]:
+Bounds: TypeAlias = tuple[float, float]
+"""The smallest and the largest possible value."""
+
+UNBOUNDED: Bounds = (-math.inf, math.inf)
+
+
+def mean_with_interval(values: Sequence[float], within: Bounds = UNBOUNDED) -> tuple[float, float | None, float | None]:
     """Return the mean of independent values and its 95 % interval by Student's t; None for fewer than two.
+
+    Args:
+        values: the values.
+        within: the smallest and the largest possible mean, which the interval does not leave.
 
     >>> mean_with_interval([1.0, 1.0]), mean_with_interval([0.5])
     ((1.0, 1.0, 1.0), (0.5, None, None))
+    >>> mean_with_interval([0.9, 1.0], within=(0, 1))[2]
+    1.0
     """
     mean = statistics.fmean(values)
     if len(values) < 2:
         return mean, None, None
     half = float(special.stdtrit(len(values) - 1, 0.975)) * statistics.stdev(values) / math.sqrt(len(values))
-    return mean, mean - half, mean + half
+    return mean, max(within[0], mean - half), min(within[1], mean + half)

@@ -65,7 +65,7 @@ def export(options: argparse.Namespace) -> int:
     with _begin_with("--output "):
         check_output(options.output)
     planner = open_planner(options)
-    with _begin_with("--"):
+    with _begin_with("--", ("importance: ", "seed: ", "level: ")):
         ticket = ticket_of(planner, options.importance, options.seed, options.level)
     ticket.save(options.output, trained=options.trained)
     chain = Chain(options.seed, options.importance)
@@ -155,13 +155,15 @@ def _mean(accuracy: str, std: str, seeds: str) -> pl.Expr:
 
 
 @contextmanager
-def _begin_with(option: str) -> Iterator[None]:
-    """Put an option, or only its dashes, before the message of a `UserError`."""
+def _begin_with(option: str, starts: tuple[str, ...] = ("",)) -> Iterator[None]:
+    """Put an option, or only its dashes, before the message of a `UserError` that starts in one of these ways."""
     try:
         yield
     except NothingStoredError:
         raise  # it is not about the option
     except UserError as error:
+        if not str(error).startswith(starts):
+            raise
         raise UserError(f"{option}{error}") from error
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tombola.cli.options import Verbs, open_planner, print_note, whole_number
 from tombola.errors import UserError
@@ -93,10 +93,15 @@ def show_plan(planner: Planner, expected: Estimate, workers: int, form: str) -> 
             "to_train": expected.to_train,
             "seconds_per_training": expected.seconds_each,
             "seconds": expected.seconds,
-            "critical_seconds": expected.critical[1] if expected.critical else 0.0,
+            "critical_seconds": expected.critical[1]
+            if expected.critical
+            else None
+            if expected.seconds is None
+            else 0.0,
             "critical_chain": str(expected.critical[0]) if expected.critical else None,
             "workers": workers,
             "bytes": expected.bytes,
+            "coverage": _coverage_to_json(planner.coverage),
             "chains": [dict(zip(keys, line, strict=True)) for line in lines],
         }
         emit(json.dumps(document, indent=1))
@@ -112,12 +117,25 @@ def show_plan(planner: Planner, expected: Estimate, workers: int, form: str) -> 
         print(f"all {expected.existing} trainings are in {planner.store.root}: nothing is left to do")
         return
     print(f"{count(expected.to_train, 'training')} to do, {expected.existing} in {planner.store.root} already")
-    print(f"time: about {duration(expected.seconds)} on {count(workers, 'worker')}, ", end="")
-    print(f"{duration(expected.seconds_each)} per training ({expected.source})")
+    if expected.seconds is None or expected.seconds_each is None:
+        print(f"time: not known: {expected.source}")
+    else:
+        print(f"time: about {duration(expected.seconds)} on {count(workers, 'worker')}, ", end="")
+        print(f"{duration(expected.seconds_each)} per training ({expected.source})")
     if expected.critical:
         chain, seconds = expected.critical
         print(f"critical path: {chain}, {duration(seconds)} with any number of workers")
     print(f"disk: about {size(expected.bytes)}")
+
+
+def _coverage_to_json(coverage: Coverage) -> dict[str, Any]:
+    keys = ("role", "tensors", "parameters", "share", "largest")
+    return {
+        "parameters": coverage.total,
+        "counted": coverage.counted,
+        "warning": coverage.warn() or None,
+        "parts": [dict(zip(keys, row, strict=True)) for row in coverage.tabulate()],
+    }
 
 
 def print_coverage(coverage: Coverage) -> None:

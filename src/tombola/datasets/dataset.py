@@ -205,7 +205,8 @@ def split_validation(dataset: Dataset, validation: float | int) -> Dataset:
     examples = dataset.held_examples
     if dataset.drawn is not None:
         raise UserError(
-            f"task.validation: the training examples of {dataset.name!r} are drawn by a function; let it draw others"
+            f"task.validation: the training examples of {dataset.name!r} are drawn by a function; give it the "
+            "attribute validation = True, let it draw batches of the split 'validation', and leave task.validation out"
         )
     if dataset.validation_inputs is not None:
         raise UserError(f"task.validation: data set {dataset.name!r} has a validation set of its own; leave it out")

@@ -13,7 +13,7 @@ from tombola.exits import attribute_failure
 from tombola.inputs import Tensors, count_examples, list_tensors
 
 Draw: TypeAlias = Callable[[int, int, str], Iterable[tuple[Tensors, Tensors]]]
-"""A function (seed, epoch, split) -> batches (inputs, targets); the split is "train" or "test"."""
+"""A function (seed, epoch, split) -> batches (inputs, targets); the split is "train", "test" or "validation"."""
 
 
 @dataclass(frozen=True, eq=False)

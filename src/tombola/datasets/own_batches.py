@@ -8,14 +8,11 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
-
-import torch
 
 from tombola.datasets.dataset import Dataset, digest_of_part
 from tombola.datasets.drawn import Draw, Drawn, list_batches
 from tombola.errors import UserError
-from tombola.inputs import Tensors, count_examples, list_tensors
+from tombola.inputs import Tensors, concatenate, count_examples, list_tensors
 from tombola.streams import ambient
 
 HELD = 4096
@@ -27,14 +24,15 @@ _COMPARED = 3  # batches that are drawn twice and compared
 def dataset_of_batches(name: str, draw: Draw, source: str) -> Dataset:
     """Return the data set of the batches that a function draws.
 
-    The batches of epoch 0 of seed 0 are drawn once, hashed and counted. The test set is kept in memory. What identifies
-    the data set is the source of the user's code, which decides all seeds and epochs, and the content of these two;
-    or, instead of the content, the attribute `fingerprint` of an object that has one.
+    The batches of epoch 0 of seed 0 are drawn once, hashed and counted. The test set is kept in memory, and so is the
+    validation set, which is drawn if the function has the attribute `validation = True`. What identifies the data set
+    is the source of the user's code, which decides all seeds and epochs, and the content of these; or, instead of the
+    content, the attribute `fingerprint` of an object that has one.
 
     Args:
         name: the name of the data set.
         draw: a function (seed, epoch, split) -> batches. Equal arguments have to give equal batches, whatever the state
-            of global random numbers. An object may have a `fingerprint`, a text.
+            of global random numbers. An object may have a `fingerprint`, a text, and `validation`, a bool.
         source: the hash of the source of the function.
 
     Raises:
@@ -49,17 +47,22 @@ def dataset_of_batches(name: str, draw: Draw, source: str) -> Dataset:
     """
     where = f"data set {name!r}"
     _check_repeats(where, draw)
-    train, test = _read(where, draw, "train", HELD), _read(where, draw, "test")
+    splits = {"train": _read(where, draw, "train", HELD), "test": _read(where, draw, "test")}
+    if getattr(draw, "validation", False):
+        splits["validation"] = _read(where, draw, "validation")
+    train = splits["train"]
     given = getattr(draw, "fingerprint", None)
     if given is not None and not isinstance(given, str):
         raise UserError(f"{where}: its fingerprint is a {type(given).__name__}, expected a text")
-    content = [given] if given is not None else [train.digests, test.digests]
+    content = [given] if given is not None else [each.digests for each in splits.values()]
     fingerprint = hashlib.sha256(json.dumps([source, len(train.sizes), *content]).encode()).hexdigest()
     drawn = Drawn(where, draw, len(train.sizes), train.sizes[0], train.sizes[-1], fingerprint)
-    (train_inputs, train_labels), (test_inputs, test_labels) = (
-        [_join(where, [batch[part] for batch in batches]) for part in (0, 1)] for batches in (train.held, test.held)
-    )
-    return Dataset(name, train_inputs, train_labels, test_inputs, test_labels, drawn=drawn)
+    held = {
+        f"{split}_{part}": _join(where, [batch[number] for batch in read.held])
+        for split, read in splits.items()
+        for number, part in enumerate(("inputs", "labels"))
+    }
+    return Dataset(name, drawn=drawn, **held)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -115,8 +118,4 @@ def _join(where: str, parts: list[Tensors]) -> Tensors:
         raise UserError(
             f"{where}: its batches differ in structure, type or shape of an example; pad the examples to one shape"
         )
-    joined: list[Any] = [torch.cat([each[key] for each in named]) for key in named[0]]
-    first = parts[0]
-    if isinstance(first, dict):
-        return dict(zip(first, joined, strict=True))
-    return tuple(joined) if isinstance(first, tuple) else joined[0]
+    return concatenate(parts)

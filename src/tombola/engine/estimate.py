@@ -5,13 +5,14 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from tombola.engine.forecast import Speed, Timing, makespan, paths_ahead, refine
-from tombola.engine.job import Job
+from tombola.engine.job import Job, Outcome
 from tombola.engine.local import LocalWorkers
 from tombola.engine.run import count_remaining
 from tombola.engine.workers import At, Failed
@@ -29,6 +30,10 @@ _WORTH_TIMING = 60.0  # seconds of a run from which on a few seconds of timing d
 _STEP_OF_FORWARD = 3.0  # approximate cost of a dense training step, in forward passes
 
 
+class _DivergedError(Exception):
+    """A training diverged while it was timed."""
+
+
 @dataclass(frozen=True)
 class Estimate:
     """The expected work, time and disk space of a run.
@@ -37,9 +42,9 @@ class Estimate:
         chains: (chain, number of stored tickets, number of missing tickets) for each chain.
         existing: the number of stored trainings.
         to_train: the number of missing trainings. It may turn out lower, as chains that reach the same mask share them.
-        seconds_each: the mean duration of a training in seconds.
+        seconds_each: the mean duration of a training in seconds; None if a training diverges while it is timed.
         source: the source of the durations, for the user.
-        seconds: the duration of the whole run in seconds, on the given number of workers.
+        seconds: the duration of the whole run in seconds, on the given number of workers; None as above.
         critical: the chain that takes longest and its seconds; more workers cannot make the run shorter than this.
         bytes: the size of the results to come.
     """
@@ -47,9 +52,9 @@ class Estimate:
     chains: tuple[tuple[Chain, int, int], ...]
     existing: int
     to_train: int
-    seconds_each: float
+    seconds_each: float | None
     source: str
-    seconds: float
+    seconds: float | None
     critical: tuple[Chain, float] | None
     bytes: int
 
@@ -68,16 +73,19 @@ def estimate(planner: Planner, workers: int, directory: Path | None = None) -> E
     chains = tuple((chain, len(p.tickets), planner.study.levels + 1 - len(p.tickets)) for chain, p in progress.items())
     if not to_train:
         return Estimate(chains, len(keys), 0, 0.0, "nothing to do", 0.0, None, 0)
-    speed = _speed(planner, list(progress.values()), workers, directory)
+    missing = [
+        level for p in progress.values() if p.waits_for for level in range(len(p.tickets), planner.study.levels + 1)
+    ]
+    sizes = sum(_bytes(planner, level) for level in missing) * to_train // max(1, len(missing))
+    try:
+        speed = _speed(planner, list(progress.values()), workers, directory)
+    except _DivergedError as error:
+        return Estimate(chains, len(keys), to_train, None, str(error), None, None, sizes)
     waiting = {chain: p for chain, p in progress.items() if p.waits_for is not None}
     ahead = [(chain, path) for chain, p in waiting.items() for path in paths_ahead(planner, chain, p, speed)]
     total = sum(step.seconds for step in {step.name: step for _, steps in ahead for step in steps}.values())
     lengths = [(chain, sum(step.seconds for step in steps)) for chain, steps in ahead]
     seconds = speed.start + makespan([steps for _, steps in ahead], workers)
-    missing = [
-        level for p in progress.values() if p.waits_for for level in range(len(p.tickets), planner.study.levels + 1)
-    ]
-    sizes = sum(_bytes(planner, level) for level in missing) * to_train // max(1, len(missing))
     critical = max(lengths, key=lambda each: each[1])
     return Estimate(chains, len(keys), to_train, total / to_train, speed.source, seconds, critical, sizes)
 
@@ -109,7 +117,9 @@ def prior_speed(planner: Planner, workers: int, directory: Path | None = None) -
     step = _STEP_OF_FORWARD * testing * planner.study.recipe.batch_size / planner.problem.data.test_examples
     if to_train * planner.end * step / workers < _WORTH_TIMING:
         return Speed({}, testing, 0.0, "not known yet")
-    return _timed_speed(planner, workers, directory, testing)
+    with suppress(_DivergedError):
+        return _timed_speed(planner, workers, directory, testing)
+    return None
 
 
 def recorded_speed(tickets: Tickets) -> Speed | None:
@@ -173,9 +183,10 @@ def _time_iterations(planner: Planner, mask: Mask, count: int, directory: Path |
             for event in workers.events(timeout=0.1):
                 if isinstance(event, Failed):
                     raise UserError(f"a training that was tried out failed: {event.reason}")
-                if not isinstance(event, At):
-                    marks[event.key] += [(0, began), (1, time.perf_counter())]  # the training diverged
-                else:
+                if isinstance(event, Outcome):
+                    at = event.history["diverged_at"]
+                    raise _DivergedError(f"a training that was timed diverged at iteration {at}; lower recipe.lr")
+                if isinstance(event, At):
                     marks[event.key].append((event.iteration, time.perf_counter()))
             if all(len(at) > 1 and at[-1][1] - at[0][1] > _TIMED_SECONDS for at in marks.values()):
                 break

@@ -16,6 +16,7 @@ import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from tombola import datasets, models
 from tombola.datasets.dataset import Dataset, split_validation
@@ -95,6 +96,14 @@ class Problem:
         parts = [part for part in ("model", "loss", "forward", "step") if part in self.identity]
         names = {part: f"task.{part} {self.identity[part]['name']!r}" for part in parts}
         return observe(self.begin, self.loss, self.data, forward=self.forward, step=self.step, names=names)
+
+    @property
+    def of_classes(self) -> bool:
+        """Whether the targets are classes: of examples, or of positions such as the tokens of a text."""
+        labels = self.data.test_labels
+        whole = isinstance(labels, Tensor) and not (labels.is_floating_point() or labels.is_complex())
+        by_use = self.loss is functional.cross_entropy or any(metric.of_classes for metric in self.metrics)
+        return bool(self.data.classes) or (whole and by_use)
 
     @property
     def measure(self) -> Measure:

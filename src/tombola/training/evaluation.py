@@ -69,8 +69,10 @@ def measure(
         for metric in metrics:
             if metric is not LOSS:
                 with name_metric(metric), torch.autocast(data_device, enabled=False):
-                    if not isinstance(targets, Tensor):
-                        raise UserError("it needs targets that are one tensor, and here they are several")
+                    if not metric.of_several and not isinstance(targets, Tensor):
+                        raise UserError(
+                            "it needs targets that are one tensor, and here they are several; give a metric of your own"
+                        )
                     states[metric.key] = metric.add(states.get(metric.key), outputs, targets)
         if outputs.ndim <= 2 and len(outputs) == examples:
             kept.append(outputs)

@@ -19,6 +19,7 @@ from torch.nn import functional
 
 from tombola.errors import UserError, did_you_mean
 from tombola.exits import attribute_failure
+from tombola.inputs import Tensors, concatenate, convert
 
 IGNORED = -100
 """The class number of a position that does not count, such as padding; as in `torch.nn.functional.cross_entropy`."""
@@ -111,6 +112,7 @@ class Metric:
         label: the name in sentences; by default the name with spaces.
         key: what identifies it in stored results; by default the name.
         of_classes: whether the targets are numbers of classes, and the outputs have a score for each class.
+        of_several: whether the targets may be several tensors.
 
     >>> state = MSE.add(None, torch.tensor([1.0, 2.0]), torch.tensor([1.0, 4.0]))
     >>> MSE.value(MSE.add(state, torch.tensor([0.0]), torch.tensor([1.0])))
@@ -120,11 +122,12 @@ class Metric:
     name: str
     higher_is_better: bool
     percent: bool
-    add: Callable[[Any, Tensor, Tensor], Any]
+    add: Callable[[Any, Tensor, Any], Any]
     value: Callable[[Any], float]
     label: str = ""
     key: str = ""
     of_classes: bool = False
+    of_several: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "label", self.label or self.name.replace("_", " "))
@@ -195,7 +198,7 @@ def _sum(
     return Metric(name, higher, percent, add, value, label, of_classes=of_classes)
 
 
-def _rows(outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+def flatten_classes(outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Return outputs and targets of classes as (positions, classes) and (positions,), without ignored positions.
 
     The classes are the second dimension of the outputs, as in torch's cross-entropy, or the last one.
@@ -226,6 +229,16 @@ def _rows(outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     return scores, targets
 
 
+def list_classes(targets: Tensor) -> Tensor:
+    """Return the targets of all positions that count, shape (positions,), see `flatten_classes`.
+
+    >>> list_classes(torch.tensor([[1, 0], [2, IGNORED]]))
+    tensor([1, 0, 2])
+    """
+    flat = targets.flatten()
+    return flat[flat != IGNORED]
+
+
 def _range(targets: Tensor) -> str:
     return f"{int(targets.min())}..{int(targets.max())}"
 
@@ -244,13 +257,13 @@ def _numbers(outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
 
 def _right(outputs: Tensor, targets: Tensor) -> Tensor:
     """Return for each position whether the highest score is that of its class; a NaN score counts as wrong."""
-    scores, classes = _rows(outputs, targets)
+    scores, classes = flatten_classes(outputs, targets)
     return (scores.argmax(1) == classes) & ~scores.isnan().any(1)
 
 
 def _right_of_five(outputs: Tensor, targets: Tensor) -> Tensor:
     """Return for each position whether its class is among the five highest; ties go to the lower number."""
-    scores, classes = _rows(outputs, targets)
+    scores, classes = flatten_classes(outputs, targets)
     if scores.shape[1] < 5:
         raise UserError(f"it needs outputs of five classes or more, got {scores.shape[1]}")
     own, places = scores.gather(1, classes[:, None]), torch.arange(scores.shape[1], device=scores.device)
@@ -272,7 +285,7 @@ def _share(name: str, right: Callable[[Tensor, Tensor], Tensor], label: str = ""
 
 def _confusion(outputs: Tensor, targets: Tensor) -> Tensor:
     """Return for each class the numbers of positions: of the class, predicted as it, and both; shape (3, classes)."""
-    scores, classes = _rows(outputs, targets)
+    scores, classes = flatten_classes(outputs, targets)
     number, predicted = scores.shape[1], scores.argmax(1)
     predicted = torch.where(scores.isnan().any(1), number, predicted)  # no class at all
     both = classes[predicted == classes]
@@ -297,7 +310,7 @@ def _mean_of_present(part: Tensor, whole: Tensor) -> float:
 
 def _cross_entropies(outputs: Tensor, targets: Tensor) -> Tensor:
     """Return the sum of the cross-entropies of all positions, and their number."""
-    scores, classes = _rows(outputs, targets)
+    scores, classes = flatten_classes(outputs, targets)
     total = functional.cross_entropy(scores, classes, reduction="none").double().sum()
     return torch.stack([total, torch.full_like(total, len(classes))])
 
@@ -440,19 +453,19 @@ def as_metric(function: Callable[..., Any], name: str, key: str) -> Metric:
         raise UserError(f"it does not say which way is better; set {name}.higher_is_better = True or False")
 
     def add(
-        state: tuple[list[Tensor], list[Tensor]] | None, outputs: Tensor, targets: Tensor
-    ) -> tuple[list[Tensor], list[Tensor]]:
+        state: tuple[list[Tensor], list[Tensors]] | None, outputs: Tensor, targets: Tensors
+    ) -> tuple[list[Tensor], list[Tensors]]:
         kept = state or ([], [])
         kept[0].append(outputs)
-        kept[1].append(targets.clone())  # the function may change them
+        kept[1].append(convert(torch.clone, targets))  # the function may change them
         return kept
 
-    def value(state: tuple[list[Tensor], list[Tensor]]) -> float:
+    def value(state: tuple[list[Tensor], list[Tensors]]) -> float:
         with attribute_failure(name):
-            result: Any = function(torch.cat(state[0]), torch.cat(state[1]))
+            result: Any = function(torch.cat(state[0]), concatenate(state[1]))
         return _as_number(result)
 
-    return Metric(name, higher, bool(getattr(function, "percent", False)), add, value, key=key)
+    return Metric(name, higher, bool(getattr(function, "percent", False)), add, value, key=key, of_several=True)
 
 
 def _is_accumulator(value: object) -> bool:
@@ -481,10 +494,10 @@ def _of_torchmetrics(build: Callable[[], Any], name: str, key: str) -> Metric:
         raise UserError(f"{type(one).__name__} does not say which way is better; set its higher_is_better")
     percent = (getattr(one, "plot_lower_bound", None), getattr(one, "plot_upper_bound", None)) == (0, 1)
 
-    def add(state: Any, outputs: Tensor, targets: Tensor) -> Any:
+    def add(state: Any, outputs: Tensor, targets: Tensors) -> Any:
         with attribute_failure(name):
             state = state if state is not None else build().to(outputs.device)
-            state.update(outputs, targets.clone())
+            state.update(outputs, convert(torch.clone, targets))
         return state
 
     def value(state: Any) -> float:
@@ -492,7 +505,7 @@ def _of_torchmetrics(build: Callable[[], Any], name: str, key: str) -> Metric:
             result = state.compute()
         return _as_number(result)
 
-    return Metric(name, higher, percent, add, value, key=key)
+    return Metric(name, higher, percent, add, value, key=key, of_several=True)
 
 
 def _as_number(result: object) -> float:

@@ -7,7 +7,7 @@ take for a small or sparse network. The kernels are private functions of torch: 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import TypeAlias
 
@@ -24,8 +24,15 @@ _Updated: TypeAlias = tuple[nn.Parameter, Tensor, dict[str, Tensor]]
 """A parameter, its gradient, and its state, which is empty at first."""
 
 
-def find_decayed(names: Sequence[str], no_decay: Sequence[str]) -> list[bool]:
+def find_decayed(
+    names: Sequence[str], no_decay: Sequence[str], shared: Mapping[str, Sequence[str]] | None = None
+) -> list[bool]:
     """Return for each parameter whether it has weight decay: all have except those that a pattern of `no_decay` names.
+
+    Args:
+        names: the names of the parameters.
+        no_decay: patterns of names.
+        shared: the other names of parameters that modules share, which patterns may use too, by their first names.
 
     Raises:
         UserError: if a pattern matches no parameter.
@@ -33,10 +40,12 @@ def find_decayed(names: Sequence[str], no_decay: Sequence[str]) -> list[bool]:
     >>> find_decayed(["fc.weight", "fc.bias"], ["*.bias"])
     [True, False]
     """
+    called = [(name, *(shared or {}).get(name, ())) for name in names]
+    every = [name for several in called for name in several]
     for pattern in no_decay:
-        if not any(fnmatchcase(name, pattern) for name in names):
-            raise UserError(f"recipe.no_decay: no parameter matches {pattern!r}; there are {shorten(', '.join(names))}")
-    return [not any(fnmatchcase(name, pattern) for pattern in no_decay) for name in names]
+        if not any(fnmatchcase(name, pattern) for name in every):
+            raise UserError(f"recipe.no_decay: no parameter matches {pattern!r}; there are {shorten(', '.join(every))}")
+    return [not any(fnmatchcase(name, pattern) for pattern in no_decay for name in several) for several in called]
 
 
 class Optimizer:

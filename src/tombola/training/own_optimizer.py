@@ -63,6 +63,11 @@ class OwnOptimizer:
         for key, tensor in (tensors or {}).items():
             self._restore(key, tensor)
 
+    @property
+    def groups(self) -> list[dict[str, Any]]:
+        """The groups of parameters that it updates."""
+        return self._optimizer.param_groups
+
     def zero_grad(self) -> None:
         """Set all gradients to None."""
         for parameter in self.parameters:

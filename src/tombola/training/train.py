@@ -18,6 +18,7 @@ from tombola.datasets.dataset import Dataset
 from tombola.errors import UserError, short
 from tombola.inputs import Forward, OwnStep, call, convert
 from tombola.kernels import accelerate, dense_names
+from tombola.pruning.eligible import list_shared
 from tombola.pruning.mask import Mask
 from tombola.streams import ambient
 from tombola.training.accumulation import accumulate
@@ -183,7 +184,7 @@ def _make_updater(
     """Return what updates the parameters of a model: an optimizer of the recipe, or one of the user."""
     parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     names = dense_names(model)
-    decayed = find_decayed([names[name] for name in parameters], recipe.no_decay)
+    decayed = find_decayed([names[name] for name in parameters], recipe.no_decay, list_shared(model))
     if ":" not in recipe.optimizer:
         return Optimizer(recipe, list(parameters.values()), state, decayed)
     what = f"recipe.optimizer {recipe.optimizer!r}"

@@ -17,14 +17,26 @@ from torch.nn import functional
 from tombola.datasets.dataset import Dataset
 from tombola.errors import UserError
 from tombola.exits import attribute_failure
-from tombola.inputs import Forward, OwnStep, Tensors, call, convert, count_examples, describe, select
+from tombola.inputs import (
+    Forward,
+    OwnStep,
+    Tensors,
+    call,
+    concatenate,
+    convert,
+    count_examples,
+    describe,
+    list_tensors,
+    select,
+)
+from tombola.pruning.eligible import list_shared
 from tombola.streams import ambient
 from tombola.training.batches import Batch, batches, device_of, normalisation
 from tombola.training.evaluation import Loss, measure
-from tombola.training.loss_functions import describe_misfit
+from tombola.training.loss_functions import LOSSES, describe_misfit
 from tombola.training.metrics import ACCURACY, Metric, check_names
 from tombola.training.optimizer import find_decayed
-from tombola.training.own_optimizer import MakeOptimizer, check_optimizer
+from tombola.training.own_optimizer import MakeOptimizer, OwnOptimizer, check_optimizer
 from tombola.training.recipe import Recipe, Schedule
 from tombola.training.train import training_loss
 
@@ -75,7 +87,8 @@ def try_network(
         for name, parameter in model.named_parameters():
             if not parameter.isfinite().all():
                 raise UserError(f"{called['model']}: its initial {name!r} is not finite (NaN or infinite)")
-        find_decayed([name for name, each in model.named_parameters() if each.requires_grad], recipe.no_decay)
+        trained = [name for name, each in model.named_parameters() if each.requires_grad]
+        find_decayed(trained, recipe.no_decay, list_shared(model))
         _try_step(model, loss, data, recipe, forward=forward, step=step, called=called, of_classes=of_classes)
         if ":" in recipe.optimizer and optimizer is not None:
             _try_optimizer(model, optimizer, recipe)
@@ -103,11 +116,12 @@ def _try_step(
     if forward is call and step is None:
         _check_arguments(model, inputs, called["model"])
     value: Any
-    with _batch_norm_of_one(model, inputs, recipe, data):
+    with _batch_norm_of_one(model, inputs, recipe, data), _types(model, inputs, called["model"]):
         if step is None:
             outputs = _outputs(partial(forward, model), inputs, data, called["outputs"], of_classes)
             _check_classes_of(outputs, labels, loss, data, loss_name)
             value = _name_loss(loss_name, partial(minimised, outputs, labels))
+            _check_mean(minimised, outputs.detach(), labels, value, loss_name)
             finite = bool(outputs.isfinite().all())
         else:
             loss_name = called["step"]
@@ -130,11 +144,36 @@ def _try_step(
             raise UserError(f"{what}, the gradient of {name!r} is NaN or infinite: every training would diverge")
 
 
+def _check_mean(loss: Loss, outputs: Tensor, labels: Tensors, value: object, name: str) -> None:
+    """Raise `UserError` if a loss of the user is a sum over the examples: twice as large for all of them twice."""
+    if loss in LOSSES.values() or isinstance(loss, partial) or not isinstance(value, Tensor) or value.shape != ():
+        return
+    with torch.no_grad():
+        again, twice = (
+            _name_loss(name, partial(loss, concatenate([outputs] * count), concatenate([labels] * count)))  # type: ignore[arg-type]
+            for count in (1, 2)
+        )
+    if again.isfinite() and again != 0 and torch.isclose(twice, 2 * again, rtol=1e-4):
+        raise UserError(
+            f"{name}: expected the mean over the batch, and it is a sum: for the same examples twice it is twice as "
+            f"large, {float(twice):.4g} and not {float(again):.4g}; divide it by the number of examples"
+        )
+
+
 def _try_optimizer(model: nn.Module, optimizer: MakeOptimizer, recipe: Recipe) -> None:
     """Try an optimizer of the user on the gradients of a step; the parameters get their values back."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    trained = list(named.values())
     values = [parameter.detach().clone() for parameter in trained]
-    check_optimizer(optimizer, recipe.lr, trained, f"recipe.optimizer {recipe.optimizer!r}")
+    what = f"recipe.optimizer {recipe.optimizer!r}"
+    groups = OwnOptimizer(optimizer, recipe.lr, trained, name=what).groups
+    updated = {id(parameter) for group in groups for parameter in group["params"]}
+    if left := [name for name, parameter in named.items() if id(parameter) not in updated]:
+        raise UserError(
+            f"{what}: it does not update {len(left)} of the {len(named)} parameters that it is given, such as "
+            f"{left[0]!r}; give all to the optimizer, or let the model set requires_grad = False for those that stay"
+        )
+    check_optimizer(optimizer, recipe.lr, trained, what)
     with torch.no_grad():
         for parameter, before in zip(trained, values, strict=True):
             parameter.copy_(before)
@@ -259,6 +298,25 @@ def _batch_norm_of_one(model: nn.Module, inputs: Tensors, recipe: Recipe, data: 
             f"recipe.batch_size: batches of {recipe.batch_size} of the {data.train_examples} training examples of "
             f"{data.name!r} leave a last batch of one example, of which batch norm has no variance; set "
             f"recipe.drop_last = true, or choose another batch size"
+        ) from error
+
+
+@contextmanager
+def _types(model: nn.Module, inputs: Tensors, name: str) -> Iterator[None]:
+    """Say in a sentence that weights and inputs have different types, such as float64 and float32, if a step fails."""
+    try:
+        yield
+    except UserError as error:
+        given = {each.dtype for each in list_tensors(inputs).values() if each.is_floating_point()}
+        own = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
+        if "dtype" not in str(error) or not given or not own or given == own:
+            raise
+        ours, theirs = (
+            " and ".join(sorted(str(each).removeprefix("torch.") for each in some)) for some in (own, given)
+        )
+        raise UserError(
+            f"{name}: its parameters are {ours} and the inputs of the data set {theirs}; convert one of them, such as "
+            f"the model by model.float()"
         ) from error
 
 
