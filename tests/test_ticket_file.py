@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import warnings
@@ -74,14 +75,21 @@ def content(ticket: Ticket) -> list[object]:
     return [ticket.level, ticket.mask.hash, list(ticket.mask), ticket.provenance, *states]
 
 
+@functools.cache
+def _save(path: Path) -> tuple[list[object], bytes]:
+    """Write a ticket; return its content, and the bytes of its file."""
+    TICKET.save(path, trained=True)
+    return content(Ticket.load(path)), path.read_bytes()
+
+
 @settings(max_examples=5 * settings.default.max_examples, deadline=None)
 @given(place=st.floats(0, 1, exclude_max=True), value=st.integers(1, 255))
 def test_a_changed_byte_never_gives_another_ticket(
     tmp_path_factory: pytest.TempPathFactory, place: float, value: int
 ) -> None:
     path = tmp_path_factory.getbasetemp() / f"mutated-{os.getpid()}.safetensors"
-    TICKET.save(path, trained=True)
-    expected, data = content(Ticket.load(path)), bytearray(path.read_bytes())
+    expected, sound = _save(path)
+    data = bytearray(sound)
     data[int(place * len(data))] ^= value
     path.write_bytes(data)
     found, message = expected, ""
