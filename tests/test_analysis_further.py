@@ -5,8 +5,10 @@ from __future__ import annotations
 import csv
 import io
 import json
+from functools import partial
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import polars as pl
 import pytest
@@ -321,3 +323,28 @@ def test_a_network_that_cannot_be_matched_is_told(folder: Path, monkeypatch: pyt
     monkeypatch.setattr(torch.nn.ReLU, "forward", lambda self, inputs: inputs.cumsum(1))  # a unit meets its neighbour
     with pytest.raises(UserError, match="with its units in another order it computes something else; its tickets can"):
         matching.of_study(tickets, ["l1"], draws=1)
+
+
+def test_an_interval_of_shares_stays_between_nothing_and_all() -> None:
+    table = pl.DataFrame(
+        {
+            "level": [1, 1], "importance": ["l1"] * 2, "seed": [0, 1], "quantity": ["initial"] * 2,
+            "layer": ["(all)"] * 2, "connections": [10, 10], "alive": [5, 5], "kept": [0.9, 1.0], "expected": [0.5, 0.5], "excess": [0.8, 1.0],
+        }
+    )  # fmt: skip
+    assert initial.summarise(table)["high"].item() == 1.0
+
+
+def test_predictions_of_token_classes_are_compared_position_by_position() -> None:
+    ids = torch.arange(12).view(3, 4) % 3
+    targets = ids.clone()
+    targets[0, 0] = -100  # does not count
+    build = partial(torch.nn.Sequential, torch.nn.Embedding(3, 2), torch.nn.Flatten(), torch.nn.Unflatten(1, (2, 4)))
+    data = tombola.Dataset("tokens", ids, targets % 2, ids, torch.where(targets < 0, targets, targets % 2))
+    made = tombola.Problem(data, build, torch.nn.functional.cross_entropy, {})
+    assert made.of_classes
+    ask = functions._Outputs(cast(Planner, SimpleNamespace(problem=made)))
+    trained = SimpleNamespace(weights=SimpleNamespace(hash="any"))
+    outputs = ask(cast(Any, SimpleNamespace(trained=trained, apply=lambda model, trained: None)))
+    assert outputs.shape == (11, 2)
+    assert ask.compare({"a": outputs, "b": outputs})["examples"].item() == 11

@@ -198,6 +198,8 @@ def test_plan_of_nothing_done_makes_no_store(here: Here) -> None:
     assert (document["existing"], document["to_train"], document["workers"]) == (0, 10, 2)
     assert document["seconds"] >= document["seconds_per_training"] * 5 > 0
     assert len(document["chains"]) == 4
+    coverage = document["coverage"]
+    assert 0 < coverage["counted"] < coverage["parameters"] == sum(part["parameters"] for part in coverage["parts"])
     assert not os.listdir()
     assert list_trainings(here("run", *STUDY, "--levels", "0", "--seeds", "0")) != []  # a plan is no hindrance to a run
 

@@ -21,6 +21,7 @@ import torch
 from gate import Arrival, Gate
 from processes import LONG, fork, parent_of, start, status_of, until, wait_for_end
 from stores import RECORD, TASK, InTurn, content, planner, problem, records, results, run_study, study, write_study
+from tombola.cli.run import show_plan
 from tombola.engine import estimate as estimates
 from tombola.engine import run as engine
 from tombola.engine.forecast import Speed
@@ -555,6 +556,29 @@ def test_a_study_is_timed_in_workers(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert expected.source == "from a few iterations timed now"
     assert 0 < 3 * expected.seconds_each <= expected.seconds < math.inf
     assert not results(tmp_path / "store")
+
+
+def test_no_time_is_known_of_a_training_that_diverges(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Diverging(InTurn):
+        count = 1
+
+        def __init__(self, *_: object) -> None:
+            super().__init__(last_first=False)
+
+        def events(self, timeout: float) -> Iterator[Event]:
+            yield Outcome(self._jobs[0].key, b"", b"", {"diverged_at": 3}, {})
+
+    monkeypatch.setattr(estimates, "LocalWorkers", Diverging)
+    of = planner(tmp_path / "store", study(["l1"], levels=1))
+    expected = estimates.estimate(of, 1)
+    assert expected.seconds is None
+    show_plan(of, expected, 1, "table")
+    said = "time: not known: a training that was timed diverged at iteration 3; lower recipe.lr"
+    assert said in capsys.readouterr().out
+    monkeypatch.setattr(estimates, "_WORTH_TIMING", 0.0)
+    assert estimates.prior_speed(of, 1) is None
 
 
 def test_masks_are_not_computed_while_this_process_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tombola.datasets.dataset import Dataset
+from tombola.datasets.dataset import Dataset, split_validation
 from tombola.datasets.own_batches import dataset_of_batches
 from tombola.errors import UserError
 from tombola.importance.network_scores import NETWORK_SCORES
@@ -215,6 +215,19 @@ def test_another_batch_size_than_that_of_the_batches_is_refused() -> None:
         UserError, match=r"it is 4, and the batches of 'own' have 5 examples; set recipe.batch_size = 5"
     ):
         run(made(), Recipe(epochs=1, batch_size=4))
+
+
+def test_a_validation_split_is_drawn_where_the_function_says_so() -> None:
+    def drawn(seed: int, epoch: int, split: str) -> Pairs:
+        return iter([(X[:4], Y[:4])]) if split == "validation" else draw(seed, epoch, split)
+
+    plain = made(drawn)
+    drawn.validation = True  # type: ignore[attr-defined]
+    data = made(drawn)
+    assert (plain.judged_on, data.judged_on, data.count("validation")) == ("test", "validation", 4)
+    assert plain.fingerprint == made().fingerprint != data.fingerprint
+    with pytest.raises(UserError, match="attribute validation = True, let it draw batches of the split 'validation'"):
+        split_validation(made(), 0.5)
 
 
 # In a study

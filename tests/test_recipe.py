@@ -22,6 +22,7 @@ from tombola.pruning.mask import Mask
 from tombola.store.checkpoints import checkpoint_from_bytes, checkpoint_to_bytes
 from tombola.training.batches import iterations
 from tombola.training.history import Checkpoint, History, Trained
+from tombola.training.optimizer import find_decayed
 from tombola.training.own_optimizer import OwnOptimizer, check_optimizer
 from tombola.training.recipe import Recipe
 from tombola.training.train import train
@@ -342,3 +343,7 @@ def test_a_run_that_keeps_the_trained_weights(
     assert tombola.run("digits", fields, store=tmp_path / "store").equals(table), "nothing is done again"
     other = {**fields, "recipe.optimizer": own_sgd, "levels": 0}
     assert not tombola.run("digits", other, store=tmp_path / "store").equals(table)
+
+
+def test_no_decay_takes_all_names_of_a_shared_parameter() -> None:
+    assert find_decayed(["a.weight", "out.weight"], ["b.*"], {"a.weight": ("b.weight",)}) == [False, True]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -21,7 +22,8 @@ from tombola.inputs import Tensors, count_examples, list_tensors, select
 from tombola.lottery.rewinding import find_tickets
 from tombola.pruning.mask import Mask
 from tombola.training.batches import batches
-from tombola.training.evaluation import predict
+from tombola.training.evaluation import measure, predict
+from tombola.training.metrics import as_metric
 from tombola.training.recipe import Recipe
 from tombola.training.scoring import score_network
 from tombola.training.train import train
@@ -289,7 +291,25 @@ def test_tickets_of_a_network_with_a_forward_of_its_own() -> None:
     assert [round(ticket.mask.density, 2) for ticket in tickets] == [1.0, 0.79, 0.62]
 
 
+def test_a_metric_of_the_user_takes_several_targets() -> None:
+    def both(outputs: Tensor, targets: tuple[Tensor, Tensor]) -> float:
+        return float((targets[0] == targets[1]).double().mean()) + len(outputs)
+
+    both.higher_is_better = True  # type: ignore[attr-defined]
+    data = split(X, (Y, Y))
+    values, _ = measure(one_input(), data, first_target, [as_metric(both, "both", "both")])
+    assert values == {"both": 8.0}
+
+
 # What the try-out refuses
+
+
+def first_target(outputs: Tensor, targets: tuple[Tensor, Tensor]) -> Tensor:
+    return functional.cross_entropy(outputs, targets[0])
+
+
+def half_of(count: int, parameters: list[nn.Parameter], lr: float) -> torch.optim.Optimizer:
+    return torch.optim.SGD(parameters[:count], lr)
 
 
 def embedding(model: type[nn.Module] = nn.Sequential) -> nn.Module:
@@ -301,13 +321,17 @@ def embedding(model: type[nn.Module] = nn.Sequential) -> nn.Module:
     [
         (Two, {"left": X[:, :1], "wrong": X[:, 1:]}, {}, "does not take the inputs of .*; it takes left, right"),
         (Two, (X, X, X), {}, "it takes left, right, and the inputs are 3 tensors"),
-        (Wrapped, X, {}, "expected a tensor, got dict; give a forward of your own"),
+        (Wrapped, X, {}, "expected a tensor, got dict of .logits.; name a function"),
         (one_input, X, {"forward": lambda m, x: m(x).sum()}, "forward: for inputs of .* first dimension counts the"),
         (one_input, X, {"labels": Y + 1}, "loss: target 2 of example .* is out of range, expected 0..1"),
         (one_input, X, {"labels": X}, "loss raised"),
         (one_input, X, {"labels": X[:, 0], "loss": functional.mse_loss}, "raised UserWarning: Using a target size"),
         (one_input, X, {"step": lambda m, x, y: m(x)}, "step: expected one number, the mean over the batch"),
         (one_input, X, {"step": lambda m, x, y: m(x).sum() / 0}, "step: at the first step.* the loss is NaN"),
+        (one_input, X, {"loss": lambda o, t: functional.cross_entropy(o, t, reduction="sum")}, "loss: .* it is a sum"),
+        (lambda: one_input().double(), X, {}, "its parameters are float64 and the inputs of the data set float32"),
+        (one_input, X, {"labels": (Y, Y), "loss": first_target}, "it needs targets that are one tensor"),
+        (one_input, X, {"recipe": {"optimizer": "a:b"}, "optimizer": partial(half_of, 2)}, "not update 2 of the 4"),
         (one_input, X, {"recipe": {"label_smoothing": 0.1}, "loss": regression}, "label_smoothing: it is for the"),
         (one_input, X, {"recipe": {"label_smoothing": 0.1}, "step": own_step}, "label_smoothing: .* a step of"),
         (one_input, X, {"recipe": {"weight_decay": 0.1, "no_decay": ["*norm*"]}}, "no_decay: no parameter matches"),

@@ -351,8 +351,8 @@ def _outputs(
     outputs: Any = guard(f"{name}: on {given} it", partial(forward, inputs))()
     if not isinstance(outputs, Tensor):
         raise UserError(
-            f"{name}: on {given}: expected a tensor, got {type(outputs).__name__}; give a forward of your own, a "
-            f"function (model, inputs) -> tensor"
+            f"{name}: on {given}: expected a tensor, got {_describe_outputs(outputs)}; name a function "
+            f"(model, inputs) -> tensor as the task's forward"
         )
     shape = tuple(outputs.shape)
     if of_classes and (len(shape) != 2 or shape[0] != examples or shape[1] < classes):
@@ -366,6 +366,14 @@ def _outputs(
             f"got shape {shape}"
         )
     return outputs
+
+
+def _describe_outputs(outputs: object) -> str:
+    """Return what a model gave instead of a tensor, with the names of what is in it."""
+    kind = type(outputs).__name__
+    if isinstance(outputs, Mapping):
+        return f"{kind} of {', '.join(map(repr, outputs))}"
+    return f"{kind} of {len(outputs)}" if isinstance(outputs, tuple | list) else kind
 
 
 def guard(
