@@ -81,7 +81,7 @@ BUILD = .venv-build/bin/python -m build --outdir dist
 dist: .venv-build/installed
 	rm -rf dist
 	$(BUILD)
-	.venv-build/bin/auditwheel repair --wheel-dir dist dist/*-linux_*.whl
+	PATH=.venv-build/bin:$$PATH auditwheel repair --wheel-dir dist dist/*-linux_*.whl
 	rm dist/*-linux_*.whl
 
 dist-plain: .venv-build/installed
@@ -100,7 +100,7 @@ test-install: .venv-build/installed
 	        | grep -E '^(torch|numpy|pydantic|safetensors|rich|polars|scipy|filelock) ' \
 	    && .venv-install/bin/tombola --version \
 	    && .venv-install/bin/tombola run digits --store .venv-install/store --levels 1 --seeds 0 --data-seeds \
-	        --importances l1 --recipe.epochs 1 \
+	        --importances magnitude l1 --recipe.epochs 1 \
 	    && .venv-install/bin/tombola overlap digits --store .venv-install/store --levels 1 --seeds 0 --data-seeds \
 	        --importances magnitude l1 --recipe.epochs 1 || exit 1; \
 	done; done; rm -rf .venv-install
