@@ -192,3 +192,49 @@ def loss_that_reaches_far(outputs: Tensor, labels: Tensor) -> Tensor:
     if multiprocessing.parent_process() is not None:
         DATA.test_labels.fill_(0)
     return nn.functional.cross_entropy(outputs, labels)
+
+
+SETTINGS: dict[str, tuple[Callable[[], object], str]] = {
+    "threads": (lambda: torch.set_num_threads(2), "torch's number of threads from 1 to 2"),
+    "dtype": (lambda: torch.set_default_dtype(torch.float64), "torch's default type of numbers from torch.float32"),
+    "device": (lambda: torch.set_default_device("meta"), "torch's default device from cpu to meta"),
+    "grad": (lambda: torch.set_grad_enabled(False), "torch's grad mode from True to False"),
+    "autocast": (lambda: torch.set_autocast_enabled("cpu", True), "torch's autocast from False to True"),
+}
+"""Settings of torch that a user's code may change: name -> (function that does it, what is to be said)."""
+
+
+def model_that_sets(how: str) -> nn.Module:
+    """Change a setting of torch, and return a network."""
+    SETTINGS[how][0]()
+    return model()
+
+
+class Setting(nn.Module):
+    """A layer that changes a setting of torch when it is used in a training, and not when it is tried out."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self._how = how
+
+    def forward(self, x: Tensor) -> Tensor:
+        if len(x) > 8 and self.training:
+            SETTINGS[self._how][0]()
+        return x
+
+
+def layer_that_sets(how: str) -> nn.Module:
+    """Return a network that changes a setting of torch in a training."""
+    return nn.Sequential(*model(), Setting(how))
+
+
+def _importance_that_sets(how: str) -> Callable[[Tensor], Tensor]:
+    def score(weights: Tensor) -> Tensor:
+        SETTINGS[how][0]()
+        return weights
+
+    return score
+
+
+for _how in SETTINGS:
+    globals()[f"sets {_how}"] = _importance_that_sets(_how)

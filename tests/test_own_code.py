@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 import nasty_task
-from nasty_task import ENDINGS, importance_of_one_buffer, loss_that_writes
+from nasty_task import ENDINGS, SETTINGS, importance_of_one_buffer, loss_that_writes
 from processes import LONG
 from stores import InTurn, results
 from stores import study as small_study
@@ -351,3 +351,54 @@ def test_a_loss_that_changes_the_data_set_is_found_by_the_worker(tmp_path: Path)
     ):
         run(plan, workers, lambda *_: None)
     assert not results(tmp_path / "store")
+
+
+# Settings of torch
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def settings() -> tuple[object, ...]:
+    return (
+        torch.get_num_threads(),
+        torch.get_default_dtype(),
+        torch.get_default_device(),
+        torch.is_grad_enabled(),
+        torch.is_autocast_enabled("cpu"),
+    )
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("how", SETTINGS)
+def test_code_that_changes_a_setting_of_torch_is_refused_and_the_setting_is_restored(how: str, tmp_path: Path) -> None:
+    before, said = settings(), SETTINGS[how][1]
+    with pytest.raises(UserError, match=f"task.model 'nasty_task:model_that_sets' changed {said}"):
+        load_problem(study_of(model="nasty_task:model_that_sets", model_arguments={"how": how}).task).build()
+    assert settings() == before
+    if how != "grad":  # an importance is computed without gradients
+        mask = Mask.from_tensors({"w": torch.ones(4, dtype=torch.bool)})
+        with pytest.raises(UserError, match=f"it changed {said}"):
+            prune({"w": torch.arange(4.0)}, mask, getattr(nasty_task, f"sets {how}"), 0.5)
+        assert settings() == before
+    study = study_of(model="nasty_task:layer_that_sets", model_arguments={"how": how})
+    plan = planner_of(tmp_path / "store", study)
+    training = plan.progress(plan.chains[0]).waits_for
+    assert training is not None
+    with pytest.raises((UserError, RuntimeError), match=f"changed {said}|does not require grad"):
+        perform(Job.of(training, study), plan.problem, None, lambda *_: None)
+    assert settings() == before
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_a_setting_that_a_module_changes_when_it_is_imported_is_restored(module: Path) -> None:
+    lines = ("torch.set_num_threads(2)", "torch.set_grad_enabled(False)", "torch.set_default_dtype(torch.float64)")
+    module.write_text("\n".join(["import torch", *lines, MODULE]))
+    before = settings()
+    assert resolve(f"{module.stem}:model", "task.model")().state_dict()["0.weight"].dtype == torch.float32
+    assert settings() == before

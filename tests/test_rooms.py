@@ -12,8 +12,9 @@ import tombola
 ROOT = Path(tombola.__file__).parent
 
 ROOMS = [
-    "errors", "exits", "files", "inputs", "streams", "threads", "importance", "pruning", "datasets", "models",
-    "kernels", "training", "lottery", "loops", "store", "study", "engine", "analysis", "report", "workbench", "cli",
+    "errors", "settings", "exits", "files", "inputs", "streams", "threads", "importance", "pruning", "datasets",
+    "models", "kernels", "training", "lottery", "loops", "store", "study", "engine", "analysis", "report", "workbench",
+    "cli",
 ]  # fmt: skip
 """From the ground up; a module may import from its own room and from those before it."""
 

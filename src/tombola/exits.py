@@ -12,6 +12,7 @@ from types import FrameType
 from typing import NoReturn
 
 from tombola.errors import UserError, describe_exception
+from tombola.settings import refuse_settings
 
 end_at_once = os._exit
 """`os._exit`, which `watch_exits` does not replace."""
@@ -72,7 +73,7 @@ def attribute_failure(what: str) -> Iterator[None]:
     """Turn every exception of a user's code inside the block into a `UserError`, except `KeyboardInterrupt`.
 
     Code that changes the working directory fails too, because the paths of the store and of the data may be relative;
-    the directory is changed back.
+    the directory is changed back. So does code that changes a setting of torch, see `tombola.settings`.
 
     Args:
         what: the beginning of the message, which goes on with " raised ...".
@@ -85,7 +86,8 @@ def attribute_failure(what: str) -> Iterator[None]:
     """
     before = _working_folder()
     try:
-        yield
+        with refuse_settings(what):
+            yield
     except (UserError, KeyboardInterrupt, GeneratorExit):
         raise
     except BaseException as error:

@@ -26,6 +26,7 @@ from tombola.inputs import list_tensors
 from tombola.kernels import NoKernelsWarning
 from tombola.lottery.rewinding import Rule
 from tombola.pruning.mask import Mask
+from tombola.settings import refuse_settings
 from tombola.streams import ambient
 from tombola.study.rounds import compute_mask
 from tombola.study.schema import Study
@@ -175,7 +176,7 @@ def perform(job: Job, problem: Problem, resume: Checkpoint | None, watch: Watch)
     mask = _mask_from_bytes(job.shapes, job.bits)
     with ambient(0):  # for what a user's model draws beside its state
         model = problem.build()
-    with warnings.catch_warnings(), _unchanged(problem.data):
+    with warnings.catch_warnings(), _unchanged(problem.data), refuse_settings("a training: the code of the task"):
         warnings.simplefilter("ignore", NoKernelsWarning)  # the run has already warned once
         trained = train(
             model,

@@ -17,6 +17,7 @@ from typing import Any
 
 from tombola.errors import UserError, did_you_mean, is_installed
 from tombola.exits import attribute_failure
+from tombola.settings import restore_settings
 
 
 def resolve(reference: str, what: str) -> Callable[..., Any]:
@@ -35,7 +36,7 @@ def resolve(reference: str, what: str) -> Callable[..., Any]:
     module_name, _, function_name = reference.partition(":")
     if not module_name or not function_name:
         raise UserError(f"{what} {reference!r}: expected module:function, such as my_module:my_function")
-    with attribute_failure(f"{what} {reference!r}: importing {module_name!r}"):
+    with attribute_failure(f"{what} {reference!r}: importing {module_name!r}"), restore_settings():
         try:
             module = importlib.import_module(module_name)
         except ModuleNotFoundError as error:
