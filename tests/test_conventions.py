@@ -150,6 +150,24 @@ def test_layers_that_use_the_sparse_kernels_depend_on_the_batch_size(tmp_path: P
     assert "fc1.weight" in sparse[128]
 
 
+def test_packed_networks_have_names_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan, asked = planner(tmp_path), []
+
+    def are_packed(model: object, mask: Mask, sparse: list[str]) -> bool:
+        asked.append((model, mask, sparse))
+        return bool(sparse)
+
+    initial = plan.initial(0)
+    mask = prune(initial.load(), plan.dense, IMPORTANCES["magnitude"], 0.95)
+    before = plan.training(0, initial, mask, 0, plan.end)
+    assert "packed" not in before.identity, "a perceptron has no convolutions"
+    monkeypatch.setattr("tombola.study.planner.are_packed", are_packed)
+    after = plan.training(0, initial, mask, 0, plan.end)
+    assert after.identity == before.identity | {"packed": 1}
+    assert after.key != before.key
+    assert asked == [(plan.model, mask, before.identity["sparse"])]
+
+
 # What the tables count.
 
 

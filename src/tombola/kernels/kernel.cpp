@@ -466,6 +466,7 @@ void normalise_images(const uint8_t* images, const int64_t* indices, ptrdiff_t c
 }
 
 constexpr int conv_block = conv_vectors * L;
+static_assert(conv_vectors == 2);
 
 inline float* at(Packed p, int n, int c, int y) { return p.data + n * p.blocks + c * p.channel + y * p.row; }
 
@@ -515,39 +516,79 @@ void unpack_images(Packed from, ImageSize size, View to) {
     }
 }
 
-// Calls body(tile, first row, rows, block of samples) for what a pass reads at once.
-template <class Body>
-void each_piece(const Pass& pass, int batch, const Body& body) {
-    for (int n = 0; n < count_blocks(batch); ++n)
-        for (int y = 0; y < pass.grid_height; y += pass.band)
-            for (int tile = 0; tile < pass.tiles; ++tile)
-                body(tile, y, at_most(pass.band, pass.grid_height - y), n);
-}
-
-// P pixels of a pass from pixel `first` of a band on: where they are read, and where they lie in the target.
+// P pixels of a pass: where they are read, and where they lie in the target.
 template <int P>
 struct Pixels {
     const float* source[P];
     float* target[P];
+    int tile, samples;
+};
 
-    Pixels(const Pass& pass, int tile, int band, int n, int first, Packed from, Packed to) {
-        for (int p = 0; p < P; ++p) {
-            const int i = band + (first + p) / pass.grid_width, j = (first + p) % pass.grid_width;
-            source[p] = at(from, n, tile * pass.tile_channels, i * pass.source_step - pass.pad_top) +
-                        (ptrdiff_t(j) * pass.source_step - pass.pad_left) * conv_block;
-            target[p] = at(to, n, 0, i * pass.target_step + pass.target_top) +
-                        (ptrdiff_t(j) * pass.target_step + pass.target_left) * conv_block;
-        }
+// Calls body(P pixels) for all pixels of a pass: for each block of samples strip by strip, in each strip band by band, in
+// each band tile by tile, so that what is read at random stays in the cache.
+template <class Body>
+void each_group(const Pass& pass, int batch, Packed from, Packed to, const Body& body) {
+    for (int n = 0; n < count_blocks(batch); ++n)
+        for (int left = 0; left < pass.grid_width; left += pass.strip)
+            for (int top = 0; top < pass.grid_height; top += pass.band)
+                for (int tile = 0; tile < pass.tiles; ++tile) {
+                    const int width = at_most(pass.strip, pass.grid_width - left);
+                    const int end = width * at_most(pass.band, pass.grid_height - top);
+                    const float* const source = at(from, n, tile * pass.tile_channels, -pass.pad_top);
+                    float* const target = at(to, n, 0, pass.target_top);
+                    int i = 0, j = 0;
+                    const auto next = [&](auto pixels) {
+                        constexpr int P = sizeof(pixels.source) / sizeof(*pixels.source);
+                        for (int p = 0; p < P; ++p) {
+                            const ptrdiff_t y = top + i, x = left + j;
+                            pixels.source[p] = source + y * pass.source_step * from.row +
+                                               (x * pass.source_step - pass.pad_left) * conv_block;
+                            pixels.target[p] = target + y * pass.target_step * to.row +
+                                               (x * pass.target_step + pass.target_left) * conv_block;
+                            if (++j == width) j = 0, ++i;
+                        }
+                        pixels.tile = tile;
+                        pixels.samples = samples_of(batch, n);
+                        body(pixels);
+                    };
+                    int first = 0;
+                    for (; first + conv_pixels <= end; first += conv_pixels) next(Pixels<conv_pixels>{});
+                    for (; first < end; ++first) next(Pixels<1>{});
+                }
+}
+
+// Many channels are read and written at once, too many places for a processor to foresee, so the pixels of the grid's next
+// row are fetched in time.
+template <int P>
+struct Ahead {
+    ptrdiff_t source = 0, target = 0, channel = 0;
+    int pixels = 0, channels = 0;
+
+    Ahead(const Pass& pass, const Pixels<P>& group, Packed from, Packed to) {
+        if (P == 1) return;
+        source = pass.tap_height * from.row, target = pass.target_step * to.row, channel = from.channel;
+        pixels = at_most(8, conv_pixels * pass.source_step + (pass.strip == conv_pixels ? pass.tap_width - 1 : 0));
+        channels = at_most(pass.tile_channels, pass.channels - group.tile * pass.tile_channels);
+        const float* row = group.source[0] + source;
+        for (int c = 0; c < channels; ++c, row += channel)
+            for (int i = 0; i < pixels * conv_block; i += 16) __builtin_prefetch(row + i);
+    }
+
+    void fetch_target(const float* pixel) const {
+        for (int i = 0; i < P * conv_block && P > 1; i += 16) __builtin_prefetch(pixel + target + i);
     }
 };
 
 template <int P>
-void gather_pixels(const Pass& pass, int tile, const int32_t* offset, const float* values, const float* bias,
-                   const float* lanes, const Pixels<P>& pixels, ptrdiff_t channel, bool add) {
-    const int32_t* split = pass.split + tile;
+void gather_pixels(const Pass& pass, const int32_t* offset, const float* values, const float* bias, const float* lanes,
+                   const Pixels<P>& pixels, Packed source, Packed target, bool add) {
+    const int32_t* split = pass.split + pixels.tile;
+    const ptrdiff_t channel = target.channel;
+    const Ahead<P> ahead(pass, pixels, source, target);
     for (int r = 0; r < pass.rows; ++r, split += pass.tiles + 1) {
         const int begin = split[0], end = split[1];
         if (add && begin == end) continue;
+        ahead.fetch_target(pixels.target[0] + r * channel);
         vec sum[P][conv_vectors];
         for (int p = 0; p < P; ++p)
             for (int v = 0; v < conv_vectors; ++v)
@@ -566,17 +607,11 @@ void gather_pixels(const Pass& pass, int tile, const int32_t* offset, const floa
 
 void gather_packed(const Pass& pass, const int32_t* offset, const float* values, const float* bias, Packed source,
                    int batch, Packed target, bool add) {
-    each_piece(pass, batch, [&](int tile, int band, int rows, int n) {
-        float lanes[conv_block];  // 1 for each sample
-        for (int s = 0; s < conv_block; ++s) lanes[s] = s < samples_of(batch, n) ? 1.f : 0.f;
-        const auto group = [&](const auto& pixels) {
-            gather_pixels(pass, tile, offset, values, bias, lanes, pixels, target.channel, add || tile > 0);
-        };
-        const int end = rows * pass.grid_width;
-        int first = 0;
-        for (; first + conv_pixels <= end; first += conv_pixels)
-            group(Pixels<conv_pixels>(pass, tile, band, n, first, source, target));
-        for (; first < end; ++first) group(Pixels<1>(pass, tile, band, n, first, source, target));
+    float lanes[2][conv_block];  // 1 for each sample of a whole block, and of the last
+    for (int s = 0; s < conv_block; ++s) lanes[0][s] = 1, lanes[1][s] = s < samples_of(batch, count_blocks(batch) - 1);
+    each_group(pass, batch, source, target, [&](const auto& pixels) {
+        gather_pixels(pass, offset, values, bias, lanes[pixels.samples < conv_block], pixels, source, target,
+                      add || pixels.tile > 0);
     });
 }
 
@@ -606,23 +641,26 @@ struct Sums {
 };
 
 template <int P>
-void correlate_pixels(const Pass& pass, int tile, const int32_t* offset, const Pixels<P>& pixels, ptrdiff_t channel,
+void correlate_pixels(const Pass& pass, const int32_t* offset, const Pixels<P>& pixels, Packed source, Packed delta,
                       float* gradient) {
-    const int32_t* split = pass.split + tile;
+    const int32_t* split = pass.split + pixels.tile;
+    const ptrdiff_t channel = delta.channel;
+    const Ahead<P> ahead(pass, pixels, source, delta);
     Sums kept;
     kept.gradient = gradient;
     for (int r = 0; r < pass.rows; ++r, split += pass.tiles + 1) {
         const int begin = split[0], end = split[1];
         if (begin == end) continue;
+        ahead.fetch_target(pixels.target[0] + r * channel);
         vec d[P][conv_vectors];
         for (int p = 0; p < P; ++p)
             for (int v = 0; v < conv_vectors; ++v) d[p][v] = load(pixels.target[p] + r * channel + v * L);
         for (int k = begin; k < end; ++k) {
             const ptrdiff_t from = offset[k];
-            vec total = {};
+            vec total[conv_vectors] = {};
             for (int p = 0; p < P; ++p)
-                for (int v = 0; v < conv_vectors; ++v) total += d[p][v] * load(pixels.source[p] + from + v * L);
-            kept.add(k, total);
+                for (int v = 0; v < conv_vectors; ++v) total[v] += d[p][v] * load(pixels.source[p] + from + v * L);
+            kept.add(k, total[0] + total[1]);
         }
     }
     kept.flush();
@@ -632,15 +670,8 @@ void correlate_packed(const Pass& pass, const int32_t* offset, Packed source, Pa
                       float* bias_gradient) {
     const int32_t taps = pass.split[ptrdiff_t(pass.rows) * (pass.tiles + 1) - 1];
     if (taps) std::memset(gradient, 0, sizeof(float) * taps);
-    each_piece(pass, batch, [&](int tile, int band, int rows, int n) {
-        const int end = rows * pass.grid_width;
-        int first = 0;
-        for (; first + conv_pixels <= end; first += conv_pixels)
-            correlate_pixels(pass, tile, offset, Pixels<conv_pixels>(pass, tile, band, n, first, source, delta),
-                             delta.channel, gradient);
-        for (; first < end; ++first)
-            correlate_pixels(pass, tile, offset, Pixels<1>(pass, tile, band, n, first, source, delta), delta.channel,
-                             gradient);
+    each_group(pass, batch, source, delta, [&](const auto& pixels) {
+        correlate_pixels(pass, offset, pixels, source, delta, gradient);
     });
     for (int r = 0; bias_gradient && r < pass.rows; ++r) {
         double total = 0, rest = 0;

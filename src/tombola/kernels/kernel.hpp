@@ -34,6 +34,7 @@ struct Pass {
     int target_height, target_width;
     int block;                               // samples that are packed side by side
     int band;                                // grid rows per packed tile
+    int strip;                               // columns of the grid that packed images are computed side by side
     int tiles, tile_channels;
     const int32_t* split;
     const int32_t* offset;                   // of each tap in the packed tile, in lines of one block

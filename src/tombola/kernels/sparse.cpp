@@ -127,6 +127,8 @@ struct Sizes {
 };
 constexpr Sizes of_pixels{24 << 10, 12}, of_one_pixel{32 << 10, 40};
 const size_t second_cache = 256 << 10;
+// Of packed images: what a strip reads at once, and what a band of one writes if tiles read it again.
+const size_t strip_cache = 192 << 10, band_cache = 96 << 10;
 
 struct Tap {
     int channel, y, x;
@@ -134,8 +136,8 @@ struct Tap {
 
 // A Pass and the arrays it points to.
 struct Structure {
-    Pass pass{};
-    std::vector<int32_t> split, offset;
+    Pass pass{}, images{};  // of any layout, and of packed images
+    std::vector<int32_t> split, offset, images_split;
     std::vector<Tap> taps;
     size_t source_floats = 0, target_floats = 0;
 
@@ -150,7 +152,7 @@ struct Structure {
     // Of each tap from the pixel of the pass, in floats of a packed source.
     void offsets(const Packed& source, int32_t* to) const {
         for (size_t k = 0; k < taps.size(); ++k)
-            to[k] = static_cast<int32_t>(taps[k].channel % pass.tile_channels * source.channel + taps[k].y * source.row +
+            to[k] = static_cast<int32_t>(taps[k].channel % images.tile_channels * source.channel + taps[k].y * source.row +
                                          taps[k].x * pass.block);
     }
 
@@ -169,6 +171,7 @@ struct Structure {
         const size_t fitting = sizes.first_cache / window;
         const size_t worth = sizes.least_taps * p.rows * p.channels / (taps.size() + 1);
         size_t channels = std::max({fitting, worth, size_t(1)});
+        const size_t channels_worth_a_tile = channels;
         p.band = p.grid_height;
         while (p.band > 2 && std::min<size_t>(channels, p.channels) * line * height(p.band) > second_cache)
             p.band = (p.band + 1) / 2;
@@ -200,6 +203,40 @@ struct Structure {
         }
         p.split = split.data();
         p.offset = offset.data();
+        build_images(first, channels_worth_a_tile, wanted);
+    }
+
+  private:
+    // The same for packed images, which are read where they are.
+    template <class Wanted>
+    void build_images(const std::vector<int32_t>& first, size_t worth, const Wanted& wanted) {
+        Pass& p = images;
+        p = pass;
+        const auto lines = [&](int strip) {  // of a channel that a strip reads for one row, and the next of them
+            return size_t(p.tap_height + p.source_step) * ((strip - 1) * p.source_step + p.tap_width);
+        };
+        const size_t line = sizeof(float) * p.block;
+        p.strip = (p.grid_width + 3) / 4 * 4;
+        while (p.strip > 4 && std::min<size_t>(worth, p.channels) * lines(p.strip) * line > strip_cache)
+            p.strip = (p.strip / 2 + 3) / 4 * 4;
+        const size_t channels = std::min(worth, std::max<size_t>(1, 2 * strip_cache / (lines(p.strip) * line)));
+        p.tiles = static_cast<int>((p.channels + channels - 1) / channels);
+        p.tile_channels = (p.channels + p.tiles - 1) / p.tiles;
+        p.tiles = (p.channels + p.tile_channels - 1) / p.tile_channels;
+        p.band = p.grid_height;
+        while (p.tiles > 1 && p.band > 2 && size_t(p.band) * p.strip * p.rows * line > band_cache)
+            p.band = (p.band + 1) / 2;
+        images_split.reserve(size_t(p.rows) * (p.tiles + 1));
+        for (int r = 0; r < p.rows; ++r) {
+            int32_t k = wanted(r) ? first[r] : first[r + 1];
+            for (int tile = 0; tile < p.tiles; ++tile) {
+                images_split.push_back(k);
+                while (k < first[r + 1] && taps[k].channel < (tile + 1) * p.tile_channels) ++k;
+            }
+            images_split.push_back(k);
+        }
+        p.split = images_split.data();
+        p.offset = nullptr;
     }
 };
 
@@ -353,7 +390,7 @@ class Layer {
         nb::gil_scoped_release unlocked;
         int32_t* const offset = reinterpret_cast<int32_t*>(workspace(count_in_lines(forward_.taps.size())));
         forward_.offsets(x, offset);
-        kernels_.gather_packed(forward_.pass, offset, w, b, x, batch, y, false);
+        kernels_.gather_packed(forward_.images, offset, w, b, x, batch, y, false);
     }
 
     void input_gradient_images(nb::handle values, nb::handle delta, int delta_border, nb::handle target,
@@ -369,7 +406,7 @@ class Layer {
         for (size_t k = 0; k < order_.size(); ++k) ordered[k] = w[order_[k]];
         for (const Structure& structure : backward_) {
             structure.offsets(d, offset);
-            kernels_.gather_packed(structure.pass, offset, ordered, nullptr, d, batch, dx, add);
+            kernels_.gather_packed(structure.images, offset, ordered, nullptr, d, batch, dx, add);
             ordered += structure.taps.size();
             offset += structure.taps.size();
         }
@@ -384,7 +421,7 @@ class Layer {
         nb::gil_scoped_release unlocked;
         int32_t* const offset = reinterpret_cast<int32_t*>(workspace(count_in_lines(forward_.taps.size())));
         forward_.offsets(x, offset);
-        kernels_.correlate_packed(forward_.pass, offset, x, d, batch, dw, db);
+        kernels_.correlate_packed(forward_.images, offset, x, d, batch, dw, db);
     }
 
     const float* values_of(nb::handle tensor) const { return Tensor<float>("values", tensor).contiguous({count_}); }
@@ -459,8 +496,8 @@ class Layer {
 
     // The most channels of which a tap's offset counts.
     int most_tile() const {
-        int most = forward_.pass.tile_channels;
-        for (const Structure& structure : backward_) most = std::max(most, structure.pass.tile_channels);
+        int most = forward_.images.tile_channels;
+        for (const Structure& structure : backward_) most = std::max(most, structure.images.tile_channels);
         return most;
     }
 
