@@ -10,6 +10,7 @@ Where to begin:
     tombola.charts("digits")["overlap"]                       its charts; write_report writes them all on one page
     tombola.loops.hold(model, mask, optimizer)                your own training loop: pruned weights stay 0.0
     tombola.Ticket.load("ticket.safetensors").apply(model)    a ticket that somebody has found
+    tombola.run("digits", hooks=[my_function])                follow a run, log it, stop it: see tombola.hooks
 
 A `Study` has a `Task` (data set, model, loss), a `Recipe`, importances, seeds and levels; `load_study` reads one. The
 built-in data sets, models and importances are in `tombola.datasets`, `tombola.models` and `tombola.importance`; masks
@@ -29,7 +30,7 @@ os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 if TYPE_CHECKING:
-    from tombola import datasets, importance, loops, models
+    from tombola import datasets, hooks, importance, loops, models
     from tombola.datasets.dataset import Dataset
     from tombola.errors import UserError
     from tombola.lottery import interchange
@@ -109,6 +110,7 @@ _HOME = {
 }
 _MODULES = {
     "datasets": "datasets",
+    "hooks": "hooks",
     "importance": "importance",
     "interchange": "lottery.interchange",
     "loops": "loops",
@@ -138,6 +140,7 @@ __all__ = [
     "datasets",
     "find_tickets",
     "functions",
+    "hooks",
     "importance",
     "initial",
     "interchange",
