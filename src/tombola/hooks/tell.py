@@ -33,6 +33,9 @@ def tell_hooks(
         UserError: if something else than a function is among the hooks.
     """
     check_hooks(hooks)
+    if not hooks:
+        yield show
+        return
     told: dict[Chain, tuple[int, int]] = {}  # the level to tell next, and its epochs that are told
 
     def tell(status: Status, finished: Training | None) -> None:

@@ -92,6 +92,18 @@ def choose(shape: Sequence[int], density: float, batch_size: int = 128, *, besid
 _LINEAR = ((2**12, 1.0), (2**15, 0.75), (2**18, 0.55), (2**20, 0.45), (math.inf, 0.3))
 
 
+def choose_to_infer(shape: Sequence[int], density: float, batch_size: int) -> bool:
+    """Return whether the forward pass of a layer of this weight shape and density is faster sparse.
+
+    Args:
+        shape: the shape of the weight, (outputs, inputs) or (outputs, inputs, height, width).
+        density: alive / all connections of the layer, in 0..1.
+        batch_size: the number of examples of a pass.
+
+    """
+    return density < 0.5
+
+
 def _eligible(module: nn.Module) -> bool:
     """Return whether a sparse layer can compute exactly what this module does."""
     if not is_plain(module):

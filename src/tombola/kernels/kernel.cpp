@@ -467,8 +467,14 @@ void normalise_images(const uint8_t* images, const int64_t* indices, ptrdiff_t c
 
 }  // namespace
 
+}  // namespace tombola
+
+#include "few_kernel.hpp"
+
+namespace tombola {
+
 extern const Kernels TOMBOLA_ISA = {TOMBOLA_NAME(TOMBOLA_ISA), linear_vectors * L, conv_vectors* L, gather, correlate,
                                    pack_features, unpack_features, rectify, gate,
-                                   batch_norm, batch_norm_gradient, normalise_images};
+                                   batch_norm, batch_norm_gradient, normalise_images, L, gather_few, gather_one, pack_few};
 
 }  // namespace tombola

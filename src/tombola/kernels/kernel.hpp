@@ -45,6 +45,15 @@ struct Target {
     ptrdiff_t row, pixel, blocks;
 };
 
+// The taps of a layer for few samples, those of row r from first[r] to first[r + 1], each as far as `offset` from the
+// target in the packed source.
+struct Few {
+    int rows;
+    const int32_t *first, *offset;
+};
+
+constexpr int few_vectors_most = 12;  // of a tile: with the value, as many as there are registers
+
 struct Kernels {
     const char* name;
     int linear_block, conv_block;
@@ -69,6 +78,14 @@ struct Kernels {
     // target[n] = (images[indices[n]] - mean) * scale, images of (channels, pixels).
     void (*normalise_images)(const uint8_t* images, const int64_t* indices, ptrdiff_t count, int channels,
                              ptrdiff_t pixels, const float* mean, const float* scale, float* target);
+    int lanes;
+    // The next `vectors` of each row of the target for few samples, row by row; `source` is where they read.
+    void (*gather_few)(const Few&, int vectors, const float* values, const float* bias, const float* source,
+                       float* target);
+    void (*gather_one)(const Few&, const float* values, const float* bias, const float* source, float* target,
+                       ptrdiff_t step);
+    void (*pack_few)(const float* from, ptrdiff_t sample, ptrdiff_t feature, int samples, int block, int features,
+                     float* to);
 };
 
 extern const Kernels plain, avx2, avx512;

@@ -100,7 +100,7 @@ class Ticket:
         found = copy.deepcopy(model).cpu()
         self.apply(found, trained=trained)
         kernels.warn_if_missing()
-        return kernels.sparsify(found, self.mask.load(), batch_size)
+        return kernels.sparsify_to_infer(found, self.mask.load(), batch_size)
 
     def load_trained(self) -> State:
         """Return the trained state, with pruned weights 0.0.
