@@ -14,7 +14,7 @@ class FewSamples {
     FewSamples(nb::handle alive_tensor, int outputs, int inputs, std::pair<int, int> kernel, std::pair<int, int> image,
                int stride, std::pair<int, int> padding, int samples, const Name& instruction_set)
         : kernels_(kernels_named(instruction_set)), inputs_(inputs), samples_(samples), stride_(stride),
-          linear_(kernel == std::pair(1, 1) && image == kernel && padding == std::pair(0, 0)), image_(image),
+          kernel_(kernel), linear_(kernel == std::pair(1, 1) && image == kernel && padding == std::pair(0, 0)), image_(image),
           padding_(padding) {
         Layer::check(outputs, inputs, kernel, image, stride, padding);
         Layer::check_sizes({{"samples", samples, 1, 1 << 20}});
@@ -53,10 +53,11 @@ class FewSamples {
     void forward(nb::handle values, nb::handle bias, nb::handle source, nb::handle target) const {
         const float* const w = Tensor<float>("values", values).contiguous({ptrdiff_t(offset_.size())});
         const float* const b = contiguous_or_null("bias", bias, {few_.rows});
-        const Batch x = linear_ ? batch_of("source", source, {any, inputs_})
-                                : batch_of("source", source, {any, inputs_, image_.first, image_.second});
-        const View y = linear_ ? target_of(target, {x.samples, few_.rows})
-                         : target_of(target, {x.samples, few_.rows, target_.first, target_.second});
+        const bool flat = linear_ && Tensor<float>("source", source).sizes().count == 2;
+        const Batch x = flat ? batch_of("source", source, {any, inputs_})
+                             : batch_of("source", source, {any, inputs_, image_.first, image_.second});
+        const View y = flat ? target_of(target, {x.samples, few_.rows})
+                            : target_of(target, {x.samples, few_.rows, target_.first, target_.second});
         check_apart(y.data, "source", x.view.data);
         nb::gil_scoped_release unlocked;
         if (linear_ && samples_ == 1 && x.view.c == 1) {
@@ -82,6 +83,7 @@ class FewSamples {
         std::memset(to, 0, size * sizeof(float));
         for (int c = 0; c < inputs_; ++c)
             for (int y = 0; y < image_.first; ++y) {
+                if ((y + padding_.first) % stride_ >= kernel_.first) continue;  // no tap reads this phase
                 const int top = y + padding_.first, phase = (c * stride_ + top % stride_) * stride_;
                 for (int n = 0; n < samples; ++n) {
                     const float* const in = from.data + (first + n) * from.n + c * from.c + y * from.h;
@@ -91,6 +93,7 @@ class FewSamples {
                     else
                         for (int x = 0; x < std::min(stride_, image_.second); ++x) {
                             const int left = x + padding_.second;
+                            if (left % stride_ >= kernel_.second) continue;
                             float* to_phase = out + left % stride_ * plane_ + left / stride_;
                             for (int each = x; each < image_.second; each += stride_) *to_phase++ = in[each * from.w];
                         }
@@ -137,7 +140,8 @@ class FewSamples {
 
     const Kernels& kernels_;
     int inputs_, samples_, stride_;
-    bool linear_;  // then an image is one pixel, and tensors have two dimensions
+    std::pair<int, int> kernel_;
+    bool linear_;  // one pixel of one pixel; such tensors may have two dimensions
     std::pair<int, int> image_, padding_, target_;
     int64_t pitch_ = 0, plane_ = 0, length_ = 0, slack_ = 0;
     std::vector<int32_t> first_, offset_;

@@ -156,7 +156,8 @@ class Sparse(nn.Module):
             size: the size of an example's outputs.
 
         """
-        if not self.infers or torch.is_grad_enabled() or not can_compute(x, self.values, self.bias):
+        weights = self._parameters  # as attributes they take several times as long
+        if torch.is_autocast_enabled("cpu") or not is_readable(x) or (torch.is_grad_enabled() and self._learns(x)):
             return None
         key = (0, *x.shape)  # no size begins with 0
         try:
@@ -165,9 +166,13 @@ class Sparse(nn.Module):
             kernel = self._keep(key, self._make_few(x.shape))
         if kernel is None:
             return None
-        y = x.new_empty((len(x), *size))
-        kernel.forward(self.values, self.bias, x, y)
+        y = x.new_empty((x.shape[0], *size))
+        kernel.forward(weights["values"], weights.get("bias"), x, y)
         return y
+
+    def _learns(self, x: Tensor) -> bool:
+        """Return whether a gradient of the inputs or of a weight may be asked for."""
+        return x.requires_grad or any(each is not None and each.requires_grad for each in self._parameters.values())
 
     def _make_few(self, shape: Sequence[int]) -> Any:
         """Return the kernel for few examples, for batches of this shape; None if they do not fit."""
@@ -229,8 +234,10 @@ class SparseConv2d(Sparse):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the layer's outputs, which are those of the dense layer with the same weights."""
-        if (y := self._infer(x, (self.shape[0], *self._size(x.shape[1:])) if x.dim() == 4 else ())) is not None:
-            return y
+        if self.infers and x.dim() == 4:
+            y = self._infer(x, (self.shape[0], *self._size(x.shape[1:])))
+            if y is not None:
+                return y
         values, bias = self.values, self.bias
         kernel = self.kernel(x.shape[1:]) if x.dim() == 4 and can_compute(x, values, bias) else None
         if kernel is None:

@@ -17,10 +17,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from tombola.kernels import layers
+from tombola.kernels.choice import MOST_FEW
 from tombola.kernels.layers import Sparse, can_compute, empty, is_plain
-
-_FEW = 16
-"""The most examples for which the kernels for few are the faster ones."""
 
 Gradients: TypeAlias = list[Tensor | None]
 
@@ -139,7 +137,7 @@ class SparseLinear(Sparse):
     def forward(self, x: Tensor) -> Tensor:
         """Return the layer's outputs, which are those of the dense layer with the same weights."""
         inputs = self.shape[1]
-        if (y := self._infer(x, self.shape[:1])) is not None:
+        if self.infers and (y := self._infer(x, self.shape[:1])) is not None:
             return y
         if x.dim() > 2 and x.shape[-1] == inputs:
             return self.forward(x.flatten(0, -2)).view(*x.shape[:-1], self.shape[0])
@@ -150,7 +148,7 @@ class SparseLinear(Sparse):
         return product
 
     def _make_few(self, shape: Sequence[int]) -> Any:
-        if len(shape) != 2 or shape[1] != self.shape[1] or shape[0] > _FEW or 0 in (*shape, *self.shape):
+        if len(shape) != 2 or shape[1] != self.shape[1] or shape[0] > MOST_FEW or 0 in (*shape, *self.shape):
             return None
         return None if layers.extension is None else self._few((1, 1), (1, 1), 1, (0, 0), shape[0])
 

@@ -11,11 +11,15 @@ from pydantic_core import ErrorDetails
 
 from tombola.errors import UserError, did_you_mean, shorten
 
+if TYPE_CHECKING:  # the arguments of a model have the types of its fields, which pydantic's metaclass says
 
-class _Told(type(BaseModel)):  # type: ignore[misc]  # the type of pydantic's models, which has no public name
-    """The type of models that raise `UserError` for invalid arguments; what is validated as data is pydantic's."""
+    class Fields(BaseModel):
+        """The base class of what a user writes down: a study, its task and its recipe."""
 
-    if not TYPE_CHECKING:  # the arguments of a model have the types of its fields
+else:
+
+    class _Told(type(BaseModel)):
+        """The type of models that raise `UserError` for invalid arguments, and not for data that pydantic validates."""
 
         def __call__(cls, *args: Any, **values: Any) -> Any:
             try:
@@ -23,9 +27,8 @@ class _Told(type(BaseModel)):  # type: ignore[misc]  # the type of pydantic's mo
             except ValidationError as error:
                 raise UserError(f"{cls.__name__}: {explain(error, values, cls)}") from None
 
-
-class Fields(BaseModel, metaclass=_Told):
-    """The base class of what a user writes down: a study, its task and its recipe."""
+    class Fields(BaseModel, metaclass=_Told):
+        """The base class of what a user writes down: a study, its task and its recipe."""
 
 
 def explain(error: ValidationError, document: Mapping[str, Any], model: type[BaseModel]) -> str:
