@@ -4,9 +4,10 @@ Where to begin:
 
     tombola.find_tickets(model, data, recipe, l1, levels=5)   the tickets of one network, level after level
     tombola.run("digits")                                     a whole study, with several seeds and importances
+    tombola.plan("digits")                                    what a run would train, and how long it would take
     tombola.results("digits")                                 its accuracies; also: overlap, layers, stability, winners,
                                                               weights, functions, connectivity, claims, compare, reinit,
-                                                              matching, initial, similarity
+                                                              matching, initial, similarity, verify
     tombola.charts("digits")["overlap"]                       its charts; write_report writes them all on one page
     tombola.loops.hold(model, mask, optimizer)                your own training loop: pruned weights stay 0.0
     tombola.Ticket.load("ticket.safetensors").apply(model)    a ticket that somebody has found
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
     from tombola.training.recipe import Augmentation, Recipe
     from tombola.training.train import train
     from tombola.training.weights import Weights
+    from tombola.workbench.checks import plan, verify
     from tombola.workbench.further import initial, matching, similarity
     from tombola.workbench.pictures import charts, write_report
     from tombola.workbench.runs import reinit, run
@@ -94,6 +96,7 @@ _HOME = {
     "load_study": "study.schema",
     "lottery_ticket_rewinding": "lottery.rewinding",
     "matching": "workbench.further",
+    "plan": "workbench.checks",
     "overlap": "workbench.tables",
     "prunable": "pruning.eligible",
     "prune": "pruning.prune",
@@ -104,6 +107,7 @@ _HOME = {
     "similarity": "workbench.further",
     "stability": "workbench.tables",
     "train": "training.train",
+    "verify": "workbench.checks",
     "weights": "workbench.tables",
     "winners": "workbench.tables",
     "write_report": "workbench.pictures",
@@ -152,6 +156,7 @@ __all__ = [
     "matching",
     "models",
     "overlap",
+    "plan",
     "prunable",
     "prune",
     "read_ticket",
@@ -161,6 +166,7 @@ __all__ = [
     "similarity",
     "stability",
     "train",
+    "verify",
     "weights",
     "winners",
     "write_report",

@@ -11,10 +11,11 @@ from pathlib import Path
 import torch
 
 from tombola.engine.forecast import Speed, Timing, makespan, paths_ahead, refine
+from tombola.engine.here import WorkersHere
 from tombola.engine.job import Job
 from tombola.engine.local import LocalWorkers
 from tombola.engine.run import count_remaining
-from tombola.engine.workers import At, Failed
+from tombola.engine.workers import At, Failed, Workers
 from tombola.errors import DamagedResultError, UserError
 from tombola.inputs import select
 from tombola.pruning.mask import Mask
@@ -54,13 +55,14 @@ class Estimate:
     bytes: int
 
 
-def estimate(planner: Planner, workers: int, directory: Path | None = None) -> Estimate:
+def estimate(planner: Planner, workers: int, directory: Path | None = None, *, here: bool = False) -> Estimate:
     """Estimate the run of a study from its finished trainings, or from a few iterations that are timed now.
 
     Args:
         planner: the planner of the study.
         workers: the number of workers.
         directory: the folder of the data sets.
+        here: whether only this process can train, by functions of its own.
     """
     progress = Tickets(planner).all()
     keys = {training.key for p in progress.values() for training in p.trainings}
@@ -68,7 +70,7 @@ def estimate(planner: Planner, workers: int, directory: Path | None = None) -> E
     chains = tuple((chain, len(p.tickets), planner.study.levels + 1 - len(p.tickets)) for chain, p in progress.items())
     if not to_train:
         return Estimate(chains, len(keys), 0, 0.0, "nothing to do", 0.0, None, 0)
-    speed = _speed(planner, list(progress.values()), workers, directory)
+    speed = _speed(planner, list(progress.values()), workers, directory, here=here)
     waiting = {chain: p for chain, p in progress.items() if p.waits_for is not None}
     ahead = [(chain, path) for chain, p in waiting.items() for path in paths_ahead(planner, chain, p, speed)]
     total = sum(step.seconds for step in {step.name: step for _, steps in ahead for step in steps}.values())
@@ -117,12 +119,12 @@ def recorded_speed(tickets: Tickets) -> Speed | None:
     return _recorded_speed(tickets.planner, list(tickets.all().values()))
 
 
-def _speed(planner: Planner, chains: Sequence[Progress], workers: int, directory: Path | None) -> Speed:
+def _speed(planner: Planner, chains: Sequence[Progress], workers: int, directory: Path | None, *, here: bool) -> Speed:
     """Return the speed of trainings, from the finished trainings of the study or from a few iterations timed now."""
     if recorded := _recorded_speed(planner, chains):
-        _, start = _time_iterations(planner, planner.dense, 1, directory)
+        _, start = _time_iterations(planner, planner.dense, 1, directory, here=here)
         return replace(recorded, start=start)
-    return _timed_speed(planner, workers, directory, _time_testing(planner))
+    return _timed_speed(planner, workers, directory, _time_testing(planner), here=here)
 
 
 def _recorded_speed(planner: Planner, chains: Sequence[Progress]) -> Speed | None:
@@ -137,24 +139,33 @@ def _recorded_speed(planner: Planner, chains: Sequence[Progress]) -> Speed | Non
     return refine(Speed({}, 0.0, 0.0, source), timings.values()) if timings else None
 
 
-def _timed_speed(planner: Planner, workers: int, directory: Path | None, testing: float) -> Speed:
+def _timed_speed(
+    planner: Planner, workers: int, directory: Path | None, testing: float, *, here: bool = False
+) -> Speed:
     """Time iterations at some of the levels and return the speed of trainings."""
     known, start = {}, 0.0
     count = min(workers, _MOST_TIMED_AT_ONCE)
     for level in sorted({0, planner.study.levels // 2, planner.study.levels}):
         density = (1 - planner.study.fraction) ** level
-        known[density], started = _time_iterations(planner, _thin(planner.dense, density), count, directory)
+        known[density], started = _time_iterations(planner, _thin(planner.dense, density), count, directory, here=here)
         start = max(start, started)  # only the first includes the start of the process that workers are forked from
     return Speed(known, testing, start, "from a few iterations timed now")
 
 
-def _time_iterations(planner: Planner, mask: Mask, count: int, directory: Path | None) -> tuple[float, float]:
+def _time_iterations(
+    planner: Planner, mask: Mask, count: int, directory: Path | None, *, here: bool
+) -> tuple[float, float]:
     """Return the seconds of an iteration while `count` trainings run in parallel, and the seconds until they start."""
     seed = planner.study.seeds[0]
     endless = 10**9
     training = planner.training(seed, planner.initial(planner.chains[0].seed), mask, 0, endless)
     marks: dict[str, list[tuple[int, float]]] = {f"{number}": [] for number in range(count)}
-    with LocalWorkers(count, planner.study.task, directory, None) as workers:
+    opened: Workers
+    if here:
+        opened = WorkersHere(planner.problem, planner.store)
+    else:
+        opened = LocalWorkers(count, planner.study.task, directory, None)
+    with opened as workers:
         began = time.perf_counter()
         for key in marks:
             workers.submit(replace(Job.of(training, planner.study), key=key))

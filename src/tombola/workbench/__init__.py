@@ -3,6 +3,7 @@
 Every function takes a study: a `Study`, the name of a preset, or the path of a TOML file, with fields to override.
 """
 
+from tombola.workbench.checks import plan, verify
 from tombola.workbench.further import initial, matching, similarity
 from tombola.workbench.pictures import charts, write_report
 from tombola.workbench.runs import reinit, run
@@ -30,12 +31,14 @@ __all__ = [
     "layers",
     "matching",
     "overlap",
+    "plan",
     "read_ticket",
     "reinit",
     "results",
     "run",
     "similarity",
     "stability",
+    "verify",
     "weights",
     "winners",
     "write_report",

@@ -221,14 +221,24 @@ def open_workers(planner: Planner, workers: int | None, data: Path | None) -> Wo
         UserError: if the number of processes is invalid, or if others cannot do what several of them are to do.
     """
     count = count_workers(workers, planner.study.device)
-    if here := list_here(planner):
-        if workers not in (None, 1):
-            raise UserError(
-                f"workers: {workers} processes cannot import {', '.join(here)}, which only this process has; put it "
-                "into a module, or leave out workers for one training at a time"
-            )
+    if check_workers(planner, workers):
         return WorkersHere(planner.problem, planner.store)
     return LocalWorkers(count, planner.study.task, data, planner.store.root)
+
+
+def check_workers(planner: Planner, workers: int | None) -> bool:
+    """Return whether only this process can do the trainings of a planner.
+
+    Raises:
+        UserError: if several processes are to do them.
+    """
+    here = list_here(planner)
+    if here and workers not in (None, 1):
+        raise UserError(
+            f"workers: {workers} processes cannot import {', '.join(here)}, which only this process has; put it "
+            "into a module, or leave out workers for one training at a time"
+        )
+    return bool(here)
 
 
 def list_here(planner: Planner) -> list[str]:
