@@ -1,13 +1,15 @@
 """Time of a forward pass of a ticket, relative to dense PyTorch: python benchmarks/inference.py [NETWORK ...].
 
-Prints, for each network, density and batch size, the milliseconds of dense PyTorch, and the times of `Ticket.sparse`
-and of onnxruntime relative to it. One thread. Each time is the least of repetitions whose order alternates, in
-processor time of the thread, so that other processes disturb it little. Masks are random, with the same density in
-every layer.
+Prints, as the table of docs/your-loop.md, the milliseconds of dense PyTorch, and the times of `Ticket.sparse` and of
+onnxruntime relative to it, for each network and batch size. One thread. Each time is the median of repetitions whose
+order alternates, in processor time of the thread, so that other processes disturb it little. Masks are random, with the
+same density in every layer. onnxruntime computes densely, so that it is timed at one density.
 """
 
 from __future__ import annotations
 
+import argparse
+import statistics
 import sys
 import tempfile
 import time
@@ -55,46 +57,56 @@ def onnx_session(model: nn.Module, inputs: Tensor) -> Callable[[], object] | Non
     return lambda: session.run(None, given)
 
 
-def least_times(passes: dict[str, Callable[[], object]], seconds: float = 0.7) -> dict[str, float]:
-    """Return the least seconds of each pass; they are repeated in turn, for about this long, four times or more."""
-    least = dict.fromkeys(passes, float("inf"))
+def median_times(passes: dict[str, Callable[[], object]], seconds: float) -> dict[str, float]:
+    """Return the median seconds of each pass; they are repeated in turn, for about this long, five times or more."""
+    times: dict[str, list[float]] = {name: [] for name in passes}
     began, rounds = time.thread_time(), 0
-    while rounds < 4 or time.thread_time() - began < seconds:
+    while rounds < 5 or time.thread_time() - began < seconds:
         for name, run in list(passes.items())[:: -1 if rounds % 2 else 1]:
             start = time.thread_time()
             run()
-            least[name] = min(least[name], time.thread_time() - start)
+            times[name].append(time.thread_time() - start)
         rounds += 1
-    return least
+    return {name: statistics.median(each) for name, each in times.items()}
 
 
-def measure(model: nn.Module, shape: tuple[int, ...], density: float, batch: int) -> str:
-    """Return a line with the times of one density and batch size."""
+def measure(model: nn.Module, shape: tuple[int, ...], density: float, batch: int, seconds: float) -> dict[str, float]:
+    """Return the seconds of a pass at one density and batch size: dense, sparse and, if installed, by onnxruntime."""
     inputs = torch.randn(batch, *shape)
     ticket = draw_ticket(model, density)
     fast = ticket.sparse(model, batch_size=batch, trained=False)
     ticket.apply(model)
     passes: dict[str, Callable[[], object]] = {"dense": partial(model, inputs), "sparse": partial(fast, inputs)}
-    if (session := onnx_session(model, inputs)) is not None:
+    if density == DENSITIES[0] and (session := onnx_session(model, inputs)) is not None:
         passes["onnxruntime"] = session
     with torch.inference_mode():
         assert torch.allclose(fast(inputs), model(inputs), rtol=1e-3, atol=1e-4)
-        times = least_times(passes)
-    relative = [f"{key} {each / times['dense']:.2f}" for key, each in times.items() if key != "dense"]
-    return (
-        f"density {density}, batch {batch}: dense {1e3 * times['dense']:.3f} ms; relative to it: {', '.join(relative)}"
-    )
+        for run in passes.values():
+            run()
+        return median_times(passes, seconds)
 
 
-def main(names: list[str]) -> None:
+def main(arguments: list[str]) -> None:
     torch.set_num_threads(1)
-    for name in names or NETWORKS:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("networks", nargs="*", choices=[[], *NETWORKS], help="by default all")
+    parser.add_argument("--seconds", type=float, default=1.0, help="of each measurement (%(default)s)")
+    options = parser.parse_args(arguments)
+    print(
+        f"| network | batch | dense, ms | {' | '.join(f'sparse, density {each}' for each in DENSITIES)} | onnxruntime |"
+    )
+    print("|---|--:|--:|" + "--:|" * (len(DENSITIES) + 1))
+    for name in options.networks or NETWORKS:
         build, shape = NETWORKS[name]
         torch.manual_seed(0)
         model = build().eval()
-        for density in DENSITIES:
-            for batch in BATCHES:
-                print(f"{name}, {measure(model, shape, density, batch)}", flush=True)
+        for batch in BATCHES:
+            all_times = [measure(model, shape, density, batch, options.seconds) for density in DENSITIES]
+            dense = statistics.median(times["dense"] for times in all_times)
+            relative = [f"{times['sparse'] / times['dense']:.2f}" for times in all_times]
+            onnx = all_times[0].get("onnxruntime")
+            relative.append("not installed" if onnx is None else f"{onnx / all_times[0]['dense']:.2f}")
+            print(f"| {name} | {batch} | {1e3 * dense:.3g} | {' | '.join(relative)} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -329,7 +329,8 @@ def test_an_interval_of_shares_stays_between_nothing_and_all() -> None:
     table = pl.DataFrame(
         {
             "level": [1, 1], "importance": ["l1"] * 2, "seed": [0, 1], "quantity": ["initial"] * 2,
-            "layer": ["(all)"] * 2, "connections": [10, 10], "alive": [5, 5], "kept": [0.9, 1.0], "expected": [0.5, 0.5], "excess": [0.8, 1.0],
+            "layer": ["(all)"] * 2, "connections": [10, 10], "alive": [5, 5], "kept": [0.9, 1.0],
+            "expected": [0.5, 0.5], "excess": [0.8, 1.0],
         }
     )  # fmt: skip
     assert initial.summarise(table)["high"].item() == 1.0

@@ -267,11 +267,24 @@ def test_lists_may_stand_for_tuples_in_python() -> None:
     assert (study.importances, study.seeds, study.data_seeds, study.exclude) == (("l1",), (0, 1), (7,), ("fc",))
     assert (study.recipe.milestones, study.task.model_arguments) == ((1, 2), {"sizes": (1, 2)})
     for wrong in ({"seeds": [0.0]}, {"seeds": {0}}, {"importances": "l1"}, {"seeds": ["0"]}, {"exclude": iter("fc")}):
-        with pytest.raises(ValidationError):
+        with pytest.raises(UserError, match=f"^Study: {next(iter(wrong))}.*: expected a "):
             Study(task=task, recipe=recipe, levels=2, **(fields | wrong))
     for wrong in ({"milestones": [1.0]}, {"milestones": "1"}, {"lr": "0.1"}, {"epochs": 3.0}, {"nesterov": 1}):
         with pytest.raises(ValidationError):
             Recipe.model_validate({"epochs": 3, "schedule": "milestones", "milestones": [1], **wrong})
+
+
+def test_a_mistake_in_an_argument_is_one_sentence() -> None:
+    study = load_study("digits")
+    parts: dict[str, Any] = {"task": study.task, "recipe": study.recipe, "importances": ["l1"], "seeds": [0]}
+    with pytest.raises(UserError, match=r"^Study: levels: expected a number from 0, got -1$"):
+        Study(**parts, levels=-1)
+    with pytest.raises(UserError, match=r"^Recipe: unknown field 'epoch'; did you mean 'epochs'\?$"):
+        Recipe(epoch=1)  # type: ignore[call-arg]
+    with pytest.raises(UserError, match=r"^Task: the field 'model' is missing$"):
+        Task(dataset="digits")  # type: ignore[call-arg]
+    with pytest.raises(UserError, match=r"^Study: recipe\.lr: expected a number, got 'x'$"):
+        Study(**parts | {"recipe": {"epochs": 1, "lr": "x"}}, levels=1)
 
 
 def test_overrides_are_not_changed(write: Write) -> None:

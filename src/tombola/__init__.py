@@ -5,13 +5,15 @@ Where to begin:
     tombola.find_tickets(model, data, recipe, l1, levels=5)   the tickets of one network, level after level
     tombola.run("digits")                                     a whole study, with several seeds and importances
     tombola.find("digits", within=0.01)                       the sparsest ticket that keeps the accuracy, cheaply
+    tombola.plan("digits")                                    what a run would train, and how long it would take
     tombola.results("digits")                                 its accuracies; also: overlap, layers, stability, winners,
                                                               weights, functions, connectivity, claims, compare, reinit,
                                                               matching, initial, similarity, controls, combine,
-                                                              transfer, basins, rewind_point, early
+                                                              transfer, basins, rewind_point, early, verify
     tombola.charts("digits")["overlap"]                       its charts; write_report writes them all on one page
     tombola.loops.hold(model, mask, optimizer)                your own training loop: pruned weights stay 0.0
     tombola.Ticket.load("ticket.safetensors").apply(model)    a ticket that somebody has found
+    tombola.run("digits", hooks=[my_function])                follow a run, log it, stop it: see tombola.hooks
 
 A `Study` has a `Task` (data set, model, loss), a `Recipe`, importances, seeds and levels; `load_study` reads one. The
 built-in data sets, models and importances are in `tombola.datasets`, `tombola.models` and `tombola.importance`; masks
@@ -31,7 +33,7 @@ os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 if TYPE_CHECKING:
-    from tombola import datasets, importance, loops, models
+    from tombola import datasets, hooks, importance, loops, models
     from tombola.datasets.dataset import Dataset
     from tombola.errors import UserError
     from tombola.lottery import interchange
@@ -48,6 +50,7 @@ if TYPE_CHECKING:
     from tombola.training.recipe import Augmentation, Recipe
     from tombola.training.train import train
     from tombola.training.weights import Weights
+    from tombola.workbench.checks import plan, verify
     from tombola.workbench.find import find
     from tombola.workbench.further import basins, initial, matching, similarity
     from tombola.workbench.pictures import charts, write_report
@@ -102,6 +105,7 @@ _HOME = {
     "load_study": "study.schema",
     "lottery_ticket_rewinding": "lottery.rewinding",
     "matching": "workbench.further",
+    "plan": "workbench.checks",
     "overlap": "workbench.tables",
     "prunable": "pruning.eligible",
     "prune": "pruning.prune",
@@ -114,12 +118,14 @@ _HOME = {
     "stability": "workbench.tables",
     "train": "training.train",
     "transfer": "workbench.trained",
+    "verify": "workbench.checks",
     "weights": "workbench.tables",
     "winners": "workbench.tables",
     "write_report": "workbench.pictures",
 }
 _MODULES = {
     "datasets": "datasets",
+    "hooks": "hooks",
     "importance": "importance",
     "interchange": "lottery.interchange",
     "loops": "loops",
@@ -154,6 +160,7 @@ __all__ = [
     "find",
     "find_tickets",
     "functions",
+    "hooks",
     "importance",
     "initial",
     "interchange",
@@ -165,6 +172,7 @@ __all__ = [
     "matching",
     "models",
     "overlap",
+    "plan",
     "prunable",
     "prune",
     "read_ticket",
@@ -176,6 +184,7 @@ __all__ = [
     "stability",
     "train",
     "transfer",
+    "verify",
     "weights",
     "winners",
     "write_report",

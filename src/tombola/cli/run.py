@@ -13,6 +13,7 @@ from tombola.errors import UserError
 if TYPE_CHECKING:
     from tombola.engine.estimate import Estimate
     from tombola.engine.workers import Workers
+    from tombola.hooks import Hook
     from tombola.pruning.coverage import Coverage
     from tombola.study.planner import Planner
 
@@ -29,6 +30,14 @@ def add_verbs(verbs: Verbs) -> None:
     engine.add_argument(
         "--per-gpu", type=whole_number(1, 1000), default=1, metavar="N", help="trainings at the same time on one GPU"
     )
+    engine.add_argument(
+        "--log",
+        action="append",
+        default=[],
+        metavar="WRITER=PLACE",
+        help="write metric, density and losses of each level to tensorboard=FOLDER or mlflow=URI",
+    )
+    engine.add_argument("--log-epochs", action="store_true", help="write the losses of each epoch too")
     verbs.add("plan", plan, verbs.study, verbs.table)
 
 
@@ -38,10 +47,12 @@ def run(options: argparse.Namespace) -> int:
     from tombola.cli.results import show_results
     from tombola.engine.estimate import prior_speed
     from tombola.engine.run import run as run_study
+    from tombola.hooks.tell import tell_hooks
     from tombola.study.tickets import Tickets
     from tombola.workbench.progress import show_progress
     from tombola.workbench.runs import count_workers, describe_stopped, prepare_store, try_study
 
+    hooks = [open_writer(each) for each in options.log]
     planner = open_planner(options)
     study, local = planner.study, options.engine == "local"
     device = study.device if local else "cpu"  # GPUs may be on other machines
@@ -52,8 +63,13 @@ def run(options: argparse.Namespace) -> int:
     if planner.kernel_fault is not None:
         print_note(planner.kernel_fault)
     speed = prior_speed(planner, count_workers(options.workers, study.device), options.data) if local else None
-    with open_workers(options, planner) as workers, show_progress(planner, workers.count) as show:
-        status = run_study(planner, workers, show, speed=speed)
+    epochs = options.log_epochs
+    with (
+        open_workers(options, planner) as workers,
+        show_progress(planner, workers.count) as show,
+        tell_hooks(show, hooks, planner, workers, epochs=epochs) as tell,
+    ):
+        status = run_study(planner, workers, tell, speed=speed, tells_epochs=epochs)
     stopped = describe_stopped(status)
     if status.done == 0 and not stopped:
         print(f"every training of this study is in {planner.store.root} already; nothing was trained")
@@ -61,6 +77,21 @@ def run(options: argparse.Namespace) -> int:
     if stopped:
         raise UserError(f"{stopped}; all other results are kept")
     return 0
+
+
+def open_writer(text: str) -> Hook:
+    """Return the hook that `--log WRITER=PLACE` asks for.
+
+    >>> open_writer("wandb=here")
+    Traceback (most recent call last):
+    tombola.errors.UserError: --log: expected tensorboard=FOLDER or mlflow=URI, got 'wandb=here'
+    """
+    from tombola import hooks
+
+    name, _, place = text.partition("=")
+    if name not in ("tensorboard", "mlflow") or not place:
+        raise UserError(f"--log: expected tensorboard=FOLDER or mlflow=URI, got {text!r}")
+    return hooks.tensorboard(place) if name == "tensorboard" else hooks.mlflow(place)
 
 
 def plan(options: argparse.Namespace) -> int:

@@ -12,10 +12,11 @@ from pathlib import Path
 import torch
 
 from tombola.engine.forecast import Speed, Timing, makespan, paths_ahead, refine
+from tombola.engine.here import WorkersHere
 from tombola.engine.job import Job, Outcome
 from tombola.engine.local import LocalWorkers
 from tombola.engine.run import count_remaining
-from tombola.engine.workers import At, Failed
+from tombola.engine.workers import At, Failed, Workers
 from tombola.errors import DamagedResultError, UserError
 from tombola.inputs import select
 from tombola.pruning.mask import Mask
@@ -59,13 +60,14 @@ class Estimate:
     bytes: int
 
 
-def estimate(planner: Planner, workers: int, directory: Path | None = None) -> Estimate:
+def estimate(planner: Planner, workers: int, directory: Path | None = None, *, here: bool = False) -> Estimate:
     """Estimate the run of a study from its finished trainings, or from a few iterations that are timed now.
 
     Args:
         planner: the planner of the study.
         workers: the number of workers.
         directory: the folder of the data sets.
+        here: whether only this process can train, by functions of its own.
     """
     progress = Tickets(planner).all()
     keys = {training.key for p in progress.values() for training in p.trainings}
@@ -78,7 +80,7 @@ def estimate(planner: Planner, workers: int, directory: Path | None = None) -> E
     ]
     sizes = sum(_bytes(planner, level) for level in missing) * to_train // max(1, len(missing))
     try:
-        speed = _speed(planner, list(progress.values()), workers, directory)
+        speed = _speed(planner, list(progress.values()), workers, directory, here=here)
     except _DivergedError as error:
         return Estimate(chains, len(keys), to_train, None, str(error), None, None, sizes)
     waiting = {chain: p for chain, p in progress.items() if p.waits_for is not None}
@@ -134,16 +136,16 @@ def dense_speed(planner: Planner, directory: Path | None = None) -> Speed:
         planner: the planner of the study.
         directory: the folder of the data sets.
     """
-    each, start = _time_iterations(planner, planner.dense, 1, directory)
+    each, start = _time_iterations(planner, planner.dense, 1, directory, here=False)
     return Speed({1.0: each}, _time_testing(planner), start, "from a few iterations timed now")
 
 
-def _speed(planner: Planner, chains: Sequence[Progress], workers: int, directory: Path | None) -> Speed:
+def _speed(planner: Planner, chains: Sequence[Progress], workers: int, directory: Path | None, *, here: bool) -> Speed:
     """Return the speed of trainings, from the finished trainings of the study or from a few iterations timed now."""
     if recorded := speed_of(planner, chains):
-        _, start = _time_iterations(planner, planner.dense, 1, directory)
+        _, start = _time_iterations(planner, planner.dense, 1, directory, here=here)
         return replace(recorded, start=start)
-    return _timed_speed(planner, workers, directory, _time_testing(planner))
+    return _timed_speed(planner, workers, directory, _time_testing(planner), here=here)
 
 
 def speed_of(planner: Planner, chains: Iterable[Progress]) -> Speed | None:
@@ -158,24 +160,33 @@ def speed_of(planner: Planner, chains: Iterable[Progress]) -> Speed | None:
     return refine(Speed({}, 0.0, 0.0, source), timings.values()) if timings else None
 
 
-def _timed_speed(planner: Planner, workers: int, directory: Path | None, testing: float) -> Speed:
+def _timed_speed(
+    planner: Planner, workers: int, directory: Path | None, testing: float, *, here: bool = False
+) -> Speed:
     """Time iterations at some of the levels and return the speed of trainings."""
     known, start = {}, 0.0
     count = min(workers, _MOST_TIMED_AT_ONCE)
     for level in sorted({0, planner.study.levels // 2, planner.study.levels}):
         density = (1 - planner.study.fraction) ** level
-        known[density], started = _time_iterations(planner, _thin(planner.dense, density), count, directory)
+        known[density], started = _time_iterations(planner, _thin(planner.dense, density), count, directory, here=here)
         start = max(start, started)  # only the first includes the start of the process that workers are forked from
     return Speed(known, testing, start, "from a few iterations timed now")
 
 
-def _time_iterations(planner: Planner, mask: Mask, count: int, directory: Path | None) -> tuple[float, float]:
+def _time_iterations(
+    planner: Planner, mask: Mask, count: int, directory: Path | None, *, here: bool
+) -> tuple[float, float]:
     """Return the seconds of an iteration while `count` trainings run in parallel, and the seconds until they start."""
     seed = planner.study.seeds[0]
     endless = 10**9
     training = planner.training(seed, planner.initial(planner.chains[0].seed), mask, 0, endless)
     marks: dict[str, list[tuple[int, float]]] = {f"{number}": [] for number in range(count)}
-    with LocalWorkers(count, planner.study.task, directory, None) as workers:
+    opened: Workers
+    if here:
+        opened = WorkersHere(planner.problem, planner.store)
+    else:
+        opened = LocalWorkers(count, planner.study.task, directory, None)
+    with opened as workers:
         began = time.perf_counter()
         for key in marks:
             workers.submit(replace(Job.of(training, planner.study), key=key))

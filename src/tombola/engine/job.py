@@ -33,7 +33,7 @@ from tombola.study.schema import Study
 from tombola.study.task import Problem, load_importance, load_recipe
 from tombola.study.trainings import Round, Training
 from tombola.training.behaviour import Behaviour, agree, observe_recipe
-from tombola.training.history import Checkpoint, History, Trained, Watch
+from tombola.training.history import Checkpoint, History, OnEpoch, Trained, Watch
 from tombola.training.recipe import Recipe
 from tombola.training.train import train
 from tombola.training.weights import Weights
@@ -63,10 +63,11 @@ class Job:
     sparse: Sequence[str]
     sources: Mapping[str, str]
     behaviour: Behaviour = ()
+    tells_epochs: bool = False
 
     @classmethod
-    def of(cls, training: Training, study: Study) -> Job:
-        """Make the job for a training of a study."""
+    def of(cls, training: Training, study: Study, *, tells_epochs: bool = False) -> Job:
+        """Make the job for a training of a study; `tells_epochs` says whether the losses of each epoch are reported."""
         return cls(
             training.key,
             {part: training.identity.get(part) for part in _PARTS},
@@ -81,6 +82,7 @@ class Job:
             training.identity["sparse"],
             training.identity.get("sources", {}),
             training.behaviour,
+            tells_epochs,
         )
 
 
@@ -154,7 +156,9 @@ class Outcome:
         return Trained(Weights.of(safetensors.torch.load(self.state)), History.from_json(dict(self.history)), losses)
 
 
-def perform(job: Job, problem: Problem, resume: Checkpoint | None, watch: Watch) -> Outcome:
+def perform(
+    job: Job, problem: Problem, resume: Checkpoint | None, watch: Watch, on_epoch: OnEpoch | None = None
+) -> Outcome:
     """Do the training of a job.
 
     Args:
@@ -162,6 +166,7 @@ def perform(job: Job, problem: Problem, resume: Checkpoint | None, watch: Watch)
         problem: the data set, model, loss and metrics.
         resume: the checkpoint to resume from; None to start at the beginning.
         watch: a function that is called after every iteration.
+        on_epoch: a function that is called after every epoch, if the job tells epochs.
 
     Raises:
         UserError: if the problem is not the one that the training is named after, or if the user's code fails.
@@ -197,6 +202,7 @@ def perform(job: Job, problem: Problem, resume: Checkpoint | None, watch: Watch)
             kernels=job.sparse,
             resume=resume,
             watch=clock,
+            on_epoch=on_epoch if job.tells_epochs else None,
         )
     record = {
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -131,7 +131,9 @@ class LocalWorkers:
     def events(self, timeout: float) -> Iterator[Event]:
         """Yield the events of the workers, after waiting for at most `timeout` seconds."""
         for ready in wait([worker.connection for worker in self._workers], timeout):
-            worker = next(worker for worker in self._workers if worker.connection is ready)
+            worker = next((worker for worker in self._workers if worker.connection is ready), None)
+            if worker is None:  # its job was cancelled meanwhile
+                continue
             try:
                 event: Event = worker.connection.recv()
             except (EOFError, OSError):
@@ -141,10 +143,23 @@ class LocalWorkers:
                 worker.job = None
             yield event
 
-    def _replace(self, worker: _Worker) -> Iterator[Failed]:
+    def pause(self) -> contextlib.nullcontext[None]:
+        """Let nothing that this process does inside the block change what the workers compute."""
+        return contextlib.nullcontext()
+
+    def cancel(self, key: str) -> None:
+        """End a job that is running; no event of it follows."""
+        for worker in [each for each in self._workers if each.job is not None and each.job.key == key]:
+            worker.process.kill()
+            self._remove(worker)
+
+    def _remove(self, worker: _Worker) -> None:
         worker.process.join()
         worker.connection.close()
         self._workers.remove(worker)
+
+    def _replace(self, worker: _Worker) -> Iterator[Failed]:
+        self._remove(worker)
         if worker.job is None:
             return
         if self._tries[worker.job.key] < TRIES:
@@ -313,14 +328,14 @@ def _perform(
     if isinstance(job, RoundJob):
         return perform_round(job, problem)
 
-    def tell(iteration: int) -> None:
-        connection.send(At(job.key, iteration))
+    def tell(iteration: int, losses: tuple[float, ...] = ()) -> None:
+        connection.send(At(job.key, iteration, losses))
 
     if store is None:
-        return perform(job, problem, None, make_watch(tell, None, checkpoint_every))
+        return perform(job, problem, None, make_watch(tell, None, checkpoint_every), tell)
     keep, kind = partial(store.checkpoints.put, job.key), str(kind_here(job.device))
     watch = make_watch(tell, keep, checkpoint_every, kind=kind, key=job.key)
-    return perform(job, problem, store.checkpoints.get(job.key, kind), watch)
+    return perform(job, problem, store.checkpoints.get(job.key, kind), watch, tell)
 
 
 def _end_with_parent() -> None:

@@ -138,7 +138,9 @@ class RayWorkers:
         ready, _ = ray.wait(list(self._running), num_returns=len(self._running), timeout=timeout)
         yield from self._collect()
         for reference in ready:
-            job = self._running.pop(reference)
+            job = self._running.pop(reference, None)
+            if job is None:  # it was cancelled meanwhile
+                continue
             try:
                 outcome: Outcome | Pruned | Failed = ray.get(reference)
             except _LOST as error:
@@ -155,6 +157,17 @@ class RayWorkers:
                 outcome = Failed(job.key, f"{type(error).__name__}: {' '.join(str(error).split())}")
             yield outcome
 
+    def pause(self) -> contextlib.nullcontext[None]:
+        """Let nothing that this process does inside the block change what the workers compute."""
+        return contextlib.nullcontext()
+
+    def cancel(self, key: str) -> None:
+        """End a job that is running; no event of it follows."""
+        for reference in [each for each, job in self._running.items() if job.key == key]:
+            del self._running[reference]
+            with contextlib.suppress(exceptions.RayError):
+                ray.cancel(reference, force=True)
+
     def _collect(self) -> Iterator[At]:
         """Yield the iterations that jobs have reached, and store their checkpoints."""
         running = {job.key for job in self._running.values()}
@@ -166,7 +179,7 @@ class RayWorkers:
         for key, content in checkpoints.items():
             if key in running:
                 self._store.checkpoints.put(key, content)
-        yield from (At(key, iteration) for key, iteration in at.items() if key in running)
+        yield from (each for key, each in at.items() if key in running)
 
     @staticmethod
     def _new_post() -> Any:
@@ -198,16 +211,17 @@ class _Post:
     """A mailbox for the iterations and checkpoints of tasks, which the run empties regularly."""
 
     def __init__(self) -> None:
-        self._at: dict[str, int] = {}
+        self._at: dict[str, At] = {}
         self._checkpoints: dict[str, bytes] = {}
 
-    def tell(self, key: str, iteration: int) -> None:
-        self._at[key] = iteration
+    def tell(self, at: At) -> None:
+        before = self._at.get(at.key, at)
+        self._at[at.key] = replace(at, losses=max(at.losses, before.losses, key=len))
 
     def keep(self, key: str, checkpoint: bytes) -> None:
         self._checkpoints[key] = checkpoint
 
-    def empty(self) -> tuple[dict[str, int], dict[str, bytes]]:
+    def empty(self) -> tuple[dict[str, At], dict[str, bytes]]:
         content = self._at, self._checkpoints
         self._at, self._checkpoints = {}, {}
         return content
@@ -229,8 +243,8 @@ def _train(
     if (driver["kernels"] is None) != (machine()["kernels"] is None):
         return Failed(job.key, "compiled kernels are installed on one machine of the cluster and not on another")
 
-    def tell(iteration: int) -> None:
-        post.tell.remote(job.key, iteration)
+    def tell(iteration: int, losses: tuple[float, ...] = ()) -> None:
+        post.tell.remote(At(job.key, iteration, losses))
 
     def keep(checkpoint: bytes) -> None:
         post.keep.remote(job.key, checkpoint)
@@ -244,7 +258,7 @@ def _train(
             kind = str(kind_here(job.device))
             resume = None if stopped is None else checkpoint_from_bytes(stopped, kind, job.key)
             watch = make_watch(tell, keep, checkpoint_every, kind=kind, key=job.key)
-            return perform(job, loaded, resume, watch)
+            return perform(job, loaded, resume, watch, tell)
     except BaseException as error:  # a user's code may raise anything
         return Failed.by(job.key, error)
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import TypeAlias
 
 from tombola.engine.forecast import Forecast, Speed
 from tombola.engine.job import Job, Outcome, Pruned, RoundJob
@@ -12,7 +13,7 @@ from tombola.engine.machine import Kind, kind, kind_here
 from tombola.engine.workers import At, Event, Failed, Workers
 from tombola.errors import DamagedResultError, UserError
 from tombola.store.claims import Claims
-from tombola.study.planner import Chain, Need, Planner, Progress
+from tombola.study.planner import Chain, Halted, Need, Planner, Progress, Waiting
 from tombola.study.trainings import Round, Training
 
 _WAIT = 0.2  # seconds between two checks whether another process still removes results
@@ -32,6 +33,8 @@ class Status:
         running: the running trainings and the iteration that each has reached, by key; for a round of pruning, it is 0.
         seconds_left: the estimated remaining seconds; None if nothing is known yet.
         notes: sentences for the user.
+        losses: the mean losses of the epochs so far, by the key of a running training, if epochs are told.
+        to_halt: the chains that end where they are, and why; whoever is shown the status may add to them.
     """
 
     total: int
@@ -40,14 +43,22 @@ class Status:
     running: dict[str, tuple[Need, int]] = field(default_factory=dict)
     seconds_left: float | None = None
     notes: list[str] = field(default_factory=list)
+    losses: dict[str, tuple[float, ...]] = field(default_factory=dict)
+    to_halt: dict[Chain, str] = field(default_factory=dict)
+
+
+Show: TypeAlias = Callable[[Status, Training | None], None]
+"""A function that shows the status of a run and the training that has just finished, if any."""
 
 
 def run(
     planner: Planner,
     workers: Workers,
-    show: Callable[[Status, Training | None], None],
+    show: Show,
     chains: Sequence[Chain] | None = None,
     speed: Speed | None = None,
+    *,
+    tells_epochs: bool = False,
 ) -> Status:
     """Do every training that the study needs and the store does not have.
 
@@ -61,6 +72,7 @@ def run(
         chains: the chains to run; by default all chains of the study.
         speed: the known speed of the trainings, see `tombola.engine.estimate.prior_speed`; the first estimate of the
             remaining time is based on it.
+        tells_epochs: whether the status has the losses of each epoch of the running trainings.
 
     Raises:
         UserError: if a training fails. The results of all finished trainings are in the store.
@@ -70,7 +82,7 @@ def run(
         planner.store.sweep(claims.alone)
         planner.keep_behaviour()
         wanted = [*planner.chains, *planner.repeats] if chains is None else chains
-        status = _run(planner, workers, claims, show, wanted, speed, notes)
+        status = _run(planner, workers, claims, show, wanted, speed, notes, tells_epochs=tells_epochs)
         planner.store.sweep(claims.alone)  # remove the files of killed workers
         return status
 
@@ -88,10 +100,12 @@ def _run(
     planner: Planner,
     workers: Workers,
     claims: Claims,
-    show: Callable[[Status, Training | None], None],
+    show: Show,
     chains: Sequence[Chain],
     speed: Speed | None,
     notes: list[str],
+    *,
+    tells_epochs: bool,
 ) -> Status:
     status = Status(0, notes=notes)
     for chain in chains:
@@ -102,22 +116,49 @@ def _run(
     forecast = Forecast(planner, workers.count, speed)
     status.seconds_left = forecast.seconds_left(status.chains, status.running)
     looked = 0.0
-    show(status, None)  # before the workers start, which takes a while
+
+    def tell(finished: Training | None = None) -> None:
+        show(status, finished)
+        if _halt(workers, claims, status):
+            show(status, None)
+
+    tell()  # before the workers start, which takes a while
     while waiting := _list_needs(status):
         if time.monotonic() - looked > _LOOK_EVERY and (workers.in_other_processes or workers.idle):
             looked = time.monotonic()
             _take_results_of_other_runs(planner, waiting, status)
             waiting = _list_needs(status)
-        _submit(planner, workers, claims, waiting, status)
+        _submit(planner, workers, claims, waiting, status, tells_epochs=tells_epochs)
         _note_other_runs(status, claims, waiting)
         for event in workers.events(timeout=0.2):
+            if event.key not in status.running:  # it was cancelled
+                continue
             finished = _handle(event, planner, workers, claims, forecast, status)
             status.done = status.total - count_remaining(list(status.chains.values()))
             status.seconds_left = forecast.seconds_left(status.chains, status.running)
-            show(status, finished)
+            tell(finished)
         status.done = status.total - count_remaining(list(status.chains.values()))
-        show(status, None)
+        tell()
     return status
+
+
+def _halt(workers: Workers, claims: Claims, status: Status) -> bool:
+    """End the chains that are to halt, and cancel the jobs that no other chain waits for; return whether any did."""
+    notes = len(status.notes)
+    for chain, reason in status.to_halt.items():
+        progress = status.chains[chain]
+        if not isinstance(progress.end, Waiting):
+            continue
+        before = count_remaining(list(status.chains.values()))
+        status.chains[chain] = replace(progress, end=Halted(reason))
+        status.total -= before - count_remaining(list(status.chains.values()))
+        last = f"after level {len(progress.tickets) - 1}" if progress.tickets else "before its first ticket"
+        status.notes.append(f"{chain} was stopped {last}: {reason}")
+    for key in status.running.keys() - _list_needs(status).keys():
+        workers.cancel(key)
+        claims.release(key)
+        del status.running[key]
+    return len(status.notes) > notes
 
 
 def _take_results_of_other_runs(planner: Planner, waiting: dict[str, Need], status: Status) -> None:
@@ -130,7 +171,15 @@ def _take_results_of_other_runs(planner: Planner, waiting: dict[str, Need], stat
             _go_on(planner, key, status)
 
 
-def _submit(planner: Planner, workers: Workers, claims: Claims, waiting: dict[str, Need], status: Status) -> None:
+def _submit(
+    planner: Planner,
+    workers: Workers,
+    claims: Claims,
+    waiting: dict[str, Need],
+    status: Status,
+    *,
+    tells_epochs: bool,
+) -> None:
     """Give trainings and rounds to idle workers, those with the most trainings behind them first."""
     for need in sorted(waiting.values(), key=lambda each: -_remaining_behind(each, status)):
         if not workers.idle:
@@ -143,7 +192,7 @@ def _submit(planner: Planner, workers: Workers, claims: Claims, waiting: dict[st
             return  # other trainings are waited for now
         if isinstance(need, Training):
             status.running[need.key] = need, need.begin
-            workers.submit(Job.of(need, planner.study))
+            workers.submit(Job.of(need, planner.study, tells_epochs=tells_epochs))
         else:
             status.running[need.key] = need, 0
             workers.submit(RoundJob.of(need, planner.study, planner.rule))
@@ -159,8 +208,9 @@ def _handle(
     """
     need, _ = status.running[event.key]
     match event:
-        case At(key, iteration):
+        case At(key, iteration, losses):
             status.running[key] = (need, iteration)
+            status.losses[key] = max(losses, status.losses.get(key, ()), key=len)
             return None
         case Failed(_, reason):
             raise UserError(f"{_describe(need, status)} failed: {reason}")
@@ -186,6 +236,7 @@ def _release(planner: Planner, key: str, claims: Claims, status: Status) -> None
     """Give back the claim on a job that is done, and follow the chains that waited for it."""
     claims.release(key)
     del status.running[key]
+    status.losses.pop(key, None)
     _go_on(planner, key, status)
 
 

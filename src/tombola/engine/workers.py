@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol, Self, TypeAlias
 
@@ -23,10 +24,11 @@ _TELL_EVERY = 0.2  # seconds
 
 @dataclass(frozen=True)
 class At:
-    """The event that a job has reached an iteration."""
+    """The event that a job has reached an iteration; with the mean losses of its epochs so far if it tells them."""
 
     key: str
     iteration: int
+    losses: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,12 @@ class Workers(Protocol):
 
     def events(self, timeout: float) -> Iterator[Event]:
         """Yield the events of the workers, after waiting for at most `timeout` seconds."""
+
+    def cancel(self, key: str) -> None:
+        """End a job that is running; no event of it follows."""
+
+    def pause(self) -> AbstractContextManager[None]:
+        """Let nothing that this process does inside the block change what the workers compute."""
 
     def __enter__(self) -> Self:
         """Return the workers, ready for jobs."""

@@ -23,7 +23,7 @@ from tombola.kernels.choice import (
 from tombola.kernels.layers import BatchNorm2d, MaxPool2d, SparseConv2d
 from tombola.kernels.likeness import find_difference, is_own
 from tombola.kernels.linear import Perceptron, SparseLinear
-from tombola.kernels.replace import dense_names, dense_state, sparsify
+from tombola.kernels.replace import dense_names, dense_state, sparsify, sparsify_to_infer
 from tombola.kernels.step import Loss, Precision, Step, accelerate, are_packed, sparse_layers
 
 __all__ = [
@@ -51,6 +51,7 @@ __all__ = [
     "normalise_images",
     "sparse_layers",
     "sparsify",
+    "sparsify_to_infer",
     "warn_if_missing",
 ]
 

@@ -57,6 +57,21 @@ class Layer:
         bias_gradient: Tensor | None,
     ) -> None: ...
 
+class FewSamples:
+    def __init__(
+        self,
+        alive: Tensor,
+        outputs: int,
+        inputs: int,
+        kernel: tuple[int, int],
+        image: tuple[int, int],
+        stride: int,
+        padding: tuple[int, int],
+        samples: int,
+        instruction_set: str | None,
+    ) -> None: ...
+    def forward(self, values: Tensor, bias: Tensor | None, source: Tensor, target: Tensor) -> None: ...
+
 class Chain:
     def __init__(self, layers: tuple[Layer, ...], relus: Sequence[bool]) -> None: ...
     @property

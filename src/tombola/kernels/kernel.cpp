@@ -881,10 +881,17 @@ void max_pool_gradient(Packed x, Packed y, Packed delta, ImageSize size, Window 
 
 }  // namespace
 
+}  // namespace tombola
+
+#include "few_kernel.hpp"
+
+namespace tombola {
+
 extern const Kernels TOMBOLA_ISA = {TOMBOLA_NAME(TOMBOLA_ISA), linear_vectors * L, conv_vectors* L, gather, correlate,
                                    pack_features, unpack_features, rectify, gate,
                                    batch_norm, batch_norm_gradient, normalise_images,
                                    pack_images, unpack_images, gather_packed, correlate_packed, normalise_packed,
-                                   normalise_gradient_packed, sum_packed, gate_packed, max_pool, max_pool_gradient};
+                                   normalise_gradient_packed, sum_packed, gate_packed, max_pool, max_pool_gradient,
+                                   L, gather_few, gather_one, pack_few};
 
 }  // namespace tombola

@@ -64,6 +64,15 @@ struct Window {
     int target_height, target_width;
 };
 
+// The taps of a layer for few samples, those of row r from first[r] to first[r + 1], each as far as `offset` from the
+// target in the packed source.
+struct Few {
+    int rows;
+    const int32_t *first, *offset;
+};
+
+constexpr int few_vectors_most = 12;  // of a tile: with the value, as many as there are registers
+
 struct Kernels {
     const char* name;
     int linear_block, conv_block;
@@ -109,6 +118,15 @@ struct Kernels {
     void (*gate_packed)(Packed delta, Packed y, ImageSize size);
     void (*max_pool)(Packed x, ImageSize size, Window window, Packed y);
     void (*max_pool_gradient)(Packed x, Packed y, Packed delta, ImageSize size, Window window, Packed gradient);
+
+    int lanes;
+    // The next `vectors` of each row of the target for few samples, row by row; `source` is where they read.
+    void (*gather_few)(const Few&, int vectors, const float* values, const float* bias, const float* source,
+                       float* target);
+    void (*gather_one)(const Few&, const float* values, const float* bias, const float* source, float* target,
+                       ptrdiff_t step);
+    void (*pack_few)(const float* from, ptrdiff_t sample, ptrdiff_t feature, int samples, int block, int features,
+                     float* to);
 };
 
 extern const Kernels plain, avx2, avx512;

@@ -21,6 +21,13 @@ except ImportError:  # for example, the package was installed without a C++ comp
     extension = None
 
 
+_FULL = 96
+"""Pixels of a tile of the kernels for few examples."""
+
+_MOST_FLOATS = 2**30
+"""Packed inputs of these kernels: their indices are of 32 bits."""
+
+
 def _strides(shape: Sequence[int]) -> tuple[int, ...]:
     """Return the strides of the kernels' layout of (batch, channels, height, width): the batch varies fastest."""
     batch = shape[0]
@@ -101,6 +108,7 @@ class Sparse(nn.Module):
     values: nn.Parameter
     bias: nn.Parameter | None
     alive: Tensor
+    infers = False  # set to True: without gradients, it computes by kernels that are fast for few examples too
 
     def __init__(self, weight: Tensor, bias: Tensor | None, mask: Tensor, instruction_set: str | None = None) -> None:
         super().__init__()
@@ -130,7 +138,9 @@ class Sparse(nn.Module):
         try:
             return self._kernels[size]
         except KeyError:
-            kernel = self._make(size) if extension is not None and self.alive.is_cpu else None
+            return self._keep(size, self._make(size) if extension is not None and self.alive.is_cpu else None)
+
+    def _keep(self, size: Sequence[int], kernel: Any) -> Any:
         if len(self._kernels) == 4:  # images of many different sizes must not fill the memory
             self._kernels.clear()
         self._kernels[size] = kernel
@@ -139,6 +149,43 @@ class Sparse(nn.Module):
     def _make(self, size: Sequence[int]) -> Any:
         """Return the kernel for examples of this size; None if they do not fit."""
         raise NotImplementedError
+
+    def _infer(self, x: Tensor, size: Sequence[int]) -> Tensor | None:
+        """Return the outputs by the kernels for few examples; None where they do not compute.
+
+        Args:
+            x: the inputs.
+            size: the size of an example's outputs.
+
+        """
+        weights = self._parameters  # as attributes they take several times as long
+        if torch.is_autocast_enabled("cpu") or not is_readable(x) or (torch.is_grad_enabled() and self._learns(x)):
+            return None
+        key = (0, *x.shape)  # no size begins with 0
+        try:
+            kernel = self._kernels[key]
+        except KeyError:
+            kernel = self._keep(key, self._make_few(x.shape))
+        if kernel is None:
+            return None
+        y = x.new_empty((x.shape[0], *size))
+        kernel.forward(weights["values"], weights.get("bias"), x, y)
+        return y
+
+    def _learns(self, x: Tensor) -> bool:
+        """Return whether a gradient of the inputs or of a weight may be asked for."""
+        return x.requires_grad or any(each is not None and each.requires_grad for each in self._parameters.values())
+
+    def _make_few(self, shape: Sequence[int]) -> Any:
+        """Return the kernel for few examples, for batches of this shape; None if they do not fit."""
+        raise NotImplementedError
+
+    def _few(
+        self, kernel: tuple[int, int], image: tuple[int, int], stride: int, padding: tuple[int, int], samples: int
+    ) -> Any:
+        outputs, inputs = self.shape[:2]
+        how = kernel, image, stride, padding, samples, self.instruction_set
+        return extension.FewSamples(self.alive, outputs, inputs, *how)
 
     def _layer(
         self,
@@ -192,6 +239,10 @@ class SparseConv2d(Sparse):
         recorder = recording.current()
         if recorder is not None and (recorded := recorder.convolve(self, x)) is not None:
             return recorded
+        if self.infers and x.dim() == 4:
+            y = self._infer(x, (self.shape[0], *self.output_size(x.shape[1:])))
+            if y is not None:
+                return y
         values, bias = self.values, self.bias
         kernel = self.kernel(x.shape[1:]) if x.dim() == 4 and can_compute(x, values, bias) else None
         if kernel is None:
@@ -211,6 +262,21 @@ class SparseConv2d(Sparse):
         if size[0] != inputs or 0 in self.shape or min(self.output_size(size)) < 1:
             return None
         return self._layer((kernel[0], kernel[1]), (size[1], size[2]), self.stride, self.padding)
+
+    def _make_few(self, shape: Sequence[int]) -> Any:
+        batch, channels, height, width = shape if len(shape) == 4 else (0, 0, 0, 0)
+        _, inputs, *kernel = self.shape
+        if extension is None or not batch or channels != inputs or min(self.output_size((channels, height, width))) < 1:
+            return None
+        padded = inputs * math.prod(
+            n + 2 * zeros + self.stride for n, zeros in zip((height, width), self.padding, strict=True)
+        )
+        rows, columns = self.output_size((channels, height, width))
+        passes = math.ceil(batch / math.ceil(_FULL / (rows * columns)))  # examples side by side until they fill a tile
+        samples = math.ceil(batch / passes)
+        if padded * samples > _MOST_FLOATS:
+            return None
+        return self._few((kernel[0], kernel[1]), (height, width), self.stride, self.padding, samples)
 
     def extra_repr(self) -> str:
         """Return the shape and the density as text."""

@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from tombola.kernels import layers
+from tombola.kernels.choice import MOST_FEW
 from tombola.kernels.layers import Sparse, can_compute, empty, is_plain
 
 Gradients: TypeAlias = list[Tensor | None]
@@ -136,6 +137,8 @@ class SparseLinear(Sparse):
     def forward(self, x: Tensor) -> Tensor:
         """Return the layer's outputs, which are those of the dense layer with the same weights."""
         inputs = self.shape[1]
+        if self.infers and (y := self._infer(x, self.shape[:1])) is not None:
+            return y
         if x.dim() > 2 and x.shape[-1] == inputs:
             return self.forward(x.flatten(0, -2)).view(*x.shape[:-1], self.shape[0])
         kernel = self.kernel(x.shape[1:]) if x.dim() == 2 and can_compute(x, self.values, self.bias) else None
@@ -143,6 +146,11 @@ class SparseLinear(Sparse):
             return functional.linear(x, self.weight, self.bias)
         product: Tensor = _Product.apply(x, self.values, self.bias, _Surviving([kernel], [False]))  # type: ignore[no-untyped-call]
         return product
+
+    def _make_few(self, shape: Sequence[int]) -> Any:
+        if len(shape) != 2 or shape[1] != self.shape[1] or shape[0] > MOST_FEW or 0 in (*shape, *self.shape):
+            return None
+        return None if layers.extension is None else self._few((1, 1), (1, 1), 1, (0, 0), shape[0])
 
     def _make(self, size: Sequence[int]) -> Any:
         if size[0] != self.shape[1] or 0 in self.shape:

@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping
 from torch import Tensor, nn
 
 from tombola.kernels import layers
-from tombola.kernels.choice import choices
+from tombola.kernels.choice import choices, choose_to_infer, list_eligible
 from tombola.kernels.layers import BatchNorm2d, MaxPool2d, SparseConv2d
 from tombola.kernels.linear import SparseLinear
 
@@ -23,6 +23,24 @@ def sparsify(model: nn.Module, mask: Mapping[str, Tensor], batch_size: int = 128
     """
     chosen = choices(model, mask, batch_size)
     return replace_layers(model, mask, [name for name, choice in chosen.items() if choice == "sparse"])
+
+
+def sparsify_to_infer(model: nn.Module, mask: Mapping[str, Tensor], batch_size: int = 128) -> nn.Module:
+    """Replace, in place, the layers whose forward pass alone is faster sparse, and return the model.
+
+    Args:
+        model: the model with its weights; pass a copy to keep the original.
+        mask: parameter name -> bool tensor of the weight's shape, True if alive.
+        batch_size: the number of examples of a pass.
+
+    """
+    densities = {name: float(mask[name].count_nonzero()) / mask[name].numel() for name in list_eligible(model, mask)}
+    names = [name for name, density in densities.items() if choose_to_infer(mask[name].shape, density, batch_size)]
+    replace_layers(model, mask, names)
+    for module in model.modules():
+        if isinstance(module, layers.Sparse):
+            module.infers = True
+    return model
 
 
 def replace_layers(model: nn.Module, mask: Mapping[str, Tensor], names: Collection[str]) -> nn.Module:

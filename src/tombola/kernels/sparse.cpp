@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <climits>
 #include <cstdlib>
+#include <cstring>
 #include <deque>
 #include <memory>
 #include <optional>
@@ -251,15 +252,7 @@ class Layer {
         : kernels_(kernels_named(instruction_set)) {
         const auto [kernel_height, kernel_width] = kernel;
         const auto [height, width] = image;
-        check_sizes({{"outputs", outputs, 1, most_features},
-                     {"inputs", inputs, 1, most_features},
-                     {"kernel", kernel_height, 1, most_taps},
-                     {"kernel", kernel_width, 1, most_taps},
-                     {"padding", padding.first, 0, most_pixels},
-                     {"padding", padding.second, 0, most_pixels},
-                     {"stride", stride, 1, most_pixels},
-                     {"image", height, std::max(1, kernel_height - 2 * padding.first), most_pixels},
-                     {"image", width, std::max(1, kernel_width - 2 * padding.second), most_pixels}});
+        check(outputs, inputs, kernel, image, stride, padding);
         const bool* const read = Tensor<const bool>("read", read_tensor).contiguous({outputs});
         const auto [indices, sizes, step] = Tensor<const int64_t>("alive", alive_tensor).strided({any});
         Tensor<const int64_t>("alive", alive_tensor).contiguous({any});
@@ -446,7 +439,6 @@ class Layer {
     int count() const { return count_; }        // of the values
     size_t ordered() const { return order_.size(); }  // of those that lead to outputs that are read
 
-  private:
     static constexpr int most_pixels = 1 << 20, most_taps = 1 << 15;  // of a side: sums and products fit an int
     static constexpr int most_features = 1 << 30;                     // sums of two fit an int
 
@@ -454,6 +446,19 @@ class Layer {
         const char* name;
         int size, least, most;
     };
+
+    static void check(int outputs, int inputs, std::pair<int, int> kernel, std::pair<int, int> image, int stride,
+                      std::pair<int, int> padding) {
+        check_sizes({{"outputs", outputs, 1, most_features},
+                     {"inputs", inputs, 1, most_features},
+                     {"kernel", kernel.first, 1, most_taps},
+                     {"kernel", kernel.second, 1, most_taps},
+                     {"padding", padding.first, 0, most_pixels},
+                     {"padding", padding.second, 0, most_pixels},
+                     {"stride", stride, 1, most_pixels},
+                     {"image", image.first, std::max(1, kernel.first - 2 * padding.first), most_pixels},
+                     {"image", image.second, std::max(1, kernel.second - 2 * padding.second), most_pixels}});
+    }
 
     static void check_sizes(std::initializer_list<Size> sizes) {
         for (const auto& [name, size, least, most] : sizes)
@@ -475,6 +480,7 @@ class Layer {
         return static_cast<int>(count);
     }
 
+  private:
     Grid source_grid(int batch, int border) const {
         const Pass& p = forward_.pass;
         return {batch, p.channels, p.height, p.width, border};
@@ -564,6 +570,14 @@ class Layer {
     std::deque<Structure> backward_;   // by phase
     std::vector<int32_t> order_;       // of the values in the passes of backward_
 };
+
+}  // namespace
+}  // namespace tombola
+
+#include "few.hpp"
+
+namespace tombola {
+namespace {
 
 // Linear layers, each the source of the next, some with a ReLU. What they compute stays packed from layer to layer:
 // `memory` of a forward pass holds source and outputs, one after the other, for the backward pass.
@@ -968,6 +982,13 @@ NB_MODULE(_sparse, m) {
         .def("weight_gradient_images", &Layer::weight_gradient_images, nb::arg("source"), nb::arg("source_border"),
              nb::arg("delta"), nb::arg("delta_border"), nb::arg("batch"), nb::arg("gradient"),
              nb::arg("bias_gradient").none());
+    nb::class_<FewSamples>(m, "FewSamples")
+        .def(nb::init<nb::handle, int, int, std::pair<int, int>, std::pair<int, int>, int, std::pair<int, int>, int,
+                      const Name&>(),
+             nb::arg("alive"), nb::arg("outputs"), nb::arg("inputs"), nb::arg("kernel"), nb::arg("image"),
+             nb::arg("stride"), nb::arg("padding"), nb::arg("samples"), nb::arg("instruction_set").none())
+        .def("forward", &FewSamples::forward, nb::arg("values"), nb::arg("bias").none(), nb::arg("source"),
+             nb::arg("target"));
     nb::class_<Chain>(m, "Chain")
         .def(nb::init<nb::tuple, std::vector<bool>>())
         .def_prop_ro("inputs", &Chain::inputs)

@@ -72,8 +72,8 @@ class Ticket:
         """Return a copy of `model` with the ticket's weights that computes with the surviving ones, on the CPU.
 
         Linear and convolution layers that the sparse kernels compute faster at this density and batch size hold only
-        their surviving weights; all others stay dense. With fewer than 16 examples all layers stay dense, because the
-        kernels work on many examples at once. Any batch size gives the same outputs up to rounding.
+        their surviving weights; all others stay dense. The copy is for running: its parameters require no gradients.
+        Any batch size gives the same outputs up to rounding.
 
         Args:
             model: the network; it is not changed.
@@ -100,7 +100,7 @@ class Ticket:
         found = copy.deepcopy(model).cpu()
         self.apply(found, trained=trained)
         kernels.warn_if_missing()
-        return kernels.sparsify(found, self.mask.load(), batch_size)
+        return kernels.sparsify_to_infer(found, self.mask.load(), batch_size).requires_grad_(False)
 
     def load_trained(self) -> State:
         """Return the trained state, with pruned weights 0.0.

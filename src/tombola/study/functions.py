@@ -8,6 +8,7 @@ the hash of its own code and of what it uses. It is trained in this process, see
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import dis
 import functools
 import hashlib
@@ -210,10 +211,11 @@ def _list_own_parts(value: Any) -> list[Any]:
 
 
 def _list_methods(kind: type) -> Iterator[tuple[str, Any]]:
-    """Yield the methods and properties that a class defines itself, without those that `namedtuple` or `Enum` make."""
+    """Yield the methods and properties that a class defines itself, without those that are made for it."""
     for name, member in vars(kind).items():
         function = member.fget if isinstance(member, property) else getattr(member, "__func__", member)
-        if isinstance(function, types.FunctionType) and function.__module__ == kind.__module__:
+        own = isinstance(function, types.FunctionType) and function.__module__ == kind.__module__
+        if own and not _is_of_dataclass(function):
             yield name, member
 
 
@@ -239,7 +241,11 @@ def _list_parts(value: Any) -> Sequence[Any] | None:
     if isinstance(value, types.CodeType):
         return [getattr(value, name) for name in _OF_CODE]
     if isinstance(value, type):
-        own = {key: member for key, member in vars(value).items() if key not in _OF_EVERY_CLASS}
+        own = {
+            key: _list_parts_of_dataclass(value) if key == "__dataclass_fields__" else member
+            for key, member in vars(value).items()
+            if key not in _OF_EVERY_CLASS and not _is_of_dataclass(member) and type(member) is not _SLOT
+        }
         return value.__qualname__, value.__bases__, own
     if torch is not None and isinstance(value, torch.Tensor):
         return _list_parts_of_tensor(value)
@@ -249,7 +255,29 @@ def _list_parts(value: Any) -> Sequence[Any] | None:
         return (value.fingerprint,)
     if callable(value) and hasattr(value, "__dict__"):  # an object with a method `__call__`, such as an Importance
         return type(value), vars(value)
+    if dataclasses.is_dataclass(value):
+        return type(value), [getattr(value, field.name) for field in dataclasses.fields(value)]
     return None
+
+
+def _list_parts_of_dataclass(kind: type) -> list[Any]:
+    """Return what the decorator was given, from which it makes the methods of a data class."""
+    fields: dict[str, dataclasses.Field[Any]] = vars(kind)["__dataclass_fields__"]
+    missing = dataclasses.MISSING
+    found: list[Any] = [repr(vars(kind)["__dataclass_params__"])]
+    for field in fields.values():
+        given = [value for value in (field.default, field.default_factory) if value is not missing]
+        flags = field.init, field.repr, field.hash, field.compare, field.kw_only
+        found.append((field.name, repr(getattr(field, "_field_type", None)), flags, dict(field.metadata), given))
+    return found
+
+
+def _is_of_dataclass(member: Any) -> bool:
+    """Return whether a member of a class is one that the decorator of data classes has made, or its parameters."""
+    function = getattr(member, "__code__", None)
+    made = function is not None and function.co_qualname.startswith("__create_fn__.")
+    within = function is not None and function.co_filename == dataclasses.__file__
+    return made or within or type(member).__name__ == "_DataclassParams"
 
 
 def _list_parts_of_tensor(tensor: Tensor) -> list[str] | None:
@@ -267,6 +295,9 @@ _OF_CODE = (
     "co_argcount", "co_posonlyargcount", "co_kwonlyargcount",
 )  # fmt: skip
 """What compiled code does; not the text of its file, which may have been edited since it was compiled."""
+
+_SLOT = types.MemberDescriptorType
+"""The type of the members that `__slots__`, which is described too, gives a class."""
 
 _OF_EVERY_CLASS = {
     "__module__", "__qualname__", "__dict__", "__weakref__", "__doc__", "__annotations__", "__firstlineno__",

@@ -128,7 +128,18 @@ class Stopped:
     reason: str
 
 
-End: TypeAlias = Waiting | Finished | Diverged | Stopped
+@dataclass(frozen=True)
+class Halted:
+    """A run was asked to end the chain here.
+
+    Args:
+        reason: why.
+    """
+
+    reason: str
+
+
+End: TypeAlias = Waiting | Finished | Diverged | Stopped | Halted
 """Why a chain has no further tickets."""
 
 

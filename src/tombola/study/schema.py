@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import tomllib
 import warnings
 from collections.abc import Iterator, Mapping
@@ -11,11 +10,11 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
-from pydantic_core import ErrorDetails
 
-from tombola.errors import UserError, did_you_mean, short, shorten
+from tombola.errors import UserError, did_you_mean, short
 from tombola.files import read_regular
 from tombola.study.functions import keep_data, refer
+from tombola.training.fields import Fields, as_toml, explain
 from tombola.training.recipe import Count, Recipe, Tuple
 
 Arguments = dict[str, bool | int | float | str | Tuple[bool | int | float | str]]
@@ -28,7 +27,7 @@ class OldFieldWarning(UserWarning):
     """A study is written with fields of tombola's first version; the next version will not read them."""
 
 
-class Task(BaseModel):
+class Task(Fields):
     """The data set, model and loss, each a name, a `module:function` of the user, or the function itself.
 
     A data set may also be a `tombola.Dataset`.
@@ -99,7 +98,7 @@ class Task(BaseModel):
         keep_data(self.dataset, owner=self)
 
 
-class Study(BaseModel):
+class Study(Fields):
     """An experiment: a task, a recipe, and importances x seeds x levels.
 
     >>> load_study("digits").levels
@@ -272,7 +271,7 @@ def _build(document: dict[str, Any], overrides: Mapping[str, Any], name: str) ->
     try:
         return Study.model_validate(document)
     except ValidationError as error:
-        raise UserError(f"{name}: {_explain(error, document)}") from None
+        raise UserError(f"{name}: {explain(error, document, Study)}") from None
 
 
 def _shorten_name(importance: Any) -> Any:
@@ -344,97 +343,10 @@ def _rewrite_old_optimizer(recipe: dict[str, Any], study: str) -> dict[str, Any]
         return recipe
     momentum = recipe.get("momentum", 0.9)
     today = {"optimizer": "sgd", "momentum": momentum, "nesterov": old == "nesterov" and bool(momentum)}
-    sentence = ", ".join(f"{field} = {_as_toml(value)}" for field, value in today.items() if value is not False)
+    sentence = ", ".join(f"{field} = {as_toml(value)}" for field, value in today.items() if value is not False)
     warnings.warn(
         f"{study}: the next version will not read optimizer = {old!r}; write {sentence}",
         OldFieldWarning,
         stacklevel=4,
     )
     return recipe | today
-
-
-def _explain(error: ValidationError, document: Mapping[str, Any]) -> str:
-    """Describe each mistake once, with its field; mistakes in the values of a field come before those of the field."""
-    missing, others, seen = [], [], set[str]()
-    for problem in sorted(error.errors(), key=lambda problem: -len(problem["loc"])):
-        names = [part for part in problem["loc"] if isinstance(part, str) and "[" not in part]
-        location = [part for part in problem["loc"] if isinstance(part, int) or part in _keys(document)]
-        where = ".".join(str(part) for part in location) or ".".join(names)
-        if any(place.startswith(f"{where}.") for place in seen) and where:
-            continue
-        if problem["type"] == "missing":
-            missing.append(".".join(names))
-            continue
-        if problem["type"] == "extra_forbidden":
-            siblings = _siblings(problem["loc"][:-1])
-            sentence = f"unknown field {'.'.join(names)!r}; {did_you_mean(str(problem['loc'][-1]), siblings)}"
-        else:
-            sentence = f"{where}: {_describe(problem)}".removeprefix(": ")
-        if where not in seen:
-            others.append(sentence)
-        seen.add(where)
-    if missing:
-        fields = f"field {missing[0]!r} is" if len(missing) == 1 else f"fields {', '.join(map(repr, missing))} are"
-        others.append(f"the {fields} missing")
-    return "; ".join(others)
-
-
-_KINDS = {
-    "bool_type": "true or false",
-    "dict_type": "a table",
-    "finite_number": "a finite number",
-    "float_type": "a number",
-    "int_type": "a whole number",
-    "model_type": "a table",
-    "string_type": "a text",
-    "tuple_type": "a list",
-}
-
-
-_LIMITS = {
-    "greater_than": ("above", "gt"),
-    "greater_than_equal": ("from", "ge"),
-    "less_than": ("below", "lt"),
-    "less_than_equal": ("up to", "le"),
-}
-
-
-def _describe(problem: ErrorDetails) -> str:
-    """Describe what a field should have been and what it is."""
-    value, about = problem["input"], problem.get("ctx", {})
-    if problem["type"] == "value_error":
-        return problem["msg"].removeprefix("Value error, ")
-    if problem["type"] == "literal_error":
-        choices = re.findall("'([^']+)'", about["expected"])
-        return f"unknown {_as_toml(value)}; {did_you_mean(str(value), choices)}"
-    if problem["type"] == "too_short":
-        least = about["min_length"]
-        return "at least one is needed" if least == 1 else f"expected {least} values, got {about['actual_length']}"
-    kind = _KINDS.get(problem["type"])
-    if problem["type"] in _LIMITS:
-        text, limit = _LIMITS[problem["type"]]
-        kind = f"a number {text} {about[limit]:g}"
-    expected = f"expected {kind}" if kind else problem["msg"].replace("Input should", "it should")
-    return expected if isinstance(value, (dict, BaseModel)) else f"{expected}, got {_as_toml(value)}"
-
-
-def _keys(value: Any) -> set[str]:
-    if not isinstance(value, Mapping):
-        return set()
-    return set(value) | {key for item in value.values() for key in _keys(item)}
-
-
-def _siblings(location: tuple[int | str, ...]) -> list[str]:
-    model: type[BaseModel] = Study
-    for part in location:
-        model = model.model_fields[str(part)].annotation  # type: ignore[assignment]
-    return list(model.model_fields)
-
-
-def _as_toml(value: Any) -> str:
-    if isinstance(value, bool):
-        return str(value).lower()
-    try:
-        return shorten(str(list(value)) if isinstance(value, tuple) else repr(value))
-    except (ValueError, RecursionError):  # a whole number of thousands of digits, or a list of lists of lists
-        return f"a value of type {type(value).__name__} that is too long to print"

@@ -125,3 +125,7 @@ class Checkpoint:
 Watch: TypeAlias = Callable[[int, Callable[[], Checkpoint]], None]
 """A function that is called after every iteration with the number of the next one and a function that returns a
 checkpoint."""
+
+OnEpoch: TypeAlias = Callable[[int, tuple[float, ...]], None]
+"""A function that is called after every epoch with the number of the next iteration and the losses of the epochs so
+far, see `History`."""

@@ -53,9 +53,14 @@ class Losses:
             self._latest.clear()
         return self._recorded[:done]
 
+    @property
+    def end_an_epoch(self) -> bool:
+        """Whether an epoch, or the training, ends before the next iteration."""
+        return self.iteration % self.per_epoch == 0 or self.iteration == self.end
+
     def have_diverged(self) -> bool:
         """Return whether a loss is not finite; the check is done only after each epoch and every 50 iterations."""
-        due = self.iteration % self.per_epoch == 0 or self.iteration == self.end or self.iteration % _CHECK_EVERY == 0
+        due = self.end_an_epoch or self.iteration % _CHECK_EVERY == 0
         return due and not bool(self.values().isfinite().all())
 
     def epoch_means(self) -> tuple[float, ...]:

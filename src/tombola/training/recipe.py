@@ -6,10 +6,11 @@ import math
 from collections.abc import Callable
 from typing import Annotated, Any, Literal, TypeAlias, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 
 from tombola.errors import UserError, short
 from tombola.exits import attribute_failure
+from tombola.training.fields import Fields
 
 Count = Annotated[int, Field(ge=0, le=2**63 - 1)]
 Positive = Annotated[int, Field(ge=1, le=2**63 - 1)]
@@ -39,7 +40,7 @@ Tuple = Annotated[tuple[_Item, ...], BeforeValidator(_tuple_of_list)]
 """A tuple of any length, which can also be given as a list."""
 
 
-class Augmentation(BaseModel):
+class Augmentation(Fields):
     """Random changes of training images, which depend only on seed, epoch and example.
 
     >>> Augmentation(flip=True, crop=4).crop
@@ -52,7 +53,7 @@ class Augmentation(BaseModel):
     crop: Count = Field(default=0, description="pad images by this many zero pixels, then crop them at random")
 
 
-class Recipe(BaseModel):
+class Recipe(Fields):
     """The hyperparameters of a training: optimizer, learning-rate schedule, length, and rewind point.
 
     The learning rate at iteration t is lr x warm-up x schedule, where the warm-up rises linearly over its iterations

@@ -26,7 +26,7 @@ from tombola.training.batches import iterations
 from tombola.training.determinism import deterministic_algorithms, flush_denormals, seed_random_layers
 from tombola.training.evaluation import Loss, measure
 from tombola.training.graphs import RecordedStep, can_be_recorded
-from tombola.training.history import Checkpoint, History, Trained, Watch
+from tombola.training.history import Checkpoint, History, OnEpoch, Trained, Watch
 from tombola.training.losses import Losses
 from tombola.training.metrics import ACCURACY, LOSS, Metric
 from tombola.training.optimizer import Optimizer, find_decayed
@@ -69,6 +69,7 @@ def train(
     kernels: Kernels = "auto",
     resume: Checkpoint | None = None,
     watch: Watch | None = None,
+    on_epoch: OnEpoch | None = None,
 ) -> Trained:
     """Train the alive connections from the state `initial`, for the iterations begin..end-1 of the recipe.
 
@@ -95,6 +96,7 @@ def train(
             among which to choose, as an earlier try-out allows.
         resume: the checkpoint to resume from; a training that is stopped and resumed ends with the same bits.
         watch: a function that is called after every iteration, for progress and checkpoints; see `Watch`.
+        on_epoch: a function that is called after every epoch with its losses; see `OnEpoch`.
 
     Raises:
         UserError: if the recipe does not fit the data, or if the state or the mask does not fit the model.
@@ -166,6 +168,8 @@ def train(
             losses.append(batch_loss)
             if diverged := losses.have_diverged():
                 break
+            if on_epoch is not None and losses.end_an_epoch:
+                on_epoch(losses.iteration, losses.epoch_means())
             if watch is not None:
                 watch(losses.iteration, checkpoint)
         state = apply_mask(fast.state(), mask)

@@ -12,7 +12,7 @@ from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 
-from tombola.engine.run import Status
+from tombola.engine.run import Show, Status
 from tombola.lottery.ticket import Ticket
 from tombola.study.planner import Chain, Planner
 from tombola.study.trainings import Training
@@ -20,9 +20,6 @@ from tombola.workbench.text import count, duration, empty_table, open_console
 
 _CELL_LINES, _CELL_WIDTH = 40, 100
 """The size of the display in a notebook's cell."""
-
-Show = Callable[[Status, Training | None], None]
-"""A function that shows the status of a run and the training that has just finished, if any."""
 
 
 @contextmanager

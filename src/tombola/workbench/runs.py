@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -12,11 +12,13 @@ from tombola import kernels
 from tombola.engine.estimate import prior_speed, recorded_speed
 from tombola.engine.here import WorkersHere
 from tombola.engine.local import LocalWorkers
-from tombola.engine.run import Status
+from tombola.engine.run import Show, Status
 from tombola.engine.run import run as run_trainings
 from tombola.engine.workers import Workers
 from tombola.errors import UserError
 from tombola.exits import watch_exits
+from tombola.hooks.hook import Hook
+from tombola.hooks.tell import check_hooks, tell_hooks
 from tombola.importance import NetworkScore
 from tombola.lottery.ticket import Ticket
 from tombola.store.layout import STORE
@@ -32,7 +34,7 @@ from tombola.study.trainings import Training
 from tombola.threads import one_thread
 from tombola.training.replaceable import OwnLayersWarning
 from tombola.workbench import tables
-from tombola.workbench.progress import Show, show_nothing, show_progress
+from tombola.workbench.progress import show_nothing, show_progress
 from tombola.workbench.studies import (
     AnyStudy,
     Importances,
@@ -59,6 +61,8 @@ def run(
     workers: int | None = None,
     progress: bool = True,
     on_ticket: OnTicket | None = None,
+    hooks: Sequence[Hook] = (),
+    epochs: bool = False,
 ) -> pl.DataFrame:
     """Run the trainings of a study that the store does not have, and return the accuracy of every ticket.
 
@@ -77,6 +81,9 @@ def run(
         on_ticket: a function that is called with the chain and the ticket as soon as a ticket is found, for example to
             log it elsewhere; it is not called for tickets that were stored before. An exception that it raises ends
             the run.
+        hooks: functions that are told every level, and may stop a chain, see `tombola.hooks`; for example
+            `[tombola.hooks.tensorboard("runs")]`.
+        epochs: whether the hooks are told every epoch too.
 
     Returns:
         The columns of `results`.
@@ -95,6 +102,7 @@ def run(
     >>> found["level"].to_list()
     [0, 1]
     """
+    check_hooks(hooks)
     with one_thread(), watch_exits():
         planner = open_planner(study, overrides, store=store, data=data)
         try_study(planner)
@@ -106,8 +114,11 @@ def run(
         folder = None if data is None else Path(data)
         with open_workers(planner, workers, folder) as opened:
             speed = None if isinstance(opened, WorkersHere) else prior_speed(planner, opened.count, folder)
-            with show_progress(planner, opened.count) if progress else show_nothing() as show:
-                status = run_trainings(planner, opened, tell_tickets(show, on_ticket), speed=speed)
+            with (
+                show_progress(planner, opened.count) if progress else show_nothing() as show,
+                tell_hooks(tell_tickets(show, on_ticket), hooks, planner, opened, epochs=epochs) as tell,
+            ):
+                status = run_trainings(planner, opened, tell, speed=speed, tells_epochs=epochs)
         if stopped := describe_stopped(status):
             raise UserError(f"{stopped}; all other results are kept")
         return tables.of_tickets(Tickets(planner))
@@ -235,14 +246,24 @@ def open_workers(planner: Planner, workers: int | None, data: Path | None) -> Wo
         UserError: if the number of processes is invalid, or if others cannot do what several of them are to do.
     """
     count = count_workers(workers, planner.study.device)
-    if here := list_here(planner):
-        if workers not in (None, 1):
-            raise UserError(
-                f"workers: {workers} processes cannot import {', '.join(here)}, which only this process has; put it "
-                "into a module, or leave out workers for one training at a time"
-            )
+    if check_workers(planner, workers):
         return WorkersHere(planner.problem, planner.store)
     return LocalWorkers(count, planner.study.task, data, planner.store.root)
+
+
+def check_workers(planner: Planner, workers: int | None) -> bool:
+    """Return whether only this process can do the trainings of a planner.
+
+    Raises:
+        UserError: if several processes are to do them.
+    """
+    here = list_here(planner)
+    if here and workers not in (None, 1):
+        raise UserError(
+            f"workers: {workers} processes cannot import {', '.join(here)}, which only this process has; put it "
+            "into a module, or leave out workers for one training at a time"
+        )
+    return bool(here)
 
 
 def list_here(planner: Planner) -> list[str]:
