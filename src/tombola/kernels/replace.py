@@ -46,11 +46,10 @@ def replace_layers(model: nn.Module, mask: Mapping[str, Tensor], names: Collecti
     if any(isinstance(module, SparseConv2d) for module in model.modules()):
         in_our_layout: dict[type[nn.Module], type[BatchNorm2d | MaxPool2d]]
         in_our_layout = {nn.BatchNorm2d: BatchNorm2d, nn.MaxPool2d: MaxPool2d}
-        layers_of: dict[int, nn.Module] = {}
-        for path, module in list(model.named_modules(remove_duplicate=False)):
+        for path, module in list(model.named_modules()):
             ours = in_our_layout.get(type(module))
             if ours is not None and path and "forward" not in vars(module):
-                model.set_submodule(path, layers_of.setdefault(id(module), ours.of(module)))
+                model.set_submodule(path, ours.of(module))
     return model
 
 
