@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -202,8 +204,8 @@ def test_normalisation_equals_torch(
 POOLS = st.fixed_dictionaries(
     {
         "kernel_size": st.sampled_from([1, 2, 3, (2, 3)]),
-        "stride": st.sampled_from([None, 1, 2, (3, 1)]),
-        "padding": st.sampled_from([0, 1, (1, 0)]),
+        "stride": st.sampled_from([None, (), 1, 2, (3, 1)]),
+        "padding": st.sampled_from([0, (1,), (1, 0)]),
     }
 )
 
@@ -327,6 +329,31 @@ def test_memory_is_used_again() -> None:
     assert not memory._free
 
 
+def test_memory_of_sizes_that_are_no_longer_used_is_forgotten() -> None:
+    memory = Memory()
+    for height in range(4, 9):
+        memory.prepare("inputs of one size")
+        size = (3, 2, height, 4)
+        memory.give(memory.take(size, 1), size)
+    assert len(memory._free) == 2
+
+
+def test_images_of_another_height_have_memory_of_their_own() -> None:
+    """6 and 7 rows of 2 pixels with zeros around them take as much, because 32 pixels are made 36."""
+    memory, six, seven = Memory(), (3, 2, 6, 2), (3, 2, 7, 2)
+    first = memory.take(seven, 1)
+    first.memory.fill_(1)
+    memory.give(first, seven)
+    assert not memory.take(six, 1).memory.any()
+
+
+def test_a_batch_norm_in_two_places() -> None:
+    torch.manual_seed(0)
+    norm = nn.BatchNorm2d(3)
+    model = nn.Sequential(nn.Conv2d(2, 3, 3), norm, nn.ReLU(), nn.Conv2d(3, 3, 3), norm)
+    assert_equal_steps(model, torch.randn(5, 2, 7, 7))
+
+
 def test_steps_have_the_same_bits_again_and_in_any_memory() -> None:
     torch.manual_seed(0)
     _, sparse = sparse_of(a_network("functional"))
@@ -414,8 +441,57 @@ def looks(model: Any, y: Tensor) -> Tensor:
     return F.leaky_relu(y)
 
 
+def reads_statistics(model: Any, y: Tensor) -> Tensor:
+    return y / (model.bn.running_var + 0.1).sqrt().view(1, -1, 1, 1) + float(model.bn.num_batches_tracked)
+
+
+def normalises_again(model: Any, y: Tensor) -> Tensor:
+    return y + model.bn(torch.linspace(0, 9, y.numel(), dtype=torch.float64).to(y.dtype).view(y.shape))
+
+
+def changes_settings(model: Any, y: Tensor) -> Tensor:
+    norm = model.bn
+    norm.eps, norm.momentum = 1.0, 0.0
+    z = norm(y.relu())
+    norm.eps, norm.momentum = 1e-5, 0.1
+    return z
+
+
+def does_not_track(model: Any, y: Tensor) -> Tensor:
+    model.bn.track_running_stats = False
+    z = model.bn(y.relu())
+    model.bn.track_running_stats = True
+    return z
+
+
+def freezes_for_a_while(model: Any, y: Tensor) -> Tensor:
+    model.bn.requires_grad_(False)
+    z = model.bn(y.relu())
+    model.bn.requires_grad_(True)
+    return z
+
+
+def unfreezes_for_a_while(model: Any, y: Tensor) -> Tensor:
+    model.bn.requires_grad_(False)
+    z = y.abs()  # computed while the layer is frozen
+    model.bn.requires_grad_(True)
+    return z
+
+
+def reads_in_inference_mode(model: Any, y: Tensor) -> Tensor:
+    with torch.inference_mode():
+        scale = float(y.abs().mean())
+    return y.relu() / scale
+
+
+def reads_in_threads(model: Any, y: Tensor) -> Tensor:
+    with ThreadPoolExecutor(3) as pool:
+        return sum(pool.map(lambda _: y.relu(), range(3)), y)
+
+
 CODES = [by_data, by_state, makes_tensors, reads_without_gradient, in_place, in_pieces, kept, adds_a_number,
-         broadcasts, looks]  # fmt: skip
+         broadcasts, looks, reads_statistics, normalises_again, changes_settings, does_not_track, freezes_for_a_while,
+         unfreezes_for_a_while, reads_in_inference_mode, reads_in_threads]  # fmt: skip
 
 
 @pytest.mark.parametrize("code", CODES, ids=[code.__name__ for code in CODES])
@@ -451,12 +527,97 @@ class Shift(torch.autograd.Function):
         return dy
 
 
-def test_a_function_of_the_users_own_is_never_silently_wrong() -> None:
-    model = Own(lambda model, y: Shift.apply(y))  # type: ignore[no-untyped-call]
-    assert not packed.can_pack(model)
+class NewShift(torch.autograd.Function):
+    """The same in the other way to write it."""
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return x + 1
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Tensor:  # type: ignore[override]
+        return dy
+
+
+class Returned(Shift):
+    """A function that reads nothing."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x
+
+
+class WithGradient(Shift):
+    """A function whose operations could be recorded."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        with torch.enable_grad():
+            return x.relu()
+
+
+@pytest.mark.parametrize("function", [Shift, NewShift, Returned, WithGradient])
+@pytest.mark.parametrize("read", [False, True])
+def test_a_function_of_the_users_own_is_never_silently_wrong(
+    function: type[torch.autograd.Function], *, read: bool
+) -> None:
+    def code(model: nn.Module, y: Tensor) -> Tensor:
+        if read:
+            y.mean()
+        shifted: Tensor = function.apply(y)  # type: ignore[no-untyped-call]
+        return shifted
+
+    model = Own(code)
+    assert packed.can_pack(model) == (function in (Returned, WithGradient))
     _, sparse = sparse_of(model)
     with pytest.raises(RuntimeError, match=r"a torch.autograd.Function of the network's own reads a tensor"):
         run(sparse, torch.randn(6, 2, 5, 5))
+
+
+def double(x: Tensor) -> Tensor:
+    return x * 2
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_compiled_code_is_never_silently_wrong() -> None:
+    compiled = torch.jit.script(double)
+    model = Own(lambda model, y: compiled(y))
+    assert not packed.can_pack(model)
+    _, sparse = sparse_of(model)
+    with pytest.raises(RuntimeError, match="failed in the TorchScript interpreter"):
+        run(sparse, torch.randn(6, 2, 5, 5))
+    assert not packed.can_pack(nn.Sequential(nn.Conv2d(2, 2, 1), torch.jit.script(nn.ReLU())))
+
+
+@dataclass
+class Outputs:
+    images: Tensor
+
+
+def keeps_gradient(model: Any, y: Tensor) -> Tensor:
+    y.retain_grad()
+    return y
+
+
+def asks_for_a_gradient(model: Any, y: Tensor) -> Tensor:
+    return y + torch.autograd.grad(y.relu().sum(), y, retain_graph=True)[0]
+
+
+@pytest.mark.parametrize("code", [keeps_gradient, asks_for_a_gradient])
+def test_networks_that_want_gradients_between_layers_are_not_packed(code: Callable[[Any, Tensor], Tensor]) -> None:
+    assert not packed.can_pack(Own(code))
+
+
+def test_networks_that_return_a_class_of_their_own_are_not_packed() -> None:
+    class Returns(Own):
+        def forward(self, x: Tensor) -> Any:
+            return Outputs(super().forward(x))
+
+    assert not packed.can_pack(Returns(by_state))
 
 
 def test_what_can_be_packed() -> None:

@@ -324,12 +324,22 @@ class _Replacement(nn.Module):
         return layer
 
 
+STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+"""The buffers of batch norm."""
+
+
 class BatchNorm2d(_Replacement, nn.BatchNorm2d):
     """Batch normalisation that trains on the kernels' layout at the speed of memory.
 
     PyTorch's implementation takes several times longer on these strides than on its own. It is still used for
     everything except training on this layout.
     """
+
+    def __getattr__(self, name: str) -> Any:
+        """Return a parameter or a buffer; whoever reads running statistics finds those of all forward passes so far."""
+        if name in STATISTICS and (recorder := recording.current()) is not None:
+            recorder.compute()
+        return super().__getattr__(name)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the normalised inputs, which are the same as on any other layout."""
@@ -341,6 +351,7 @@ class BatchNorm2d(_Replacement, nn.BatchNorm2d):
             not self.training
             or self.momentum is None
             or not self.affine
+            or not self.track_running_stats
             or mean is None
             or variance is None
             or x.dim() != 4

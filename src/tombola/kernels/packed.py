@@ -13,8 +13,10 @@ import copy
 import sys
 import weakref
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from threading import RLock
 from types import FrameType
 from typing import Any
 
@@ -24,8 +26,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 from torch.utils._pytree import tree_map
 
-from tombola.kernels import layers
-from tombola.kernels.layers import can_compute, empty, is_plain, is_readable
+from tombola.kernels import layers, recording
+from tombola.kernels.layers import STATISTICS, can_compute, empty, is_plain, is_readable
 
 Size = tuple[int, int, int, int]
 """(batch, channels, height, width)."""
@@ -35,21 +37,42 @@ Size = tuple[int, int, int, int]
 class Value:
     """The images that an operation results in, and where they are.
 
+    Whoever records a layer keeps its settings, because the layer may have others when it is computed.
+
     Args:
         size: batch, channels, height and width.
         how: what computes them: "source", "convolution", "norm", "relu", "sum" or "pool".
         of: the values that they are computed from.
-        layer: the layer that computes them, if it is one.
-        kernel: the kernel of a convolution, or the window of max pooling.
+        kernel: the kernel of a convolution, the window of max pooling, or the settings of batch normalisation.
         tensors: the positions of the layer's parameters among the tensors of the segment; -1 for no bias.
     """
 
     size: Size
     how: str
     of: tuple[Value, ...] = ()
-    layer: Any = None
     kernel: Any = None
     tensors: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Norm:
+    """Settings of batch normalisation, and the running statistics, which it updates."""
+
+    epsilon: float
+    momentum: float
+    mean: Tensor
+    variance: Tensor
+    batches: Tensor | None
+
+    @torch.no_grad()
+    def update(self, statistics: Tensor, size: Size) -> None:
+        """Update the running statistics, given mean and variance of a batch."""
+        batch, _, height, width = size
+        count = batch * height * width
+        self.mean.lerp_(statistics[0], self.momentum)
+        self.variance.lerp_(statistics[1] * (count / (count - 1)), self.momentum)
+        if self.batches is not None:
+            self.batches.add_(1)
 
 
 @dataclass(eq=False)
@@ -90,13 +113,15 @@ class Memory:
         self.instruction_set = instruction_set
         self.block: int = layers.extension.block(instruction_set)
         self._free: defaultdict[tuple[int, ...], list[Buffer]] = defaultdict(list)
+        self._taken: set[tuple[int, ...]] = set()
         self._kind: object = None
 
     def prepare(self, kind: object) -> None:
-        """Forget the memory that is left from inputs of another kind."""
-        if kind != self._kind:
-            self._free.clear()
-            self._kind = kind
+        """Forget the memory that is left from inputs of another kind, and that of sizes which were not taken since."""
+        for key in set(self._free) if kind != self._kind else self._free.keys() - self._taken:
+            del self._free[key]
+        self._taken.clear()
+        self._kind = kind
 
     def take(self, size: Size, border: int) -> Buffer:
         """Return memory for images of a size; only the zeros around them are set."""
@@ -105,12 +130,13 @@ class Memory:
         if pixels % 32 == 0:
             pixels += 4  # channels at distances of a power of 2 would share few lines of a cache
         shape = (-(-batch // self.block), channels, pixels, self.block)
-        free = self._free[*shape, border, width]
+        self._taken.add(key := (*shape, border, height, width))
+        free = self._free[key]
         return free.pop() if free else Buffer(torch.zeros(shape, dtype=torch.float32, device="cpu"), border)
 
     def give(self, buffer: Buffer, size: Size) -> None:
         """Take memory back."""
-        self._free[*buffer.memory.shape, buffer.border, size[3]].append(buffer)
+        self._free[*buffer.memory.shape, buffer.border, *size[2:]].append(buffer)
 
 
 class Segment:
@@ -125,8 +151,9 @@ class Segment:
         self.values: list[Value] = []
         self.tensors: list[Tensor] = []
         self.versions: list[int] = []
+        self.needs: list[bool] = []
         self.results: list[weakref.ref[Packed]] = []
-        self._positions: dict[int, int] = {}
+        self._positions: dict[tuple[int, bool], int] = {}
         self._sources: dict[int, Value] = {}
         self._operations: list[Operation] = []
         self._buffers: dict[Value, Buffer] = {}
@@ -142,11 +169,13 @@ class Segment:
         """Return the position of a tensor among those of the segment; -1 for None."""
         if tensor is None:
             return -1
-        if id(tensor) not in self._positions:
-            self._positions[id(tensor)] = len(self.tensors)
+        key = id(tensor), tensor.requires_grad
+        if key not in self._positions:
+            self._positions[key] = len(self.tensors)
             self.tensors.append(tensor)
             self.versions.append(tensor._version)
-        return self._positions[id(tensor)]
+            self.needs.append(tensor.requires_grad)
+        return self._positions[key]
 
     def knows(self, x: Tensor) -> bool:
         """Return whether a tensor is a source."""
@@ -171,14 +200,26 @@ class Segment:
         results = [result for reference in self.results if (result := reference()) is not None]
         outputs = list(dict.fromkeys(result._value for result in results))
         self._plan(outputs)
-        with torch.enable_grad():
-            found = dict(zip(outputs, _compute(self, outputs, *self.tensors), strict=True))
+        with torch.inference_mode(mode=False), torch.enable_grad(), self._as_recorded() as tensors:
+            found = dict(zip(outputs, _compute(self, outputs, *tensors), strict=True))
         for result in results:
             result._plain = found[result._value]
         for value in self.values:
             if value.how == "norm":
-                _update_statistics(value.layer, self._statistics[value], value.size)
+                value.kernel.update(self._statistics[value], value.size)
         self._positions, self._sources = {}, {}
+
+    @contextmanager
+    def _as_recorded(self) -> Iterator[list[Tensor]]:
+        """Give the tensors, those with a gradient that had one when they were recorded."""
+        frozen = [x for x, needs in zip(self.tensors, self.needs, strict=True) if needs and not x.requires_grad]
+        for tensor in frozen:
+            tensor.requires_grad_()
+        try:
+            yield [x if needs else x.detach() for x, needs in zip(self.tensors, self.needs, strict=True)]
+        finally:
+            for tensor in frozen:
+                tensor.requires_grad_(False)
 
     def _plan(self, outputs: Sequence[Value]) -> None:
         """Group the values into operations, and decide how many zeros are around each."""
@@ -208,7 +249,7 @@ class Segment:
         order = {value: number for number, value in enumerate(self.values)}
         self._operations = sorted(set(inner.values()), key=lambda operation: order[operation.result])
         for operation in self._operations:
-            kernel = operation.first.kernel
+            kernel: Any = operation.first.kernel
             convolution = operation.first.how == "convolution"
             if convolution:
                 self._borders[operation.x] = max(self._borders.get(operation.x, 0), kernel.border)
@@ -233,8 +274,9 @@ class Segment:
                 first.kernel.forward_images(*parameters, *x.pair, *y.pair, result.size[0])
             elif first.how == "norm":
                 statistics = self._statistics[first] = tensors[0].new_empty((3, result.size[1]))
+                epsilon = first.kernel.epsilon
                 native.normalise_packed(
-                    result.size, x.pair, *parameters, first.layer.eps, statistics, other, operation.relu, y.pair, name
+                    result.size, x.pair, *parameters, epsilon, statistics, other, operation.relu, y.pair, name
                 )
             elif first.how == "pool":
                 native.max_pool_packed(operation.x.size, first.kernel, x.pair, y.pair, name)
@@ -419,20 +461,6 @@ class _Compute(torch.autograd.Function):
 _compute: Callable[..., tuple[Tensor, ...]] = _Compute.apply
 
 
-@torch.no_grad()
-def _update_statistics(layer: nn.BatchNorm2d, statistics: Tensor, size: Size) -> None:
-    """Update the running statistics of batch norm."""
-    batch, _, height, width = size
-    count = batch * height * width
-    assert layer.running_mean is not None
-    assert layer.running_var is not None
-    assert layer.momentum is not None
-    layer.running_mean.lerp_(statistics[0], layer.momentum)
-    layer.running_var.lerp_(statistics[1] * (count / (count - 1)), layer.momentum)
-    if layer.num_batches_tracked is not None:
-        layer.num_batches_tracked.add_(1)
-
-
 _CPU = torch.device("cpu")
 
 
@@ -468,7 +496,7 @@ class Packed(Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
-        args, kwargs = tree_map(compute, (args, kwargs or {}))
+        args, kwargs = tree_map(_compute_below_autograd, (args, kwargs or {}))
         return func(*args, **kwargs)
 
 
@@ -476,24 +504,36 @@ def compute(x: Any) -> Any:
     """Return the plain tensor of a recorded one, which is computed if it is not yet; anything else as it is."""
     if type(x) is not Packed:
         return x
-    if x._plain is None:
-        if not torch.is_grad_enabled():
-            _refuse_own_functions()
-        x._packing.compute()
-    assert x._plain is not None
-    if x._segment is not None:
-        x._segment.unpack(x._value, x._plain.detach())
-        x._segment = None
+    if x._plain is None or x._segment is not None:
+        with x._packing.lock:  # threads of the network's own may read it at once
+            if x._plain is None:
+                x._packing.compute()
+            assert x._plain is not None
+            if x._segment is not None:
+                x._segment.unpack(x._value, x._plain.detach())
+                x._segment = None
+    if x._plain.requires_grad and _is_within_function():
+        raise RuntimeError("a torch.autograd.Function of the network's own reads a tensor that is recorded")
     return x._plain
 
 
-def _refuse_own_functions() -> None:
-    """Raise `RuntimeError` within the forward pass of a `torch.autograd.Function`, which would lose the gradient."""
+def _compute_below_autograd(x: Any) -> Any:
+    """Return what `compute` does for code that PyTorch's overrides do not reach, which would lose the gradient."""
+    plain = compute(x)
+    if plain is not x and plain.requires_grad and torch.is_grad_enabled():
+        raise RuntimeError("compiled code of the network's own reads a tensor that is recorded")
+    return plain
+
+
+_APPLY = torch.autograd.Function.apply.__func__.__code__  # type: ignore[attr-defined]
+
+
+def _is_within_function() -> bool:
+    """Return whether a `torch.autograd.Function` runs, which takes a recorded tensor for one without a gradient."""
     frame: FrameType | None = sys._getframe(2)
-    while frame is not None:
-        if any(isinstance(value, torch.autograd.function.FunctionCtx) for value in frame.f_locals.values()):
-            raise RuntimeError("a torch.autograd.Function of the network's own reads a tensor that is not computed yet")
+    while frame is not None and frame.f_code is not _APPLY:
         frame = frame.f_back
+    return frame is not None
 
 
 _DESCRIPTIONS: set[Any] = {
@@ -552,6 +592,7 @@ class Packing:
 
     def __init__(self, memory: Memory) -> None:
         self.memory = memory
+        self.lock = RLock()
         self._segment: Segment | None = None
 
     def compute(self) -> None:
@@ -570,17 +611,18 @@ class Packing:
         if kernel is None or kernel.block != self.memory.block:
             return None
         size = (x.shape[0], layer.shape[0], *layer.output_size(x.shape[1:]))
-        return self._record(size, "convolution", (x,), layer, kernel, (layer.values, layer.bias))
+        return self._record(size, "convolution", (x,), kernel, (layer.values, layer.bias))
 
     def normalise(self, layer: Any, x: Tensor) -> Tensor | None:
         """Record batch normalisation; return None unless it normalises by the batch and knows how to update."""
-        mean, variance = layer.running_mean, layer.running_var
+        mean, variance, batches = (layer._buffers[name] for name in STATISTICS)  # may be out of date by now
         if (
             type(x) is not Packed
             or not self._records(x)
             or not layer.training
             or layer.momentum is None
             or not layer.affine
+            or not layer.track_running_stats
             or mean is None
             or variance is None
             or x.shape[1] != layer.num_features
@@ -588,7 +630,8 @@ class Packing:
             or x.numel() // x.shape[1] < 2
         ):
             return None
-        return self._record(tuple(x.shape), "norm", (x,), layer, None, (layer.weight, layer.bias))
+        norm = Norm(layer.eps, layer.momentum, mean, variance, batches)
+        return self._record(tuple(x.shape), "norm", (x,), norm, (layer.weight, layer.bias))
 
     def pool(self, layer: Any, x: Tensor) -> Tensor | None:
         """Record max pooling; return None if the kernels do not support it."""
@@ -596,12 +639,13 @@ class Packing:
             return None
         if _pair(layer.dilation) != (1, 1):
             return None
-        size, step, padding = _pair(layer.kernel_size), _pair(layer.stride), _pair(layer.padding)
+        size, padding = _pair(layer.kernel_size), _pair(layer.padding)
+        step = size if layer.stride in ((), []) else _pair(layer.stride)
         reach = [x.shape[2 + axis] + 2 * padding[axis] - size[axis] for axis in (0, 1)]
         if any(each < 0 for each in reach) or any(2 * padding[axis] > size[axis] for axis in (0, 1)):
             return None
         rows, columns = (reach[axis] // step[axis] + 1 for axis in (0, 1))
-        return self._record((*x.shape[:2], rows, columns), "pool", (x,), layer, (*size, *step, *padding))
+        return self._record((*x.shape[:2], rows, columns), "pool", (x,), (*size, *step, *padding))
 
     def apply(self, how: str, of: tuple[Any, ...], target: Packed | None) -> Tensor | None:
         """Record a ReLU or an addition, in place if there is a target; return None if it cannot be recorded."""
@@ -619,7 +663,6 @@ class Packing:
         size: Any,
         how: str,
         of: tuple[Tensor, ...],
-        layer: Any = None,
         kernel: Any = None,
         parameters: tuple[Tensor | None, ...] = (),
     ) -> Packed:
@@ -627,7 +670,7 @@ class Packing:
             self._segment = Segment(self.memory)
         segment = self._segment
         values = tuple(self._value_of(segment, x) for x in of)
-        value = Value(size, how, values, layer, kernel, tuple(segment.tensor(each) for each in parameters))
+        value = Value(size, how, values, kernel, tuple(segment.tensor(each) for each in parameters))
         segment.values.append(value)
         return Packed.of(self, segment, value)
 
@@ -647,13 +690,15 @@ class Packing:
 
     def _records(self, x: Tensor) -> bool:
         """Return whether an operation on this tensor can be recorded."""
-        if not torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or x.dim() != 4:
+        if recording.current() is not self or not torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
+            return False
+        if x.dim() != 4 or _is_within_function():
             return False
         return not _are_saved_tensors_watched() and (type(x) is Packed or can_compute(x))
 
 
 def _pair(numbers: int | Sequence[int]) -> tuple[int, int]:
-    return (numbers, numbers) if isinstance(numbers, int) else (numbers[0], numbers[1])
+    return (numbers, numbers) if isinstance(numbers, int) else (numbers[0], numbers[-1])
 
 
 def _are_readable(*tensors: Tensor | None) -> bool:
@@ -678,15 +723,20 @@ def can_pack(model: nn.Module) -> bool:
     """Return whether outputs of a network's sparse convolutions may be recorded, see `Packing`.
 
     All networks of PyTorch's own modules without hooks may be. One with modules of the user must be one that `torch.fx`
-    can trace, with gradients throughout: a `torch.autograd.Function` of the user could read a tensor unnoticed.
+    can trace, with gradients throughout: a `torch.autograd.Function` of the user could read a tensor unnoticed. It asks
+    for no gradients within its forward pass, and returns tensors in no class of its own.
     """
     if not all(map(is_plain, model.modules())):
         return False
-    if all(type(module).__module__.split(".")[0] in ("torch", "tombola") for module in model.modules()):
+    if all(type(module).__module__.startswith(("torch.nn.", "tombola.")) for module in model.modules()):
         return True
     try:
         with torch.random.fork_rng(devices=[]), torch.enable_grad():
-            _Tracer().trace(copy.deepcopy(model))
+            graph = _Tracer().trace(copy.deepcopy(model))
     except Exception:  # code of the user may fail in any way when it gets a symbol for a tensor
         return False
-    return True
+    return not any(node.target in _REFUSED or isinstance(node.target, type) for node in graph.nodes)
+
+
+_REFUSED: set[Any] = {torch.autograd.grad, torch.autograd.backward, "backward", "register_hook", "retain_grad"}
+"""What asks for gradients of values between recorded operations, which are computed at once."""

@@ -22,6 +22,9 @@ class Recorder(Protocol):
     def pool(self, layer: Any, x: Tensor) -> Tensor | None:
         """Return the outputs of max pooling; None if not recorded."""
 
+    def compute(self) -> None:
+        """Compute what is recorded so far."""
+
 
 class _Local(threading.local):
     recorder: Recorder | None = None
