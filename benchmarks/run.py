@@ -71,8 +71,9 @@ def sparse_steps() -> Iterator[Line]:
 
     targets = {
         "LeNet-300-100": (steps.lenet(), 7, {1: 0.9, 0.5: 0.75, 0.2: 0.4, 0.1: 0.3, 0.05: 0.22, 0.01: 0.15}),
-        "ResNet-20": (steps.cifar_resnet(), 3, {0.1: 0.85, 0.02: 0.6}),
-        "VGG-16": (steps.cifar_vgg(), 1, {0.1: 0.7, 0.02: 0.3}),
+        "ResNet-20": (steps.cifar_resnet(), 3, {0.5: 0.9, 0.1: 0.45, 0.02: 0.22, 0.005: 0.17}),
+        "VGG-16": (steps.cifar_vgg(), 1, {0.5: 0.95, 0.1: 0.5, 0.02: 0.25, 0.005: 0.15}),
+        "ResNet-18, 64 x 64,": (steps.imagenet_resnet(), 1, {0.1: 0.5, 0.02: 0.25}),
     }
     for name, (system, rounds, by_density) in targets.items():
         for density, target in by_density.items():

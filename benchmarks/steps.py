@@ -16,7 +16,7 @@ from torch.nn import functional
 from tombola import Augmentation, Dataset, Mask, Recipe, find_tickets, prune, train
 from tombola.importance import magnitude
 from tombola.importance.network_scores import NETWORK_SCORES
-from tombola.models import lenet_300_100, resnet20, vgg16
+from tombola.models import lenet_300_100, resnet18, resnet20, vgg16
 from tombola.training.batches import batches, normalisation
 from tombola.training.scoring import score_network
 
@@ -43,8 +43,8 @@ def lenet(iterations: int = 200, images: int = 30_000) -> System:
     return System(lenet_300_100, random_images(images, (1, 28, 28)), Recipe(iterations=iterations, batch_size=BATCH))
 
 
-def convolutional(build: Callable[[], nn.Module], iterations: int) -> System:
-    """A network on images of CIFAR-10's shape, with the paper's recipe."""
+def convolutional(build: Callable[[], nn.Module], iterations: int, side: int = 32) -> System:
+    """A network on square images, by default of CIFAR-10's shape, with the paper's recipe."""
     recipe = Recipe(
         momentum=0.9,
         weight_decay=1e-4,
@@ -52,7 +52,7 @@ def convolutional(build: Callable[[], nn.Module], iterations: int) -> System:
         batch_size=BATCH,
         augmentation=Augmentation(flip=True, crop=4),
     )
-    return System(build, random_images(4000, (3, 32, 32)), recipe)
+    return System(build, random_images(4000, (3, side, side)), recipe)
 
 
 def cifar_resnet() -> System:
@@ -63,6 +63,11 @@ def cifar_resnet() -> System:
 def cifar_vgg() -> System:
     """VGG-16."""
     return convolutional(vgg16, 4)
+
+
+def imagenet_resnet() -> System:
+    """ResNet-18 with the stem for ImageNet, on images of Tiny ImageNet's shape."""
+    return convolutional(resnet18, 4, 64)
 
 
 def ours(system: System, mask: Mask) -> float:
