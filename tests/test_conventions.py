@@ -15,6 +15,7 @@ from torch import nn
 from tombola import Mask, Recipe, Study, UserError, datasets, find_tickets, load_problem, load_study, prune
 from tombola.analysis import layers, overlap
 from tombola.analysis.gather import ALL, PRUNABLE
+from tombola.engine.job import Job
 from tombola.importance import IMPORTANCES, l1
 from tombola.lottery.rewinding import check_levels
 from tombola.models import resnet18, resnet20, vgg16
@@ -153,19 +154,22 @@ def test_layers_that_use_the_sparse_kernels_depend_on_the_batch_size(tmp_path: P
 def test_packed_networks_have_names_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plan, asked = planner(tmp_path), []
 
-    def are_packed(model: object, mask: Mask, sparse: list[str]) -> bool:
-        asked.append((model, mask, sparse))
-        return bool(sparse)
+    def can_pack(model: object) -> bool:
+        asked.append(model)
+        return True
 
     initial = plan.initial(0)
     mask = prune(initial.load(), plan.dense, IMPORTANCES["magnitude"], 0.95)
     before = plan.training(0, initial, mask, 0, plan.end)
     assert "packed" not in before.identity, "a perceptron has no convolutions"
-    monkeypatch.setattr("tombola.study.planner.are_packed", are_packed)
-    after = plan.training(0, initial, mask, 0, plan.end)
-    assert after.identity == before.identity | {"packed": 1}
-    assert after.key != before.key
-    assert asked == [(plan.model, mask, before.identity["sparse"])]
+    monkeypatch.setattr("tombola.study.planner.have_convolutions", lambda mask, sparse: bool(sparse))
+    monkeypatch.setattr("tombola.study.planner.can_pack", can_pack)
+    for _ in range(2):
+        after = plan.training(0, initial, mask, 0, plan.end)
+        assert after.identity == before.identity | {"packed": 1}
+        assert after.key != before.key
+    assert asked == [plan.model], "the network is traced once"
+    assert (Job.of(before, plan.study).packed, Job.of(after, plan.study).packed) == (False, True)
 
 
 # What the tables count.

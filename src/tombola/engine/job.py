@@ -61,6 +61,7 @@ class Job:
     end: int
     device: str
     sparse: Sequence[str]
+    packed: bool
     sources: Mapping[str, str]
     behaviour: Behaviour = ()
     tells_epochs: bool = False
@@ -80,6 +81,7 @@ class Job:
             training.end,
             study.device,
             training.identity["sparse"],
+            "packed" in training.identity,
             training.identity.get("sources", {}),
             training.behaviour,
             tells_epochs,
@@ -200,6 +202,7 @@ def perform(
             metrics=problem.metrics,
             device=job.device,
             kernels=job.sparse,
+            packed=job.packed,
             resume=resume,
             watch=clock,
             on_epoch=on_epoch if job.tells_epochs else None,

@@ -23,8 +23,9 @@ from tombola.kernels.choice import (
 from tombola.kernels.layers import BatchNorm2d, MaxPool2d, SparseConv2d
 from tombola.kernels.likeness import find_difference, is_own
 from tombola.kernels.linear import Perceptron, SparseLinear
+from tombola.kernels.packed import can_pack
 from tombola.kernels.replace import dense_names, dense_state, sparsify, sparsify_to_infer
-from tombola.kernels.step import Loss, Precision, Step, accelerate, are_packed, sparse_layers
+from tombola.kernels.step import Loss, Precision, Step, accelerate, are_packed, have_convolutions, sparse_layers
 
 __all__ = [
     "MISSING",
@@ -40,11 +41,13 @@ __all__ = [
     "accelerate",
     "are_packed",
     "available",
+    "can_pack",
     "choices",
     "choose",
     "dense_names",
     "dense_state",
     "find_difference",
+    "have_convolutions",
     "instruction_set",
     "is_own",
     "normalise",

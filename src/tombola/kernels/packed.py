@@ -10,6 +10,7 @@ pass over memory. The forward pass itself runs in Python at each step, so it may
 from __future__ import annotations
 
 import copy
+import operator
 import sys
 import weakref
 from collections import defaultdict
@@ -723,8 +724,8 @@ def can_pack(model: nn.Module) -> bool:
     """Return whether outputs of a network's sparse convolutions may be recorded, see `Packing`.
 
     All networks of PyTorch's own modules without hooks may be. One with modules of the user must be one that `torch.fx`
-    can trace, with gradients throughout: a `torch.autograd.Function` of the user could read a tensor unnoticed. It asks
-    for no gradients within its forward pass, and returns tensors in no class of its own.
+    can trace, with gradients throughout, and whose graph consists of PyTorch's modules, of parameters and of the
+    functions in `_KNOWN`: others could read or change a tensor unnoticed, or ask for gradients in between.
     """
     if not all(map(is_plain, model.modules())):
         return False
@@ -735,8 +736,20 @@ def can_pack(model: nn.Module) -> bool:
             graph = _Tracer().trace(copy.deepcopy(model))
     except Exception:  # code of the user may fail in any way when it gets a symbol for a tensor
         return False
-    return not any(node.target in _REFUSED or isinstance(node.target, type) for node in graph.nodes)
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    known = {"placeholder": True, "output": True, "call_module": True}  # PyTorch's modules: others are traced
+    return all(
+        known.get(node.op, node.target in (parameters if node.op == "get_attr" else _KNOWN)) for node in graph.nodes
+    )
 
 
-_REFUSED: set[Any] = {torch.autograd.grad, torch.autograd.backward, "backward", "register_hook", "retain_grad"}
-"""What asks for gradients of values between recorded operations, which are computed at once."""
+_KNOWN: set[Any] = {
+    *(torch.relu, torch.add, torch.mul, torch.cat, torch.flatten, torch.mean, torch.sigmoid, torch.tanh),
+    *(operator.add, operator.iadd, operator.sub, operator.mul, operator.truediv, operator.getitem),
+    *(functional.relu, functional.relu_, functional.gelu, functional.silu, functional.hardswish, functional.leaky_relu),
+    *(functional.max_pool2d, functional.avg_pool2d, functional.adaptive_avg_pool2d, functional.pad, functional.dropout),
+    *(functional.softmax, functional.log_softmax, functional.interpolate, functional.linear),
+    *("relu", "relu_", "add", "add_", "mul", "sigmoid", "tanh", "mean", "sum", "size", "dim", "view", "reshape"),
+    *("flatten", "squeeze", "unsqueeze", "permute", "transpose", "contiguous", "chunk", "expand"),
+}
+"""Functions and methods without side effects, in a network whose sparse convolutions are recorded."""

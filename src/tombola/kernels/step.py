@@ -107,6 +107,7 @@ def accelerate(
     forward: Forward = call,
     step: OwnStep | None = None,
     among: Collection[str] | None = None,
+    packed: bool | None = None,
     stacklevel: int = 1,
 ) -> Step:
     """Return the training step of a model, as fast as its mask allows.
@@ -124,6 +125,7 @@ def accelerate(
         forward: a function (model, inputs) -> outputs.
         step: a function (model, inputs, labels) -> loss, instead of `forward` and `loss`; None for these.
         among: the names of the weights whose layers may be replaced; None for all.
+        packed: whether activations between sparse convolutions stay packed; None decides, see `are_packed`.
         stacklevel: the level of the call that a warning names; 1 is the caller.
 
     Warns:
@@ -139,7 +141,8 @@ def accelerate(
         warn_if_missing(stacklevel + 2)
     sparse = sparse_layers(model, mask, batch_size=batch_size, precision=precision, device=device)
     sparse = [name for name in sparse if among is None or name in among]
-    packed = forward is call and step is None and are_packed(model, mask, sparse)
+    if packed is None:
+        packed = forward is call and step is None and are_packed(model, mask, sparse)
     if sparse:
         replace_layers(model, mask, sparse)
     plain = loss is functional.cross_entropy and forward is call and step is None
@@ -162,7 +165,12 @@ def are_packed(model: nn.Module, mask: Mapping[str, Tensor], sparse: Collection[
     >>> are_packed(model, Mask.ones_like(model), ["0.weight"])
     False
     """
-    return any(mask[name].dim() == 4 for name in sparse) and can_pack(model)
+    return have_convolutions(mask, sparse) and can_pack(model)
+
+
+def have_convolutions(mask: Mapping[str, Tensor], sparse: Collection[str]) -> bool:
+    """Return whether one of some weights is that of a convolution of images."""
+    return any(mask[name].dim() == 4 for name in sparse)
 
 
 def sparse_layers(

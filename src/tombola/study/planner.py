@@ -16,7 +16,7 @@ from typing import Any, TypeAlias
 from tombola.errors import DamagedResultError, ImportanceError, UserError, did_you_mean
 from tombola.importance import NetworkScore, is_built_in
 from tombola.inputs import call
-from tombola.kernels import are_packed
+from tombola.kernels import can_pack, have_convolutions
 from tombola.lottery.rewinding import Rule, check_rule, check_score_at, lottery_ticket_rewinding, resolve_shares
 from tombola.lottery.ticket import Ticket
 from tombola.pruning.coverage import Coverage, cover
@@ -284,6 +284,11 @@ class Planner:
             return None
         return find_fault(self.model, problem.data, study.recipe, problem.loss, study.device, forward=problem.forward)
 
+    @cached_property
+    def _can_pack(self) -> bool:
+        """Whether activations may stay packed between sparse convolutions, see `tombola.kernels.are_packed`."""
+        return self.problem.forward is call and can_pack(self.model)
+
     def describe_counted(self) -> str:
         """Return a sentence on what density is about, and a second one if it is about a small part of the network.
 
@@ -361,7 +366,7 @@ class Planner:
             end=end,
             device=device,
             sparse=sparse,
-            packed=self.problem.forward is call and are_packed(self.model, mask, sparse),
+            packed=have_convolutions(mask, sparse) and self._can_pack,
             behaviour=self.observed.computes,
             sources=self._recipe_sources,
         )

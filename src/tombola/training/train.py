@@ -67,6 +67,7 @@ def train(
     metrics: Sequence[Metric] = (ACCURACY,),
     device: str = "cpu",
     kernels: Kernels = "auto",
+    packed: bool | None = None,
     resume: Checkpoint | None = None,
     watch: Watch | None = None,
     on_epoch: OnEpoch | None = None,
@@ -94,6 +95,8 @@ def train(
         kernels: which layers sparse ones replace on the CPU: "auto" for those that are faster, unless the network
             reaches into its own layers, see `tombola.training.replaceable`; "off" for none; or the names of weights
             among which to choose, as an earlier try-out allows.
+        packed: whether activations stay packed between sparse convolutions, as the name of the training says; None
+            decides, see `tombola.kernels.are_packed`.
         resume: the checkpoint to resume from; a training that is stopped and resumed ends with the same bits.
         watch: a function that is called after every iteration, for progress and checkpoints; see `Watch`.
         on_epoch: a function that is called after every epoch with its losses; see `OnEpoch`.
@@ -137,6 +140,7 @@ def train(
         forward=forward,
         step=step,
         among=among,
+        packed=packed,
         stacklevel=2,
     )
     plain = forward is call and step is None and not recipe.label_smoothing
