@@ -11,11 +11,13 @@ import torch
 
 import tombola
 from stores import InTurn, planner, results, study
-from tombola.analysis import basins, connectivity, early, rewind_point
+from tombola.analysis import basins, connectivity, early, rewind_point, uniqueness
 from tombola.cli import main
 from tombola.engine.run import run
 from tombola.errors import NothingStoredError, UserError
 from tombola.pruning.mask import Mask
+from tombola.report.contents import FURTHER, gather
+from tombola.report.sections import sections
 from tombola.study.early import plan_snapshots, prune_at_once
 from tombola.study.needs import list_needs
 from tombola.study.planner import Chain, Planner
@@ -158,6 +160,21 @@ def test_stored_rewind_points_are_found_and_kept(root: Path) -> None:
     written = STUDY.model_copy(update={"recipe": STUDY.recipe.model_copy(update={"rewind": 5})})
     progress = Tickets(planner(root, written)).progress(Chain(0, "l1"))
     assert len(progress.tickets) == 2, "who writes the rewind point into the study has these trainings"
+
+
+def test_a_report_has_them_on_request(root: Path) -> None:
+    contents = gather(planner(root, STUDY), "s", ["s"], costly=FURTHER, level=1)
+    found = {section.name: section for section in sections(contents) if section.name in FURTHER}
+    assert list(found) == list(FURTHER)
+    for name, rows in (("basins", 6), ("rewind-point", 4), ("early", 8)):
+        (part,) = found[name].parts
+        assert len(part.table) == rows
+    assert set(found["basins"].parts[0].table["keeps"]) <= {"yes", "no"}
+    assert not {section.name for section in sections(gather(planner(root, STUDY), "s", ["s"]))} & set(FURTHER)
+    first, second, masks = uniqueness.describe(open_tickets(root))
+    assert first.startswith("Two data orders of the dense network are connected from ")
+    assert second.startswith("Two data orders of tickets of level 1 are connected from ")
+    assert masks.startswith("Masks of two data orders overlap by ")
 
 
 def test_what_cannot_be(root: Path) -> None:
