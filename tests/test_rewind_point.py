@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +20,13 @@ from tombola.errors import NothingStoredError, UserError
 from tombola.pruning.mask import Mask
 from tombola.report.contents import FURTHER, gather
 from tombola.report.sections import sections
-from tombola.study.early import plan_snapshots, prune_at_once
+from tombola.study.controls import list_combinations, list_controls
+from tombola.study.early import list_snapshots, plan_snapshots, prune_at_once
 from tombola.study.needs import list_needs
 from tombola.study.planner import Chain, Planner
 from tombola.study.rewind_point import list_planners, list_rewind_points, plan_rewind_points
 from tombola.study.schema import Study
+from tombola.study.singles import name_dense
 from tombola.study.tickets import Tickets
 from tombola.training.evaluation import evaluate
 from tombola.training.train import train
@@ -201,6 +205,23 @@ def test_what_cannot_be(root: Path) -> None:
         assert text in str(caught.value)
     with pytest.raises(NothingStoredError):
         plan_snapshots(elsewhere)
+
+
+@pytest.mark.parametrize("verb", ["controls", "combine", "early", "rewind-point"])
+@pytest.mark.parametrize("note", [{}, {"level": 1, "importances": ["l1"], "over": "orders", "kinds": ["?"]}])
+def test_an_odd_note_in_a_record_is_passed_over(root: Path, tmp_path: Path, verb: str, note: dict[str, Any]) -> None:
+    store = tmp_path / "store"
+    shutil.copytree(root, store)
+    tickets = open_tickets(store)
+    for folder in results(store):
+        path = folder / "record.json"
+        record = json.loads(path.read_text()) | {"further": {"verb": verb, "of": name_dense(tickets), **note}}
+        path.write_text(json.dumps(record))
+    assert list_combinations(tickets) == []
+    assert all(kinds == () for kinds, _ in list_controls(tickets).values())
+    assert list_snapshots(tickets) == []
+    assert list_rewind_points(tickets) == []
+    assert uniqueness.describe(tickets) == []
 
 
 # Early masks.
