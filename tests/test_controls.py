@@ -10,18 +10,20 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tombola
 from stores import InTurn, content, planner, results, study
-from tombola.analysis import controls
+from tombola.analysis import controls, uniqueness
 from tombola.analysis.values import value_at_density
 from tombola.cli import main
 from tombola.engine.run import run
 from tombola.errors import NothingStoredError, UserError
 from tombola.lottery.controls import keep_signs, shuffle
 from tombola.pruning.mask import Mask
+from tombola.report.contents import gather
+from tombola.report.sections import sections
 from tombola.study.controls import (
     KINDS,
     Plan,
@@ -78,6 +80,7 @@ def as_mask(bits: list[list[bool]]) -> Mask:
     return Mask.from_tensors({f"layer{number}": torch.tensor(each) for number, each in enumerate(bits)})
 
 
+@settings(max_examples=40)
 @given(bits=masks, seed=st.integers(0, 2**62))
 def test_shuffling_keeps_the_number_of_connections_of_each_layer(bits: list[list[bool]], seed: int) -> None:
     mask = as_mask(bits)
@@ -90,7 +93,7 @@ def test_shuffling_keeps_the_number_of_connections_of_each_layer(bits: list[list
 
 def test_every_place_of_a_shuffled_mask_is_equally_likely() -> None:
     mask = Mask.from_tensors({"w": torch.tensor([[1, 1, 0], [0, 0, 0]]) > 0})
-    draws = 3000
+    draws = 1000
     hits = torch.stack([shuffle(mask, seed)["w"] for seed in range(draws)]).double().mean(0)
     sd = math.sqrt(1 / 3 * 2 / 3 / draws)
     assert (hits - 1 / 3).abs().max() < 4 * sd
@@ -101,6 +104,7 @@ def test_every_place_of_a_shuffled_mask_is_equally_likely() -> None:
 numbers = st.lists(st.floats(-3, 3, width=32), min_size=6, max_size=6)
 
 
+@settings(max_examples=60)
 @given(own=numbers, drawn=numbers)
 def test_signs_are_kept_and_nothing_else(own: list[float], drawn: list[float]) -> None:
     one = {"w": torch.tensor(own), "tied": torch.tensor(own), "b": torch.tensor(own)}
@@ -304,6 +308,31 @@ def test_a_mask_of_another_recipe_is_trained_here(root: Path, tmp_path: Path) ->
     )
     with pytest.raises(UserError, match=r"two studies differ: layer '0\.weight' has the shapes 64 × 16 and 32 × 16"):
         plan_transfers(open_tickets(store), open_tickets(store, other), 1)
+
+
+# The report and the claims.
+
+
+def test_stored_controls_and_combinations_are_in_the_report(root: Path, tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    shutil.copytree(root, store)
+    finish(plan_combinations(open_tickets(store), 1).planner)
+    contents = gather(planner(store, STUDY), "s", ["s"], level=1)
+    found = {section.name: section for section in sections(contents)}
+    (part,) = found["controls"].parts
+    assert part.chart is not None
+    assert part.table["trained"].unique(maintain_order=True).to_list() == list(KINDS.values())
+    means = controls.summarise(controls.of_study(open_tickets(store)))
+    assert part.table["lost"].to_list() == pytest.approx((100 * means["lost"]).to_list())
+    (part,) = found["combinations"].parts
+    assert part.table["kind"].to_list() == ["union", "intersection"]
+    (sentence,) = uniqueness.describe(open_tickets(store))
+    assert sentence.startswith("At level 1, a ticket loses with another data order ")
+    of_l1 = controls.of_study(open_tickets(store)).filter(importance="l1", kind="signs")["lost"].to_list()
+    (sentence,) = uniqueness.describe(open_tickets(store), ["l1"])
+    assert f"with new magnitudes {100 * sum(of_l1) / 2:+.2f}" in sentence
+    without = gather(planner(store, study(seeds=(0,), levels=2, importances=["l1"], **SHORT)), "s", ["s"])
+    assert "combinations" not in {section.name for section in sections(without)}
 
 
 # The command line and Python.

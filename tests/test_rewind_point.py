@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +13,20 @@ import torch
 
 import tombola
 from stores import InTurn, planner, results, study
-from tombola.analysis import basins, connectivity, early, rewind_point
+from tombola.analysis import basins, connectivity, early, rewind_point, uniqueness
 from tombola.cli import main
 from tombola.engine.run import run
 from tombola.errors import NothingStoredError, UserError
 from tombola.pruning.mask import Mask
-from tombola.study.early import plan_snapshots, prune_at_once
+from tombola.report.contents import FURTHER, gather
+from tombola.report.sections import sections
+from tombola.study.controls import list_combinations, list_controls
+from tombola.study.early import list_snapshots, plan_snapshots, prune_at_once
 from tombola.study.needs import list_needs
 from tombola.study.planner import Chain, Planner
 from tombola.study.rewind_point import list_planners, list_rewind_points, plan_rewind_points
 from tombola.study.schema import Study
+from tombola.study.singles import name_dense
 from tombola.study.tickets import Tickets
 from tombola.training.evaluation import evaluate
 from tombola.training.train import train
@@ -160,6 +166,21 @@ def test_stored_rewind_points_are_found_and_kept(root: Path) -> None:
     assert len(progress.tickets) == 2, "who writes the rewind point into the study has these trainings"
 
 
+def test_a_report_has_them_on_request(root: Path) -> None:
+    contents = gather(planner(root, STUDY), "s", ["s"], costly=FURTHER, level=1)
+    found = {section.name: section for section in sections(contents) if section.name in FURTHER}
+    assert list(found) == list(FURTHER)
+    for name, rows in (("basins", 6), ("rewind-point", 4), ("early", 8)):
+        (part,) = found[name].parts
+        assert len(part.table) == rows
+    assert set(found["basins"].parts[0].table["keeps"]) <= {"yes", "no"}
+    assert not {section.name for section in sections(gather(planner(root, STUDY), "s", ["s"]))} & set(FURTHER)
+    first, second, masks = uniqueness.describe(open_tickets(root))
+    assert first.startswith("Two data orders of the dense network are connected from ")
+    assert second.startswith("Two data orders of tickets of level 1 are connected from ")
+    assert masks.startswith("Masks of two data orders overlap by ")
+
+
 def test_what_cannot_be(root: Path) -> None:
     tickets = open_tickets(root)
     elsewhere = open_tickets(root, study(seeds=(7,), iterations=12, rewind=2))
@@ -184,6 +205,23 @@ def test_what_cannot_be(root: Path) -> None:
         assert text in str(caught.value)
     with pytest.raises(NothingStoredError):
         plan_snapshots(elsewhere)
+
+
+@pytest.mark.parametrize("verb", ["controls", "combine", "early", "rewind-point"])
+@pytest.mark.parametrize("note", [{}, {"level": 1, "importances": ["l1"], "over": "orders", "kinds": ["?"]}])
+def test_an_odd_note_in_a_record_is_passed_over(root: Path, tmp_path: Path, verb: str, note: dict[str, Any]) -> None:
+    store = tmp_path / "store"
+    shutil.copytree(root, store)
+    tickets = open_tickets(store)
+    for folder in results(store):
+        path = folder / "record.json"
+        record = json.loads(path.read_text()) | {"further": {"verb": verb, "of": name_dense(tickets), **note}}
+        path.write_text(json.dumps(record))
+    assert list_combinations(tickets) == []
+    assert all(kinds == () for kinds, _ in list_controls(tickets).values())
+    assert list_snapshots(tickets) == []
+    assert list_rewind_points(tickets) == []
+    assert uniqueness.describe(tickets) == []
 
 
 # Early masks.

@@ -332,6 +332,9 @@ RECORDS: list[Any] = [
     {"reinit": {"level": 1, "draws": 10**12, "importances": ["magnitude", "l1"]}},
     {"reinit": {"level": -1, "draws": 1, "importances": ["magnitude", "l1"]}},
     {"reinit": {"level": 1, "draws": 1, "importances": "magnitude"}},
+    {"further": {"verb": "controls"}},
+    {"further": {"verb": "controls", "of": [], "draws": 10**12}},
+    {"further": {"verb": "early", "of": [], "iterations": [-1]}},
 ]
 
 

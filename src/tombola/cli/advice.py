@@ -8,7 +8,7 @@ _LONGEST = 2000  # characters of a message, which may contain any value of a use
 
 _ADVICE: dict[type[Exception], str] = {
     NothingStoredError: "{}; `tombola run` does the trainings that are missing",
-    DamagedResultError: "{}; `tombola run` (or `reinit`, if that trained it) removes it and repeats its training",
+    DamagedResultError: "{}; `tombola run` (or the verb that trained it) removes it and repeats its training",
     StoreError: "{}; name another folder with --store",
     ClusterError: "--address: {}",
 }

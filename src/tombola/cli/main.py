@@ -33,6 +33,9 @@ GROUPS = {
 }
 """The groups of verbs, and the modules that have them."""
 
+_TRAIN = {"run", "find", "reinit", "controls", "combine", "transfer", "rewind-point", "early"}
+"""The verbs that train networks and keep each training when it is done."""
+
 _INDENT = 16
 """The width of the column of verbs in the help."""
 
@@ -82,7 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         again = "; finished trainings are kept, continue with: " + shlex.join(["tombola", *given])
-        print(f"\ntombola: stopped{again if given[:1] in (['run'], ['find']) else ''}", file=sys.stderr, flush=True)
+        print(f"\ntombola: stopped{again if set(given[:1]) & _TRAIN else ''}", file=sys.stderr, flush=True)
         if arguments is None:
             end_at_once(130)  # because the normal exit of torch can take seconds
         return 130

@@ -90,9 +90,9 @@ def controls(table: pl.DataFrame, measure: Measure) -> pl.DataFrame:
     return controls_analysis.summarise(table).select(
         pl.col("kind").replace_strict(KINDS, return_dtype=pl.String).alias("trained"),
         "importance",
-        (measure.scale * pl.col("ticket")).alias(f"ticket {value}"),
-        (measure.scale * pl.col("value")).alias(f"control {value}"),
-        *(measure.scale * pl.col(name) for name in ("lost", "low", "high")),
+        (pl.col("ticket") * measure.scale).alias(f"ticket {value}"),
+        (pl.col("value") * measure.scale).alias(f"control {value}"),
+        *(pl.col(name) * measure.scale for name in ("lost", "low", "high")),
         "seeds",
     )
 
@@ -109,10 +109,10 @@ def combinations(table: pl.DataFrame, measure: Measure) -> pl.DataFrame:
         "kind",
         pl.col("tickets").list.join(" & "),
         (100 * pl.col("density")).alias("density %"),
-        (measure.scale * pl.col("ticket")).alias(f"tickets {value}"),
-        (measure.scale * pl.col("value")).alias(f"combined {value}"),
-        (measure.scale * pl.col("same_density")).alias("tickets as dense"),
-        *(measure.scale * pl.col(name) for name in ("difference", "low", "high")),
+        (pl.col("ticket") * measure.scale).alias(f"tickets {value}"),
+        (pl.col("value") * measure.scale).alias(f"combined {value}"),
+        (pl.col("same_density") * measure.scale).alias("tickets as dense"),
+        *(pl.col(name) * measure.scale for name in ("difference", "low", "high")),
         "seeds",
     )
 
@@ -123,14 +123,13 @@ def basins(means: pl.DataFrame) -> pl.DataFrame:
     Args:
         means: from `tombola.analysis.basins.summarise`.
     """
-    words = {True: "yes", False: "no"}
     return means.select(
         *("importance", "level"),
         (100 * pl.col("density")).alias("density %"),
         (100 * pl.col("next")).alias("barrier to the next level, points"),
         (100 * pl.col("dense")).alias("to the dense network"),
         (100 * pl.col("other_order")).alias("to another data order"),
-        *(pl.col(name).replace_strict(words, return_dtype=pl.String) for name in ("connected", "keeps")),
+        *(_say(name) for name in ("connected", "keeps")),
         "seeds",
     )
 
@@ -147,7 +146,7 @@ def rewind_point(table: pl.DataFrame) -> pl.DataFrame:
         (100 * pl.col("barrier")).alias("barrier, points"),
         (100 * pl.col("jaccard")).alias("overlap of masks %"),
         (100 * pl.col("chance")).alias("chance %"),
-        pl.col("connected").replace_strict({True: "yes", False: "no"}, return_dtype=pl.String),
+        _say("connected"),
         "seeds",
     )
 
@@ -167,3 +166,8 @@ def early(table: pl.DataFrame) -> pl.DataFrame:
         (100 * pl.col("ticket_chance")).alias("chance, ticket %"),
         "seeds",
     )
+
+
+def _say(name: str) -> pl.Expr:
+    """Return a column of answers as yes and no."""
+    return pl.col(name).replace_strict({True: "yes", False: "no"}, return_dtype=pl.String).alias(name)

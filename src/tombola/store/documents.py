@@ -227,9 +227,11 @@ class _Further(BaseModel):
     verb: str
     of: list[str]
     level: Annotated[int, Field(ge=0, lt=2**31)] = 0
-    draws: Annotated[int, Field(ge=1, le=100_000)] = 1
+    draws: Annotated[int, Field(ge=1, le=1000)] = 1
     importances: list[str] = []
     kinds: list[str] = []
+    iterations: list[Annotated[int, Field(ge=0, lt=2**31)]] = []
+    over: str = ""
 
 
 class _Record(BaseModel):

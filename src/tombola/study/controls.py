@@ -145,7 +145,8 @@ def list_controls(tickets: Tickets) -> dict[tuple[int, tuple[str, ...]], tuple[t
     study = tickets.study
     found: dict[tuple[int, tuple[str, ...]], tuple[set[str], int]] = {}
     for note in list_notes(tickets, "controls"):
-        if 1 <= note["level"] <= study.levels and set(note["importances"]) <= set(study.importances):
+        known = note["importances"] and set(note["importances"]) <= set(study.importances)
+        if 1 <= note["level"] <= study.levels and known:
             names = tuple(name for name in study.importances if name in note["importances"])
             kinds, draws = found.get((note["level"], names), (set(), 1))
             found[note["level"], names] = kinds | set(note["kinds"]), max(draws, note["draws"])
@@ -205,7 +206,7 @@ def list_combinations(tickets: Tickets) -> list[tuple[int, Over, tuple[str, ...]
     study, found = tickets.study, set()
     for note in list_notes(tickets, "combine"):
         names = tuple(name for name in study.importances if name in note["importances"])
-        several = len(names) if note["over"] == "importances" else len(study.seeds)
+        several = {"importances": len(names), "seeds": len(study.seeds) if names else 0}.get(note["over"], 0)
         if 1 <= note["level"] <= study.levels and set(note["importances"]) <= set(study.importances) and several > 1:
             found.add((note["level"], note["over"], names))
     return sorted(found)

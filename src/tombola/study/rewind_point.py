@@ -129,8 +129,8 @@ def list_rewind_points(tickets: Tickets) -> list[tuple[list[int], int | None, st
     study = tickets.study
     found: dict[tuple[int, str], set[int]] = {}
     for note in list_notes(tickets, "rewind-point"):
-        (name,) = note["importances"]
-        if name in study.importances and note["level"] <= study.levels:
-            known = {each for each in note["iterations"] if each < tickets.planner.end}
-            found.setdefault((note["level"], name), set()).update(known)
-    return [(sorted(each), level or None, name) for (level, name), each in sorted(found.items())]
+        known = {each for each in note["iterations"] if each < tickets.planner.end}
+        for name in note["importances"]:
+            if name in study.importances and note["level"] <= study.levels:
+                found.setdefault((note["level"], name), set()).update(known)
+    return [(sorted(each), level or None, name) for (level, name), each in sorted(found.items()) if each]

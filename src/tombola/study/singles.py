@@ -19,6 +19,9 @@ from tombola.study.trainings import Training
 NOTE = "further"
 """The name of the note in a training's record."""
 
+_EMPTY: Mapping[str, Any] = {"level": 0, "draws": 1, "importances": [], "kinds": [], "iterations": [], "over": ""}
+"""The arguments of the verbs, where a note does not have them."""
+
 
 def plan_singles(tickets: Tickets, starts: Mapping[Chain, Start], note: Mapping[str, Any]) -> Planner:
     """Return the planner of single trainings, which differ from those of a study in what they begin with.
@@ -90,4 +93,4 @@ def check_weights_elsewhere(tickets: Tickets, what: str) -> None:
 def _read_notes(tickets: Tickets) -> dict[str, dict[str, Any]]:
     results = tickets.planner.store.results
     records = ((key, results.record(key)) for key in results)
-    return {key: record[NOTE] for key, record in records if NOTE in record}
+    return {key: {**_EMPTY, **record[NOTE]} for key, record in records if NOTE in record}
