@@ -13,7 +13,6 @@ import torch
 NOTEBOOK = Path(__file__).parent.parent / "docs" / "notebooks" / "own-loop.ipynb"
 
 
-@pytest.mark.skipif(not NOTEBOOK.exists(), reason="only the repository has the notebooks")
 def test_the_notebook_of_own_loops_runs_and_shows_what_it_says(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
