@@ -29,7 +29,9 @@ def test_the_notebook_of_own_loops_runs_and_shows_what_it_says(
                 exec(compile(module, NOTEBOOK.name, "exec"), space)
                 value = eval(compile(ast.Expression(last.value), NOTEBOOK.name, "eval"), space) if last else None
                 kinds = {kind for output in cell["outputs"] for kind in output.get("data", {})}
-                assert ("image/png" in kinds) == hasattr(value, "to_dict"), "the charts are in the file"
+                assert ("image/png" in kinds) == (hasattr(value, "to_dict") and hasattr(value, "save")), (
+                    "the charts are in the file"
+                )
     finally:
         torch.set_num_threads(threads)
     shown = capsys.readouterr().out

@@ -70,7 +70,7 @@ def estimate(planner: Planner, workers: int, directory: Path | None = None, *, h
     chains = tuple((chain, len(p.tickets), planner.study.levels + 1 - len(p.tickets)) for chain, p in progress.items())
     if not to_train:
         return Estimate(chains, len(keys), 0, 0.0, "nothing to do", 0.0, None, 0)
-    speed = _speed(planner, list(progress.values()), workers, directory, here=here)
+    speed = _speed(planner, list(progress.values()), workers, directory, here)
     waiting = {chain: p for chain, p in progress.items() if p.waits_for is not None}
     ahead = [(chain, path) for chain, p in waiting.items() for path in paths_ahead(planner, chain, p, speed)]
     total = sum(step.seconds for step in {step.name: step for _, steps in ahead for step in steps}.values())
@@ -119,7 +119,7 @@ def recorded_speed(tickets: Tickets) -> Speed | None:
     return _recorded_speed(tickets.planner, list(tickets.all().values()))
 
 
-def _speed(planner: Planner, chains: Sequence[Progress], workers: int, directory: Path | None, *, here: bool) -> Speed:
+def _speed(planner: Planner, chains: Sequence[Progress], workers: int, directory: Path | None, here: bool) -> Speed:
     """Return the speed of trainings, from the finished trainings of the study or from a few iterations timed now."""
     if recorded := _recorded_speed(planner, chains):
         _, start = _time_iterations(planner, planner.dense, 1, directory, here=here)
