@@ -80,7 +80,7 @@ def estimate(planner: Planner, workers: int, directory: Path | None = None, *, h
     ]
     sizes = sum(_bytes(planner, level) for level in missing) * to_train // max(1, len(missing))
     try:
-        speed = _speed(planner, list(progress.values()), workers, directory, here=here)
+        speed = _speed(planner, list(progress.values()), workers, directory, here)
     except _DivergedError as error:
         return Estimate(chains, len(keys), to_train, None, str(error), None, None, sizes)
     waiting = {chain: p for chain, p in progress.items() if p.waits_for is not None}
@@ -140,7 +140,7 @@ def dense_speed(planner: Planner, directory: Path | None = None) -> Speed:
     return Speed({1.0: each}, _time_testing(planner), start, "from a few iterations timed now")
 
 
-def _speed(planner: Planner, chains: Sequence[Progress], workers: int, directory: Path | None, *, here: bool) -> Speed:
+def _speed(planner: Planner, chains: Sequence[Progress], workers: int, directory: Path | None, here: bool) -> Speed:
     """Return the speed of trainings, from the finished trainings of the study or from a few iterations timed now."""
     if recorded := speed_of(planner, chains):
         _, start = _time_iterations(planner, planner.dense, 1, directory, here=here)
