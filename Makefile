@@ -89,13 +89,14 @@ dist-plain: .venv-build/installed
 
 # The wheels of dist and dist/plain in clean environments, with the newest versions of their dependencies that there are
 # and with the oldest that pyproject.toml allows: each trains, and reads its results.
-# TORCH pins torch: INSTALLS=lowest-direct TORCH='torch==2.13.0' takes the oldest of all others.
+# TORCH pins torch: INSTALLS=lowest-direct TORCH='torch==2.13.0+cpu' takes the oldest of all others.
 INSTALLS ?= highest lowest-direct
 TORCH ?= torch
 test-install: .venv-build/installed
 	for wheel in $(wildcard dist/*.whl dist/plain/*.whl); do for versions in $(INSTALLS); do \
 	    .venv-build/bin/uv venv --quiet --clear --python $(PYTHON) .venv-install \
-	    && .venv-build/bin/uv pip install --quiet --python .venv-install --resolution $$versions "$$wheel" '$(TORCH)' \
+	    && .venv-build/bin/uv pip install --quiet --python .venv-install --resolution $$versions -r pyproject.toml '$(TORCH)' \
+	    && .venv-build/bin/uv pip install --quiet --python .venv-install --no-deps "$$wheel" \
 	    && echo "$$wheel, $$versions:" && .venv-build/bin/uv pip list --quiet --python .venv-install \
 	        | grep -E '^(torch|numpy|pydantic|safetensors|rich|polars|scipy|filelock) ' \
 	    && .venv-install/bin/tombola --version \

@@ -92,7 +92,7 @@ def test_a_notebook_runs_and_shows_its_charts(
 
 
 def _kinds(outputs: list[dict[str, Any]]) -> list[str]:
-    return [kind for output in outputs for kind in output.get("data", {output["output_type"]: None})]
+    return [kind for output in outputs for kind in sorted(output.get("data", {output["output_type"]: None}))]
 
 
 @pytest.mark.parametrize("page", [ROOT / "README.md", ROOT / "CONTRIBUTING.md"], ids=lambda page: page.stem)
