@@ -326,13 +326,9 @@ def test_a_network_that_cannot_be_matched_is_told(folder: Path, monkeypatch: pyt
 
 
 def test_an_interval_of_shares_stays_between_nothing_and_all() -> None:
-    table = pl.DataFrame(
-        {
-            "level": [1, 1], "importance": ["l1"] * 2, "seed": [0, 1], "quantity": ["initial"] * 2,
-            "layer": ["(all)"] * 2, "connections": [10, 10], "alive": [5, 5], "kept": [0.9, 1.0],
-            "expected": [0.5, 0.5], "excess": [0.8, 1.0],
-        }
-    )  # fmt: skip
+    same = {"level": 1, "importance": "l1", "quantity": "initial", "layer": "(all)", "connections": 10, "alive": 5}
+    each = [{**same, "seed": seed, "kept": 0.9 + 0.1 * seed, "expected": 0.5, "excess": 0.8} for seed in (0, 1)]
+    table = pl.DataFrame(each)
     assert initial.summarise(table)["high"].item() == 1.0
 
 

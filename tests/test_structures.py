@@ -21,6 +21,7 @@ from tombola.importance.network_scores import NETWORK_SCORES
 from tombola.inputs import Tensors, count_examples, list_tensors, select
 from tombola.lottery.rewinding import find_tickets
 from tombola.pruning.mask import Mask
+from tombola.study.task import _checked
 from tombola.training.batches import batches
 from tombola.training.evaluation import measure, predict
 from tombola.training.metrics import as_metric
@@ -354,3 +355,40 @@ def test_what_fits_is_tried_out() -> None:
     try_network(embedding, functional.cross_entropy, split(torch.arange(23)), RECIPE)
     try_network(one_input, functional.mse_loss, split(X, X[:, :2]), RECIPE, [])
     try_network(one_input, functional.cross_entropy, split(X, torch.where(torch.arange(23) == 3, -100, Y)), RECIPE)
+
+
+class Unregistered(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = [nn.Linear(4, 4)]
+        self.out = nn.Linear(4, 2)
+
+
+class Noisy(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.out = nn.Linear(4, 2)
+        self.spare = nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.out(x)
+        return out + torch.rand(2)
+
+
+def test_layers_in_a_list_of_python_are_refused() -> None:
+    with pytest.raises(UserError, match=r"its 'layers' is a list of layers, .* torch.nn.ModuleList"):
+        _checked("task.model", Unregistered)()
+
+
+def test_random_numbers_in_evaluation_mode_are_refused() -> None:
+    with pytest.raises(UserError, match="in evaluation mode, it gives different outputs in two calls"):
+        try_network(Noisy, functional.cross_entropy, split(X), RECIPE)
+
+
+def test_weights_on_which_the_loss_does_not_depend_are_named() -> None:
+    class Spare(Noisy):
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.out(x)
+            return out
+
+    assert try_network(Spare, functional.cross_entropy, split(X), RECIPE) == ["spare.weight", "spare.bias"]

@@ -7,7 +7,7 @@ import json
 import sys
 from typing import TYPE_CHECKING, Any
 
-from tombola.cli.options import Verbs, open_planner, print_note, whole_number
+from tombola.cli.options import Verbs, open_planner, print_note, warnings_as_notes, whole_number
 from tombola.errors import UserError
 
 if TYPE_CHECKING:
@@ -48,6 +48,7 @@ def run(options: argparse.Namespace) -> int:
     from tombola.engine.estimate import prior_speed
     from tombola.engine.run import run as run_study
     from tombola.hooks.tell import tell_hooks
+    from tombola.study.task import UnusedWarning
     from tombola.study.tickets import Tickets
     from tombola.workbench.progress import show_progress
     from tombola.workbench.runs import count_workers, describe_stopped, prepare_store, try_study
@@ -56,7 +57,8 @@ def run(options: argparse.Namespace) -> int:
     planner = open_planner(options)
     study, local = planner.study, options.engine == "local"
     device = study.device if local else "cpu"  # GPUs may be on other machines
-    try_study(planner, device)
+    with warnings_as_notes(UnusedWarning):
+        try_study(planner, device)
     prepare_store(planner, options.store)
     if device == "cpu" and not kernels.available():
         print(f"note: {kernels.MISSING}", file=sys.stderr)
@@ -97,10 +99,12 @@ def open_writer(text: str) -> Hook:
 def plan(options: argparse.Namespace) -> int:
     """Show what a run would train, what the store has already, and the time and disk space that a run takes."""
     from tombola.engine.estimate import estimate
+    from tombola.study.task import UnusedWarning
     from tombola.workbench.runs import count_workers, try_study
 
     planner = open_planner(options)
-    try_study(planner)
+    with warnings_as_notes(UnusedWarning):
+        try_study(planner)
     if planner.kernel_fault is not None:
         print_note(planner.kernel_fault)
     workers = count_workers(options.workers, planner.study.device)

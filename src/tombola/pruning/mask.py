@@ -79,7 +79,10 @@ class Mask(Mapping[str, Tensor]):
         shapes = {name: tuple(w.shape) for name, w in weights.items() if name not in left_out}
         if not shapes:
             left = " besides those excluded" if left_out else ""
-            raise UserError(f"{type(model).__name__} has {NOTHING_TO_PRUNE}{left}{describe_computed(model)}")
+            named = [name for name, each in model.named_parameters() if each.ndim > 1 and name not in weights]
+            others = f'; prune = ["{named[0]}"] would prune another parameter' if named else ""
+            computed = describe_computed(model)
+            raise UserError(f"{type(model).__name__} has {NOTHING_TO_PRUNE}{left}{computed or others}")
         return cls.from_tensors({name: torch.ones(shape, dtype=torch.bool) for name, shape in shapes.items()})
 
     @classmethod

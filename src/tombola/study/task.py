@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import os
+import warnings
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -49,6 +50,10 @@ COPIES = 4
 
 BUILT_IN = 1
 """Version of the built-in models and losses as a part of a training's name: increase it if their outputs change."""
+
+
+class UnusedWarning(UserWarning):
+    """Density counts weights on which the loss does not depend."""
 
 
 @dataclass(frozen=True)
@@ -271,6 +276,9 @@ def try_out(problem: Problem, study: Study) -> None:
 
     The check runs a forward and a backward pass on the smallest batch of the training (at most two examples), then a
     forward pass on two examples of the test set.
+
+    Warns:
+        UnusedWarning: if the loss does not depend on a weight that density counts.
     """
     task, recipe, data = study.task, study.recipe, problem.data
     check_recipe_fits(recipe, data)
@@ -280,10 +288,11 @@ def try_out(problem: Problem, study: Study) -> None:
     functions, _ = load_recipe(recipe)
     with ambient(0):
         model = problem.begin()
-    check_start(model, Mask.ones_like(model, study.exclude, study.prune), study.prune, names["model"])
+    dense = Mask.ones_like(model, study.exclude, study.prune)
+    check_start(model, dense, study.prune, names["model"])
     if data.drawn is not None:
         _check_drawn(data, data.drawn, study)
-    try_network(
+    unused = try_network(
         problem.begin,
         problem.loss,
         data,
@@ -295,6 +304,14 @@ def try_out(problem: Problem, study: Study) -> None:
         step=problem.step,
         metrics=problem.metrics,
     )
+    for name in unused:
+        if name in dense:
+            warnings.warn(
+                f"{names['model']}: the loss does not depend on {name!r} in the step that was tried out, and density "
+                f"counts it; if it never does, leave it out: exclude = [{name!r}]",
+                UnusedWarning,
+                stacklevel=2,
+            )
 
 
 def _check_drawn(data: Dataset, drawn: Drawn, study: Study) -> None:
@@ -409,12 +426,28 @@ def _checked(what: str, build: Callable[[], object]) -> Callable[[], nn.Module]:
 
     def build_and_check() -> nn.Module:
         model = cast(nn.Module, guard(what, build, nn.Module, "a torch module")())
+        _check_registered(model, what)
         for name, value in guard(what, partial(model.state_dict, keep_vars=True))().items():
             if fault := _fault_of(value):
                 raise UserError(f"{what}: {name!r} of its state {fault}")
         return model
 
     return build_and_check
+
+
+def _check_registered(model: nn.Module, what: str) -> None:
+    """Raise `UserError` if a module keeps layers in a list or a dictionary of Python, where torch does not see them."""
+    registered = {id(module) for module in model.modules()}
+    for path, module in model.named_modules():
+        for name, value in vars(module).items():
+            several = list(value.values()) if isinstance(value, dict) else value
+            if name.startswith("_") or not isinstance(several, list | tuple):
+                continue
+            if any(isinstance(each, nn.Module) and id(each) not in registered for each in several):
+                raise UserError(
+                    f"{what}: its {f'{path}.{name}'.removeprefix('.')!r} is a {type(value).__name__} of layers, whose "
+                    f"weights torch neither trains nor stores; put them into a torch.nn.ModuleList or ModuleDict"
+                )
 
 
 def _fault_of(value: object) -> str | None:

@@ -57,8 +57,10 @@ def try_network(
     optimizer: MakeOptimizer | None = None,
     schedule: Schedule | None = None,
     names: Mapping[str, str] | None = None,
-) -> None:
+) -> list[str]:
     """Raise `UserError` if a network, a loss, metrics and a data set do not work together.
+
+    Returns the names of the parameters that are trained and get no gradient, as the loss does not depend on them.
 
     The check runs a forward and a backward pass on the smallest batch of the training (at most two examples), then the
     loss and the metrics on a few examples of the test set, and of the validation set if there is one.
@@ -90,6 +92,7 @@ def try_network(
         trained = [name for name, each in model.named_parameters() if each.requires_grad]
         find_decayed(trained, recipe.no_decay, list_shared(model))
         _try_step(model, loss, data, recipe, forward=forward, step=step, called=called, of_classes=of_classes)
+        unused = [name for name in trained if model.get_parameter(name).grad is None]
         if ":" in recipe.optimizer and optimizer is not None:
             _try_optimizer(model, optimizer, recipe)
         total = recipe.total_iterations(data.train_examples)
@@ -97,6 +100,7 @@ def try_network(
             recipe.lr_at(iteration, data.train_examples, schedule)
         for split in data.splits[1:]:
             _try_evaluation(model, loss, data, split, metrics, forward=forward, called=called, of_classes=of_classes)
+    return unused
 
 
 def _try_step(
@@ -194,7 +198,14 @@ def _try_evaluation(
     few = _spread(data, split)
     with torch.no_grad():
         inputs = normalisation(data)(convert(torch.clone, select(getattr(few, f"{split}_inputs"), slice(2))))
-        outputs = _outputs(partial(forward, model.eval()), inputs, data, called["outputs"], of_classes)
+        copies = convert(torch.clone, inputs)  # a model may change its inputs
+        outputs = _outputs(partial(forward, model.eval()), copies, data, called["outputs"], of_classes)
+        repeated = forward(model, convert(torch.clone, inputs))
+    if not torch.equal(outputs.nan_to_num(), repeated.nan_to_num()):
+        raise UserError(
+            f"{called['model']}: in evaluation mode, it gives different outputs in two calls for the same inputs; "
+            f"draw random numbers only while it is in training mode (self.training)"
+        )
     if outputs.isnan().any():
         raise UserError(f"{called['model']}: in evaluation mode, its outputs on the {split} set are NaN")
     compute = partial(measure, model, few, loss, metrics, split, forward)
@@ -307,7 +318,8 @@ def _types(model: nn.Module, inputs: Tensors, name: str) -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        given = {each.dtype for each in list_tensors(inputs).values() if each.is_floating_point()}
+        every = {each.dtype for each in list_tensors(inputs).values()}
+        given = {each for each in every if each.is_floating_point} or every
         own = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
         if "dtype" not in str(error) or not given or not own or given == own:
             raise
@@ -315,8 +327,8 @@ def _types(model: nn.Module, inputs: Tensors, name: str) -> Iterator[None]:
             " and ".join(sorted(str(each).removeprefix("torch.") for each in some)) for some in (own, given)
         )
         raise UserError(
-            f"{name}: its parameters are {ours} and the inputs of the data set {theirs}; convert one of them, such as "
-            f"the model by model.float()"
+            f"{name}: its parameters are {ours} and the inputs of the data set {theirs}; convert them to "
+            f"float32, by model.float() or tensor.float()"
         ) from error
 
 
