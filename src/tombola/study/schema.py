@@ -221,7 +221,7 @@ def load_study(name: str | Path, overrides: Mapping[str, Any] | None = None) -> 
     else:
         raise UserError(f"study {name!r} is neither a preset nor a .toml file; {did_you_mean(name, presets())}")
     try:
-        document = tomllib.loads(_read(path).decode())
+        document = tomllib.loads(_read(path).decode("utf-8-sig"))  # some editors write a mark of byte order
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
     except RecursionError as error:
@@ -355,10 +355,12 @@ def _rewrite_old_optimizer(recipe: dict[str, Any], study: str) -> dict[str, Any]
 
 def _explain(error: ValidationError, document: Mapping[str, Any]) -> str:
     """Describe each mistake once, with its field; mistakes in the values of a field come before those of the field."""
-    missing, others, seen = [], [], set[str]()
-    for problem in sorted(error.errors(), key=lambda problem: -len(problem["loc"])):
+    missing, others, seen, keys = [], [], set[str](), _keys(document)
+    for problem in sorted(error.errors(include_url=False), key=lambda problem: -len(problem["loc"])):
+        if len(others) == _MOST:
+            return "; ".join([*others, "and more"])
         names = [part for part in problem["loc"] if isinstance(part, str) and "[" not in part]
-        location = [part for part in problem["loc"] if isinstance(part, int) or part in _keys(document)]
+        location = [part for part in problem["loc"] if isinstance(part, int) or part in keys]
         where = ".".join(str(part) for part in location) or ".".join(names)
         if any(place.startswith(f"{where}.") for place in seen) and where:
             continue
@@ -378,6 +380,9 @@ def _explain(error: ValidationError, document: Mapping[str, Any]) -> str:
         others.append(f"the {fields} missing")
     return "; ".join(others)
 
+
+_MOST = 8
+"""Mistakes of a study that a message lists."""
 
 _KINDS = {
     "bool_type": "true or false",
@@ -419,9 +424,12 @@ def _describe(problem: ErrorDetails) -> str:
 
 
 def _keys(value: Any) -> set[str]:
-    if not isinstance(value, Mapping):
-        return set()
-    return set(value) | {key for item in value.values() for key in _keys(item)}
+    found, left = set[str](), [value]
+    while left:
+        if isinstance(each := left.pop(), Mapping):
+            found |= each.keys()
+            left.extend(each.values())
+    return found
 
 
 def _siblings(location: tuple[int | str, ...]) -> list[str]:
