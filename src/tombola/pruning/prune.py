@@ -168,7 +168,7 @@ def count_to_remove(alive: int, fraction: float) -> int:
 
 def check_fraction(fraction: float) -> None:
     """Raise `UserError` if a fraction is not in (0, 1)."""
-    if not isinstance(fraction, int | float) or not 0 < fraction < 1:
+    if not hasattr(fraction, "__float__") or not 0 < fraction < 1:
         raise UserError(f"fraction must lie between 0 and 1, both excluded, got {short(fraction)}")
 
 
