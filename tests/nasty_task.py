@@ -238,3 +238,31 @@ def _importance_that_sets(how: str) -> Callable[[Tensor], Tensor]:
 
 for _how in SETTINGS:
     globals()[f"sets {_how}"] = _importance_that_sets(_how)
+
+
+class Replacing(nn.Module):
+    """A network that puts another parameter in the place of its own, or adds one, when it is used."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.first, self.last, self._how = nn.Linear(8, 8), nn.Linear(8, 2), how
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self._how == "replace":
+            self.first.weight = nn.Parameter(self.first.weight.detach() * 0.9)
+        elif not hasattr(self, "added"):
+            self.added = nn.Linear(8, 8)
+        hidden: Tensor = self.last(self.first(x))
+        return hidden
+
+
+def model_that_replaces(how: str) -> nn.Module:
+    """Return a network that replaces or adds parameters."""
+    return Replacing(how)
+
+
+def layer_of_half_a_character() -> nn.Module:
+    """Return a network of which a layer's name cannot be written."""
+    network = nn.Sequential(*model())
+    network.add_module("\ud800", nn.Linear(2, 2))
+    return network

@@ -32,7 +32,7 @@ from tombola.study.code import resolve, steady_source
 from tombola.study.planner import Planner
 from tombola.study.repeatable import _check_state
 from tombola.study.schema import Study, Task
-from tombola.study.task import load_problem
+from tombola.study.task import load_problem, try_out
 from tombola.training.recipe import Recipe
 from tombola.training.train import train
 
@@ -402,3 +402,15 @@ def test_a_setting_that_a_module_changes_when_it_is_imported_is_restored(module:
     before = settings()
     assert resolve(f"{module.stem}:model", "task.model")().state_dict()["0.weight"].dtype == torch.float32
     assert settings() == before
+
+
+@pytest.mark.parametrize(("how", "name"), [("replace", "first.weight"), ("add", "added.weight")])
+def test_a_model_that_replaces_its_parameters_is_refused(how: str, name: str) -> None:
+    study = study_of(model="nasty_task:model_that_replaces", model_arguments={"how": how})
+    with pytest.raises(UserError, match=f"a step adds, removes or replaces its parameter '{name}'"):
+        try_out(load_problem(study.task), study)
+
+
+def test_a_layer_whose_name_cannot_be_written_is_refused() -> None:
+    with pytest.raises(UserError, match=r"the name '\\ud800.weight' of its state has half of a character"):
+        load_problem(study_of(model="nasty_task:layer_of_half_a_character").task).build()

@@ -464,3 +464,73 @@ def test_taylor_of_a_dense_network_that_no_weight_of_a_layer_reaches_is_zero() -
         torch.Generator(),
     )
     assert not taylor(network)["weight"].any()
+
+
+class Named(nn.Module):
+    """A network that gives a layer its input by name, or calls it without gradients."""
+
+    def __init__(self, *, with_gradients: bool = True) -> None:
+        super().__init__()
+        self.first, self.fc, self.with_gradients = nn.Linear(4, 5), nn.Linear(5, 3), with_gradients
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        with torch.set_grad_enabled(self.with_gradients and torch.is_grad_enabled()):
+            hidden = self.first(input=inputs)
+        outputs: Tensor = self.fc(hidden)
+        return outputs
+
+
+def score_named(
+    score: str,
+    model: nn.Module,
+    loss: Callable[[Tensor, Tensor], Tensor] = functional.cross_entropy,
+    **how: int,
+) -> Mapping[str, Tensor]:
+    inputs, labels = torch.linspace(-1, 1, 48).reshape(12, 4), torch.arange(12) % 3
+    data = Dataset("named", inputs, labels, inputs, labels, ("a", "b", "c"))
+    mask, state = Mask.ones_like(model), model.state_dict()
+    return score_network(SCORES[score], mask, model=model, state=state, data=data, loss=loss, seed=0, **how)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("score", ["fisher", "wanda"])
+def test_a_layer_may_get_its_input_by_name(score: str) -> None:
+    model = Named()
+    plain = nn.Sequential(model.first, model.fc)
+    assert all(map(torch.equal, score_named(score, model).values(), score_named(score, plain).values()))
+
+
+def test_what_cannot_be_scored_is_said() -> None:
+    with pytest.raises(ImportanceError, match=r"calls without gradients \(no_grad\): 'first.weight'"):
+        score_named("fisher", Named(with_gradients=False))
+    losses: list[tuple[Callable[[Tensor, Tensor], Tensor], str]] = [
+        (lambda outputs, labels: torch.tensor(1.0), "the loss does not depend on the weights"),
+        (lambda outputs, labels: outputs.detach().sum(), "the loss does not depend on the weights"),
+        (partial(functional.cross_entropy, reduction="none"), r"as the loss, the mean over the batch, got .*\(12,\)"),
+        (lambda outputs, labels: 1.0, "as the loss, the mean over the batch, got float"),  # type: ignore[return-value]
+    ]
+    for score in ("taylor", "snip", "grasp", "hessian", "fisher"):
+        for loss, said in losses:
+            with pytest.raises(ImportanceError, match=said):
+                score_named(score, Named(), loss)
+    for name in ("examples", "batch_size"):
+        with pytest.raises(UserError, match=f"{name}: expected a number from 1, got 0"):
+            score_named("taylor", Named(), **{name: 0})
+
+
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        ({"selection": "Erk"}, "selection: unknown 'Erk'; did you mean 'erk'"),
+        ({"shares": {"a": float("nan")}}, "shares: 'a' has the share nan; expected a number from 0"),
+        ({"shares": {"a": float("inf")}}, "shares: 'a' has the share inf"),
+        ({"shares": {"a": -1.0}}, "shares: 'a' has the share -1.0"),
+        ({"shares": {"a": "1"}}, "shares: 'a' has the share '1'"),
+        ({"shares": {"aa": 1.0}}, "shares: 'aa' is no layer of the mask; did you mean 'a'"),
+        ({"fraction": "0.5"}, "fraction must lie between 0 and 1, both excluded, got '0.5'"),
+    ],
+)
+def test_a_round_that_asks_for_something_odd_is_refused(how: dict[str, object], said: str) -> None:
+    mask = Mask.from_tensors({"a": torch.ones(4).bool(), "b": torch.ones(6).bool()})
+    arguments: dict[str, object] = {"fraction": 0.5, "selection": "shares"} | how
+    with pytest.raises(UserError, match=said):
+        prune({"a": torch.ones(4), "b": torch.ones(6)}, mask, find("magnitude"), **arguments)  # type: ignore[arg-type]

@@ -466,6 +466,24 @@ def test_toml_that_is_none(write: Write, tmp_path: Path) -> None:
         load_study(str(tmp_path / "binary.toml"))
 
 
+def test_a_mark_of_byte_order_is_no_part_of_a_study(write: Write, tmp_path: Path) -> None:
+    plain = write(SMALL)
+    marked = tmp_path / "marked.toml"
+    marked.write_bytes(b"\xef\xbb\xbf" + Path(plain).read_bytes())
+    assert load_study(str(marked)) == load_study(plain)
+
+
+def test_a_study_of_many_mistakes_is_refused_in_few_words(tmp_path: Path) -> None:
+    path = tmp_path / "many.toml"
+    path.write_text("".join(f"k{number} = 1\n" for number in range(3000)))
+    with pytest.raises(UserError, match="unknown field 'k0'") as caught:
+        load_study(path)
+    assert len(str(caught.value)) < 3000
+    path.write_text("a" + 2000 * ".a" + " = 1\n")
+    with pytest.raises(UserError, match=r"unknown field 'a'|nested too deeply"):
+        load_study(path)
+
+
 def test_studies_that_are_not_there(tmp_path: Path) -> None:
     with pytest.raises(
         UserError, match=r"^study 'digit' is neither a preset nor a \.toml file; did you mean 'digits'\?$"

@@ -265,3 +265,9 @@ def test_no_warning_for_a_sealed_ticket(path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         Ticket.load(path)
+
+
+@pytest.mark.parametrize("path", [None, 3, b"ticket", []])
+def test_what_is_no_path_is_no_ticket(path: Any) -> None:
+    with pytest.raises(UserError, match="expected the path of a ticket's file, got "):
+        Ticket.load(path)

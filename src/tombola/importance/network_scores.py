@@ -322,9 +322,14 @@ def _gradient_of(value: Tensor, tensors: Mapping[str, Tensor], *, create_graph: 
 
 
 def _finite(value: Tensor) -> Tensor:
-    """Return a loss; raise `ImportanceError` if it is not finite."""
+    """Return a loss; raise `ImportanceError` if it is no finite number that depends on the weights."""
+    if not isinstance(value, Tensor) or value.numel() != 1:
+        got = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        raise ImportanceError(f"expected one number as the loss, the mean over the batch, got {got}")
     if not value.isfinite():
         raise ImportanceError(f"the loss is {value.item()} at the weights that are scored")
+    if not value.requires_grad:
+        raise ImportanceError("the loss does not depend on the weights that are scored: it has no gradient")
     return value
 
 
@@ -332,12 +337,12 @@ def _finite(value: Tensor) -> Tensor:
 def _observe_inputs(network: Network, tell: Callable[[str, nn.Module, Tensor], None]) -> Iterator[None]:
     """Tell the inputs of each scored layer, whenever the network computes, as `tell(layer, module, inputs)`."""
 
-    def hook(layer: str, module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-        tell(layer, module, arguments[0].detach())
+    def hook(layer: str, module: nn.Module, arguments: tuple[Tensor, ...], named: Mapping[str, Tensor]) -> None:
+        tell(layer, module, _input_of(arguments, named).detach())
 
     with ExitStack() as stack:
         for layer, module in _modules(network):
-            stack.enter_context(module.register_forward_pre_hook(partial(hook, layer)))
+            stack.enter_context(module.register_forward_pre_hook(partial(hook, layer), with_kwargs=True))
         yield
 
 
@@ -348,8 +353,12 @@ def _observe_gradients(network: Network, tell: Callable[[str, nn.Module, Tensor,
     Inside the block, the scored weights require no gradient, since those of the outputs are enough.
     """
 
-    def hook(layer: str, module: nn.Module, arguments: tuple[Tensor, ...], outputs: Tensor) -> Tensor:
-        inputs = arguments[0].detach()
+    def hook(
+        layer: str, module: nn.Module, arguments: tuple[Tensor, ...], named: Mapping[str, Tensor], outputs: Tensor
+    ) -> Tensor:
+        inputs = _input_of(arguments, named).detach()
+        if not torch.is_grad_enabled():
+            raise ImportanceError(f"it rates no layers that the network calls without gradients (no_grad): {layer!r}")
         if not outputs.requires_grad:
             outputs = outputs.requires_grad_().clone()  # a copy may be changed in place
         outputs.register_hook(  # type: ignore[no-untyped-call]
@@ -359,11 +368,16 @@ def _observe_gradients(network: Network, tell: Callable[[str, nn.Module, Tensor,
 
     with ExitStack() as stack:
         for layer, module in _modules(network):
-            stack.enter_context(module.register_forward_hook(partial(hook, layer)))
+            stack.enter_context(module.register_forward_hook(partial(hook, layer), with_kwargs=True))
         for weight in network.weights.values():
             stack.callback(weight.requires_grad_, weight.requires_grad)
             weight.requires_grad_(False)
         yield
+
+
+def _input_of(arguments: tuple[Tensor, ...], named: Mapping[str, Tensor]) -> Tensor:
+    """Return the input of a layer, which the network may also give by its name."""
+    return arguments[0] if arguments else named["input"]
 
 
 def _modules(network: Network) -> Iterator[tuple[str, nn.Module]]:

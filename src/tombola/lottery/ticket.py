@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any, NoReturn
 from torch import nn
 
 from tombola import kernels
-from tombola.errors import UserError
+from tombola.errors import UserError, short
 from tombola.files import write_output
 from tombola.lottery.ticket_file import Content, encode, read
 from tombola.pruning.mask import Mask
@@ -141,6 +142,8 @@ class Ticket:
         Warns:
             UnsealedTicketWarning: if the file was written before tickets had a seal.
         """
+        if not isinstance(path, str | os.PathLike):
+            raise UserError(f"expected the path of a ticket's file, got {short(path)}")
         content = read(Path(path))
         trained = None if content.trained is None else Trained(Weights.of(content.trained), content.history)
         rewound = Weights.of(content.rewound)

@@ -11,7 +11,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from tombola.errors import ImportanceError, UserError, did_you_mean
+from tombola.errors import ImportanceError, UserError, did_you_mean, short
 from tombola.exits import attribute_failure
 from tombola.importance import NORMALISATIONS, Importance, NetworkScore, Normalisation, Survivors, as_importance
 from tombola.pruning.eligible import resolve_layers
@@ -168,8 +168,8 @@ def count_to_remove(alive: int, fraction: float) -> int:
 
 def check_fraction(fraction: float) -> None:
     """Raise `UserError` if a fraction is not in (0, 1)."""
-    if not 0 < fraction < 1:
-        raise UserError(f"fraction must lie between 0 and 1, both excluded, got {fraction}")
+    if not hasattr(fraction, "__float__") or not 0 < fraction < 1:
+        raise UserError(f"fraction must lie between 0 and 1, both excluded, got {short(fraction)}")
 
 
 def _read_alive(weights: Mapping[str, Tensor], mask: Mask, layer: str) -> Tensor:

@@ -16,7 +16,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from tombola.errors import UserError
+from tombola.errors import UserError, did_you_mean, short
 
 SELECTIONS = ("global", "uniform", "erk", "shares")
 """The names of the selections."""
@@ -74,7 +74,8 @@ def apportion(
         shares: layer -> its share relative to the others, 0 or more; 1 for layers that are not named.
 
     Raises:
-        UserError: if a layer would have to lose more connections than it has.
+        UserError: if the selection is unknown, if a share is of no layer or no number from 0, or if a layer would have
+            to lose more connections than it has.
 
     >>> alive, shapes = {"a": 80, "b": 20}, {"a": (8, 10), "b": (2, 10)}
     >>> apportion("uniform", alive, shapes, 20), apportion("shares", alive, shapes, 20, {"b": 2.0})
@@ -82,6 +83,13 @@ def apportion(
     >>> apportion("erk", alive, shapes, 70)  # 30 stay: 18 and 12, as 8 + 10 is to 2 + 10
     {'a': 62, 'b': 8}
     """
+    if selection not in SELECTIONS:
+        raise UserError(f"selection: unknown {selection!r}; {did_you_mean(str(selection), SELECTIONS)}")
+    for layer, share in (shares or {}).items():
+        if layer not in shapes:
+            raise UserError(f"shares: {layer!r} is no layer of the mask; {did_you_mean(str(layer), shapes)}")
+        if not isinstance(share, int | float) or not 0 <= share < math.inf:
+            raise UserError(f"shares: {layer!r} has the share {short(share)}; expected a number from 0")
     if selection == "global":
         return None
     if selection == "erk":

@@ -220,7 +220,7 @@ def load_study(name: str | Path, overrides: Mapping[str, Any] | None = None) -> 
     else:
         raise UserError(f"study {name!r} is neither a preset nor a .toml file; {did_you_mean(name, presets())}")
     try:
-        document = tomllib.loads(_read(path).decode())
+        document = tomllib.loads(_read(path).decode("utf-8-sig"))  # some editors write a mark of byte order
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
     except RecursionError as error:

@@ -428,6 +428,8 @@ def _checked(what: str, build: Callable[[], object]) -> Callable[[], nn.Module]:
         model = cast(nn.Module, guard(what, build, nn.Module, "a torch module")())
         _check_registered(model, what)
         for name, value in guard(what, partial(model.state_dict, keep_vars=True))().items():
+            if name != name.encode(errors="replace").decode():
+                raise UserError(f"{what}: the name {name!a} of its state has half of a character (a surrogate)")
             if fault := _fault_of(value):
                 raise UserError(f"{what}: {name!r} of its state {fault}")
         return model

@@ -39,10 +39,12 @@ def explain(error: ValidationError, document: Mapping[str, Any], model: type[Bas
         document: the values that were given.
         model: the model that they are of.
     """
-    missing, others, seen = [], [], set[str]()
-    for problem in sorted(error.errors(), key=lambda problem: -len(problem["loc"])):
+    missing, others, seen, keys = [], [], set[str](), _keys(document)
+    for problem in sorted(error.errors(include_url=False), key=lambda problem: -len(problem["loc"])):
+        if len(others) == _MOST:
+            return "; ".join([*others, "and more"])
         names = [part for part in problem["loc"] if isinstance(part, str) and "[" not in part]
-        location = [part for part in problem["loc"] if isinstance(part, int) or part in _keys(document)]
+        location = [part for part in problem["loc"] if isinstance(part, int) or part in keys]
         where = ".".join(str(part) for part in location) or ".".join(names)
         if any(place.startswith(f"{where}.") for place in seen) and where:
             continue
@@ -62,6 +64,9 @@ def explain(error: ValidationError, document: Mapping[str, Any], model: type[Bas
         others.append(f"the {fields} missing")
     return "; ".join(others)
 
+
+_MOST = 8
+"""Mistakes that a message lists."""
 
 _KINDS = {
     "bool_type": "true or false",
@@ -103,9 +108,12 @@ def _describe(problem: ErrorDetails) -> str:
 
 
 def _keys(value: Any) -> set[str]:
-    if not isinstance(value, Mapping):
-        return set()
-    return set(value) | {key for item in value.values() for key in _keys(item)}
+    found, left = set[str](), [value]
+    while left:
+        if isinstance(each := left.pop(), Mapping):
+            found |= each.keys()
+            left.extend(each.values())
+    return found
 
 
 def _siblings(model: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:

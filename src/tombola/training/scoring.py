@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tombola.datasets.dataset import Dataset
-from tombola.errors import ImportanceError
+from tombola.errors import ImportanceError, UserError
 from tombola.importance.network_scores import NETWORK_SCORES, Network, NetworkScore
 from tombola.inputs import Forward, OwnStep, call, select
 from tombola.pruning.mask import Mask
@@ -63,6 +63,7 @@ def score_network(
 
     Raises:
         ImportanceError: if the score changes the network, or if the loss is not finite.
+        UserError: if there are no examples in a batch.
 
     >>> from tombola import datasets, models
     >>> from tombola.importance import SCORES
@@ -74,6 +75,9 @@ def score_network(
     >>> scores["fc.weight"].shape
     torch.Size([10, 100])
     """
+    for name, number in (("examples", examples), ("batch_size", batch_size)):
+        if number < 1:
+            raise UserError(f"{name}: expected a number from 1, got {number}")
     data = move_data(data, device)
     network = load_model(model, state, mask, device)
     count = min(examples, data.held_examples)

@@ -120,6 +120,7 @@ def _try_step(
     if forward is call and step is None:
         _check_arguments(model, inputs, called["model"])
     value: Any
+    before = dict(model.named_parameters())
     with _batch_norm_of_one(model, inputs, recipe, data), _types(model, inputs, called["model"]):
         if step is None:
             outputs = _outputs(partial(forward, model), inputs, data, called["outputs"], of_classes)
@@ -130,6 +131,12 @@ def _try_step(
         else:
             loss_name = called["step"]
             value = guard(loss_name, partial(step, model, inputs, labels))()
+    after = dict(model.named_parameters())
+    if changed := [name for name in before | after if before.get(name) is not after.get(name)]:
+        raise UserError(
+            f"{called['model']}: a step adds, removes or replaces its parameter {changed[0]!r}, and the optimizer goes "
+            "on with those that it had; make all parameters when the model is built, and change them in place"
+        )
     if not isinstance(value, Tensor) or value.shape != ():
         got = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
         raise UserError(f"{loss_name}: expected one number, the mean over the batch, got {got}")
