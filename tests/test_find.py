@@ -313,7 +313,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def call(small: Path, *words: str, validation: bool = True) -> int:
     own = ["--task.validation", "0.25"] if validation else []
-    return main(["find", *WORDS, *own, "--store", str(small), "--workers", "1", *words])
+    return main(["find", *WORDS, *own, "--store", str(small), "--workers", "1", "--strategy", "race", *words])
 
 
 def test_the_verb_writes_the_ticket_and_the_picture(
@@ -327,7 +327,7 @@ def test_the_verb_writes_the_ticket_and_the_picture(
     assert picture.read_text().startswith("<svg")
     for text in (
         "found: l1, level 2",
-        "over seeds 1, 2, which did",
+        "over seeds 1, 2",
         "95 % interval",
         "test accuracy:",
         "0.0 of them now",
@@ -354,7 +354,7 @@ def test_without_a_validation_set_the_verb_says_what_is_used(small: Path, capsys
 
 
 def test_find_in_python_gives_the_ticket_and_the_table(small: Path) -> None:
-    found = find("digits", FEW, within=1.0, store=small, progress=False)
+    found = find("digits", FEW, within=1.0, strategy="race", store=small, progress=False)
     assert (found.ticket.level, found.walk.done, found.table.height) == (2, 0, 1)
     assert found.chart().to_dict()["layer"]
 

@@ -39,7 +39,8 @@ def explain(error: ValidationError, document: Mapping[str, Any], model: type[Bas
         document: the values that were given.
         model: the model that they are of.
     """
-    missing, others, seen, keys = [], [], set[str](), _keys(document)
+    missing, others = list[str](), list[str]()
+    seen, keys = set[str](), _keys(document)
     for problem in sorted(error.errors(include_url=False), key=lambda problem: -len(problem["loc"])):
         if len(others) == _MOST:
             return "; ".join([*others, "and more"])

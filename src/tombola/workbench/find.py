@@ -206,8 +206,11 @@ def walk_study(
     if not study.levels:
         raise UserError("levels: the study has level 0 alone, and a ticket is found at a level from 1 on")
     trials = [(planner, seed) for seed in study.seeds]
-    if isinstance(strategy, str) and strategy in SHARES:
-        shorter = study.model_copy(update={"recipe": shorten(study.recipe, SHARES[strategy])})
+    recipe = (
+        shorten(study.recipe, SHARES[strategy]) if isinstance(strategy, str) and strategy in SHARES else study.recipe
+    )
+    if recipe != study.recipe:
+        shorter = study.model_copy(update={"recipe": recipe})
         trials = [(Planner(shorter, planner.problem, planner.store), study.seeds[0]), *trials]
     with open_workers(planner, workers, data) as opened:
         timed = budget.seconds is not None and not isinstance(opened, WorkersHere)
