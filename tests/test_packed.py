@@ -633,6 +633,15 @@ def test_what_can_be_packed() -> None:
     assert torch.equal(state, torch.random.get_rng_state())
 
 
+def test_code_that_asks_for_the_type_of_a_tensor_keeps_its_own_layers() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(6, 2, 5, 5)
+    asks = Own(lambda model, y: y.relu() if type(y) is Tensor else y)
+    assert packed.can_pack(asks)
+    assert kernels.find_difference(asks, lambda model: model(x).square().mean()) == "its loss is another one"
+    assert kernels.find_difference(Own(by_state), lambda model: model(x).square().mean()) is None
+
+
 def test_where_saved_tensors_are_watched_layers_compute_at_once() -> None:
     """As in a checkpoint, which computes again what autograd saved."""
     torch.manual_seed(0)

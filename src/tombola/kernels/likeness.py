@@ -17,6 +17,8 @@ from torch.overrides import TorchFunctionMode
 
 from tombola.kernels.choice import list_eligible
 from tombola.kernels.layers import Sparse, is_plain
+from tombola.kernels.packed import Memory, Packing, can_pack
+from tombola.kernels.recording import record
 from tombola.kernels.replace import replace_layers
 from tombola.streams import ambient, generator
 
@@ -52,9 +54,10 @@ def is_own(model: nn.Module, *functions: object) -> bool:
 def find_difference(model: nn.Module, compute: Callable[[nn.Module], Tensor]) -> str | None:
     """Return how a step of a model with sparse layers differs from one with its own layers; None if it does not.
 
-    Each layer that the kernels support loses half of its weights or more, the layers are replaced, and loss and
-    gradients of one step are compared. With its own layers, the model must also leave their weights as they are, the
-    initial ones and 1000 times larger ones. Dropout is off.
+    Each layer that the kernels support loses half of its weights or more, the layers are replaced, activations stay
+    packed where they may (see `tombola.kernels.packed`), and loss and gradients of one step are compared. With its own
+    layers, the model must also leave their weights as they are, the initial ones and 1000 times larger ones. Dropout is
+    off.
 
     Args:
         model: the model with initial weights, on the CPU; it is copied.
@@ -107,7 +110,8 @@ def _compare(
     A gradient that rounding alone changes as much, as in deep networks with batch norm, does not differ.
     """
     try:
-        other = _step(sparse, compute)
+        with record(Packing(Memory()) if can_pack(dense) else None):
+            other = _step(sparse, compute)
     except Exception as error:
         return f"it fails with {type(error).__name__}"
     if not torch.isclose(loss, other, rtol=_LOSS, atol=_LOSS, equal_nan=True):
