@@ -171,7 +171,7 @@ def _compare(masks: Mapping[str, Mask], kept_dense: Collection[str], *, together
         parts.append(_columns(sizes, kept, alive[:, None], in_all[None], in_any[None], shared.mean(axis=0)[None]))
     columns = {name: np.concatenate([part[name].ravel() for part in parts]) for name in parts[0]}
     about = pl.DataFrame({"tickets": compared}).with_columns(k=pl.col("tickets").list.len().cast(pl.Int64))
-    rows = about.select(pl.all().repeat_by(len(layers)).explode(empty_as_null=False))
+    rows = about[np.repeat(np.arange(about.height), len(layers))]
     rows = rows.with_columns(pl.Series("layer", layers * len(compared)))
     table = rows.hstack([pl.Series(name, values) for name, values in columns.items()])
     return table.with_columns(pl.col(pl.Float64).fill_nan(None))
