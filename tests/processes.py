@@ -144,6 +144,7 @@ def _work(folder: Path, command: Sequence[str], before: Callable[[], object], ou
     """Run the command line in this process, and end it; its workers come from where it comes from."""
     forkserver._forkserver.ensure_running = lambda: None
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # workers leave it to the process that started them
     os.chdir(folder)
     sys.path.insert(0, "")
     for number, path in enumerate((output, errors), 1):
