@@ -127,5 +127,5 @@ def workers_here(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in ("tombola.engine.local", "tombola.workbench.runs"):
         monkeypatch.setattr(f"{module}.LocalWorkers", Here)
     monkeypatch.setattr(
-        "tombola.engine.estimate._time_iterations", lambda *_: (0.001, 0.1)
+        "tombola.engine.estimate._time_iterations", lambda *_, **__: (0.001, 0.1)
     )  # seconds an iteration, and before

@@ -38,6 +38,7 @@ def dataset_of_batches(name: str, draw: Draw, source: str) -> Dataset:
     Raises:
         UserError: if the function fails, or if its batches do not repeat or do not fit together.
 
+    >>> import torch
     >>> def draw(seed, epoch, split):
     ...     numbers = torch.arange(8.0) + seed + epoch
     ...     return [(part[:, None], part) for part in numbers.split(4)]
