@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib
 import inspect
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -116,3 +117,9 @@ def test_every_public_method_is_documented(name: str) -> None:
 )
 def test_torch_is_not_imported_before_it_is_needed(code: str) -> None:
     _in_a_fresh_process(f"{code}\nimport sys\nassert not {{'torch', 'sklearn', 'numpy'}} & set(sys.modules)")
+
+
+def test_every_public_name_is_described_on_the_site() -> None:
+    pages = "".join(page.read_text() for page in (Path(__file__).parents[1] / "docs" / "api").glob("*.md"))
+    described = re.findall(r"^::: tombola\.([\w.]+)$", pages, re.MULTILINE)
+    assert set(tombola.__all__) <= {part for name in described for part in name.split(".")}
