@@ -90,7 +90,7 @@ def test_a_report_on_a_study_whose_path_is_not_utf_8(
     assert "st\\udcffudy.toml" in Path("r.html").read_text()
 
 
-@pytest.mark.parametrize("name", ["torch", "numpy", "rich", "tombola", "PIL", "sklearn", "sympy", "typing_extensions"])
+@pytest.mark.parametrize("name", ["torch", "numpy", "rich", "tombola", "PIL", "scipy", "sympy", "typing_extensions"])
 def test_a_file_that_hides_a_package_is_named(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "path", list(sys.path))
     (tmp_path / f"{name}.py").write_text("raise SystemExit")

@@ -73,7 +73,7 @@ def _list_needed() -> set[str]:
 
 def _is_ours(requirement: str) -> bool:
     """Return whether a requirement belongs to one of tombola's optional parts."""
-    return re.search(r"""extra == ["'](report|ray)["']""", requirement) is not None
+    return re.search(r"""extra == ["'](completion|data|metrics|mlflow|ray|report|tensorboard)["']""", requirement) is not None
 
 
 def _normalised(name: str) -> str:
