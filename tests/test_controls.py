@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 import tombola
 from stores import InTurn, content, planner, results, study
-from tombola.analysis import controls, uniqueness
+from tombola.analysis import controls, uniqueness, values
 from tombola.analysis.values import value_at_density
 from tombola.cli import main
 from tombola.engine.run import run
@@ -278,6 +278,14 @@ def test_a_value_between_two_levels_by_hand(root: Path) -> None:
     assert value_at_density(tickets, Chain(0, "l1"), density) == pytest.approx((a + b) / 2)
     assert value_at_density(tickets, Chain(0, "l1"), 1.0) == a
     assert value_at_density(tickets, Chain(0, "l1"), 0.01) is None
+
+
+def test_no_value_lies_beside_a_ticket_that_diverged(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tickets = open_tickets(root)
+    monkeypatch.setattr(values, "value_at", lambda _tickets, _chain, level: None if level == 1 else 0.5)
+    assert value_at_density(tickets, Chain(0, "l1"), 0.9) is None
+    assert value_at_density(tickets, Chain(0, "l1"), 0.65) is None
+    assert value_at_density(tickets, Chain(0, "l1"), 1.0) == 0.5
 
 
 # Transfers.

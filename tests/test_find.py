@@ -121,6 +121,24 @@ def test_trials_that_are_not_all_known_do_not_refute() -> None:
     assert not Known(("l1",), 4, 0.0, 3, {ticket: {0: 0.0, 1: -1.0, 2: 0.5}}).keeps(ticket)
 
 
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        (Candidate("l1", (1,)), "asks again for"),
+        (Candidate("l1", (2, 1)), "increasing levels from 1 to 4"),
+        (Candidate("l1", (-1, 2)), "increasing levels from 1 to 4"),
+        (Candidate("l1", (5,)), "increasing levels from 1 to 4"),
+        (Candidate("l1", ()), "increasing levels from 1 to 4"),
+        (Candidate("l2", (2,)), "an importance of the study"),
+        ("l1", "expected a Candidate"),
+    ],
+)
+def test_a_strategy_that_asks_for_what_is_known_or_cannot_be_is_refused(asked: Any, message: str) -> None:
+    known = Known(("l1",), 4, 0.0, 1, {Candidate("l1", (1,)): {0: 0.0}})
+    with pytest.raises(UserError, match=f"strategy: it .*{message}"):
+        plan(known, lambda _: [asked])
+
+
 def test_rounds_end_where_a_training_diverges() -> None:
     end, known, _ = simulate(lambda each, _: -math.inf if each.level == 3 else 0.0, "rounds", 6)
     assert end.found == Candidate("l1", (1, 2))

@@ -166,6 +166,23 @@ def test_stored_rewind_points_are_found_and_kept(root: Path) -> None:
     assert len(progress.tickets) == 2, "who writes the rewind point into the study has these trainings"
 
 
+def test_notes_name_the_dense_network_before_and_after_its_training(root: Path, tmp_path: Path) -> None:
+    of = study(["snip"], levels=1, rewind=0, iterations=2).model_copy(update={"score_at": "rewind"})
+    before = name_dense(open_tickets(tmp_path / "store", of))
+    finish(planner(tmp_path / "store", of))
+    progress = Tickets(planner(tmp_path / "store", of)).progress(Chain(0, "snip"))
+    assert before == name_dense(open_tickets(tmp_path / "store", of)) == [progress.trainings[0].key]
+    of_root = Tickets(planner(root, STUDY)).progress(Chain(0, "l1"))
+    assert of_root.trainings[0].key in name_dense(open_tickets(root))
+
+
+def test_a_study_of_level_0_alone_has_rewind_points_without_masks(root: Path) -> None:
+    points = plan_rewind_points(open_tickets(root, study(seeds=(0, 1), levels=0, iterations=12, rewind=2)), AT)
+    table = rewind_point.of_points(points, measure_points=3)
+    assert table["barrier"].null_count() == 0
+    assert table["jaccard"].null_count() == len(table) == 4
+
+
 def test_a_report_has_them_on_request(root: Path) -> None:
     contents = gather(planner(root, STUDY), "s", ["s"], costly=FURTHER, level=1)
     found = {section.name: section for section in sections(contents) if section.name in FURTHER}

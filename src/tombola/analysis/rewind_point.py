@@ -50,7 +50,8 @@ def of_points(points: Sequence[Point], measure_points: int = POINTS) -> pl.DataF
       line between them, above the line between the errors at its ends, see `tombola.analysis.connectivity.along_line`.
     - jaccard, chance: of the dense network, the overlap of the masks that one round prunes the two to, at the density
       of the study's last level, over the layers that may be pruned, and that of random masks with the same number of
-      connections in each layer. This is the noise floor of a mask. Null for tickets, which share their mask.
+      connections in each layer. This is the noise floor of a mask. Null for tickets, which share their mask,
+      and for a study that has level 0 alone.
 
     Args:
         points: of `tombola.study.rewind_point.plan_rewind_points`; what is not trained yet is left out.
@@ -72,7 +73,8 @@ def of_points(points: Sequence[Point], measure_points: int = POINTS) -> pl.DataF
             pair = [each.trained for each in (first, *found)]
             if len(pair) < 2 or any(each is None or each.history.diverged_at is not None for each in pair):
                 continue
-            masks = _compare_masks(point, own, [each.weights for each in pair if each]) if not level else (None, None)
+            weights = [each.weights for each in pair if each]
+            masks = (None, None) if level or point.density == 1 else _compare_masks(point, own, weights)
             table = along_line(first.load_trained(), found[0].load_trained(), measure, measure_points)
             lines.append(
                 {

@@ -35,13 +35,14 @@ def value_at_density(tickets: Tickets, chain: Chain, density: float) -> float | 
         density: the density, in 0..1.
 
     Returns:
-        The value; None if the chain has no tickets on both sides, or if one of them diverged.
+        The value; None if the chain has no tickets on both sides, or if the nearest of one side diverged.
     """
     known = [(ticket.mask.density, value_at(tickets, chain, ticket.level)) for ticket in tickets.measured(chain)]
-    points = sorted((math.log(each), value) for each, value in known if value is not None and each > 0)
+    points = sorted((math.log(each), math.nan if value is None else value) for each, value in known if each > 0)
     if not points or density <= 0 or not points[0][0] <= math.log(density) <= points[-1][0]:
         return None
-    return float(np.interp(math.log(density), [each for each, _ in points], [value for _, value in points]))
+    found = float(np.interp(math.log(density), [each for each, _ in points], [value for _, value in points]))
+    return None if math.isnan(found) else found
 
 
 def mean_or_none(values: Sequence[float | None]) -> float | None:

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tombola.cli.options import Verbs, open_planner, percentage_points, print_note
+from tombola.cli.options import Verbs, open_planner, percentage_points, print_note, warnings_as_notes
 from tombola.errors import UserError
 from tombola.lottery.search import DEFAULT, STRATEGIES
 
@@ -54,6 +54,7 @@ def find(options: argparse.Namespace) -> int:
     from tombola.analysis.frontier import of_walk
     from tombola.analysis.winners import FLATTERS
     from tombola.files import check_output
+    from tombola.study.task import UnusedWarning
     from tombola.workbench.find import conclude, describe_failure, read_budget, walk_study
     from tombola.workbench.runs import prepare_store, try_study
 
@@ -67,7 +68,8 @@ def find(options: argparse.Namespace) -> int:
     except UserError as error:
         raise UserError(f"--{error}") from error
     planner = open_planner(options)
-    try_study(planner)
+    with warnings_as_notes(UnusedWarning):
+        try_study(planner)
     prepare_store(planner, options.store)
     measure = planner.problem.measure
     if planner.study.device == "cpu" and not kernels.available():

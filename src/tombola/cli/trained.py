@@ -129,7 +129,8 @@ def rewind_point(options: argparse.Namespace) -> int:
     if names and len(names) > 1:
         raise UserError("--importances: name the one importance whose tickets are tried")
     if not options.plan:
-        try_study(tickets.planner)
+        with warnings_as_notes(Warning):
+            try_study(tickets.planner)
         prepare_store(tickets.planner, options.store)
     with warnings_as_notes(Warning):
         points = plan_rewind_points(tickets, options.at, options.level, names[0] if names else None)

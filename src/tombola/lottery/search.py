@@ -269,6 +269,9 @@ def plan(known: Known, strategy: Strategy) -> Ask | End:
     If the strategy asks for nothing, the ticket that was found is trained in the other trials. If these refute it, the
     strategy is asked again.
 
+    Raises:
+        UserError: if the strategy asks for a ticket that cannot be, or only for those that it knows.
+
     >>> found = Candidate("l1", (1,))
     >>> plan(Known(("l1",), 1, 0.0, 3, {found: {0: 0.0}}), one_shot)
     Ask(candidates=(Candidate(importance='l1', path=(1,)),), trials=(1, 2))
@@ -276,6 +279,7 @@ def plan(known: Known, strategy: Strategy) -> Ask | End:
     'level 1 is the last level of the study, and sparser tickets were not tried'
     """
     if asked := strategy(known):
+        _check_asked(asked, known)
         return Ask(tuple(asked), (0,))
     best = known.best
     if best is None:
@@ -285,6 +289,19 @@ def plan(known: Known, strategy: Strategy) -> Ask | End:
     if best.level >= known.levels:
         return End(best, f"level {best.level} is the last level of the study, and sparser tickets were not tried")
     return End(best, f"level {best.level} keeps the metric, and no sparser ticket that was tried does")
+
+
+def _check_asked(asked: Sequence[Candidate], known: Known) -> None:
+    """Raise `UserError` if a strategy asks for a ticket that cannot be, or only for those that it knows."""
+    for each in asked:
+        rising = isinstance(each, Candidate) and [0, *each.path] == sorted({0, *each.path}) and len(each.path) > 0
+        if not rising or each.importance not in known.importances or each.level > known.levels:
+            raise UserError(
+                f"strategy: it asks for {short(each)}; expected a Candidate with an importance of the study and "
+                f"increasing levels from 1 to {known.levels}"
+            )
+    if all(known.keeps(each) is not None for each in asked):
+        raise UserError(f"strategy: it asks again for {asked[0]}, which is known; return none to end the search")
 
 
 def _step_each(known: Known, most: int) -> list[Candidate]:

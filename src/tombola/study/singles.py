@@ -40,11 +40,10 @@ def plan_singles(tickets: Tickets, starts: Mapping[Chain, Start], note: Mapping[
 
 def name_dense(tickets: Tickets) -> list[str]:
     """Return the names of the first training of each seed of a study, whether the store has it or not."""
-    found = []
-    for chain in tickets.planner.chains:
-        progress = tickets.progress(chain)
-        found.append((*progress.trainings, *progress.needs)[0].key)
-    return sorted(set(found))
+    planner = tickets.planner
+    end = planner.study.recipe.rewind or planner.end
+    seeds = {(chain.seed, chain.order_seed) for chain in planner.chains}
+    return sorted(planner.training(order, planner.initial(seed), planner.dense, 0, end).key for seed, order in seeds)
 
 
 def find_training(tickets: Tickets, chain: Chain, level: int) -> tuple[Ticket, Training]:
