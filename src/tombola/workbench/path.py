@@ -13,6 +13,7 @@ import tombola
 from tombola.errors import UserError
 
 _INSTALLED = ("site-packages", "dist-packages")
+_EXTRAS = {"completion", "data", "metrics", "mlflow", "ray", "report", "tensorboard"}
 
 
 def find_modules(folders: list[Path]) -> None:
@@ -73,7 +74,8 @@ def _list_needed() -> set[str]:
 
 def _is_ours(requirement: str) -> bool:
     """Return whether a requirement belongs to one of tombola's optional parts."""
-    return re.search(r"""extra == ["'](completion|data|metrics|mlflow|ray|report|tensorboard)["']""", requirement) is not None
+    extra = re.search(r"""extra == ["'](\w+)["']""", requirement)
+    return extra is not None and extra[1] in _EXTRAS
 
 
 def _normalised(name: str) -> str:
