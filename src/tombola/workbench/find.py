@@ -287,7 +287,7 @@ def _list_unknown(walk: Walk) -> Sequence[str]:
     if judges == 0:
         return ["not judged: the study has one seed, by whose results the ticket was chosen; more seeds judge it"]
     if judges == 1:
-        return ["no interval: one seed has judged the ticket, and an interval needs two, so three seeds in all"]
+        return ["no interval: it needs two seeds that judge the ticket, so three seeds in all"]
     return []
 
 
