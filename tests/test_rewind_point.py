@@ -320,6 +320,10 @@ def test_verbs_train_and_tell(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     told = capsys.readouterr().out
     assert "write into the study: recipe.rewind = 0" in told
     assert main(["rewind-point", *few, "--at", "0", "1", "--plan"]) == 0
+    assert main(["early", *few, "--at", "1"]) == 2
+    told = capsys.readouterr()
+    assert "level 1 is not in" in told.err
+    assert "rewind point" not in told.out, "it is told before anything is trained"
     assert main(["run", *few]) == 0
     assert "[2/2]" in capsys.readouterr().out, "level 0 was trained for the rewind point 0"
     assert main(["basins", *few]) == 0

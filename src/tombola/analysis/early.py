@@ -37,6 +37,22 @@ def of_study(tickets: Tickets, importances: Sequence[str] | None = None, level: 
     return of_snapshots(plan_snapshots(tickets, iterations), importances, level)
 
 
+def find_level(tickets: Tickets, chains: Sequence[Chain], level: int | None = None) -> int:
+    """Return the level of the tickets, by default the last that all chains have, once all of them are stored.
+
+    Raises:
+        UserError: if the level is not one of the study from 1 on.
+        NothingStoredError: if the store does not have the tickets.
+    """
+    if level is None:
+        level = tickets.last_level(chains) or 1
+    check_level(tickets.study, level)
+    if level < 1:
+        raise UserError("early masks: expected tickets of a level from 1 on; level 0 is the dense network")
+    tickets.require([level], chains)
+    return level
+
+
 def of_snapshots(
     snapshots: Snapshots, importances: Sequence[str] | None = None, level: int | None = None
 ) -> pl.DataFrame:
@@ -64,11 +80,7 @@ def of_snapshots(
     """
     tickets, planner = snapshots.tickets, snapshots.tickets.planner
     chains = select_chains(tickets.study, importances)
-    level = tickets.last_level(chains) or 0 if level is None else level
-    check_level(tickets.study, level)
-    if level < 1:
-        raise UserError("early masks: expected tickets of a level from 1 on; level 0 is the dense network")
-    tickets.require([level], chains)
+    level = find_level(tickets, chains, level)
     own = Tickets(snapshots.planner)
     lines: list[dict[str, Any]] = []
     for chain in chains:

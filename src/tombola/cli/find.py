@@ -182,7 +182,8 @@ def _describe(found: Found, measure: Measure) -> list[str]:
         "are alive"
     ]
     judges = ", ".join(map(str, seen["judges"]))
-    over = f"over seeds {judges}" if judges else f"of seed {study.seeds[0]}, by whose result it was chosen"
+    several = "s" if len(seen["judges"]) > 1 else ""
+    over = f"over seed{several} {judges}" if judges else f"of seed {study.seeds[0]}, by whose result it was chosen"
     value, dense = seen[measure.name], seen[f"dense_{measure.name}"]
     difference = f"{measure.figure(seen['difference'], sign=True)} {measure.unit}"
     interval = ""

@@ -155,10 +155,13 @@ def early(options: argparse.Namespace) -> int:
     """Show how early in training the mask of its end is known, and how much of the ticket."""
     from tombola.analysis import early
     from tombola.study.early import plan_snapshots
+    from tombola.study.planner import select_chains
 
     tickets, names = open_compared(options)
     with warnings_as_notes(Warning):
         plan = plan_snapshots(tickets, options.at)
+    if not options.plan:
+        early.find_level(tickets, select_chains(tickets.study, names), options.level)
     if _do(plan, options):
         table = early.of_snapshots(plan, names, options.level)
         show_view(table, options.format, _early)

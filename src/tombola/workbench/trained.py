@@ -14,6 +14,7 @@ from tombola.exits import watch_exits
 from tombola.store.layout import STORE
 from tombola.study.controls import Over, Plan, plan_combinations, plan_controls, plan_transfers
 from tombola.study.early import plan_snapshots
+from tombola.study.planner import select_chains
 from tombola.study.rewind_point import list_planners, plan_rewind_points
 from tombola.study.tickets import Tickets
 from tombola.threads import one_thread
@@ -243,8 +244,10 @@ def early(
     with one_thread(), watch_exits():
         tickets = open_tickets(study, overrides, store=store, data=data, importances=importances)
         plan = plan_snapshots(tickets, iterations)
+        names = name_importances(importances)
+        early_analysis.find_level(tickets, select_chains(tickets.study, names), level)
         run_further(tickets, [plan.planner], workers, data, progress=progress)
-        return early_analysis.of_snapshots(plan, name_importances(importances), level)
+        return early_analysis.of_snapshots(plan, names, level)
 
 
 def _train(plan: Plan, workers: int | None, data: str | Path | None, *, progress: bool) -> Plan:
