@@ -26,6 +26,8 @@ from tombola.report.sections import sections
 from tombola.study.planner import Chain
 from tombola.study.tickets import Tickets
 
+pytestmark = pytest.mark.xdist_group("analysis_further")  # one study for all
+
 STUDY = """
 importances = ["magnitude", "l1"]
 seeds = [0, 1]

@@ -26,6 +26,8 @@ from tombola.study.reinitialisation import plan
 from tombola.study.tickets import Tickets
 from tombola.training.evaluation import predict
 
+pytestmark = pytest.mark.xdist_group("analysis_study")  # one study for all
+
 STUDY = """
 importances = ["magnitude", "l1", "min_max"]
 seeds = [0, 1]

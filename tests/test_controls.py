@@ -39,6 +39,8 @@ from tombola.study.schema import Study
 from tombola.study.tickets import Tickets
 from tombola.training.weights import Weights
 
+pytestmark = pytest.mark.xdist_group("controls")  # one study for all
+
 SHORT = {"iterations": 12, "rewind": 2}
 STUDY = study(seeds=(0, 1), levels=2, **SHORT)
 

@@ -29,6 +29,8 @@ from tombola.study.task import load_problem
 from tombola.study.tickets import Tickets
 from tombola.workbench.find import conclude, read_budget, shorten
 
+pytestmark = pytest.mark.xdist_group("find")  # one study for all
+
 Gain = Callable[[Candidate, int], float]
 """The gain of a ticket in a trial."""
 

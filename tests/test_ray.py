@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import subprocess
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 import pytest
 
 from gate import Arrival, Gate
-from processes import LONG
+from processes import LONG, run_command
 from stores import content, planner, results, run_study, study, write_study
 from tombola.engine.local import LocalWorkers
 from tombola.engine.run import Status, run
@@ -201,10 +200,9 @@ def test_the_command_line_runs_a_study_on_the_cluster(
     tmp_path: Path, cluster: Any, undisturbed: dict[str, bytes]
 ) -> None:
     command = [*write_study(tmp_path, STUDY), "--engine", "ray", "--address"]
-    subprocess.run([*command, cluster.address], check=True, capture_output=True, cwd=tmp_path, timeout=LONG)
+    done = run_command(tmp_path, [*command, cluster.address])
+    assert done.returncode == 0, done.stderr
     assert content(tmp_path / "tombola-store") == undisturbed
-    wrong = subprocess.run(
-        [*command, "127.0.0.1:1"], capture_output=True, text=True, cwd=tmp_path, check=False, timeout=LONG
-    )
+    wrong = run_command(tmp_path, [*command, "127.0.0.1:1"])
     assert wrong.returncode == 2
     assert "--address: the Ray cluster cannot be reached" in wrong.stderr

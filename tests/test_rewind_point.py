@@ -31,6 +31,8 @@ from tombola.study.tickets import Tickets
 from tombola.training.evaluation import evaluate
 from tombola.training.train import train
 
+pytestmark = pytest.mark.xdist_group("rewind_point")  # one study for all
+
 STUDY = study(seeds=(0, 1), levels=2, iterations=12, rewind=2)
 AT = [0, 5]
 
