@@ -105,11 +105,8 @@ def basins(options: argparse.Namespace) -> int:
 
 def _basins(means: pl.DataFrame) -> pl.DataFrame:
     """Return one row for each importance and level."""
-    import polars as pl
+    from tombola.cli.tables import percent, percent_range, yes_or_no
 
-    from tombola.cli.tables import percent, percent_range
-
-    words = {True: "yes", False: "no"}
     return means.select(
         *("importance", "level", "seeds"),
         percent("density").alias("density %"),
@@ -117,8 +114,8 @@ def _basins(means: pl.DataFrame) -> pl.DataFrame:
         percent_range("low", "high").alias("95 %"),
         percent("dense").alias("to the dense network"),
         percent("other_order").alias("to another data order"),
-        pl.col("connected").replace_strict(words, return_dtype=pl.String).alias("connected"),
-        pl.col("keeps").replace_strict(words, return_dtype=pl.String).alias("keeps the accuracy"),
+        yes_or_no("connected"),
+        yes_or_no("keeps").alias("keeps the accuracy"),
     )
 
 

@@ -114,6 +114,13 @@ def percent(column: str, digits: int = 2, *, sign: bool = False) -> pl.Expr:
     return (pl.col(column) * 100).map_elements(form.format, return_dtype=pl.String)
 
 
+def yes_or_no(column: str) -> pl.Expr:
+    """Return a column of truth values as the words yes and no."""
+    import polars as pl
+
+    return pl.col(column).replace_strict({True: "yes", False: "no"}, return_dtype=pl.String)
+
+
 def figure(column: str, measure: Measure, *, sign: bool = False) -> pl.Expr:
     """Return a column of values of what tickets are judged by as text."""
     import polars as pl

@@ -50,7 +50,7 @@ def add_verbs(verbs: Verbs) -> None:
             )
         if verb is transfer:
             added.add_argument("--from", dest="other", required=True, metavar="STUDY", help="the study of the masks")
-        added.add_argument("--plan", action="store_true", help="show what would be trained, and train nothing")
+        _add_plan(added)
 
     added = verbs.add("rewind-point", rewind_point, verbs.study, verbs.table)
     added.add_argument("--at", type=whole_number(0), nargs="+", metavar="K", help="the iterations to try")
@@ -61,13 +61,18 @@ def add_verbs(verbs: Verbs) -> None:
         help="also try tickets of this level, found for each iteration",
     )
     add_tolerance(added)
-    added.add_argument("--plan", action="store_true", help="show what would be trained, and train nothing")
+    _add_plan(added)
     added = verbs.add("early", early, verbs.study, verbs.table)
     added.add_argument("--at", type=whole_number(0), nargs="+", metavar="K", help="the iterations to look at")
     added.add_argument(
         "--level", type=whole_number(1, _MOST), metavar="N", help="the level of the tickets (the last that all have)"
     )
-    added.add_argument("--plan", action="store_true", help="show what would be trained, and train nothing")
+    _add_plan(added)
+
+
+def _add_plan(parser: argparse.ArgumentParser) -> None:
+    """Add the option `--plan`."""
+    parser.add_argument("--plan", action="store_true", help="show what would be trained, and train nothing")
 
 
 def controls(options: argparse.Namespace) -> int:
@@ -259,9 +264,7 @@ def _transfers(measure: Measure, table: pl.DataFrame) -> pl.DataFrame:
 
 def _points(means: pl.DataFrame) -> pl.DataFrame:
     """Return one row for each level and iteration."""
-    import polars as pl
-
-    from tombola.cli.tables import percent, percent_range
+    from tombola.cli.tables import percent, percent_range, yes_or_no
 
     return means.select(
         *("level", "importance", "iteration", "seeds"),
@@ -269,7 +272,7 @@ def _points(means: pl.DataFrame) -> pl.DataFrame:
         percent("second").alias("of the other %"),
         percent("barrier").alias("barrier, points"),
         percent_range("low", "high").alias("95 %"),
-        pl.col("connected").replace_strict({True: "yes", False: "no"}, return_dtype=pl.String).alias("connected"),
+        yes_or_no("connected"),
         percent("jaccard").alias("overlap of masks %"),
         percent("chance").alias("chance"),
     )

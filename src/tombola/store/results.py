@@ -110,6 +110,15 @@ class Results:
         except (OSError, ValueError):
             return {}
 
+    def notes(self, name: str) -> dict[str, Any]:
+        """Return the notes of a kind, by the result in whose record they are: which verb asked for it, and why.
+
+        Args:
+            name: the field of the record.
+        """
+        records = ((key, self.record(key)) for key in self)
+        return {key: record[name] for key, record in records if name in record}
+
     def put(self, key: str, identity: Mapping[str, Any], mask: Mask, trained: Trained, record: Any) -> None:
         """Store the result of a training atomically. A result that the store already has is not changed.
 

@@ -36,9 +36,8 @@ def list_needs(tickets: Tickets) -> set[str]:
 
 def list_searched(tickets: Tickets) -> list[Chain]:
     """Return the chains of a study that searches have tried, as the records of their trainings say."""
-    study, results = tickets.study, tickets.planner.store.results
-    notes = [note for key in results for note in results.record(key).get("search", [])]
-    paths = {(note["importance"], tuple(note["path"])) for note in notes}
+    study, notes = tickets.study, tickets.planner.store.results.notes("search")
+    paths = {(note["importance"], tuple(note["path"])) for each in notes.values() for note in each}
     return [
         Chain(seed, importance, path=path)
         for importance, path in sorted(paths)

@@ -7,13 +7,11 @@ from dataclasses import dataclass
 from functools import reduce
 from operator import and_
 from types import MappingProxyType
-from typing import Any
 
 import torch
 
 from tombola.errors import UserError
 from tombola.pruning.mask import Mask
-from tombola.store.store import Store
 from tombola.streams import derive
 from tombola.study.planner import Chain, Planner, select_chains
 from tombola.study.tickets import Tickets, check_level
@@ -163,13 +161,8 @@ def list_notes(tickets: Tickets) -> dict[tuple[int, tuple[str, ...]], int]:
     """
     study = tickets.study
     found: dict[tuple[int, tuple[str, ...]], int] = {}
-    for note in _read_notes(tickets.planner.store):
+    for note in tickets.planner.store.results.notes("reinit").values():
         if note["level"] <= study.levels and set(note["importances"]) <= set(study.importances):
             names = tuple(name for name in study.importances if name in note["importances"])
             found[note["level"], names] = max(note["draws"], found.get((note["level"], names), 0))
     return dict(sorted(found.items(), key=lambda each: (each[0][0], -len(each[0][1]), each[0][1])))
-
-
-def _read_notes(store: Store) -> list[dict[str, Any]]:
-    records = (store.results.record(key) for key in store.results)
-    return [record["reinit"] for record in records if "reinit" in record]

@@ -90,6 +90,4 @@ def check_weights_elsewhere(tickets: Tickets, what: str) -> None:
 
 
 def _read_notes(tickets: Tickets) -> dict[str, dict[str, Any]]:
-    results = tickets.planner.store.results
-    records = ((key, results.record(key)) for key in results)
-    return {key: {**_EMPTY, **record[NOTE]} for key, record in records if NOTE in record}
+    return {key: {**_EMPTY, **note} for key, note in tickets.planner.store.results.notes(NOTE).items()}
