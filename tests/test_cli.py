@@ -25,7 +25,7 @@ import safetensors.torch
 import torch
 
 from gate import Arrival, Gate
-from processes import LONG, run_command, start, wait_for_end
+from processes import LONG, parent_of, run_command, start, wait_for_end
 from small_study import OVERRIDES, STUDY
 from stores import results, study, write_study
 from tombola import Planner, Store, Ticket, load_problem, load_study
@@ -42,6 +42,7 @@ from tombola.workbench.runs import count_workers
 Completed = subprocess.CompletedProcess[str]
 Here = Callable[..., str]
 
+processes = pytest.mark.xdist_group("processes")  # the process that workers are copies of starts once
 CONSOLE = [sys.executable, "-c", "from tombola.cli import main; raise SystemExit(main())"]
 
 
@@ -478,8 +479,9 @@ def test_a_reader_that_goes_away_is_no_error() -> None:
         assert (said.returncode, said.stderr) == (141, b"")
 
 
+@processes
 def test_ctrl_c_stops_at_once_says_how_to_go_on_and_keeps_what_is_done(tmp_path: Path) -> None:
-    """It waits for no training: those that are under way would never end."""
+    """It waits for no training: those that are under way would never end. What workers are copies of ends as well."""
     gate = Gate()
     of = gate.before(study(seeds=(0, 1)))
     command = [*write_study(tmp_path, of), "--workers", "2"]
@@ -492,9 +494,11 @@ def test_ctrl_c_stops_at_once_says_how_to_go_on_and_keeps_what_is_done(tmp_path:
                 held.append(arrival)
             else:
                 arrival.go()
+        server = parent_of(held[0].pid)
+        assert server != process.pid
         os.killpg(process.pid, signal.SIGINT)  # as a terminal does
         _, error = process.communicate(timeout=LONG)
-        wait_for_end(*(arrival.pid for arrival in held))
+        wait_for_end(server, *(arrival.pid for arrival in held))
         for arrival in held:
             arrival.go()
     assert process.returncode == 130
@@ -611,6 +615,7 @@ def test_trainings_at_once_are_one_per_core_and_one_on_a_gpu(monkeypatch: pytest
         assert count_workers(given, device) == expected
 
 
+@processes
 def test_what_a_users_code_prints_is_not_in_csv_or_json(tmp_path: Path) -> None:
     (tmp_path / "loud.py").write_text(
         "import torch\nfrom torch import nn\nprint('module')\n"

@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from gate import Arrival, Gate
-from processes import LONG, fork, parent_of, start, status_of, until, wait_for_end
+from processes import LONG, fork, start, start_command, status_of, until, wait_for_end
 from stores import RECORD, TASK, InTurn, content, planner, problem, records, results, run_study, study, write_study
 from tombola.cli.run import show_plan
 from tombola.engine import estimate as estimates
@@ -231,19 +231,17 @@ def test_a_flipped_byte_is_found_said_and_done_again(tmp_path: Path, undisturbed
 
 
 def test_workers_end_by_themselves_when_the_parent_is_gone(tmp_path: Path) -> None:
-    """In the middle of a training; and so does the process that they are copies of."""
+    """In the middle of a training."""
     gate = Gate()
     command = [*write_study(tmp_path, gate.before(study())), "--workers", "1"]
-    with gate.opened(), start(command, stdout=subprocess.DEVNULL, cwd=tmp_path) as process:
+    with gate.opened(), start_command(tmp_path, command) as (process, _, _):
         arrival = gate.next()
         while arrival.pid == process.pid:  # it tries the model out
             arrival.go()
             arrival = gate.next()
-        server = parent_of(arrival.pid)
-        assert server != process.pid
         process.kill()
-        process.wait(LONG)
-        wait_for_end(arrival.pid, server)
+        process.join(LONG)
+        wait_for_end(arrival.pid)
         arrival.go()
 
 

@@ -113,7 +113,7 @@ KILLS: list[Callable[[Gate, int], None]] = [
 ]
 
 
-@pytest.mark.parametrize("seed", range(hypothesis.settings.default.max_examples // 50))
+@pytest.mark.parametrize("seed", range(hypothesis.settings.default.max_examples // 100))
 def test_kills_change_no_byte(tmp_path: Path, undisturbed: dict[str, bytes], seed: int) -> None:
     """Ten kills in a row, of the parent, a worker or both; the same command again after each of the parent."""
     chance = random.Random(seed)

@@ -730,9 +730,9 @@ def test_the_warning_of_missing_kernels_names_the_place_of_the_call(
 def test_missing_kernels_are_told_by_a_run(tmp_path: Path) -> None:
     """Once, by the run, and not by the workers too, which have none either."""
     (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['tombola.kernels._sparse'] = None\n")
-    study = ["digits", "--importances", "magnitude", "--seeds", "0", "--levels", "2", "--recipe.epochs", "1"]
+    study = ["digits", "--importances", "magnitude", "--seeds", "0", "--levels", "1", "--recipe.epochs", "1"]
     program = "from tombola.cli import main; exit(main())"
-    command = [sys.executable, "-c", program, "run", *study, "--store", str(tmp_path / "store")]
+    command = [sys.executable, "-c", program, "run", *study, "--store", str(tmp_path / "store"), "--workers", "1"]
     environment = os.environ | {"PYTHONPATH": str(tmp_path)}
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment, timeout=LONG)
     assert done.stderr.count("without its compiled kernels") == 1

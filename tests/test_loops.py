@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import gc
 import math
-import multiprocessing
 import sys
 import weakref
 from collections.abc import Callable
@@ -22,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.optim import Optimizer
 
-from processes import LONG
+from processes import LONG, from_fork_server
 from tombola import Mask, Ticket, UserError, Weights, prune
 from tombola.importance import find, l1, magnitude
 from tombola.loops import Hold, hold, lightning_callback, release, rewind, snapshot, transformers_callback
@@ -508,8 +507,7 @@ def find_together(kind: str, rank: int, folder: Path) -> None:
 
 def test_two_processes_have_equal_masks_and_exact_zeros(tmp_path: Path) -> None:
     """With DDP and with FSDP2; in the same processes, whose start takes longer than all they do."""
-    start = multiprocessing.get_context("spawn").Process  # a copy of this process could wait for its threads for ever
-    started = [start(target=train_together, args=(rank, tmp_path)) for rank in range(2)]
+    started = [from_fork_server(train_together, rank, tmp_path) for rank in range(2)]
     try:
         for process in started:
             process.start()

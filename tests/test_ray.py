@@ -83,25 +83,18 @@ def iterations(root: Path) -> dict[str, int]:
     return {path.name: Store(root).results.record(path.name)["iterations"] for path in results(root)}
 
 
-def test_ray_gives_the_bits_of_the_local_engine(tmp_path: Path, cluster: Any, undisturbed: dict[str, bytes]) -> None:
-    status = run_on_ray(tmp_path / "store")
-    assert content(tmp_path / "store") == undisturbed
-    assert status.done == len(results(tmp_path / "store"))
-
-
-def test_scores_of_the_whole_network_are_computed_on_the_cluster(
-    tmp_path: Path, cluster: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The module of a user's own score is on this machine alone."""
+def test_ray_gives_the_bits_of_the_local_engine(tmp_path: Path, cluster: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scores of the whole network too; the module of a user's own score is on this machine alone."""
     (tmp_path / "far_score.py").write_text(
         "from tombola.importance import NetworkScore\n"
         "own = NetworkScore(lambda network: {n: w.detach() ** 2 for n, w in network.weights.items()})\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
-    of = study(("taylor", "far_score:own/l1"))
-    run_on_ray(tmp_path / "ray", of=of)
+    of = study(("l1", "taylor", "far_score:own/l1"))
+    status = run_on_ray(tmp_path / "ray", of=of)
     run_study(tmp_path / "local", of)
     assert content(tmp_path / "ray") == content(tmp_path / "local")
+    assert status.done == len(results(tmp_path / "ray"))
 
 
 def test_a_killed_worker_and_a_lost_node_cost_only_what_they_were_doing(

@@ -141,7 +141,7 @@ def check_drawn(chromium: Browser, charts: int) -> None:
 
 
 @in_browser
-@pytest.mark.parametrize(("width", "dark"), [(360, False), (360, True), (1600, False), (1600, True)])
+@pytest.mark.parametrize(("width", "dark"), [(360, True), (1600, False)])
 def test_every_chart_is_drawn_and_nothing_is_asked_for(
     chromium: Browser, contents: Contents, html: str, tmp_path: Path, width: int, dark: bool
 ) -> None:
