@@ -200,6 +200,12 @@ def _describe(found: Found, measure: Measure) -> list[str]:
         lines.append(f"a further seed is outside the margin with a chance of {100 * seen['outside']:.0f} %")
     if measure.split != "test" and seen["test"] is not None and seen["dense_test"] is not None:
         lines.append(f"test {measure.label}: {measure.text(seen['test'])}, dense {measure.text(seen['dense_test'])}")
+    tried, complete = found.walk.trials[0][0].end, found.walk.trials[-1][0].end
+    if tried < complete:
+        lines.append(
+            f"tried by trainings of {tried} of the {complete} iterations, of which are the {measure.label} and the "
+            "differences in the table; those of the judges and of the ticket are of complete trainings"
+        )
     rounds = work_of_rounds(study)
     lines.append(
         f"work: {seen['work']:.1f} complete trainings, {seen['done']:.1f} of them now; all rounds of the study are "
