@@ -644,7 +644,7 @@ def test_frozen_weights_are_pruned_only_if_a_pattern_names_them() -> None:
 def test_parameters_that_share_memory_are_refused(part: slice) -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     model[1].weight = nn.Parameter(model[0].weight.data[part])
-    with pytest.raises(UserError, match="its '0.weight' and '1.weight' share memory and are not one parameter"):
+    with pytest.raises(UserError, match=r"its '0.weight' and '1.weight' share memory and are not one parameter"):
         check_start(model, Mask.ones_like(model), (), "model")
     both = torch.randn(4, 8)
     model[0].weight, model[1].weight = nn.Parameter(both[:, ::2]), nn.Parameter(both[:, 1::2])

@@ -25,7 +25,7 @@ from tombola.streams import ambient
 from tombola.study.task import _checked
 from tombola.training.batches import batches
 from tombola.training.evaluation import measure, predict
-from tombola.training.metrics import as_metric
+from tombola.training.metrics import as_metric, find
 from tombola.training.recipe import Recipe
 from tombola.training.scoring import score_network
 from tombola.training.train import train
@@ -333,6 +333,8 @@ def embedding(model: type[nn.Module] = nn.Sequential) -> nn.Module:
         (one_input, X, {"loss": lambda o, t: functional.cross_entropy(o, t, reduction="sum")}, "loss: .* it is a sum"),
         (lambda: one_input().double(), X, {}, "its parameters are float64 and the inputs of the data set float32"),
         (one_input, X, {"labels": functional.one_hot(Y)}, r"int64; .*class numbers by targets.argmax\(1\)"),
+        (lambda: nn.Sequential(nn.Linear(4, 1), nn.Flatten(0)), X, {}, r"\(examples, classes\), got shape \(1,\)"),
+        (one_input, X, {"labels": X, "step": own_step, "metrics": [find("loss")]}, "probabilities .* a target is -"),
         (one_input, X, {"labels": Y[:, None]}, r"shape \(1,\), .* targets.reshape\(\(-1,\)\)"),
         (one_input, X, {"labels": (Y, Y), "loss": first_target}, "it needs targets that are one tensor"),
         (one_input, X, {"recipe": {"optimizer": "a:b"}, "optimizer": partial(half_of, 2)}, "not update 2 of the 4"),

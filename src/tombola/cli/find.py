@@ -172,7 +172,7 @@ def _show(table: pl.DataFrame, measure: Measure, form: str) -> None:
 def _describe(found: Found, measure: Measure) -> list[str]:
     """Return sentences on what was found, how sure it is, and what it took."""
     from tombola.cli.tables import wrap
-    from tombola.workbench.find import work_of_rounds
+    from tombola.workbench.find import name_margin, work_of_rounds
 
     seen = found.verdict
     study = found.walk.trials[-1][0].study
@@ -190,7 +190,7 @@ def _describe(found: Found, measure: Measure) -> list[str]:
     if seen["low"] is not None:
         interval = (
             f", 95 % interval {measure.figure(seen['low'], sign=True)} .. {measure.figure(seen['high'], sign=True)}, "
-            f"{'within' if seen['surely'] else 'not surely within'} the margin"
+            f"{'within' if seen['surely'] else 'not surely within'} the margin of {name_margin(found.walk)}"
         )
     lines.append(
         f"{measure.split} {measure.label}: {measure.text(value)}, dense {measure.text(dense)}, difference {difference} "

@@ -37,7 +37,7 @@ from tombola.streams import ambient
 from tombola.training.batches import Batch, batches, device_of, normalisation
 from tombola.training.evaluation import Loss, measure
 from tombola.training.loss_functions import LOSSES, describe_misfit
-from tombola.training.metrics import ACCURACY, Metric, check_names
+from tombola.training.metrics import ACCURACY, LOSS, Metric, check_names
 from tombola.training.optimizer import find_decayed
 from tombola.training.own_optimizer import MakeOptimizer, OwnOptimizer, check_optimizer
 from tombola.training.recipe import Recipe, Schedule
@@ -85,7 +85,7 @@ def try_network(
     called["outputs"] = called["model" if forward is call else "forward"]
     _check_device(data)
     check_names(metrics)
-    if step is None:
+    if step is None or LOSS in metrics:
         _check_targets(loss, data, called["loss"])
     of_classes = bool(data.classes) and any(metric.of_classes for metric in metrics)
     with ambient(0), warnings.catch_warnings():
@@ -348,8 +348,13 @@ def _types(model: nn.Module, inputs: Tensors, name: str) -> Iterator[None]:
 
 def _check_classes_of(outputs: Tensor, labels: Tensors, loss: Loss, data: Dataset, name: str) -> None:
     """Raise `UserError` if a target of cross-entropy is the number of a class for which there is no output."""
-    if loss is not functional.cross_entropy or outputs.dim() < 2:
+    if loss is not functional.cross_entropy:
         return
+    if outputs.dim() < 2:
+        raise UserError(
+            f"{name}: it needs outputs of shape (examples, classes), got shape {tuple(outputs.shape)}; for one number "
+            "of each example, choose binary_cross_entropy or mse"
+        )
     if outputs.dim() > 2 and isinstance(labels, Tensor) and tuple(outputs.shape[:-1]) == tuple(labels.shape):
         raise UserError(
             f"{name}: cross-entropy takes the classes as the second dimension, and in outputs of shape "
