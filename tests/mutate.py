@@ -38,7 +38,8 @@ TESTS = {  # of each room, quick ones first
     "lottery": ["test_rewinding.py"],
     "training": ["test_optimizer.py", "test_training.py", "test_rewinding.py"],
     "store": ["test_store.py", "test_sharing.py", "test_study.py", "test_faults.py"],
-    "study": ["test_study.py", "test_bad_input.py", "test_own_code.py"],
+    "own": ["test_own_code.py", "test_workbench.py"],
+    "study": ["test_study.py", "test_bad_input.py"],
     "analysis": [
         "test_analysis_chance.py",
         "test_analysis_overlap.py",

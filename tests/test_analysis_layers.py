@@ -39,10 +39,10 @@ def test_a_dead_end_and_a_source_without_input_are_on_no_path() -> None:
     first = torch.tensor([[1, 0], [0, 0], [1, 1]])  # hidden unit 1 has no input
     second = torch.tensor([[1, 1, 0]])  # hidden unit 2 leads nowhere
     mask = apply_mask(model, **{"0_weight": first, "2_weight": second})
-    effective = Paths(model, (2,)).effective(mask)
+    effective = Paths(model, torch.ones(1, 2)).effective(mask)
     assert effective["0.weight"].tolist() == [[True, False], [False, False], [False, False]]
     assert effective["2.weight"].tolist() == [[True, False, False]]
-    table = layers.of_mask(mask, Paths(model, (2,)))
+    table = layers.of_mask(mask, Paths(model, torch.ones(1, 2)))
     assert table["effective"].to_list() == [1, 1, 2]
     assert table["effective_density"].to_list() == pytest.approx([1 / 6, 1 / 3, 2 / 9])
 
@@ -67,7 +67,7 @@ def test_paths_of_a_multilayer_perceptron_one_by_one(seed: int, widths: list[int
 
     for unit in range(widths[0]):
         follow(0, unit, [])
-    effective = Paths(model, (widths[0],)).effective(mask)
+    effective = Paths(model, torch.ones(1, widths[0])).effective(mask)
     for index, expected in enumerate(on_path):
         assert {tuple(pair) for pair in effective[f"{index}.weight"].nonzero().tolist()} == expected
 
@@ -94,7 +94,7 @@ class Residual(nn.Module):
 
 def test_a_shortcut_keeps_paths_alive_where_the_inner_layer_has_collapsed() -> None:
     model = Residual()
-    paths = Paths(model, (1, 4, 4))
+    paths = Paths(model, torch.ones(1, 1, 4, 4))
     dense = Mask.ones_like(model)
     assert paths.effective(dense) == dense
     inner_gone = apply_mask(model, inner_weight=torch.zeros(2, 2, 3, 3))
@@ -108,7 +108,7 @@ def test_a_channel_that_only_the_shortcut_reads_counts_through_it_alone() -> Non
     short = torch.zeros(2, 2, 1, 1)
     short[0, 1] = 1
     mask = apply_mask(model, inner_weight=torch.zeros(2, 2, 3, 3), short_weight=short)
-    effective = Paths(model, (1, 4, 4)).effective(mask)
+    effective = Paths(model, torch.ones(1, 1, 4, 4)).effective(mask)
     assert effective.counts == {
         "stem.weight": 9,
         "inner.weight": 0,
@@ -120,7 +120,7 @@ def test_a_channel_that_only_the_shortcut_reads_counts_through_it_alone() -> Non
 
 def test_weights_that_only_ever_meet_padding_are_on_no_path() -> None:
     model = nn.Sequential(nn.Conv2d(1, 1, 3, padding=1), nn.Flatten(), nn.Linear(1, 2))
-    effective = Paths(model, (1, 1, 1)).effective(Mask.ones_like(model))
+    effective = Paths(model, torch.ones(1, 1, 1, 1)).effective(Mask.ones_like(model))
     assert effective["0.weight"].sum() == 1
     assert effective["0.weight"][0, 0, 1, 1]
 
@@ -141,20 +141,20 @@ def test_every_place_of_a_pooling_window_counts() -> None:
             return logits
 
     model = OnePixel()
-    assert Paths(model, (4,)).effective(Mask.ones_like(model)) == Mask.ones_like(model)
+    assert Paths(model, torch.ones(1, 4)).effective(Mask.ones_like(model)) == Mask.ones_like(model)
 
 
 def test_layers_that_are_never_pruned_are_whole() -> None:
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     mask = Mask.from_tensors({"0.weight": torch.tensor([[True, False], [False, False]])})
-    assert Paths(model, (2,)).effective(mask) == mask
+    assert Paths(model, torch.ones(1, 2)).effective(mask) == mask
 
 
 def test_the_papers_networks_can_be_followed() -> None:
     from tombola import models
 
     model = models.MODELS["resnet20"]()
-    paths = Paths(model, (3, 32, 32))
+    paths = Paths(model, torch.ones(1, 3, 32, 32))
     dense = Mask.ones_like(model)
     assert paths.effective(dense).alive == dense.alive
 
@@ -168,24 +168,103 @@ class Branching(nn.Module):
         return inputs if inputs.sum() > 0 else self.fc(inputs)
 
 
-class Multiplying(nn.Module):
+class Gpt(nn.Module):
+    """Tokens, places made in forward, causal attention by hand and by torch, a gate, and a head that is tied."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens, self.places = nn.Embedding(7, 4), nn.Parameter(torch.randn(5, 4))
+        self.qkv, self.out = nn.Linear(4, 12), nn.Linear(4, 4)
+        self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+        self.norm, self.gate, self.head = nn.LayerNorm(4), nn.Linear(4, 4), nn.Linear(4, 7, bias=False)
+        self.head.weight = self.tokens.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        length = ids.shape[1]
+        x = self.tokens(ids) + self.places[torch.arange(length)]
+        q, k, v = self.qkv(self.norm(x)).split(4, dim=-1)
+        masked = torch.ones(length, length).triu(1).bool()
+        weights = (q @ k.transpose(1, 2) / 2).masked_fill(masked, -torch.inf).softmax(-1)
+        x = x + self.out(weights @ v)
+        y: Tensor = self.norm(x)
+        x = x + self.attention(y, y, y, attn_mask=masked, need_weights=False)[0]
+        x = functional.scaled_dot_product_attention(x, x, x) * torch.sigmoid(self.gate(x))
+        logits: Tensor = self.head(x)
+        return logits.transpose(1, 2)
+
+
+def test_paths_of_a_model_with_attention() -> None:
+    model = Gpt()
+    dense = Mask.ones_like(model, prune=["default", "places"])
+    ids = torch.tensor([[3, 1, 4, 1, 5]])
+    paths = Paths(model, ids, dense)
+    whole = paths.effective(dense)
+    assert whole == dense
+    parts = {name: dense[name].clone() for name in dense}
+    parts["qkv.weight"][8:] = False  # no value: what is left goes from queries and keys to the output
+    parts["out.weight"][:, 0] = False
+    found = paths.effective(Mask.from_tensors(parts))
+    assert found["qkv.weight"].tolist() == [[True] * 4] * 8 + [[False] * 4] * 4
+    assert found["out.weight"].tolist() == [[False, True, True, True]] * 4
+    parts["out.weight"][:] = False
+    found = paths.effective(Mask.from_tensors(parts))
+    assert found.counts == {**dense.counts, "qkv.weight": 0, "out.weight": 0}
+    parts["attention.in_proj_weight"][:] = False
+    parts["attention.out_proj.weight"][1] = False
+    assert not paths.effective(Mask.from_tensors(parts))["attention.out_proj.weight"].any()
+    parts["tokens.weight"][:, 2] = False
+    found = paths.effective(Mask.from_tensors(parts))
+    assert found["tokens.weight"].sum() == 21
+    assert found["places"].all(), "a gate passes on what reaches its other factor"
+
+
+class LowRank(nn.Module):
+    """A weight that is the sum of a frozen one and a product of two others, and one used in parts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.base, self.up, self.down = nn.Linear(3, 3), nn.Parameter(torch.ones(3, 1)), nn.Parameter(torch.ones(1, 3))
+        self.both = nn.Parameter(torch.ones(4, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = functional.linear(x, self.base.weight + self.up @ self.down)
+        return functional.linear(functional.linear(x, self.both[:2]), self.both[2:, :2].T) @ self.both[:1, :2].T
+
+
+def test_paths_along_weights_that_are_computed() -> None:
+    parts = {
+        "base.weight": torch.tensor([[1, 0, 0], [0, 0, 0], [0, 0, 0]]),
+        "up": torch.tensor([[0], [1], [0]]),
+        "down": torch.tensor([[0, 0, 1]]),
+        "both": torch.tensor([[1, 1, 0], [0, 0, 1], [1, 0, 0], [0, 0, 1]]),
+    }
+    mask = Mask.from_tensors({name: part.bool() for name, part in parts.items()})
+    found = Paths(LowRank(), torch.ones(1, 3), mask).effective(mask)
+    assert {name: found[name].int().tolist() for name in found} == {
+        "base.weight": [[1, 0, 0], [0, 0, 0], [0, 0, 0]],
+        "up": [[0], [1], [0]],
+        "down": [[0, 0, 1]],
+        "both": [[1, 1, 0], [0, 0, 0], [1, 0, 0], [0, 0, 0]],
+    }
+
+
+class Sorting(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.fc = nn.Linear(2, 2)
 
     def forward(self, inputs: Tensor) -> Tensor:
         hidden: Tensor = self.fc(inputs)
-        return hidden * hidden
+        return hidden.sort().values
 
 
 @pytest.mark.parametrize(
     ("model", "words"),
     [
-        (Branching(), "the graph of Branching cannot be traced"),
-        (Multiplying(), "the paths of Multiplying cannot be followed: it calls 'mul'"),
-        (nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2)), "its module '1' is a LayerNorm"),
+        (Branching(), "the paths of Branching cannot be followed: it calls 'gt'"),
+        (Sorting(), "the paths of Sorting cannot be followed: it calls 'sort'"),
     ],
 )
 def test_a_clear_word_where_paths_cannot_be_followed(model: nn.Module, words: str) -> None:
     with pytest.raises(UserError, match=words):
-        Paths(model, (2,))
+        Paths(model, torch.ones(1, 2))

@@ -167,8 +167,8 @@ def test_layers_of_every_ticket(planner: Planner) -> None:
         assert found[-1]["density"] == pytest.approx(1 / 8, abs=1e-4)
 
 
-class Squared(nn.Module):
-    """Multiplies by itself, which makes no path that can be followed."""
+class Sorted(nn.Module):
+    """Puts its outputs in order, which makes no path that can be followed."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -176,16 +176,16 @@ class Squared(nn.Module):
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         hidden: torch.Tensor = self.fc(inputs.flatten(1))
-        return hidden * hidden
+        return hidden.sort().values
 
 
 def test_a_warning_says_why_effective_sparsity_is_left_out(planner: Planner, monkeypatch: pytest.MonkeyPatch) -> None:
     from dataclasses import replace
 
     problem = planner.problem
-    monkeypatch.setattr(planner, "problem", replace(problem, build=Squared))
-    monkeypatch.setattr(planner, "dense", Mask.ones_like(Squared()))
-    with pytest.warns(UserWarning, match="effective sparsity is not computed: the paths of Squared .* it calls 'mul'"):
+    monkeypatch.setattr(planner, "problem", replace(problem, build=Sorted))
+    monkeypatch.setattr(planner, "dense", Mask.ones_like(Sorted()))
+    with pytest.warns(UserWarning, match="effective sparsity is not computed: the paths of Sorted .* it calls 'sort'"):
         assert layers.trace_paths(planner) is None
 
 

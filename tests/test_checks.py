@@ -14,7 +14,7 @@ import tombola
 from processes import LONG
 from test_workbench import fresh, study
 from tombola import UserError
-from tombola.study.functions import refer, source_hash
+from tombola.own.functions import refer, source_hash
 
 
 def test_plan_and_verify_with_functions_of_this_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -76,7 +76,7 @@ def test_a_data_class_of_a_script_is_identified_by_its_content() -> None:
 SCRIPT = """
 from dataclasses import dataclass
 from enum import Enum
-from tombola.study.functions import refer, source_hash
+from tombola.own.functions import refer, source_hash
 class Kind(Enum):
     A = "a"
 @dataclass(frozen=True, order=True)

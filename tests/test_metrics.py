@@ -27,8 +27,8 @@ from tombola.cli.main import main
 from tombola.datasets.dataset import split_validation
 from tombola.engine.verify import first_in_histories
 from tombola.importance import magnitude
+from tombola.own.code import own_modules
 from tombola.store.results import Results
-from tombola.study.code import own_modules
 from tombola.study.planner import Chain
 from tombola.study.task import load_problem, try_out
 from tombola.study.tickets import Tickets
@@ -282,7 +282,7 @@ REGRESSION = {
         ({"metrics": ["r3"]}, "task.metrics: unknown metric 'r3'; choose from 'accuracy'"),
         (
             {"metrics": ["accuracy"]},
-            "task.metrics 'accuracy': it needs class numbers as targets (int64), got torch.float32",
+            "task.metrics 'accuracy': it needs class numbers as targets (int64), got torch.float32; for numbers",
         ),
         (
             {"metrics": ["regression_task:without_direction"]},
@@ -487,3 +487,27 @@ def test_classes_in_the_last_dimension_are_refused_with_what_to_do() -> None:
 
 def test_functions_of_torch_are_named_without_reading_torch() -> None:
     assert own_modules("torch.optim") == {}
+
+
+class Recorded(nn.Module):
+    """Gives the outputs of each example by its number."""
+
+    def __init__(self, outputs: Tensor) -> None:
+        super().__init__()
+        self.outputs = outputs
+
+    def forward(self, numbers: Tensor) -> Tensor:
+        return self.outputs[numbers[:, 0]]
+
+
+def test_the_loss_of_tokens_is_the_mean_over_those_that_count() -> None:
+    draw = torch.Generator().manual_seed(0)
+    outputs, targets = torch.randn(1203, 3, 4, generator=draw), torch.randint(3, (1203, 4), generator=draw)
+    targets[torch.rand(targets.shape, generator=draw) < 0.3] = -100
+    targets[400:1000, 1:] = -100
+    for ignored in (slice(0), slice(500, 1000)):  # then a batch has no token that counts
+        targets[ignored] = -100
+        data = Dataset("text", torch.zeros(2, 1), targets[:2], torch.arange(1203)[:, None], targets)
+        found = measure(Recorded(outputs), data, functional.cross_entropy, [find("perplexity")])
+        expected = float(functional.cross_entropy(outputs.double(), targets))
+        assert found == ({"perplexity": pytest.approx(math.exp(expected))}, pytest.approx(expected))

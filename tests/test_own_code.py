@@ -25,10 +25,10 @@ from tombola.engine.job import Job, perform
 from tombola.engine.local import LocalWorkers
 from tombola.engine.run import run
 from tombola.errors import UserError
+from tombola.own.code import resolve, steady_source
 from tombola.pruning.mask import Mask
 from tombola.pruning.prune import prune
 from tombola.store.store import Store
-from tombola.study.code import resolve, steady_source
 from tombola.study.planner import Planner
 from tombola.study.repeatable import _check_state
 from tombola.study.schema import Study, Task

@@ -542,8 +542,8 @@ def test_the_pattern_that_would_add_the_largest_tensors_is_named() -> None:
 
 def test_paths_of_other_weights_are_refused() -> None:
     model = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
-    with pytest.raises(UserError, match=r"'1.weight' is no weight of a linear or convolution layer"):
-        Paths(model, (2,), Mask.ones_like(model, prune=["*.weight"]))
+    with pytest.raises(UserError, match=r"its '1.weight' is an argument of 'batch_norm'"):
+        Paths(model, torch.ones(1, 2), Mask.ones_like(model, prune=["*.weight"]))
 
 
 # Studies.
@@ -619,3 +619,33 @@ def test_layers_are_named_by_any_name_of_a_shared_weight() -> None:
 def test_kernels_is_auto_or_off() -> None:
     with pytest.raises(UserError, match="expected 'auto' or 'off', got 'on'"):
         check_kernels("on")  # type: ignore[arg-type]
+
+
+def test_frozen_weights_are_pruned_only_if_a_pattern_names_them() -> None:
+    model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
+    model[0].weight.requires_grad = False
+    assert list(Mask.ones_like(model)) == ["1.weight"]
+    found = cover(model, Mask.ones_like(model))
+    assert "; 12 are frozen and stay as they are (0.weight)" in found.describe()
+    assert "0.weight (12, frozen)" in found.warn()
+    assert [(role, parameters) for role, _, parameters, _, _ in found.tabulate()] == [
+        ("pruned", 6), ("not chosen", 5), ("frozen", 12),
+    ]  # fmt: skip
+    named = Mask.ones_like(model, prune=["*.weight"])
+    assert list(named) == ["0.weight", "1.weight"]
+    assert "0.weight is pruned though frozen" in cover(model, named, prune=["*.weight"]).describe()
+    model[1].weight.requires_grad = False
+    with pytest.raises(UserError, match=r'prune = \["0.weight"\] would prune a frozen one'):
+        Mask.ones_like(model)
+    assert list(Mask.ones_like(model.requires_grad_(False))) == ["0.weight", "1.weight"], "nothing is trained here"
+
+
+@pytest.mark.parametrize("part", [slice(None), slice(1, 3)])
+def test_parameters_that_share_memory_are_refused(part: slice) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model[1].weight = nn.Parameter(model[0].weight.data[part])
+    with pytest.raises(UserError, match=r"its '0.weight' and '1.weight' share memory and are not one parameter"):
+        check_start(model, Mask.ones_like(model), (), "model")
+    both = torch.randn(4, 8)
+    model[0].weight, model[1].weight = nn.Parameter(both[:, ::2]), nn.Parameter(both[:, 1::2])
+    check_start(model, Mask.ones_like(model), (), "model")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
@@ -214,10 +215,23 @@ def test_the_schedule_decides_each_learning_rate() -> None:
     for wrong in (float("nan"), -1, "1", None, True, torch.tensor(1.0)):
         with pytest.raises(UserError, match=r"recipe.schedule 'mine:half': expected a finite number from 0, got"):
             recipe.lr_at(0, 100, lambda iteration, total, wrong=wrong: wrong)  # type: ignore[misc]
-    with pytest.raises(UserError, match="give the function too, as the argument schedule"):
+    with pytest.raises(UserError, match=r"recipe.schedule 'mine:half': there is no module 'mine'"):
         recipe.lr_at(0, 100)
-    with pytest.raises(UserError, match="give the function too, as the argument optimizer"):
+    with pytest.raises(UserError, match=r"recipe.optimizer 'mine:f': there is no module 'mine'"):
         dense(Recipe(epochs=1, batch_size=5, optimizer="mine:f"))
+
+
+def test_a_recipe_takes_functions_themselves() -> None:
+    def doubling(iteration: int, total: int) -> float:
+        return 2.0
+
+    named = Recipe(epochs=1, batch_size=5, optimizer=own_sgd, schedule=doubling)
+    assert named.optimizer == f"{__name__}:own_sgd"
+    assert re.fullmatch(r".+:doubling-[0-9a-f]{8}", named.schedule)
+    assert named.lr_at(0, 100) == 0.2
+    given = dense(Recipe(epochs=1, batch_size=5, optimizer="mine:sgd", lr=0.2), optimizer=own_sgd)
+    assert all(one.equal(other) for one, other in zip(dense(named), given, strict=True))
+    assert Recipe(epochs=1, optimizer=torch.optim.RMSprop).own_code == {"optimizer": "torch.optim.rmsprop:RMSprop"}
 
 
 class Forgetful(torch.optim.SGD):

@@ -21,10 +21,11 @@ from tombola.importance.network_scores import NETWORK_SCORES
 from tombola.inputs import Tensors, count_examples, list_tensors, select
 from tombola.lottery.rewinding import find_tickets
 from tombola.pruning.mask import Mask
+from tombola.streams import ambient
 from tombola.study.task import _checked
 from tombola.training.batches import batches
 from tombola.training.evaluation import measure, predict
-from tombola.training.metrics import as_metric
+from tombola.training.metrics import as_metric, find
 from tombola.training.recipe import Recipe
 from tombola.training.scoring import score_network
 from tombola.training.train import train
@@ -325,12 +326,16 @@ def embedding(model: type[nn.Module] = nn.Sequential) -> nn.Module:
         (Wrapped, X, {}, "expected a tensor, got dict of .logits.; name a function"),
         (one_input, X, {"forward": lambda m, x: m(x).sum()}, "forward: for inputs of .* first dimension counts the"),
         (one_input, X, {"labels": Y + 1}, "loss: target 2 of example .* is out of range, expected 0..1"),
-        (one_input, X, {"labels": X}, "loss raised"),
+        (one_input, X, {"labels": X.abs()}, r"probabilities of the classes, got targets of shape \(1, 4\)"),
         (one_input, X, {"labels": X[:, 0], "loss": functional.mse_loss}, "raised UserWarning: Using a target size"),
         (one_input, X, {"step": lambda m, x, y: m(x)}, "step: expected one number, the mean over the batch"),
         (one_input, X, {"step": lambda m, x, y: m(x).sum() / 0}, "step: at the first step.* the loss is NaN"),
         (one_input, X, {"loss": lambda o, t: functional.cross_entropy(o, t, reduction="sum")}, "loss: .* it is a sum"),
         (lambda: one_input().double(), X, {}, "its parameters are float64 and the inputs of the data set float32"),
+        (one_input, X, {"labels": functional.one_hot(Y)}, r"int64; .*class numbers by targets.argmax\(1\)"),
+        (lambda: nn.Sequential(nn.Linear(4, 1), nn.Flatten(0)), X, {}, r"\(examples, classes\), got shape \(1,\)"),
+        (one_input, X, {"labels": X, "step": own_step, "metrics": [find("loss")]}, "probabilities .* a target is -"),
+        (one_input, X, {"labels": Y[:, None]}, r"shape \(1,\), .* targets.reshape\(\(-1,\)\)"),
         (one_input, X, {"labels": (Y, Y), "loss": first_target}, "it needs targets that are one tensor"),
         (one_input, X, {"recipe": {"optimizer": "a:b"}, "optimizer": partial(half_of, 2)}, "not update 2 of the 4"),
         (one_input, X, {"recipe": {"label_smoothing": 0.1}, "loss": regression}, "label_smoothing: it is for the"),
@@ -392,3 +397,42 @@ def test_weights_on_which_the_loss_does_not_depend_are_named() -> None:
             return out
 
     assert try_network(Spare, functional.cross_entropy, split(X), RECIPE) == ["spare.weight", "spare.bias"]
+
+
+class HandMade(nn.Module):
+    """A layer with a mask of its own, kept and applied in one of several ways."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.hidden, self.out, self.way = nn.Linear(4, 40), nn.Linear(40, 2), way
+        kept = torch.rand(40, 4) < 0.5
+        if way == "attribute":
+            self.kept = kept
+        elif way == "list":
+            self.masks = [kept.float()]
+        else:
+            self.register_buffer("kept", kept)
+
+    def forward(self, x: Tensor) -> Tensor:
+        kept = self.masks[0] if self.way == "list" else self.kept
+        weight: Tensor = self.hidden.weight
+        if self.way == "in place":
+            weight.data.mul_(kept)
+        elif self.way != "unused":
+            weight = weight * kept
+        out: Tensor = self.out(functional.linear(x, weight, self.hidden.bias))
+        return out
+
+
+@pytest.mark.parametrize("way", ["buffer", "attribute", "list", "in place", "unused"])
+def test_a_network_that_masks_its_own_weights_is_refused(way: str) -> None:
+    with ambient(0):
+        model = HandMade(way)
+    tried = partial(try_network, lambda: model, functional.cross_entropy, split(X), RECIPE)
+    if way == "unused":
+        tried(dense=Mask.ones_like(model))
+        return
+    said = "a step sets" if way == "in place" else "it multiplies its 'hidden.weight' by its '(kept|masks)'"
+    with pytest.raises(UserError, match=rf"{said}.* of the 160 weights .*exclude = \['hidden.weight'\]"):
+        tried(dense=Mask.ones_like(model))
+    tried(dense=Mask.ones_like(model, exclude=["hidden"]))

@@ -14,9 +14,9 @@ from pydantic import ValidationError
 
 from tombola import Augmentation, Planner, Recipe, Store, Study, Task, UserError, Weights, load_problem, load_study
 from tombola.cli.main import main
+from tombola.own.code import own_modules, resolve, source_hash
 from tombola.pruning.mask import Mask
 from tombola.store.names import name_of
-from tombola.study.code import own_modules, resolve, source_hash
 from tombola.study.schema import OldFieldWarning, fields, is_list, presets
 from tombola.study.trainings import Training, name_mask, name_training
 

@@ -35,8 +35,8 @@ from tombola.engine.run import run as run_trainings
 from tombola.engine.workers import Event, Failed, Workers
 from tombola.importance import Importance, Network, NetworkScore, Survivors, l1, magnitude, normalisation
 from tombola.importance.network_scores import taylor
+from tombola.own.functions import is_here, refer, resolve, source_hash
 from tombola.store.store import Store
-from tombola.study.functions import is_here, refer, resolve, source_hash
 from tombola.study.planner import Chain, Planner
 from tombola.study.schema import override
 from tombola.study.task import load_importance, load_problem
@@ -220,7 +220,7 @@ def test_a_function_that_calls_itself() -> None:
 
 def test_the_identity_of_a_set_is_the_same_in_every_process() -> None:
     code = """if True:
-        from tombola.study.functions import refer
+        from tombola.own.functions import refer
         print(refer(lambda w: w if w in {"a", "b", "c"} else {"d", "e", "f", "g"}, "x"))
     """
     references = set()

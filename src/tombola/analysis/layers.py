@@ -10,10 +10,12 @@ import polars as pl
 from tombola.analysis.gather import ALL, PRUNABLE, after, by_level
 from tombola.analysis.paths import Paths
 from tombola.errors import UserError
+from tombola.inputs import select
 from tombola.pruning.mask import Mask
 from tombola.streams import ambient
 from tombola.study.planner import Planner, select_chains
 from tombola.study.tickets import Tickets
+from tombola.training.batches import normalisation
 
 
 def of_study(
@@ -21,7 +23,7 @@ def of_study(
 ) -> pl.DataFrame:
     """Return the density of each layer of each ticket.
 
-    The columns are level, importance and seed, then those of `of_mask`. If the graph of the network cannot be traced,
+    The columns are level, importance and seed, then those of `of_mask`. If the paths of the network cannot be followed,
     the effective counts are null and a warning gives the reason.
 
     Args:
@@ -58,7 +60,7 @@ def of_mask(mask: Mask, paths: Paths | None = None, kept_dense: Collection[str] 
 
     Args:
         mask: the mask of a ticket.
-        paths: the network's graph, see `Paths`.
+        paths: the network's paths, see `Paths`.
         kept_dense: the layers that are counted and never pruned, by parameter name.
 
     >>> import torch
@@ -117,11 +119,13 @@ def summarise(table: pl.DataFrame) -> pl.DataFrame:
 
 
 def trace_paths(planner: Planner) -> Paths | None:
-    """Return the graph of a study's network. If it cannot be traced, warn with the reason and return None."""
+    """Return the paths of a study's network. If they cannot be followed, warn with the reason and return None."""
+    problem = planner.problem
     try:
         with ambient(0):
-            model = planner.problem.build()
-        return Paths(model, planner.problem.data.input_shape, planner.dense)
+            model = problem.build()
+        inputs = normalisation(problem.data)(select(problem.data.train_inputs, slice(1)))
+        return Paths(model, inputs, planner.dense, problem.forward)
     except UserError as error:
         warnings.warn(f"effective sparsity is not computed: {error}", stacklevel=2)
         return None

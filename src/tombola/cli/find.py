@@ -172,7 +172,7 @@ def _show(table: pl.DataFrame, measure: Measure, form: str) -> None:
 def _describe(found: Found, measure: Measure) -> list[str]:
     """Return sentences on what was found, how sure it is, and what it took."""
     from tombola.cli.tables import wrap
-    from tombola.workbench.find import work_of_rounds
+    from tombola.workbench.find import name_margin, work_of_rounds
 
     seen = found.verdict
     study = found.walk.trials[-1][0].study
@@ -190,7 +190,7 @@ def _describe(found: Found, measure: Measure) -> list[str]:
     if seen["low"] is not None:
         interval = (
             f", 95 % interval {measure.figure(seen['low'], sign=True)} .. {measure.figure(seen['high'], sign=True)}, "
-            f"{'within' if seen['surely'] else 'not surely within'} the margin"
+            f"{'within' if seen['surely'] else 'not surely within'} the margin of {name_margin(found.walk)}"
         )
     lines.append(
         f"{measure.split} {measure.label}: {measure.text(value)}, dense {measure.text(dense)}, difference {difference} "
@@ -200,6 +200,12 @@ def _describe(found: Found, measure: Measure) -> list[str]:
         lines.append(f"a further seed is outside the margin with a chance of {100 * seen['outside']:.0f} %")
     if measure.split != "test" and seen["test"] is not None and seen["dense_test"] is not None:
         lines.append(f"test {measure.label}: {measure.text(seen['test'])}, dense {measure.text(seen['dense_test'])}")
+    tried, complete = found.walk.trials[0][0].end, found.walk.trials[-1][0].end
+    if tried < complete:
+        lines.append(
+            f"tried by trainings of {tried} of the {complete} iterations, of which are the {measure.label} and the "
+            "differences in the table; those of the judges and of the ticket are of complete trainings"
+        )
     rounds = work_of_rounds(study)
     lines.append(
         f"work: {seen['work']:.1f} complete trainings, {seen['done']:.1f} of them now; all rounds of the study are "

@@ -29,9 +29,9 @@ from tombola.engine.machine import differences, kind_here, machine
 from tombola.engine.workers import CHECKPOINT_EVERY, TRIES, At, Event, Failed, make_watch
 from tombola.errors import ClusterError
 from tombola.exits import watch_exits
+from tombola.own.code import own_modules
 from tombola.store.checkpoints import checkpoint_from_bytes
 from tombola.store.store import Store
-from tombola.study.code import own_modules
 from tombola.study.schema import Study
 from tombola.study.task import Problem, load_importance
 from tombola.study.trainings import THREADS

@@ -218,7 +218,8 @@ def find_tickets(
         loss: a function of outputs and labels that returns the mean over the batch, or the name of a built-in loss.
         forward: a function (model, inputs) -> outputs; by default the model is called, see `tombola.inputs.call`.
         step: a function (model, inputs, labels) -> loss, which training uses instead of `forward` and `loss`.
-        optimizer, schedule: the functions that the recipe names, if it names some of the user (`module:function`).
+        optimizer, schedule: the functions that the recipe names, if it names some of the user (`module:function`); by
+            default they are found by their names.
         metrics: the metrics of each trained ticket: names such as "r2", or functions of outputs and targets, see
             `tombola.training.metrics.as_metric`.
         device: the device to train on, "cpu" or "cuda".
@@ -250,6 +251,7 @@ def find_tickets(
     measured = tuple(map(load_metric, metrics))
     check_score_at(score_at, importance, recipe.rewind_to)
     check_recipe_fits(recipe, data)
+    optimizer, schedule = optimizer or recipe.load_own("optimizer"), schedule or recipe.load_own("schedule")
     check_device(device)
     dense = Mask.ones_like(model, exclude, prune)
     check_start(model, dense, prune, "model")
@@ -290,6 +292,7 @@ def find_tickets(
         step=step,
         optimizer=optimizer,
         schedule=schedule,
+        dense=dense,
     )
     check_kernels(kernels)
     if step is not None:

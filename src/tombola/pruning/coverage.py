@@ -8,11 +8,12 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from tombola.pruning.eligible import DEFAULT, list_names, prunable
+from tombola.pruning.eligible import DEFAULT, list_frozen, list_names, prunable
 from tombola.pruning.mask import Mask
 
-PRUNED, KEPT_DENSE, LEFT_OUT, OTHER = "pruned", "kept dense", "left out", "not chosen"
-"""The roles of parameters: counted and pruned, counted and never pruned, excluded, and not chosen to be prunable."""
+PRUNED, KEPT_DENSE, LEFT_OUT, OTHER, FROZEN = "pruned", "kept dense", "left out", "not chosen", "frozen"
+"""The roles of parameters: counted and pruned, counted and never pruned, excluded, and not chosen to be prunable; of
+these, the frozen ones, which are not trained (`requires_grad = False`), have a role of their own."""
 
 ENOUGH = 0.9
 """The share of the parameters that should be prunable; below it, density says little about the whole network."""
@@ -30,7 +31,7 @@ class Part:
     """The tensors of one role.
 
     Args:
-        role: `PRUNED`, `KEPT_DENSE`, `LEFT_OUT` or `OTHER`.
+        role: `PRUNED`, `KEPT_DENSE`, `LEFT_OUT`, `OTHER` or `FROZEN`.
         shapes: the shape of each tensor, by its names: a tensor that modules share has several.
     """
 
@@ -64,12 +65,14 @@ class Coverage:
     """What density is about: the parameters of a network by their roles. A shared tensor is counted once.
 
     Args:
-        parts: one part for each role, in the order pruned, kept dense, left out, not chosen; a part may be empty.
+        parts: one part for each role, in the order pruned, kept dense, left out, not chosen, frozen; any may be empty.
         patterns: the patterns that chose what is prunable, see `prunable`; empty for the default.
+        frozen: the names of the parameters that are pruned and not trained, as patterns name them.
     """
 
-    parts: tuple[Part, Part, Part, Part]
+    parts: tuple[Part, Part, Part, Part, Part]
     patterns: tuple[str, ...] = ()
+    frozen: tuple[str, ...] = ()
 
     @property
     def total(self) -> int:
@@ -83,26 +86,31 @@ class Coverage:
 
     def describe(self) -> str:
         """Return a sentence on how many of the network's parameters density counts."""
-        _, kept, left_out, _ = self.parts
+        _, kept, left_out, _, frozen = self.parts
         text = f"Density counts {self.counted} of the network's {self.total} parameters"
         if kept.shapes:
             text += f"; {kept.parameters} of these are kept dense ({', '.join(sorted(_firsts(kept)))})"
         if left_out.shapes:
             text += f"; {', '.join(sorted(_firsts(left_out)))} {'is' if len(left_out.shapes) == 1 else 'are'} left out"
+        if frozen.shapes:
+            text += f"; {frozen.parameters} are frozen and stay as they are ({frozen.list_largest()})"
+        if self.frozen:
+            are = "is" if len(self.frozen) == 1 else "are"
+            text += f"; {', '.join(self.frozen)} {are} pruned though frozen, as `prune` says"
         return f"{text}."
 
     def warn(self) -> str:
         """Return a sentence for the case that less than `ENOUGH` of the parameters may be pruned; otherwise nothing."""
-        pruned, kept, left_out, other = self.parts
+        pruned, *others = self.parts
         if pruned.parameters >= ENOUGH * self.total:
             return ""
         text = f"Only {100 * pruned.parameters / self.total:.3g} % of the network's parameters may be pruned"
-        rest = [(size, names, part) for part in (kept, left_out, other) for names, size in part.sizes.items()]
+        rest = [(size, names, part) for part in others for names, size in part.sizes.items()]
         largest = sorted(rest, key=lambda each: -each[0])[:_NAMED]
         largest = [each for each in largest if each[0] >= _WORTH_NAMING * self.total] or largest[:1]
         named = ", ".join(f"{names[0]} ({size}, {part.role})" for size, names, part in largest)
         text += f", so its density says little about the whole; the largest others are {named}"
-        missing = [names[0] for _, names, part in largest if part is other and len(part.shapes[names]) > 1]
+        missing = [names[0] for _, names, part in largest if part.role == OTHER and len(part.shapes[names]) > 1]
         if missing:
             patterns = [*(self.patterns or [DEFAULT]), *missing]
             text += f"; prune = {_list(patterns)} would prune {'it' if len(missing) == 1 else 'them'} too"
@@ -135,15 +143,19 @@ def cover(model: nn.Module, dense: Mask, kept_dense: Collection[str] = (), prune
     >>> found.warn().partition("; prune")[2]
     ' = ["default", "0.weight"] would prune it too.'
     """
-    eligible = prunable(model, prune)
-    parts = tuple(Part(role, {}) for role in (PRUNED, KEPT_DENSE, LEFT_OUT, OTHER))
+    eligible, frozen = prunable(model, prune), list_frozen(model)
+    pruned, kept, left_out, other, still = (Part(role, {}) for role in (PRUNED, KEPT_DENSE, LEFT_OUT, OTHER, FROZEN))
     parameters = dict(model.named_parameters())
     for first, names in list_names(model).items():
-        kept_or_out = first in kept_dense if first in dense else first not in eligible
-        place = 2 * (first not in dense) + kept_or_out
-        parts[place].shapes[names] = tuple(parameters[first].shape)
-    pruned, kept, left_out, other = parts
-    return Coverage((pruned, kept, left_out, other), tuple(prune))
+        if first in dense:
+            part = kept if first in kept_dense else pruned
+        elif first in eligible:
+            part = left_out
+        else:
+            part = still if first in frozen else other
+        part.shapes[names] = tuple(parameters[first].shape)
+    still_pruned = tuple(name for name in _firsts(pruned) if name in frozen)
+    return Coverage((pruned, kept, left_out, other, still), tuple(prune), still_pruned)
 
 
 def _firsts(part: Part) -> list[str]:

@@ -20,7 +20,8 @@ def prunable(model: nn.Module, prune: Sequence[str] = ()) -> dict[str, nn.Parame
     """Return the weights that may be pruned, by parameter name in the order of the model.
 
     By default, these are the weight matrices of all linear, bilinear, convolution, recurrent and attention layers,
-    HuggingFace's `Conv1D` among them. Embeddings, norms, biases and a module's own parameters are chosen by patterns.
+    HuggingFace's `Conv1D` among them. Embeddings, norms, biases and a module's own parameters are chosen by patterns,
+    and so are frozen ones (`requires_grad = False`), unless all parameters are frozen.
     A weight that several layers share is named once, by its first name.
 
     Args:
@@ -42,7 +43,8 @@ def prunable(model: nn.Module, prune: Sequence[str] = ()) -> dict[str, nn.Parame
         raise UserError(f"prune: expected a list of patterns, got the text {prune!r}; write [{prune!r}]")
     parameters = dict(model.named_parameters())
     weights = {id(weight) for module in model.modules() for _, weight in list_matrices(module)}
-    default = {name for name, parameter in parameters.items() if id(parameter) in weights}
+    frozen = list_frozen(model)
+    default = {name for name, each in parameters.items() if id(each) in weights and name not in frozen}
     if not prune:
         return {name: parameter for name, parameter in parameters.items() if name in default}
     names = {other: first for first, others in list_names(model).items() for other in others}
@@ -57,6 +59,18 @@ def prunable(model: nn.Module, prune: Sequence[str] = ()) -> dict[str, nn.Parame
     if not chosen:
         raise UserError(f"prune: {', '.join(map(repr, prune))} leave no parameter of {type(model).__name__} to prune")
     return {name: parameter for name, parameter in parameters.items() if name in chosen}
+
+
+def list_frozen(model: nn.Module) -> list[str]:
+    """Return the names of the parameters that are not trained, as `requires_grad` is False; none if it is for all.
+
+    >>> model = nn.Linear(2, 1)
+    >>> model.bias.requires_grad = False
+    >>> list_frozen(model), list_frozen(model.requires_grad_(False))
+    (['bias'], [])
+    """
+    frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
+    return frozen if len(frozen) < len(list(model.parameters())) else []
 
 
 def list_matrices(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

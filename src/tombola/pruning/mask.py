@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from tombola.errors import UserError
-from tombola.pruning.eligible import describe_computed, list_shared, prunable, resolve_layers
+from tombola.pruning.eligible import describe_computed, list_frozen, list_shared, prunable, resolve_layers
 
 Bits = npt.NDArray[np.uint8]
 
@@ -80,7 +80,8 @@ class Mask(Mapping[str, Tensor]):
         if not shapes:
             left = " besides those excluded" if left_out else ""
             named = [name for name, each in model.named_parameters() if each.ndim > 1 and name not in weights]
-            others = f'; prune = ["{named[0]}"] would prune another parameter' if named else ""
+            which = "a frozen one" if named and named[0] in list_frozen(model) else "another parameter"
+            others = f'; prune = ["{named[0]}"] would prune {which}' if named else ""
             computed = describe_computed(model)
             raise UserError(f"{type(model).__name__} has {NOTHING_TO_PRUNE}{left}{computed or others}")
         return cls.from_tensors({name: torch.ones(shape, dtype=torch.bool) for name, shape in shapes.items()})

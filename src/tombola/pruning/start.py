@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -31,7 +32,8 @@ def check_start(model: nn.Module, dense: Mask, prune: Sequence[str], what: str) 
 
     Raises:
         UserError: if a weight is not on the CPU, not float32 or float64, computed from other parameters (weight_norm,
-            `torch.nn.utils.parametrize`), or has a mask or zeros already.
+            `torch.nn.utils.parametrize`), in memory that another parameter or a buffer uses too, or has a mask or zeros
+            already.
 
     >>> model = nn.Sequential(nn.Linear(20, 10), nn.Linear(10, 1))
     >>> check_start(model, Mask.ones_like(model), (), "model")
@@ -44,6 +46,11 @@ def check_start(model: nn.Module, dense: Mask, prune: Sequence[str], what: str) 
     for name, parameter in model.named_parameters():
         if fault := _find_fault(parameter, prunable=name in dense):
             raise UserError(f"{what}: its {name!r} {fault}")
+    for one, other in _list_overlaps(model):
+        raise UserError(
+            f"{what}: its {one!r} and {other!r} share memory and are not one parameter: a training copies each, and "
+            "they become different; give both layers one parameter (b.weight = a.weight), or take its part in forward"
+        )
     for name, sources, masked in _list_computed(model):
         if masked:
             raise UserError(
@@ -57,7 +64,7 @@ def check_start(model: nn.Module, dense: Mask, prune: Sequence[str], what: str) 
                 "torch.nn.utils.parametrize, so that its connections cannot be pruned; remove the parametrisation, or "
                 'leave the layer out: prune = ["default"] means the weights of all other layers'
             )
-    padding = {id(m.weight): m.padding_idx for m in model.modules() if isinstance(m, nn.Embedding)}
+    padding = _list_padding(model)
     for name, parameter in model.named_parameters():
         weight = parameter.detach()
         if name in dense and (zeros := _count_zeros(weight, padding.get(id(parameter)))):
@@ -67,6 +74,68 @@ def check_start(model: nn.Module, dense: Mask, prune: Sequence[str], what: str) 
                 f"(exclude = [{name!r}]), or prune on in a loop of your own, from the mask that "
                 "tombola.interchange.from_zeros reads"
             )
+
+
+def check_step(model: nn.Module, dense: Mask, what: str) -> None:
+    """Check, after a forward and a backward pass, that the network does not mask weights itself.
+
+    It does if a pass sets weights to 0.0, or if a module holds a tensor of 0 and 1 that has the shape of a weight, and
+    the gradient of the weight is 0.0 wherever the tensor is.
+
+    Args:
+        model: the network, with gradients; before the pass, it has started dense, see `check_start`.
+        dense: the mask of the dense network.
+        what: what the network is called in messages.
+
+    Raises:
+        UserError: if a weight is masked.
+
+    >>> model = nn.Linear(20, 10)
+    >>> model.register_buffer("kept", torch.rand(10, 20) < 0.5)
+    >>> nn.functional.linear(torch.ones(1, 20), model.weight * model.kept).sum().backward()
+    >>> check_step(model, Mask.ones_like(model), "model")  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+    tombola.errors.UserError: model: it multiplies its 'weight' by its 'kept', so that ... of the 200 weights have ...
+    """
+    padding = _list_padding(model)
+    kept = list(_list_of_zero_and_one(model))
+    for name, parameter in model.named_parameters():
+        if name not in dense:
+            continue
+        fault, gradient = "", parameter.grad
+        if zeros := _count_zeros(parameter.detach(), padding.get(id(parameter))):
+            fault = f"a step sets {zeros} of the {parameter.numel()} weights of its {name!r} to 0"
+        for other, tensor in kept if gradient is not None and not gradient.is_sparse else ():
+            if tensor.shape == parameter.shape and (zeros := _count_zeros(tensor, None, equal=True)):
+                assert gradient is not None
+                if not gradient[tensor == 0].any() and gradient.any():
+                    fault = (
+                        f"it multiplies its {name!r} by its {other!r}, so that {zeros} of the {parameter.numel()} "
+                        "weights have no influence"
+                    )
+        if fault:
+            raise UserError(
+                f"{what}: {fault}, and density would count them as alive; give it dense weights without a mask, leave "
+                f"the layer out (exclude = [{name!r}]), or prune on in a loop of your own, with tombola.loops.hold"
+            )
+
+
+def _list_of_zero_and_one(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors of 0 and 1 that modules hold as buffers, as attributes, or in lists and dictionaries."""
+    for path, module in model.named_modules():
+        held = {**dict(module.named_buffers(recurse=False)), **vars(module)}
+        for name, value in held.items():
+            parts = value if isinstance(value, list | tuple) else [value]
+            parts = list(value.values()) if isinstance(value, dict) and not name.startswith("_") else parts
+            for each in parts:
+                plain = isinstance(each, Tensor) and not isinstance(each, nn.Parameter)
+                if plain and each.ndim and each.layout is torch.strided and ((each == 0) | (each == 1)).all():
+                    yield f"{path}.{name}".removeprefix("."), each
+
+
+def _list_padding(model: nn.Module) -> dict[int, int | None]:
+    """Return the row of each embedding that stands for padding, by the identity of its weight."""
+    return {id(m.weight): m.padding_idx for m in model.modules() if isinstance(m, nn.Embedding)}
 
 
 def _find_fault(parameter: nn.Parameter, *, prunable: bool) -> str | None:
@@ -85,6 +154,25 @@ def _find_fault(parameter: nn.Parameter, *, prunable: bool) -> str | None:
     return None
 
 
+def _list_overlaps(model: nn.Module) -> Iterator[tuple[str, str]]:
+    """Yield the names of each two tensors of a model, the first a parameter, that share a number in memory."""
+    by_storage: dict[int, list[tuple[str, Tensor]]] = {}
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.layout is torch.strided and tensor.numel():
+            by_storage.setdefault(tensor.untyped_storage().data_ptr(), []).append((name, tensor.detach()))
+    parameters = dict(model.named_parameters())
+    for several in by_storage.values():
+        for (one, first), (other, second) in itertools.combinations(several, 2):
+            if one in parameters and torch.isin(_places(first), _places(second)).any():
+                yield one, other
+
+
+def _places(tensor: Tensor) -> Tensor:
+    """Return where in its storage each number of a tensor is."""
+    count = tensor.untyped_storage().nbytes() // tensor.element_size()
+    return torch.arange(count).as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+
+
 def _list_computed(model: nn.Module) -> Iterator[tuple[str, list[str], bool]]:
     """Yield each weight that is no parameter: its name, the parameters that give it, and whether it is masked."""
     for path, module in model.named_modules():
@@ -96,12 +184,18 @@ def _list_computed(model: nn.Module) -> Iterator[tuple[str, list[str], bool]]:
             yield start + name, sources, f"{name}_mask" in dict(module.named_buffers(recurse=False))
 
 
-def _count_zeros(weight: Tensor, padding: int | None) -> int:
-    """Return how many weights of a tensor are 0.0 if it starts with a mask, see `check_start`; otherwise 0."""
+def _count_zeros(weight: Tensor, padding: int | None, *, equal: bool = False) -> int:
+    """Return how many weights of a tensor are 0.0 if it has a mask, see `check_start`; otherwise 0.
+
+    Args:
+        weight: the tensor.
+        padding: the row that stands for padding, if it has one.
+        equal: whether the other weights may be all equal, as they are in a mask.
+    """
     if padding is not None:
         weight = torch.cat([weight[:padding], weight[padding + 1 :]])
     zeros = weight.numel() - int(weight.count_nonzero())
     if zeros <= max(FEW_ZEROS, SMALL_SHARE * weight.numel()) or zeros == weight.numel():
         return 0
     others = weight[weight != 0]
-    return zeros if (others != others[0]).any() else 0
+    return zeros if equal or (others != others[0]).any() else 0

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 
 from tombola.errors import UserError, did_you_mean, short
 from tombola.files import read_regular
-from tombola.study.functions import keep_data, refer
+from tombola.own.functions import keep_data, refer
 from tombola.training.fields import Fields, as_toml, explain
 from tombola.training.recipe import Count, Recipe, Tuple
 

@@ -27,13 +27,13 @@ from tombola.errors import UserError, did_you_mean, short
 from tombola.importance import Importance, NetworkScore, as_importance, find
 from tombola.importance.importances import find_normalisation, find_score
 from tombola.inputs import Forward, OwnStep, call
+from tombola.own.code import steady_source
+from tombola.own.functions import is_here, resolve, source_hash
 from tombola.pruning.mask import Mask
 from tombola.pruning.start import check_start
 from tombola.store.names import name_of
 from tombola.streams import ambient
-from tombola.study.code import steady_source
 from tombola.study.depends import identify_all
-from tombola.study.functions import is_here, resolve, source_hash
 from tombola.study.schema import Study, Task
 from tombola.training.behaviour import Behaviour, observe
 from tombola.training.evaluation import Loss
@@ -303,6 +303,7 @@ def try_out(problem: Problem, study: Study) -> None:
         forward=problem.forward,
         step=problem.step,
         metrics=problem.metrics,
+        dense=dense,
     )
     for name in unused:
         if name in dense:

@@ -16,8 +16,8 @@ def accumulate(
 ) -> Tensor:
     """Return the mean loss over the examples of all batches, and set the gradients to those of this mean.
 
-    The mean weighs each batch by its number of examples. Without layers that mix examples, such as batch norm, it
-    equals that of one large batch up to rounding.
+    The mean weighs each batch by its number of examples. It equals that of one large batch, up to rounding, without
+    layers that mix examples, such as batch norm, and without targets that a loss ignores, such as padding.
 
     Args:
         compute: a function (inputs, labels) -> mean loss over a batch. It sets gradients, which are None before.

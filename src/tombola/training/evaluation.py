@@ -15,7 +15,7 @@ from tombola.datasets.dataset import Dataset
 from tombola.errors import UserError
 from tombola.inputs import Forward, Tensors, call, convert, count_examples, select
 from tombola.training.batches import device_of, normalisation
-from tombola.training.metrics import ACCURACY, LOSS, Metric, name_metric
+from tombola.training.metrics import ACCURACY, IGNORED, LOSS, Metric, name_metric
 
 Loss: TypeAlias = kernels.Loss
 """A function (outputs of the model, labels) -> scalar, the mean over the batch."""
@@ -47,7 +47,8 @@ def measure(
     """Return the metrics of a model on a split by their keys, and the mean loss; None for what is not finite.
 
     Outputs of one row for each example are kept for the loss, which is computed once over the split. Larger outputs,
-    such as those for each token of a text, are not: their loss is the mean over batches, weighted by examples.
+    such as those for each token of a text, are not: their loss is the mean over batches, weighted by examples; that of
+    cross-entropy is weighted by the positions that count.
 
     Args:
         model: the network.
@@ -63,7 +64,7 @@ def measure(
     states: dict[str, Any] = {}
     data_device = device_of(data).type  # a metric is computed in float32, whatever the network is
     kept: list[Tensor] = []
-    total, count = 0.0, 0
+    total, count = 0.0, 0.0
     for outputs, targets in list_outputs(model, data, split, forward):
         examples = count_examples(targets)
         for metric in metrics:
@@ -77,17 +78,25 @@ def measure(
         if outputs.ndim <= 2 and len(outputs) == examples:
             kept.append(outputs)
         else:  # a copy of the targets, because a loss may change them
-            total += examples * float(loss(outputs, convert(torch.clone, targets)))
-            count += examples
+            if weight := examples * _share_that_counts(loss, targets):
+                total += weight * float(loss(outputs, convert(torch.clone, targets)))
+            count += weight
     if kept:
         total, count = float(loss(torch.cat(kept), convert(torch.clone, getattr(data, f"{split}_labels")))), 1
-    mean = total / count
+    mean = total / count if count else math.nan
     values = {}
     for metric in metrics:
         with name_metric(metric), torch.autocast(data_device, enabled=False):
             value = mean if metric is LOSS else metric.value(states[metric.key])
         values[metric.key] = value if math.isfinite(value) else None
     return values, mean if math.isfinite(mean) else None
+
+
+def _share_that_counts(loss: Loss, targets: Tensors) -> float:
+    """Return the share of a batch's positions over which the loss is a mean: cross-entropy leaves out ignored ones."""
+    if loss is not functional.cross_entropy or not isinstance(targets, Tensor) or targets.is_floating_point():
+        return 1.0
+    return int((targets != IGNORED).sum()) / targets.numel()
 
 
 def predict(model: nn.Module, data: Dataset, forward: Forward = call, split: str = "test") -> Tensor:

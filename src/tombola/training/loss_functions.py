@@ -94,8 +94,14 @@ def describe_misfit(loss: Loss, targets: Tensor) -> str | None:
         first = int((~targets.isfinite()).flatten(1).any(1).nonzero()[0]) if targets.ndim > 1 else None
         first = int((~targets.isfinite()).nonzero()[0]) if first is None else first
         return f"the target of example {first} is NaN or infinite; leave the example out, or give a loss of your own"
-    if loss is functional.cross_entropy and targets.dtype != torch.int64 and targets.ndim == 1:
+    if (
+        loss is functional.cross_entropy
+        and targets.dtype != torch.int64
+        and (targets.ndim == 1 or not targets.is_floating_point())
+    ):
         return f"it needs class numbers (int64) as targets, got {targets.dtype}; choose another loss, such as mse"
+    if loss is functional.cross_entropy and targets.is_floating_point() and (least := float(targets.min())) < 0:
+        return f"it needs class numbers, or probabilities of the classes, and a target is {least:g}; mse is for numbers"
     if loss is binary_cross_entropy and not targets.is_complex():
         low, high = float(targets.min()), float(targets.max())
         if low < 0 or high > 1:

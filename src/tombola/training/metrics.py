@@ -204,7 +204,9 @@ def flatten_classes(outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     The classes are the second dimension of the outputs, as in torch's cross-entropy, or the last one.
     """
     if targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool:
-        raise UserError(f"it needs class numbers as targets (int64), got {targets.dtype}")
+        raise UserError(
+            f"it needs class numbers as targets (int64), got {targets.dtype}; for numbers, choose r2, mse or mae"
+        )
     shape, classes = tuple(outputs.shape), outputs.shape[1] if outputs.ndim > 1 else 0
     second = outputs.ndim > 1 and (shape[0], *shape[2:]) == tuple(targets.shape)
     last = outputs.ndim > 1 and shape[:-1] == tuple(targets.shape)

@@ -6,10 +6,11 @@ import math
 from collections.abc import Callable
 from typing import Annotated, Any, Literal, TypeAlias, TypeVar
 
-from pydantic import BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from tombola.errors import UserError, short
 from tombola.exits import attribute_failure
+from tombola.own.functions import refer, resolve
 from tombola.training.fields import Fields
 
 Count = Annotated[int, Field(ge=0, le=2**63 - 1)]
@@ -58,10 +59,13 @@ class Recipe(Fields):
 
     The learning rate at iteration t is lr x warm-up x schedule, where the warm-up rises linearly over its iterations
     ((t + 1) / warmup, at most 1), and the schedule is 1 (constant), gamma^(milestones reached) or
-    (1 + cos(pi t / T)) / 2 (cosine, T the number of iterations).
+    (1 + cos(pi t / T)) / 2 (cosine, T the number of iterations). A function may stand for `module:function`.
 
     >>> Recipe(epochs=2, batch_size=100).total_iterations(examples=250)
     6
+    >>> import operator
+    >>> Recipe(epochs=1, schedule=operator.truediv).schedule
+    '_operator:truediv'
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
@@ -110,6 +114,11 @@ class Recipe(Fields):
         default="float32", description="precision of activations (bfloat16: torch's autocast); weights are float32"
     )
     augmentation: Augmentation = Field(default=Augmentation(), description="random changes of training images")
+
+    @field_validator("optimizer", "schedule", mode="before")
+    @classmethod
+    def _refer(cls, value: Any, info: ValidationInfo) -> Any:
+        return refer(value, f"recipe.{info.field_name}")
 
     @model_validator(mode="after")
     def _fits_together(self) -> Recipe:
@@ -186,6 +195,15 @@ class Recipe(Fields):
         named = {"optimizer": self.optimizer, "schedule": self.schedule}
         return {field: name for field, name in named.items() if ":" in name}
 
+    def load_own(self, field: str) -> Callable[..., Any] | None:
+        """Return the user's own function that a field names, `"optimizer"` or `"schedule"`; None if it names none.
+
+        Raises:
+            UserError: if there is no such function.
+        """
+        name = self.own_code.get(field)
+        return None if name is None else resolve(name, f"recipe.{field}")
+
     def lr_at(self, iteration: int, examples: int, schedule: Schedule | None = None) -> float:
         """Return the learning rate at an iteration (counted from 0) of a training on this many examples.
 
@@ -194,10 +212,10 @@ class Recipe(Fields):
         Args:
             iteration: the iteration.
             examples: the number of training examples.
-            schedule: the user's function that the recipe names, if it names one.
+            schedule: the user's function that the recipe names, if it names one; by default it is found by its name.
 
         Raises:
-            UserError: if the function does not return a finite number from 0.
+            UserError: if there is no such function, or if it does not return a finite number from 0.
         """
         iteration = min(iteration, self.total_iterations(examples) - 1)
         factor = min(1.0, (iteration + 1) / self.warmup) if self.warmup else 1.0
@@ -211,8 +229,8 @@ class Recipe(Fields):
         return self.lr * factor
 
     def _own_factor(self, schedule: Schedule | None, iteration: int, total: int) -> float:
-        if schedule is None:
-            raise UserError(f"recipe.schedule {self.schedule!r}: give the function too, as the argument schedule")
+        schedule = schedule or self.load_own("schedule")
+        assert schedule is not None
         with attribute_failure(f"recipe.schedule {self.schedule!r}"):
             factor = schedule(iteration, total)
         if isinstance(factor, bool) or not isinstance(factor, int | float) or not 0 <= factor < math.inf:

@@ -89,7 +89,8 @@ def train(
         loss: a function of outputs and labels that returns the mean over the batch.
         forward: a function (model, inputs) -> outputs; by default the model is called, see `tombola.inputs.call`.
         step: a function (model, inputs, labels) -> loss, which training uses instead of `forward` and `loss`.
-        optimizer, schedule: the functions that the recipe names, if it names some of the user (`module:function`).
+        optimizer, schedule: the functions that the recipe names, if it names some of the user (`module:function`); by
+            default they are found by their names.
         metrics: the metrics to compute at the end, on the test set and on the validation set if there is one.
         device: the device to train on, "cpu" or "cuda"; the data set is copied to a GPU too.
         kernels: which layers sparse ones replace on the CPU: "auto" for those that are faster, unless the network
@@ -116,6 +117,7 @@ def train(
     True
     """
     check_recipe_fits(recipe, data)
+    optimizer, schedule = optimizer or recipe.load_own("optimizer"), schedule or recipe.load_own("schedule")
     examples = data.train_examples
     end = recipe.total_iterations(examples) if end is None else end
     start = resume or Checkpoint(begin, initial)
@@ -195,10 +197,10 @@ def _make_updater(
     decayed = find_decayed([names[name] for name in parameters], recipe.no_decay, list_shared(model))
     if ":" not in recipe.optimizer:
         return Optimizer(recipe, list(parameters.values()), state, decayed)
-    what = f"recipe.optimizer {recipe.optimizer!r}"
-    if optimizer is None:
-        raise UserError(f"{what}: give the function too, as the argument optimizer")
-    return OwnOptimizer(optimizer, recipe.lr, list(parameters.values()), state, what)
+    assert optimizer is not None
+    return OwnOptimizer(
+        optimizer, recipe.lr, list(parameters.values()), state, f"recipe.optimizer {recipe.optimizer!r}"
+    )
 
 
 def _load(model: nn.Module, state: State) -> nn.Module:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -30,11 +31,13 @@ from tombola.inputs import (
     select,
 )
 from tombola.pruning.eligible import list_shared
+from tombola.pruning.mask import Mask
+from tombola.pruning.start import check_step
 from tombola.streams import ambient
 from tombola.training.batches import Batch, batches, device_of, normalisation
 from tombola.training.evaluation import Loss, measure
 from tombola.training.loss_functions import LOSSES, describe_misfit
-from tombola.training.metrics import ACCURACY, Metric, check_names
+from tombola.training.metrics import ACCURACY, LOSS, Metric, check_names
 from tombola.training.optimizer import find_decayed
 from tombola.training.own_optimizer import MakeOptimizer, OwnOptimizer, check_optimizer
 from tombola.training.recipe import Recipe, Schedule
@@ -56,6 +59,7 @@ def try_network(
     step: OwnStep | None = None,
     optimizer: MakeOptimizer | None = None,
     schedule: Schedule | None = None,
+    dense: Mask | None = None,
     names: Mapping[str, str] | None = None,
 ) -> list[str]:
     """Raise `UserError` if a network, a loss, metrics and a data set do not work together.
@@ -74,13 +78,14 @@ def try_network(
         forward: a function (model, inputs) -> outputs.
         step: a function (model, inputs, labels) -> loss, instead of `forward` and `loss`; None for these.
         optimizer, schedule: the functions that the recipe names, if it names some of the user.
+        dense: the mask of the dense network, whose weights the network may not mask itself; None for no check.
         names: what messages call the `model`, the `loss`, the `forward` and the `step`; by default so.
     """
     called = {part: (names or {}).get(part, part) for part in ("model", "loss", "forward", "step")}
     called["outputs"] = called["model" if forward is call else "forward"]
     _check_device(data)
     check_names(metrics)
-    if step is None:
+    if step is None or LOSS in metrics:
         _check_targets(loss, data, called["loss"])
     of_classes = bool(data.classes) and any(metric.of_classes for metric in metrics)
     with ambient(0), warnings.catch_warnings():
@@ -92,6 +97,8 @@ def try_network(
         trained = [name for name, each in model.named_parameters() if each.requires_grad]
         find_decayed(trained, recipe.no_decay, list_shared(model))
         _try_step(model, loss, data, recipe, forward=forward, step=step, called=called, of_classes=of_classes)
+        if dense is not None:
+            check_step(model, dense, called["model"])
         unused = [name for name in trained if model.get_parameter(name).grad is None]
         if ":" in recipe.optimizer and optimizer is not None:
             _try_optimizer(model, optimizer, recipe)
@@ -341,14 +348,33 @@ def _types(model: nn.Module, inputs: Tensors, name: str) -> Iterator[None]:
 
 def _check_classes_of(outputs: Tensor, labels: Tensors, loss: Loss, data: Dataset, name: str) -> None:
     """Raise `UserError` if a target of cross-entropy is the number of a class for which there is no output."""
-    if loss is not functional.cross_entropy or data.classes or outputs.dim() < 2:
+    if loss is not functional.cross_entropy:
         return
+    if outputs.dim() < 2:
+        raise UserError(
+            f"{name}: it needs outputs of shape (examples, classes), got shape {tuple(outputs.shape)}; for one number "
+            "of each example, choose binary_cross_entropy or mse"
+        )
     if outputs.dim() > 2 and isinstance(labels, Tensor) and tuple(outputs.shape[:-1]) == tuple(labels.shape):
         raise UserError(
             f"{name}: cross-entropy takes the classes as the second dimension, and in outputs of shape "
             f"{tuple(outputs.shape)} for targets of shape {tuple(labels.shape)} they are the last; let the network "
             f"return outputs.transpose(1, 2) for outputs of three dimensions"
         )
+    shape = tuple(outputs.shape)
+    numbers = shape[0], *shape[2:]
+    if isinstance(labels, Tensor) and tuple(labels.shape) != (shape if labels.is_floating_point() else numbers):
+        advice = ""
+        if tuple(labels.shape) == shape:
+            advice = "; targets in one-hot coding become class numbers by targets.argmax(1)"
+        elif labels.numel() == math.prod(numbers):
+            advice = f"; targets.reshape({(-1, *numbers[1:])}) gives them this shape"
+        raise UserError(
+            f"{name}: for outputs of shape {shape} it needs class numbers (int64) of shape {numbers}, or "
+            f"probabilities of the classes, got targets of shape {tuple(labels.shape)} and type {labels.dtype}{advice}"
+        )
+    if data.classes:
+        return
     ignored, count = -100, outputs.shape[1]
     for split in data.splits:
         labels = getattr(data, f"{split}_labels")

@@ -269,8 +269,13 @@ def describe_failure(walk: Walk) -> str:
             f"difference of {measure.figure(densest.value - densest.dense, sign=True)} {measure.unit}"
         )
     ended = f"; {walk.end.reason}, and {'; '.join(walk.unknown)}" if walk.unknown else ""
-    margin = f"{100 * walk.known.margin:g} {'points' if measure.percent else '%'}"
-    return f"within: no ticket keeps the {measure.split} {measure.label} within {margin}; {fell}{ended}"
+    return f"within: no ticket keeps the {measure.split} {measure.label} within {name_margin(walk)}; {fell}{ended}"
+
+
+def name_margin(walk: Walk) -> str:
+    """Return the margin of a search as text: in points, or in percent of the dense network's value."""
+    points = walk.trials[-1][0].problem.measure.percent
+    return f"{100 * walk.known.margin:g} {'points' if points else '% of the dense value'}"
 
 
 def draw(walk: Walk) -> Chart:

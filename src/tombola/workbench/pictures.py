@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from tombola.errors import NothingStoredError, UserError, did_you_mean
 from tombola.files import check_output, write_output
+from tombola.own.functions import refer
 from tombola.store.layout import STORE
-from tombola.study.functions import refer
 from tombola.study.planner import Planner
 from tombola.study.schema import Study, presets
 from tombola.threads import one_thread

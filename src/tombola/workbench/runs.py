@@ -21,9 +21,9 @@ from tombola.hooks.hook import Hook
 from tombola.hooks.tell import check_hooks, tell_hooks
 from tombola.importance import NetworkScore
 from tombola.lottery.ticket import Ticket
+from tombola.own.functions import is_here
 from tombola.store.layout import STORE
 from tombola.store.store import Store
-from tombola.study.functions import is_here
 from tombola.study.planner import Chain, Planner
 from tombola.study.reinitialisation import plan
 from tombola.study.repeatable import check_repeatable

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from tombola.errors import UserError, did_you_mean
+from tombola.own.functions import refer
 from tombola.store.layout import STORE
 from tombola.store.store import Store
-from tombola.study.functions import refer
 from tombola.study.planner import Planner
 from tombola.study.schema import Study, load_study, override
 from tombola.study.task import load_problem

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from tombola.errors import NothingStoredError, UserError
 from tombola.lottery.ticket import Ticket
+from tombola.own.functions import refer
 from tombola.store.layout import STORE
-from tombola.study.functions import refer
 from tombola.study.planner import Chain, Planner
 from tombola.study.tickets import check_level
 from tombola.threads import one_thread

@@ -22,7 +22,7 @@ from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from tombola.errors import UserError, is_installed
-from tombola.study import code
+from tombola.own import code
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -56,7 +56,7 @@ def refer(value: Any, what: str) -> Any:
     >>> refer(math.sqrt, "importances"), refer("l1", "importances")
     ('math:sqrt', 'l1')
     >>> refer(lambda weights: weights**3, "importances").rpartition("-")[0]
-    'tombola.study.functions:<lambda>'
+    'tombola.own.functions:<lambda>'
     """
     if isinstance(value, str) or not (callable(value) or hasattr(value, "fingerprint")):
         return value
@@ -97,7 +97,7 @@ def is_here(reference: str) -> bool:
 
 
 def resolve(reference: str, what: str) -> Callable[..., Any]:
-    """Return the function that a reference names, see `tombola.study.code.resolve`.
+    """Return the function that a reference names, see `tombola.own.code.resolve`.
 
     Raises:
         UserError: if there is no such module or function, or if importing the module fails.
@@ -111,7 +111,7 @@ def source_hash(reference: str) -> str:
     """Return the SHA-256 of what determines the function that a reference names.
 
     For a function of a module, that is the source of the module and of what it imports from the user, see
-    `tombola.study.code.source_hash`. For one that only this process has, it is the compiled code of the function itself
+    `tombola.own.code.source_hash`. For one that only this process has, it is the compiled code of the function itself
     and the content of every function, class, module and constant that it uses.
 
     Raises:
