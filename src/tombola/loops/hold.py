@@ -24,6 +24,7 @@ _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 """The integers of so many bytes."""
 
 _Masked: TypeAlias = "list[tuple[nn.Parameter, _Pruned]]"
+_Place: TypeAlias = tuple[weakref.ref[nn.Module], str, nn.Parameter]
 
 
 class Hold:
@@ -102,11 +103,11 @@ def hold(model: nn.Module, mask: Mask, optimizer: Optimizer, *others: Optimizer)
         )
     check_equal_masks(model, mask)
     held = Hold(mask)
-    masked = list_masked(model, mask)
+    masked, places = list_masked(model, mask), _list_places(model, weights)
     for each in optimizers:
         own = _list_parameters([each])
         its = [(weight, pruned) for weight, pruned in masked if id(weight) in own]
-        held._hooks.append(each.register_step_pre_hook(_before_step(its, weakref.ref(model), mask)))
+        held._hooks.append(each.register_step_pre_hook(_before_step(its, places, weakref.ref(model), mask)))
         held._hooks.append(each.register_step_post_hook(_after_step(its, held)))
     for weight, pruned in masked:
         if weight.requires_grad:
@@ -176,15 +177,34 @@ class _ZeroGradient:
             self._pruned.zero(weight.grad)
 
 
-def _before_step(masked: _Masked, model: weakref.ref[nn.Module], mask: Mask) -> Callable[..., None]:
+def _before_step(
+    masked: _Masked, places: list[_Place], model: weakref.ref[nn.Module], mask: Mask
+) -> Callable[..., None]:
     @torch.no_grad()
     def hook(*_: object) -> None:
-        _check_not_replaced(model(), mask)
+        if not all(_is_there(*place) for place in places):
+            _check_not_replaced(model(), mask)
         for weight, pruned in masked:  # gradients that are not computed by autograd, as in FSDP2
             if weight.grad is not None:
                 pruned.zero(weight.grad)
 
     return hook
+
+
+def _list_places(model: nn.Module, weights: dict[str, nn.Parameter]) -> list[_Place]:
+    """Return where the held parameters are in a model, whose modules may be collected."""
+    held = {id(weight) for weight in weights.values()}
+    return [
+        (weakref.ref(module), name, weight)
+        for module in model.modules()
+        for name, weight in module._parameters.items()
+        if id(weight) in held and weight is not None
+    ]
+
+
+def _is_there(module: weakref.ref[nn.Module], name: str, weight: nn.Parameter) -> bool:
+    owner = module()
+    return owner is not None and owner._parameters.get(name) is weight
 
 
 def _check_not_replaced(model: nn.Module | None, mask: Mask) -> None:
