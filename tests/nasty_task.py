@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import builtins
+import hashlib
+import json
 import multiprocessing
 import os
+import signal
 import sys
 from collections.abc import Callable
 
@@ -200,8 +204,17 @@ SETTINGS: dict[str, tuple[Callable[[], object], str]] = {
     "device": (lambda: torch.set_default_device("meta"), "torch's default device from cpu to meta"),
     "grad": (lambda: torch.set_grad_enabled(False), "torch's grad mode from True to False"),
     "autocast": (lambda: torch.set_autocast_enabled("cpu", True), "torch's autocast from False to True"),
+    "determinism": (
+        lambda: torch.use_deterministic_algorithms(True),
+        "torch's choice of deterministic algorithms from False to True",
+    ),
+    "json": (lambda: setattr(json, "dumps", lambda *_, **__: "{}"), "Python's json.dumps, which would change what is"),
+    "open": (lambda: setattr(builtins, "open", lambda *_, **__: None), "Python's builtins.open, which"),
+    "hash": (lambda: setattr(hashlib, "sha256", hashlib.md5), "Python's hashlib.sha256, which"),
+    "ctrl-c": (lambda: signal.signal(signal.SIGINT, signal.SIG_IGN), "Python's answer to Ctrl-C"),
+    "alarm": (lambda: signal.alarm(1000), "an alarm of the process from False to True"),
 }
-"""Settings of torch that a user's code may change: name -> (function that does it, what is to be said)."""
+"""Settings that a user's code may change: name -> (function that does it, what is to be said)."""
 
 
 def model_that_sets(how: str) -> nn.Module:

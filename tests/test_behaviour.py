@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import warnings
 from collections.abc import Iterator
@@ -131,16 +132,26 @@ def test_a_worker_whose_network_computes_something_else_refuses_the_training(tmp
         perform(job, problem(), None, lambda *_: None)
 
 
-@pytest.mark.parametrize("content", [b"", b"[]", b'{"name": "x", "number": 0, "computes": [[1.0]]}'])
-def test_a_damaged_behaviour_is_found_and_nothing_is_trained_again_for_it(tmp_path: Path, content: bytes) -> None:
+def test_a_damaged_behaviour_is_found_and_nothing_is_trained_again_for_it(tmp_path: Path) -> None:
     before = keys(run_all(tmp_path))
     [path] = (tmp_path / "behaviours").iterdir()
-    path.write_bytes(content)
-    assert [(damage.kind, damage.name) for damage in list_damage(Store(tmp_path))] == [("behaviour", path.name)]
-    with pytest.raises(UserError, match="is damaged, so that it is not known whether its results are still valid"):
-        keys(planner(tmp_path))
+    sound = path.read_bytes()
+    other = json.loads(sound)
+    other["computes"][0][0] += 0.5
+    changed = json.dumps(other).encode()
+    for content in (b"", b"[]", b'{"name": "x", "number": 0, "computes": [[1.0]]}', changed):
+        path.write_bytes(content)
+        assert [(damage.kind, damage.name) for damage in list_damage(Store(tmp_path))] == [("behaviour", path.name)]
+        with pytest.raises(UserError, match="is damaged, so that it is not known whether its results are still valid"):
+            keys(planner(tmp_path))
     path.unlink()
     assert keys(planner(tmp_path)) == before
+    path.write_bytes(sound)
+    path.with_name(path.name.replace(".0.", ".00.")).write_bytes(b"")  # the name of no behaviour
+    assert keys(planner(tmp_path)) == before
+    del other["hash"]  # as earlier versions wrote it
+    path.write_bytes(json.dumps(other).encode())
+    assert not list(list_damage(Store(tmp_path)))
 
 
 def test_a_worker_that_scores_another_network_refuses_the_round(tmp_path: Path) -> None:

@@ -20,14 +20,27 @@ from tombola.analysis.frontier import chance_outside
 from tombola.cli.main import main
 from tombola.engine.run import run
 from tombola.engine.search import Budget, Walk, search
-from tombola.lottery.search import STRATEGIES, Ask, Candidate, End, Known, bisect, find_strategy, plan, race, step
+from tombola.lottery.search import (
+    SHARES,
+    STRATEGIES,
+    Ask,
+    Candidate,
+    End,
+    Known,
+    bisect,
+    find_strategy,
+    plan,
+    race,
+    step,
+)
 from tombola.store.store import Store
 from tombola.study.needs import list_needs
 from tombola.study.planner import Chain, Planner
 from tombola.study.schema import Study
 from tombola.study.task import load_problem
 from tombola.study.tickets import Tickets
-from tombola.workbench.find import conclude, read_budget, shorten
+from tombola.training.recipe import shorten
+from tombola.workbench.find import conclude, read_budget
 
 pytestmark = pytest.mark.xdist_group("find")  # one study for all
 
@@ -264,7 +277,7 @@ def test_a_dense_network_that_diverges_has_nothing_to_keep(tmp_path: Path) -> No
         walk(tmp_path / "s", of=study(["l1"], lr=1e30, rewind=0))
 
 
-def test_short_trainings_search_and_complete_ones_judge(tmp_path: Path) -> None:
+def test_short_trainings_search_and_complete_ones_judge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     of = study(["l1"], seeds=(0, 1), levels=4, rewind=0, iterations=10)
     own = planner(tmp_path / "s", of)
     scout = planner(tmp_path / "s", of.model_copy(update={"recipe": shorten(of.recipe, 0.5)}))
@@ -274,6 +287,8 @@ def test_short_trainings_search_and_complete_ones_judge(tmp_path: Path) -> None:
     steps = len(found.end.found.path)
     tried = sum(each.trial == 0 for each in found.tried)
     assert found.work == 0.5 * (1 + tried) + 2 * (1 + steps)
+    monkeypatch.setitem(SHARES, "short", 0.5)
+    assert {folder.name for folder in results(tmp_path / "s")} <= list_needs(Tickets(own)), "a collection keeps them"
 
 
 # verdicts

@@ -286,6 +286,12 @@ def test_a_server_that_cannot_be_reached_is_told_in_a_sentence(tmp_path: Path) -
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"^hooks: TensorBoard in \S+ cannot be written: NotADirectoryError: "):
         run(tmp_path / "store", tombola.hooks.tensorboard(tmp_path / "file" / "runs"), importances=["l1"])
+    for place, said in (
+        (tmp_path / "file", "FileExistsError"),
+        ("/proc", "(PermissionError|FileNotFoundError|OSError)"),
+    ):
+        with pytest.raises(UserError, match=rf"^hooks: TensorBoard in \S+ cannot be written: {said}: "):
+            run(tmp_path / "store", tombola.hooks.tensorboard(place), importances=["l1"])
     assert stored(tmp_path / "store") == {}
 
 

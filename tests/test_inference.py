@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from test_kernels import KINDS, LAYOUTS, SETS, WHOLE, WRONG, a_mask, assert_rounding, in_layout, needs_kernels
-from tombola import Mask, Ticket, Weights, kernels
+from tombola import Mask, Ticket, UserError, Weights, kernels
 from tombola.kernels import SparseConv2d, SparseLinear, layers
 from tombola.kernels.choice import MOST_FEW, choose_to_infer
 
@@ -172,6 +172,17 @@ def test_the_choice_is_of_layers_that_are_faster() -> None:
     assert choose_to_infer((16, 16, 3, 3), 0.2, 1)
     assert not choose_to_infer((64, 64, 1, 1), 0.3, 128)
     assert choose_to_infer((300, 784), 0.3, 128) == kernels.choose((300, 784), 0.3, 128)
+
+
+@pytest.mark.parametrize("batch_size", [0, -1, True, 1.5, "8", None, float("nan")])
+def test_what_is_no_batch_size_is_refused(batch_size: Any) -> None:
+    model = nn.Linear(2, 1)
+    ticket = Ticket(0, Mask.ones_like(model), Weights.of(model.state_dict()), trained=None)
+    with pytest.raises(UserError, match="batch_size: expected a whole number from 1 on, got "):
+        ticket.sparse(model, batch_size=batch_size, trained=False)
+    for no_model in (None, nn.Linear):
+        with pytest.raises(UserError, match=r"expected a model, which is a torch\.nn\.Module, got "):
+            ticket.sparse(no_model, trained=False)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("batch_size", [1, 8, 128])

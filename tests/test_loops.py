@@ -24,7 +24,7 @@ from torch.optim import Optimizer
 from processes import LONG, from_fork_server
 from tombola import Mask, Ticket, UserError, Weights, prune
 from tombola.importance import find, l1, magnitude
-from tombola.loops import Hold, hold, lightning_callback, release, rewind, snapshot, transformers_callback
+from tombola.loops import Hold, Snapshot, hold, lightning_callback, release, rewind, snapshot, transformers_callback
 from tombola.loops import prune as prune_model
 from tombola.loops.callbacks import LightningHooks, TransformersHooks
 from tombola.loops.shards import gather
@@ -618,7 +618,8 @@ def test_mistakes_of_a_hold() -> None:
            lambda: hold(model, mask, adamw(network())))  # fmt: skip
     refuse("expected an optimizer of torch.optim, or one that derives from it, got SimpleNamespace",
            lambda: hold(model, mask, SimpleNamespace()))  # type: ignore[arg-type] # fmt: skip
-    refuse("hold: expected a tombola.Mask, got dict", lambda: hold(model, dict(mask), optimizer))  # type: ignore[arg-type]
+    refuse("expected a tombola.Mask, got dict", lambda: hold(model, dict(mask), optimizer))  # type: ignore[arg-type]
+    refuse("expected a model, which is a torch.nn.Module, got str", lambda: hold("net", mask, optimizer))  # type: ignore[arg-type]
     assert equal(model, network())
     hold(model, mask, optimizer)
     refuse("the model is held already: end the earlier hold first", lambda: hold(model, mask, adamw(model)))
@@ -626,6 +627,31 @@ def test_mistakes_of_a_hold() -> None:
     release(model)
     with hold(model, mask, optimizer):
         pass
+
+
+def replace_layer(model: nn.Sequential) -> None:
+    model[3] = nn.Linear(10, 3)
+
+
+def replace_weight(model: nn.Sequential) -> None:
+    model.get_submodule("3").weight = nn.Parameter(torch.randn(3, 10))
+
+
+def replace_state(model: nn.Sequential) -> None:
+    model.load_state_dict(network().state_dict(), assign=True)
+
+
+@pytest.mark.parametrize("replace", [replace_layer, replace_weight, replace_state])
+def test_a_weight_that_is_replaced_after_the_hold_is_told_at_the_next_step(
+    replace: Callable[[nn.Sequential], None],
+) -> None:
+    model = network()
+    optimizer = adamw(model)
+    handle = hold(model, half(model), optimizer)
+    replace(model)
+    refuse(r"the model's weight '[03]\.weight' has been replaced by another parameter", optimizer.step)
+    handle.remove()
+    optimizer.step()
 
 
 def test_mistakes_of_rewinding() -> None:
@@ -644,6 +670,19 @@ def test_mistakes_of_rewinding() -> None:
            lambda: rewind(model, model.state_dict(), mask))  # type: ignore[arg-type] # fmt: skip
     few = snapshot(model, torch.optim.SGD(model[0].parameters()))
     refuse("the snapshot does not fit the optimizer: .*group", lambda: rewind(model, few, mask, optimizer))
+    groups = optimizer.state_dict()["param_groups"]
+    for wrong in ({}, [], {"state": {0: "x"}, "param_groups": groups}):
+        odd: Any = Snapshot(start.state, wrong)  # type: ignore[arg-type]
+        refuse("the snapshot does not fit the optimizer: ", partial(rewind, model, odd, mask, optimizer))
+    for state, said in [
+        (None, "expected tensors by name, got NoneType"),
+        ({1: torch.ones(2)}, "expected tensors by name, got dict"),
+        ({name: entry.to(torch.complex64) for name, entry in start.state.items()}, "'0.weight' has complex numbers"),
+    ]:
+        odd = Snapshot(state)  # type: ignore[arg-type]
+        refuse(f"the snapshot does not fit the model: {said}", partial(rewind, model, odd, mask))
+    refuse("the model's '0.weight' is on the device 'meta'", lambda: rewind(network().to("meta"), start, mask))
+    refuse("batches: expected pairs", lambda: prune_model(model, mask, l1, 0.2, batches=3))  # type: ignore[arg-type]
     assert equal(model, network())
     with hold(model, mask, optimizer):
         refuse("the model is held at another mask: end that hold first",

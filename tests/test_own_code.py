@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
+import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -25,6 +28,7 @@ from tombola.engine.job import Job, perform
 from tombola.engine.local import LocalWorkers
 from tombola.engine.run import run
 from tombola.errors import UserError
+from tombola.exits import attribute_failure
 from tombola.own.code import resolve, steady_source
 from tombola.pruning.mask import Mask
 from tombola.pruning.prune import prune
@@ -366,6 +370,12 @@ def one_thread() -> Iterator[None]:
 
 def settings() -> tuple[object, ...]:
     return (
+        json.dumps,
+        open,
+        hashlib.sha256,
+        signal.getsignal(signal.SIGINT),
+        signal.getitimer(signal.ITIMER_REAL),
+        torch.are_deterministic_algorithms_enabled(),
         torch.get_num_threads(),
         torch.get_default_dtype(),
         torch.get_default_device(),
@@ -402,6 +412,17 @@ def test_a_setting_that_a_module_changes_when_it_is_imported_is_restored(module:
     before = settings()
     assert resolve(f"{module.stem}:model", "task.model")().state_dict()["0.weight"].dtype == torch.float32
     assert settings() == before
+
+
+def test_code_that_closes_files_of_others_is_refused(tmp_path: Path) -> None:
+    """The files of this process are put aside meanwhile: those from the first free number on are closed."""
+    with (tmp_path / "first").open("w") as first:
+        number = first.fileno()
+    with (
+        pytest.raises(UserError, match=r"^my_module closed files that are not its own; close only what it has opened"),
+        attribute_failure("my_module"),
+    ):
+        os.closerange(number, number + 1)
 
 
 @pytest.mark.parametrize(("how", "name"), [("replace", "first.weight"), ("add", "added.weight")])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 import random
 import shutil
 import statistics
@@ -29,6 +30,7 @@ from tombola.cli import main
 from tombola.engine.machine import kind_here
 from tombola.engine.run import run
 from tombola.report.contents import gather
+from tombola.store.names import name_of
 from tombola.study.schema import presets
 from tombola.study.tickets import Tickets
 
@@ -278,6 +280,52 @@ def test_an_unfinished_study_is_no_reference(tmp_path: Path) -> None:
     assert str(caught.value) == f"a reference is made of a finished study: 10 of its trainings are not in {store} yet"
 
 
+def seal(text: str) -> str:
+    """Return the file of a reference with the hash of its content."""
+    lines = text.splitlines(keepends=True)
+    about = json.loads("".join(line[2:] for line in lines if line.startswith("#")))
+    before = about.pop("hash")
+    return text.replace(before, name_of([about, "".join(line for line in lines if not line.startswith("#"))]))
+
+
+@given(place=st.floats(0, 1, exclude_max=True), value=st.integers(1, 127))
+def test_a_changed_byte_never_gives_another_reference(place: float, value: int) -> None:
+    [found] = PUBLISHED
+    sound = (Path(reference.__file__).parent / "references" / f"{found.preset}.csv").read_bytes()
+    changed = bytearray(sound)
+    changed[int(place * len(sound))] ^= value
+    read, message = found, ""
+    try:
+        read = reference.read(found.preset, changed.decode())
+    except UnicodeDecodeError:
+        pass
+    except UserError as error:
+        message = str(error)
+    assert len(message) < 500
+    assert (read.about, read.tickets) == (found.about, found.tickets)
+
+
+@pytest.mark.parametrize("change", ["", "# []\n", "# {\n", "# " + "[" * 500, "a,b\n", "# {}\nimportance\n"])
+def test_what_is_no_reference_is_refused(change: str) -> None:
+    with pytest.raises(UserError, match=r"^the published reference of small is damaged \(.*\); install tombola again$"):
+        reference.read("small", change)
+
+
+@pytest.mark.parametrize("change", ["connections", "versions", "machines", "finished", "study"])
+def test_a_sealed_reference_of_another_shape_is_refused(change: str) -> None:
+    [found] = PUBLISHED
+    text = (Path(reference.__file__).parent / "references" / f"{found.preset}.csv").read_text()
+    with pytest.raises(UserError, match="is damaged"):
+        reference.read("digits", seal(text.replace(f'"{change}": ', f'"{change}": 0, "{change}2": ', 1)))
+
+
+def test_what_lies_in_the_place_of_a_reference_is_not_waited_for(tmp_path: Path) -> None:
+    path = tmp_path / "digits.csv"
+    os.mkfifo(path)
+    with pytest.raises(UserError, match=r"reference of digits is damaged \(it is not a regular file\)"):
+        reference._read_text(path)
+
+
 def test_diverged_trainings_collapsed_layers_and_other_data_orders_are_in_the_file(tmp_path: Path) -> None:
     of = study(levels=2, lr=1e30).model_copy(update={"data_seeds": (5,)})
     plan = planner(tmp_path, of)
@@ -292,7 +340,9 @@ def test_diverged_trainings_collapsed_layers_and_other_data_orders_are_in_the_fi
         f"l1,0,,0,{connections},,,,",
     ]
     changed = text.replace(lines[3], f"l1,0,,0,{connections},0.5,1.5,2.5,a.weight b.weight")
-    found = reference.read("small", changed)
+    with pytest.raises(UserError, match=r"reference of small is damaged .*: it does not match its hash"):
+        reference.read("small", changed)
+    found = reference.read("small", seal(changed))
     assert found.tickets[0] == rows(Tickets(plan))[0]
     assert found.tickets[0].diverged
     assert found.tickets[1] == Row("l1", 0, 0, 1.0, 0.5, connections, 2.5, False, ("a.weight", "b.weight"), 1.5)
@@ -310,6 +360,9 @@ def test_the_script_writes_the_file_of_a_finished_preset(
     monkeypatch.setattr(sys, "argv", ["write_reference.py", "digits", "--store", str(tmp_path / "nothing")])
     assert write_reference.main() == 2
     assert "124 of its trainings are not in" in capsys.readouterr().err
+    monkeypatch.setattr(sys, "argv", ["write_reference.py", "../digits"])
+    assert write_reference.main() == 2
+    assert "../digits: expected the name of a preset" in capsys.readouterr().err
 
 
 # The command line.

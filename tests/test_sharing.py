@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import tempfile
@@ -114,12 +115,21 @@ def test_a_run_says_that_it_has_waited_for_a_collection(tmp_path: Path, monkeypa
     assert status.notes == ["process 1 on a was removing results from the store; this run has waited for it"]
 
 
-def test_a_collection_removes_what_is_not_needed(tmp_path: Path) -> None:
+def forbid(path: Path, target: Path) -> None:
+    raise PermissionError(errno.EPERM, os.strerror(errno.EPERM), str(path))
+
+
+def test_a_collection_removes_what_is_not_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = tmp_path / "store"
     run_here(root)
     before = content(root)
     needed = {results(root)[0].name}
     planned = collect(Store(root), lambda: needed, remove=False)
+    assert content(root) == before
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", forbid)
+        with pytest.raises(UserError, match="cannot be removed: Operation not permitted"):
+            Store(root).remove(planned.removed[0])
     assert content(root) == before
     done = collect(Store(root), lambda: needed)
     assert done == planned

@@ -28,6 +28,12 @@ def test_a_new_study_is_valid_and_names_every_field(
     assert (found.task.model, found.task.dataset, found.levels) == ("mine:network", "mine:data", 10)
     text = Path("study.toml").read_text()
     assert all(f"{name.rpartition('.')[2]} = " in text for name, _, _ in fields(Study))
+    assert main(["init", "odd.toml", "--model", "mine:𝒳", "--dataset", 'mine:"\\']) == 0
+    odd = load_study("./odd.toml").task
+    assert (odd.model, odd.dataset) == ("mine:𝒳", 'mine:"\\')
+    for name in ("a\x7f:b", "a\nb", "\udcff:b"):
+        assert main(["init", "other.toml", "--model", name]) == 2
+        assert "expected a name without control characters" in capsys.readouterr().err
 
 
 def test_the_comments_of_a_new_study_are_its_default_values(tmp_path: Path) -> None:

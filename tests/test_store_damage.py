@@ -226,6 +226,41 @@ def test_damage_to_a_file_ends_no_verb_and_changes_no_number(
         assert not list((root / "claims").iterdir())
 
 
+def test_damaged_metrics_are_found_and_none_is_anothers(root: Path) -> None:
+    store, path = Store(root), files(root)["result.json"].with_name("metrics.json")
+    key, other = path.parent.name, next(each for each in store.results if each != path.parent.name)
+    found = {"test": {"f1": 0.5}}
+    for each in (key, other):
+        store.results.add_metrics(each, found)
+    sound, others = path.read_bytes(), store.results.folder(other).joinpath("metrics.json").read_bytes()
+    assert store.results.metrics(key) == found
+    forged = json.dumps({"hash": name_of([key, found]), "metrics": {"test": {"f1": 0.9}}}).encode()
+    for damage in (*DAMAGE.values(), lambda path: path.write_bytes(others), lambda path: path.write_bytes(forged)):
+        damage(path)
+        assert store.results.metrics(key) == {}
+        assert [(one.kind, one.name) for one in list_damage(store) if one.kind != "checkpoint"] == [("metrics", key)]
+        path.unlink() if not path.is_dir() or path.is_symlink() else path.rmdir()
+        path.write_bytes(sound)
+    assert store.results.metrics(key) == found
+
+
+def test_a_collection_for_a_study_of_which_the_store_has_nothing_is_refused(root: Path, say: Say) -> None:
+    before = list(Store(root).entries())
+    said = say("store", "gc", "--recipe.lr", "0.01")
+    assert said.status == 2
+    assert "small.toml: store tombola-store has nothing of this study" in said.err
+    assert list(Store(root).entries()) == before
+
+
+def test_results_whose_record_is_lost_are_kept_by_a_collection(root: Path, say: Say) -> None:
+    """They may be those of another analysis: nobody knows."""
+    paths = [folder / "record.json" for folder in results(root)]
+    for path in paths:
+        path.write_bytes(b"")
+    assert say("store", "gc", "--levels", "1").status == 0
+    assert [folder / "record.json" for folder in results(root)] == paths
+
+
 FOLDERS = ["results", "masks", "checkpoints", "runs", "claims", "tmp", "results/??", "results/??/*", "masks/??"]
 
 
@@ -321,10 +356,14 @@ RECORDS: list[Any] = [
     {"seconds_per_iteration": 1e300, "iterations": 10**30},
     {"finished": 3},
     {"finished": "\ud800"},
+    {"finished": "\x1b[31m"},
+    {"confirmed": [{"when": "\x9b31m"}]},
     {"iterations": 0.5},
     {"device": []},
     {"machine": []},
     {"machine": {"vendor": ["GenuineIntel"]}},
+    {"machine": {"vendor": "a\nb"}},
+    {"machine": {"other\x07": 3}},
     {"machine": {"versions": {"torch": ["2.6.0"]}}},
     {"machine": {"other": {"more": {"more": 3}}}},
     {"reinit": None},

@@ -35,7 +35,7 @@ from tombola.engine.run import run as run_trainings
 from tombola.engine.workers import Event, Failed, Workers
 from tombola.importance import Importance, Network, NetworkScore, Survivors, l1, magnitude, normalisation
 from tombola.importance.network_scores import taylor
-from tombola.own.functions import is_here, refer, resolve, source_hash
+from tombola.own.functions import ComputedNameWarning, is_here, refer, resolve, source_hash
 from tombola.store.store import Store
 from tombola.study.planner import Chain, Planner
 from tombola.study.schema import override
@@ -212,6 +212,22 @@ def test_an_edit_of_a_module_that_a_function_imports_when_it_is_called_changes_i
 def test_what_a_function_does_not_use_does_not_matter() -> None:
     one, other = (fresh("def f():\n    return 3\nunused = " + text)["f"] for text in ("1", "2"))
     assert source_hash(refer(one, "x")) == source_hash(refer(other, "x"))
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "eval('a')",
+        "globals()['a']",
+        "__import__('a' + 'b')",
+        "importlib.import_module('a' + 'b')",
+        "[exec('a') for _ in x]",
+    ],
+)
+def test_a_function_that_computes_names_is_told_of(body: str) -> None:
+    function = fresh(f"import importlib\ndef f(x):\n    return {body}")["f"]
+    with pytest.warns(ComputedNameWarning, match="task.model: f calls .*, and what it finds by that is not in the"):
+        refer(function, "task.model")
 
 
 def test_a_function_that_calls_itself() -> None:

@@ -12,7 +12,9 @@ from pathlib import Path
 
 from tombola.analysis import reference
 from tombola.cli.options import open_planner, study_options
-from tombola.errors import UserError
+from tombola.errors import DamagedResultError, UserError
+from tombola.files import write_output
+from tombola.study.schema import presets
 from tombola.study.tickets import Tickets
 
 FOLDER = Path(__file__).parents[1] / "src/tombola/analysis/references"
@@ -23,8 +25,10 @@ def main() -> int:
     options = study_options().parse_args()
     file = FOLDER / f"{options.study}.csv"
     try:
-        file.write_text(reference.write(Tickets(open_planner(options))), encoding="utf-8")
-    except UserError as error:
+        if options.study not in presets():
+            raise UserError(f"{options.study}: expected the name of a preset, one of {', '.join(presets())}")
+        write_output(file, reference.write(Tickets(open_planner(options))).encode())
+    except (UserError, DamagedResultError) as error:
         print(error, file=sys.stderr)
         return 2
     print(f"{file}: {file.stat().st_size} bytes")

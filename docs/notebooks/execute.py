@@ -25,7 +25,7 @@ def execute(path: Path) -> Iterator[tuple[dict[str, Any], list[dict[str, Any]]]]
         if cell["cell_type"] != "code":
             continue
         module = ast.parse("".join(cell["source"]), path.name)
-        last = module.body.pop() if isinstance(module.body[-1], ast.Expr) else None
+        last = module.body.pop() if module.body and isinstance(module.body[-1], ast.Expr) else None
         value, printed = None, io.StringIO()
         with contextlib.redirect_stdout(printed):
             exec(compile(module, path.name, "exec"), space)

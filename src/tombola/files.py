@@ -86,8 +86,8 @@ def write_atomically(path: Path, content: bytes, within: Path | None = None) -> 
                 os.unlink(temporary)
             raise
         sync_folder(path.parent)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written: {error.strerror or error}") from error
+    except (OSError, ValueError) as error:  # ValueError: the name has a null character
+        raise UserError(f"{path}: cannot be written: {getattr(error, 'strerror', None) or error}") from error
 
 
 _SOURCES = {".py", ".toml", ".ipynb"}

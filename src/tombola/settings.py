@@ -1,17 +1,41 @@
-"""Settings of torch that hold for a whole process or thread, so that a user's code must not leave them changed.
+"""Settings that hold for a whole process or thread, so that a user's code must not leave them changed.
 
-They decide the bits of every later computation: the number of threads, the types and the device of new tensors,
-whether gradients are computed, and autocast. This module does not import torch.
+Those of torch decide the bits of every later computation: the number of threads, the types and the device of new
+tensors, whether gradients are computed, and autocast. Those of Python decide what is stored, and whether a run can be
+stopped: functions that are replaced, an alarm, Ctrl-C, and files that are closed. This module does not import torch.
 """
 
 from __future__ import annotations
 
+import builtins
+import hashlib
+import json
+import os
+import signal
 import sys
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from functools import partial
+from types import ModuleType
+from typing import Any, TypeAlias
 
 from tombola.errors import UserError
+
+_FUNCTIONS: dict[str, tuple[ModuleType, str]] = {
+    f"Python's {module.__name__}.{name}": (module, name)
+    for module, names in {
+        builtins: ("open", "print"),
+        hashlib: ("sha256",),
+        json: ("dumps", "loads"),
+        os: ("fsync", "link", "rename", "replace", "unlink", "write"),
+    }.items()
+    for name in names
+}
+"""The functions with which results are named and stored."""
+
+_Setting: TypeAlias = tuple[Any, Callable[[Any], object]]
+"""The value of a setting, and a function that sets it."""
 
 
 @contextmanager
@@ -45,46 +69,79 @@ def refuse_settings(what: str) -> Iterator[None]:
     Traceback (most recent call last):
     tombola.errors.UserError: my_module changed torch's default type of numbers from torch.float32 to torch.float64...
     """
-    before = _read()
+    before, spare = _read(), _open_spare()
     try:
         yield
     finally:
+        spared = spare is None or _close(spare)
         changed = _restore(before)
+    if not spared:
+        raise UserError(f"{what} closed files that are not its own; close only what it has opened itself")
     if changed:
         raise UserError(
-            f"{what} changed torch's {changed}, which would change what is computed later; leave it as it is, or set "
+            f"{what} changed {changed}, which would change what is computed or stored later; leave it as it is, or set "
             "it back"
         )
 
 
-def _read() -> dict[str, Any]:
-    """Return the settings by name; none of them if torch is not imported."""
+def _open_spare() -> int | None:
+    """Open a file that nobody needs, and return its number; whoever closes it has closed others too."""
+    try:
+        return os.dup(2)
+    except OSError:  # standard error is closed, or there are too many files
+        return None
+
+
+def _close(handle: int) -> bool:
+    """Close a file; return whether it was open."""
+    try:
+        os.close(handle)
+    except OSError:
+        return False
+    return True
+
+
+def _read() -> dict[str, _Setting]:
+    """Return the settings by name; none of torch if it is not imported."""
+    found: dict[str, _Setting] = {
+        name: (getattr(module, function), partial(setattr, module, function))
+        for name, (module, function) in _FUNCTIONS.items()
+    }
+    if threading.current_thread() is threading.main_thread():  # no other thread can change these
+        if (handler := signal.getsignal(signal.SIGINT)) is not None:
+            found["Python's answer to Ctrl-C"] = handler, partial(signal.signal, signal.SIGINT)
+        alarm = signal.getitimer(signal.ITIMER_REAL)[0] > 0
+        found["an alarm of the process"] = alarm, lambda _: signal.setitimer(signal.ITIMER_REAL, 0)
     torch: Any = sys.modules.get("torch")
     if not hasattr(torch, "get_default_device"):  # not imported, or only in part
-        return {}
-    return {
-        "number of threads": torch.get_num_threads(),
-        "default type of numbers": torch.get_default_dtype(),
-        "default device": torch.get_default_device(),
-        "grad mode": torch.is_grad_enabled(),
-        "autocast": torch.is_autocast_enabled("cpu"),
+        return found
+    return found | {
+        "torch's number of threads": (torch.get_num_threads(), torch.set_num_threads),
+        "torch's default type of numbers": (torch.get_default_dtype(), torch.set_default_dtype),
+        "torch's default device": (
+            torch.get_default_device(),
+            lambda device: torch.set_default_device(None if device.type == "cpu" else device),
+        ),
+        "torch's grad mode": (torch.is_grad_enabled(), torch.set_grad_enabled),
+        "torch's autocast": (
+            torch.is_autocast_enabled("cpu"),
+            lambda enabled: torch.set_autocast_enabled("cpu", enabled),
+        ),
+        "torch's choice of deterministic algorithms": (
+            torch.are_deterministic_algorithms_enabled(),
+            torch.use_deterministic_algorithms,
+        ),
     }
 
 
-def _restore(before: dict[str, Any]) -> str:
+def _restore(before: dict[str, _Setting]) -> str:
     """Restore the settings; return how the first of those that were changed had changed, or an empty text."""
     after = _read()
-    changed = [name for name, value in before.items() if after[name] != value]
+    changed = [name for name, (value, _) in before.items() if name in after and after[name][0] != value]
+    for name in changed:
+        value, set_value = before[name]
+        set_value(value)
     if not changed:
         return ""
-    torch: Any = sys.modules["torch"]
-    set_value = {
-        "number of threads": torch.set_num_threads,
-        "default type of numbers": torch.set_default_dtype,
-        "default device": lambda device: torch.set_default_device(None if device.type == "cpu" else device),
-        "grad mode": torch.set_grad_enabled,
-        "autocast": lambda enabled: torch.set_autocast_enabled("cpu", enabled),
-    }
-    for name in changed:
-        set_value[name](before[name])
-    return f"{changed[0]} from {before[changed[0]]} to {after[changed[0]]}"
+    first, (old, _), (new, _) = changed[0], before[changed[0]], after[changed[0]]
+    return first if callable(old) or isinstance(old, signal.Handlers) else f"{first} from {old} to {new}"

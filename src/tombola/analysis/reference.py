@@ -1,7 +1,8 @@
 """References: accuracies to compare a study's with, those of the paper and those that tombola has published.
 
 A published reference is a file `references/PRESET.csv` of this package. `write` makes it of the finished study of a
-preset: a JSON document about the study in lines that begin with `#`, then one line for each ticket.
+preset: a JSON document about the study in lines that begin with `#`, then one line for each ticket. The document has
+the hash of all the rest, so that a file that was changed is refused.
 """
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import resources
+from importlib.resources.abc import Traversable
 from operator import attrgetter
+from pathlib import Path
 from typing import Any
 
 import polars as pl
@@ -22,7 +25,10 @@ from scipy import special
 from tombola.analysis.accuracy import Row, of_test_accuracy, row_of, rows, summarise
 from tombola.engine.machine import count_kinds
 from tombola.engine.run import count_remaining
-from tombola.errors import NothingStoredError, UserError
+from tombola.errors import NothingStoredError, UserError, describe_exception
+from tombola.files import read_regular
+from tombola.store.documents import LARGEST, parse_json
+from tombola.store.names import name_of
 from tombola.study.schema import Study, fields, load_study, presets
 from tombola.study.tickets import Tickets
 from tombola.training.metrics import ACCURACY
@@ -250,7 +256,6 @@ def write(tickets: Tickets) -> str:
         "finished": [times[0], times[-1]],
     }
     out = io.StringIO()
-    out.writelines(f"# {line}\n" for line in json.dumps(about, indent=1).splitlines())
     lines = csv.writer(out, lineterminator="\n")
     lines.writerow(_COLUMNS)
     importances = tickets.study.importances
@@ -260,17 +265,35 @@ def write(tickets: Tickets) -> str:
             order = "" if chain.data_seed is None else chain.data_seed
             losses = (row.test_accuracy, row.train_loss, row.test_loss)
             lines.writerow([row.importance, row.seed, order, row.level, row.alive, *losses, " ".join(row.collapsed)])
-    return out.getvalue()
+    about["hash"] = name_of([about, out.getvalue()])
+    return "".join(f"# {line}\n" for line in json.dumps(about, indent=1).splitlines()) + out.getvalue()
 
 
 def read(preset: str, text: str) -> Reference:
     """Return the reference of a preset from the text of its file, which `write` has made.
 
     The tickets with other data orders are in the file, but not in the reference.
+
+    Raises:
+        UserError: if it was changed or damaged since then.
     """
+    try:
+        return _read(preset, text)
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise _damaged(preset, describe_exception(error)) from error
+
+
+def _damaged(preset: str, why: str) -> UserError:
+    return UserError(f"the published reference of {preset} is damaged ({why}); install tombola again")
+
+
+def _read(preset: str, text: str) -> Reference:
     lines = text.splitlines()
-    about = json.loads("".join(line.removeprefix("# ") for line in lines if line.startswith("#")))
-    table = csv.DictReader(line for line in lines if not line.startswith("#"))
+    about = parse_json("".join(line.removeprefix("# ") for line in lines if line.startswith("#")))
+    rows_of = [line for line in lines if not line.startswith("#")]
+    if about.pop("hash") != name_of([about, "".join(f"{line}\n" for line in rows_of)]):
+        raise ValueError("it does not match its hash")
+    table = csv.DictReader(rows_of)
     found = tuple(_read_row(line, about["connections"]) for line in table if not line["data_seed"])
     versions = " and ".join(f"{name} {', '.join(about['versions'][name])}" for name in ("tombola", "torch"))
     source = f"{preset} by {versions} on {', '.join(about['machines'])}, finished on {about['finished'][-1][:10]}"
@@ -309,7 +332,16 @@ def _published() -> tuple[Reference, ...]:
     """Return the references of this package, by the names of their presets."""
     folder = resources.files("tombola.analysis").joinpath("references")
     files = sorted((file for file in folder.iterdir() if file.name.endswith(".csv")), key=attrgetter("name"))
-    return tuple(read(file.name.removesuffix(".csv"), file.read_text(encoding="utf-8")) for file in files)
+    return tuple(read(file.name.removesuffix(".csv"), _read_text(file)) for file in files)
+
+
+def _read_text(file: Traversable) -> str:
+    """Return the text of a file of this package; nothing but a regular file is read."""
+    try:
+        return read_regular(Path(str(file)), LARGEST).decode()
+    except (OSError, ValueError) as error:
+        why = getattr(error, "strerror", None) or str(error)
+        raise _damaged(file.name.removesuffix(".csv"), why) from error
 
 
 @cache

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tombola.cli.options import Verbs
-from tombola.errors import UserError
+from tombola.errors import UserError, shorten
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -52,6 +52,9 @@ def init(options: argparse.Namespace) -> int:
         raise UserError(f"{path}: the name of a study file ends in .toml")
     if os.path.lexists(path):
         raise UserError(f"{path}: exists already; name another file, or remove it")
+    for option, name in (("--model", options.model), ("--dataset", options.dataset)):
+        if not name.isprintable():
+            raise UserError(f"{option} {shorten(name)!a}: expected a name without control characters")
     written = _WRITTEN | {"task.dataset": options.dataset, "task.model": options.model}
     write_atomically(path, "\n".join(_list_lines(Study, written)).encode())
     modules = dict.fromkeys(name.partition(":")[0] for name in (options.model, options.dataset) if ":" in name)
@@ -95,4 +98,4 @@ def _to_toml(value: Any) -> str:
         return "..."
     if isinstance(value, Mapping):
         return "{" + ", ".join(f"{json.dumps(key)} = {_to_toml(each)}" for key, each in value.items()) + "}"
-    return json.dumps(list(value) if isinstance(value, tuple) else value)
+    return json.dumps(list(value) if isinstance(value, tuple) else value, ensure_ascii=False)

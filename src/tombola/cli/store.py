@@ -165,7 +165,7 @@ def _print_totals(found: list[Entry]) -> None:
 
 
 def check(options: argparse.Namespace) -> int:
-    """Read all results, masks, checkpoints, records and claims; the exit status is 1 if anything is damaged.
+    """Read all files of the store; the exit status is 1 if anything is damaged.
 
     Files that do not belong to the store are listed, and do not change the exit status: nothing reads them.
     """
@@ -184,8 +184,8 @@ def check(options: argparse.Namespace) -> int:
         show_table(["kind", "name", "damage"], lines, options.format)
         return 1 if damaged else 0
     for one in damaged:
-        name = one.name[:12] if one.kind in ("result", "record", "mask", "checkpoint", "claim") else one.name
-        print(f"{one.kind} {name} is damaged: {one.reason}")
+        name = one.name[:12] if one.kind in ("result", "record", "metrics", "mask", "checkpoint", "claim") else one.name
+        print(f"{one.kind} {name} {'are' if one.kind == 'metrics' else 'is'} damaged: {one.reason}")
     kinds = {one.kind for one in damaged}
     cures = [cure for kind, cure in _CURES.items() if kind in kinds]
     print(f"{len(found)} results, masks and checkpoints read, {size(sum(one.bytes for one in found))}: ", end="")
@@ -201,6 +201,7 @@ _CURES = {
     "checkpoint": _AGAIN,
     "behaviour": "results of this network are not used until the file is restored",
     "record": "`tombola verify` repeats a training and begins a new record",
+    "metrics": "`tombola results` computes metrics again where a study names them",
     "run": _GONE,
     "claim": _GONE,
     "folder": "remove what lies in the place of a folder",
@@ -221,12 +222,21 @@ def gc(options: argparse.Namespace) -> int:
 
     def list_all_needs() -> set[str]:
         try:
-            return set().union(*(list_needs(Tickets(planner)) for planner in planners))
+            needs = [list_needs(Tickets(planner)) for planner in planners]
         except DamagedResultError as damage:
             raise UserError(
                 f"store {store.root}: {damage}; repair it first with `tombola run`, "
                 f"or the results that follow it in its chain would be removed"
             ) from damage
+        there = {entry.name for entry in store.entries()}
+        for one, needed in zip(named, needs, strict=True):
+            if there and not there & needed:
+                raise UserError(
+                    f"{one.study}: store {store.root} has nothing of this study, so if its code or data have changed, "
+                    "all of its results would be removed; run it first, or leave it out"
+                )
+        lost = {key for key in store.results if not store.results.record(key)}  # which verb asked for it is not known
+        return lost.union(*needs)
 
     found = collect(store, list_all_needs, remove=not options.dry_run)
     if options.format != "table":

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -31,6 +33,7 @@ def tensorboard(folder: str | Path) -> _Writer:
 
     def prepare() -> None:
         Path(folder).mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()  # an error, if the folder cannot be written to
 
     def open_run(chain: Chain) -> _Run:
         writer = SummaryWriter(str(Path(folder) / _name(chain)))
@@ -65,8 +68,9 @@ def mlflow(uri: str, experiment: str = "tombola") -> _Writer:
     def prepare() -> None:
         nonlocal client, place
         client = MlflowClient(tracking_uri=uri)
-        found = client.get_experiment_by_name(experiment)
-        place = client.create_experiment(experiment) if found is None else found.experiment_id
+        with _few_tries():
+            found = client.get_experiment_by_name(experiment)
+            place = client.create_experiment(experiment) if found is None else found.experiment_id
 
     def open_run(chain: Chain) -> _Run:
         run = client.create_run(place, run_name=_name(chain)).info.run_id
@@ -80,6 +84,22 @@ def mlflow(uri: str, experiment: str = "tombola") -> _Writer:
         return log, lambda status: client.set_terminated(run, status)
 
     return _Writer(f"MLflow at {uri}", prepare, open_run)
+
+
+_TRIES = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
+"""What MLflow tries by default takes four minutes, and 14 if nothing answers: too long before a run."""
+
+
+@contextmanager
+def _few_tries() -> Iterator[None]:
+    """Let MLflow give up soon, unless the user has said how often and how long it tries."""
+    ours = {name: value for name, value in _TRIES.items() if name not in os.environ}
+    os.environ.update(ours)
+    try:
+        yield
+    finally:
+        for name in ours:
+            os.environ.pop(name, None)
 
 
 _Run = tuple[Callable[[str, float, int], None], Callable[[str], None]]

@@ -13,7 +13,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from tombola.errors import UserError
 from tombola.loops.shards import check_equal_masks, is_sharded, own_part, pruned_part
-from tombola.pruning.fit import find_weights
+from tombola.pruning.fit import find_weights, match_names
 from tombola.pruning.mask import Mask
 
 _HELD: Any = WeakIdKeyDictionary()
@@ -24,6 +24,7 @@ _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 """The integers of so many bytes."""
 
 _Masked: TypeAlias = "list[tuple[nn.Parameter, _Pruned]]"
+_Place: TypeAlias = tuple[weakref.ref[nn.Module], str, nn.Parameter]
 
 
 class Hold:
@@ -81,7 +82,8 @@ def hold(model: nn.Module, mask: Mask, optimizer: Optimizer, *others: Optimizer)
 
     Raises:
         UserError: if the mask does not fit the model, if no optimizer has a weight of the mask that is trained, if the
-            model is held already, or if the processes that train the model have different masks.
+            model is held already, or if the processes that train the model have different masks; later, at a step, if
+            a weight of the model has been replaced by another parameter.
 
     >>> model = nn.Linear(2, 1, bias=False)
     >>> mask = Mask.from_tensors({"weight": torch.tensor([[True, False]])})
@@ -92,8 +94,6 @@ def hold(model: nn.Module, mask: Mask, optimizer: Optimizer, *others: Optimizer)
     >>> model.weight[0, 1].item(), model.weight.grad.tolist()
     (0.0, [[4.0, 0.0]])
     """
-    if not isinstance(mask, Mask):
-        raise UserError(f"hold: expected a tombola.Mask, got {type(mask).__name__}")
     weights = find_weights(model, mask)
     optimizers = [unwrap_optimizer(each) for each in (optimizer, *others)]
     _check_optimizers(optimizers, weights)
@@ -103,11 +103,11 @@ def hold(model: nn.Module, mask: Mask, optimizer: Optimizer, *others: Optimizer)
         )
     check_equal_masks(model, mask)
     held = Hold(mask)
-    masked = list_masked(model, mask)
+    masked, places = list_masked(model, mask), _list_places(model, weights)
     for each in optimizers:
         own = _list_parameters([each])
         its = [(weight, pruned) for weight, pruned in masked if id(weight) in own]
-        held._hooks.append(each.register_step_pre_hook(_before_step(its)))
+        held._hooks.append(each.register_step_pre_hook(_before_step(its, places, weakref.ref(model), mask)))
         held._hooks.append(each.register_step_post_hook(_after_step(its, held)))
     for weight, pruned in masked:
         if weight.requires_grad:
@@ -177,14 +177,45 @@ class _ZeroGradient:
             self._pruned.zero(weight.grad)
 
 
-def _before_step(masked: _Masked) -> Callable[..., None]:
+def _before_step(
+    masked: _Masked, places: list[_Place], model: weakref.ref[nn.Module], mask: Mask
+) -> Callable[..., None]:
     @torch.no_grad()
     def hook(*_: object) -> None:
+        if not all(_is_there(*place) for place in places):
+            _check_not_replaced(model(), mask)
         for weight, pruned in masked:  # gradients that are not computed by autograd, as in FSDP2
             if weight.grad is not None:
                 pruned.zero(weight.grad)
 
     return hook
+
+
+def _list_places(model: nn.Module, weights: dict[str, nn.Parameter]) -> list[_Place]:
+    """Return where the held parameters are in a model, whose modules may be collected."""
+    held = {id(weight) for weight in weights.values()}
+    return [
+        (weakref.ref(module), name, weight)
+        for module in model.modules()
+        for name, weight in module._parameters.items()
+        if id(weight) in held and weight is not None
+    ]
+
+
+def _is_there(module: weakref.ref[nn.Module], name: str, weight: nn.Parameter) -> bool:
+    owner = module()
+    return owner is not None and owner._parameters.get(name) is weight
+
+
+def _check_not_replaced(model: nn.Module | None, mask: Mask) -> None:
+    """Raise `UserError` if a held parameter of the model has been replaced by another, which is not held."""
+    parameters = {} if model is None else dict(model.named_parameters(remove_duplicate=False))
+    for name, known in match_names(mask, parameters).items():
+        if not is_sharded(parameters[known]) and _hold_of(parameters[known]) is None:
+            raise UserError(
+                f"the model's weight {name!r} has been replaced by another parameter, whose pruned connections are not "
+                "held; make a new optimizer, and hold the model again"
+            )
 
 
 def _after_step(masked: _Masked, held: Hold) -> Callable[..., None]:

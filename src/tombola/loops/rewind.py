@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from tombola.errors import UserError
+from tombola.errors import UserError, describe_exception, short
 from tombola.importance import Importance, NetworkScore, Normalisation, as_importance
 from tombola.loops.hold import held_mask, list_masked, unwrap_optimizer, zero_masked
 from tombola.loops.shards import check_equal_masks, gather, is_sharded
@@ -142,6 +142,8 @@ def prune(
     {'weight': 7}
     """
     importance = as_importance(importance)
+    if not isinstance(batches, Iterable):
+        raise UserError(f"batches: expected pairs (inputs, labels), got {short(batches)}")
     found = pruning.prune(
         {name: gather(weight) for name, weight in find_weights(model, mask).items()},
         mask,
@@ -196,7 +198,10 @@ def _prepare_scoring(
 
 
 def _load_optimizer(optimizer: Optimizer, state: Mapping[str, Any]) -> None:
+    values = state.get("state") if isinstance(state, Mapping) else None
+    if not isinstance(values, Mapping) or not all(isinstance(each, Mapping) for each in values.values()):
+        raise UserError("the snapshot does not fit the optimizer: it does not have the state of one")
     try:
         optimizer.load_state_dict(copy.deepcopy(dict(state)))
-    except ValueError as error:
-        raise UserError(f"the snapshot does not fit the optimizer: {error}") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"the snapshot does not fit the optimizer: {describe_exception(error)}") from error

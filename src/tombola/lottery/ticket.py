@@ -6,6 +6,7 @@ import copy
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from numbers import Integral
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -82,7 +83,8 @@ class Ticket:
             trained: whether to take the trained weights; otherwise the rewound ones.
 
         Raises:
-            UserError: if the ticket does not fit the model, or if the trained state is not known.
+            UserError: if the ticket does not fit the model, if the batch size is no whole number from 1 on, or if the
+                trained state is not known.
 
         Warns:
             NoKernelsWarning: if tombola was installed without its compiled kernels; then all layers stay dense.
@@ -98,8 +100,11 @@ class Ticket:
         >>> torch.allclose(fast(inputs), model(inputs), atol=1e-5)
         True
         """
-        found = copy.deepcopy(model).cpu()
+        if isinstance(batch_size, bool) or not isinstance(batch_size, Integral) or batch_size < 1:
+            raise UserError(f"batch_size: expected a whole number from 1 on, got {short(batch_size)}")
+        found = copy.deepcopy(model)
         self.apply(found, trained=trained)
+        found = found.cpu()
         kernels.warn_if_missing()
         return kernels.sparsify_to_infer(found, self.mask.load(), batch_size).requires_grad_(False)
 

@@ -15,6 +15,7 @@ import hashlib
 import importlib.util
 import sys
 import types
+import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from enum import Enum
@@ -171,6 +172,7 @@ def _describe(value: Any, what: str, seen: _Seen) -> Iterator[bytes]:
         yield f":{value.__qualname__}".encode()
     elif isinstance(value, types.FunctionType):
         used = dict(_list_used(value))
+        _warn_of_computed_names(value, what)
         yield f"{kind} of {len(used)}".encode()
         yield from _describe((value.__code__, value.__defaults__, value.__kwdefaults__), what, seen)
         for name, each in used.items():
@@ -358,6 +360,26 @@ def _list_imports(function: types.FunctionType) -> Iterator[str]:
                 with contextlib.suppress(ImportError):  # a relative import in a script, which will fail
                     base = importlib.util.resolve_name(dots + step.argval, package)
                     yield from (base, *(f"{base}.{name}" for name in names.argval or ()))
+
+
+class ComputedNameWarning(UserWarning):
+    """A function uses something under a name that it computes, so that the identity of the function is without it."""
+
+
+_COMPUTE_NAMES = {"eval", "exec", "globals", "__import__", "import_module"}
+"""The functions with which code finds something whose name does not stand in it."""
+
+
+def _warn_of_computed_names(function: types.FunctionType, what: str) -> None:
+    steps = (step for each in code.list_codes(function.__code__) for step in dis.get_instructions(each))
+    loads = {step.argval for step in steps if step.opname in ("LOAD_GLOBAL", "LOAD_NAME", "LOAD_ATTR", "LOAD_METHOD")}
+    if found := sorted(loads & _COMPUTE_NAMES - function.__globals__.keys() | loads & {"import_module"}):
+        warnings.warn(
+            f"{what}: {function.__name__} calls {found[0]}, and what it finds by that is not in the names of its "
+            "trainings; name what it uses directly, or in task.depends",
+            ComputedNameWarning,
+            stacklevel=2,
+        )
 
 
 def _list_used(function: types.FunctionType) -> Iterable[tuple[str, Any]]:

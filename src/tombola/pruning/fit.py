@@ -51,12 +51,17 @@ def find_weights(model: nn.Module, mask: Mask) -> dict[str, nn.Parameter]:
     """Return the parameter of a model that each layer of a mask is about, by the mask's names.
 
     Raises:
-        UserError: if the mask belongs to another network; the message says which layers differ and how.
+        UserError: if there is no model or no mask, or if the mask belongs to another network; the message says which
+            layers differ and how.
 
     >>> model = nn.DataParallel(nn.Linear(2, 1))
     >>> find_weights(model, Mask.ones_like(nn.Linear(2, 1)))["weight"] is model.module.weight
     True
     """
+    if not isinstance(model, nn.Module):
+        raise UserError(f"expected a model, which is a torch.nn.Module, got {type(model).__name__}")
+    if not isinstance(mask, Mask):
+        raise UserError(f"expected a tombola.Mask, got {type(mask).__name__}")
     parameters = dict(model.named_parameters(remove_duplicate=False))
     names = match_names(mask, parameters)
     there = {name: shape_of(parameters[known]) for name, known in names.items()}
@@ -74,13 +79,28 @@ def fit_state(model: nn.Module, state: Mapping[str, Tensor], what: str) -> dict[
         what: what the state is called in a message, such as `the ticket`.
 
     Raises:
-        UserError: if the state belongs to another network; the message says which entries differ and how.
+        UserError: if there is no model or no state, if the model has no memory for its weights, or if the state
+            belongs to another network; the message says which entries differ and how.
     """
+    if not isinstance(model, nn.Module):
+        raise UserError(f"expected a model, which is a torch.nn.Module, got {type(model).__name__}")
+    if not isinstance(state, Mapping) or not all(isinstance(name, str) for name in state):
+        raise UserError(f"{what} does not fit the model: expected tensors by name, got {type(state).__name__}")
     own = model.state_dict()
+    if away := [name for name, entry in own.items() if isinstance(entry, Tensor) and entry.is_meta]:
+        raise UserError(
+            f"the model's {away[0]!r} is on the device 'meta', which has no memory; give the model memory first, with "
+            "model.to_empty(device='cpu')"
+        )
     names = match_names(state, own)
     there = {name: shape_of(own[known]) for name, known in names.items()}
     differences = list(_list_missing({name: shape_of(entry) for name, entry in state.items()}, there, ""))
     differences += [f"it lacks {name!r}, which the model has" for name in own if name not in names.values()]
+    differences += [
+        f"{name!r} has complex numbers, the model has real ones"
+        for name, known in names.items()
+        if isinstance(state[name], Tensor) and state[name].is_complex() and not own[known].is_complex()
+    ]
     if differences:
         raise UserError(f"{what} does not fit the model: {_shorten(differences)}")
     return {names[name]: entry for name, entry in state.items()}

@@ -11,10 +11,10 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, StrictFloat, StrictInt, StrictStr
 
 from tombola.errors import UserError
-from tombola.files import write_durably
+from tombola.files import write_atomically, write_durably
 from tombola.store.documents import describe, read_document
 from tombola.store.layout import list_files, temporary_folder
-from tombola.store.names import canonical
+from tombola.store.names import canonical, name_of
 from tombola.training.behaviour import Behaviour
 
 
@@ -56,7 +56,7 @@ class Behaviours:
             UserError: if it cannot be written.
         """
         path = self._root / "behaviours" / f"{name}.{number}.json"
-        document = canonical({"name": name, "number": number, "computes": numbers})
+        document = canonical({"name": name, "number": number, "computes": numbers, "hash": name_of(numbers)})
         try:
             path.parent.mkdir(exist_ok=True)
             with tempfile.NamedTemporaryFile(dir=temporary_folder(self._root)) as unfinished:
@@ -68,7 +68,7 @@ class Behaviours:
                 except OSError as error:
                     if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EMLINK):
                         raise
-                    path.write_bytes(document)  # a file system without hard links
+                    write_atomically(path, document, temporary_folder(self._root))  # there are no hard links
         except OSError as error:
             raise UserError(f"{path}: cannot be written: {error.strerror or error}") from error
         return True
@@ -83,19 +83,22 @@ class Behaviours:
 
 
 class _Document(BaseModel):
-    """The schema of a behaviour."""
+    """The schema of a behaviour; earlier versions wrote no hash of what is computed."""
 
     model_config = ConfigDict(extra="forbid")
 
     name: StrictStr
     number: StrictInt
     computes: tuple[tuple[StrictFloat | None, ...], ...]
+    hash: StrictStr | None = None
 
 
 def _read(path: Path) -> Behaviour:
     document = _Document.model_validate(read_document(path))
     if path.name != f"{document.name}.{document.number}.json":
         raise ValueError(f"it holds what another network computes, {document.name[:12]}")
+    if document.hash not in (None, name_of(document.computes)):
+        raise ValueError("it does not match its hash")
     return document.computes
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from tombola.errors import DamagedResultError, UserError
 from tombola.store.claims import check_claims
-from tombola.store.documents import describe, read_record
+from tombola.store.documents import describe, read_metrics, read_record
 from tombola.store.layout import list_no_folders
 from tombola.store.store import Entry, Store
 
@@ -17,8 +18,8 @@ class Damage:
     """What is wrong with one part of a store.
 
     Args:
-        kind: "result", "mask", "checkpoint", "behaviour", "record", "run", "claim" or "folder".
-        name: the name of the part; a record has the name of its result, a folder its path in the store.
+        kind: "result", "mask", "checkpoint", "behaviour", "record", "metrics", "run", "claim" or "folder".
+        name: the name of the part; a record and metrics have the name of their result, a folder its path in the store.
         reason: what is wrong with it.
     """
 
@@ -28,7 +29,7 @@ class Damage:
 
 
 def list_damage(store: Store) -> Iterator[Damage]:
-    """Read every result, mask, checkpoint, behaviour, record and claim of a store, and yield what is damaged.
+    """Read all results, masks, checkpoints, behaviours, records, metrics and claims of a store; yield what is damaged.
 
     >>> import pathlib, tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -40,8 +41,11 @@ def list_damage(store: Store) -> Iterator[Damage]:
     for entry in store.entries():
         if reason := _check_entry(store, entry):
             yield Damage(entry.kind, entry.name, reason)
-        if entry.kind == "result" and (reason := _check_record(store, entry)):
-            yield Damage("record", entry.name, reason)
+        if entry.kind == "result" and entry.path.is_dir():
+            if reason := _check_record(entry):
+                yield Damage("record", entry.name, reason)
+            if reason := _check_metrics(entry):
+                yield Damage("metrics", entry.name, reason)
     for name, reason in store.behaviours.check():
         yield Damage("behaviour", name, reason)
     for path, reason in check_claims(store.root):
@@ -62,11 +66,19 @@ def _check_entry(store: Store, entry: Entry) -> str | None:
     return None
 
 
-def _check_record(store: Store, entry: Entry) -> str | None:
-    if not entry.path.is_dir():
-        return None
+def _check_record(entry: Entry) -> str | None:
     try:
-        read_record(store.results.folder(entry.name) / "record.json")
+        read_record(entry.path / "record.json")
     except (OSError, ValueError) as error:
         return f"it is lost: {describe(error)}"
+    return None
+
+
+def _check_metrics(entry: Entry) -> str | None:
+    path = entry.path / "metrics.json"
+    try:
+        if os.path.lexists(path):
+            read_metrics(path, entry.name)
+    except (OSError, ValueError) as error:
+        return f"they are computed again: {describe(error)}"
     return None

@@ -101,7 +101,7 @@ class Claims:
             self.release(key)
         with contextlib.suppress(OSError):
             self._file.unlink()
-        os.close(self._handle)
+            os.close(self._handle)  # code of the user may have closed all files
 
     def take(self, key: str) -> bool:
         """Claim a training; return whether this process has the claim."""

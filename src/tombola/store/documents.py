@@ -12,6 +12,7 @@ from typing import Annotated, Any, BinaryIO, NoReturn, TypeAlias
 from pydantic import BaseModel, ConfigDict, Field, StrictInt, StrictStr, ValidationError
 
 from tombola.files import IrregularFileError, open_regular, read_regular
+from tombola.store.names import name_of
 from tombola.training.history import HistoryDocument
 
 LARGEST = 2**24
@@ -142,7 +143,8 @@ class _Header(BaseModel):
 _Size: TypeAlias = Annotated[int, Field(strict=True, ge=0, lt=2**63)]
 _Hash: TypeAlias = Annotated[str, Field(strict=True, pattern=r"^[0-9a-f]{64}$")]
 _Seconds: TypeAlias = Annotated[float, Field(strict=True, ge=0, lt=1e12)]
-_Scalar: TypeAlias = str | int | float | bool | None
+_Text: TypeAlias = Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f-\x9f]*$")]  # it is printed: no control characters
+_Scalar: TypeAlias = _Text | int | float | bool | None
 _ABSENT: Any = None  # the default of a field that may be missing and is not null where it is there
 _STRICT = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
 
@@ -186,23 +188,40 @@ class MetricsDocument(BaseModel):
     metrics: dict[str, dict[str, float | None]]
 
 
+def read_metrics(path: Path, key: str) -> dict[str, dict[str, float | None]]:
+    """Return the metrics in the file `metrics.json` of a result.
+
+    Args:
+        path: the file.
+        key: the name of the result.
+
+    Raises:
+        ValueError: if they are no metrics, or not those of this result.
+        OSError: if there is no regular file that can be read.
+    """
+    document = MetricsDocument.model_validate(read_document(path))
+    if document.hash != name_of([key, document.metrics]):
+        raise ValueError("it does not match its hash, or has the metrics of another result")
+    return document.metrics
+
+
 class _Machine(BaseModel):
     """What `tombola.engine.machine.machine` returns; earlier versions recorded less."""
 
     model_config = _STRICT
-    __pydantic_extra__: dict[str, _Scalar | dict[str, _Scalar]]
+    __pydantic_extra__: dict[_Text, _Scalar | dict[_Text, _Scalar]]
 
-    system: str = ""
-    vendor: str = ""
-    instruction_set: str = ""
-    kernels: str | None = None
-    versions: dict[str, str] = {}
+    system: _Text = ""
+    vendor: _Text = ""
+    instruction_set: _Text = ""
+    kernels: _Text | None = None
+    versions: dict[_Text, _Text] = {}
 
 
 class _Confirmation(BaseModel):
     model_config = _STRICT
 
-    when: str
+    when: _Text
     machine: _Machine = _ABSENT
 
 
@@ -239,12 +258,12 @@ class _Record(BaseModel):
 
     model_config = _STRICT
 
-    finished: str = ""
+    finished: _Text = ""
     seconds: _Seconds = 0.0
     iterations: _Size = 0
     seconds_per_iteration: _Seconds | None = None
     threads: _Size = 1
-    device: str = ""
+    device: _Text = ""
     machine: _Machine = _ABSENT
     confirmed: list[_Confirmation] = []
     contradicted: list[_Confirmation] = []

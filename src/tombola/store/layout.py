@@ -24,7 +24,7 @@ _RESULT = re.compile(f"results/{_SPREAD}")
 _FILES = {
     "masks": re.compile(rf"masks/{_SPREAD}\.safetensors"),
     "checkpoints": re.compile(rf"checkpoints/{KEY.pattern}\.safetensors"),
-    "behaviours": re.compile(rf"behaviours/{KEY.pattern}\.[0-9]{{1,4}}\.json"),
+    "behaviours": re.compile(rf"behaviours/{KEY.pattern}\.(0|[1-9][0-9]{{0,3}})\.json"),
 }
 _PLACES = [
     _FOLDER,

@@ -22,12 +22,11 @@ from tombola.files import IrregularFileError, read_regular, sync_folder, write_a
 from tombola.pruning.mask import Mask
 from tombola.store.documents import (
     LARGEST,
-    MetricsDocument,
     ResultDocument,
     check_tensors,
     describe,
     parse_json,
-    read_document,
+    read_metrics,
     read_record,
     read_tensors,
 )
@@ -170,7 +169,7 @@ class Results:
         temporary = Path(tempfile.mkdtemp(dir=temporary_folder(self._root), prefix=f"{key[:12]}."))
         with contextlib.suppress(FileNotFoundError):
             self.folder(key).rename(temporary / key)
-        shutil.rmtree(temporary)
+        shutil.rmtree(temporary, ignore_errors=True)  # what is left is in `tmp`, and removed with all that lies there
 
     def check(self, key: str) -> None:
         """Read every byte of a result, and compare checksums, name, the hash of the weights and the sizes of the mask.
@@ -225,11 +224,9 @@ class Results:
         If they are lost or damaged, there are none: they can be computed again.
         """
         try:
-            document = MetricsDocument.model_validate(read_document(self.folder(key) / "metrics.json"))
+            return read_metrics(self.folder(key) / "metrics.json", key)
         except (OSError, ValueError):
             return {}
-        found: dict[str, dict[str, float | None]] = document.model_dump()["metrics"]
-        return found if document.hash == name_of([key, found]) else {}
 
     def add_metrics(self, key: str, metrics: Mapping[str, Mapping[str, float | None]]) -> None:
         """Add metrics that were computed from a result's weights; nothing is stored if the store cannot be written."""

@@ -158,11 +158,18 @@ class Store:
                 yield Entry(kind, path.stem, path, _size(path))
 
     def remove(self, entry: Entry) -> None:
-        """Remove an entry from the store."""
-        if entry.kind == "result":
-            self.results.discard(entry.name)
-        else:
-            remove_path(entry.path)
+        """Remove an entry from the store.
+
+        Raises:
+            UserError: if it cannot be removed.
+        """
+        try:
+            if entry.kind == "result":
+                self.results.discard(entry.name)
+            else:
+                remove_path(entry.path)
+        except OSError as error:
+            raise UserError(f"store {self.root}: {entry.path} cannot be removed: {describe(error)}") from error
 
 
 class _Marker(BaseModel):

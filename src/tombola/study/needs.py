@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from tombola.lottery.search import SHARES
 from tombola.study.planner import Chain, Planner
 from tombola.study.reinitialisation import list_notes, plan_again
 from tombola.study.singles import list_single_needs
 from tombola.study.tickets import Tickets
 from tombola.study.trainings import Round
+from tombola.training.recipe import shorten
 
 
 def list_needs(tickets: Tickets) -> set[str]:
     """Return the names of the results, masks and checkpoints that a study needs or may need next.
 
-    The chains of the study, those of its searches and those of its partial reinitialisations are included, and the
-    stored trainings of other further analyses. Each chain needs its trainings that the store has, the training that it
-    waits for, and the masks that its tickets are pruned to.
+    The chains of the study, those of its searches, also with shorter trainings, and those of its partial
+    reinitialisations are included, and the stored trainings of other further analyses. Each chain needs its trainings
+    that the store has, the training that it waits for, and the masks that its tickets are pruned to.
 
     Args:
         tickets: the tickets of the study.
@@ -24,8 +26,10 @@ def list_needs(tickets: Tickets) -> set[str]:
     """
     planner = tickets.planner
     needs = list_chain_needs(tickets)
-    if searched := list_searched(tickets):
-        needs |= list_chain_needs(Tickets(Planner(planner.study, planner.problem, planner.store, chains=searched)))
+    study, searched = planner.study, list_searched(tickets)
+    shorter = [study.model_copy(update={"recipe": shorten(study.recipe, share)}) for share in SHARES.values()]
+    for each in (study, *shorter) if searched else ():
+        needs |= list_chain_needs(Tickets(Planner(each, planner.problem, planner.store, chains=searched)))
     for (level, importances), draws in list_notes(tickets).items():
         for seed in tickets.study.seeds:
             found = plan_again(tickets, level, draws, importances, seed)

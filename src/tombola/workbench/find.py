@@ -27,7 +27,7 @@ from tombola.study.planner import Planner
 from tombola.study.schema import Study
 from tombola.study.tickets import Tickets
 from tombola.threads import one_thread
-from tombola.training.recipe import Recipe
+from tombola.training.recipe import shorten
 from tombola.training.replaceable import OwnLayersWarning
 from tombola.workbench.pictures import check_installed
 from tombola.workbench.progress import show_nothing, show_progress
@@ -217,23 +217,6 @@ def walk_study(
         speed = recorded_speed(Tickets(planner)) or dense_speed(planner, data) if timed else None
         with show_progress(planner, opened.count) if progress else show_nothing() as show:
             return search(trials, opened, show, find_strategy(strategy), margin=within, budget=budget, speed=speed)
-
-
-def shorten(recipe: Recipe, share: float) -> Recipe:
-    """Return a recipe whose trainings have a share of the length, with its milestones, warm-up and rewind point.
-
-    >>> short = shorten(Recipe(epochs=20, schedule="milestones", milestones=(10, 15), rewind=100), 0.25)
-    >>> short.epochs, short.milestones, short.rewind
-    (5, (2, 4), 25)
-    """
-    fields = recipe.model_dump()
-    for name in ("epochs", "iterations"):
-        if fields[name] is not None:
-            fields[name] = max(1, round(fields[name] * share))
-    fields["milestones"] = tuple(sorted({max(1, round(each * share)) for each in recipe.milestones}))
-    for name in ("warmup", "rewind"):
-        fields[name] = round(fields[name] * share)
-    return Recipe.model_validate(fields)
 
 
 def conclude(walk: Walk, within: float) -> Found:
