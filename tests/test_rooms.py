@@ -13,7 +13,7 @@ ROOT = Path(tombola.__file__).parent
 
 ROOMS = [
     "errors", "settings", "exits", "files", "inputs", "streams", "threads", "importance", "pruning", "datasets",
-    "models", "kernels", "training", "lottery", "loops", "store", "study", "engine", "hooks", "analysis", "report",
+    "models", "kernels", "training", "lottery", "loops", "store", "study", "engine", "hooks", "analysis", "reporting",
     "workbench",
     "cli",
 ]  # fmt: skip

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,22 +52,27 @@ def mlflow(uri: str, experiment: str = "tombola") -> _Writer:
     The losses of epochs are one metric for each level, by epoch.
 
     Args:
-        uri: the tracking server or database, such as "http://localhost:5000" or "sqlite:///mlflow.db".
+        uri: the tracking server, such as "http://localhost:5000", or a database, such as "sqlite:///mlflow.db". A
+            database needs the package `mlflow`; the extra has `mlflow-skinny`, which reaches servers.
         experiment: the experiment of the runs; it is created if it is missing.
 
     Raises:
-        UserError: if the extra `mlflow` is not installed; when the run begins, if the server cannot be reached.
+        UserError: if the extra `mlflow` is not installed, or if a database is named without the package `mlflow`; when
+            the run begins, if the server cannot be reached.
     """
     with _installed("mlflow", "mlflow"):
         from mlflow import MlflowClient
+    if uri.startswith(_DATABASES) and find_spec("sqlalchemy") is None:
+        raise UserError(f"MLflow at {uri}: a database needs more than mlflow-skinny: pip install mlflow")
 
     client: Any = None
     place = ""
 
     def prepare() -> None:
         nonlocal client, place
-        client = MlflowClient(tracking_uri=uri)
-        found = client.get_experiment_by_name(experiment)
+        with _few_retries():
+            client = MlflowClient(tracking_uri=uri)
+            found = client.get_experiment_by_name(experiment)
         place = client.create_experiment(experiment) if found is None else found.experiment_id
 
     def open_run(chain: Chain) -> _Run:
@@ -80,6 +87,23 @@ def mlflow(uri: str, experiment: str = "tombola") -> _Writer:
         return log, lambda status: client.set_terminated(run, status)
 
     return _Writer(f"MLflow at {uri}", prepare, open_run)
+
+
+_DATABASES = ("sqlite:", "postgresql:", "mysql:", "mssql:")
+
+_RETRIES = "MLFLOW_HTTP_REQUEST_MAX_RETRIES"
+
+
+@contextmanager
+def _few_retries() -> Iterator[None]:
+    """Let a server that is not there be told in seconds; MLflow tries seven times, which takes minutes."""
+    given = os.environ.get(_RETRIES)
+    os.environ[_RETRIES] = given or "1"
+    try:
+        yield
+    finally:
+        if given is None:
+            del os.environ[_RETRIES]
 
 
 _Run = tuple[Callable[[str, float, int], None], Callable[[str], None]]
@@ -138,8 +162,8 @@ class _Writer:
 
 
 def _name(chain: Chain) -> str:
-    """Return the name of a chain's run, which is also that of a folder."""
-    return _plain(str(chain).replace(", ", " "))
+    """Return the name of a chain's run, also that of a folder; the run of `taylor/l1` is in a folder `taylor`."""
+    return str(chain).replace(", ", " ")
 
 
 def _plain(name: str) -> str:

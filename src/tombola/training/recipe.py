@@ -221,3 +221,20 @@ class Recipe(Fields):
                 f"{iteration} of {total}"
             )
         return float(factor)
+
+
+def shorten(recipe: Recipe, share: float) -> Recipe:
+    """Return a recipe whose trainings have a share of the length, with its milestones, warm-up and rewind point.
+
+    >>> short = shorten(Recipe(epochs=20, schedule="milestones", milestones=(10, 15), rewind=100), 0.25)
+    >>> short.epochs, short.milestones, short.rewind
+    (5, (2, 4), 25)
+    """
+    fields = recipe.model_dump()
+    for name in ("epochs", "iterations"):
+        if fields[name] is not None:
+            fields[name] = max(1, round(fields[name] * share))
+    fields["milestones"] = tuple(sorted({max(1, round(each * share)) for each in recipe.milestones}))
+    for name in ("warmup", "rewind"):
+        fields[name] = round(fields[name] * share)
+    return Recipe.model_validate(fields)
