@@ -1,7 +1,8 @@
 """Measure the strategies of `tombola find`: the tables of docs/find.md.
 
-    python docs/find.py strategies STUDY [STORE] [--data DIR]    what each strategy finds, and its work
-    python docs/find.py seeds [STORE]                            how often fresh seeds refute what is found on digits
+    python docs/find.py strategies STUDY    what each strategy finds, and its work
+    python docs/find.py order STUDY         whether short trainings rank levels and importances as complete ones do
+    python docs/find.py seeds               how often fresh seeds refute what is found on digits
 
 Everything is stored, so that a second call only reads. The unit of work is one complete training.
 """
@@ -9,43 +10,98 @@ Everything is stored, so that a second call only reads. The unit of work is one 
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
 import warnings
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+from scipy.stats import kendalltau, spearmanr
+from sklearn.datasets import load_diabetes, load_digits
+from torch import nn
+
+import tombola
 from tombola.analysis.frontier import chance_outside
-from tombola.engine.search import Budget, search
+from tombola.engine.search import Budget, measure_gain, search
 from tombola.lottery.search import Candidate, Known, find_strategy
 from tombola.store.store import Store
-from tombola.study.planner import Planner
-from tombola.study.schema import load_study
+from tombola.study.planner import Chain, Planner
+from tombola.study.schema import Study, load_study
+from tombola.study.searches import shorten_study
 from tombola.study.task import load_problem
+from tombola.study.tickets import Tickets
 from tombola.threads import one_thread
-from tombola.workbench import find, run, winners
 from tombola.workbench.find import work_of_rounds
 from tombola.workbench.runs import open_workers
+from tombola.workbench.studies import open_planner
 
 STRATEGIES = ("race", "short", "one-shot", "bisect", "rounds")
 
-STUDIES: dict[str, tuple[str, dict[str, Any], float]] = {
-    "digits": ("digits", {"seeds": [0, 1, 2], "data_seeds": [], "task.validation": 0.3}, 0.01),
-    "lenet-mnist": (
-        "lenet-mnist",
-        {
-            "importances": ["magnitude", "l1"],
-            "data_seeds": [],
-            "data_seeds_for": [],
-            "levels": 16,
-            "recipe.epochs": 6,
-            "task.dataset_arguments": {"train_per_class": 400, "test_per_class": 200},
-            "task.validation": 0.3,
-        },
-        0.01,
-    ),
+SMALL_LENET: dict[str, Any] = {
+    "importances": ["magnitude", "l1"],
+    "data_seeds": [],
+    "data_seeds_for": [],
+    "levels": 16,
+    "recipe.epochs": 6,
+    "task.dataset_arguments": {"train_per_class": 400, "test_per_class": 200},
+    "task.validation": 0.3,
 }
-"""By name: the preset, the fields that are overridden, and the margin."""
+"""The fields of a LeNet preset that are overridden to make it small."""
+
+
+def diabetes() -> tombola.Dataset:
+    """Return the data of docs/examples/tabular-regression.md."""
+    inputs, targets = (torch.tensor(part, dtype=torch.float32) for part in load_diabetes(return_X_y=True))
+    inputs, targets = ((part - part.mean(0)) / part.std(0) for part in (inputs, targets[:, None]))
+    return tombola.Dataset("diabetes", inputs[:350], targets[:350], inputs[350:], targets[350:], classes=())
+
+
+def regressor() -> nn.Module:
+    """Return the network of docs/examples/tabular-regression.md."""
+    return nn.Sequential(nn.Linear(10, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 1))
+
+
+def rows() -> tombola.Dataset:
+    """Return the data of docs/examples/lstm.md."""
+    images, labels = (torch.tensor(part) for part in load_digits(return_X_y=True))
+    inputs, labels = images.float().view(-1, 8, 8) / 16, labels.long()
+    return tombola.Dataset("rows", inputs[:1200], labels[:1200], inputs[1200:], labels[1200:], tuple("0123456789"))
+
+
+class Reader(nn.Module):
+    """The network of docs/examples/lstm.md."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(8, 48, batch_first=True, bidirectional=True)
+        self.out = nn.Linear(96, 10)
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        """Return the scores of the classes, shape (n, 10), of sequences of shape (n, 8, 8)."""
+        states, _ = self.lstm(rows)
+        return self.out(states.mean(1))
+
+
+def define(name: str) -> tuple[Study, float]:
+    """Return the study of a name, and the margin."""
+    if name == "digits":
+        return load_study(name, {"seeds": [0, 1, 2], "data_seeds": [], "task.validation": 0.3}), 0.01
+    if name == "diabetes":
+        task = tombola.Task(dataset=diabetes, model=regressor, loss="mse", metrics=["r2"], validation=0.3)
+        recipe = tombola.Recipe(optimizer="adamw", lr=3e-3, epochs=8, batch_size=28)
+    elif name == "lstm":
+        task = tombola.Task(dataset=rows, model=Reader, validation=0.3)
+        recipe = tombola.Recipe(optimizer="adam", lr=1e-2, clip_norm=1.0, epochs=8, batch_size=50)
+    else:
+        return load_study(name, SMALL_LENET), 0.01
+    study = Study(task=task, recipe=recipe, importances=["magnitude", "l1"], seeds=[0, 1, 2], levels=16)
+    return study, 0.05 if name == "diabetes" else 0.01
+
+
+STUDIES = ("digits", "lenet-mnist", "lenet-fashion", "diabetes", "lstm")
 
 CHECKED = {
     "importances": ["magnitude"],
@@ -57,18 +113,20 @@ CHECKED = {
 """The study whose finds are checked with fresh seeds."""
 
 
-def measure_strategies(name: str, store: Path, data: str | None) -> None:
+def measure_strategies(study: Study, margin: float, **where: Any) -> None:
     """Run the whole study, then search with each strategy, and print a line for each."""
-    preset, fields, margin = STUDIES[name]
-    where = {"store": store, "data": data, "workers": 1}
-    run(preset, fields, progress=False, **where)
-    best = winners(preset, fields, store=store, data=data, margin=margin).sort("level").row(-1, named=True)
-    whole = work_of_rounds(load_study(preset, fields))
+    tombola.run(study, progress=False, workers=1, **where)
+    best = tombola.winners(study, margin=margin, **where).sort("level").row(-1, named=True)
+    whole = work_of_rounds(study)
     print(
         f"all rounds: {best['importance']}, level {best['level']}, difference {100 * best['difference']:+.2f}, {whole}"
     )
     for strategy in STRATEGIES:
-        found = find(preset, fields, within=margin, strategy=strategy, progress=False, **where)
+        try:
+            found = tombola.find(study, within=margin, strategy=strategy, progress=False, workers=1, **where)
+        except tombola.UserError as error:
+            print(f"| `{strategy}` | {error} |", flush=True)
+            continue
         seen = found.verdict
         path = " ".join(map(str, seen["path"]))
         print(
@@ -78,6 +136,87 @@ def measure_strategies(name: str, store: Path, data: str | None) -> None:
             f"{seen['work']:.1f} | {100 * seen['work'] / whole:.0f} % |",
             flush=True,
         )
+
+
+Gains = dict[tuple[str, int, int], float]
+"""The gain of a ticket over its dense network by importance, seed and level; -inf if its training diverged."""
+
+
+def measure_order(study: Study, margin: float, **where: Any) -> None:
+    """Compare complete trainings of all rounds with trainings of a quarter of the length, and print the comparison."""
+    short = shorten_study(study, "short")
+    gains: list[Gains] = []
+    for each in (short, study):
+        tombola.run(each, progress=False, workers=1, **where)
+        gains.append(read_gains(each, **where))
+    levels = range(1, study.levels + 1)
+    for importance in study.importances:
+        columns = [importance]
+        columns += [
+            f"{correlate_levels(correlate, kind, gains[1], importance, study.seeds, levels):.2f}"
+            for kind in gains
+            for correlate in (spearmanr, kendalltau)
+        ]
+        for kind in gains:
+            last = [find_last(kind, importance, [seed], levels, margin) for seed in study.seeds]
+            columns.append(", ".join(map(str, last)))
+        columns.append(str(find_last(gains[1], importance, study.seeds, levels, margin)))
+        print(f"| {' | '.join(columns)} |", flush=True)
+    if len(study.importances) > 2:
+        found = [list(correlate_importances(kind, gains[1], study, levels)) for kind in gains]
+        print("between importances, mean over levels and seeds:", *(f"{statistics.fmean(each):.2f}" for each in found))
+
+
+def read_gains(study: Study, **where: Any) -> Gains:
+    """Return the gains of the stored tickets of a study."""
+    planner = open_planner(study, **where)
+    tickets, measure, gains = Tickets(planner), planner.problem.measure, Gains()
+    for seed in study.seeds:
+        for importance in study.importances:
+            chain = tickets.measured(Chain(seed, importance))
+            values = [ticket.trained.history.value(measure) if ticket.trained else None for ticket in chain]
+            for level in range(1, study.levels + 1):
+                value = values[level] if level < len(values) else None
+                known = value is not None and values[0] is not None
+                gains[importance, seed, level] = measure_gain(value, values[0], measure) if known else -math.inf
+    return gains
+
+
+def mean_gain(gains: Gains, importance: str, seeds: Sequence[int], level: int) -> float:
+    """Return the mean gain over seeds."""
+    return statistics.fmean(gains[importance, seed, level] for seed in seeds)
+
+
+def correlate_levels(
+    correlate: Any, kind: Gains, whole: Gains, importance: str, seeds: Sequence[int], levels: Sequence[int]
+) -> float:
+    """Return the rank correlation over levels of one seed's gains with the complete trainings of the other seeds.
+
+    It is the mean over the seeds.
+    """
+    found = []
+    for seed in seeds:
+        others = [each for each in seeds if each != seed]
+        own = [kind[importance, seed, level] for level in levels]
+        found.append(correlate(own, [mean_gain(whole, importance, others, level) for level in levels]).statistic)
+    return statistics.fmean(found)
+
+
+def correlate_importances(kind: Gains, whole: Gains, study: Study, levels: Sequence[int]) -> Iterator[float]:
+    """Yield Spearman's rank correlation over importances, as above, for each seed and level at which it is defined."""
+    for seed in study.seeds:
+        others = [each for each in study.seeds if each != seed]
+        for level in levels:
+            own = [kind[importance, seed, level] for importance in study.importances]
+            theirs = [mean_gain(whole, importance, others, level) for importance in study.importances]
+            if len(set(own)) > 1 and len(set(theirs)) > 1:
+                yield spearmanr(own, theirs).statistic
+
+
+def find_last(gains: Gains, importance: str, seeds: Sequence[int], levels: Sequence[int], margin: float) -> int:
+    """Return the sparsest level whose mean gain over seeds is within the margin; 0 if none is."""
+    kept = [level for level in levels if mean_gain(gains, importance, seeds, level) >= -margin - 1e-9]
+    return max(kept, default=0)
 
 
 def ask_once(candidate: Candidate, known: Known) -> tuple[Candidate, ...]:
@@ -129,17 +268,18 @@ def check_seeds(store: Path, margin: float = 0.01, judges: int = 3) -> None:
 def main() -> None:
     """Measure what the arguments name."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("what", choices=("strategies", "seeds"))
-    parser.add_argument("study", nargs="?", choices=sorted(STUDIES), default="digits")
+    parser.add_argument("what", choices=("strategies", "order", "seeds"))
+    parser.add_argument("study", nargs="?", choices=STUDIES, default="digits")
     parser.add_argument("--store", type=Path, default=Path("find-store"))
     parser.add_argument("--data")
     options = parser.parse_args()
     with one_thread(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        if options.what == "strategies":
-            measure_strategies(options.study, options.store, options.data)
-        else:
+        if options.what == "seeds":
             check_seeds(options.store)
+            return
+        measure = measure_strategies if options.what == "strategies" else measure_order
+        measure(*define(options.study), store=options.store, data=options.data)
 
 
 if __name__ == "__main__":

@@ -21,8 +21,8 @@ from tombola.cli import main
 from tombola.engine.here import WorkersHere
 from tombola.engine.run import run
 from tombola.pruning.mask import Mask
-from tombola.report.contents import gather
-from tombola.report.sections import sections
+from tombola.reporting.contents import gather
+from tombola.reporting.sections import sections
 from tombola.study.planner import Chain
 from tombola.study.tickets import Tickets
 

@@ -22,8 +22,8 @@ from tombola.engine.run import run
 from tombola.errors import NothingStoredError, UserError
 from tombola.lottery.controls import keep_signs, shuffle
 from tombola.pruning.mask import Mask
-from tombola.report.contents import gather
-from tombola.report.sections import sections
+from tombola.reporting.contents import gather
+from tombola.reporting.sections import sections
 from tombola.study.controls import (
     KINDS,
     Plan,

@@ -18,10 +18,13 @@ from tombola import Ticket, UserError, find, load_study
 from tombola.analysis import frontier
 from tombola.analysis.frontier import chance_outside
 from tombola.cli.main import main
+from tombola.engine import search_estimate
+from tombola.engine.forecast import Speed
 from tombola.engine.run import run
 from tombola.engine.search import Budget, Walk, search
+from tombola.engine.search_estimate import estimate_search
+from tombola.engine.verify import list_places
 from tombola.lottery.search import (
-    SHARES,
     STRATEGIES,
     Ask,
     Candidate,
@@ -29,6 +32,7 @@ from tombola.lottery.search import (
     Known,
     bisect,
     find_strategy,
+    imagine,
     plan,
     race,
     step,
@@ -37,9 +41,9 @@ from tombola.store.store import Store
 from tombola.study.needs import list_needs
 from tombola.study.planner import Chain, Planner
 from tombola.study.schema import Study
+from tombola.study.searches import list_planners, shorten_study
 from tombola.study.task import load_problem
 from tombola.study.tickets import Tickets
-from tombola.training.recipe import shorten
 from tombola.workbench.find import conclude, read_budget
 
 pytestmark = pytest.mark.xdist_group("find")  # one study for all
@@ -267,8 +271,8 @@ def test_a_budget_of_time_is_kept(tmp_path: Path) -> None:
 
 
 def test_a_budget_below_the_first_ticket_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"budget: 1 trainings is too small; .* need 2 trainings of 20 iterations"):
-        walk(tmp_path / "s", budget=Budget(trainings=1, text="1 trainings"))
+    with pytest.raises(UserError, match=r"budget: 1 training is not enough; .* need 2 trainings of 20 iterations"):
+        walk(tmp_path / "s", budget=Budget(trainings=1, text="1 training"))
     assert not results(tmp_path / "s")
 
 
@@ -277,18 +281,74 @@ def test_a_dense_network_that_diverges_has_nothing_to_keep(tmp_path: Path) -> No
         walk(tmp_path / "s", of=study(["l1"], lr=1e30, rewind=0))
 
 
-def test_short_trainings_search_and_complete_ones_judge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_short_trainings_search_and_complete_ones_judge(tmp_path: Path) -> None:
     of = study(["l1"], seeds=(0, 1), levels=4, rewind=0, iterations=10)
     own = planner(tmp_path / "s", of)
-    scout = planner(tmp_path / "s", of.model_copy(update={"recipe": shorten(of.recipe, 0.5)}))
+    scout = planner(tmp_path / "s", shorten_study(of, "short"))
     trials = [(scout, 0), (own, 0), (own, 1)]
     found = search(trials, InTurn(last_first=False), SHOW, find_strategy("short"), margin=1.0)
     assert found.end.found is not None
     steps = len(found.end.found.path)
     tried = sum(each.trial == 0 for each in found.tried)
-    assert found.work == 0.5 * (1 + tried) + 2 * (1 + steps)
-    monkeypatch.setitem(SHARES, "short", 0.5)
-    assert {folder.name for folder in results(tmp_path / "s")} <= list_needs(Tickets(own)), "a collection keeps them"
+    assert found.work == pytest.approx(2 / 10 * (1 + tried) + 2 * (1 + steps))
+    stored = {folder.name for folder in results(tmp_path / "s")}
+    assert stored <= list_needs(Tickets(own)), "a collection keeps them"
+    verified = list_places(list_planners(planner(tmp_path / "s", of)))
+    assert {place.training.key for place in verified} == stored
+    assert {place.level for place in verified} == {0, *found.end.found.path}
+
+
+def test_a_density_at_which_a_layer_has_too_few_connections_is_not_reached(tmp_path: Path) -> None:
+    of = study(["l1"], levels=4, rewind=0, iterations=5).model_copy(
+        update={"selection": "shares", "shares": {"4": 1.3}}  # 1120 connections at once would be 275 of its 256
+    )
+    seen = walk(tmp_path / "s", of=of, margin=1.0)
+    assert seen.tried[0].candidate.path == (3,)
+    assert seen.tried[0].why.startswith("cannot be reached: shares: layer '4.weight' would lose 275 connections in a ")
+    assert seen.end.found == Candidate("l1", (2, 3, 4))
+
+
+# what is expected
+
+
+@settings(max_examples=20)
+@given(st.sampled_from(sorted(STRATEGIES)), st.integers(1, 12), st.data())
+def test_no_search_that_the_judges_agree_with_takes_more_than_the_longest_that_is_imagined(
+    strategy: str, levels: int, data: st.DataObject
+) -> None:
+    last, largest = data.draw(st.integers(0, levels)), data.draw(st.integers(1, levels))
+
+    def gain(candidate: Candidate, trial: int) -> float:
+        round_ = max(b - a for a, b in zip((0, *candidate.path), candidate.path, strict=False))
+        return 0.0 if candidate.level <= last and round_ <= largest else -1.0
+
+    _, _, counts = simulate(gain, strategy, levels, ("l1", "l2"), trials=2)
+    imagined = imagine(find_strategy(strategy), ("l1", "l2"), levels, 2)
+    most = max(
+        len({(trial, stage) for ask in case for trial in ask.trials for one in ask.candidates for stage in one.stages})
+        for case in imagined
+    )
+    assert sum(counts) <= most
+
+
+@pytest.fixture
+def timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    speed = Speed({1.0: 1.0}, 0.0, 0.5, "as the test says")
+    monkeypatch.setattr(search_estimate, "measure_speed", lambda *_, **__: speed)
+
+
+@pytest.mark.usefixtures("timed")
+def test_an_estimate_counts_the_dense_networks_and_what_is_there(tmp_path: Path, root: Path) -> None:
+    strategy, trials = find_strategy("one-shot"), [(planner(tmp_path / "s", STUDY), seed) for seed in STUDY.seeds]
+    new = estimate_search(trials, strategy, 1)
+    assert [(part.seed, part.iterations, part.there) for part in new.parts] == [(seed, 20, 0) for seed in STUDY.seeds]
+    assert new.work == new.to_do == sum(part.trainings for part in new.parts)
+    assert new.seconds == 0.5 + 20 * new.work
+    assert estimate_search(trials, strategy, 2).seconds < new.seconds  # type: ignore[operator]
+    begun = estimate_search([(planner(root, STUDY), seed) for seed in STUDY.seeds], strategy, 1)
+    assert [part.there for part in begun.parts] != [0, 0, 0]
+    assert begun.work == new.work == begun.to_do + sum(part.there for part in begun.parts)
+    assert walk(root).work <= new.work
 
 
 # verdicts
@@ -371,6 +431,20 @@ def test_the_verb_writes_the_ticket_and_the_picture(
     assert "level 2 is the last level of the study" in out
 
 
+@pytest.mark.usefixtures("timed")
+def test_the_verb_says_what_it_would_train_at_most(small: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = results(small)
+    assert call(small, "--plan", "--budget", "1 training") == 0
+    out = capsys.readouterr().out
+    assert "search   0 " in " ".join(out.split()).replace("search 0", "search   0")
+    for text in ("at most 9.0 complete trainings, ", "all rounds of the study are 9", "time: at most about "):
+        assert text in out, text
+    assert "The budget of 1 training may end the search before that." in out
+    assert call(small, "--plan", "--format", "json") == 0
+    assert [part["seed"] for part in json.loads(capsys.readouterr().out)["parts"]] == [0, 1, 2]
+    assert results(small) == before
+
+
 def test_the_verb_writes_json_and_csv(small: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert call(small, "--within", "100", "--format", "json") == 0
     document = json.loads(capsys.readouterr().out)
@@ -405,7 +479,7 @@ def test_find_in_python_gives_the_ticket_and_the_table(small: Path) -> None:
         (["--picture", "walk.gif"], "--picture walk.gif: the name of a picture ends in .svg, .png, .pdf or .html"),
         (["-o", "missing/ticket.safetensors"], "--output missing"),
         (["--levels", "0"], "levels: the study has level 0 alone"),
-        (["--seeds", "9", "--budget", "1 training"], "budget: 1 trainings is too small; the dense network and the"),
+        (["--seeds", "9", "--budget", "1 training"], "budget: 1 training is not enough; the dense network and the"),
     ],
 )
 def test_bad_input_is_refused_in_a_sentence(

@@ -253,7 +253,7 @@ def noted(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> An
 
 
 def test_a_writer_logs_levels_and_epochs_of_each_chain(tmp_path: Path, noted: Any) -> None:
-    writer = open_writer(f"tensorboard={tmp_path}" if noted is Board else "mlflow=sqlite:///of.db")
+    writer = open_writer(f"tensorboard={tmp_path}" if noted is Board else "mlflow=http://here")
     told: list[Report] = []
     run(tmp_path / "store", writer, told.append, importances=["l1"])
     keys = {(key, step) for run, key, _, step in noted.logged if run == "l1 seed 0"}
@@ -267,6 +267,10 @@ def test_a_writer_logs_levels_and_epochs_of_each_chain(tmp_path: Path, noted: An
     assert values["train loss", 1] == told[-1].losses[-1]
     assert values["test accuracy", 1] == told[-1].metrics["test accuracy"]
     assert noted.closed == (["l1 seed 0"] if noted is Board else ["l1 seed 0 FINISHED"])
+
+
+def test_the_runs_of_two_importances_have_two_names() -> None:
+    assert writers._name(Chain(0, "a/b")) != writers._name(Chain(0, "a-b"))
 
 
 def test_a_run_that_fails_is_closed_as_one_that_failed(tmp_path: Path, noted: Any) -> None:
@@ -293,6 +297,15 @@ def test_a_server_that_cannot_be_reached_is_told_in_a_sentence(tmp_path: Path) -
         with pytest.raises(UserError, match=rf"^hooks: TensorBoard in \S+ cannot be written: {said}: "):
             run(tmp_path / "store", tombola.hooks.tensorboard(place), importances=["l1"])
     assert stored(tmp_path / "store") == {}
+
+
+@pytest.mark.usefixtures("noted")
+def test_a_database_needs_the_whole_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(writers, "find_spec", lambda _: None)
+    with pytest.raises(
+        UserError, match=r"^MLflow at sqlite:///a\.db: a database needs more than mlflow-skinny: pip ins"
+    ):
+        writers.mlflow("sqlite:///a.db")
 
 
 @pytest.mark.parametrize(("name", "module"), [("tensorboard", "torch.utils.tensorboard"), ("mlflow", "mlflow")])

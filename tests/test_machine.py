@@ -15,9 +15,9 @@ from tombola.engine.job import Job, Outcome
 from tombola.engine.machine import Kind, count_kinds, describe_kinds, kind, machine
 from tombola.engine.run import Status, run
 from tombola.engine.verify import list_places, verify_trainings
-from tombola.report import findings
-from tombola.report.contents import gather
-from tombola.report.provenance import machines
+from tombola.reporting import findings
+from tombola.reporting.contents import gather
+from tombola.reporting.provenance import machines
 from tombola.study.planner import Chain
 from tombola.study.tickets import Tickets
 
@@ -197,7 +197,7 @@ def test_results_and_report_say_where_results_are_of_several_kinds(
 def test_verification_says_which_kinds_were_compared(root: Path) -> None:
     rewrite(root, 1, elsewhere(vendor="AcmeChips"))
     of = planner(root)
-    found = list(verify_trainings(of, list_places(Tickets(of), of.chains), InTurn(last_first=False)))
+    found = list(verify_trainings(list_places([(of, of.chains)]), InTurn(last_first=False)))
     (other,) = [finding for finding in found if finding.kinds]
     assert other.key == results(root)[0].name
     assert other.kinds == (kind(elsewhere(vendor="AcmeChips")), kind(elsewhere()))

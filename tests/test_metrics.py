@@ -333,7 +333,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers_here: None) 
 def test_a_regression_is_judged_by_its_own_metric_on_the_validation_set(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tombola.report.page._library", str)  # it takes seconds, and nothing is drawn here
+    monkeypatch.setattr("tombola.reporting.page._library", str)  # it takes seconds, and nothing is drawn here
     assert main(["run", "diabetes.toml", "--workers", "1"]) == 0
     printed = capsys.readouterr().out
     assert "level 0, density 100.00 %: validation R2 0." in printed

@@ -19,7 +19,7 @@ from tombola.errors import DamagedResultError, ImportanceError, NothingStoredErr
 from tombola.files import read_regular
 from tombola.lottery.ticket import Ticket
 from tombola.pruning.mask import Mask
-from tombola.report.contents import COSTLY, gather
+from tombola.reporting.contents import COSTLY, gather
 from tombola.store.store import Store
 from tombola.study.needs import list_chain_needs, list_needs
 from tombola.study.planner import Chain, Diverged, Finished, Planner, Stopped, Waiting, select_chains

@@ -47,7 +47,7 @@ from tombola.pruning.coverage import cover
 from tombola.pruning.eligible import list_shared
 from tombola.pruning.mask import resolve_kept_dense
 from tombola.pruning.start import check_start
-from tombola.report import tables
+from tombola.reporting import tables
 from tombola.study.reinitialisation import plan
 from tombola.study.tickets import Tickets
 from tombola.training.history import History

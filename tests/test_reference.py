@@ -29,7 +29,7 @@ from tombola.analysis.reference import Reference, compare, describe
 from tombola.cli import main
 from tombola.engine.machine import kind_here
 from tombola.engine.run import run
-from tombola.report.contents import gather
+from tombola.reporting.contents import gather
 from tombola.store.names import name_of
 from tombola.study.schema import presets
 from tombola.study.tickets import Tickets

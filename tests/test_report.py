@@ -34,12 +34,12 @@ from tombola.analysis.accuracy import Row
 from tombola.cli import main
 from tombola.engine.run import run
 from tombola.pruning.mask import Mask
-from tombola.report import charts, findings, look, provenance, tables
-from tombola.report.contents import COSTLY, Contents, gather, summarise_verification
-from tombola.report.figures import write
-from tombola.report.page import page
-from tombola.report.sections import sections, select_charts
-from tombola.report.watch import ADDRESS, serve
+from tombola.reporting import charts, findings, look, provenance, tables
+from tombola.reporting.contents import COSTLY, Contents, gather, summarise_verification
+from tombola.reporting.figures import write
+from tombola.reporting.page import page
+from tombola.reporting.sections import sections, select_charts
+from tombola.reporting.watch import ADDRESS, serve
 from tombola.study.reinitialisation import plan
 from tombola.study.tickets import Tickets
 
@@ -620,7 +620,7 @@ def test_what_cannot_be_done_is_said_in_one_sentence(
 def test_what_to_install_is_said(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in [name for name in sys.modules if name.startswith("tombola.report")]:
+    for name in [name for name in sys.modules if name.startswith("tombola.reporting")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "altair", None)
     assert main(["report", "digits", "-o", str(tmp_path / "report.html")]) == 2

@@ -18,8 +18,8 @@ from tombola.cli import main
 from tombola.engine.run import run
 from tombola.errors import NothingStoredError, UserError
 from tombola.pruning.mask import Mask
-from tombola.report.contents import FURTHER, gather
-from tombola.report.sections import sections
+from tombola.reporting.contents import FURTHER, gather
+from tombola.reporting.sections import sections
 from tombola.study.controls import list_combinations, list_controls
 from tombola.study.early import list_snapshots, plan_snapshots, prune_at_once
 from tombola.study.needs import list_needs

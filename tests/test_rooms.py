@@ -14,7 +14,7 @@ ROOT = Path(tombola.__file__).parent
 ROOMS = [
     "errors", "settings", "exits", "files", "inputs", "streams", "threads", "importance", "pruning", "datasets",
     "models", "kernels", "own", "training", "lottery", "loops", "store", "study", "engine", "hooks", "analysis",
-    "report", "workbench",
+    "reporting", "workbench",
     "cli",
 ]  # fmt: skip
 """From the ground up; a module may import from its own room and from those before it."""

@@ -28,7 +28,7 @@ from tombola.cli import main
 from tombola.engine.run import run
 from tombola.errors import DamagedResultError, UserError
 from tombola.files import IrregularFileError, open_regular, read_regular
-from tombola.report.contents import gather
+from tombola.reporting.contents import gather
 from tombola.store.check import list_damage
 from tombola.store.checkpoints import checkpoint_from_bytes, checkpoint_to_bytes
 from tombola.store.claims import Claims, _this_host

@@ -33,7 +33,6 @@ from tombola.store.names import canonical
 from tombola.store.results import unpack_state
 from tombola.store.store import Store
 from tombola.study.planner import Chain, Planner
-from tombola.study.tickets import Tickets
 from tombola.training.history import History
 from tombola.training.weights import state_hash
 
@@ -51,7 +50,7 @@ def plan(tmp_path: Path) -> Planner:
 
 
 def verify(plan: Planner) -> list[Finding]:
-    return list(verify_trainings(plan, list_places(Tickets(plan), plan.chains), InTurn(last_first=True)))
+    return list(verify_trainings(list_places([(plan, plan.chains)]), InTurn(last_first=True)))
 
 
 def verify_each_chain(plan: Planner) -> list[Finding]:
@@ -173,8 +172,8 @@ def test_a_damaged_result_is_a_difference(plan: Planner) -> None:
     damaged = bytearray(path.read_bytes())
     damaged[-1] ^= 1
     path.write_bytes(damaged)
-    chosen = [one for one in list_places(Tickets(plan), plan.chains) if one.training.key == path.parent.name]
-    findings = list(verify_trainings(plan, chosen[:1], InTurn(last_first=False)))
+    chosen = [one for one in list_places([(plan, plan.chains)]) if one.training.key == path.parent.name]
+    findings = list(verify_trainings(chosen[:1], InTurn(last_first=False)))
     assert len(findings) == 1
     assert "is damaged" in (findings[0].difference or "")
 

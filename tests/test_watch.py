@@ -14,8 +14,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from processes import LONG, until
-from tombola.report import watch
-from tombola.report.watch import CONNECTIONS, ServedPage, serve
+from tombola.reporting import watch
+from tombola.reporting.watch import CONNECTIONS, ServedPage, serve
 
 PAGE = "<p>the page</p>"
 

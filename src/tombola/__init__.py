@@ -10,7 +10,8 @@ Where to begin:
                                                               weights, functions, connectivity, claims, compare, reinit,
                                                               matching, initial, similarity, controls, combine,
                                                               transfer, basins, rewind_point, early, verify
-    tombola.charts("digits")["overlap"]                       its charts; write_report writes them all on one page
+    tombola.charts("digits")["overlap"]                       its charts; tombola.report("digits", "page.html") writes
+                                                              them all on one page
     tombola.loops.hold(model, mask, optimizer)                your own training loop: pruned weights stay 0.0
     tombola.Ticket.load("ticket.safetensors").apply(model)    a ticket that somebody has found
     tombola.run("digits", hooks=[my_function])                follow a run, log it, stop it: see tombola.hooks
@@ -53,7 +54,7 @@ if TYPE_CHECKING:
     from tombola.workbench.checks import plan, verify
     from tombola.workbench.find import find
     from tombola.workbench.further import basins, initial, matching, similarity
-    from tombola.workbench.pictures import charts, write_report
+    from tombola.workbench.pictures import charts, report
     from tombola.workbench.runs import reinit, run
     from tombola.workbench.tables import (
         claims,
@@ -111,6 +112,7 @@ _HOME = {
     "prune": "pruning.prune",
     "read_ticket": "workbench.tickets",
     "reinit": "workbench.runs",
+    "report": "workbench.pictures",
     "results": "workbench.tables",
     "rewind_point": "workbench.trained",
     "run": "workbench.runs",
@@ -121,7 +123,6 @@ _HOME = {
     "verify": "workbench.checks",
     "weights": "workbench.tables",
     "winners": "workbench.tables",
-    "write_report": "workbench.pictures",
 }
 _MODULES = {
     "datasets": "datasets",
@@ -177,6 +178,7 @@ __all__ = [
     "prune",
     "read_ticket",
     "reinit",
+    "report",
     "results",
     "rewind_point",
     "run",
@@ -187,7 +189,6 @@ __all__ = [
     "verify",
     "weights",
     "winners",
-    "write_report",
 ]
 
 

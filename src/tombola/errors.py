@@ -21,7 +21,11 @@ class UserError(ValueError):
     """
 
 
-class ImportanceError(UserError):
+class RoundError(UserError):
+    """A round of pruning cannot be done, so a chain of tickets ends before it."""
+
+
+class ImportanceError(RoundError):
     """An importance failed on a layer: it raised an exception, or returned values that cannot be compared."""
 
 

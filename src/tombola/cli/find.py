@@ -15,6 +15,8 @@ from tombola.lottery.search import DEFAULT, STRATEGIES
 if TYPE_CHECKING:
     import polars as pl
 
+    from tombola.engine.search import Budget
+    from tombola.study.planner import Planner
     from tombola.training.metrics import Measure
     from tombola.workbench.find import Found
 
@@ -46,6 +48,7 @@ def add_verbs(verbs: Verbs) -> None:
     added.add_argument(
         "--picture", type=Path, metavar="FILE", help="a chart of what was tried, as a file .svg, .png, .pdf or .html"
     )
+    added.add_argument("--plan", action="store_true", help="show what would be trained at most, and train nothing")
 
 
 def find(options: argparse.Namespace) -> int:
@@ -70,6 +73,9 @@ def find(options: argparse.Namespace) -> int:
     planner = open_planner(options)
     with warnings_as_notes(UnusedWarning):
         try_study(planner)
+    if options.plan:
+        _show_plan(planner, budget, options)
+        return 0
     prepare_store(planner, options.store)
     measure = planner.problem.measure
     if planner.study.device == "cpu" and not kernels.available():
@@ -98,6 +104,47 @@ def find(options: argparse.Namespace) -> int:
     return 0
 
 
+def _show_plan(planner: Planner, budget: Budget, options: argparse.Namespace) -> None:
+    """Print what a search would train at most, what the store has of it, and the time and disk space that it takes."""
+    from tombola.cli.tables import emit, show_table, size, wrap
+    from tombola.workbench.find import outlook, work_of_rounds
+    from tombola.workbench.runs import count_workers
+    from tombola.workbench.text import count, duration
+
+    seen = outlook(planner, options.strategy, options.workers, options.data)
+    workers = count_workers(options.workers, planner.study.device)
+    lines = [
+        ["judges" if number else "search", part.seed, part.iterations, part.trainings, part.there]
+        for number, part in enumerate(seen.parts)
+    ]
+    header = ["part", "seed", "iterations", "trainings at most", "there"]
+    if options.format == "json":
+        rows = [dict(zip(["part", "seed", "iterations", "trainings", "there"], line, strict=True)) for line in lines]
+        document = {"work": seen.work, "to_do": seen.to_do, "seconds": seen.seconds, "workers": workers}
+        emit(json.dumps({**document, "bytes": seen.bytes, "parts": rows}, indent=1))
+        return
+    show_table(header, lines, options.format)
+    if options.format == "csv":
+        return
+    said = [
+        f"at most {seen.work:.1f} complete trainings, {seen.work - seen.to_do:.1f} of them in {planner.store.root} "
+        f"already; all rounds of the study are {work_of_rounds(planner.study)}"
+    ]
+    if seen.seconds is None:
+        said.append(f"time: not known: {seen.source}")
+    elif seen.to_do:
+        said.append(f"time: at most about {duration(seen.seconds)} on {count(workers, 'worker')} ({seen.source})")
+        said.append(f"disk: at most about {size(seen.bytes)}")
+    if len(seen.parts) > 1:
+        said.append("A ticket that the judges refute takes more: the search goes on, and they judge another one.")
+    spent = seen.seconds if budget.seconds is not None else seen.to_do
+    limit = budget.seconds if budget.seconds is not None else budget.trainings
+    if limit is not None and spent is not None:
+        enough = "suffices for all of it" if spent <= limit else "may end the search before that"
+        said.append(f"The budget of {budget.text} {enough}.")
+    print("\n".join(map(wrap, said)))
+
+
 def _check(name: str, path: Path, check: Any) -> None:
     try:
         check(path)
@@ -113,13 +160,13 @@ def _check_pictures(path: Path | None) -> None:
     from tombola.workbench.pictures import check_installed
 
     with check_installed():
-        import tombola.report.figures  # noqa: F401
+        import tombola.reporting.figures  # noqa: F401
 
 
 def _write_picture(walk: Any, path: Path) -> None:
     from tombola.files import write_output
-    from tombola.report.figures import draw
-    from tombola.report.look import BOTH_COLUMNS
+    from tombola.reporting.figures import draw
+    from tombola.reporting.look import BOTH_COLUMNS
     from tombola.workbench.find import draw as chart
 
     write_output(path, draw(chart(walk), path.suffix.removeprefix("."), BOTH_COLUMNS))
@@ -149,8 +196,8 @@ def _show(table: pl.DataFrame, measure: Measure, form: str) -> None:
     points = ", points" if measure.percent else ""
     shown = table.select(
         "importance",
-        pl.col("path").alias("by levels"),
-        percent("density").alias("alive %"),
+        pl.col("path").alias("path"),
+        percent("density").alias("density %"),
         pl.col("work").map_elements("{:.1f}".format, return_dtype=pl.String),
         figure(measure.name, measure).alias(f"{measure.split} {measure.heading}"),
         figure("difference", measure, sign=True).alias(f"difference{points}"),
@@ -176,10 +223,9 @@ def _describe(found: Found, measure: Measure) -> list[str]:
 
     seen = found.verdict
     study = found.walk.trials[-1][0].study
-    path = f" by levels {', '.join(map(str, seen['path']))}"
     lines = [
-        f"found: {seen['importance']}, level {seen['level']}{path}: {100 * seen['density']:.2f} % of the connections "
-        "are alive"
+        f"found: {seen['importance']}, level {seen['level']} (path {' '.join(map(str, seen['path']))}), density "
+        f"{100 * seen['density']:.2f} %"
     ]
     judges = ", ".join(map(str, seen["judges"]))
     several = "s" if len(seen["judges"]) > 1 else ""

@@ -11,7 +11,7 @@ from tombola.cli.options import Verbs, add_margin, open_planner, overrides, whol
 from tombola.errors import UserError
 
 if TYPE_CHECKING:
-    from tombola.report.contents import Contents
+    from tombola.reporting.contents import Contents
     from tombola.study.planner import Planner
 
 
@@ -69,7 +69,7 @@ def report(options: argparse.Namespace) -> int:
     from tombola.workbench.pictures import check_installed
 
     with check_installed():
-        from tombola.report.page import page
+        from tombola.reporting.page import page
     try:
         check_output(options.output)
     except UserError as error:
@@ -87,9 +87,9 @@ def figures(options: argparse.Namespace) -> int:
     from tombola.workbench.pictures import check_installed
 
     with check_installed():
-        from tombola.report.figures import write
-    from tombola.report.look import BOTH_COLUMNS, COLUMN
-    from tombola.report.sections import sections, select_charts
+        from tombola.reporting.figures import write
+    from tombola.reporting.look import BOTH_COLUMNS, COLUMN
+    from tombola.reporting.sections import sections, select_charts
 
     contents = _gather_results(options, open_planner(options))
     inches = COLUMN if options.columns == 1 else BOTH_COLUMNS
@@ -103,8 +103,8 @@ def watch(options: argparse.Namespace) -> int:
     from tombola.workbench.pictures import check_installed
 
     with check_installed():
-        from tombola.report.page import page
-    from tombola.report.watch import ADDRESS, keep_fresh, serve
+        from tombola.reporting.page import page
+    from tombola.reporting.watch import ADDRESS, keep_fresh, serve
     from tombola.study.tickets import Tickets
 
     planner = open_planner(options)
@@ -130,7 +130,7 @@ def watch(options: argparse.Namespace) -> int:
 
 
 def _gather(options: argparse.Namespace, planner: Planner) -> Contents:
-    from tombola.report.contents import gather
+    from tombola.reporting.contents import gather
     from tombola.workbench.pictures import name_study
 
     name, words = name_study(options.study, overrides(options))

@@ -42,28 +42,14 @@ def verify(options: argparse.Namespace) -> int:
     """Repeat stored trainings in new processes and compare every bit; the exit status is 1 if any bit differs."""
     from tombola.cli.tables import show_table
     from tombola.engine.local import LocalWorkers
-    from tombola.engine.verify import draw_sample, list_places, verify_chains, verify_trainings
-    from tombola.study.tickets import Tickets
+    from tombola.workbench.checks import repeat
     from tombola.workbench.runs import count_workers
 
     planner = open_planner(options)
-    tickets = Tickets(planner)
-    chains = list(tickets.all())
     plain = options.format == "table"
     count = count_workers(options.workers, planner.study.device)
-    with LocalWorkers(count, planner.study.task, options.data, None) as fresh:
-        if options.chains:
-            there = [chain for chain in chains if tickets.progress(chain).tickets]
-            list_places(tickets, there)
-            with _show_count(plain) as tell:
-                findings = list(verify_chains(planner, draw_sample(there, options.sample), fresh, tell))
-        else:
-            chosen = draw_sample(list_places(tickets, chains), options.sample)
-            with _show_count(plain) as tell:
-                findings = []
-                for finding in verify_trainings(planner, chosen, fresh):
-                    findings.append(finding)
-                    tell(len(findings), len(chosen))
+    with LocalWorkers(count, planner.study.task, options.data, None) as fresh, _show_count(plain) as tell:
+        findings = repeat(planner, fresh, tell, sample=options.sample, chains=options.chains)
     if plain:
         _print_findings(findings)
     else:

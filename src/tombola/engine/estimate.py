@@ -31,7 +31,7 @@ _WORTH_TIMING = 60.0  # seconds of a run from which on a few seconds of timing d
 _STEP_OF_FORWARD = 3.0  # approximate cost of a dense training step, in forward passes
 
 
-class _DivergedError(Exception):
+class DivergedError(Exception):
     """A training diverged while it was timed."""
 
 
@@ -78,10 +78,10 @@ def estimate(planner: Planner, workers: int, directory: Path | None = None, *, h
     missing = [
         level for p in progress.values() if p.waits_for for level in range(len(p.tickets), planner.study.levels + 1)
     ]
-    sizes = sum(_bytes(planner, level) for level in missing) * to_train // max(1, len(missing))
+    sizes = sum(result_bytes(planner, level) for level in missing) * to_train // max(1, len(missing))
     try:
-        speed = _speed(planner, list(progress.values()), workers, directory, here)
-    except _DivergedError as error:
+        speed = measure_speed(planner, list(progress.values()), workers, directory, here=here)
+    except DivergedError as error:
         return Estimate(chains, len(keys), to_train, None, str(error), None, None, sizes)
     waiting = {chain: p for chain, p in progress.items() if p.waits_for is not None}
     ahead = [(chain, path) for chain, p in waiting.items() for path in paths_ahead(planner, chain, p, speed)]
@@ -119,7 +119,7 @@ def prior_speed(planner: Planner, workers: int, directory: Path | None = None) -
     step = _STEP_OF_FORWARD * testing * planner.study.recipe.batch_size / planner.problem.data.test_examples
     if to_train * planner.end * step / workers < _WORTH_TIMING:
         return Speed({}, testing, 0.0, "not known yet")
-    with suppress(_DivergedError):
+    with suppress(DivergedError):
         return _timed_speed(planner, workers, directory, testing)
     return None
 
@@ -140,8 +140,14 @@ def dense_speed(planner: Planner, directory: Path | None = None) -> Speed:
     return Speed({1.0: each}, _time_testing(planner), start, "from a few iterations timed now")
 
 
-def _speed(planner: Planner, chains: Sequence[Progress], workers: int, directory: Path | None, here: bool) -> Speed:
-    """Return the speed of trainings, from the finished trainings of the study or from a few iterations timed now."""
+def measure_speed(
+    planner: Planner, chains: Sequence[Progress], workers: int, directory: Path | None, *, here: bool
+) -> Speed:
+    """Return the speed of trainings, from the finished trainings of chains or from a few iterations timed now.
+
+    Raises:
+        DivergedError: if a training diverges while it is timed.
+    """
     if recorded := speed_of(planner, chains):
         _, start = _time_iterations(planner, planner.dense, 1, directory, here=here)
         return replace(recorded, start=start)
@@ -196,7 +202,7 @@ def _time_iterations(
                     raise UserError(f"a training that was tried out failed: {event.reason}")
                 if isinstance(event, Outcome):
                     at = event.history["diverged_at"]
-                    raise _DivergedError(f"a training that was timed diverged at iteration {at}; lower recipe.lr")
+                    raise DivergedError(f"a training that was timed diverged at iteration {at}; lower recipe.lr")
                 if isinstance(event, At):
                     marks[event.key].append((event.iteration, time.perf_counter()))
             if all(len(at) > 1 and at[-1][1] - at[0][1] > _TIMED_SECONDS for at in marks.values()):
@@ -229,7 +235,7 @@ def _time_testing(planner: Planner) -> float:
     return (time.perf_counter() - began) * data.test_examples / few
 
 
-def _bytes(planner: Planner, level: int) -> int:
+def result_bytes(planner: Planner, level: int) -> int:
     """Return the approximate size of a result of a level in bytes: alive weights, mask, losses and other tensors."""
     state = planner.initial(planner.study.seeds[0]).load()
     rest = sum(t.nbytes for name, t in state.items() if name not in planner.dense)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from tombola.datasets.dataset import Dataset
 from tombola.engine.machine import device_name, machine
-from tombola.errors import ImportanceError, UserError
+from tombola.errors import RoundError, UserError
 from tombola.importance import Importance
 from tombola.inputs import list_tensors
 from tombola.kernels import NoKernelsWarning
@@ -241,7 +241,7 @@ def perform_round(job: RoundJob, problem: Problem, loaded: Loaded | None = None)
     pruning = Round(job.key, weights, weights, mask, job.level, job.importance, job.seed, job.rule.fraction)
     try:
         found = compute_mask(pruning, problem, job.study, job.rule, importance)
-    except ImportanceError as error:
+    except RoundError as error:
         return Pruned(job.key, {}, str(error))
     return Pruned(job.key, found.shapes, _mask_to_bytes(found))
 

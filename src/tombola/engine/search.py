@@ -212,7 +212,7 @@ class _Search:
         steps = {
             (planner.end, step.name): step.seconds
             for chain, planner in chains.items()
-            for step in steps_ahead(planner, chain, _follow(planner, chain), unit)
+            for step in steps_ahead(planner, chain, follow(planner, chain), unit)
         }
         return sum(steps.values())
 
@@ -224,7 +224,7 @@ class _Search:
         paths = [
             path
             for chain, planner in chains.items()
-            for path in paths_ahead(planner, chain, _follow(planner, chain), speed)
+            for path in paths_ahead(planner, chain, follow(planner, chain), speed)
         ]
         return makespan(paths, self._workers.count)
 
@@ -276,7 +276,7 @@ class _Search:
             value = ticket.trained.history.value(measure) if ticket is not None and ticket.trained is not None else None
             gain = -math.inf if value is None else measure_gain(value, before, measure)
             gains[stage][trial] = gain
-            why = "" if value is not None else progress.stopped or "its training diverged"
+            why = "" if value is not None else _explain(progress)
             density = ticket.mask.density if ticket is not None else None
             self._walk.tried.append(Tried(stage, trial, seed, density, value, before, gain, self._walk.work, why))
         self._walk.known = replace(self._walk.known, gains=gains)
@@ -285,11 +285,11 @@ class _Search:
         """Raise `UserError`, because the budget does not suffice for the first ticket."""
         chains = self._list_chains(replace(asked, candidates=asked.candidates[:1]))
         work = self._measure_work(chains)
-        needed = f"{work:.3g} trainings of {self._whole} iterations"
+        needed = f"{work:.3g} training{'s' if work != 1 else ''} of {self._whole} iterations"
         if self._budget.seconds is not None:
             needed += f", about {self._measure_time(chains):.3g} seconds"
         raise UserError(
-            f"budget: {self._budget.text} is too small; the dense network and the first ticket need {needed}, which "
+            f"budget: {self._budget.text} is not enough; the dense network and the first ticket need {needed}, which "
             "the store does not have"
         )
 
@@ -309,7 +309,12 @@ def measure_gain(value: float, dense: float, measure: Measure) -> float:
     return gain / abs(dense) if dense else math.copysign(math.inf, gain)
 
 
-def _follow(planner: Planner, chain: Chain) -> Progress:
+def _explain(progress: Progress) -> str:
+    """Return why a chain has no value at its last level."""
+    return f"cannot be reached: {progress.stopped}" if progress.stopped else "its training diverged"
+
+
+def follow(planner: Planner, chain: Chain) -> Progress:
     """Return the progress of a chain; a damaged result is missing, because a run repeats its training."""
 
     def get(key: str) -> Trained | None:

@@ -52,11 +52,13 @@ class Place:
     """A training of a study that the store has, and its place in a chain.
 
     Args:
+        planner: the planner of the study, or that of the shorter trainings of a search.
         training: the training.
         chain: a chain that the training belongs to.
         level: the level of the training; None for the rewind point.
     """
 
+    planner: Planner
     training: Training
     chain: Chain
     level: int | None
@@ -65,19 +67,21 @@ class Place:
         return f"{self.chain}, " + ("rewind point" if self.level is None else f"level {self.level}")
 
 
-def list_places(tickets: Tickets, chains: Sequence[Chain]) -> list[Place]:
-    """Return the stored trainings of chains, each once.
+def list_places(planners: Sequence[tuple[Planner, Sequence[Chain]]]) -> list[Place]:
+    """Return the stored trainings of the chains of planners, each once.
 
     Raises:
         NothingStoredError: if the store has none of them.
         DamagedResultError: if a stored result is damaged.
     """
     found: dict[str, Place] = {}
-    for chain in chains:
-        for place in _places(tickets.planner, chain, tickets.progress(chain)):
-            found.setdefault(place.training.key, place)
+    for planner, chains in planners:
+        tickets = Tickets(planner)
+        for chain in chains:
+            for place in _places(planner, chain, tickets.progress(chain)):
+                found.setdefault(place.training.key, place)
     if not found:
-        raise NothingStoredError.of_study(tickets.planner.store.root)
+        raise NothingStoredError.of_study(planners[0][0].store.root)
     return list(found.values())
 
 
@@ -93,25 +97,26 @@ def draw_sample(things: Sequence[Any], count: int | None) -> list[Any]:
     return [thing for number, thing in enumerate(things) if number in numbers]
 
 
-def verify_trainings(planner: Planner, places: Sequence[Place], workers: Workers) -> Iterator[Finding]:
+def verify_trainings(places: Sequence[Place], workers: Workers) -> Iterator[Finding]:
     """Repeat trainings, each from its beginning, and yield the outcome of each when it is done.
 
     Masks that the store remembers are also recomputed from the stored weights and compared.
 
     Args:
-        planner: the planner of the study.
         places: the trainings to repeat.
         workers: the workers that repeat them, without checkpoints.
 
     Raises:
         UserError: if a training fails.
     """
-    tickets = Tickets(planner)
-    again = Tickets(Planner(planner.study, planner.problem, planner.store, remember=False))
     waiting = list(places)
-    for chain in dict.fromkeys(place.chain for place in places):
+    forgetful = {
+        planner: Planner(planner.study, planner.problem, planner.store, remember=False)
+        for planner in dict.fromkeys(place.planner for place in places)
+    }
+    for planner, chain in dict.fromkeys((place.planner, place.chain) for place in places):
         try:
-            remembered, progress = tickets.progress(chain).trainings, again.progress(chain)
+            remembered, progress = planner.progress(chain).trainings, forgetful[planner].progress(chain)
             # A training by a wrong mask has another name: with the right one, the chain waits for it.
             computed = [*progress.trainings, *(need for need in progress.needs if isinstance(need, Training))]
         except DamagedResultError as damage:
@@ -128,13 +133,13 @@ def verify_trainings(planner: Planner, places: Sequence[Place], workers: Workers
         while waiting and workers.idle:
             place = waiting.pop(0)
             running[place.training.key] = place
-            workers.submit(Job.of(place.training, planner.study))
+            workers.submit(Job.of(place.training, place.planner.study))
         for event in workers.events(timeout=0.2):
             if isinstance(event, Failed):
                 raise UserError(f"verifying {running[event.key]} failed: {event.reason}")
             if isinstance(event, Outcome):
                 place = running.pop(event.key)
-                yield _compare(planner, place, event.trained, place.training.mask, event.record)
+                yield _compare(place, event.trained, place.training.mask, event.record)
 
 
 def verify_chains(
@@ -169,7 +174,7 @@ def verify_chains(
                 trained = results.get(other.key)
                 assert trained is not None
                 trained = replace(trained, batch_losses=results.batch_losses(other.key))
-                finding = _compare(planner, place, trained, other.mask, results.record(other.key), whole_chain=True)
+                finding = _compare(place, trained, other.mask, results.record(other.key), whole_chain=True)
                 yield finding
                 if finding.difference:
                     break  # all later differences in the chain follow from this one
@@ -180,11 +185,14 @@ def _places(planner: Planner, chain: Chain, progress: Progress) -> list[Place]:
     trainings = progress.trainings
     first = -1 if trainings and trainings[0].end < planner.end else 0  # the rewind point comes before level 0
     trainings = trainings[: len(progress.tickets) - first]  # without later levels that are trained side by side
-    return [Place(one, chain, level if level >= 0 else None) for level, one in enumerate(trainings, first)]
+    levels = planner.levels(chain)
+    return [
+        Place(planner, one, chain, levels[number] if number >= 0 else None)
+        for number, one in enumerate(trainings, first)
+    ]
 
 
 def _compare(
-    planner: Planner,
     place: Place,
     again: Trained,
     mask: Mask,
@@ -193,7 +201,7 @@ def _compare(
     whole_chain: bool = False,
 ) -> Finding:
     """Compare a stored result with that of the repeated training, and add the outcome to the stored record."""
-    key, results = place.training.key, planner.store.results
+    key, results = place.training.key, place.planner.store.results
     try:
         trained = results.get(key)
         assert trained is not None

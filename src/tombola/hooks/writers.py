@@ -7,6 +7,7 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,22 +54,26 @@ def mlflow(uri: str, experiment: str = "tombola") -> _Writer:
     The losses of epochs are one metric for each level, by epoch.
 
     Args:
-        uri: the tracking server or database, such as "http://localhost:5000" or "sqlite:///mlflow.db".
+        uri: the tracking server, such as "http://localhost:5000", or a database, such as "sqlite:///mlflow.db". A
+            database needs the package `mlflow`; the extra has `mlflow-skinny`, which reaches servers.
         experiment: the experiment of the runs; it is created if it is missing.
 
     Raises:
-        UserError: if the extra `mlflow` is not installed; when the run begins, if the server cannot be reached.
+        UserError: if the extra `mlflow` is not installed, or if a database is named without the package `mlflow`; when
+            the run begins, if the server cannot be reached.
     """
     with _installed("mlflow", "mlflow"):
         from mlflow import MlflowClient
+    if uri.startswith(_DATABASES) and find_spec("sqlalchemy") is None:
+        raise UserError(f"MLflow at {uri}: a database needs more than mlflow-skinny: pip install mlflow")
 
     client: Any = None
     place = ""
 
     def prepare() -> None:
         nonlocal client, place
-        client = MlflowClient(tracking_uri=uri)
         with _few_tries():
+            client = MlflowClient(tracking_uri=uri)
             found = client.get_experiment_by_name(experiment)
             place = client.create_experiment(experiment) if found is None else found.experiment_id
 
@@ -85,6 +90,8 @@ def mlflow(uri: str, experiment: str = "tombola") -> _Writer:
 
     return _Writer(f"MLflow at {uri}", prepare, open_run)
 
+
+_DATABASES = ("sqlite:", "postgresql:", "mysql:", "mssql:")
 
 _TRIES = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
 """What MLflow tries by default takes four minutes, and 14 if nothing answers: too long before a run."""
@@ -158,8 +165,8 @@ class _Writer:
 
 
 def _name(chain: Chain) -> str:
-    """Return the name of a chain's run, which is also that of a folder."""
-    return _plain(str(chain).replace(", ", " "))
+    """Return the name of a chain's run, also that of a folder; the run of `taylor/l1` is in a folder `taylor`."""
+    return str(chain).replace(", ", " ")
 
 
 def _plain(name: str) -> str:

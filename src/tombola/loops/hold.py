@@ -23,6 +23,9 @@ _HELD: Any = WeakIdKeyDictionary()
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 """The integers of so many bytes."""
 
+_KEEP_ZEROS = {torch.optim.SGD, torch.optim.RMSprop, torch.optim.Adam, torch.optim.AdamW}
+"""Optimizers whose state stays 0.0 where it is 0.0 and the gradient and the weight are 0.0."""
+
 _Masked: TypeAlias = "list[tuple[nn.Parameter, _Pruned]]"
 _Place: TypeAlias = tuple[weakref.ref[nn.Module], str, nn.Parameter]
 
@@ -108,7 +111,8 @@ def hold(model: nn.Module, mask: Mask, optimizer: Optimizer, *others: Optimizer)
         own = _list_parameters([each])
         its = [(weight, pruned) for weight, pruned in masked if id(weight) in own]
         held._hooks.append(each.register_step_pre_hook(_before_step(its, places, weakref.ref(model), mask)))
-        held._hooks.append(each.register_step_post_hook(_after_step(its, held)))
+        held._hooks.append(each.register_step_post_hook(_after_step(its, held, state=type(each) not in _KEEP_ZEROS)))
+        held._hooks.append(each.register_load_state_dict_post_hook(_after_step(its, held, state=True)))
     for weight, pruned in masked:
         if weight.requires_grad:
             add_hook: Any = weight.register_post_accumulate_grad_hook
@@ -151,12 +155,12 @@ class _Pruned:
     """
 
     def __init__(self, weight: nn.Parameter, alive: Tensor) -> None:
-        self._pruned = pruned_part(weight, alive)
+        self._pruned, self._sharded = pruned_part(weight, alive), is_sharded(weight)
         self._bits: dict[tuple[torch.dtype, torch.device], Tensor] = {}
 
     def zero(self, tensor: Tensor) -> None:
         """Set the pruned entries of a tensor of the weight's shape to 0.0."""
-        part = own_part(tensor)
+        part = own_part(tensor) if self._sharded else tensor
         kept = self._bits.get((part.dtype, part.device))
         if kept is None:
             kept = torch.empty_like(part, dtype=_INTEGERS[part.element_size()])
@@ -218,10 +222,10 @@ def _check_not_replaced(model: nn.Module | None, mask: Mask) -> None:
             )
 
 
-def _after_step(masked: _Masked, held: Hold) -> Callable[..., None]:
+def _after_step(masked: _Masked, held: Hold, *, state: bool) -> Callable[..., None]:
     @torch.no_grad()
     def hook(optimizer: Optimizer, *_: object, _held: Hold = held) -> None:  # the optimizer keeps the hold
-        zero_masked(masked, optimizer)
+        zero_masked(masked, *([optimizer] if state else []))
 
     return hook
 

@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import TypeAlias
 
 from tombola.errors import UserError, did_you_mean, short
@@ -204,7 +205,7 @@ def find_strategy(name: str | Strategy) -> Strategy:
     """
     if callable(name):
         return name
-    if name not in STRATEGIES:
+    if not isinstance(name, str) or name not in STRATEGIES:
         raise UserError(f"strategy: unknown {short(name)}; {did_you_mean(str(name), STRATEGIES)}")
     return STRATEGIES[name]
 
@@ -289,6 +290,36 @@ def plan(known: Known, strategy: Strategy) -> Ask | End:
     if best.level >= known.levels:
         return End(best, f"level {best.level} is the last level of the study, and sparser tickets were not tried")
     return End(best, f"level {best.level} keeps the metric, and no sparser ticket that was tried does")
+
+
+def imagine(strategy: Strategy, importances: Sequence[str], levels: int, trials: int) -> Iterator[list[Ask]]:
+    """Yield what a search asks for, one after another, in each of many imagined cases.
+
+    In each case, a ticket of any importance keeps the metric up to a certain level, if no round on its path is larger
+    than a certain number of levels, and the other trials agree with the first.
+
+    Args:
+        strategy: the strategy.
+        importances: the importances to search.
+        levels: the highest level.
+        trials: the number of trials.
+
+    >>> max(len({stage for ask in case for each in ask.candidates for stage in each.stages})
+    ...     for case in imagine(bisect, ["l1"], 9, 1))
+    6
+    """
+    for last in range(levels + 1):
+        for largest in range(1, last + 1) if last else (1,):
+            known, asks = Known(tuple(importances), levels, 0.0, trials, {}), list[Ask]()
+            while isinstance(asked := plan(known, strategy), Ask):
+                asks.append(asked)
+                gains = {each: dict(of) for each, of in known.gains.items()}
+                for stage in (stage for each in asked.candidates for stage in each.stages):
+                    gap = max(after - before for before, after in pairwise((0, *stage.path)))
+                    gain = 0.0 if stage.level <= last and gap <= largest else -1.0
+                    gains.setdefault(stage, {}).update(dict.fromkeys(asked.trials, gain))
+                known = replace(known, gains=gains)
+            yield asks
 
 
 def _check_asked(asked: Sequence[Candidate], known: Known) -> None:

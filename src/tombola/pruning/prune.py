@@ -11,7 +11,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from tombola.errors import ImportanceError, UserError, did_you_mean, short
+from tombola.errors import ImportanceError, RoundError, UserError, did_you_mean, short
 from tombola.exits import attribute_failure
 from tombola.importance import NORMALISATIONS, Importance, NetworkScore, Normalisation, Survivors, as_importance
 from tombola.pruning.eligible import resolve_layers
@@ -66,8 +66,8 @@ def prune(
         ImportanceError: if the importance raises, if it does not return one number per connection, without NaN, or if
             the normalisation changes the order of the scores.
         UserError: if the weights of a layer are missing, have another shape, or are NaN or infinite; if `fraction` is
-            out of range; if a layer to exclude or to keep dense is not in the mask; or if more connections of a layer
-            would have to be removed than it has.
+            out of range; or if a layer to exclude or to keep dense is not in the mask.
+        RoundError: if more connections of a layer would have to be removed than it has.
 
     >>> mask = Mask.from_tensors({"w": torch.ones(5, dtype=torch.bool)})
     >>> prune({"w": torch.tensor([0.5, -0.1, 0.3, -0.9, 0.2])}, mask, lambda w: w, 0.4)["w"]
@@ -82,7 +82,7 @@ def prune(
     count = count_to_remove(sum(counted.values()), fraction)
     prunable = sum(counted[layer] for layer in layers)
     if count > prunable:
-        raise UserError(
+        raise RoundError(
             f"keep_dense: a fraction of {fraction} of the {sum(counted.values())} connections alive is {count}, and "
             f"only {prunable} are in layers that may be pruned"
         )

@@ -16,7 +16,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from tombola.errors import UserError, did_you_mean, short
+from tombola.errors import RoundError, UserError, did_you_mean, short
 
 SELECTIONS = ("global", "uniform", "erk", "shares")
 """The names of the selections."""
@@ -74,8 +74,8 @@ def apportion(
         shares: layer -> its share relative to the others, 0 or more; 1 for layers that are not named.
 
     Raises:
-        UserError: if the selection is unknown, if a share is of no layer or no number from 0, or if a layer would have
-            to lose more connections than it has.
+        UserError: if the selection is unknown, or if a share is of no layer or no number from 0.
+        RoundError: if a layer would have to lose more connections than it has.
 
     >>> alive, shapes = {"a": 80, "b": 20}, {"a": (8, 10), "b": (2, 10)}
     >>> apportion("uniform", alive, shapes, 20), apportion("shares", alive, shapes, 20, {"b": 2.0})
@@ -99,11 +99,11 @@ def apportion(
         weights = {layer: number * Fraction(given.get(layer, 1)) for layer, number in alive.items()}
         whole = sum(weights.values())
         if count and not whole:
-            raise UserError("shares: all layers that have connections left have share 0; give one of them a share")
+            raise RoundError("shares: all layers that have connections left have share 0; give one of them a share")
         ideal = {layer: count * weight / whole if count else Fraction(0) for layer, weight in weights.items()}
     for layer, number in ideal.items():
         if number > alive[layer]:
-            raise UserError(
+            raise RoundError(
                 f"shares: layer {layer!r} would lose {math.ceil(number)} connections in a round and has only "
                 f"{alive[layer]}; give it a smaller share, or use fewer levels"
             )

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from tombola.lottery.search import SHARES
-from tombola.study.planner import Chain, Planner
+from tombola.study.planner import Planner
 from tombola.study.reinitialisation import list_notes, plan_again
+from tombola.study.searches import list_searched, shorten_study
 from tombola.study.singles import list_single_needs
 from tombola.study.tickets import Tickets
 from tombola.study.trainings import Round
-from tombola.training.recipe import shorten
 
 
 def list_needs(tickets: Tickets) -> set[str]:
@@ -26,9 +26,9 @@ def list_needs(tickets: Tickets) -> set[str]:
     """
     planner = tickets.planner
     needs = list_chain_needs(tickets)
-    study, searched = planner.study, list_searched(tickets)
-    shorter = [study.model_copy(update={"recipe": shorten(study.recipe, share)}) for share in SHARES.values()]
-    for each in (study, *shorter) if searched else ():
+    searched = list_searched(tickets)
+    shorter = [shorten_study(planner.study, strategy) for strategy in SHARES]
+    for each in (planner.study, *shorter) if searched else ():
         needs |= list_chain_needs(Tickets(Planner(each, planner.problem, planner.store, chains=searched)))
     for (level, importances), draws in list_notes(tickets).items():
         for seed in tickets.study.seeds:
@@ -36,18 +36,6 @@ def list_needs(tickets: Tickets) -> set[str]:
             if found is not None:
                 needs |= list_chain_needs(Tickets(found.planner))
     return needs | list_single_needs(tickets, needs)
-
-
-def list_searched(tickets: Tickets) -> list[Chain]:
-    """Return the chains of a study that searches have tried, as the records of their trainings say."""
-    study, notes = tickets.study, tickets.planner.store.results.notes("search")
-    paths = {(note["importance"], tuple(note["path"])) for each in notes.values() for note in each}
-    return [
-        Chain(seed, importance, path=path)
-        for importance, path in sorted(paths)
-        if importance in study.importances and path[-1] <= study.levels and list(path) == sorted(set(path))
-        for seed in study.seeds
-    ]
 
 
 def list_chain_needs(tickets: Tickets) -> set[str]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, TypeAlias
 
-from tombola.errors import DamagedResultError, ImportanceError, UserError, did_you_mean
+from tombola.errors import DamagedResultError, RoundError, UserError, did_you_mean
 from tombola.importance import NetworkScore, is_built_in
 from tombola.inputs import call
 from tombola.kernels import can_pack, have_convolutions
@@ -119,7 +119,7 @@ class Diverged:
 
 @dataclass(frozen=True)
 class Stopped:
-    """The importance failed on the weights of the last ticket.
+    """The round of pruning after the last ticket cannot be done, for example because the importance failed.
 
     Args:
         reason: the message of the failure.
@@ -424,7 +424,7 @@ class Planner:
                 asked[-1] = replace(training, mask=mask), trained
                 level = levels[ticket.level]
                 tickets.append(replace(ticket, level=level, mask=mask, provenance=provenance, shared=self.shared))
-        except ImportanceError as error:
+        except RoundError as error:
             stopped = Stopped(str(error))
         trainings = tuple(training for training, trained in asked if trained is not None)
         ended = stopped or (Finished() if len(tickets) == len(levels) else Diverged())
@@ -456,7 +456,7 @@ class Planner:
         """Do a round of pruning in this process, and remember its mask or its failure."""
         try:
             mask = compute_mask(pruning, self.problem, self.study, self.rule, self._importances[pruning.importance])
-        except ImportanceError as error:
+        except RoundError as error:
             self.fail(pruning.key, str(error))
         else:
             self.keep(pruning.key, mask)
@@ -515,7 +515,7 @@ class Planner:
         """
         name = self._name(weights, mask, level, rewind, chain)
         if name in self._failures:
-            raise ImportanceError(self._failures[name])
+            raise RoundError(self._failures[name])
         importance = self._importances[chain.importance]
         by_worker = isinstance(importance.score, NetworkScore)
         known = self._computed.get(name)

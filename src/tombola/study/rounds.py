@@ -26,7 +26,7 @@ def compute_mask(pruning: Round, problem: Problem, study: Study, rule: Rule, imp
         importance: the importance that the round names.
 
     Raises:
-        ImportanceError: if the importance fails.
+        RoundError: if the importance fails, or if a layer would lose more connections than it has.
     """
     score = None
     if isinstance(importance.score, NetworkScore):

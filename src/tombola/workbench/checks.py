@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -12,13 +12,13 @@ import polars as pl
 from tombola.engine.estimate import Estimate, estimate
 from tombola.engine.here import WorkersHere
 from tombola.engine.local import LocalWorkers
-from tombola.engine.verify import draw_sample, list_places, verify_chains, verify_trainings
+from tombola.engine.verify import Finding, draw_sample, list_places, verify_chains, verify_trainings
 from tombola.engine.workers import Workers
 from tombola.exits import watch_exits
 from tombola.store.layout import STORE
 from tombola.store.store import Store
 from tombola.study.planner import Planner
-from tombola.study.tickets import Tickets
+from tombola.study.searches import list_planners
 from tombola.threads import one_thread
 from tombola.workbench.runs import check_workers, count_workers, try_study
 from tombola.workbench.studies import AnyStudy, Overrides, open_planner
@@ -94,18 +94,45 @@ def verify(
     """
     with one_thread(), watch_exits():
         planner = open_planner(study, overrides, store=store, data=data)
-        tickets = Tickets(planner)
-        every = list(tickets.all())
         with _open_fresh(planner, workers, None if data is None else Path(data)) as fresh:
-            if chains:
-                there = [chain for chain in every if tickets.progress(chain).tickets]
-                list_places(tickets, there)
-                findings = list(verify_chains(planner, draw_sample(there, sample), fresh, lambda *_: None))
-            else:
-                findings = list(verify_trainings(planner, draw_sample(list_places(tickets, every), sample), fresh))
+            findings = repeat(planner, fresh, sample=sample, chains=chains)
         rows = [(f.what, f.key, f.difference is None, f.difference, "; ".join(f.machine)) for f in findings]
         types = {"training": pl.String, "key": pl.String, "equal": pl.Boolean, "difference": pl.String}
         return pl.DataFrame(rows, {**types, "machine": pl.String}, orient="row")
+
+
+def repeat(
+    planner: Planner,
+    fresh: Workers,
+    tell: Callable[[int, int], None] = lambda *_: None,
+    *,
+    sample: int | None = None,
+    chains: bool = False,
+) -> list[Finding]:
+    """Repeat stored trainings of a study and of its searches, and return the outcome of each; see `verify`.
+
+    Args:
+        planner: the planner of the study.
+        fresh: the workers, without checkpoints.
+        tell: a function that is called with the number of finished trainings and the number of all trainings.
+        sample: the number of trainings, or of chains, to repeat.
+        chains: whether to repeat whole chains.
+    """
+    planners = list_planners(planner)
+    places = list_places(planners)
+    findings = []
+    if not chains:
+        chosen = draw_sample(places, sample)
+        for finding in verify_trainings(chosen, fresh):
+            findings.append(finding)
+            tell(len(findings), len(chosen))
+        return findings
+    stored = {(place.planner, place.chain) for place in places}
+    there = draw_sample([(own, chain) for own, every in planners for chain in every if (own, chain) in stored], sample)
+    for own, _ in planners:
+        if mine := [chain for each, chain in there if each is own]:
+            findings += verify_chains(own, mine, fresh, tell)
+    return findings
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from tombola.analysis.winners import FLATTERS
 from tombola.engine.estimate import dense_speed, recorded_speed
 from tombola.engine.here import WorkersHere
 from tombola.engine.search import Budget, Walk, search
+from tombola.engine.search_estimate import Outlook, estimate_search
 from tombola.errors import UserError, short
 from tombola.exits import watch_exits
 from tombola.lottery.search import DEFAULT, SHARES, Strategy, find_strategy
@@ -25,17 +26,17 @@ from tombola.lottery.ticket import Ticket
 from tombola.store.layout import STORE
 from tombola.study.planner import Planner
 from tombola.study.schema import Study
+from tombola.study.searches import shorten_study
 from tombola.study.tickets import Tickets
 from tombola.threads import one_thread
-from tombola.training.recipe import shorten
 from tombola.training.replaceable import OwnLayersWarning
 from tombola.workbench.pictures import check_installed
 from tombola.workbench.progress import show_nothing, show_progress
-from tombola.workbench.runs import open_workers, prepare_store, try_study
+from tombola.workbench.runs import check_workers, count_workers, open_workers, prepare_store, try_study
 from tombola.workbench.studies import AnyStudy, Overrides, open_planner
 
 if TYPE_CHECKING:
-    from tombola.report.look import Chart
+    from tombola.reporting.look import Chart
 
 _UNITS = {"s": 1, "m": 60, "min": 60, "h": 3600, "d": 86400}
 _TIME = re.compile(r"(?:\d+(?:\.\d+)? *(?:s|min|m|h|d) *)+")
@@ -73,7 +74,7 @@ class Found:
             UserError: if the extra `report` is not installed.
         """
         with check_installed():
-            from tombola.report.look import inline
+            from tombola.reporting.look import inline
 
             return inline(draw(self.walk), "What the search has tried")
 
@@ -166,7 +167,7 @@ def read_budget(budget: str | float | None) -> Budget:
         number = float(found[1])
         if number < 1:
             raise UserError(f"budget: {number:g} is less than one training; give 2 or more, or a time such as 90m")
-        return Budget(trainings=number, text=f"{number:g} trainings")
+        return Budget(trainings=number, text=f"{number:g} training{'s' if number != 1 else ''}")
     if not _TIME.fullmatch(text):
         raise UserError(
             f"budget: expected a time such as 90m or 2h, or a number of trainings such as 12, got {short(budget)}"
@@ -200,23 +201,42 @@ def walk_study(
         progress: whether to show the progress.
 
     Raises:
-        UserError: if the study has no level from 1 on, see `tombola.engine.search.search`.
+        UserError: see `list_trials` and `tombola.engine.search.search`.
     """
-    study = planner.study
-    if not study.levels:
-        raise UserError("levels: the study has level 0 alone, and a ticket is found at a level from 1 on")
-    trials = [(planner, seed) for seed in study.seeds]
-    recipe = (
-        shorten(study.recipe, SHARES[strategy]) if isinstance(strategy, str) and strategy in SHARES else study.recipe
-    )
-    if recipe != study.recipe:
-        shorter = study.model_copy(update={"recipe": recipe})
-        trials = [(Planner(shorter, planner.problem, planner.store), study.seeds[0]), *trials]
+    trials = list_trials(planner, strategy)
     with open_workers(planner, workers, data) as opened:
         timed = budget.seconds is not None and not isinstance(opened, WorkersHere)
         speed = recorded_speed(Tickets(planner)) or dense_speed(planner, data) if timed else None
         with show_progress(planner, opened.count) if progress else show_nothing() as show:
             return search(trials, opened, show, find_strategy(strategy), margin=within, budget=budget, speed=speed)
+
+
+def list_trials(planner: Planner, strategy: str | Strategy) -> list[tuple[Planner, int]]:
+    """Return the planner and the seed of each trial of a search, see `tombola.engine.search.search`.
+
+    Raises:
+        UserError: if the study has no level from 1 on.
+    """
+    study = planner.study
+    if not study.levels:
+        raise UserError("levels: the study has level 0 alone, and a ticket is found at a level from 1 on")
+    trials = [(planner, seed) for seed in study.seeds]
+    if isinstance(strategy, str) and strategy in SHARES:
+        shorter = shorten_study(study, strategy)
+        if shorter != study:
+            trials = [(Planner(shorter, planner.problem, planner.store), study.seeds[0]), *trials]
+    return trials
+
+
+def outlook(planner: Planner, strategy: str | Strategy, workers: int | None, data: Path | None) -> Outlook:
+    """Return what a search of a study trains at most, and how long it takes; see `find`.
+
+    Raises:
+        UserError: see `list_trials` and `tombola.workbench.runs.check_workers`.
+    """
+    here = check_workers(planner, workers)
+    count = 1 if here else count_workers(workers, planner.study.device)
+    return estimate_search(list_trials(planner, strategy), find_strategy(strategy), count, data, here=here)
 
 
 def conclude(walk: Walk, within: float) -> Found:
@@ -263,7 +283,7 @@ def name_margin(walk: Walk) -> str:
 
 def draw(walk: Walk) -> Chart:
     """Return the chart of what a search has tried, without colours and size."""
-    from tombola.report.charts import frontier as chart
+    from tombola.reporting.charts import frontier as chart
 
     planner = walk.trials[-1][0]
     dense = next((each.dense for each in walk.tried), None)

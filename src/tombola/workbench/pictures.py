@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tombola.errors import NothingStoredError, UserError, did_you_mean
+from tombola.errors import NothingStoredError, UserError, did_you_mean, short
 from tombola.files import check_output, write_output
 from tombola.own.functions import refer
 from tombola.store.layout import STORE
@@ -18,8 +18,8 @@ from tombola.threads import one_thread
 from tombola.workbench.studies import AnyStudy, Overrides, open_planner
 
 if TYPE_CHECKING:
-    from tombola.report.contents import Contents
-    from tombola.report.look import Chart
+    from tombola.reporting.contents import Contents
+    from tombola.reporting.look import Chart
 
 
 def charts(
@@ -52,8 +52,8 @@ def charts(
     True
     """
     with one_thread(), check_installed():
-        from tombola.report.look import inline
-        from tombola.report.sections import sections, select_charts
+        from tombola.reporting.look import inline
+        from tombola.reporting.sections import sections, select_charts
 
         planner = open_planner(study, overrides, store=store, data=data)
         contents = gather_stored(planner, *name_study(study, overrides), costly=costly, level=level, margin=margin)
@@ -61,7 +61,7 @@ def charts(
         return {part.name: inline(part.chart, part.title) for part in found if part.chart is not None}
 
 
-def write_report(
+def report(
     study: AnyStudy,
     path: str | Path,
     overrides: Overrides = None,
@@ -92,12 +92,14 @@ def write_report(
     >>> import tempfile
     >>> from tombola.workbench.example import finished
     >>> with tempfile.TemporaryDirectory() as folder:
-    ...     write_report(path=folder + "/report.html", **finished()).stat().st_size > 100_000
+    ...     report(path=folder + "/report.html", **finished()).stat().st_size > 100_000
     True
     """
     with one_thread(), check_installed():
-        from tombola.report.page import page
+        from tombola.reporting.page import page
 
+        if not isinstance(path, str | Path):
+            raise UserError(f'path: expected the path of the page to write, such as "page.html", got {short(path)}')
         path = Path(path)
         check_output(path)
         planner = open_planner(study, overrides, store=store, data=data)
@@ -115,12 +117,12 @@ def gather_stored(
     level: int | None = None,
     margin: float = 0.005,
 ) -> Contents:
-    """Gather the stored results of a study, see `tombola.report.contents.gather`.
+    """Gather the stored results of a study, see `tombola.reporting.contents.gather`.
 
     Raises:
         NothingStoredError: if the store has no result of the study.
     """
-    from tombola.report.contents import COSTLY, FURTHER, gather
+    from tombola.reporting.contents import COSTLY, FURTHER, gather
 
     known = (*COSTLY, *FURTHER)
     if unknown := [each for each in costly if each not in known]:

@@ -8,8 +8,8 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from tombola.report.contents import COSTLY, FURTHER, Contents
-from tombola.report.sections import command
+from tombola.reporting.contents import COSTLY, FURTHER, Contents
+from tombola.reporting.sections import command
 from tombola.study.schema import Study, fields
 
 

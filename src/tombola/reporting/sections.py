@@ -13,10 +13,10 @@ import polars as pl
 
 from tombola.analysis.gather import ALL, PRUNABLE
 from tombola.analysis.reference import PAPER, compare, describe
-from tombola.report import charts, further, tables
-from tombola.report.contents import COSTLY, FURTHER, Contents
-from tombola.report.findings import dense_values
-from tombola.report.look import Chart
+from tombola.reporting import charts, further, tables
+from tombola.reporting.contents import COSTLY, FURTHER, Contents
+from tombola.reporting.findings import dense_values
+from tombola.reporting.look import Chart
 from tombola.training.metrics import TEST_ACCURACY
 
 MEASURES = {
@@ -39,7 +39,7 @@ class Part:
     Args:
         name: letters, digits and `-`; the id of the chart and the name of its file.
         title: a few words.
-        chart: made by `tombola.report.charts`; None if there are only numbers.
+        chart: made by `tombola.reporting.charts`; None if there are only numbers.
         table: the numbers that the chart shows, percentages in 0..100.
         more: further tables, by title.
     """

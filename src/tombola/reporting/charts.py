@@ -1,6 +1,6 @@
-"""Charts: each chart is a pure function of one table of `tombola.report.tables`.
+"""Charts: each chart is a pure function of one table of `tombola.reporting.tables`.
 
-A chart has no width and no colours. `tombola.report.look` adds those of a page or of paper.
+A chart has no width and no colours. `tombola.reporting.look` adds those of a page or of paper.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ import polars as pl
 from altair.utils.schemapi import debug_mode
 
 from tombola.analysis.gather import ALL, DATA_ORDER, IMPORTANCES
-from tombola.report import look
-from tombola.report.look import Chart
-from tombola.report.tables import DENSITY, NOISE, TWO
+from tombola.reporting import look
+from tombola.reporting.look import Chart
+from tombola.reporting.tables import DENSITY, NOISE, TWO
 from tombola.training.metrics import TEST_ACCURACY, Measure
 
 _HEIGHT = 230

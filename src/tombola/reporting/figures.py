@@ -12,9 +12,9 @@ import vl_convert
 
 from tombola.errors import UserError
 from tombola.files import write_output
-from tombola.report.look import Chart, on_paper
-from tombola.report.page import VEGA_LITE
-from tombola.report.sections import Part
+from tombola.reporting.look import Chart, on_paper
+from tombola.reporting.page import VEGA_LITE
+from tombola.reporting.sections import Part
 
 FORMATS = ("pdf", "svg", "png")
 _DOTS = 600  # resolution of PNG files in dots per inch, as journals require it for line drawings
@@ -24,7 +24,7 @@ def write(parts: Sequence[Part], folder: Path, formats: Sequence[str], inches: f
     """Write each chart in each format, and return the paths.
 
     Args:
-        parts: parts that have a chart, see `tombola.report.sections`.
+        parts: parts that have a chart, see `tombola.reporting.sections`.
         folder: created if it does not exist.
         formats: some of `FORMATS`.
         inches: width of a figure.
@@ -51,7 +51,7 @@ def draw(chart: Chart, form: str, inches: float) -> bytes:
     """Return a chart as a file of one of `FORMATS`, or as an HTML page that needs no network.
 
     Args:
-        chart: made by `tombola.report.charts`.
+        chart: made by `tombola.reporting.charts`.
         form: one of `FORMATS`, or "html".
         inches: the width of the figure.
     """

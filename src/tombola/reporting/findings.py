@@ -11,9 +11,9 @@ import polars as pl
 
 from tombola.analysis.winners import FLATTERS
 from tombola.engine.machine import count_kinds, describe_kinds
-from tombola.report import tables
-from tombola.report.contents import Contents
-from tombola.report.tables import NOISE, TWO
+from tombola.reporting import tables
+from tombola.reporting.contents import Contents
+from tombola.reporting.tables import NOISE, TWO
 from tombola.training.metrics import TEST_ACCURACY, Measure
 
 

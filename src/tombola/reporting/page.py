@@ -19,9 +19,9 @@ import vl_convert
 from markupsafe import Markup
 
 from tombola.analysis.claims import summarise
-from tombola.report import findings, look, provenance, tables
-from tombola.report.contents import Contents
-from tombola.report.sections import sections
+from tombola.reporting import findings, look, provenance, tables
+from tombola.reporting.contents import Contents
+from tombola.reporting.sections import sections
 
 VEGA_LITE = "6.4"
 """The version of Vega-Lite that draws both the page and the figures."""
@@ -132,4 +132,4 @@ def _digest(source: str) -> str:
 
 
 def _asset(name: str) -> str:
-    return resources.files("tombola.report").joinpath("assets", name).read_text(encoding="utf-8")
+    return resources.files("tombola.reporting").joinpath("assets", name).read_text(encoding="utf-8")

@@ -1,0 +1,164 @@
+"""Estimates of searches: what a search trains at most, and how long it takes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tombola.engine.estimate import DivergedError, measure_speed, result_bytes
+from tombola.engine.forecast import Speed, Step, makespan
+from tombola.engine.search import follow
+from tombola.lottery.search import Ask, Strategy, imagine
+from tombola.study.planner import Chain, Planner
+
+Stage = tuple[int, str, int]
+"""A training of a search: the number of its trial, the path to it with its importance, and its level; -1 is the rewind
+point."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """The trainings of one trial of a search.
+
+    Args:
+        seed: the seed.
+        iterations: the iterations of a training.
+        trainings: the number of trainings, at most.
+        there: how many of them the store has.
+    """
+
+    seed: int
+    iterations: int
+    trainings: int
+    there: int
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """What a search trains at most, see `tombola.lottery.search.imagine`, if no ticket is refuted by the judges.
+
+    Args:
+        parts: the trainings of each trial; the first is that of the search.
+        work: all of them, in complete trainings.
+        to_do: those that the store does not have, in complete trainings.
+        seconds: the time of these on the given number of workers; None if a training diverges while it is timed.
+        source: the source of the time, for the user.
+        bytes: the size of the results to come.
+    """
+
+    parts: tuple[Part, ...]
+    work: float
+    to_do: float
+    seconds: float | None
+    source: str
+    bytes: int
+
+
+def estimate_search(
+    trials: Sequence[tuple[Planner, int]],
+    strategy: Strategy,
+    workers: int,
+    directory: Path | None = None,
+    *,
+    here: bool = False,
+) -> Outlook:
+    """Estimate a search from finished trainings of its chains, or from a few iterations that are timed now.
+
+    Args:
+        trials: a planner and a seed for each trial, see `tombola.engine.search.search`.
+        strategy: the strategy.
+        workers: the number of workers.
+        directory: the folder of the data sets.
+        here: whether only this process can train, by functions of its own.
+    """
+    planner = trials[-1][0]
+    study = planner.study
+    cases = imagine(strategy, study.importances, study.levels, len(trials))
+    asks = max(cases, key=lambda case: sum(_iterations(trials, stage) for stage in _list_stages(trials, case)))
+    stages = _list_stages(trials, asks)
+    there = _list_stored(trials, asks)
+    missing = [stage for stage in stages if stage not in there]
+    parts = []
+    for number, (own, seed) in enumerate(trials):
+        mine = [stage for stage in stages if stage[0] == number and stage[2] >= 0]
+        parts.append(Part(seed, own.end, len(mine), sum(stage in there for stage in mine)))
+    work, to_do = (sum(_iterations(trials, each) for each in some) / planner.end for some in (stages, missing))
+    size = sum(result_bytes(trials[trial][0], max(0, level)) for trial, _, level in missing)
+    if not missing:
+        return Outlook(tuple(parts), work, 0.0, 0.0, "nothing to do", 0)
+    try:
+        chains = [follow(*each) for each in _list_chains(trials, asks)]
+        speed = measure_speed(planner, chains, workers, directory, here=here)
+    except DivergedError as error:
+        return Outlook(tuple(parts), work, to_do, None, str(error), size)
+    return Outlook(tuple(parts), work, to_do, _measure_time(trials, asks, there, speed, workers), speed.source, size)
+
+
+def _list_chains(trials: Sequence[tuple[Planner, int]], asks: Sequence[Ask]) -> list[tuple[Planner, Chain]]:
+    return [
+        (trials[trial][0], Chain(trials[trial][1], each.importance, path=each.path))
+        for ask in asks
+        for trial in ask.trials
+        for each in ask.candidates
+    ]
+
+
+def _list_path(planner: Planner, trial: int, importance: str, path: Sequence[int]) -> list[Stage]:
+    """Return the trainings of a path; all importances share the dense network."""
+    first = [-1, 0] if planner.study.recipe.rewind else [0]
+    places = [f"{importance} {' '.join(map(str, path[: number + 1]))}" for number in range(len(path))]
+    return [*((trial, "", level) for level in first), *zip([trial] * len(path), places, path, strict=True)]
+
+
+def _list_stages(trials: Sequence[tuple[Planner, int]], asks: Sequence[Ask]) -> list[Stage]:
+    """Return all trainings of a search, each once, in their order."""
+    return list(
+        dict.fromkeys(
+            stage
+            for ask in asks
+            for trial in ask.trials
+            for each in ask.candidates
+            for stage in _list_path(trials[trial][0], trial, each.importance, each.path)
+        )
+    )
+
+
+def _list_stored(trials: Sequence[tuple[Planner, int]], asks: Sequence[Ask]) -> set[Stage]:
+    """Return the trainings of a search that the store has."""
+    found = set[Stage]()
+    for ask in asks:
+        for trial in ask.trials:
+            planner, seed = trials[trial]
+            for each in ask.candidates:
+                done = len(follow(planner, Chain(seed, each.importance, path=each.path)).trainings)
+                found |= set(_list_path(planner, trial, each.importance, each.path)[:done])
+    return found
+
+
+def _iterations(trials: Sequence[tuple[Planner, int]], stage: Stage) -> int:
+    planner, rewind = trials[stage[0]][0], trials[stage[0]][0].study.recipe.rewind
+    return rewind if stage[2] < 0 else planner.end - rewind
+
+
+def _measure_time(
+    trials: Sequence[tuple[Planner, int]], asks: Sequence[Ask], there: set[Stage], speed: Speed, workers: int
+) -> float:
+    """Return the seconds of a search, whose tickets are trained side by side if they are asked for together."""
+    seconds, done = speed.start, set(there)
+    for ask in asks:
+        paths = []
+        for trial in ask.trials:
+            planner = trials[trial][0]
+            for each in ask.candidates:
+                stages = [one for one in _list_path(planner, trial, each.importance, each.path) if one not in done]
+                densities = [(1 - planner.study.fraction) ** max(0, level) for _, _, level in stages]
+                paths.append(
+                    [
+                        Step((f"{one[0]} {one[1]}", one[2]), speed.training(density, _iterations(trials, one)))
+                        for one, density in zip(stages, densities, strict=True)
+                    ]
+                )
+        seconds += makespan(paths, workers)
+        done |= set(_list_stages(trials, [ask]))
+    return seconds
