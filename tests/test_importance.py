@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from tombola import Mask, UserError, Weights, prune
 from tombola.importance import (
     IMPORTANCES,
+    NORMALISATIONS,
     SCORES,
     Importance,
     Seeded,
@@ -99,13 +100,19 @@ def test_one_finite_float64_for_each_weight_which_stays_as_it_was(name: str, wei
     assert weights.equal(before)
 
 
-@those(lambda traits: traits.by_weight)
+@pytest.mark.parametrize("name", NORMALISATIONS)
 @often
-@given(weights=layers)
-def test_order_is_kept_within_a_layer(name: str, weights: Tensor) -> None:
-    scores = IMPORTANCES[name](weights)
-    ascending = scores[weights.argsort()]
+@given(scores=layers)
+def test_a_normalisation_keeps_number_and_order_and_is_repeatable(name: str, scores: Tensor) -> None:
+    before = scores.clone()
+    values = NORMALISATIONS[name](scores)
+    assert values.shape == scores.shape
+    assert values.dtype == torch.float64
+    assert values.isfinite().all()
+    ascending = values[scores.argsort()]
     assert (ascending[1:] >= ascending[:-1]).all()
+    assert values.equal(NORMALISATIONS[name](scores))
+    assert scores.equal(before)
 
 
 @those(lambda traits: traits.by_weight)

@@ -29,7 +29,7 @@ def add_verbs(verbs: Verbs) -> None:
         "--level",
         type=whole_number(1, _LEVELS),
         metavar="N",
-        help="the level to compare (nearest to the paper's, 96.48 %%)",
+        help="the level that is compared (default: the one nearest to the paper's sparsity, 96.48 %%)",
     )
     for verb in (overlap, layers, stability, winners, weights, functions, connectivity, reinit):
         added = verbs.add(verb.__name__, verb, verbs.study, verbs.table)
@@ -46,32 +46,36 @@ def add_verbs(verbs: Verbs) -> None:
                 type=whole_number(1, 1000),
                 default=3,
                 metavar="N",
-                help="reinitialisations of each seed (%(default)s)",
+                help="how many reinitialisations are drawn for each seed (default: %(default)s)",
             )
             added.add_argument("--plan", action="store_true", help="show what would be trained, and train nothing")
         elif verb is not winners:
             added.add_argument(
-                "--level", type=whole_number(0, _LEVELS), nargs="+", metavar="N", help="only these levels"
+                "--level",
+                type=whole_number(0, _LEVELS),
+                nargs="+",
+                metavar="N",
+                help="show only these levels (default: all)",
             )
         if verb is winners:
             add_margin(added)
             added.add_argument(
-                "--surely", action="store_true", help="require the whole 95 %% interval to be within the margin"
+                "--surely", action="store_true", help="require that the whole 95 %% interval is within the margin"
             )
         if verb is stability:
-            added.add_argument("--layer", nargs="+", metavar="NAME", help="only these layers")
+            added.add_argument("--layer", nargs="+", metavar="NAME", help="show only these layers (default: all)")
         if verb is connectivity:
             added.add_argument(
                 "--points",
                 type=whole_number(2, 1001),
                 default=11,
                 metavar="N",
-                help="points on each line (%(default)s)",
+                help="the number of points on each line (default: %(default)s)",
             )
 
 
 def claims(options: argparse.Namespace) -> int:
-    """Show whether the tickets agree with each claim of the paper: are they unique, alike, more stable where shared."""
+    """Show whether each claim of the paper holds for the tickets of the study, with intervals over seeds."""
     from tombola.analysis import claims, uniqueness
 
     tickets, names = open_compared(options)
@@ -112,7 +116,7 @@ def overlap(options: argparse.Namespace) -> int:
 
 
 def layers(options: argparse.Namespace) -> int:
-    """Show the density of each layer, the collapsed layers, and the share of connections on paths."""
+    """Show the density of each layer, collapsed layers, and connections on a path from the input to the output."""
     from tombola.analysis import layers
     from tombola.cli.tables import wrap
 
@@ -126,7 +130,7 @@ def layers(options: argparse.Namespace) -> int:
 
 
 def stability(options: argparse.Namespace) -> int:
-    """Show how much shared and other connections change from one level to the next."""
+    """Show how much the weights of shared and of other connections change from one level to the next."""
     from tombola.analysis import stability
 
     tickets, names = open_compared(options)
@@ -175,7 +179,7 @@ def functions(options: argparse.Namespace) -> int:
 
 
 def connectivity(options: argparse.Namespace) -> int:
-    """Show how high the test error rises on the line between the weights of two tickets."""
+    """Show how much the test error rises on the straight line between the weights of two tickets."""
     from tombola.analysis import connectivity
 
     tickets, names = open_compared(options)
@@ -186,7 +190,7 @@ def connectivity(options: argparse.Namespace) -> int:
 
 
 def reinit(options: argparse.Namespace) -> int:
-    """Keep the shared connections, reinitialise the others, find tickets again, and show what survives."""
+    """Reinitialise all but the shared connections, find tickets again, and show how many shared ones survive."""
     from tombola.analysis import reinit
     from tombola.cli.run import show_plan
     from tombola.engine.estimate import estimate

@@ -14,7 +14,7 @@ def add_verbs(verbs: Verbs) -> None:
 
 
 def importances(options: argparse.Namespace) -> int:
-    """List the importances, and the scores and normalisations that importances are made of."""
+    """List the built-in importances, and the scores and normalisations that they consist of."""
     from tombola.cli.tables import show_table, wrap
     from tombola.importance import IMPORTANCES, NORMALISATIONS, SCORES, Importance
 
@@ -36,7 +36,7 @@ def importances(options: argparse.Namespace) -> int:
 
 
 def presets(options: argparse.Namespace) -> int:
-    """List the studies that come with tombola."""
+    """List the presets, which are studies that come with tombola."""
     from tombola.cli.tables import show_table
     from tombola.study.schema import load_study
     from tombola.study.schema import presets as preset_files

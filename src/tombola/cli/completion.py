@@ -20,10 +20,10 @@ def add_verbs(verbs: Verbs) -> None:
 
 
 def completion(options: argparse.Namespace) -> int:
-    """Print the script with which a shell completes verbs and options.
+    """Print a script that lets a shell complete verbs and options.
 
-    In the start file of bash or zsh, write `eval "$(tombola completion bash)"`, or zsh; in that of fish,
-    `tombola completion fish | source`.
+    Bash: add the line `eval "$(tombola completion bash)"` to ~/.bashrc. Zsh: add `eval "$(tombola completion zsh)"` to
+    ~/.zshrc. Fish: add `tombola completion fish | source` to ~/.config/fish/config.fish.
     """
     try:
         import argcomplete

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tombola.cli.options import Verbs, open_planner, percentage_points, print_note, warnings_as_notes
+from tombola.cli.options import Verbs, add_margin, open_planner, print_note, warnings_as_notes
 from tombola.errors import UserError
 from tombola.lottery.search import DEFAULT, STRATEGIES
 
@@ -26,27 +26,25 @@ _PICTURES = ("svg", "png", "pdf", "html")
 def add_verbs(verbs: Verbs) -> None:
     """Add the verb to the command line."""
     added = verbs.add("find", find, verbs.study, verbs.table)
-    added.add_argument(
-        "--within",
-        type=percentage_points,
-        default=0.5,
-        metavar="X",
-        help="a ticket keeps the accuracy if it loses at most this many percentage points (%(default)s); for a metric "
-        "that is not a share, percent of the dense network's value",
-    )
+    add_margin(added, "--within")
     added.add_argument(
         "--strategy",
         choices=tuple(STRATEGIES),
         default=DEFAULT,
         metavar="NAME",
-        help=f"{', '.join(STRATEGIES)} (%(default)s)",
+        help=f"the way to search: {', '.join(STRATEGIES)} (default: %(default)s)",
     )
     added.add_argument(
-        "--budget", metavar="TEXT", help="what may be spent: a time such as 90m or 2h, or a number of trainings"
+        "--budget",
+        metavar="TEXT",
+        help="how much the search may train: a time such as 90m or 2h, or a number of trainings (default: no limit)",
     )
-    added.add_argument("-o", "--output", type=Path, metavar="FILE", help="the file to write the ticket to")
+    added.add_argument("-o", "--output", type=Path, metavar="FILE", help="the file that the ticket is written to")
     added.add_argument(
-        "--picture", type=Path, metavar="FILE", help="a chart of what was tried, as a file .svg, .png, .pdf or .html"
+        "--picture",
+        type=Path,
+        metavar="FILE",
+        help="the file that a chart of the tickets tried is written to: .svg, .png, .pdf or .html",
     )
     added.add_argument("--plan", action="store_true", help="show what would be trained at most, and train nothing")
 

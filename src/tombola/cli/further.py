@@ -12,38 +12,43 @@ if TYPE_CHECKING:
     import polars as pl
 
 _MOST = 10_000
+_LEVELS = "compare only tickets of these levels (default: of the last level that all chains have)"
 
 
 def add_verbs(verbs: Verbs) -> None:
     """Add the verbs to the command line."""
     for verb in (matching, initial, similarity):
         added = verbs.add(verb.__name__, verb, verbs.study, verbs.table)
-        added.add_argument("--level", type=whole_number(0, _MOST), nargs="+", metavar="N", help="only these levels")
+        added.add_argument("--level", type=whole_number(0, _MOST), nargs="+", metavar="N", help=_LEVELS)
         if verb is matching:
             added.add_argument(
                 "--by",
                 choices=("weights", "activations"),
                 default="weights",
-                help="match hidden units by their weights or by their activations (%(default)s)",
+                help="match hidden units by their weights or by their activations (default: %(default)s)",
             )
             added.add_argument(
                 "--draws",
                 type=whole_number(1, 1000),
                 default=3,
                 metavar="N",
-                help="random tickets that are matched for each pair (%(default)s)",
+                help="how many pairs of random tickets are matched for each pair of tickets (default: %(default)s)",
             )
 
     added = verbs.add("basins", basins, verbs.study, verbs.table)
     added.add_argument(
-        "--points", type=whole_number(2, 1001), default=11, metavar="N", help="points on each line (%(default)s)"
+        "--points",
+        type=whole_number(2, 1001),
+        default=11,
+        metavar="N",
+        help="the number of points on each line (default: %(default)s)",
     )
     add_tolerance(added)
     add_margin(added)
 
 
 def matching(options: argparse.Namespace) -> int:
-    """Show the overlap of tickets, also of different seeds, after their hidden units are put into the same order."""
+    """Show the overlap of tickets after their hidden units are put into the same order, also across seeds."""
     from tombola.analysis import matching
 
     tickets, names = open_compared(options)
@@ -59,7 +64,7 @@ def matching(options: argparse.Namespace) -> int:
 
 
 def initial(options: argparse.Namespace) -> int:
-    """Show how many of the connections that begin with the largest weights are in the tickets, compared with chance."""
+    """Show how many of the connections with the largest initial weights are in the tickets, compared with chance."""
     from tombola.analysis import initial
 
     tickets, names = open_compared(options)
@@ -70,7 +75,7 @@ def initial(options: argparse.Namespace) -> int:
 
 
 def similarity(options: argparse.Namespace) -> int:
-    """Show how alike trained tickets are as functions: predictions, divergences, calibration and each layer."""
+    """Show how similar trained tickets are as functions: their predictions, calibration and layers."""
     from tombola.analysis import similarity
 
     tickets, names = open_compared(options)
@@ -84,7 +89,7 @@ def similarity(options: argparse.Namespace) -> int:
 
 
 def basins(options: argparse.Namespace) -> int:
-    """Show up to which level a ticket is connected to the next one, and where the accuracy begins to fall."""
+    """Show up to which level each ticket is connected to the next, and at which level the accuracy begins to fall."""
     from tombola.analysis import basins
 
     tickets, names = open_compared(options)

@@ -41,15 +41,17 @@ _INDENT = 16
 
 EXAMPLES = """\
 examples:
-  tombola run digits                        run a whole experiment in a minute
-  tombola results digits --format csv       write its results for other programs
-  tombola run digits --importances magnitude my_module:my_importance
+  tombola run digits                      run a whole experiment in a minute
+  tombola results digits --format csv     write its results for other programs
+  tombola run digits --importances magnitude mine:importance
+                                          add an importance of your own
 
 exit status:
   0     success
   1     verify or store check found a difference or damage
   2     a mistake in what was asked for; the message says what to do
-  130   stopped by Ctrl-C; 141: the reader of the output has closed it
+  130   stopped by Ctrl-C; finished trainings are kept
+  141   the program that reads the output has closed it
 """
 
 
@@ -150,7 +152,11 @@ def make_parser(*, with_study: bool = True) -> Parser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--version", action=_Version, help="show the version, those of torch and the kernels, and exit")
+    parser.add_argument(
+        "--version",
+        action=_Version,
+        help="show the versions of tombola and torch, and which kernels are used, and exit",
+    )
     parsers = parser.add_subparsers(required=True, metavar="VERB", help=argparse.SUPPRESS, parser_class=Parser)
     about_study = study_options() if with_study else Parser(add_help=False)
     verbs = Verbs(parsers, about_study, table_options(), store_options(), {})

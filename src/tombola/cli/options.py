@@ -76,7 +76,8 @@ class Parser(argparse.ArgumentParser):
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         if action.choices is not None and value not in action.choices:
-            what = action.option_strings[0] if action.option_strings else str(action.metavar).lower()
+            plain = "verb" if isinstance(action, argparse._SubParsersAction) else str(action.metavar).lower()
+            what = next(iter(action.option_strings), plain)
             near = did_you_mean(str(value), [str(choice) for choice in action.choices])
             self.error(f"unknown {what} {shorten(str(value))!r}; {near}")
 
@@ -95,19 +96,26 @@ def study_options() -> Parser:
     from tombola.study.schema import is_list
 
     parser = Parser(add_help=False)
-    parser.add_argument("study", metavar="STUDY", help="the name of a preset (see `tombola presets`) or a TOML file")
+    parser.add_argument(
+        "study", metavar="STUDY", help="the name of a preset (see `tombola presets`), or the path of a TOML file"
+    )
     add_store(parser)
     parser.add_argument(
-        "--data", type=Path, metavar="DIR", help="the folder of the data sets (data/, then the user's cache)"
+        "--data",
+        type=Path,
+        metavar="DIR",
+        help="the folder with the data sets (default: data/, then the user's cache folder)",
     )
     parser.add_argument(
         "--workers",
         type=whole_number(1, 10_000),
         metavar="N",
-        help="trainings at the same time (one per processor core, one on a GPU)",
+        help="how many trainings run at the same time (default: one for each processor core, or one on a GPU)",
     )
-    parser.add_argument("--help-fields", action=_WholeHelp, help="show the fields of a study too, and exit")
-    overrides = parser.add_argument_group(_OF_STUDY, "Each replaces the value in the study's file.")
+    parser.add_argument(
+        "--help-fields", action=_WholeHelp, help="show this help message with the fields of a study, and exit"
+    )
+    overrides = parser.add_argument_group(_OF_STUDY, "Each of these options replaces a value of the study.")
     for name, (annotation, text) in _fields().items():
         kind: dict[str, Any] = {"type": parse_value}
         if get_origin(annotation) is dict:
@@ -123,7 +131,10 @@ def table_options() -> Parser:
     """Return the options of a verb that prints a table."""
     parser = Parser(add_help=False)
     parser.add_argument(
-        "--format", choices=("table", "csv", "json"), default="table", help="the format of the output (%(default)s)"
+        "--format",
+        choices=("table", "csv", "json"),
+        default="table",
+        help="the format of the output (default: %(default)s)",
     )
     return parser
 
@@ -138,19 +149,23 @@ def store_options() -> Parser:
 def add_store(parser: argparse.ArgumentParser) -> None:
     """Add the option `--store`."""
     parser.add_argument(
-        "--store", type=Path, default=STORE, metavar="DIR", help="the folder of the store (%(default)s)"
+        "--store",
+        type=Path,
+        default=STORE,
+        metavar="DIR",
+        help="the folder of the store, which keeps all results (default: %(default)s)",
     )
 
 
-def add_margin(parser: argparse.ArgumentParser) -> None:
-    """Add the option `--margin`."""
+def add_margin(parser: argparse.ArgumentParser, name: str = "--margin") -> None:
+    """Add the option `--margin`, under this or another name."""
     parser.add_argument(
-        "--margin",
+        name,
         type=percentage_points,
         default=0.5,
         metavar="X",
-        help="a ticket keeps the accuracy if it loses at most this many percentage points (%(default)s); for a metric "
-        "that is not a share, percent of the dense network's value",
+        help="a ticket keeps the accuracy if it loses at most X percentage points (default: %(default)s); for a metric "
+        "that is not a share, X is a percentage of the dense network's value",
     )
 
 
@@ -161,7 +176,7 @@ def add_tolerance(parser: argparse.ArgumentParser) -> None:
         type=percentage_points,
         default=2.0,
         metavar="X",
-        help="networks are connected if the barrier is at most this many percentage points (%(default)s)",
+        help="networks are connected if the barrier between them is at most X percentage points (default: %(default)s)",
     )
 
 

@@ -20,7 +20,10 @@ def add_verbs(verbs: Verbs) -> None:
     for verb in (report, figures, watch):
         added = verbs.add(verb.__name__, verb, verbs.study)
         added.add_argument(
-            "--level", type=whole_number(0, 10_000), metavar="N", help="the level of the tables of one level"
+            "--level",
+            type=whole_number(0, 10_000),
+            metavar="N",
+            help="the level of those tables that show a single level",
         )
         added.add_argument(
             "--with",
@@ -29,7 +32,7 @@ def add_verbs(verbs: Verbs) -> None:
             choices=("functions", "connectivity", "matching", "similarity", "basins", "rewind-point", "early"),
             default=[],
             metavar="NAME",
-            help="include these analyses, which take time: functions, connectivity, matching, similarity, basins, "
+            help="also include these analyses, which take time: functions, connectivity, matching, similarity, basins, "
             "rewind-point, early",
         )
         add_margin(added)
@@ -42,7 +45,7 @@ def add_verbs(verbs: Verbs) -> None:
                 nargs="+",
                 choices=("pdf", "svg", "png"),
                 default=["pdf"],
-                help="the formats of the files (pdf)",
+                help="the formats of the files (default: pdf)",
                 metavar="NAME",
             )
             added.add_argument(
@@ -50,7 +53,7 @@ def add_verbs(verbs: Verbs) -> None:
                 type=int,
                 choices=(1, 2),
                 default=1,
-                help="width in columns of a two-column paper (%(default)s)",
+                help="the width of a figure, in columns of a two-column paper (default: %(default)s)",
             )
         if verb is watch:
             added.add_argument(
@@ -58,12 +61,12 @@ def add_verbs(verbs: Verbs) -> None:
                 type=whole_number(0, 65535),
                 default=0,
                 metavar="N",
-                help="the port to serve on (any free port)",
+                help="the port of the server (default: any free port)",
             )
 
 
 def report(options: argparse.Namespace) -> int:
-    """Write a report on a study: one HTML file that needs no network."""
+    """Write a report on a study as one HTML file, which needs no network to be read."""
     from tombola.cli.tables import size
     from tombola.files import check_output, write_output
     from tombola.workbench.pictures import check_installed
@@ -83,7 +86,7 @@ def report(options: argparse.Namespace) -> int:
 
 
 def figures(options: argparse.Namespace) -> int:
-    """Write the charts of a study as files, in the widths of a two-column paper."""
+    """Write the charts of a study as files that fit a two-column paper."""
     from tombola.workbench.pictures import check_installed
 
     with check_installed():

@@ -30,10 +30,12 @@ def add_verbs(verbs: Verbs) -> None:
         "--against",
         choices=("paper", "reference"),
         metavar="NAME",
-        help="compare with the accuracies of the paper, or with tombola's published reference: paper or reference",
+        help="compare with the accuracies of the paper (paper), or with those that come with tombola (reference)",
     )
     shown.add_argument(
-        "--reference", action="store_true", help="show the published reference of the study instead, without its store"
+        "--reference",
+        action="store_true",
+        help="show only the accuracies that come with tombola for this preset; the store is not read",
     )
     added = verbs.add("export", export, verbs.study)
     added.add_argument("--importance", required=True, metavar="NAME", help="the importance of the ticket")
@@ -44,7 +46,7 @@ def add_verbs(verbs: Verbs) -> None:
 
 
 def results(options: argparse.Namespace) -> int:
-    """Show the accuracy of every ticket (the paper's Table 2), or the first of the task's metrics."""
+    """Show the accuracy of every ticket (the paper's Table 2), or the first metric of the task."""
     from tombola.study.tickets import Tickets
 
     if options.reference:

@@ -20,29 +20,40 @@ if TYPE_CHECKING:
 
 def add_verbs(verbs: Verbs) -> None:
     """Add the verbs to the command line."""
-    engine = verbs.add("run", run, verbs.study).add_argument_group("engine", "where the trainings run")
-    engine.add_argument(
-        "--engine", choices=("local", "ray"), default="local", help="this machine or a Ray cluster (%(default)s)"
+    engine = verbs.add("run", run, verbs.study).add_argument_group(
+        "engine", "Where the trainings run, and what they write to other programs."
     )
     engine.add_argument(
-        "--address", metavar="HOST:PORT", help="the Ray cluster (RAY_ADDRESS, or Ray is started on this machine)"
+        "--engine",
+        choices=("local", "ray"),
+        default="local",
+        help="run on this machine or on a Ray cluster (default: %(default)s)",
     )
     engine.add_argument(
-        "--per-gpu", type=whole_number(1, 1000), default=1, metavar="N", help="trainings at the same time on one GPU"
+        "--address",
+        metavar="HOST:PORT",
+        help="the address of the Ray cluster (default: RAY_ADDRESS; without it, Ray is started on this machine)",
+    )
+    engine.add_argument(
+        "--per-gpu",
+        type=whole_number(1, 1000),
+        default=1,
+        metavar="N",
+        help="how many trainings share one GPU, with Ray (default: %(default)s)",
     )
     engine.add_argument(
         "--log",
         action="append",
         default=[],
         metavar="WRITER=PLACE",
-        help="write metric, density and losses of each level to tensorboard=FOLDER or mlflow=URI",
+        help="write metrics, density and losses of each level to tensorboard=FOLDER or mlflow=URI; may be given twice",
     )
-    engine.add_argument("--log-epochs", action="store_true", help="write the losses of each epoch too")
+    engine.add_argument("--log-epochs", action="store_true", help="with --log, write the losses of each epoch too")
     verbs.add("plan", plan, verbs.study, verbs.table)
 
 
 def run(options: argparse.Namespace) -> int:
-    """Run the trainings of a study that the store does not have, and show the accuracy of every ticket."""
+    """Run the trainings of a study that are not in the store yet, and show the accuracy of every ticket."""
     from tombola import kernels
     from tombola.cli.results import show_results
     from tombola.engine.estimate import prior_speed
@@ -97,7 +108,7 @@ def open_writer(text: str) -> Hook:
 
 
 def plan(options: argparse.Namespace) -> int:
-    """Show what a run would train, what the store has already, and the time and disk space that a run takes."""
+    """Show which trainings a run would do, which are in the store already, and the time and disk space of the run."""
     from tombola.engine.estimate import estimate
     from tombola.study.task import UnusedWarning
     from tombola.workbench.runs import count_workers, try_study

@@ -32,18 +32,29 @@ def add_verbs(verbs: Verbs) -> None:
     added = verbs.add("init", init)
     added.usage = "tombola init [FILE] [option ...]"
     added.add_argument(
-        "file", metavar="FILE", nargs="?", type=Path, default=Path("study.toml"), help="the new file (%(default)s)"
+        "file",
+        metavar="FILE",
+        nargs="?",
+        type=Path,
+        default=Path("study.toml"),
+        help="the file to write (default: %(default)s)",
     )
     added.add_argument(
-        "--model", metavar="NAME", default="mine:network", help="your model, module:function (%(default)s)"
+        "--model",
+        metavar="NAME",
+        default="mine:network",
+        help="the function that returns your model, as module:function (default: %(default)s)",
     )
     added.add_argument(
-        "--dataset", metavar="NAME", default="mine:data", help="your data set, module:function (%(default)s)"
+        "--dataset",
+        metavar="NAME",
+        default="mine:data",
+        help="the function that returns your data set, as module:function (default: %(default)s)",
     )
 
 
 def init(options: argparse.Namespace) -> int:
-    """Write a study file for a model of your own, with every field explained."""
+    """Write a study file for a model of your own, in which every field is explained."""
     from tombola.files import write_atomically
     from tombola.study.schema import Study
 

@@ -24,22 +24,33 @@ def add_verbs(verbs: Verbs) -> None:
     """Add the verbs to the command line."""
     verifying = verbs.add("verify", verify, verbs.study, verbs.table)
     verifying.add_argument(
-        "--sample", type=whole_number(1), metavar="N", help="only N of the trainings, or of the chains"
+        "--sample",
+        type=whole_number(1),
+        metavar="N",
+        help="repeat only N of the trainings; with --chains, only N of the chains",
     )
-    verifying.add_argument("--chains", action="store_true", help="repeat whole chains, from their initial weights on")
+    verifying.add_argument(
+        "--chains", action="store_true", help="repeat whole chains of tickets, each from its initial weights on"
+    )
     parts = verbs.add_group("store", store, "ls|check|gc")
     parts.add("store ls", ls, parts.store, parts.table)
     parts.add("store check", check, parts.store, parts.table)
     removing = parts.add("store gc", gc, parts.study, parts.table)
     removing.usage = "tombola store gc STUDY [STUDY ...] [option ...]"
     removing.add_argument(
-        "more", nargs="*", metavar="STUDY", help="further studies to keep; the options apply to all studies"
+        "more",
+        nargs="*",
+        metavar="STUDY",
+        help="further studies whose results are kept; the options apply to all studies",
     )
-    removing.add_argument("--dry-run", action="store_true", help="only show what would be removed")
+    removing.add_argument("--dry-run", action="store_true", help="show what would be removed, and remove nothing")
 
 
 def verify(options: argparse.Namespace) -> int:
-    """Repeat stored trainings in new processes and compare every bit; the exit status is 1 if any bit differs."""
+    """Repeat stored trainings in new processes, and compare every bit with the stored results.
+
+    The exit status is 1 if any bit differs.
+    """
     from tombola.cli.tables import show_table
     from tombola.engine.local import LocalWorkers
     from tombola.workbench.checks import repeat
@@ -98,7 +109,7 @@ def _show_count(shown: bool) -> Iterator[Callable[[int, int], None]]:
 
 
 def store(options: argparse.Namespace) -> int:
-    """List, check or clean the store."""
+    """List what is in the store, check it, or remove what no study needs."""
     raise UserError("store: expected one of ls, check and gc")
 
 
@@ -195,7 +206,7 @@ _CURES = {
 
 
 def gc(options: argparse.Namespace) -> int:
-    """Remove everything from the store that none of the given studies needs."""
+    """Remove everything from the store that none of the studies named here needs."""
     from tombola.cli.tables import show_table, size
     from tombola.store.collection import collect
     from tombola.study.needs import list_needs

@@ -32,40 +32,54 @@ def add_verbs(verbs: Verbs) -> None:
         )
         if verb is controls:
             added.add_argument(
-                "--kinds", nargs="+", choices=_KINDS, metavar="KIND", help=f"only these: {', '.join(_KINDS)}"
+                "--kinds",
+                nargs="+",
+                choices=_KINDS,
+                metavar="KIND",
+                help=f"the kinds of controls (default: all of {', '.join(_KINDS)})",
             )
             added.add_argument(
                 "--draws",
                 type=whole_number(1, 1000),
                 default=1,
                 metavar="N",
-                help="random draws of each control and seed (%(default)s)",
+                help="how many random draws of each control are trained for each seed (default: %(default)s)",
             )
         if verb is combine:
             added.add_argument(
                 "--over",
                 choices=("importances", "seeds"),
                 default="importances",
-                help="combine the tickets of all importances, or of all seeds (%(default)s)",
+                help="combine the tickets of all importances of a seed, or of all seeds of an importance "
+                "(default: %(default)s)",
             )
         if verb is transfer:
-            added.add_argument("--from", dest="other", required=True, metavar="STUDY", help="the study of the masks")
+            added.add_argument(
+                "--from", dest="other", required=True, metavar="STUDY", help="the study whose masks are trained"
+            )
         _add_plan(added)
 
     added = verbs.add("rewind-point", rewind_point, verbs.study, verbs.table)
-    added.add_argument("--at", type=whole_number(0), nargs="+", metavar="K", help="the iterations to try")
+    added.add_argument(
+        "--at", type=whole_number(0), nargs="+", metavar="K", help="the iterations to try as rewind points"
+    )
     added.add_argument(
         "--level",
         type=whole_number(1, _MOST),
         metavar="N",
-        help="also try tickets of this level, found for each iteration",
+        help="find tickets of level N for each of the iterations, and try these too",
     )
     add_tolerance(added)
     _add_plan(added)
     added = verbs.add("early", early, verbs.study, verbs.table)
-    added.add_argument("--at", type=whole_number(0), nargs="+", metavar="K", help="the iterations to look at")
     added.add_argument(
-        "--level", type=whole_number(1, _MOST), metavar="N", help="the level of the tickets (the last that all have)"
+        "--at", type=whole_number(0), nargs="+", metavar="K", help="the iterations at which the mask is taken"
+    )
+    added.add_argument(
+        "--level",
+        type=whole_number(1, _MOST),
+        metavar="N",
+        help="the level of the tickets (default: the last that all chains have)",
     )
     _add_plan(added)
 
@@ -76,7 +90,7 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
 
 
 def controls(options: argparse.Namespace) -> int:
-    """Change one thing about a ticket (weights, mask, signs), train it, and show what it loses."""
+    """Train tickets of which one thing is changed (weights, mask or signs), and show how much accuracy that costs."""
     from tombola.analysis import controls
     from tombola.study.controls import plan_controls
 
@@ -92,7 +106,7 @@ def controls(options: argparse.Namespace) -> int:
 
 
 def combine(options: argparse.Namespace) -> int:
-    """Train the union and the intersection of tickets as tickets of their own."""
+    """Train the union and the intersection of tickets, and compare them with tickets of the same density."""
     from tombola.analysis import controls
     from tombola.study.controls import plan_combinations
 
@@ -106,7 +120,7 @@ def combine(options: argparse.Namespace) -> int:
 
 
 def transfer(options: argparse.Namespace) -> int:
-    """Train the masks of another study in the networks of this one."""
+    """Train the masks of another study in the networks of this one, and compare them with its own tickets."""
     from tombola.analysis import controls
     from tombola.study.controls import plan_transfers
     from tombola.workbench.studies import open_tickets
@@ -122,7 +136,7 @@ def transfer(options: argparse.Namespace) -> int:
 
 
 def rewind_point(options: argparse.Namespace) -> int:
-    """Find the iteration from which two data orders stay connected, and show what to write into the study."""
+    """Find the iteration from which on two data orders lead to connected networks, and show the rewind point to set."""
     from tombola.analysis import rewind_point
     from tombola.cli.options import open_planner
     from tombola.study.rewind_point import list_planners, plan_rewind_points
@@ -157,7 +171,7 @@ def rewind_point(options: argparse.Namespace) -> int:
 
 
 def early(options: argparse.Namespace) -> int:
-    """Show how early in training the mask of its end is known, and how much of the ticket."""
+    """Show how early in training the final mask is known, and how much of the ticket is in it."""
     from tombola.analysis import early
     from tombola.study.early import plan_snapshots
     from tombola.study.planner import select_chains

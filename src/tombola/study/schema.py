@@ -49,7 +49,8 @@ class Task(Fields):
         description="cross_entropy, mse, mae, huber, binary_cross_entropy, or module:function of (outputs, labels)",
     )
     forward: str | None = Field(
-        default=None, description="module:function of (model, inputs) that returns outputs; by default calls the model"
+        default=None,
+        description="module:function of (model, inputs) that returns the outputs; by default model(inputs)",
     )
     step: str | None = Field(
         default=None, description="module:function of (model, inputs, labels) that returns the training loss"
@@ -63,10 +64,11 @@ class Task(Fields):
         description="share or number of the training examples to judge tickets on, instead of the test set",
     )
     checkpoint: str | None = Field(
-        default=None, description="safetensors file with the initial weights of all seeds; by default they are drawn"
+        default=None,
+        description="safetensors file with the initial weights of all seeds; by default each seed draws its own",
     )
     depends: Tuple[str] = Field(
-        default=(), description="what else your code uses: files, env:NAME, package:NAME, value:TEXT"
+        default=(), description="what else the results depend on: files, env:NAME, package:NAME, value:TEXT"
     )
 
     @property
@@ -121,12 +123,12 @@ class Study(Fields):
     )
     data_seeds: Tuple[Count] = Field(default=(), description="seeds of further data orders, which give the noise floor")
     data_seeds_for: Tuple[str] = Field(
-        default=(), description="importances that are run with these data orders too; by default the first"
+        default=(), description="importances that are also run with these data orders; by default the first"
     )
     prune: Tuple[str] = Field(
         default=(),
-        description="patterns of parameters that are prunable, such as *.weight; !*.norm* takes away; by default the "
-        "weight matrices of linear, convolution, recurrent and attention layers",
+        description="patterns of the parameters that may be pruned, such as *.weight; those that begin with !, such as "
+        "!*.norm*, take away; by default the weight matrices of linear, convolution, recurrent and attention layers",
     )
     exclude: Tuple[str] = Field(
         default=(), description="layers that are left out: neither pruned nor counted; * matches any characters"
@@ -135,20 +137,23 @@ class Study(Fields):
         default=(), description="layers that are counted and never pruned; * matches any characters"
     )
     selection: Literal["global", "uniform", "erk", "shares"] = Field(
-        default="global", description="what a round removes: the lowest of all layers, or a number fixed for each layer"
+        default="global",
+        description="what a round removes: the lowest values of all layers (global), or of each layer a fixed number",
     )
     shares: dict[str, float] = Field(
-        default={}, description="for the selection shares: relative shares of layers; * matches any characters"
+        default={},
+        description="with selection shares: how much each layer loses relative to others; * matches any characters",
     )
     score_at: Literal["end", "rewind"] = Field(
-        default="end", description="weights that are scored: those at the end of training, or of the rewind point"
+        default="end",
+        description="the weights that are scored: those at the end of training, or those of the rewind point",
     )
     score_examples: Annotated[int, Field(ge=1)] = Field(
-        default=1024, description="number of training examples that a score with data sees, such as taylor"
+        default=1024, description="number of training examples for a score that needs data, such as taylor"
     )
     device: Literal["cpu", "cuda"] = Field(default="cpu", description="device to train on: cpu or cuda")
     kernels: Literal["auto", "off"] = Field(
-        default="auto", description="sparse layers for the CPU: auto replaces the layers that are faster, off none"
+        default="auto", description="sparse layers for the CPU: auto uses them where they are faster, off uses none"
     )
 
     @field_validator("importances", "data_seeds_for", mode="before")

@@ -84,7 +84,8 @@ class Recipe(Fields):
         default=(), description="parameters without weight decay, such as *.bias; * matches any characters"
     )
     clip_norm: Annotated[float, Field(gt=0)] | None = Field(
-        default=None, description="largest norm of all gradients together; larger ones are scaled down to it"
+        default=None,
+        description="largest norm of the gradients of all parameters together; larger gradients are scaled down",
     )
     schedule: Literal["constant", "milestones", "cosine"] | Reference = Field(
         default="constant",
@@ -93,22 +94,27 @@ class Recipe(Fields):
     milestones: Tuple[Positive] = Field(
         default=(), description="epochs at which the learning rate is multiplied by gamma"
     )
-    gamma: Annotated[float, Field(gt=0)] = Field(default=0.1, description="factor at each milestone")
+    gamma: Annotated[float, Field(gt=0)] = Field(
+        default=0.1, description="factor of the learning rate at each milestone"
+    )
     warmup: Count = Field(default=0, description="iterations over which the learning rate rises from 0")
-    batch_size: Positive = Field(default=128, description="examples in a batch")
+    batch_size: Positive = Field(default=128, description="number of examples in a batch")
     accumulate: Positive = Field(
-        default=1, description="batches in an iteration, which updates once by their mean gradient"
+        default=1,
+        description="number of batches in an iteration, which updates the weights once, by their mean gradient",
     )
-    drop_last: bool = Field(default=False, description="leave out the last iteration of an epoch if it is smaller")
+    drop_last: bool = Field(
+        default=False, description="leave out the last iteration of an epoch if it has fewer examples than the others"
+    )
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = Field(
-        default=0.0, description="label smoothing of the training loss; cross_entropy only"
+        default=0.0, description="label smoothing of the training loss, for cross_entropy only"
     )
-    epochs: Positive | None = Field(default=None, description="length in epochs (or give iterations)")
-    iterations: Positive | None = Field(default=None, description="length in iterations (or give epochs)")
+    epochs: Positive | None = Field(default=None, description="length of a training in epochs (or give iterations)")
+    iterations: Positive | None = Field(default=None, description="length of a training in iterations (or give epochs)")
     rewind: Count = Field(default=0, description="the iteration to whose weights tickets are rewound")
     rewind_to: RewindTo = Field(
         default="weights",
-        description="what is rewound: weights and learning rate; the learning_rate alone; or nothing (fine-tuning)",
+        description="what is rewound: weights (and the learning rate), learning_rate alone, or nothing (fine-tuning)",
     )
     precision: Literal["float32", "bfloat16"] = Field(
         default="float32", description="precision of activations (bfloat16: torch's autocast); weights are float32"
