@@ -418,21 +418,23 @@ class HandMade(nn.Module):
         weight: Tensor = self.hidden.weight
         if self.way == "in place":
             weight.data.mul_(kept)
+        elif self.way == "limit":
+            weight.data.clamp_(min=0)
         elif self.way != "unused":
             weight = weight * kept
         out: Tensor = self.out(functional.linear(x, weight, self.hidden.bias))
         return out
 
 
-@pytest.mark.parametrize("way", ["buffer", "attribute", "list", "in place", "unused"])
+@pytest.mark.parametrize("way", ["buffer", "attribute", "list", "in place", "unused", "limit"])
 def test_a_network_that_masks_its_own_weights_is_refused(way: str) -> None:
     with ambient(0):
         model = HandMade(way)
     tried = partial(try_network, lambda: model, functional.cross_entropy, split(X), RECIPE)
-    if way == "unused":
+    if way in ("unused", "limit"):
         tried(dense=Mask.ones_like(model))
         return
     said = "a step sets" if way == "in place" else "it multiplies its 'hidden.weight' by its '(kept|masks)'"
-    with pytest.raises(UserError, match=rf"{said}.* of the 160 weights .*exclude = \['hidden.weight'\]"):
+    with pytest.raises(UserError, match=rf"{said}.* 160 weights .*exclude = \['hidden.weight'\]"):
         tried(dense=Mask.ones_like(model))
     tried(dense=Mask.ones_like(model, exclude=["hidden"]))

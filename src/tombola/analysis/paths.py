@@ -56,7 +56,8 @@ _JOINED = {
 
 _MULTIPLIED = {"matmul", "mm", "bmm", "mv"}
 _CONVOLUTIONS = {f"conv{kind}{n}d" for kind in ("", "_transpose") for n in (1, 2, 3)}
-_LARGEST = {"amax", "amin", "logsumexp"}
+_REDUCED = {"amax", "amin", "logsumexp", "norm", "vector_norm"}
+"""Functions of several entries, which are replaced by their sum."""
 
 
 class Paths:
@@ -184,8 +185,9 @@ class _Follower(TorchFunctionMode):
             return _any_of(*args, **kwargs)
         if name.startswith("adaptive_max_pool"):
             return getattr(functional, f"adaptive_avg_pool{args[0].ndim - 2}d")(*args[:2])
-        if name in _LARGEST:
-            return torch.sum(*args, **kwargs)
+        if name in _REDUCED:
+            given = args[2:] if name in ("norm", "vector_norm") else args[1:]
+            return torch.sum(args[0], *given, **{key: kwargs[key] for key in ("dim", "keepdim") if key in kwargs})
         if name == "pad":
             return functional.pad(*args[:3], **{key: kwargs[key] for key in ("pad", "mode") if key in kwargs})
         if name in _KEPT:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -64,7 +64,7 @@ def check_start(model: nn.Module, dense: Mask, prune: Sequence[str], what: str) 
                 "torch.nn.utils.parametrize, so that its connections cannot be pruned; remove the parametrisation, or "
                 'leave the layer out: prune = ["default"] means the weights of all other layers'
             )
-    padding = _list_padding(model)
+    padding = {id(m.weight): m.padding_idx for m in model.modules() if isinstance(m, nn.Embedding)}
     for name, parameter in model.named_parameters():
         weight = parameter.detach()
         if name in dense and (zeros := _count_zeros(weight, padding.get(id(parameter)))):
@@ -76,15 +76,16 @@ def check_start(model: nn.Module, dense: Mask, prune: Sequence[str], what: str) 
             )
 
 
-def check_step(model: nn.Module, dense: Mask, what: str) -> None:
+def check_step(model: nn.Module, dense: Mask, start: Mapping[str, Tensor], what: str) -> None:
     """Check, after a forward and a backward pass, that the network does not mask weights itself.
 
-    It does if a pass sets weights to 0.0, or if a module holds a tensor of 0 and 1 that has the shape of a weight, and
-    the gradient of the weight is 0.0 wherever the tensor is.
+    It does if a pass sets weights of both signs to 0.0 (a limit at 0 sets those of one sign), or if a module holds a
+    tensor of 0 and 1 of the shape of a weight, and the gradient of the weight is 0.0 wherever the tensor is.
 
     Args:
         model: the network, with gradients; before the pass, it has started dense, see `check_start`.
         dense: the mask of the dense network.
+        start: the weights before the pass, by parameter name.
         what: what the network is called in messages.
 
     Raises:
@@ -93,31 +94,40 @@ def check_step(model: nn.Module, dense: Mask, what: str) -> None:
     >>> model = nn.Linear(20, 10)
     >>> model.register_buffer("kept", torch.rand(10, 20) < 0.5)
     >>> nn.functional.linear(torch.ones(1, 20), model.weight * model.kept).sum().backward()
-    >>> check_step(model, Mask.ones_like(model), "model")  # doctest: +ELLIPSIS
+    >>> check_step(model, Mask.ones_like(model), model.state_dict(), "model")  # doctest: +ELLIPSIS
     Traceback (most recent call last):
-    tombola.errors.UserError: model: it multiplies its 'weight' by its 'kept', so that ... of the 200 weights have ...
+    tombola.errors.UserError: model: it multiplies its 'weight' by its 'kept', so that ... of its 200 weights do ...
     """
-    padding = _list_padding(model)
-    kept = list(_list_of_zero_and_one(model))
-    for name, parameter in model.named_parameters():
-        if name not in dense:
-            continue
-        fault, gradient = "", parameter.grad
-        if zeros := _count_zeros(parameter.detach(), padding.get(id(parameter))):
-            fault = f"a step sets {zeros} of the {parameter.numel()} weights of its {name!r} to 0"
-        for other, tensor in kept if gradient is not None and not gradient.is_sparse else ():
-            if tensor.shape == parameter.shape and (zeros := _count_zeros(tensor, None, equal=True)):
-                assert gradient is not None
-                if not gradient[tensor == 0].any() and gradient.any():
-                    fault = (
-                        f"it multiplies its {name!r} by its {other!r}, so that {zeros} of the {parameter.numel()} "
-                        "weights have no influence"
-                    )
-        if fault:
+    held = list(_list_of_zero_and_one(model))
+    for name, weight in model.named_parameters():
+        if name in dense and (fault := _find_mask(name, weight, start[name], held)):
             raise UserError(
                 f"{what}: {fault}, and density would count them as alive; give it dense weights without a mask, leave "
                 f"the layer out (exclude = [{name!r}]), or prune on in a loop of your own, with tombola.loops.hold"
             )
+
+
+def _find_mask(name: str, weight: nn.Parameter, before: Tensor, held: Sequence[tuple[str, Tensor]]) -> str | None:
+    """Return how a network masks one of its weights, see `check_step`; None if it does not.
+
+    Args:
+        name: the name of the weight.
+        weight: the weight after the pass, with its gradient.
+        before: the weight before the pass.
+        held: the names and values of the tensors of 0 and 1 that modules hold.
+    """
+    lost, zeros = before[(weight == 0) & (before != 0)], _count_zeros(weight.detach(), None)
+    if zeros and len(lost) and lost.min() < 0 < lost.max():
+        return f"a step sets {zeros} of the {weight.numel()} weights of {name!r} to 0"
+    gradient = weight.grad
+    if gradient is None or gradient.is_sparse or not gradient.any():
+        return None
+    for other, mask in held:
+        zeros = _count_zeros(mask, None, equal=True) if mask.shape == weight.shape else 0
+        if zeros and not gradient[mask == 0].any():
+            of = f"{zeros} of its {weight.numel()}"
+            return f"it multiplies its {name!r} by its {other!r}, so that {of} weights do nothing"
+    return None
 
 
 def _list_of_zero_and_one(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -131,11 +141,6 @@ def _list_of_zero_and_one(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
                 plain = isinstance(each, Tensor) and not isinstance(each, nn.Parameter)
                 if plain and each.ndim and each.layout is torch.strided and ((each == 0) | (each == 1)).all():
                     yield f"{path}.{name}".removeprefix("."), each
-
-
-def _list_padding(model: nn.Module) -> dict[int, int | None]:
-    """Return the row of each embedding that stands for padding, by the identity of its weight."""
-    return {id(m.weight): m.padding_idx for m in model.modules() if isinstance(m, nn.Embedding)}
 
 
 def _find_fault(parameter: nn.Parameter, *, prunable: bool) -> str | None:

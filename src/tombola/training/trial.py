@@ -96,9 +96,10 @@ def try_network(
                 raise UserError(f"{called['model']}: its initial {name!r} is not finite (NaN or infinite)")
         trained = [name for name, each in model.named_parameters() if each.requires_grad]
         find_decayed(trained, recipe.no_decay, list_shared(model))
+        start = {name: each.detach().clone() for name, each in model.named_parameters() if dense and name in dense}
         _try_step(model, loss, data, recipe, forward=forward, step=step, called=called, of_classes=of_classes)
         if dense is not None:
-            check_step(model, dense, called["model"])
+            check_step(model, dense, start, called["model"])
         unused = [name for name in trained if model.get_parameter(name).grad is None]
         if ":" in recipe.optimizer and optimizer is not None:
             _try_optimizer(model, optimizer, recipe)
