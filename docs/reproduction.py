@@ -1,14 +1,14 @@
 """Print docs/reproduction.md from the results in a store: python docs/reproduction.py STORE [--data DIR] [SYSTEM ...]
 
-A system is a preset; by default, those are taken on which the paper's claims are tested. After `=`, it may have options
-of the command line that override fields, for example
-`'resnet20-cifar10-medium=--task.dataset image-folder --task.dataset-arguments path=images.tar.xz'`. Systems whose store
-has no ticket from level 1 on are listed as not run.
+A system is a preset, with options of the command line, for example `'resnet20-cifar10-small --levels 7 --data DIR'`. By
+default, the presets are taken on which the paper's claims are tested. Systems whose store has no ticket from level 1 on
+are listed as not run.
 """
 
 from __future__ import annotations
 
 import argparse
+import re
 import shlex
 import statistics
 import sys
@@ -16,11 +16,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from tombola import Planner, Store, UserError, load_problem, load_study
+from tombola import UserError
 from tombola.analysis import claims, reference
 from tombola.analysis.accuracy import rows, table2
-from tombola.analysis.claims import Claim
-from tombola.cli.options import study_options
+from tombola.analysis.claims import Claim, Evidence
+from tombola.cli.options import open_planner, study_options
 from tombola.engine.machine import count_kinds
 from tombola.engine.run import count_remaining
 from tombola.study.tickets import Tickets
@@ -52,36 +52,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--data", type=Path)
     parser.add_argument("systems", nargs="*", default=SYSTEMS)
     options = parser.parse_args(arguments)
-    found = {each.partition("=")[0]: open_tickets(each, options.store, options.data) for each in options.systems}
-    begun = {name: tickets for name, tickets in found.items() if tickets is not None and has_level_1(tickets)}
-    judged = {name: claims.judge(claims.collect(tickets)) for name, tickets in begun.items()}
+    found = {each: open_tickets(each, options.store, options.data) for each in options.systems}
+    collected = {name: collect(name, tickets) for name, tickets in found.items() if tickets is not None}
+    evidence = {name: each for name, each in collected.items() if each is not None}
+    begun = {name: tickets for name, tickets in found.items() if tickets is not None and name in evidence}
+    judged = {name: claims.judge(each) for name, each in evidence.items()}
     print(HEAD)
     print("\n".join(overview(begun, [name for name in found if name not in begun])))
     print("\n".join(verdicts(judged)))
     for name, tickets in begun.items():
-        print("\n".join(section(name, tickets, judged[name])))
+        print("\n".join(section(name, tickets, evidence[name], judged[name])))
     return 0
 
 
 def open_tickets(system: str, store: Path, data: Path | None) -> Tickets | None:
     """Return the tickets of a system; None, with a note, if its data set is not there."""
-    name, _, words = system.partition("=")
-    options = vars(study_options().parse_args([name, *shlex.split(words)]))
-    study = load_study(name, {field: value for field, value in options.items() if "." in field and value is not None})
+    before = ["--store", str(store), *(["--data", str(data)] if data else [])]
     try:
-        return Tickets(Planner(study, load_problem(study.task, data), Store(store, create=False)))
+        return Tickets(open_planner(study_options().parse_args([*before, *shlex.split(system)])))
     except UserError as error:
-        print(f"{name}: {error}", file=sys.stderr)
+        print(f"{system}: {error}", file=sys.stderr)
         return None
 
 
-def has_level_1(tickets: Tickets) -> bool:
-    """Return whether two importances have a level from 1 on, so that there is something to compare."""
+def collect(name: str, tickets: Tickets) -> Evidence | None:
+    """Return what the claims are judged by; None, with a note, if two importances have no level from 1 on."""
     try:
-        claims.collect(tickets)
-    except UserError:
-        return False
-    return True
+        return claims.collect(tickets)
+    except UserError as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        return None
 
 
 def overview(begun: dict[str, Tickets], others: Sequence[str]) -> Iterator[str]:
@@ -92,16 +92,17 @@ def overview(begun: dict[str, Tickets], others: Sequence[str]) -> Iterator[str]:
         records = list(tickets.records().values())
         hours = sum(record.get("seconds", 0.0) for record in records) / 3600
         kinds = "; ".join(f"{kind or 'not recorded'}" for kind in count_kinds(records))
-        yield f"| {name} | {len(records)} | {count_remaining(list(tickets.all().values()))} | {hours:.1f} | {kinds} |"
+        to_do = count_remaining(list(tickets.all().values()))
+        yield f"| {_name(name)} | {len(records)} | {to_do} | {hours:.1f} | {kinds} |"
     for name in others:
-        yield f"| {name} | not run | | | |"
+        yield f"| {_name(name)} | not run | | | |"
     yield ""
 
 
 def verdicts(judged: dict[str, list[Claim]]) -> Iterator[str]:
     """Yield the table of all claims and systems."""
     yield "## The claims\n"
-    yield f"| claim | {' | '.join(judged)} |"
+    yield f"| claim | {' | '.join(map(_name, judged))} |"
     yield f"|---|{'---|' * len(judged)}"
     for same in zip(*judged.values(), strict=True):
         text = f"{same[0].number} {same[0].statement.rstrip('.')}"
@@ -109,14 +110,15 @@ def verdicts(judged: dict[str, list[Claim]]) -> Iterator[str]:
     yield "\nA dash means that the system cannot decide; the sections below say why, and what it takes.\n"
 
 
-def section(name: str, tickets: Tickets, found: Sequence[Claim]) -> Iterator[str]:
+def section(name: str, tickets: Tickets, evidence: Evidence, found: Sequence[Claim]) -> Iterator[str]:
     """Yield the section of a system: three sentences, accuracies, and each claim with its numbers."""
-    yield f"## {name}\n"
+    yield f"## {_name(name)}\n"
+    yield f"    tombola run {_without_folders(name)}\n"
     yield " ".join(claims.summarise(found))
     left = count_remaining(list(tickets.all().values()))
     if left:
         yield f"\nThis run is not finished: {left} trainings remain."
-    yield f"\n{claims.collect(tickets).describe()} {tickets.planner.describe_counted()}\n"
+    yield f"\n{evidence.describe()} {tickets.planner.describe_counted()}\n"
     yield from accuracies(tickets)
     yield "\n| claim | verdict | ours | chance | noise floor | paper |"
     yield "|---|---|---|--:|--:|---|"
@@ -166,6 +168,15 @@ def own_accuracies(tickets: Tickets) -> Iterator[str]:
             std = "" if cell.std is None else f" ± {100 * cell.std:.2f}"
             cells.append("" if cell.mean is None else f"{100 * cell.mean:.2f}{std}")
         yield f"| {level} | {100 * (1 - density):.2f} | {' | '.join(cells)} |"
+
+
+def _name(system: str) -> str:
+    return shlex.split(system)[0]
+
+
+def _without_folders(system: str) -> str:
+    """Return a system without the folders of the machine on which it ran."""
+    return re.sub(r" *--(data|store) +\S+", "", system)
 
 
 def _describe(row: dict[str, Any]) -> str:
