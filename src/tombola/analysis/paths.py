@@ -254,7 +254,7 @@ def _join(function: Callable[..., Tensor], operands: Sequence[Tensor], *, edges:
     ]
     nodes = [i for i, each in enumerate(operands) if _is_tracked(each) and not weighs[i]]
     terms = [function(*ones[:i], operands[i], *ones[i + 1 :]) for i in nodes] or [function(*ones)]
-    reached = _reach(torch.stack(torch.broadcast_tensors(*terms)).sum(0))
+    reached = _reach(sum(terms[1:], start=terms[0]))
     return _mark(reached) if all(weighs) else reached
 
 
@@ -286,10 +286,11 @@ def _attend_by_heads(*args: Any, **kwargs: Any) -> tuple[Tensor, None]:
             _mark(each) if _is_edge(given["in_proj_weight"]) else each for each in given["in_proj_weight"].chunk(3)
         ]
     parts = [
-        _weigh(functional.linear, given[part], weight).unflatten(-1, (given["num_heads"], -1)).movedim(0, -2)
+        _weigh(functional.linear, given[part], weight)
         for part, weight in zip(("query", "key", "value"), weights, strict=True)
     ]
-    reached = _attend(*parts).movedim(-2, 0).flatten(-2)
+    heads = [part.view(*part.shape[:-1], given["num_heads"], -1).movedim(0, -2) for part in parts]
+    reached = _attend(*heads).movedim(-2, 0).flatten(-2)
     return _weigh(functional.linear, reached, given["out_proj_weight"]), None
 
 
