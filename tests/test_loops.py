@@ -158,8 +158,8 @@ def test_several_optimizers() -> None:
 
 def test_layers_that_are_not_trained_or_not_in_the_mask() -> None:
     model = network()
-    model[0].weight.requires_grad_(False)
     mask = half(model)
+    model[0].weight.requires_grad_(False)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     with hold(model, mask, torch.optim.SGD(trained, lr=0.1)) as held:
         step(model, torch.optim.SGD(trained, lr=0.1))

@@ -6,7 +6,7 @@ import inspect
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from functools import partial, reduce
+from functools import partial
 from typing import Any
 
 import torch
@@ -254,7 +254,7 @@ def _join(function: Callable[..., Tensor], operands: Sequence[Tensor], *, edges:
     ]
     nodes = [i for i, each in enumerate(operands) if _is_tracked(each) and not weighs[i]]
     terms = [function(*ones[:i], operands[i], *ones[i + 1 :]) for i in nodes] or [function(*ones)]
-    reached = _reach(reduce(torch.add, terms))
+    reached = _reach(sum(terms[1:], start=terms[0]))
     return _mark(reached) if all(weighs) else reached
 
 
@@ -289,7 +289,7 @@ def _attend_by_heads(*args: Any, **kwargs: Any) -> tuple[Tensor, None]:
         _weigh(functional.linear, given[part], weight)
         for part, weight in zip(("query", "key", "value"), weights, strict=True)
     ]
-    heads = [each.view(*each.shape[:-1], given["num_heads"], -1).movedim(0, -2) for each in parts]
+    heads = [part.view(*part.shape[:-1], given["num_heads"], -1).movedim(0, -2) for part in parts]
     reached = _attend(*heads).movedim(-2, 0).flatten(-2)
     return _weigh(functional.linear, reached, given["out_proj_weight"]), None
 
