@@ -279,7 +279,7 @@ def read(preset: str, text: str) -> Reference:
     """
     try:
         return _read(preset, text)
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
         raise _damaged(preset, describe_exception(error)) from error
 
 
