@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from scipy.stats import kendalltau, spearmanr
-from sklearn.datasets import load_diabetes, load_digits
+from sklearn.datasets import load_diabetes
 from torch import nn
 
 import tombola
@@ -64,27 +64,6 @@ def regressor() -> nn.Module:
     return nn.Sequential(nn.Linear(10, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 1))
 
 
-def rows() -> tombola.Dataset:
-    """Return the data of docs/examples/lstm.md."""
-    images, labels = (torch.tensor(part) for part in load_digits(return_X_y=True))
-    inputs, labels = images.float().view(-1, 8, 8) / 16, labels.long()
-    return tombola.Dataset("rows", inputs[:1200], labels[:1200], inputs[1200:], labels[1200:], tuple("0123456789"))
-
-
-class Reader(nn.Module):
-    """The network of docs/examples/lstm.md."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.lstm = nn.LSTM(8, 48, batch_first=True, bidirectional=True)
-        self.out = nn.Linear(96, 10)
-
-    def forward(self, rows: torch.Tensor) -> torch.Tensor:
-        """Return the scores of the classes, shape (n, 10), of sequences of shape (n, 8, 8)."""
-        states, _ = self.lstm(rows)
-        return self.out(states.mean(1))
-
-
 def define(name: str) -> tuple[Study, float]:
     """Return the study of a name, and the margin."""
     if name == "digits":
@@ -92,16 +71,12 @@ def define(name: str) -> tuple[Study, float]:
     if name == "diabetes":
         task = tombola.Task(dataset=diabetes, model=regressor, loss="mse", metrics=["r2"], validation=0.3)
         recipe = tombola.Recipe(optimizer="adamw", lr=3e-3, epochs=8, batch_size=28)
-    elif name == "lstm":
-        task = tombola.Task(dataset=rows, model=Reader, validation=0.3)
-        recipe = tombola.Recipe(optimizer="adam", lr=1e-2, clip_norm=1.0, epochs=8, batch_size=50)
-    else:
-        return load_study(name, SMALL_LENET), 0.01
-    study = Study(task=task, recipe=recipe, importances=["magnitude", "l1"], seeds=[0, 1, 2], levels=16)
-    return study, 0.05 if name == "diabetes" else 0.01
+        study = Study(task=task, recipe=recipe, importances=["magnitude", "l1"], seeds=[0, 1, 2], levels=16)
+        return study, 0.05
+    return load_study(name, SMALL_LENET), 0.01
 
 
-STUDIES = ("digits", "lenet-mnist", "lenet-fashion", "diabetes", "lstm")
+STUDIES = ("digits", "lenet-mnist", "lenet-fashion", "diabetes")
 
 CHECKED = {
     "importances": ["magnitude"],
