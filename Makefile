@@ -79,17 +79,19 @@ docs: .venv/installed-docs
 docs-serve: .venv/installed-docs
 	$(MKDOCS) serve --dev-addr 127.0.0.1:8000
 
-# What is published: a source archive and a wheel for this Python, made of that archive, for every Linux as old as auditwheel
-# finds. dist-plain makes the wheel without kernels, as it is where there is no compiler.
+# What is published: a source archive and a wheel that is made of it, for every Linux as old as auditwheel finds. The wheel of
+# Python 3.11 is for 3.11; that of 3.12 or newer is for 3.12 and all later ones, by Python's stable interface (abi3).
+# dist-plain makes a wheel without kernels, for every system and every Python.
 BUILD = .venv-build/bin/python -m build --outdir dist
 dist: .venv-build/installed
 	rm -rf dist
-	$(BUILD)
+	$(BUILD) --config-setting=wheel.py-api=cp312 --config-setting='cmake.version=>=3.26'
 	PATH=.venv-build/bin:$$PATH auditwheel repair --wheel-dir dist dist/*-linux_*.whl
 	rm dist/*-linux_*.whl
 
 dist-plain: .venv-build/installed
-	$(BUILD)/plain --wheel --config-setting=cmake.define.TOMBOLA_KERNELS=OFF
+	$(BUILD)/plain --wheel --config-setting=cmake.define.TOMBOLA_KERNELS=OFF --config-setting=wheel.py-api=py3 \
+	    --config-setting=wheel.platlib=false
 
 # The wheels of dist and dist/plain in clean environments, with the newest versions of their dependencies that there are
 # and with the oldest that pyproject.toml allows: each trains, and reads its results.

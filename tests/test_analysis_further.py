@@ -280,7 +280,7 @@ def test_the_table_of_matching_has_one_row_for_each_comparison(
 def test_a_note_says_what_is_missing(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert command(folder, "matching", "--seeds", "0", "--data-seeds", "--draws", "1") == 0
     told = capsys.readouterr().err
-    assert "nothing across initialisations: the study has one seed; add others with --seeds" in told
+    assert "initialisations are not compared: the study has one seed; add others with --seeds" in told
     assert "no noise floor: no two data orders are compared; add some with --data-seeds" in told
 
 

@@ -1,7 +1,9 @@
 """The documentation: its code runs, page by page from first line to last, its commands are understood, its files exist.
 
 A block with a title, such as ```` ```python title="mine.py" ````, is written into that file. A command about a study
-that the page has written is run, with fewer epochs; of all others the options and the study are read.
+that the page has written is run, with fewer epochs; of all others the options and the study are read, because they take
+minutes, or a cluster. For the same reason a block `py`, which needs results of a preset or another library, is compiled
+and not run.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ import json
 import re
 import shlex
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -58,6 +61,10 @@ def test_the_code_of_a_page_runs(
             Path(title).write_text(text)
             if title.endswith(".toml"):
                 load_study(Path(title))
+        elif language == "toml":
+            tomllib.loads(text)
+        elif language == "py":
+            compile(text, str(page), "exec")
         elif language == "python" and page.name not in ELSEWHERE:
             exec(compile(text, str(page), "exec"), space)
         for arguments in commands(text) if language == "sh" else ():
@@ -69,7 +76,10 @@ def test_the_code_of_a_page_runs(
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_the_commands_of_a_page_are_understood(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    for arguments in commands(page.read_text()):
+    text, makefile = page.read_text(), (ROOT / "Makefile").read_text()
+    assert all(f"\n{target}:" in makefile for target in re.findall(r"^(?: {4})?make ([\w-]+)", text, re.MULTILINE))
+    assert all((ROOT / path).is_file() for path in re.findall(r"\bpython ((?:benchmarks|docs|tests)/[\w/]+\.py)", text))
+    for arguments in commands(text):
         if {"--version", "--help"} & set(arguments) or arguments[0].isupper():
             continue
         options = make_parser().parse_args([with_dashes(argument) for argument in arguments])
@@ -102,8 +112,23 @@ def _kinds(outputs: list[dict[str, Any]]) -> list[str]:
     return [kind for output in outputs for kind in sorted(output.get("data", {output["output_type"]: None}))]
 
 
-@pytest.mark.parametrize("page", [ROOT / "README.md", ROOT / "CONTRIBUTING.md"], ids=lambda page: page.stem)
-def test_the_links_of_a_page_lead_to_files(page: Path) -> None:
-    """Those of the site are checked when it is built."""
-    for link in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text()):
-        assert (ROOT / link).exists(), link
+def test_every_page_is_in_the_navigation_and_every_link_leads_somewhere() -> None:
+    """What `mkdocs build --strict` finds, without building the site."""
+    docs = ROOT / "docs"
+    listed = re.findall(r": ([\w/-]+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
+    pages = {str(page.relative_to(docs)) for page in docs.rglob("*.md")}
+    assert sorted(listed) == sorted(pages)
+    for page in (*PAGES, ROOT / "ARCHITECTURE.md", ROOT / "CHANGELOG.md"):
+        text = BLOCK.sub("", page.read_text())
+        for path, _, anchor in re.findall(r"\]\((?!https?:)([^)#\s]*)(#([^)\s]+))?\)", text):
+            target = (page.parent / path).resolve() if path else page
+            assert target.exists(), f"{page.name}: {path}"
+            assert docs not in page.parents or docs in target.parents, f"{page.name}: {path} is not on the site"
+            assert not anchor or anchor in anchors(target), f"{page.name}: {path}#{anchor}"
+
+
+def anchors(page: Path) -> set[str]:
+    """Return the names of a page's headings, as the site has them."""
+    text = re.sub(r'^--8<-- "(.+)"$', lambda found: (ROOT / found[1]).read_text(), page.read_text(), flags=re.MULTILINE)
+    titles = re.findall(r"^#+ (.+)$", BLOCK.sub("", text), re.MULTILINE)
+    return {re.sub(r"[-\s]+", "-", re.sub(r"[^\w\s-]", "", title).strip().lower()) for title in titles}

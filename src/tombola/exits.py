@@ -1,4 +1,4 @@
-"""Exits: keep a user's code from ending the program without a word, and tell its exceptions from Ctrl-C."""
+"""Exits: say so when a user's code ends the program, and distinguish its exceptions from Ctrl-C."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files: written completely or not at all, and read only where a regular file lies."""
+"""Files: write a file completely or not at all, and read regular files only."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Threads: how many torch computes with."""
+"""Threads: the number of threads that torch computes with."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Analyses: each finding of the paper as a table, with the check that the paper lacks.
+"""Analyses: each finding of the paper as a table, beside what chance and noise would give.
 
-One module a finding. Each has `of_study(tickets, ...)`, which reads a study's results and returns a polars DataFrame,
-and the pure functions that it is made of, whose docstrings describe the columns.
+Each finding has its module. A module has `of_study(tickets, ...)`, which reads a study's results and returns a polars
+DataFrame, and the pure functions that it consists of, whose docstrings describe the columns.
 
 - `overlap`: how many connections tickets share, against chance and against the noise floor.
 - `layers`: density of each layer, collapse, effective sparsity.

@@ -1,4 +1,4 @@
-"""Unique up to what? What stored controls and rewind points add to the paper's claim that tickets are unique."""
+"""Uniqueness: what stored controls and rewind points add to the paper's claim that tickets are unique."""
 
 from __future__ import annotations
 

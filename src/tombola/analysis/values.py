@@ -1,4 +1,4 @@
-"""Values of trainings: what tickets are judged by, of a ticket or between tickets, and means over seeds."""
+"""Values: the metric by which tickets are judged, of one ticket or between two, and means over seeds."""
 
 from __future__ import annotations
 

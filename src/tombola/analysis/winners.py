@@ -1,4 +1,4 @@
-"""Winners: the sparsest tickets that keep the accuracy of the dense network, or what else tickets are judged by."""
+"""Winners: the sparsest tickets that keep the accuracy (or metric) of the dense network."""
 
 from __future__ import annotations
 

@@ -56,7 +56,9 @@ def matching(options: argparse.Namespace) -> int:
         table = matching.of_study(tickets, names, options.level, options.by, options.draws)
     if options.format == "table":
         if len(tickets.study.seeds) < 2:
-            print_note("nothing across initialisations: the study has one seed; add others with --seeds")
+            print_note(
+                "tickets of different initialisations are not compared: the study has one seed; add others with --seeds"
+            )
         if not (table["kind"] == "data order").any():
             print_note("no noise floor: no two data orders are compared; add some with --data-seeds")
     show_view(table, options.format, _matching)

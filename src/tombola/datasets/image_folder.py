@@ -1,4 +1,4 @@
-"""Your own images: a folder `train` and a folder `test`, in each one folder a class."""
+"""Your own images, in the folders `train` and `test`, each with one folder for each class."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a hook is, what it is told, and what it raises."""
+"""Hooks: the function that follows a run, the report that it is called with, and the exception that ends a chain."""
 
 from __future__ import annotations
 

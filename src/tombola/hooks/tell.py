@@ -1,4 +1,4 @@
-"""How a run tells its hooks what is new, and ends the chains that they stop."""
+"""Telling: call the hooks of a run with what is new, and end the chains that they stop."""
 
 from __future__ import annotations
 

@@ -9,6 +9,12 @@
 #include <string>
 #include <type_traits>
 
+#ifdef Py_LIMITED_API  // the stable interface has only the forms that check what they are given
+#define PyTuple_GET_SIZE PyTuple_Size
+#define PyTuple_GET_ITEM PyTuple_GetItem
+#define PyObject_CallMethodNoArgs(object, name) PyObject_CallMethodObjArgs(object, name, nullptr)
+#endif
+
 namespace tombola {
 
 namespace nb = nanobind;

@@ -1,4 +1,4 @@
-"""Start: find out, before anything is trained, whether a network can begin dense, as level 0 is."""
+"""Start: check, before anything is trained, that a network is dense, as level 0 has to be."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the networks and losses compute with which a store's results were made."""
+"""Behaviours: what the networks and losses of stored results computed, so that a change of them is noticed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Results of a network that computes something else by now, although its source is the same."""
+"""Behaviour: notice that a network with the same source computes something else than when its results were stored."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A finished study of a second, for the examples of the documentation."""
+"""A finished study that takes a second, for the examples of the documentation."""
 
 from __future__ import annotations
 
