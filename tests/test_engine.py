@@ -489,7 +489,7 @@ def test_a_run_takes_as_long_as_was_predicted(tmp_path: Path, monkeypatch: pytes
         InTurn(last_first=False),
         lambda *_: None,
     )
-    monkeypatch.setattr(estimates, "_speed", lambda *_: speed)
+    monkeypatch.setattr(estimates, "measure_speed", lambda *_, **__: speed)
     plan = planner(tmp_path / "store", of)
     expected = estimates.estimate(plan, workers)
     lasting = _Lasting(workers, speed)

@@ -507,7 +507,7 @@ def test_the_loss_of_tokens_is_the_mean_over_those_that_count() -> None:
     targets[400:1000, 1:] = -100
     for ignored in (slice(0), slice(500, 1000)):  # then a batch has no token that counts
         targets[ignored] = -100
-        data = Dataset("text", torch.zeros(2, 1), targets[:2], torch.arange(1203)[:, None], targets)
+        data = Dataset("text", torch.arange(2)[:, None], targets[:2], torch.arange(1203)[:, None], targets)
         found = measure(Recorded(outputs), data, functional.cross_entropy, [find("perplexity")])
         expected = float(functional.cross_entropy(outputs.double(), targets))
         assert found == ({"perplexity": pytest.approx(math.exp(expected))}, pytest.approx(expected))

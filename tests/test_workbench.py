@@ -193,6 +193,7 @@ def test_an_edit_of_what_a_function_uses_changes_its_identity(
     assert hashes[0] == hashes[1] != hashes[2]
 
 
+@pytest.mark.filterwarnings("ignore:.* f calls __import__")
 @pytest.mark.parametrize(
     "text", ["import helper_of_a_script", "from helper_of_a_script import g", "lambda: __import__"]
 )

@@ -306,7 +306,7 @@ def imagine(strategy: Strategy, importances: Sequence[str], levels: int, trials:
 
     >>> max(len({stage for ask in case for each in ask.candidates for stage in each.stages})
     ...     for case in imagine(bisect, ["l1"], 9, 1))
-    6
+    14
     """
     for last in range(levels + 1):
         for largest in range(1, last + 1) if last else (1,):
