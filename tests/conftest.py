@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 from collections import Counter
@@ -24,11 +23,6 @@ hypothesis.settings.register_profile("explore", max_examples=2000, deadline=None
 hypothesis.settings.load_profile("repeatable")
 
 torch.set_num_threads(1)  # also for what fixtures compute before the first test
-
-
-def pytest_xdist_auto_num_workers() -> int:
-    """Use one process more than there are processors, since tests of Ray and of browsers mostly wait."""
-    return (os.cpu_count() or 1) + 1
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -378,13 +378,18 @@ RECORDS: list[Any] = [
 
 
 @pytest.mark.parametrize("record", RECORDS, ids=str)
-def test_a_record_of_another_shape_is_lost(
-    root: Path, say: Say, numbers: dict[tuple[str, ...], str], record: Any
-) -> None:
+def test_a_record_of_another_shape_is_lost(root: Path, record: Any) -> None:
     path = files(root)["record.json"]
     path.write_text(json.dumps(record))
     store = Store(root)
     assert store.results.record(path.parent.name) == {}
+    assert [(one.kind, one.name) for one in list_damage(store)] == [("record", path.parent.name)]
+
+
+def test_a_record_that_is_lost_ends_no_verb(root: Path, say: Say, numbers: dict[tuple[str, ...], str]) -> None:
+    path = files(root)["record.json"]
+    path.write_text(json.dumps(RECORDS[0]))
+    store = Store(root)
     assert say("results").out == numbers["results",]
     assert "the kind of machine is not recorded for 1 of" in say("results").err
     assert say("store", "ls").status == 0
