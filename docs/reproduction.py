@@ -105,9 +105,12 @@ def verdicts(judged: dict[str, list[Claim]]) -> Iterator[str]:
     yield f"| claim | {' | '.join(map(_name, judged))} |"
     yield f"|---|{'---|' * len(judged)}"
     for same in zip(*judged.values(), strict=True):
-        text = f"{same[0].number} {same[0].statement.rstrip('.')}"
+        statements = dict.fromkeys(claim.statement.rstrip(".") for claim in same)
+        text = f"{same[0].number} {' / '.join(statements)}"
         yield f"| {text} | {' | '.join(MARKS[claim.verdict] for claim in same)} |"
-    yield "\nA dash means that the system cannot decide; the sections below say why, and what it takes.\n"
+    yield "\nA dash means that the system cannot decide; the sections below say why, and what it takes. Where the paper"
+    yield "says something else of convolutional networks than of LeNet, both sentences are given, and each system is judged"
+    yield "by its own.\n"
 
 
 def section(name: str, tickets: Tickets, evidence: Evidence, found: Sequence[Claim]) -> Iterator[str]:
