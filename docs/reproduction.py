@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from tombola import UserError
+from tombola import UserError, load_study
 from tombola.analysis import claims, reference
 from tombola.analysis.accuracy import rows, table2
 from tombola.analysis.claims import Claim, Evidence
@@ -39,8 +39,9 @@ MARKS = {"holds": "holds", "holds in part": "in part", "does not hold": "**no**"
 HEAD = """\
 # The paper's results, reproduced
 
-This page is generated from stored results: `python docs/reproduction.py STORE --data DIR`. It shows Table 2(a) of the
-paper ([arXiv 2302.11244](https://arxiv.org/abs/2302.11244)) beside ours, and a verdict on each of the paper's claims.
+`python docs/reproduction.py STORE SYSTEM ...` generates this page from stored results. It shows Table 2(a) of the paper
+([arXiv 2302.11244](https://arxiv.org/abs/2302.11244)) beside ours, and a verdict on each of the paper's claims. Each
+section gives the command whose results it shows.
 [conventions.md](conventions.md) describes the settings, [analyses.md](analyses.md) how claims are judged.
 """
 
@@ -109,8 +110,8 @@ def verdicts(judged: dict[str, list[Claim]]) -> Iterator[str]:
         text = f"{same[0].number} {' / '.join(statements)}"
         yield f"| {text} | {' | '.join(MARKS[claim.verdict] for claim in same)} |"
     yield "\nA dash means that the system cannot decide; the sections below say why, and what it takes. Where the paper"
-    yield "says something else of convolutional networks than of LeNet, both sentences are given, and each system is judged"
-    yield "by its own.\n"
+    yield "says something else of convolutional networks than of LeNet, both sentences are given, and each system is"
+    yield "judged by its own.\n"
 
 
 def section(name: str, tickets: Tickets, evidence: Evidence, found: Sequence[Claim]) -> Iterator[str]:
@@ -118,6 +119,9 @@ def section(name: str, tickets: Tickets, evidence: Evidence, found: Sequence[Cla
     yield f"## {_name(name)}\n"
     yield f"    tombola run {_without_folders(name)}\n"
     yield " ".join(claims.summarise(found))
+    of_preset, own = load_study(shlex.split(name)[0]).seeds, tickets.study.seeds
+    if missing := sorted(set(of_preset) - set(own)):
+        yield f"\nOf the preset's seeds {_list(of_preset)}, {_list(missing)} has not been run."
     left = count_remaining(list(tickets.all().values()))
     if left:
         yield f"\nThis run is not finished: {left} trainings remain."
@@ -171,6 +175,10 @@ def own_accuracies(tickets: Tickets) -> Iterator[str]:
             std = "" if cell.std is None else f" ± {100 * cell.std:.2f}"
             cells.append("" if cell.mean is None else f"{100 * cell.mean:.2f}{std}")
         yield f"| {level} | {100 * (1 - density):.2f} | {' | '.join(cells)} |"
+
+
+def _list(numbers: Sequence[int]) -> str:
+    return ", ".join(map(str, numbers))
 
 
 def _name(system: str) -> str:

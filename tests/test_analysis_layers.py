@@ -248,6 +248,41 @@ def test_paths_along_weights_that_are_computed() -> None:
     }
 
 
+class Normed(nn.Module):
+    """A weight that is divided by its norm, and an input that is changed in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(2, 2), nn.Linear(2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x -= 0.5
+        weight = self.last.weight
+        return functional.linear(self.first(x), weight / weight.norm(dim=1, keepdim=True))
+
+
+def test_a_weight_divided_by_its_norm_stays_pruned() -> None:
+    model = Normed()
+    mask = apply_mask(model, first_weight=torch.tensor([[1, 0], [0, 0]]), last_weight=torch.tensor([[0, 1]]))
+    assert not any(alive.any() for alive in Paths(model, torch.ones(1, 2)).effective(mask).values())
+
+
+class Tokens(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.inner, self.last = nn.Embedding(5, 3), nn.Linear(3, 3), nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embedding(x)
+        return self.last(x + self.inner(x))
+
+
+def test_paths_begin_at_an_embedding_that_is_not_pruned() -> None:
+    model = Tokens()
+    mask = apply_mask(model, inner_weight=torch.zeros(3, 3))
+    assert Paths(model, torch.zeros(1, dtype=torch.int64)).effective(mask)["last.weight"].all()
+
+
 class Sorting(nn.Module):
     def __init__(self) -> None:
         super().__init__()

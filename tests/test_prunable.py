@@ -640,8 +640,15 @@ def test_frozen_weights_are_pruned_only_if_a_pattern_names_them() -> None:
     assert list(Mask.ones_like(model.requires_grad_(False))) == ["0.weight", "1.weight"], "nothing is trained here"
 
 
-@pytest.mark.parametrize("part", [slice(None), slice(1, 3)])
-def test_parameters_that_share_memory_are_refused(part: slice) -> None:
+def test_parameters_beside_each_other_in_memory_are_not_shared() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    flat = nn.utils.parameters_to_vector(model.parameters()).detach().clone()
+    nn.utils.vector_to_parameters(flat, model.parameters())
+    check_start(model, Mask.ones_like(model), (), "model")
+
+
+@pytest.mark.parametrize("part", [slice(None), slice(1, 3), (slice(None), slice(2))])
+def test_parameters_that_share_memory_are_refused(part: slice | tuple[slice, slice]) -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     model[1].weight = nn.Parameter(model[0].weight.data[part])
     with pytest.raises(UserError, match=r"its '0.weight' and '1.weight' share memory and are not one parameter"):

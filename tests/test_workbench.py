@@ -231,6 +231,10 @@ def test_a_function_that_computes_names_is_told_of(body: str) -> None:
         refer(function, "task.model")
 
 
+def test_a_method_named_like_a_function_of_python_is_another() -> None:
+    refer(fresh("def f(model, x):\n    return model.eval()(x)")["f"], "task.forward")  # a warning is an error
+
+
 def test_a_function_that_calls_itself() -> None:
     assert len(source_hash(refer(fresh("def f(n):\n    return n and f(n - 1)")["f"], "x"))) == 64
 

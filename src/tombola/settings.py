@@ -34,6 +34,8 @@ _FUNCTIONS: dict[str, tuple[ModuleType, str]] = {
 }
 """The functions with which results are named and stored."""
 
+_ALARM = "an alarm of the process"
+
 _Setting: TypeAlias = tuple[Any, Callable[[Any], object]]
 """The value of a setting, and a function that sets it."""
 
@@ -111,7 +113,7 @@ def _read() -> dict[str, _Setting]:
         if (handler := signal.getsignal(signal.SIGINT)) is not None:
             found["Python's answer to Ctrl-C"] = handler, partial(signal.signal, signal.SIGINT)
         alarm = signal.getitimer(signal.ITIMER_REAL)[0] > 0
-        found["an alarm of the process"] = alarm, lambda _: signal.setitimer(signal.ITIMER_REAL, 0)
+        found[_ALARM] = alarm, lambda _: signal.setitimer(signal.ITIMER_REAL, 0)
     torch: Any = sys.modules.get("torch")
     if not hasattr(torch, "get_default_device"):  # not imported, or only in part
         return found
@@ -138,6 +140,7 @@ def _restore(before: dict[str, _Setting]) -> str:
     """Restore the settings; return how the first of those that were changed had changed, or an empty text."""
     after = _read()
     changed = [name for name, (value, _) in before.items() if name in after and after[name][0] != value]
+    changed = [name for name in changed if name != _ALARM or not before[name][0]]  # one set before may have gone off
     for name in changed:
         value, set_value = before[name]
         set_value(value)

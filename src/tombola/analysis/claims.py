@@ -531,7 +531,7 @@ def follows(evidence: Evidence) -> Claim:
         return claim.decide("not testable", "some importances have no results")
     agree = [all(own <= other for other in seed) for own, *seed in zip(found["min_max"], *found.values(), strict=True)]
     average = sorted((statistics.fmean(values), name) for name, values in found.items())
-    measured = claim.add_measure("points of density from the network's", found["min_max"])
+    measured = claim.add_measure("points of density from the network's", found["min_max"], (0.0, 100.0))
     return measured.decide(
         *_count(agree, f"in points, levels 1 to {last}: {', '.join(f'{name} {mean:.2f}' for mean, name in average)}")
     )
@@ -575,7 +575,8 @@ def distinct_beyond_noise(evidence: Evidence) -> Claim:
     measured = claim.add_measure("points between noise floor and overlap", lower)
     measured = measured.add_baselines(chance=chance, noise=mean_noise)
     shares = f"two importances share {mean_two:.1f} % of a ticket and two data orders {mean_noise:.1f} %"
-    return measured.decide(*_conclude({f"{shares}, {_mean(lower, '.1f')} points more": _is_above(lower, 0)}))
+    difference = f"{shares}; the difference is {_mean(lower, '+.1f')} points"
+    return measured.decide(*_conclude({difference: _is_above(lower, 0)}))
 
 
 def ends_share_more(evidence: Evidence) -> Claim:

@@ -54,6 +54,7 @@ _JOINED = {
 }
 """Functions of the entries at one place: paths come from each, also in a product."""
 
+_FACTORS = {"mul", "multiply", "div", "divide", "truediv", "true_divide"}
 _MULTIPLIED = {"matmul", "mm", "bmm", "mv"}
 _CONVOLUTIONS = {f"conv{kind}{n}d" for kind in ("", "_transpose") for n in (1, 2, 3)}
 _REDUCED = {"amax", "amin", "logsumexp", "norm", "vector_norm"}
@@ -107,21 +108,23 @@ class Paths:
                 inputs = convert(_begin, self._inputs)
                 with follower:
                     output = self._forward(self._model, inputs)
+                if not isinstance(output, Tensor):
+                    raise UserError("its output is not a tensor")
+                if output.requires_grad:
+                    output.sum().backward()  # type: ignore[no-untyped-call]
         except UserError as error:
             raise UserError(f"{what}: {error}") from None
         except Exception as error:
             raise UserError(f"{what}: {' '.join(str(error).split())}") from error
-        if not isinstance(output, Tensor):
-            raise UserError(f"{what}: its output is not a tensor")
-        if output.requires_grad:
-            output.sum().backward()  # type: ignore[no-untyped-call]
         on_path = {name: (w.grad > 0 if w.grad is not None else w.detach() < 0) for name, w in alive.items()}
         return mask & Mask.from_tensors(on_path)
 
 
 def _begin(inputs: Tensor) -> Tensor:
     """Return 1 for each number of an input, from which paths begin; whole numbers, such as tokens, stay."""
-    return torch.ones_like(inputs, dtype=torch.float64).requires_grad_() if inputs.is_floating_point() else inputs
+    if not inputs.is_floating_point():
+        return inputs
+    return torch.ones_like(inputs, dtype=torch.float64).requires_grad_().clone()  # which may be changed in place
 
 
 class _Reached(torch.autograd.Function):
@@ -156,6 +159,8 @@ class _Follower(TorchFunctionMode):
             name = name[1:]
         args, kwargs = tree_map(self._replace, (list(args), dict(kwargs or {})))
         tracked = [each for each in tree_leaves((args, kwargs)) if _is_tracked(each)]
+        if name == "embedding" and not tracked:  # all its weights are alive, and paths begin there
+            return func(*args, **kwargs).detach().requires_grad_().clone()
         if not tracked or name in _SIZES:
             return func(*args, **kwargs)
         if name == "get" and func.__self__.__name__ not in _VIEWS:
@@ -163,7 +168,7 @@ class _Follower(TorchFunctionMode):
                 raise UserError(f"it reads {func.__self__.__name__!r} of a tensor")
             return func(*args, **kwargs)
         result = self._follow(name, func, args, kwargs)
-        if all(map(_is_edge, tracked)) and name in _PASSED | _KEPT | _JOINED:
+        if all(map(_is_edge, tracked)) and name in _PASSED | _KEPT | _JOINED | _REDUCED | {"pad"}:
             tree_map(_mark, result)
         in_place = written.endswith("_") and not written.startswith("__") and result is not args[0]
         return args[0].copy_(result) if in_place else result
@@ -193,9 +198,10 @@ class _Follower(TorchFunctionMode):
         if name in _KEPT:
             return func(*args, **kwargs)
         if name in _JOINED:
-            return _join(
-                _multiply, [each for each in (*args, *kwargs.values()) if isinstance(each, Tensor)], edges=False
-            )
+            operands = [each for each in (*args, *kwargs.values()) if isinstance(each, Tensor)]
+            if name in _FACTORS and all(map(_is_edge, operands)):
+                return _reach(_multiply(*operands))  # a connection that is 0 where one of its factors is
+            return _join(_multiply, operands, edges=False)
         if name == "einsum":
             return _join(partial(func, args[0]), tree_leaves(args[1:]))
         if name in _MULTIPLIED:

@@ -247,8 +247,8 @@ def _describe(found: Found, measure: Measure) -> list[str]:
     tried, complete = found.walk.trials[0][0].end, found.walk.trials[-1][0].end
     if tried < complete:
         lines.append(
-            f"tried by trainings of {tried} of the {complete} iterations, of which are the {measure.label} and the "
-            "differences in the table; those of the judges and of the ticket are of complete trainings"
+            f"the search used trainings of {tried} of the {complete} iterations, after which the table shows the "
+            f"{measure.label} and the differences; the judges and the ticket that was found were trained in full"
         )
     rounds = work_of_rounds(study)
     lines.append(

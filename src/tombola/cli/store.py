@@ -230,7 +230,7 @@ def gc(options: argparse.Namespace) -> int:
             if there and not there & needed:
                 raise UserError(
                     f"{one.study}: store {store.root} has nothing of this study, so if its code or data have changed, "
-                    "all of its results would be removed; run it first, or leave it out"
+                    f"all of its results would be removed; run it first{', or leave it out' if len(named) > 1 else ''}"
                 )
         lost = {key for key in store.results if not store.results.record(key)}  # which verb asked for it is not known
         return lost.union(*needs)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import TypeAlias
 
@@ -310,16 +310,18 @@ def imagine(strategy: Strategy, importances: Sequence[str], levels: int, trials:
     """
     for last in range(levels + 1):
         for largest in range(1, last + 1) if last else (1,):
-            known, asks = Known(tuple(importances), levels, 0.0, trials, {}), list[Ask]()
+            gains, asks, too_large = dict[Candidate, dict[int, float]](), list[Ask](), False
+            known = Known(tuple(importances), levels, 0.0, trials, gains)
             while isinstance(asked := plan(known, strategy), Ask):
                 asks.append(asked)
-                gains = {each: dict(of) for each, of in known.gains.items()}
                 for stage in (stage for each in asked.candidates for stage in each.stages):
                     gap = max(after - before for before, after in pairwise((0, *stage.path)))
+                    too_large |= gap > largest
                     gain = 0.0 if stage.level <= last and gap <= largest else -1.0
                     gains.setdefault(stage, {}).update(dict.fromkeys(asked.trials, gain))
-                known = replace(known, gains=gains)
             yield asks
+            if not too_large:
+                break  # larger rounds are not tried, so whether they keep the metric does not matter
 
 
 def _check_asked(asked: Sequence[Candidate], known: Known) -> None:

@@ -371,9 +371,10 @@ _COMPUTE_NAMES = {"eval", "exec", "globals", "__import__", "import_module"}
 
 
 def _warn_of_computed_names(function: types.FunctionType, what: str) -> None:
-    steps = (step for each in code.list_codes(function.__code__) for step in dis.get_instructions(each))
-    loads = {step.argval for step in steps if step.opname in ("LOAD_GLOBAL", "LOAD_NAME", "LOAD_ATTR", "LOAD_METHOD")}
-    if found := sorted(loads & _COMPUTE_NAMES - function.__globals__.keys() | loads & {"import_module"}):
+    steps = [step for each in code.list_codes(function.__code__) for step in dis.get_instructions(each)]
+    names = {step.argval for step in steps if step.opname in ("LOAD_GLOBAL", "LOAD_NAME")}
+    attributes = {step.argval for step in steps if step.opname in ("LOAD_ATTR", "LOAD_METHOD")}  # model.eval is another
+    if found := sorted(names & _COMPUTE_NAMES - function.__globals__.keys() | (names | attributes) & {"import_module"}):
         warnings.warn(
             f"{what}: {function.__name__} calls {found[0]}, and what it finds by that is not in the names of its "
             "trainings; name what it uses directly, or in task.depends",

@@ -138,7 +138,7 @@ def _list_of_zero_and_one(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
             parts = value if isinstance(value, list | tuple) else [value]
             parts = list(value.values()) if isinstance(value, dict) and not name.startswith("_") else parts
             for each in parts:
-                plain = isinstance(each, Tensor) and not isinstance(each, nn.Parameter)
+                plain = isinstance(each, Tensor) and not isinstance(each, nn.Parameter) and not each.is_meta
                 if plain and each.ndim and each.layout is torch.strided and ((each == 0) | (each == 1)).all():
                     yield f"{path}.{name}".removeprefix("."), each
 
@@ -168,14 +168,21 @@ def _list_overlaps(model: nn.Module) -> Iterator[tuple[str, str]]:
     parameters = dict(model.named_parameters())
     for several in by_storage.values():
         for (one, first), (other, second) in itertools.combinations(several, 2):
-            if one in parameters and torch.isin(_places(first), _places(second)).any():
+            (begin, end), (start, stop) = _span(first), _span(second)
+            if one in parameters and begin < stop and start < end and torch.isin(_places(first), _places(second)).any():
                 yield one, other
+
+
+def _span(tensor: Tensor) -> tuple[int, int]:
+    """Return where in its storage a tensor begins and ends, in numbers."""
+    extent = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.storage_offset(), tensor.storage_offset() + extent + 1
 
 
 def _places(tensor: Tensor) -> Tensor:
     """Return where in its storage each number of a tensor is."""
-    count = tensor.untyped_storage().nbytes() // tensor.element_size()
-    return torch.arange(count).as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+    begin, end = _span(tensor)
+    return torch.arange(begin, end).as_strided(tensor.shape, tensor.stride()).flatten()
 
 
 def _list_computed(model: nn.Module) -> Iterator[tuple[str, list[str], bool]]:

@@ -101,7 +101,8 @@ class Claims:
             self.release(key)
         with contextlib.suppress(OSError):
             self._file.unlink()
-            os.close(self._handle)  # code of the user may have closed all files
+        with contextlib.suppress(OSError):  # code of the user may have closed all files
+            os.close(self._handle)
 
     def take(self, key: str) -> bool:
         """Claim a training; return whether this process has the claim."""
