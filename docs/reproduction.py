@@ -121,7 +121,7 @@ def section(name: str, tickets: Tickets, evidence: Evidence, found: Sequence[Cla
     yield " ".join(claims.summarise(found))
     of_preset, own = load_study(shlex.split(name)[0]).seeds, tickets.study.seeds
     if missing := sorted(set(of_preset) - set(own)):
-        yield f"\nOf the preset's seeds {_list(of_preset)}, {_list(missing)} has not been run."
+        yield f"\nOf the preset's seeds ({_list(of_preset)}), these have not been run: {_list(missing)}."
     left = count_remaining(list(tickets.all().values()))
     if left:
         yield f"\nThis run is not finished: {left} trainings remain."

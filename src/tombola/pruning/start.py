@@ -176,7 +176,8 @@ def _list_overlaps(model: nn.Module) -> Iterator[tuple[str, str]]:
 def _span(tensor: Tensor) -> tuple[int, int]:
     """Return where in its storage a tensor begins and ends, in numbers."""
     extent = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return tensor.storage_offset(), tensor.storage_offset() + extent + 1
+    begin = int(tensor.storage_offset())
+    return begin, begin + int(extent) + 1
 
 
 def _places(tensor: Tensor) -> Tensor:
