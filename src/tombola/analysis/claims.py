@@ -485,9 +485,9 @@ def deeper_layers(evidence: Evidence) -> Claim:
     correlations = [
         _correlate_with_position([_density(evidence, seed, [name]) for name in body]) for seed in evidence.seeds
     ]
-    measured = claim.add_measure("rank correlation of depth and density", correlations).add_baselines(chance=0.0)
-    return measured.decide(
-        *_conclude({f"the rank correlation is {_mean(correlations, '+.2f')}": _is_below(correlations, 0)})
+    measured = claim.add_measure("rank correlation of depth and density", correlations, (-1.0, 1.0))
+    return measured.add_baselines(chance=0.0).decide(
+        *_conclude({f"the rank correlation is {_mean(correlations, '+.2f', (-1.0, 1.0))}": _is_below(correlations, 0)})
     )
 
 
