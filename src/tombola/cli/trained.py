@@ -60,28 +60,26 @@ def add_verbs(verbs: Verbs) -> None:
         _add_plan(added)
 
     added = verbs.add("rewind-point", rewind_point, verbs.study, verbs.table)
-    added.add_argument(
-        "--at", type=whole_number(0), nargs="+", metavar="K", help="the iterations to try as rewind points"
-    )
-    added.add_argument(
-        "--level",
-        type=whole_number(1, _MOST),
-        metavar="N",
-        help="find tickets of level N for each of the iterations, and try these too",
+    _add_places(
+        added,
+        at="the iterations to try as rewind points",
+        level="find tickets of level N for each of the iterations, and try these too",
     )
     add_tolerance(added)
     _add_plan(added)
     added = verbs.add("early", early, verbs.study, verbs.table)
-    added.add_argument(
-        "--at", type=whole_number(0), nargs="+", metavar="K", help="the iterations at which the mask is taken"
-    )
-    added.add_argument(
-        "--level",
-        type=whole_number(1, _MOST),
-        metavar="N",
-        help="the level of the tickets (default: the last that all chains have)",
+    _add_places(
+        added,
+        at="the iterations at which the mask is taken",
+        level="the level of the tickets (default: the last that all chains have)",
     )
     _add_plan(added)
+
+
+def _add_places(parser: argparse.ArgumentParser, *, at: str, level: str) -> None:
+    """Add the options `--at` and `--level` with these help texts."""
+    parser.add_argument("--at", type=whole_number(0), nargs="+", metavar="K", help=at)
+    parser.add_argument("--level", type=whole_number(1, _MOST), metavar="N", help=level)
 
 
 def _add_plan(parser: argparse.ArgumentParser) -> None:

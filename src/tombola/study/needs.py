@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from tombola.lottery.search import SHARES
-from tombola.study.planner import Planner
+from collections.abc import Sequence
+
+from tombola.study.planner import Chain
 from tombola.study.reinitialisation import list_notes, plan_again
-from tombola.study.searches import list_searched, shorten_study
+from tombola.study.searches import list_planners
 from tombola.study.singles import list_single_needs
 from tombola.study.tickets import Tickets
 from tombola.study.trainings import Round
@@ -24,12 +25,8 @@ def list_needs(tickets: Tickets) -> set[str]:
     Raises:
         DamagedResultError: if a stored result is damaged, so that its chain cannot be followed to its end.
     """
-    planner = tickets.planner
-    needs = list_chain_needs(tickets)
-    searched = list_searched(tickets)
-    shorter = [shorten_study(planner.study, strategy) for strategy in SHARES]
-    for each in (planner.study, *shorter) if searched else ():
-        needs |= list_chain_needs(Tickets(Planner(each, planner.problem, planner.store, chains=searched)))
+    planners = list_planners(tickets.planner)
+    needs = set[str]().union(*(list_chain_needs(Tickets(planner), chains) for planner, chains in planners))
     for (level, importances), draws in list_notes(tickets).items():
         for seed in tickets.study.seeds:
             found = plan_again(tickets, level, draws, importances, seed)
@@ -38,14 +35,17 @@ def list_needs(tickets: Tickets) -> set[str]:
     return needs | list_single_needs(tickets, needs)
 
 
-def list_chain_needs(tickets: Tickets) -> set[str]:
-    """Return the names that the chains of a study need, see `list_needs`."""
-    planner, needs = tickets.planner, set[str]()
-    for chain in (*planner.chains, *planner.repeats):
+def list_chain_needs(tickets: Tickets, chains: Sequence[Chain] | None = None) -> set[str]:
+    """Return the names that chains need, by default those of the study; see `list_needs`."""
+    planner = tickets.planner
+    chains = [*planner.chains, *planner.repeats] if chains is None else chains
+    for chain in chains:
         while isinstance(need := planner.progress(chain).waits_for, Round):
             planner.compute(need)  # a lost mask must not hide the trainings after it
-    for chain, progress in Tickets(planner).all().items():
+    fresh, needs = Tickets(planner), set[str]()
+    for chain in chains:
+        progress = fresh.progress(chain)
         needs |= {training.key for training in progress.trainings}
-        needs |= set(tickets.planner.name_masks(chain, progress.tickets))
+        needs |= set(planner.name_masks(chain, progress.tickets))
         needs |= {need.key for need in progress.needs}
     return needs

@@ -21,11 +21,11 @@ def list_planners(planner: Planner) -> list[tuple[Planner, list[Chain]]]:
     trainings.
     """
     searched = list_searched(Tickets(planner))
-    found = [(planner, [*planner.chains, *planner.repeats, *searched])]
-    for strategy in SHARES if searched else ():
-        shorter = Planner(shorten_study(planner.study, strategy), planner.problem, planner.store)
-        found.append((shorter, list_searched(Tickets(shorter))))
-    return found
+    shorter = [shorten_study(planner.study, strategy) for strategy in SHARES if searched]
+    return [
+        (planner, [*planner.chains, *planner.repeats, *searched]),
+        *((Planner(study, planner.problem, planner.store), searched) for study in shorter),
+    ]
 
 
 def list_searched(tickets: Tickets) -> list[Chain]:
