@@ -130,5 +130,6 @@ struct Kernels {
 };
 
 extern const Kernels plain, avx2, avx512;
+extern const Kernels avx512_in_halves;  // the arithmetic of AVX-512 by AVX2, in the builds of the project's own checks
 
 }  // namespace tombola

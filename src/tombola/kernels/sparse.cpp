@@ -25,7 +25,7 @@
 namespace tombola {
 namespace {
 
-// Fastest first.
+// Fastest first, and after these what is only tested.
 std::vector<const Kernels*> supported() {
     std::vector<const Kernels*> found;
 #if defined(TOMBOLA_X86)
@@ -34,6 +34,9 @@ std::vector<const Kernels*> supported() {
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) found.push_back(&avx2);
 #endif
     found.push_back(&plain);
+#if defined(TOMBOLA_HALVES)
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) found.push_back(&avx512_in_halves);
+#endif
     return found;
 }
 
