@@ -57,11 +57,11 @@ def accuracy(
     layers: list[alt.Chart] = []
     if table["sd"].is_not_null().any():
         band = base.transform_filter("isValid(datum.sd)").mark_area(opacity=0.16, clip=clip)
-        layers.append(band.encode(x=x, y=y("low"), y2="high:Q", color=_colour(importances)))
+        layers.append(band.encode(x=x, y=y("low"), y2=alt.Y2("high:Q"), color=_colour(importances)))
     if dense is not None:
         line = alt.Chart(alt.InlineData([{value: dense}])).mark_rule(strokeDash=[2, 3], size=1.3, clip=clip)
         layers.append(line.encode(y=y(value)))
-    tooltip = ["importance:N", "level:Q", *_numbers(DENSITY, value, "sd"), "seeds:Q"]
+    tooltip = [*_fields("importance:N", "level:Q"), *_numbers(DENSITY, value, "sd"), *_fields("seeds:Q")]
     layers.append(
         base.mark_line(clip=clip).encode(x=x, y=y(value), color=_colour(importances), strokeDash=_dash(importances))
     )
@@ -72,14 +72,16 @@ def accuracy(
     )
     if paper is not None and len(paper):
         reported = alt.Chart(_data(paper))
-        layers.append(reported.mark_rule(clip=clip).encode(x=x, y=y("low"), y2="high:Q", color=_colour(importances)))
+        layers.append(
+            reported.mark_rule(clip=clip).encode(x=x, y=y("low"), y2=alt.Y2("high:Q"), color=_colour(importances))
+        )
         layers.append(
             reported.mark_point(filled=False, size=90, opacity=1, clip=clip).encode(
                 x=x,
                 y=y("paper %"),
                 color=_colour(importances),
                 shape=_shape(importances),
-                tooltip=["importance:N", "level:Q", *_numbers("paper %", "paper std", "accuracy %")],
+                tooltip=[*_fields("importance:N", "level:Q"), *_numbers("paper %", "paper std", "accuracy %")],
             )
         )
     return alt.layer(*layers).properties(height=_HEIGHT)
@@ -128,8 +130,10 @@ def frontier(
             alt.Chart(alt.InlineData([line])).mark_rule(strokeDash=dash).encode(y=y)
             for line, dash in zip(lines, ([1, 0], [2, 3]), strict=True)
         ]
-    tooltip = ["importance:N", "path:N", "is:N", *_numbers(DENSITY, value, _WORK)]
-    layers.append(base.mark_line(opacity=0.4).encode(x=x, y=y, color=_colour(importances), order=f"{_WORK}:Q"))
+    tooltip = [*_fields("importance:N", "path:N", "is:N"), *_numbers(DENSITY, value, _WORK)]
+    layers.append(
+        base.mark_line(opacity=0.4).encode(x=x, y=y, color=_colour(importances), order=alt.Order(f"{_WORK}:Q"))
+    )
     layers.append(
         base.mark_point(filled=True, opacity=1).encode(
             x=x, y=y, color=_colour(importances), shape=states, size=size, tooltip=tooltip
@@ -164,7 +168,7 @@ def matrix(table: pl.DataFrame, tickets: Sequence[str], level: int, levels: Sequ
         x=x,
         y=y,
         color=alt.Color("shared %:Q", title="shared, %", scale=alt.Scale(scheme="viridis", domain=[0, 100])),
-        tooltip=["ticket:N", "other:N", "level:Q", *_numbers("shared %", "by chance %", "Jaccard %")],
+        tooltip=[*_fields("ticket:N", "other:N", "level:Q"), *_numbers("shared %", "by chance %", "Jaccard %")],
     )
     if len(there) > 8:
         return alt.layer(cells).properties(height=26 * len(there))
@@ -202,7 +206,11 @@ def overlap(table: pl.DataFrame) -> Chart:
     return alt.layer(
         base.mark_line().encode(x=x, y=y, color=comparison, strokeDash=dash),
         points.mark_point(filled=True, opacity=1).encode(
-            x=x, y=shared, color=comparison, shape=shape, tooltip=["comparison:N", "level:Q", *_numbers(*columns)]
+            x=x,
+            y=shared,
+            color=comparison,
+            shape=shape,
+            tooltip=[*_fields("comparison:N", "level:Q"), *_numbers(*columns)],
         ),
     ).properties(height=_HEIGHT)
 
@@ -240,14 +248,17 @@ def overlap_by_layer(table: pl.DataFrame) -> Chart:
     colour, shape = _comparison(names, columns=1)
     return alt.layer(
         base.mark_tick(thickness=1.5).encode(x=x("chance, by layers %"), y=y, yOffset=offset),
-        base.mark_rule().encode(x=x("chance, by layers %"), x2="shared %:Q", y=y, yOffset=offset, color=colour),
+        base.mark_rule().encode(x=x("chance, by layers %"), x2=alt.X2("shared %:Q"), y=y, yOffset=offset, color=colour),
         base.mark_point(filled=True, opacity=1).encode(
             x=x("shared %"),
             y=y,
             yOffset=offset,
             color=colour,
             shape=shape,
-            tooltip=["comparison:N", "layer:N", *_numbers("shared %", "chance, by layers %", "chance, overall %")],
+            tooltip=[
+                *_fields("comparison:N", "layer:N"),
+                *_numbers("shared %", "chance, by layers %", "chance, overall %"),
+            ],
         ),
     ).properties(height=max(_height(layers), (12 if len(layers) <= 30 else 8) * len(names) * len(layers)))
 
@@ -270,7 +281,7 @@ def layers(table: pl.DataFrame, least: float) -> Chart:
     y = alt.Y("layer:N", sort=names, title=None, scale=alt.Scale(domain=names, paddingInner=0.04))
     scale = alt.Scale(type="log", scheme="viridis", domain=[least, 100], clamp=True)
     base = alt.Chart(_data(table))
-    tooltip = ["layer:N", "level:O", *_numbers(DENSITY, "on paths %"), "collapsed:Q", "seeds:Q"]
+    tooltip = [*_fields("layer:N", "level:O"), *_numbers(DENSITY, "on paths %"), *_fields("collapsed:Q", "seeds:Q")]
     return alt.layer(
         base.transform_filter(f"datum['{DENSITY}'] > 0")
         .mark_rect()
@@ -302,7 +313,7 @@ def stability(table: pl.DataFrame, importances: Sequence[str]) -> Chart:
         own = base.transform_filter(f"datum.connections == '{group}'")
         bar = own.mark_rule(size=4, opacity=1 if solid else 0.3)
         mark = own.mark_point(filled=solid, size=60, opacity=1)
-        layers.append(bar.encode(x=alt.X("25 %:Q", title=None), x2="75 %:Q", y=y, yOffset=offset, color=colour))
+        layers.append(bar.encode(x=alt.X("25 %:Q", title=None), x2=alt.X2("75 %:Q"), y=y, yOffset=offset, color=colour))
         layers.append(
             mark.encode(
                 x=alt.X("mean:Q", title=None),
@@ -310,7 +321,7 @@ def stability(table: pl.DataFrame, importances: Sequence[str]) -> Chart:
                 yOffset=offset,
                 color=colour,
                 shape=_shape(importances, legend=None),
-                tooltip=["importance:N", "connections:N", *_numbers("mean", "25 %", "75 %", form=".4g")],
+                tooltip=[*_fields("importance:N", "connections:N"), *_numbers("mean", "25 %", "75 %", form=".4g")],
             )
         )
     return alt.layer(*layers).properties(height=32 * len(importances))
@@ -338,10 +349,12 @@ def controls(table: pl.DataFrame, importances: Sequence[str], measure: Measure =
     offset = alt.YOffset("importance:N", sort=list(importances), scale=alt.Scale(domain=list(importances)))
     colour, shape = _colour(importances), _shape(importances)
     base = alt.Chart(_data(table))
-    layers: list[alt.Chart] = [alt.Chart(alt.InlineData([{"zero": 0}])).mark_rule().encode(x="zero:Q")]
+    layers: list[alt.Chart] = [alt.Chart(alt.InlineData([{"zero": 0}])).mark_rule().encode(x=alt.X("zero:Q"))]
     if table["low"].is_not_null().any():
         rules = base.transform_filter("isValid(datum.low)").mark_rule(opacity=0.6)
-        layers.append(rules.encode(x=alt.X("low:Q", title=title), x2="high:Q", y=y, yOffset=offset, color=colour))
+        layers.append(
+            rules.encode(x=alt.X("low:Q", title=title), x2=alt.X2("high:Q"), y=y, yOffset=offset, color=colour)
+        )
     numbers = ["lost", "low", "high", *(name for name in table.columns if name.startswith(("ticket ", "control ")))]
     layers.append(
         base.mark_point(filled=True, opacity=0.9, size=60).encode(
@@ -350,7 +363,7 @@ def controls(table: pl.DataFrame, importances: Sequence[str], measure: Measure =
             yOffset=offset,
             color=colour,
             shape=shape,
-            tooltip=["importance:N", "trained:N", *_numbers(*numbers)],
+            tooltip=[*_fields("importance:N", "trained:N"), *_numbers(*numbers)],
         )
     )
     return alt.layer(*layers).properties(height=max(22, 9 * len(importances)) * max(1, len(kinds)))
@@ -390,9 +403,9 @@ def connectivity(table: pl.DataFrame) -> Chart:
     dash = alt.StrokeDash("what differs:N", scale=alt.Scale(domain=domain, range=[[1, 0], [6, 3]]))
     base = alt.Chart(_data(table))
     return alt.layer(
-        base.mark_line(opacity=0.75).encode(x=x, y=y, color=what, strokeDash=dash, detail="tickets:N"),
+        base.mark_line(opacity=0.75).encode(x=x, y=y, color=what, strokeDash=dash, detail=alt.Detail("tickets:N")),
         base.mark_point(filled=True, opacity=0.75).encode(
-            x=x, y=y, color=what, tooltip=["tickets:N", *_numbers("position", "error %", "barrier, points")]
+            x=x, y=y, color=what, tooltip=[*_fields("tickets:N"), *_numbers("position", "error %", "barrier, points")]
         ),
     ).properties(height=_HEIGHT)
 
@@ -405,12 +418,15 @@ def functions(table: pl.DataFrame) -> Chart:
     base = alt.Chart(_data(table))
     return alt.layer(
         base.mark_rule(opacity=0.6).encode(
-            x=alt.X("low:Q", title=title, scale=alt.Scale(zero=False)), x2="high:Q", y=y
+            x=alt.X("low:Q", title=title, scale=alt.Scale(zero=False)), x2=alt.X2("high:Q"), y=y
         ),
         base.mark_point(filled=True, opacity=1).encode(
             x=alt.X("agreement %:Q", title=title, scale=alt.Scale(zero=False)),
             y=y,
-            tooltip=["compared:N", *_numbers("agreement %", "low", "high", "mean accuracy %", "ensemble accuracy %")],
+            tooltip=[
+                *_fields("compared:N"),
+                *_numbers("agreement %", "low", "high", "mean accuracy %", "ensemble accuracy %"),
+            ],
         ),
     ).properties(height=17 * len(names))
 
@@ -432,18 +448,20 @@ def _by_layer(
     legend = alt.Legend(title=None, symbolOpacity=1, values=there)
     colour, shape = _colour(importances, legend), _shape(importances, legend)
     base = alt.Chart(_data(shown.select("importance", "layer", column, *others, *(whisker or ()))))
-    layers: list[alt.Chart] = [alt.Chart(alt.InlineData([{"zero": 0}])).mark_rule().encode(x="zero:Q")]
+    layers: list[alt.Chart] = [alt.Chart(alt.InlineData([{"zero": 0}])).mark_rule().encode(x=alt.X("zero:Q"))]
     if whisker is not None and shown[whisker[0]].is_not_null().any():
         low, high = whisker
         rules = base.transform_filter(f"isValid(datum['{low}'])").mark_rule(opacity=0.6)
-        layers.append(rules.encode(x=alt.X(f"{low}:Q", title=title, scale=scale), x2=f"{high}:Q", y=y, color=colour))
+        layers.append(
+            rules.encode(x=alt.X(f"{low}:Q", title=title, scale=scale), x2=alt.X2(f"{high}:Q"), y=y, color=colour)
+        )
     layers.append(
         base.mark_point(filled=True, opacity=0.9, size=60).encode(
             x=alt.X(f"{column}:Q", title=title, scale=scale),
             y=y,
             color=colour,
             shape=shape,
-            tooltip=["importance:N", "layer:N", *_numbers(column, *others, form=".4g")],
+            tooltip=[*_fields("importance:N", "layer:N"), *_numbers(column, *others, form=".4g")],
         )
     )
     return alt.layer(*layers).properties(height=_height(names, least=18))
@@ -465,7 +483,7 @@ def _distribution(
     legend = None if offset is None else _LEGEND
     colour = _colour(importances, legend)
     numbers = _numbers("minimum", "5 %", "25 %", "median", "75 %", "95 %", "maximum", form=".4g")
-    tooltip = ["importance:N", "layer:N", "connections:Q", *numbers]
+    tooltip = [*_fields("importance:N", "layer:N", "connections:Q"), *numbers]
 
     def x(column: str) -> alt.X:
         return alt.X(f"{column}:Q", title=title, scale=scale, axis=alt.Axis(format="~g", tickCount=5))
@@ -473,7 +491,7 @@ def _distribution(
     def spread(low: str, high: str, size: float) -> alt.Chart:
         there = base.transform_filter(f"isValid(datum['{low}']) && isValid(datum['{high}'])")
         bar: alt.Chart = there.mark_rule(size=size).encode(
-            x=x(low), x2=f"{high}:Q", color=colour, tooltip=tooltip, **place
+            x=x(low), x2=alt.X2(f"{high}:Q"), color=colour, tooltip=tooltip, **place
         )
         return bar
 
@@ -529,6 +547,11 @@ def _layers_down(names: Sequence[str], offset: int = 0) -> alt.Y:
 def _height(layers: Sequence[str], least: int = 0) -> int:
     """Return the height of a chart with one row per layer, in points; many layers get lower rows."""
     return max(least, 22 if len(layers) <= 8 else 16 if len(layers) <= 30 else 12) * max(1, len(layers))
+
+
+def _fields(*columns: str) -> list[alt.Tooltip]:
+    """Return what is shown of a point; for plain strings, altair looks through all of its classes each time."""
+    return [alt.Tooltip(column) for column in columns]
 
 
 def _numbers(*columns: str, form: str = ".2f") -> list[alt.Tooltip]:
