@@ -138,10 +138,10 @@ def test_the_share_that_is_expected_of_equal_means(seeds: int, reference_seeds: 
 
 
 def test_the_sentence_about_verdicts() -> None:
-    def say(*verdicts: str | None) -> str:
-        return describe(
-            pl.DataFrame({"seeds": 3, "reference_seeds": 3, "verdict": pl.Series(verdicts, dtype=pl.String)})
-        )
+    def say(*verdicts: str | None, level: int = 1, theirs: Sequence[float] = ()) -> str:
+        cells = {"accuracy": 0.9, "reference_accuracy": theirs or [0.9] * len(verdicts), "level": level}
+        seeds = {"seeds": 3, "reference_seeds": 3}
+        return describe(pl.DataFrame(cells | seeds | {"verdict": pl.Series(verdicts, dtype=pl.String)}))
 
     expected = f"88 % are expected on average {EXPECTED}"
     assert say("within", "differs", "within") == f"2 of 3 cells are within 2 standard errors; {expected}"
@@ -149,6 +149,9 @@ def test_the_sentence_about_verdicts() -> None:
     needed = "no verdict, which needs two seeds or more on both sides, and a spread between them."
     assert say(None, None) == f"2 cells have {needed}"
     assert say("within", None).endswith(f"{expected} 1 cell has {needed}")
+    dense = say("within", "within", "within", level=0)
+    assert dense == f"1 of 1 cells is within 2 standard errors; {expected}"  # one network for all importances
+    assert say("within", "within", level=0, theirs=[0.9, 0.8]).startswith("2 of 2 cells")
 
 
 # The paper's table.
@@ -422,7 +425,7 @@ def test_results_beside_a_reference(name: str, here: Here, known: Reference) -> 
     assert "-1.00" in said[3]
     assert said[3].endswith("within")
     assert all(len(line) <= 80 for line in said[:9])
-    assert said[9] == "6 of 6 cells are within 2 standard errors; 82 % are expected on average " + EXPECTED
+    assert said[9] == "5 of 5 cells are within 2 standard errors; 82 % are expected on average " + EXPECTED
     sources = {"paper": "paper: the paper's table", "reference": f"reference: {known.source}"}
     assert said[10] == sources[name]
     assert len(said) == 11
@@ -437,7 +440,7 @@ def test_results_beside_a_reference_as_csv_and_json(here: Here, known: Reference
 def test_results_of_one_seed_have_no_verdict(here: Here, known: Reference) -> None:
     said = here("results", *STUDY, "--seeds", "1", "--against", "paper")
     assert "within" not in said
-    assert "6 cells have no verdict, which needs two seeds or more on both sides" in said
+    assert "5 cells have no verdict, which needs two seeds or more on both sides" in said
 
 
 def test_a_reference_is_shown_without_its_store_and_its_data(here: Here) -> None:
