@@ -375,7 +375,7 @@ def settings() -> tuple[object, ...]:
         hashlib.sha256,
         signal.getsignal(signal.SIGINT),
         signal.getitimer(signal.ITIMER_REAL),
-        torch.are_deterministic_algorithms_enabled(),
+        torch.get_deterministic_debug_mode(),
         torch.get_num_threads(),
         torch.get_default_dtype(),
         torch.get_default_device(),

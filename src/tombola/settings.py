@@ -129,9 +129,9 @@ def _read() -> dict[str, _Setting]:
             torch.is_autocast_enabled("cpu"),
             lambda enabled: torch.set_autocast_enabled("cpu", enabled),
         ),
-        "torch's choice of deterministic algorithms": (
-            torch.are_deterministic_algorithms_enabled(),
-            torch.use_deterministic_algorithms,
+        "torch's deterministic debug mode": (  # also says whether `use_deterministic_algorithms` only warns
+            torch.get_deterministic_debug_mode(),
+            lambda mode: torch.use_deterministic_algorithms(mode > 0, warn_only=mode == 1),
         ),
     }
 
