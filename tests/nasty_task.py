@@ -211,6 +211,7 @@ SETTINGS: dict[str, tuple[Callable[[], object], str]] = {
     "json": (lambda: setattr(json, "dumps", lambda *_, **__: "{}"), "Python's json.dumps, which would change what is"),
     "open": (lambda: setattr(builtins, "open", lambda *_, **__: None), "Python's builtins.open, which"),
     "hash": (lambda: setattr(hashlib, "sha256", hashlib.md5), "Python's hashlib.sha256, which"),
+    "stdout": (lambda: setattr(sys, "stdout", None), "Python's sys.stdout, which"),
     "ctrl-c": (lambda: signal.signal(signal.SIGINT, signal.SIG_IGN), "Python's answer to Ctrl-C"),
     "alarm": (lambda: signal.alarm(1000), "an alarm of the process from False to True"),
 }

@@ -57,6 +57,16 @@ def test_closed_streams_are_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
         stream.close()
 
 
+def test_an_output_that_the_code_of_a_study_closes_is_said(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    closed = io.StringIO()
+    closed.close()
+    monkeypatch.setattr(sys, "stdout", closed)
+    assert main(["presets"]) == 2
+    assert capsys.readouterr().err == "tombola: the code of the study closed the standard output; leave it open\n"
+
+
 def test_a_working_directory_that_was_removed_is_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
