@@ -206,11 +206,12 @@ SETTINGS: dict[str, tuple[Callable[[], object], str]] = {
     "autocast": (lambda: torch.set_autocast_enabled("cpu", True), "torch's autocast from False to True"),
     "determinism": (
         lambda: torch.use_deterministic_algorithms(True),
-        "torch's choice of deterministic algorithms from False to True",
+        "torch's deterministic debug mode from 0 to 2",
     ),
     "json": (lambda: setattr(json, "dumps", lambda *_, **__: "{}"), "Python's json.dumps, which would change what is"),
     "open": (lambda: setattr(builtins, "open", lambda *_, **__: None), "Python's builtins.open, which"),
     "hash": (lambda: setattr(hashlib, "sha256", hashlib.md5), "Python's hashlib.sha256, which"),
+    "stdout": (lambda: setattr(sys, "stdout", None), "Python's sys.stdout, which"),
     "ctrl-c": (lambda: signal.signal(signal.SIGINT, signal.SIG_IGN), "Python's answer to Ctrl-C"),
     "alarm": (lambda: signal.alarm(1000), "an alarm of the process from False to True"),
 }

@@ -324,7 +324,7 @@ def test_reinit_is_stored_and_found_again(folder: Path) -> None:
 def test_reinit_with_nothing_to_keep_is_refused(planner: Planner) -> None:
     with pytest.raises(UserError, match="tickets of level 0 share all connections"):
         plan(Tickets(planner), 0, 3)
-    with pytest.raises(UserError, match="draws: expected a whole number from 1 on, got 0"):
+    with pytest.raises(UserError, match="draws: expected a whole number from 1 to 1000, got 0"):
         plan(Tickets(planner), 1, 0)
 
 

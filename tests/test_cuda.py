@@ -114,9 +114,9 @@ def test_it_computes_what_the_processor_computes() -> None:
 
 
 def test_settings_are_as_they_were() -> None:
-    before = torch.are_deterministic_algorithms_enabled(), torch.backends.cuda.matmul.allow_tf32
+    before = torch.get_deterministic_debug_mode(), torch.backends.cuda.matmul.allow_tf32
     train_small()
-    assert (torch.are_deterministic_algorithms_enabled(), torch.backends.cuda.matmul.allow_tf32) == before
+    assert (torch.get_deterministic_debug_mode(), torch.backends.cuda.matmul.allow_tf32) == before
 
 
 def test_bfloat16_learns() -> None:

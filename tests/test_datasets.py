@@ -193,6 +193,7 @@ def test_a_subset_larger_than_a_class_is_refused():
         ({"mean": "1"}, "mean: expected one finite number per channel, got '1'"),
         ({"std": ("a",)}, "std: expected one finite number per channel, got ('a',)"),
         ({"std": (10**400,)}, "std: expected one finite number per channel, got (1000000"),
+        ({"name": None}, "data set None: its name must be a text"),
         ({"classes": 2}, "classes must be the names of the classes, got 2"),
         ({"train_inputs": torch.tensor(1.0)}, "its inputs are a single number: the first dimension counts"),
         ({"train_inputs": torch.zeros(2, 0)}, "an example of shape (0,) holds no number"),

@@ -282,6 +282,16 @@ def sparse():
     model = nn.Linear(8, 2)
     model.register_buffer("s", torch.eye(2).to_sparse())
     return model
+def expanded():
+    model = nn.Linear(8, 2)
+    model.weight = nn.Parameter(torch.randn(1, 8).expand(2, 8))
+    return model
+@torch.inference_mode()
+def inferring(): return nn.Linear(8, 2)
+def forgets():
+    model = nn.Linear(8, 2)
+    model._register_load_state_dict_pre_hook(lambda state, *_: state.clear())
+    return model
 """
 
 
@@ -293,6 +303,9 @@ def sparse():
         ("extra", "'_extra_state' of its state is of type dict; keep it in a buffer, which is a tensor"),
         ("waiting", "expected a tensor, got coroutine"),
         ("sparse", "'s' of its state is sparse or quantised; expected a dense tensor"),
+        ("expanded", "'weight' of its state has several elements in one place of memory, as after expand"),
+        ("inferring", "'weight' of its state was made in torch.inference_mode, so that it cannot be trained"),
+        ("forgets", "a new one that gets its state by load_state_dict raised RuntimeError: Error(s) in loading"),
     ],
 )
 def test_a_model_whose_state_cannot_be_kept_is_refused(
@@ -375,7 +388,7 @@ def settings() -> tuple[object, ...]:
         hashlib.sha256,
         signal.getsignal(signal.SIGINT),
         signal.getitimer(signal.ITIMER_REAL),
-        torch.are_deterministic_algorithms_enabled(),
+        torch.get_deterministic_debug_mode(),
         torch.get_num_threads(),
         torch.get_default_dtype(),
         torch.get_default_device(),

@@ -326,7 +326,15 @@ def test_what_lies_in_the_place_of_a_reference_is_not_waited_for(tmp_path: Path)
     path = tmp_path / "digits.csv"
     os.mkfifo(path)
     with pytest.raises(UserError, match=r"reference of digits is damaged \(it is not a regular file\)"):
-        reference._read_text(path)
+        reference._read_text(path, "the published reference of digits")
+
+
+def test_a_table_of_the_paper_with_another_digit_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (Path(reference.__file__).parent / "paper.csv").read_text()
+    (tmp_path / "paper.csv").write_text(text.replace("98.11", "98.12", 1))
+    monkeypatch.setattr("tombola.analysis.reference.resources.files", lambda _: tmp_path)
+    with pytest.raises(UserError, match=r"^the table of the paper, paper.csv, is damaged \(it does not match its hash"):
+        reference._paper.__wrapped__()
 
 
 def test_diverged_trainings_collapsed_layers_and_other_data_orders_are_in_the_file(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from processes import LONG, wait_for_end
 from small_study import STUDY
 from stores import content, run_study
 from tombola.cli import main
+from tombola.cli.tables import emit, reserve_output
 from tombola.engine import local
 from tombola.engine.local import LocalWorkers
 from tombola.errors import UserError
@@ -55,6 +56,31 @@ def test_closed_streams_are_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
     assert main(["run", "nonsense"]) == 2
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         stream.close()
+
+
+def test_what_a_program_prints_is_not_in_the_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The number of standard output is that of standard error meanwhile."""
+    out, err = tmp_path / "out", tmp_path / "err"
+    with out.open("w") as output, err.open("w") as errors:
+        monkeypatch.setattr(sys, "stdout", output)
+        monkeypatch.setattr(sys, "stderr", errors)
+        with reserve_output():
+            os.write(output.fileno(), b"a program\n")
+            print("a module")
+            emit("[]")
+        print("later")
+    assert out.read_text() == "[]\nlater\n"
+    assert err.read_text() == "a program\na module\n"
+
+
+def test_an_output_that_the_code_of_a_study_closes_is_said(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    closed = io.StringIO()
+    closed.close()
+    monkeypatch.setattr(sys, "stdout", closed)
+    assert main(["presets"]) == 2
+    assert capsys.readouterr().err == "tombola: the code of the study closed the standard output; leave it open\n"
 
 
 def test_a_working_directory_that_was_removed_is_said(

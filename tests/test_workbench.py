@@ -499,7 +499,7 @@ def test_mistakes_of_tables_and_charts(tmp_path: Path) -> None:
         (lambda: tombola.overlap(**of, levels=[1.0]), "level: expected a whole number, got 1.0"),
         (lambda: tombola.charts(**of, level=1.0), "level: expected a whole number, got 1.0"),
         (lambda: tombola.reinit(**of, level=1.0), "level: expected a whole number, got 1.0"),
-        (lambda: tombola.reinit(**of, level=1, draws=1.5), "draws: expected a whole number from 1 on, got 1.5"),
+        (lambda: tombola.reinit(**of, level=1, draws=1.5), "draws: expected a whole number from 1 to 1000, got 1.5"),
         (lambda: tombola.reinit(**of, level=1, workers=-1), "workers: expected a whole number from 1 on, got -1"),
         (lambda: tombola.run("digits", store=tmp_path, workers=0), "workers: expected a whole number from 1 on, got 0"),
         (lambda: tombola.run("digits", store=tmp_path, workers=-1), "workers: expected a whole number from 1 on, got"),

@@ -22,17 +22,18 @@ from typing import Any, TypeAlias
 
 from tombola.errors import UserError
 
-_FUNCTIONS: dict[str, tuple[ModuleType, str]] = {
+_NAMES: dict[str, tuple[ModuleType, str]] = {
     f"Python's {module.__name__}.{name}": (module, name)
     for module, names in {
         builtins: ("open", "print"),
         hashlib: ("sha256",),
         json: ("dumps", "loads"),
         os: ("fsync", "link", "rename", "replace", "unlink", "write"),
+        sys: ("stdout", "stderr"),
     }.items()
     for name in names
 }
-"""The functions with which results are named and stored."""
+"""The functions with which results are named and stored, and the streams to which they are printed."""
 
 _ALARM = "an alarm of the process"
 
@@ -107,7 +108,7 @@ def _read() -> dict[str, _Setting]:
     """Return the settings by name; none of torch if it is not imported."""
     found: dict[str, _Setting] = {
         name: (getattr(module, function), partial(setattr, module, function))
-        for name, (module, function) in _FUNCTIONS.items()
+        for name, (module, function) in _NAMES.items()
     }
     if threading.current_thread() is threading.main_thread():  # no other thread can change these
         if (handler := signal.getsignal(signal.SIGINT)) is not None:
@@ -129,9 +130,9 @@ def _read() -> dict[str, _Setting]:
             torch.is_autocast_enabled("cpu"),
             lambda enabled: torch.set_autocast_enabled("cpu", enabled),
         ),
-        "torch's choice of deterministic algorithms": (
-            torch.are_deterministic_algorithms_enabled(),
-            torch.use_deterministic_algorithms,
+        "torch's deterministic debug mode": (  # also says whether `use_deterministic_algorithms` only warns
+            torch.get_deterministic_debug_mode(),
+            lambda mode: torch.use_deterministic_algorithms(mode > 0, warn_only=mode == 1),
         ),
     }
 
@@ -147,4 +148,4 @@ def _restore(before: dict[str, _Setting]) -> str:
     if not changed:
         return ""
     first, (old, _), (new, _) = changed[0], before[changed[0]], after[changed[0]]
-    return first if callable(old) or isinstance(old, signal.Handlers) else f"{first} from {old} to {new}"
+    return first if first.startswith("Python's") else f"{first} from {old} to {new}"

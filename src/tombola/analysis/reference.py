@@ -41,6 +41,8 @@ CITATION = (
 PAPER, REFERENCE = "paper", "reference"
 """The names of the two references that a study can have."""
 
+_WHOSE = "the published reference"
+
 DECISIVE = ("task", "recipe", "fraction", "prune", "exclude", "keep_dense")
 """The fields of a study that must be those of a reference. Levels, seeds and importances may be others."""
 
@@ -48,6 +50,8 @@ WITHIN, DIFFERS = "within", "differs"
 """The verdicts."""
 
 _PAPER_SEEDS = 3
+_PAPER_HASH = "523ff7e7e362759faa8bff86e79eb96eadd9722225e404c9e81224ab47039e31"
+"""The hash of the lines of `paper.csv`, so that a file that was changed is refused."""
 
 _COLUMNS = ("importance", "seed", "data_seed", "level", "alive", "accuracy", "train_loss", "test_loss", "collapsed")
 
@@ -99,7 +103,7 @@ def published(study: Study) -> Reference:
     >>> published(load_study("digits", {"levels": 3})).preset
     'digits'
     """
-    return _select("the published reference", _published(), study)
+    return _select(_WHOSE, _published(), study)
 
 
 def _select(whose: str, known: Sequence[Reference], study: Study) -> Reference:
@@ -285,11 +289,11 @@ def read(preset: str, text: str) -> Reference:
     try:
         return _read(preset, text)
     except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
-        raise _damaged(preset, describe_exception(error)) from error
+        raise _damaged(f"{_WHOSE} of {preset}", describe_exception(error)) from error
 
 
-def _damaged(preset: str, why: str) -> UserError:
-    return UserError(f"the published reference of {preset} is damaged ({why}); install tombola again")
+def _damaged(what: str, why: str) -> UserError:
+    return UserError(f"{what} is damaged ({why}); install tombola again")
 
 
 def _read(preset: str, text: str) -> Reference:
@@ -337,23 +341,29 @@ def _published() -> tuple[Reference, ...]:
     """Return the references of this package, by the names of their presets."""
     folder = resources.files("tombola.analysis").joinpath("references")
     files = sorted((file for file in folder.iterdir() if file.name.endswith(".csv")), key=attrgetter("name"))
-    return tuple(read(file.name.removesuffix(".csv"), _read_text(file)) for file in files)
+    return tuple(
+        read(preset, _read_text(file, f"{_WHOSE} of {preset}"))
+        for file, preset in ((file, file.name.removesuffix(".csv")) for file in files)
+    )
 
 
-def _read_text(file: Traversable) -> str:
+def _read_text(file: Traversable, what: str) -> str:
     """Return the text of a file of this package; nothing but a regular file is read."""
     try:
         return read_regular(Path(str(file)), LARGEST).decode()
     except (OSError, ValueError) as error:
         why = getattr(error, "strerror", None) or str(error)
-        raise _damaged(file.name.removesuffix(".csv"), why) from error
+        raise _damaged(what, why) from error
 
 
 @cache
 def _paper() -> tuple[Reference, ...]:
     """Return what the paper reports about each of its systems that is a preset."""
-    text = resources.files("tombola.analysis").joinpath("paper.csv").read_bytes()
-    wide = pl.read_csv(text, comment_prefix="#", schema_overrides={"system": pl.String})
+    what = "the table of the paper, paper.csv,"
+    text = _read_text(resources.files("tombola.analysis").joinpath("paper.csv"), what)
+    if name_of(text.splitlines()) != _PAPER_HASH:
+        raise _damaged(what, "it does not match its hash")
+    wide = pl.read_csv(text.encode(), comment_prefix="#", schema_overrides={"system": pl.String})
     names = [name.removesuffix("_std") for name in wide.columns if name.endswith("_std")]
     table = pl.concat(
         wide.select(

@@ -94,6 +94,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (UserError, DamagedResultError) as error:
         print(f"tombola: {add_advice(error)}", file=sys.stderr)
         return 2
+    except ValueError:
+        if not sys.stdout.closed:
+            raise
+        print("tombola: the code of the study closed the standard output; leave it open", file=sys.stderr)
+        return 2
 
 
 def _prepare_streams() -> None:

@@ -212,7 +212,9 @@ def gc(options: argparse.Namespace) -> int:
     from tombola.study.needs import list_needs
     from tombola.study.tickets import Tickets
 
-    named = [argparse.Namespace(**vars(options) | {"study": name}) for name in [options.study, *options.more]]
+    named = [
+        argparse.Namespace(**vars(options) | {"study": name}) for name in dict.fromkeys([options.study, *options.more])
+    ]
     planners = [open_planner(one) for one in named]
     store = planners[0].store
     store.check_writable()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import shutil
 import sys
 import textwrap
@@ -33,12 +34,32 @@ _OUTPUT: ContextVar[TextIO | None] = ContextVar("output", default=None)
 @contextmanager
 def reserve_output() -> Iterator[None]:
     """Reserve standard output for `emit`. What else is printed, by a user's module for example, goes to stderr."""
-    token = _OUTPUT.set(sys.stdout)
+    with _keep_output() as output:
+        token = _OUTPUT.set(output)
+        try:
+            with redirect_stdout(sys.stderr):
+                yield
+        finally:
+            _OUTPUT.reset(token)
+
+
+@contextmanager
+def _keep_output() -> Iterator[TextIO]:
+    """Yield standard output. What programs and libraries write to its number inside the block goes to stderr."""
     try:
-        with redirect_stdout(sys.stderr):
-            yield
+        number, errors = sys.stdout.fileno(), sys.stderr.fileno()
+    except (OSError, ValueError, AttributeError):  # a stream without a number, as in a notebook
+        yield sys.stdout
+        return
+    sys.stdout.flush()
+    kept = os.dup(number)
+    os.dup2(errors, number)
+    try:
+        with open(kept, "w", encoding=sys.stdout.encoding, errors=sys.stdout.errors, closefd=False) as output:
+            yield output
     finally:
-        _OUTPUT.reset(token)
+        os.dup2(kept, number)
+        os.close(kept)
 
 
 def emit(text: str) -> None:

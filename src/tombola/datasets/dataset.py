@@ -69,6 +69,8 @@ class Dataset:
     validation_labels: Tensors | None = None
 
     def __post_init__(self) -> None:
+        if not isinstance(self.name, str):
+            raise UserError(f"data set {self.name!r}: its name must be a text")
         if not hasattr(self.classes, "__len__"):
             raise UserError(f"data set {self.name!r}: classes must be the names of the classes, got {self.classes!r}")
         for split in self.splits:

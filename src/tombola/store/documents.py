@@ -21,6 +21,12 @@ LARGEST = 2**24
 DEEPEST = 100
 """Levels of nesting of a document."""
 
+MOST_DRAWS = 1000
+"""Random draws of an analysis. A record that says more is none: each of them would be planned again."""
+
+_MOST_PATHS = 1000
+"""Tickets that a search has tried at once."""
+
 
 def read_document(path: Path) -> Any:
     """Return the JSON document in a file.
@@ -229,7 +235,7 @@ class _Reinitialisation(BaseModel):
     model_config = _STRICT
 
     level: Annotated[int, Field(ge=1, lt=2**31)]
-    draws: Annotated[int, Field(ge=1, le=100_000)]
+    draws: Annotated[int, Field(ge=1, le=MOST_DRAWS)]
     importances: list[str]
 
 
@@ -246,7 +252,7 @@ class _Further(BaseModel):
     verb: str
     of: list[str]
     level: Annotated[int, Field(ge=0, lt=2**31)] = 0
-    draws: Annotated[int, Field(ge=1, le=1000)] = 1
+    draws: Annotated[int, Field(ge=1, le=MOST_DRAWS)] = 1
     importances: list[str] = []
     kinds: list[str] = []
     iterations: list[Annotated[int, Field(ge=0, lt=2**31)]] = []
@@ -268,7 +274,7 @@ class _Record(BaseModel):
     confirmed: list[_Confirmation] = []
     contradicted: list[_Confirmation] = []
     reinit: _Reinitialisation = _ABSENT
-    search: list[_Path] = []
+    search: Annotated[list[_Path], Field(max_length=_MOST_PATHS)] = []
     further: _Further = _ABSENT
 
 

@@ -14,6 +14,7 @@ from typing import Literal, TypeAlias
 from tombola.errors import UserError, did_you_mean
 from tombola.lottery.controls import keep_signs, shuffle
 from tombola.pruning.mask import Mask
+from tombola.store.documents import MOST_DRAWS
 from tombola.streams import derive
 from tombola.study.planner import Chain, Planner, Start, select_chains
 from tombola.study.schema import Study
@@ -93,7 +94,7 @@ def plan_controls(
         tickets: the tickets of the study.
         level: the level of the tickets, from 1 on.
         kinds: which of `KINDS`; by default all, without `other-seed` if the study has one seed.
-        draws: the number of random draws of each control; 1 or more. A draw of `other-seed` is another seed, of which
+        draws: the number of random draws of each control, 1 to 1000. A draw of `other-seed` is another seed, of which
             there may be fewer.
         importances: the names of the importances; by default all.
 
@@ -105,8 +106,8 @@ def plan_controls(
     study = tickets.study
     seeds = study.seeds
     chosen = _choose_kinds(kinds, study)
-    if not isinstance(draws, int) or draws < 1:
-        raise UserError(f"draws: expected a whole number from 1 on, got {draws!r}")
+    if not isinstance(draws, int) or not 1 <= draws <= MOST_DRAWS:
+        raise UserError(f"draws: expected a whole number from 1 to {MOST_DRAWS}, got {draws!r}")
     if {"shuffled", "other-seed"} & set(chosen):
         check_weights_elsewhere(tickets, "controls")
     chains = select_chains(study, importances)

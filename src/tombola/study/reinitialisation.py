@@ -12,6 +12,7 @@ import torch
 
 from tombola.errors import UserError
 from tombola.pruning.mask import Mask
+from tombola.store.documents import MOST_DRAWS
 from tombola.streams import derive
 from tombola.study.planner import Chain, Planner, select_chains
 from tombola.study.tickets import Tickets, check_level
@@ -47,7 +48,7 @@ def plan(
     Args:
         tickets: the tickets of the study.
         level: the level of the tickets whose shared connections are kept; tickets are found again up to this level.
-        draws: the number of reinitialisations of the remaining weights, 1 or more.
+        draws: the number of reinitialisations of the remaining weights, 1 to 1000.
         importances: the names of two or more importances to compare; by default all importances of the study.
         seeds: some seeds of the study; by default all.
 
@@ -64,8 +65,8 @@ def plan(
         raise UserError(
             "partial reinitialisation: expected a level from 1 on; tickets of level 0 share all connections"
         )
-    if not isinstance(draws, int) or draws < 1:
-        raise UserError(f"draws: expected a whole number from 1 on, got {draws!r}")
+    if not isinstance(draws, int) or not 1 <= draws <= MOST_DRAWS:
+        raise UserError(f"draws: expected a whole number from 1 to {MOST_DRAWS}, got {draws!r}")
     tickets.require([level], chains)
     found = []
     for seed in dict.fromkeys(chain.seed for chain in chains):

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from tombola.errors import UserError
+from tombola.exits import attribute_failure
 from tombola.importance import NetworkScore, is_built_in
 from tombola.inputs import convert, select
 from tombola.streams import ambient
@@ -122,7 +123,8 @@ def _check_state(problem: Problem, task: Task) -> None:
         used, new = problem.build(), problem.build()
         for _ in range(2):
             train(used)
-        new.load_state_dict({name: tensor.clone() for name, tensor in used.state_dict().items()})
+        with attribute_failure(f"task.model {task.model!r}: a new one that gets its state by load_state_dict"):
+            new.load_state_dict({name: tensor.clone() for name, tensor in used.state_dict().items()})
         outputs = []
         for model in (used, new):
             with ambient(0):

@@ -463,4 +463,8 @@ def _fault_of(value: object) -> str | None:
         return "is on the device 'meta', where it has no values; build the model on the CPU"
     if value.layout is not torch.strided or value.is_quantized:
         return "is sparse or quantised; expected a dense tensor"
+    if value.is_inference():
+        return "was made in torch.inference_mode, so that it cannot be trained; build the model outside of it"
+    if any(step == 0 and size > 1 for size, step in zip(value.shape, value.stride(), strict=True)):
+        return "has several elements in one place of memory, as after expand; give it a copy of its own (clone)"
     return None

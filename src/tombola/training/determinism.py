@@ -40,7 +40,7 @@ def deterministic_algorithms(device: str) -> Iterator[None]:
         yield
         return
     cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
-    before = cudnn.benchmark, cudnn.allow_tf32, matmul.allow_tf32, torch.are_deterministic_algorithms_enabled()
+    before = cudnn.benchmark, cudnn.allow_tf32, matmul.allow_tf32, torch.get_deterministic_debug_mode()
     memory: Any = torch.utils.deterministic
     filled_before = memory.fill_uninitialized_memory
     cudnn.benchmark, cudnn.allow_tf32, matmul.allow_tf32 = False, False, False
@@ -51,5 +51,5 @@ def deterministic_algorithms(device: str) -> Iterator[None]:
         yield
     finally:
         cudnn.benchmark, cudnn.allow_tf32, matmul.allow_tf32 = before[:3]
-        torch.use_deterministic_algorithms(before[3])
+        torch.use_deterministic_algorithms(before[3] > 0, warn_only=before[3] == 1)
         memory.fill_uninitialized_memory = filled_before

@@ -142,7 +142,7 @@ def reinit(
         study: a `Study`, the name of a preset, or the path of a TOML file.
         overrides: fields with other values.
         level: the level whose shared connections are kept.
-        draws: the number of reinitialisations of each seed.
+        draws: the number of reinitialisations of each seed, 1 to 1000.
         importances: the importances whose tickets are compared; by default all.
         store: the folder of the store.
         data: the folder of the data sets.

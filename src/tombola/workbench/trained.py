@@ -50,7 +50,7 @@ def controls(
         overrides: fields with other values.
         level: the level of the tickets, from 1 on.
         kinds: the controls, see `tombola.study.controls.KINDS`; by default all that the study can have.
-        draws: the number of random draws of each control and seed, 1 or more.
+        draws: the number of random draws of each control and seed, 1 to 1000.
         importances: the importances; by default all.
         store: the folder of the store.
         data: the folder of the data sets.
