@@ -10,7 +10,7 @@ import sys
 import weakref
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
-from importlib.machinery import SourceFileLoader
+from importlib.machinery import ModuleSpec, SourceFileLoader
 from pathlib import Path
 from types import CodeType, FunctionType, ModuleType
 from typing import Any
@@ -193,17 +193,31 @@ def own_modules(root: str) -> dict[str, Path]:
 
 
 def find_source(module: str) -> Path | None:
-    """Return the file of a module, which is not imported; None if there is none."""
-    try:
-        spec = importlib.util.find_spec(module)
-    except KeyboardInterrupt:
-        raise
-    except BaseException:  # `find_spec` imports a to find a.b, and this may raise anything
-        return None
+    """Return the file of a module; None if there is none. Neither the module nor its packages are imported."""
+    spec = _find_spec(module)
     if spec is None or spec.origin is None or not spec.has_location:
         return None
     path = Path(spec.origin)
     return path if path.is_file() else None
+
+
+def _find_spec(module: str) -> ModuleSpec | None:
+    """Return what Python knows of a module: `importlib.util.find_spec` would import `a` to find `a.b`."""
+    package = module.rpartition(".")[0]
+    try:
+        if not package or module in sys.modules:
+            return importlib.util.find_spec(module)
+        if package in sys.modules:
+            folders = getattr(sys.modules[package], "__path__", None)
+        else:
+            spec = _find_spec(package)
+            folders = None if spec is None else spec.submodule_search_locations
+        if folders is None:  # it is no package
+            return None
+        found = (finder.find_spec(module, folders) for finder in sys.meta_path if hasattr(finder, "find_spec"))
+        return next((spec for spec in found if spec is not None), None)
+    except (ImportError, AttributeError, ValueError):  # a module without a spec, or one that is removed meanwhile
+        return None
 
 
 def _of_python(top: str) -> bool:
