@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import hashlib
 import importlib
 import importlib.util
@@ -228,30 +229,35 @@ def _of_python(top: str) -> bool:
     return path is None or is_installed(path)
 
 
-def _imports(module: str, path: Path) -> Iterator[str]:
-    """Yield every module that the file may import; a name imported from a package may be a module too."""
+def _imports(module: str, path: Path) -> tuple[str, ...]:
+    """Return every module that the file may import; a name imported from a package may be a module too."""
     if path.suffix != ".py":
-        return
+        return ()
     is_package = path.name == "__init__.py"
+    return _list_imports(path.read_bytes(), module if is_package else module.rpartition(".")[0])
+
+
+@functools.lru_cache(maxsize=4096)
+def _list_imports(source: bytes, package: str) -> tuple[str, ...]:
+    """Return every module that the source of a module in a package may import."""
     try:
-        tree = ast.parse(path.read_bytes())
+        tree = ast.parse(source)
     except (
         SyntaxError,
         ValueError,
         RecursionError,
         MemoryError,
     ):  # importing this file fails, and the module that imports it may handle that
-        return
+        return ()
+    found = []
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            for alias in node.names:
-                yield alias.name
+            found += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             base = node.module or ""
             if node.level:
-                package = module.split(".") if is_package else module.split(".")[:-1]
-                parents = package[: len(package) - node.level + 1]
+                parts = package.split(".")
+                parents = parts[: len(parts) - node.level + 1]
                 base = ".".join([*parents, base]) if base else ".".join(parents)
-            yield base
-            for alias in node.names:
-                yield f"{base}.{alias.name}"
+            found += [base, *(f"{base}.{alias.name}" for alias in node.names)]
+    return tuple(found)

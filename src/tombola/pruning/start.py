@@ -100,7 +100,7 @@ def check_step(
     >>> outputs().sum().backward()
     >>> check_step(model, Mask.ones_like(model), model.state_dict(), outputs, "model")  # doctest: +ELLIPSIS
     Traceback (most recent call last):
-    tombola.errors.UserError: model: ... of the 200 weights of 'weight' do nothing, as if the network multiplied them...
+    tombola.errors.UserError: model: at least ... of the 200 weights of 'weight' do nothing, as if the network ...
     """
     for name, weight in model.named_parameters():
         if name in dense and (fault := _find_mask(name, weight, start[name], outputs)):
@@ -125,8 +125,8 @@ def _find_mask(name: str, weight: nn.Parameter, before: Tensor, outputs: Callabl
     if not _depend(outputs, weight, ~idle):  # only a training uses the layer
         return None
     return (
-        f"{int(idle.sum())} of the {weight.numel()} weights of {name!r} do nothing, as if the network multiplied them "
-        "by a mask"
+        f"at least {int(idle.sum())} of the {weight.numel()} weights of {name!r} do nothing, as if the network "
+        "multiplied them by a mask"
     )
 
 
