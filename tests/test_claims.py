@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from tombola.analysis import claims
 from tombola.analysis.accuracy import Row
 from tombola.analysis.claims import Claim, Evidence
+from tombola.analysis.ends import Ends
 
 THREE = ("magnitude", "l1", "l2")
 FIVE = (*THREE, "softmax", "min_max")
@@ -84,6 +85,17 @@ EVIDENCE = Evidence(
     overlap=overlap([0.1, 0.1, 0.1], [0.5, 0.5, 0.5]),
     stability=stability([-0.5, -0.4, -0.6]),
 )
+
+
+def test_the_ends_of_a_tied_network_are_one_layer_and_what_is_not_known_is_said() -> None:
+    tied = replace(EVIDENCE, ends=Ends(("b0.weight",), ("b0.weight",)))
+    assert (tied.groups["input layer"], tied.groups["output layer"]) == (["b0.weight"], ["b0.weight"])
+    assert tied.groups["other layers"] == ["conv1.weight", "b1.weight", "b2.weight", "b3.weight", "fc.weight"]
+    assert tied.prunable == list(DEEP)
+    assert "by order" not in tied.describe()
+    assert "first and its last layer by order" in replace(EVIDENCE, ends=Ends.by_order(DEEP)).describe()
+    uncounted = judge(claims.special_layers, ends=Ends(("wte.weight",), ()), shapes={"a": (2, 2), "b": (2, 2)})
+    assert uncounted.verdict == "not testable"
 
 
 def judge(claim: Callable[[Evidence], Claim], **changes: object) -> Claim:

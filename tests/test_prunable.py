@@ -37,6 +37,7 @@ from tombola import (
     run,
     train,
 )
+from tombola.analysis.ends import Ends, find_ends
 from tombola.analysis.paths import Paths
 from tombola.cli.run import print_coverage
 from tombola.datasets.dataset import Dataset
@@ -198,6 +199,38 @@ def test_layers_that_are_left_out_or_kept_dense_have_their_full_names() -> None:
     assert list(Mask.ones_like(Reader(), ["rnn.weight_hh_l0", "fc"])) == ["rnn.weight_ih_l0"]
     with pytest.raises(UserError, match="exclude: 'rnn' is no prunable layer"):
         Mask.ones_like(Reader(), ["rnn"])
+
+
+@pytest.mark.parametrize(
+    ("name", "ends"),
+    [
+        ("lstm", Ends(("rnn.weight_ih_l0", "rnn.weight_hh_l0"), ("fc.weight",))),
+        ("gpt", Ends(("wte.weight",), ("wte.weight",))),
+        ("vit", Ends(("patches.weight",), ("head.weight",))),
+    ],
+)
+def test_the_layers_at_the_ends_are_those_that_touch_inputs_and_outputs(name: str, ends: Ends) -> None:
+    model, inputs = build(name), examples(name).test_inputs
+    layers = tuple(prunable(model))
+    assert find_ends(model, inputs, layers) == ends
+
+    def hide(model: nn.Module, inputs: Tensor) -> Tensor:
+        return torch.from_numpy(model(inputs).detach().numpy().copy())
+
+    assert find_ends(model, inputs, layers, hide) == Ends(layers[:1], layers[-1:], followed=False)  # type: ignore[arg-type]
+
+
+def test_skips_and_writes_into_a_part_of_a_tensor_are_followed() -> None:
+    layers = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2)])
+
+    def forward(model: Callable[..., Tensor], x: Tensor) -> Tensor:
+        first, second, last = layers
+        outputs = torch.zeros(len(x), 2)
+        outputs[:] = last(second(first(x).relu()) + x * (x > 0))
+        return outputs
+
+    names = ["0.weight", "1.weight", "2.weight"]
+    assert find_ends(layers, draw(2, 4), names, forward) == Ends(("0.weight", "2.weight"), ("2.weight",))  # type: ignore[arg-type]
 
 
 # Rounds of pruning and trainings.

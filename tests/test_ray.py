@@ -84,13 +84,18 @@ def iterations(root: Path) -> dict[str, int]:
 
 
 def test_ray_gives_the_bits_of_the_local_engine(tmp_path: Path, cluster: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Scores of the whole network too; the module of a user's own score is on this machine alone."""
+    """Scores of the whole network too; a module of a user's own functions is on this machine alone."""
     (tmp_path / "far_score.py").write_text(
         "from tombola.importance import NetworkScore\n"
+        "import torch\n"
         "own = NetworkScore(lambda network: {n: w.detach() ** 2 for n, w in network.weights.items()})\n"
+        "def make(parameters, lr): return torch.optim.SGD(parameters, lr, momentum=0.9)\n"
+        "def fall(iteration, iterations): return 1 - iteration / iterations\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
-    of = study(("l1", "taylor", "far_score:own/l1"))
+    of = study(
+        ("l1", "taylor", "far_score:own/l1"), optimizer="far_score:make", schedule="far_score:fall", momentum=0.0
+    )
     status = run_on_ray(tmp_path / "ray", of=of)
     run_study(tmp_path / "local", of)
     assert content(tmp_path / "ray") == content(tmp_path / "local")

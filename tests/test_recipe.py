@@ -20,8 +20,10 @@ from tombola.importance import find, l1
 from tombola.lottery.rewinding import check_score_at, find_tickets, lottery_ticket_rewinding
 from tombola.pruning.mask import Mask
 from tombola.store.checkpoints import checkpoint_from_bytes, checkpoint_to_bytes
+from tombola.training.accumulation import accumulate
 from tombola.training.batches import iterations
 from tombola.training.history import Checkpoint, History, Trained
+from tombola.training.loss_functions import count_positions
 from tombola.training.optimizer import find_decayed
 from tombola.training.own_optimizer import OwnOptimizer, check_optimizer
 from tombola.training.recipe import Recipe
@@ -91,6 +93,26 @@ def test_a_training_is_that_of_a_loop_by_hand(
         torch.testing.assert_close(one, other)
     plain = loop(Recipe(epochs=3, batch_size=5), sgd)
     assert not all(one.allclose(other) for one, other in zip(dense(recipe), plain, strict=True))
+
+
+def test_accumulated_batches_count_by_the_tokens_that_a_loss_does_not_ignore() -> None:
+    model, inputs = nn.Linear(3, 4), torch.randn(8, 5, 3)
+    labels = torch.randint(4, (8, 5))
+    labels[0, 1:] = labels[4:6] = -100
+
+    def compute(inputs: Any, labels: Any) -> Tensor:
+        loss = functional.cross_entropy(model(inputs).movedim(-1, 1), labels)
+        loss.backward()  # type: ignore[no-untyped-call]
+        return loss.detach()
+
+    parts = [(inputs[chosen], labels[chosen]) for chosen in torch.arange(8).split(2)]
+    count = partial(count_positions, functional.cross_entropy)
+    loss = accumulate(compute, list(model.parameters()), parts, count)
+    assert model.weight.grad is not None
+    gradient, model.weight.grad = model.weight.grad, None
+    torch.testing.assert_close(loss, compute(inputs, labels))
+    torch.testing.assert_close(gradient, model.weight.grad)
+    assert count_positions(functional.cross_entropy, torch.rand(3, 2)) == 3
 
 
 def test_names_of_trainings_without_the_later_fields_stay() -> None:

@@ -406,7 +406,9 @@ class HandMade(nn.Module):
         super().__init__()
         self.hidden, self.out, self.way = nn.Linear(4, 40), nn.Linear(40, 2), way
         kept = torch.rand(40, 4) < 0.5
-        if way == "attribute":
+        if way == "closure":
+            self.mask = lambda weight: weight * kept
+        elif way == "attribute":
             self.kept = kept
         elif way == "list":
             self.masks = [kept.float()]
@@ -414,10 +416,16 @@ class HandMade(nn.Module):
             self.register_buffer("kept", kept)
 
     def forward(self, x: Tensor) -> Tensor:
-        kept = self.masks[0] if self.way == "list" else self.kept
         weight: Tensor = self.hidden.weight
+        if self.way == "closure":
+            return torch.as_tensor(self.out(functional.linear(x, self.mask(weight), self.hidden.bias).relu()))
+        if self.way == "drawn" and self.training:
+            self.kept = torch.rand(40, 4) < 0.5
+        kept = self.masks[0] if self.way == "list" else self.kept
         if self.way == "in place":
             weight.data.mul_(kept)
+        elif self.way == "drawn":
+            weight = weight * kept if self.training else weight * 0.5
         elif self.way == "limit":
             weight.data.clamp_(min=0)
         elif self.way != "unused":
@@ -426,15 +434,17 @@ class HandMade(nn.Module):
         return out
 
 
-@pytest.mark.parametrize("way", ["buffer", "attribute", "list", "in place", "unused", "limit"])
+@pytest.mark.parametrize("way", ["buffer", "attribute", "list", "closure", "in place", "unused", "limit", "drawn"])
 def test_a_network_that_masks_its_own_weights_is_refused(way: str) -> None:
     with ambient(0):
         model = HandMade(way)
     tried = partial(try_network, lambda: model, functional.cross_entropy, split(X), RECIPE)
-    if way in ("unused", "limit"):
+    if way in ("unused", "limit", "drawn"):
         tried(dense=Mask.ones_like(model))
         return
-    said = "a step sets" if way == "in place" else "it multiplies its 'hidden.weight' by its '(kept|masks)'"
-    with pytest.raises(UserError, match=rf"{said}.* 160 weights .*exclude = \['hidden.weight'\]"):
+    said = " to 0" if way == "in place" else " do nothing, as if the network multiplied them by a mask"
+    with pytest.raises(
+        UserError, match=rf" of the 160 weights of 'hidden.weight'{said}.*exclude = \['hidden.weight'\]"
+    ):
         tried(dense=Mask.ones_like(model))
     tried(dense=Mask.ones_like(model, exclude=["hidden"]))

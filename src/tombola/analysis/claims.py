@@ -18,6 +18,7 @@ from scipy import stats
 
 from tombola.analysis import layers, overlap, reinit, stability
 from tombola.analysis.accuracy import Row, rows
+from tombola.analysis.ends import Ends, of_network
 from tombola.analysis.gather import ALL, DATA_ORDER, IMPORTANCES, PRUNABLE, last_level
 from tombola.analysis.winners import UNBOUNDED, Bounds, mean_with_interval
 from tombola.errors import NothingStoredError, UserError
@@ -93,6 +94,12 @@ class Claim:
         return replace(self, verdict=verdict, reason=reason)
 
 
+_BY_ORDER = (
+    "What the network computes cannot be followed: its first and its last layer by order stand for those of the inputs "
+    "and of the outputs."
+)
+
+
 @dataclass(frozen=True)
 class Evidence:
     """The tables of a study that decide on its claims.
@@ -107,6 +114,7 @@ class Evidence:
         kept_dense: the layers that are counted and never pruned.
         guess: the accuracy of a random guess, in 0..1.
         layers, overlap, stability, reinit: tables of the analyses with these names; None if they are not stored.
+        ends: the layers that touch the inputs and the outputs; None for the first and the last by order.
     """
 
     compared: tuple[str, ...]
@@ -121,6 +129,7 @@ class Evidence:
     overlap: pl.DataFrame
     stability: pl.DataFrame
     reinit: pl.DataFrame | None = None
+    ends: Ends | None = None
 
     def describe(self) -> str:
         """Return a sentence on what was compared."""
@@ -129,6 +138,7 @@ class Evidence:
         return (
             f"Tickets of {', '.join(self.compared)} are compared at level {self.level} (sparsity "
             f"{100 * (1 - density):.2f} %), from {seeds}."
+            + ("" if self.ends is None or self.ends.followed else f" {_BY_ORDER}")
         )
 
     @property
@@ -152,19 +162,19 @@ class Evidence:
     @property
     def prunable(self) -> list[str]:
         """The layers of all `groups`."""
-        return [name for names in self.groups.values() for name in names]
+        return [name for name in self.shapes if any(name in names for names in self.groups.values())]
 
     @property
     def groups(self) -> dict[str, list[str]]:
         """The layers that may be pruned: the input layer, the output layer, 1x1 shortcuts, and the other layers."""
         if len(self.shapes) < 2:
             return {"input layer": [], "output layer": [], "1x1 shortcuts": [], "other layers": []}
-        first, *_, last = self.shapes
-        shortcuts = [
-            name for name, shape in self.shapes.items() if shape[2:] in {(1, 1), (1,)} and name not in (first, last)
-        ]
-        others = [name for name in self.shapes if name not in {first, last, *shortcuts}]
-        found = {"input layer": [first], "output layer": [last], "1x1 shortcuts": shortcuts, "other layers": others}
+        ends = self.ends or Ends.by_order(self.shapes)
+        inputs, outputs = ([name for name in self.shapes if name in end] for end in (ends.inputs, ends.outputs))
+        inner = [name for name in self.shapes if name not in (*inputs, *outputs)]
+        shortcuts = [name for name in inner if self.shapes[name][2:] in {(1, 1), (1,)}]
+        others = [name for name in inner if name not in shortcuts]
+        found = {"input layer": inputs, "output layer": outputs, "1x1 shortcuts": shortcuts, "other layers": others}
         return {group: [name for name in names if name not in self.kept_dense] for group, names in found.items()}
 
 
@@ -244,6 +254,7 @@ def collect(
         overlap=_drop_other_floors(overlap.of_study(tickets, compared, [level]), compared),
         stability=stability.of_study(tickets, compared, [level]),
         reinit=_select_reinit(_find_reinit(tickets) if tables is None else tables.get("reinit"), compared),
+        ends=of_network(planner),
     )
 
 
@@ -467,6 +478,8 @@ def special_layers(evidence: Evidence) -> Claim:
         for group in ("input layer", "output layer", "1x1 shortcuts")
         if groups[group]
     }
+    if not ratios:
+        return claim.decide("not testable", "none of these layers is counted and pruned")
     measured = claim.add_measure("density of the input layer / of the other layers", ratios.get("input layer", []))
     return measured.decide(*_conclude(_compare(ratios, 1, ".2f"), "density, divided by that of the other layers"))
 
@@ -594,9 +607,9 @@ def ends_share_more(evidence: Evidence) -> Claim:
             for row in table.filter((pl.col("seed") == seed) & pl.col("shared_of_ticket").is_not_null()).to_dicts()
         }
         for group in ("input layer", "output layer"):
-            for name in evidence.groups[group]:
-                if own.get(name) is not None and own.get(_total(evidence)) is not None:
-                    shares.setdefault(group, []).append(100 * (own[name] - own[_total(evidence)]))
+            found = [own[name] for name in evidence.groups[group] if own.get(name) is not None]
+            if found and own.get(_total(evidence)) is not None:
+                shares.setdefault(group, []).append(100 * (statistics.fmean(found) - own[_total(evidence)]))
     if not shares:
         return claim.decide("not testable", "neither layer has connections that all tickets share")
     measured = claim.add_measure("points more in the input layer", shares.get("input layer", []))
@@ -627,16 +640,22 @@ def move_further(evidence: Evidence) -> Claim:
 
     The value is Cliff's delta of the distance between trained and initial weight, in the input layer.
     """
-    layer = next(iter(evidence.shapes))
+    layers = (evidence.ends or Ends.by_order(evidence.shapes)).inputs
     statement = "In the input layer, shared connections move further from their initial value."
-    return _judge_effect(evidence, "5c", statement, "movement", layer=layer, below=False)
+    return _judge_effect(evidence, "5c", statement, "movement", layers=layers, below=False)
 
 
 def _judge_effect(
-    evidence: Evidence, number: str, statement: str, measure: str, *, layer: str = ALL, below: bool = True
+    evidence: Evidence,
+    number: str,
+    statement: str,
+    measure: str,
+    *,
+    layers: Collection[str] = (ALL,),
+    below: bool = True,
 ) -> Claim:
     claim = Claim(number, statement, "in all its figures")
-    table = evidence.stability.filter((pl.col("measure") == measure) & (pl.col("layer") == layer))
+    table = evidence.stability.filter((pl.col("measure") == measure) & pl.col("layer").is_in(layers))
     by_seed = (
         table.with_columns(pl.col("effect").fill_nan(None))
         .drop_nulls("effect")

@@ -41,6 +41,9 @@ from tombola.training.weights import Weights
 Loaded: TypeAlias = tuple[Importance, Mapping[str, str]]
 """An importance and the hashes of its source, see `tombola.study.task.load_importance`."""
 
+LoadedRecipe: TypeAlias = tuple[Mapping[str, Callable[..., Any]], Mapping[str, str]]
+"""The recipe's own functions and the hashes of their source, by field, see `tombola.study.task.load_recipe`."""
+
 _EDITED = "its source was edited after the run began; run the study again"
 _PARTS = ("data", "model", "loss", "forward", "step", "depends")
 """The parts of a problem's identity, see `tombola.study.task.Problem`."""
@@ -159,7 +162,12 @@ class Outcome:
 
 
 def perform(
-    job: Job, problem: Problem, resume: Checkpoint | None, watch: Watch, on_epoch: OnEpoch | None = None
+    job: Job,
+    problem: Problem,
+    resume: Checkpoint | None,
+    watch: Watch,
+    on_epoch: OnEpoch | None = None,
+    own: LoadedRecipe | None = None,
 ) -> Outcome:
     """Do the training of a job.
 
@@ -169,12 +177,13 @@ def perform(
         resume: the checkpoint to resume from; None to start at the beginning.
         watch: a function that is called after every iteration.
         on_epoch: a function that is called after every epoch, if the job tells epochs.
+        own: the recipe's own functions and the hashes of their source; by default they are loaded by their names.
 
     Raises:
         UserError: if the problem is not the one that the training is named after, or if the user's code fails.
     """
     recipe = Recipe.model_validate(job.recipe)
-    functions, sources = load_recipe(recipe)
+    functions, sources = own or load_recipe(recipe)
     _check_problem(job, problem, recipe, functions)
     for field in sources:
         if sources[field] != job.sources.get(field):
@@ -220,19 +229,22 @@ def perform(
     return Outcome(job.key, safetensors.torch.save(trained.weights.load()), losses, trained.history.to_json(), record)
 
 
-def perform_round(job: RoundJob, problem: Problem, loaded: Loaded | None = None) -> Pruned:
+def perform_round(
+    job: RoundJob, problem: Problem, loaded: Loaded | None = None, own: LoadedRecipe | None = None
+) -> Pruned:
     """Do a round of pruning.
 
     Args:
         job: the round.
         problem: the data set, model and loss.
         loaded: the importance and the hashes of its source; by default it is loaded by its name.
+        own: as for `perform`.
 
     Raises:
         UserError: if the problem or the importance is not the one that the mask is named after.
     """
     recipe = job.study.recipe
-    _check_problem(job, problem, recipe, load_recipe(recipe)[0])
+    _check_problem(job, problem, recipe, (own or load_recipe(recipe))[0])
     importance, sources = loaded or load_importance(job.importance)
     if sources != job.sources:
         raise UserError(f"importance {job.importance!r}: {_EDITED}")

@@ -24,7 +24,7 @@ import torch
 from ray import exceptions
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from tombola.engine.job import Job, Loaded, Outcome, Pruned, RoundJob, perform, perform_round
+from tombola.engine.job import Job, Loaded, LoadedRecipe, Outcome, Pruned, RoundJob, perform, perform_round
 from tombola.engine.machine import differences, kind_here, machine
 from tombola.engine.workers import CHECKPOINT_EVERY, TRIES, At, Event, Failed, make_watch
 from tombola.errors import ClusterError
@@ -33,7 +33,7 @@ from tombola.own.code import own_modules
 from tombola.store.checkpoints import checkpoint_from_bytes
 from tombola.store.store import Store
 from tombola.study.schema import Study
-from tombola.study.task import Problem, load_importance
+from tombola.study.task import Problem, load_importance, load_recipe
 from tombola.study.trainings import THREADS
 
 _MUST_AGREE = ("versions", "commit", "python")
@@ -91,7 +91,8 @@ class RayWorkers:
         self.count = count or max(1, fitting)
         for name in _own_modules(study) & set(sys.modules):
             ray.cloudpickle.register_pickle_by_value(sys.modules[name])
-        self._problem = ray.put((problem, {name: load_importance(name) for name in study.importances}))
+        importances = {name: load_importance(name) for name in study.importances}
+        self._problem = ray.put((problem, importances, load_recipe(study.recipe)))
         self._post = self._new_post()
         self._initial: dict[str, Any] = {}
         self._running: dict[Any, Job | RoundJob] = {}
@@ -203,7 +204,8 @@ def _reach(address: str | None) -> None:
 
 def _own_modules(study: Study) -> set[str]:
     """Return the names of the user's own modules, whose code is sent to the workers with the problem."""
-    own = [*study.task.own_code, *(part for name in study.importances for part in name.split("/") if ":" in part)]
+    scores = [part for name in study.importances for part in name.split("/") if ":" in part]
+    own = [*study.task.own_code, *study.recipe.own_code.values(), *scores]
     return {name for reference in own for name in own_modules(reference.partition(":")[0])}
 
 
@@ -252,19 +254,19 @@ def _train(
     try:
         with watch_exits():
             job = replace(job, initial=initial)
-            loaded, importances = _load(problem[0])
+            loaded, importances, own = _load(problem[0])
             if isinstance(job, RoundJob):
-                return perform_round(job, loaded, importances[job.importance])
+                return perform_round(job, loaded, importances[job.importance], own)
             kind = str(kind_here(job.device))
             resume = None if stopped is None else checkpoint_from_bytes(stopped, kind, job.key)
             watch = make_watch(tell, keep, checkpoint_every, kind=kind, key=job.key)
-            return perform(job, loaded, resume, watch, tell)
+            return perform(job, loaded, resume, watch, tell, own)
     except BaseException as error:  # a user's code may raise anything
         return Failed.by(job.key, error)
 
 
 @functools.lru_cache(maxsize=1)
-def _load(reference: Any) -> tuple[Problem, dict[str, Loaded]]:
-    """Return the problem and the importances; each process fetches them only once."""
-    found: tuple[Problem, dict[str, Loaded]] = ray.get(reference)
+def _load(reference: Any) -> tuple[Problem, dict[str, Loaded], LoadedRecipe]:
+    """Return the problem, the importances and the recipe's own functions; each process fetches them only once."""
+    found: tuple[Problem, dict[str, Loaded], LoadedRecipe] = ray.get(reference)
     return found

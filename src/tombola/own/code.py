@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import hashlib
 import importlib
 import importlib.util
@@ -10,7 +11,7 @@ import sys
 import weakref
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
-from importlib.machinery import SourceFileLoader
+from importlib.machinery import ModuleSpec, SourceFileLoader
 from pathlib import Path
 from types import CodeType, FunctionType, ModuleType
 from typing import Any
@@ -193,17 +194,31 @@ def own_modules(root: str) -> dict[str, Path]:
 
 
 def find_source(module: str) -> Path | None:
-    """Return the file of a module, which is not imported; None if there is none."""
-    try:
-        spec = importlib.util.find_spec(module)
-    except KeyboardInterrupt:
-        raise
-    except BaseException:  # `find_spec` imports a to find a.b, and this may raise anything
-        return None
+    """Return the file of a module; None if there is none. Neither the module nor its packages are imported."""
+    spec = _find_spec(module)
     if spec is None or spec.origin is None or not spec.has_location:
         return None
     path = Path(spec.origin)
     return path if path.is_file() else None
+
+
+def _find_spec(module: str) -> ModuleSpec | None:
+    """Return what Python knows of a module: `importlib.util.find_spec` would import `a` to find `a.b`."""
+    package = module.rpartition(".")[0]
+    try:
+        if not package or module in sys.modules:
+            return importlib.util.find_spec(module)
+        if package in sys.modules:
+            folders = getattr(sys.modules[package], "__path__", None)
+        else:
+            spec = _find_spec(package)
+            folders = None if spec is None else spec.submodule_search_locations
+        if folders is None:  # it is no package
+            return None
+        found = (finder.find_spec(module, folders) for finder in sys.meta_path if hasattr(finder, "find_spec"))
+        return next((spec for spec in found if spec is not None), None)
+    except (ImportError, AttributeError, ValueError):  # a module without a spec, or one that is removed meanwhile
+        return None
 
 
 def _of_python(top: str) -> bool:
@@ -214,30 +229,35 @@ def _of_python(top: str) -> bool:
     return path is None or is_installed(path)
 
 
-def _imports(module: str, path: Path) -> Iterator[str]:
-    """Yield every module that the file may import; a name imported from a package may be a module too."""
+def _imports(module: str, path: Path) -> tuple[str, ...]:
+    """Return every module that the file may import; a name imported from a package may be a module too."""
     if path.suffix != ".py":
-        return
+        return ()
     is_package = path.name == "__init__.py"
+    return _list_imports(path.read_bytes(), module if is_package else module.rpartition(".")[0])
+
+
+@functools.lru_cache(maxsize=4096)
+def _list_imports(source: bytes, package: str) -> tuple[str, ...]:
+    """Return every module that the source of a module in a package may import."""
     try:
-        tree = ast.parse(path.read_bytes())
+        tree = ast.parse(source)
     except (
         SyntaxError,
         ValueError,
         RecursionError,
         MemoryError,
     ):  # importing this file fails, and the module that imports it may handle that
-        return
+        return ()
+    found = []
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            for alias in node.names:
-                yield alias.name
+            found += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             base = node.module or ""
             if node.level:
-                package = module.split(".") if is_package else module.split(".")[:-1]
-                parents = package[: len(package) - node.level + 1]
+                parts = package.split(".")
+                parents = parts[: len(parts) - node.level + 1]
                 base = ".".join([*parents, base]) if base else ".".join(parents)
-            yield base
-            for alias in node.names:
-                yield f"{base}.{alias.name}"
+            found += [base, *(f"{base}.{alias.name}" for alias in node.names)]
+    return tuple(found)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -76,71 +76,75 @@ def check_start(model: nn.Module, dense: Mask, prune: Sequence[str], what: str) 
             )
 
 
-def check_step(model: nn.Module, dense: Mask, start: Mapping[str, Tensor], what: str) -> None:
+def check_step(
+    model: nn.Module, dense: Mask, start: Mapping[str, Tensor], outputs: Callable[[], Tensor], what: str
+) -> None:
     """Check, after a forward and a backward pass, that the network does not mask weights itself.
 
-    It does if a pass sets weights of both signs to 0.0 (a limit at 0 sets those of one sign), or if a module holds a
-    tensor of 0 and 1 of the shape of a weight, and the gradient of the weight is 0.0 wherever the tensor is.
+    It does if a pass sets weights of both signs to 0.0 (a limit at 0 sets those of one sign), or if many weights of a
+    tensor do nothing: their gradient is 0.0, though not that of all weights of a row or a column, as without an input,
+    and the outputs stay the same bits when these weights become larger and smaller than all others.
 
     Args:
-        model: the network, with gradients; before the pass, it has started dense, see `check_start`.
+        model: the network in evaluation mode, with gradients; before the pass, it has started dense, see `check_start`.
         dense: the mask of the dense network.
         start: the weights before the pass, by parameter name.
+        outputs: a function that returns the outputs of the network on some examples.
         what: what the network is called in messages.
 
     Raises:
         UserError: if a weight is masked.
 
-    >>> model = nn.Linear(20, 10)
-    >>> model.register_buffer("kept", torch.rand(10, 20) < 0.5)
-    >>> nn.functional.linear(torch.ones(1, 20), model.weight * model.kept).sum().backward()
-    >>> check_step(model, Mask.ones_like(model), model.state_dict(), "model")  # doctest: +ELLIPSIS
+    >>> model, kept = nn.Linear(20, 10), torch.rand(10, 20) < 0.5
+    >>> outputs = lambda: nn.functional.linear(torch.ones(1, 20), model.weight * kept)
+    >>> outputs().sum().backward()
+    >>> check_step(model, Mask.ones_like(model), model.state_dict(), outputs, "model")  # doctest: +ELLIPSIS
     Traceback (most recent call last):
-    tombola.errors.UserError: model: it multiplies its 'weight' by its 'kept', so that ... of its 200 weights do ...
+    tombola.errors.UserError: model: at least ... of the 200 weights of 'weight' do nothing, as if the network ...
     """
-    held = list(_list_of_zero_and_one(model))
     for name, weight in model.named_parameters():
-        if name in dense and (fault := _find_mask(name, weight, start[name], held)):
+        if name in dense and (fault := _find_mask(name, weight, start[name], outputs)):
             raise UserError(
                 f"{what}: {fault}, and density would count them as alive; give it dense weights without a mask, leave "
                 f"the layer out (exclude = [{name!r}]), or prune on in a loop of your own, with tombola.loops.hold"
             )
 
 
-def _find_mask(name: str, weight: nn.Parameter, before: Tensor, held: Sequence[tuple[str, Tensor]]) -> str | None:
-    """Return how a network masks one of its weights, see `check_step`; None if it does not.
-
-    Args:
-        name: the name of the weight.
-        weight: the weight after the pass, with its gradient.
-        before: the weight before the pass.
-        held: the names and values of the tensors of 0 and 1 that modules hold.
-    """
+def _find_mask(name: str, weight: nn.Parameter, before: Tensor, outputs: Callable[[], Tensor]) -> str | None:
+    """Return how a network masks one of its weights, see `check_step`; None if it does not."""
     lost, zeros = before[(weight == 0) & (before != 0)], _count_zeros(weight.detach(), None)
     if zeros and len(lost) and lost.min() < 0 < lost.max():
         return f"a step sets {zeros} of the {weight.numel()} weights of {name!r} to 0"
     gradient = weight.grad
-    if gradient is None or gradient.is_sparse or not gradient.any():
+    if gradient is None or gradient.is_sparse or gradient.ndim < 2:
         return None
-    for other, mask in held:
-        zeros = _count_zeros(mask, None, equal=True) if mask.shape == weight.shape else 0
-        if zeros and not gradient[mask == 0].any():
-            of = f"{zeros} of its {weight.numel()}"
-            return f"it multiplies its {name!r} by its {other!r}, so that {of} weights do nothing"
-    return None
+    used = gradient.flatten(1) != 0
+    idle = (~used & used.any(0) & used.any(1, keepdim=True)).view_as(weight)
+    if not _count_zeros((~idle).float(), None, equal=True) or _depend(outputs, weight, idle):
+        return None
+    if not _depend(outputs, weight, ~idle):  # only a training uses the layer
+        return None
+    return (
+        f"at least {int(idle.sum())} of the {weight.numel()} weights of {name!r} do nothing, as if the network "
+        "multiplied them by a mask"
+    )
 
 
-def _list_of_zero_and_one(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Yield the tensors of 0 and 1 that modules hold as buffers, as attributes, or in lists and dictionaries."""
-    for path, module in model.named_modules():
-        held = {**dict(module.named_buffers(recurse=False)), **vars(module)}
-        for name, value in held.items():
-            parts = value if isinstance(value, list | tuple) else [value]
-            parts = list(value.values()) if isinstance(value, dict) and not name.startswith("_") else parts
-            for each in parts:
-                plain = isinstance(each, Tensor) and not isinstance(each, nn.Parameter) and not each.is_meta
-                if plain and each.ndim and each.layout is torch.strided and ((each == 0) | (each == 1)).all():
-                    yield f"{path}.{name}".removeprefix("."), each
+def _depend(outputs: Callable[[], Tensor], weight: nn.Parameter, chosen: Tensor) -> bool:
+    """Return whether outputs depend on some weights of a tensor: on whether they are above or below all others."""
+    before, large = weight.detach().clone(), 2 * weight.detach().abs().max() + 1
+    with torch.no_grad():
+        expected = outputs()
+        try:
+            for sign in (1, -1):
+                weight.copy_(torch.where(chosen, sign * large, before))
+                if not torch.equal(outputs().nan_to_num(), expected.nan_to_num()):
+                    return True
+        except UserError:  # the network refuses such weights
+            return True
+        finally:
+            weight.copy_(before)
+    return False
 
 
 def _find_fault(parameter: nn.Parameter, *, prunable: bool) -> str | None:

@@ -15,7 +15,8 @@ from tombola.datasets.dataset import Dataset
 from tombola.errors import UserError
 from tombola.inputs import Forward, Tensors, call, convert, count_examples, select
 from tombola.training.batches import device_of, normalisation
-from tombola.training.metrics import ACCURACY, IGNORED, LOSS, Metric, name_metric
+from tombola.training.loss_functions import are_positions, count_positions
+from tombola.training.metrics import ACCURACY, LOSS, Metric, name_metric
 
 Loss: TypeAlias = kernels.Loss
 """A function (outputs of the model, labels) -> scalar, the mean over the batch."""
@@ -94,9 +95,7 @@ def measure(
 
 def _share_that_counts(loss: Loss, targets: Tensors) -> float:
     """Return the share of a batch's positions over which the loss is a mean: cross-entropy leaves out ignored ones."""
-    if loss is not functional.cross_entropy or not isinstance(targets, Tensor) or targets.is_floating_point():
-        return 1.0
-    return int((targets != IGNORED).sum()) / targets.numel()
+    return count_positions(loss, targets) / targets.numel() if are_positions(targets, loss) else 1.0
 
 
 def predict(model: nn.Module, data: Dataset, forward: Forward = call, split: str = "test") -> Tensor:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TypeGuard
+
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from tombola.errors import UserError, did_you_mean
+from tombola.inputs import Tensors, count_examples
 from tombola.kernels import Loss
+from tombola.training.metrics import IGNORED
 
 
 def mse(outputs: Tensor, targets: Tensor) -> Tensor:
@@ -70,6 +74,26 @@ LOSSES: dict[str, Loss] = {
     "binary_cross_entropy": binary_cross_entropy,
 }
 """The built-in losses by name. Outputs of `binary_cross_entropy` are logits, those of `cross_entropy` too."""
+
+
+def are_positions(targets: Tensors, loss: Loss) -> TypeGuard[Tensor]:
+    """Return whether a loss is a mean over those targets that it does not ignore, as cross-entropy of classes is.
+
+    >>> are_positions(torch.tensor([[1, IGNORED]]), functional.cross_entropy)
+    True
+    """
+    return loss is functional.cross_entropy and isinstance(targets, Tensor) and not targets.is_floating_point()
+
+
+def count_positions(loss: Loss, targets: Tensors) -> int:
+    """Return the number of positions over which a loss is a mean, see `are_positions`; else that of the examples.
+
+    >>> count_positions(functional.cross_entropy, torch.tensor([[1, IGNORED], [2, 0]]))
+    3
+    >>> count_positions(mse, torch.ones(2, 5))
+    2
+    """
+    return int((targets != IGNORED).sum()) if are_positions(targets, loss) else count_examples(targets)
 
 
 def find_loss(name: str) -> Loss:

@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from tombola.datasets.dataset import Dataset
 from tombola.errors import UserError, short
-from tombola.inputs import Forward, OwnStep, call, convert
+from tombola.inputs import Forward, OwnStep, call, convert, count_examples
 from tombola.kernels import accelerate, dense_names
 from tombola.pruning.eligible import list_shared
 from tombola.pruning.mask import Mask
@@ -27,6 +27,7 @@ from tombola.training.determinism import deterministic_algorithms, flush_denorma
 from tombola.training.evaluation import Loss, measure
 from tombola.training.graphs import RecordedStep, can_be_recorded
 from tombola.training.history import Checkpoint, History, OnEpoch, Trained, Watch
+from tombola.training.loss_functions import count_positions
 from tombola.training.losses import Losses
 from tombola.training.metrics import ACCURACY, LOSS, Metric
 from tombola.training.optimizer import Optimizer, find_decayed
@@ -152,6 +153,7 @@ def train(
     updater = _make_updater(model, recipe, optimizer, start.optimizer)
     losses = Losses(begin, end, recipe.iterations_per_epoch(examples), device)
     losses.resume(start.iteration, start.batch_losses)
+    count = count_examples if step is not None else functools.partial(count_positions, loss)
     diverged = False
 
     def checkpoint() -> Checkpoint:
@@ -164,7 +166,7 @@ def train(
             updater.zero_grad()
             if own or fast.draws_random_numbers:
                 seed_random_layers(seed, losses.iteration, device)
-            batch_loss = accumulate(compute, updater.parameters, several)
+            batch_loss = accumulate(compute, updater.parameters, several, count)
             _mask_gradients(masked)
             if recipe.clip_norm is not None:
                 nn.utils.clip_grad_norm_(updater.parameters, recipe.clip_norm)

@@ -35,7 +35,7 @@ from tombola.pruning.mask import Mask
 from tombola.pruning.start import check_step
 from tombola.streams import ambient
 from tombola.training.batches import Batch, batches, device_of, normalisation
-from tombola.training.evaluation import Loss, measure
+from tombola.training.evaluation import Loss, measure, predict
 from tombola.training.loss_functions import LOSSES, describe_misfit
 from tombola.training.metrics import ACCURACY, LOSS, Metric, check_names
 from tombola.training.optimizer import find_decayed
@@ -99,7 +99,9 @@ def try_network(
         start = {name: each.detach().clone() for name, each in model.named_parameters() if dense and name in dense}
         _try_step(model, loss, data, recipe, forward=forward, step=step, called=called, of_classes=of_classes)
         if dense is not None:
-            check_step(model, dense, start, called["model"])
+            few = _spread(data, "test")
+            evaluate = partial(predict, model, few, forward)
+            check_step(model, dense, start, guard(called["outputs"], evaluate), called["model"])
         unused = [name for name in trained if model.get_parameter(name).grad is None]
         if ":" in recipe.optimizer and optimizer is not None:
             _try_optimizer(model, optimizer, recipe)
