@@ -112,14 +112,21 @@ test-install: .venv-build/installed
 	        --importances magnitude l1 --recipe.epochs 1 || exit 1; \
 	done; done; rm -rf .venv-install
 
-# The tests of what trains and prunes, without the kernels, as where there is no compiler.
+# The tests of what trains and prunes, without the kernels, as where there is no compiler. Windows runs no study:
+# what needs one is left out there.
+ifeq ($(OS),Windows_NT)
+PLAIN = .venv-plain/Scripts/python
+else
+PLAIN = .venv-plain/bin/python
+PLAIN_TESTS = tests/test_start.py tests/test_docs.py
+endif
 test-plain:
 	rm -rf .venv-plain && $(PYTHON) -m venv .venv-plain
-	PIP_CONSTRAINT=requirements.lock .venv-plain/bin/pip install --quiet --disable-pip-version-check '.[test]' \
+	PIP_CONSTRAINT=requirements.lock $(PLAIN) -m pip install --quiet --disable-pip-version-check '.[test]' \
 	    --config-settings=cmake.define.TOMBOLA_KERNELS=OFF
-	.venv-plain/bin/python -P -c 'from tombola import kernels; assert not kernels.available()'
-	.venv-plain/bin/python -P -m pytest -p no:cacheprovider tests/test_importance.py tests/test_mask.py \
-	    tests/test_rewinding.py tests/test_start.py tests/test_docs.py
+	$(PLAIN) -P -c 'from tombola import kernels; assert not kernels.available()'
+	$(PLAIN) -P -m pytest -p no:cacheprovider tests/test_importance.py tests/test_mask.py \
+	    tests/test_rewinding.py $(PLAIN_TESTS)
 	rm -rf .venv-plain
 
 .venv-build/installed:
@@ -138,9 +145,10 @@ test-plain:
 	$(PIP) '.[test]' --config-settings=cmake.define.TOMBOLA_STRICT=ON
 	touch .venv/installed $@
 
-.venv/installed-ray: .venv/installed-tests
-	$(PIP) 'tombola[ray]'
-	touch $@
+# What all checks need: the tests', Ray for its own, and the documentation's.
+.venv/installed-checks: .venv/installed-tests
+	$(PIP) 'tombola[ray,docs]'
+	touch .venv/installed-docs $@
 
 .venv/installed-docs: .venv/installed
 	$(PIP) 'tombola[docs]'

@@ -6,6 +6,7 @@ import argparse
 import html
 import json
 import re
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,15 @@ DOCS = Path(__file__).parent
 HERE = {"ARCHITECTURE.md": "inside.md", "CONTRIBUTING.md": "contributing/index.md", "CHANGELOG.md": "changes.md"}
 """The files beside `docs` that the site has as pages."""
 
+INDENTED = re.compile(r"(?<=\n\n) {4}tombola .*\n(?: {4}.*\n)*(?=\n|\Z)")
+"""Indented commands, as generated pages have them."""
+
 
 def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
     """Put the files of the root and the command line's help into the pages that ask for them."""
     up = "../" * page.file.src_uri.count("/")
     markdown = re.sub(r"^--8<-- \"(.+)\"$", lambda found: _root_file(found[1], up), markdown, flags=re.MULTILINE)
+    markdown = INDENTED.sub(lambda found: f"```sh\n{textwrap.dedent(found[0])}```\n", markdown)
     if page.file.src_uri == "command-line.md":
         markdown += "\n".join(describe_command_line())
     return markdown

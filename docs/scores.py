@@ -75,7 +75,7 @@ def section(name: str, store: Path, data: Path | None) -> Iterator[str]:
         tickets = Tickets(Planner(study, load_problem(study.task, data), Store(store)))
         where = "trained weights" if score_at == "end" else "the initialisation alone, which is the rewind point here"
         yield f"Masks from {where}:\n"
-        yield "```"
+        yield "```sh"
         yield f"tombola run {name} {_options(study)}"
         yield "```\n"
         compared = compared or tickets

@@ -29,7 +29,7 @@ if INSTALLED:
     from tombola.engine.ray import RayWorkers
 
 pytestmark = [
-    pytest.mark.skipif(not INSTALLED, reason="Ray is not installed; to run: make .venv/installed-ray"),
+    pytest.mark.skipif(not INSTALLED, reason="Ray is not installed; to run: make .venv/installed-checks"),
     pytest.mark.filterwarnings("default"),  # Ray's own
     pytest.mark.xdist_group("ray"),  # one cluster for all
 ]

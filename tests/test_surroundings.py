@@ -29,6 +29,15 @@ from tombola.workbench.path import find_modules
 pytestmark = pytest.mark.xdist_group("processes")  # the process that workers are copies of starts once
 
 
+def test_a_system_without_locks_is_refused_in_a_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "platform", "win32")
+    for verb in ("run", "plan"):
+        assert main([verb, "digits", "--store", str(tmp_path / "store")]) == 2
+        assert "need Linux or macOS; on Windows" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
 def test_a_terminal_without_all_characters(
     encoding: str, finished: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

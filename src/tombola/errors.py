@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 import sysconfig
 from collections.abc import Iterable
 from pathlib import Path
@@ -19,6 +20,19 @@ class UserError(ValueError):
     Traceback (most recent call last):
     tombola.errors.UserError: levels must be 0 or more, got -1
     """
+
+
+def refuse_windows(what: str) -> None:
+    """Raise `UserError` on Windows, which lacks file locks and copies of processes as a run of a study needs them.
+
+    Args:
+        what: what is not done there, in the plural.
+    """
+    if sys.platform == "win32":
+        raise UserError(
+            f"{what} need Linux or macOS; on Windows use its subsystem for Linux (WSL). "
+            "find_tickets, prune, tickets and training loops of your own work without"
+        )
 
 
 class RoundError(UserError):

@@ -7,6 +7,7 @@ import errno
 import os
 import shutil
 import stat
+import sys
 import tempfile
 from pathlib import Path
 from typing import BinaryIO
@@ -21,6 +22,10 @@ class IrregularFileError(OSError):
 _IRREGULAR = {errno.ELOOP, errno.ENOTDIR, errno.ENXIO, errno.EISDIR}
 """The errors of opening a loop of links, a path through something that is no folder, a socket, a folder."""
 
+_READ = os.O_RDONLY
+for _flag in ("O_NONBLOCK", "O_NOCTTY", "O_CLOEXEC", "O_BINARY"):  # Windows has only the last, other systems the others
+    _READ |= getattr(os, _flag, 0)
+
 
 def open_regular(path: Path) -> BinaryIO:
     """Open a regular file for reading. Nothing is waited for, whatever lies there: a pipe could wait for ever.
@@ -30,7 +35,7 @@ def open_regular(path: Path) -> BinaryIO:
         OSError: if the file is missing or cannot be opened.
     """
     try:
-        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+        handle = os.open(path, _READ)
     except OSError as error:
         if error.errno in _IRREGULAR:
             raise IrregularFileError(error.errno, "it is not a regular file", str(path)) from None
@@ -156,7 +161,9 @@ def _write_all(handle: int, content: bytes) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Call fsync on a directory, so that the names of the files in it are on the disk."""
+    """Call fsync on a directory, so that the names of the files in it are on the disk; Windows cannot."""
+    if sys.platform == "win32":
+        return
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)

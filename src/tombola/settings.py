@@ -113,8 +113,9 @@ def _read() -> dict[str, _Setting]:
     if threading.current_thread() is threading.main_thread():  # no other thread can change these
         if (handler := signal.getsignal(signal.SIGINT)) is not None:
             found["Python's answer to Ctrl-C"] = handler, partial(signal.signal, signal.SIGINT)
-        alarm = signal.getitimer(signal.ITIMER_REAL)[0] > 0
-        found[_ALARM] = alarm, lambda _: signal.setitimer(signal.ITIMER_REAL, 0)
+        if hasattr(signal, "setitimer"):  # Windows has none
+            alarm = signal.getitimer(signal.ITIMER_REAL)[0] > 0
+            found[_ALARM] = alarm, lambda _: signal.setitimer(signal.ITIMER_REAL, 0)
     torch: Any = sys.modules.get("torch")
     if not hasattr(torch, "get_default_device"):  # not imported, or only in part
         return found

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import sys
 import threading
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -115,7 +116,7 @@ def _decode_all(tree: Tree, names: Sequence[str], form: Form, pixels: int) -> No
     processes = min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, MOST)
     with Bar(f"decoding {tree.path.name}", total=len(names)) as bar:
         contents = _Shared(tree, names, bar)
-        if len(names) < FEW or processes == 1:
+        if len(names) < FEW or processes == 1 or sys.platform == "win32":  # it has no files to hand on
             answers = [decoder.work(contents, pixels, form)]
         else:
             answers = _by_processes(processes, contents, pixels, form)

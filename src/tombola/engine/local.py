@@ -25,7 +25,7 @@ import torch
 from tombola.engine.job import Job, RoundJob, perform, perform_round
 from tombola.engine.machine import kind_here
 from tombola.engine.workers import CHECKPOINT_EVERY, TRIES, At, Event, Failed, make_watch
-from tombola.errors import UserError, describe_exception
+from tombola.errors import UserError, describe_exception, refuse_windows
 from tombola.exits import end_at_once, watch_exits
 from tombola.store.store import Store
 from tombola.study.schema import Task
@@ -193,6 +193,7 @@ class _Worker:
     @classmethod
     def start(cls, setting: _Setting) -> _Worker:
         """Start a worker. If the process that workers are forked from was killed, another one is started."""
+        refuse_windows("processes that train")
         for left in reversed(range(TRIES)):
             try:
                 return cls._start(setting)

@@ -10,7 +10,6 @@ found is trained with further seeds, which judge it. If they refute it, the stra
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -87,7 +86,7 @@ class Known:
         if 0 not in gains:
             return None
         others = [gains[trial] for trial in gains if trial]
-        return self._within(gains[0]) and (not self.judged(candidate) or self._within(statistics.fmean(others)))
+        return self._within(gains[0]) and (not self.judged(candidate) or self._within(math.fsum(others) / len(others)))
 
     def judged(self, candidate: Candidate) -> bool:
         """Return whether all trials but the first are known of a ticket, and there are some."""

@@ -22,7 +22,6 @@ training is done twice. This also happens on a file system without hard links, b
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import secrets
 import socket
@@ -34,11 +33,14 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
-from tombola.errors import UserError
+from tombola.errors import UserError, refuse_windows
 from tombola.files import open_regular, remove_path, write_durably
 from tombola.store.documents import describe, read_document
 from tombola.store.layout import KEY, RUN, temporary_folder
 from tombola.store.names import canonical
+
+with contextlib.suppress(ImportError):  # Windows has none, see `refuse_windows`
+    import fcntl
 
 HEARTBEAT = 5.0
 """Seconds between two touches of a run's file."""
@@ -64,7 +66,7 @@ class Claims:
         booted: the time at which this machine was started, in seconds since the epoch; None to ask the system.
 
     Raises:
-        UserError: if the file of the run cannot be written.
+        UserError: if the file of the run cannot be written, and on Windows.
     """
 
     def __init__(
@@ -78,6 +80,7 @@ class Claims:
         clock: Callable[[], float] = time.monotonic,
         booted: float | None = None,
     ) -> None:
+        refuse_windows("runs of a study")
         self._root, self._runs, self._claims = root, root / "runs", root / "claims"
         self._patience = patience
         self._host = host or _this_host()
