@@ -1,9 +1,10 @@
 """Time of a forward pass of a ticket, relative to dense PyTorch: python benchmarks/inference.py [NETWORK ...].
 
 Prints, as the table of docs/your-loop.md, the milliseconds of dense PyTorch, and the times of `Ticket.sparse` and of
-onnxruntime relative to it, for each network and batch size. One thread. Each time is the median of repetitions whose
-order alternates, in processor time of the thread, so that other processes disturb it little. Masks are random, with the
-same density in every layer. onnxruntime computes densely, so that it is timed at one density.
+onnxruntime relative to it, for each network and batch size. One thread, and its processor time, so that other processes
+disturb little. All are timed in turn, in an order that alternates; each figure is a median over the turns, for relative
+times that of the quotients. Masks are random, with the same density in every layer. onnxruntime computes densely, so
+that it is timed at one density.
 """
 
 from __future__ import annotations
@@ -58,20 +59,35 @@ def onnx_session(model: nn.Module, inputs: Tensor) -> Callable[[], object] | Non
 
 
 def median_times(passes: dict[str, Callable[[], object]], seconds: float) -> dict[str, float]:
-    """Return the median seconds of each pass; they are repeated in turn, for about this long, five times or more."""
+    """Return the median seconds of the pass "dense", and of each other the median of its time relative to that.
+
+    They are timed in turn, for about this long, five times or more. A turn has as many passes in a row as last two
+    milliseconds, and one before that is not timed: a network that computes again and again finds its weights in the
+    caches of the processor.
+    """
+    counts = {name: 1 + int(0.002 / max(1e-6, _seconds_of(run, 1))) for name, run in passes.items()}
     times: dict[str, list[float]] = {name: [] for name in passes}
     began, rounds = time.thread_time(), 0
     while rounds < 5 or time.thread_time() - began < seconds:
         for name, run in list(passes.items())[:: -1 if rounds % 2 else 1]:
-            start = time.thread_time()
-            run()
-            times[name].append(time.thread_time() - start)
+            if counts[name] > 1:
+                run()
+            times[name].append(_seconds_of(run, counts[name]))
         rounds += 1
-    return {name: statistics.median(each) for name, each in times.items()}
+    dense = times.pop("dense")
+    relative = {name: [own / other for own, other in zip(each, dense, strict=True)] for name, each in times.items()}
+    return {name: statistics.median(each) for name, each in {"dense": dense, **relative}.items()}
+
+
+def _seconds_of(run: Callable[[], object], count: int) -> float:
+    start = time.thread_time()
+    for _ in range(count):
+        run()
+    return (time.thread_time() - start) / count
 
 
 def measure(model: nn.Module, shape: tuple[int, ...], density: float, batch: int, seconds: float) -> dict[str, float]:
-    """Return the seconds of a pass at one density and batch size: dense, sparse and, if installed, by onnxruntime."""
+    """Return the times of a pass at one density and batch size: dense, sparse and, if installed, by onnxruntime."""
     inputs = torch.randn(batch, *shape)
     ticket = draw_ticket(model, density)
     fast = ticket.sparse(model, batch_size=batch, trained=False)
@@ -103,9 +119,9 @@ def main(arguments: list[str]) -> None:
         for batch in BATCHES:
             all_times = [measure(model, shape, density, batch, options.seconds) for density in DENSITIES]
             dense = statistics.median(times["dense"] for times in all_times)
-            relative = [f"{times['sparse'] / times['dense']:.2f}" for times in all_times]
+            relative = [f"{times['sparse']:.2f}" for times in all_times]
             onnx = all_times[0].get("onnxruntime")
-            relative.append("not installed" if onnx is None else f"{onnx / all_times[0]['dense']:.2f}")
+            relative.append("not installed" if onnx is None else f"{onnx:.2f}")
             print(f"| {name} | {batch} | {1e3 * dense:.3g} | {' | '.join(relative)} |", flush=True)
 
 

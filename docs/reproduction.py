@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("store", type=Path)
     parser.add_argument("--data", type=Path)
     parser.add_argument("systems", nargs="*", default=SYSTEMS)
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
     found = {each: open_tickets(each, options.store, options.data) for each in options.systems}
     collected = {name: collect(name, tickets) for name, tickets in found.items() if tickets is not None}
     evidence = {name: each for name, each in collected.items() if each is not None}

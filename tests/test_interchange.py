@@ -54,6 +54,32 @@ def test_a_file_of_open_lth(tmp_path: Path) -> None:
     assert interchange.from_open_lth(torch.load(tmp_path / "mask.pth", weights_only=True)) == mask
 
 
+@pytest.mark.filterwarnings("ignore")  # of the sparsifier
+def test_files_of_torchao_and_sparseml(tmp_path: Path) -> None:
+    sparsifiers = pytest.importorskip("torch.ao.pruning")
+    model = network()
+    sparsifier = sparsifiers.WeightNormSparsifier(0.7, sparse_block_shape=(1, 1), zeros_per_block=1)
+    sparsifier.prepare(model, [{"tensor_fqn": "3.weight"}])
+    sparsifier.step()
+    mask = model[3].parametrizations.weight[0].mask != 0  # type: ignore[union-attr, index]
+    assert 0 < mask.count_nonzero() < mask.numel()
+    with pytest.raises(
+        UserError, match=r"its '3\.weight' is computed from other parameters, as by .*remove these first"
+    ):
+        interchange.from_zeros(model)
+    sparsifier.squash_mask()
+    torch.save(model.state_dict(), tmp_path / "torchao.pth")
+    # SparseML's save_model writes the same zeros, in a dictionary with more about the training
+    torch.save({"state_dict": model.state_dict(), "epoch": 3, "recipe": "version: 1.0"}, tmp_path / "sparseml.pth")
+    for name in ("torchao", "sparseml"):
+        read = torch.load(tmp_path / f"{name}.pth", weights_only=True)
+        plain = network()
+        plain.load_state_dict(read.get("state_dict", read))
+        found = interchange.from_zeros(plain)
+        assert torch.equal(found["3.weight"], mask)
+        assert found["0.weight"].all()
+
+
 def test_a_part_of_the_layers_and_a_single_layer() -> None:
     model = network()
     torch_prune.random_unstructured(model[3], "weight", amount=4)

@@ -8,13 +8,21 @@ import inspect
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
+import polars as pl
 import pytest
+import torch
+from torch import nn
 
+import tiny_task
 import tombola
-from tombola.importance import IMPORTANCES
+from tombola import Mask, Recipe, Store, Task, Ticket, UserError, Weights, datasets, interchange, loops
+from tombola.importance import IMPORTANCES, find, l1
+from tombola.inputs import call
 
 
 def _in_a_fresh_process(code: str) -> None:
@@ -123,3 +131,91 @@ def test_every_public_name_is_described_on_the_site() -> None:
     pages = "".join(page.read_text() for page in (Path(__file__).parents[1] / "docs" / "api").glob("*.md"))
     described = re.findall(r"^::: tombola\.([\w.]+)$", pages, re.MULTILINE)
     assert set(tombola.__all__) <= {part for name in described for part in name.split(".")}
+
+
+# What is of no type that an argument may have.
+
+WRONG: dict[str, Any] = {
+    "None": None,
+    "a number": 3,
+    "a class": nn.Linear,
+    "a function": lambda: None,
+    "a dict": {"a": 1},
+    "a list of None": [None],
+    "a frame": pl.DataFrame({"a": [1]}),
+    "a path": Path("nothing", "there"),
+}
+
+
+def _calls() -> dict[str, tuple[Callable[..., Any], dict[str, Any], dict[str, set[str]]]]:
+    """Return public functions with valid arguments, and those of `WRONG` that an argument may be."""
+    model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
+    mask, start, state = Mask.ones_like(model), loops.snapshot(model), model.state_dict()
+    optimizer = torch.optim.SGD(model.parameters())
+    ticket = Ticket(0, mask, Weights.of(state), trained=None)
+    layers: dict[str, Any] = {"exclude": ["0"], "keep_dense": ["1"]}
+    pruning: dict[str, Any] = {"mask": mask, "importance": l1, "fraction": 0.1, "selection": "global", **layers}
+    own, none, path = {"a function", "a class"}, {"None"}, {"a path"}
+    of_importance = {"importance": own}  # it fails later, on a layer
+    study: dict[str, Any] = {"study": "digits", "overrides": {}, "store": "nowhere", "data": "nowhere"}
+    may: dict[str, set[str]] = {"study": path, "overrides": none, "store": path, "data": none | path}
+    return {
+        "prunable": (tombola.prunable, {"model": model, "prune": ["0"]}, {}),
+        "ones_like": (Mask.ones_like, {"model": model, "exclude": ["0"], "prune": ["*.weight"]}, {}),
+        "from_tensors": (Mask.from_tensors, {"tensors": {"w": torch.ones(2).bool()}}, {}),
+        "Weights.of": (Weights.of, {"state": state}, {}),
+        "prune": (tombola.prune, {"weights": state, "seed": 0, **pruning}, of_importance | {"seed": {"a number"}}),
+        "loops.prune": (loops.prune, {"model": model, "rewound": start, **pruning}, of_importance | {"rewound": none}),
+        "hold": (loops.hold, {"model": model, "mask": mask, "optimizer": optimizer}, {}),
+        "release": (loops.release, {"model": model}, {}),
+        "snapshot": (loops.snapshot, {"model": model, "optimizer": optimizer}, {"optimizer": none}),
+        "rewind": (loops.rewind, {"model": model, "start": start, "mask": mask}, {}),
+        "lightning": (loops.lightning_callback, {"mask": mask}, {}),
+        "from_torch_prune": (interchange.from_torch_prune, {"model": model}, {}),
+        "to_torch_prune": (interchange.to_torch_prune, {"model": nn.Linear(4, 3), "mask": mask}, {}),
+        "from_open_lth": (interchange.from_open_lth, {"masks": {"w": [1, 0]}}, {"masks": {"a dict"}}),
+        "to_open_lth": (interchange.to_open_lth, {"mask": mask}, {}),
+        "from_zeros": (interchange.from_zeros, {"model": model}, {}),
+        "apply": (ticket.apply, {"model": model}, {}),
+        "save": (ticket.save, {"path": "nowhere/ticket"}, {}),
+        "load": (Ticket.load, {"path": "nowhere/ticket"}, {}),
+        "Ticket": (
+            lambda **of: Ticket(trained=None, **of),
+            {"level": 0, "mask": mask, "rewind": Weights.of(state), "shared": {}, "provenance": {}},
+            {"level": {"a number"}, "shared": {"a dict"}, "provenance": {"a dict"}},
+        ),
+        "find": (find, {"name": "l1"}, {}),
+        "load data": (datasets.load, {"name": "digits", "directory": "nowhere"}, {"directory": none | path}),
+        "load_problem": (tombola.load_problem, {"task": Task(dataset="x", model="y")}, {}),
+        "Store": (Store, {"root": "nowhere", "create": False}, {"root": path, "create": set(WRONG)}),
+        "results": (tombola.results, study, may),
+        "plan": (tombola.plan, study, may),
+        "overlap": (tombola.overlap, {**study, "importances": ["l1"]}, may | {"importances": none | own}),
+        "find tickets": (
+            lambda **of: list(tombola.find_tickets(**of)),
+            {"model": tiny_task.model(), "data": tiny_task.dataset(), "recipe": Recipe(epochs=1), "importance": l1}
+            | {"levels": 1, "metrics": ["accuracy"], "seed": 0, "exclude": [], "keep_dense": [], "shares": {}}
+            | {"loss": "cross_entropy", "forward": call, "step": None, "optimizer": None, "kernels": "auto"},
+            of_importance | {"shares": none, "forward": own, "loss": own, "step": own | none, "optimizer": own | none}
+            | {"kernels": {"a dict"}, "levels": {"a number"}, "seed": {"a number"}},
+        ),
+    }  # fmt: skip
+
+
+def test_what_is_of_a_wrong_type_is_told_in_a_sentence() -> None:
+    calls = _calls()
+    for name, (function, right, may) in calls.items():
+        for argument in right:
+            for kind in WRONG.keys() - may.get(argument, set()):
+                told = _refusal(function, right | {argument: WRONG[kind]})
+                assert told is not None, f"{name}: {argument}: {kind} was accepted"
+                assert "\n" not in told
+                assert len(told) < 500
+
+
+def _refusal(function: Callable[..., Any], given: dict[str, Any]) -> str | None:
+    try:
+        function(**given)
+    except UserError as error:
+        return str(error)
+    return None

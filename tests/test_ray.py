@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,8 @@ from stores import content, planner, results, run_study, study, write_study
 from tombola.engine.local import LocalWorkers
 from tombola.engine.run import Status, run
 from tombola.errors import UserError
+from tombola.hooks import Hook, Report, StopTraining
+from tombola.hooks.tell import tell_hooks
 from tombola.store.store import Store
 from tombola.study.schema import Study
 from tombola.study.trainings import Training
@@ -72,10 +74,15 @@ def cluster() -> Iterator[Any]:
     nodes.shutdown()
 
 
-def run_on_ray(root: Path, show: Any = lambda *_: None, of: Study = STUDY, **how: Any) -> Status:
+def run_on_ray(
+    root: Path, show: Any = lambda *_: None, of: Study = STUDY, hooks: Sequence[Hook] = (), **how: Any
+) -> Status:
     plan = planner(root, of)
-    with RayWorkers(None, plan.problem, plan.study, plan.store, **how) as workers:
-        return run(plan, workers, show)
+    with (
+        RayWorkers(None, plan.problem, plan.study, plan.store, **how) as workers,
+        tell_hooks(show, hooks, plan, workers, epochs=True) as tell,
+    ):
+        return run(plan, workers, tell, tells_epochs=bool(hooks))
 
 
 def iterations(root: Path) -> dict[str, int]:
@@ -84,7 +91,17 @@ def iterations(root: Path) -> dict[str, int]:
 
 
 def test_ray_gives_the_bits_of_the_local_engine(tmp_path: Path, cluster: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Scores of the whole network too; a module of a user's own functions is on this machine alone."""
+    """Scores of the whole network too; a module of a user's own functions is on this machine alone.
+
+    A hook that stops a chain in its second epoch of level 1 is told all epochs before; a run without it goes on.
+    """
+    told: list[tuple[str, int, int | None]] = []
+
+    def stop(report: Report) -> None:
+        told.append((report.chain.importance, report.level, report.epoch))
+        if told[-1] == ("l1", 1, 2):
+            raise StopTraining("enough")
+
     (tmp_path / "far_score.py").write_text(
         "from tombola.importance import NetworkScore\n"
         "import torch\n"
@@ -96,10 +113,14 @@ def test_ray_gives_the_bits_of_the_local_engine(tmp_path: Path, cluster: Any, mo
     of = study(
         ("l1", "taylor", "far_score:own/l1"), optimizer="far_score:make", schedule="far_score:fall", momentum=0.0
     )
+    halted = run_on_ray(tmp_path / "ray", of=of, hooks=[stop])
+    assert list(halted.to_halt.values()) == ["enough"]
+    epochs = [(level, epoch) for name, level, epoch in told if name == "l1"]
+    assert epochs == [(0, 1), (0, 2), (0, 3), (0, 4), (0, 5), (0, None), (1, 1), (1, 2)]
     status = run_on_ray(tmp_path / "ray", of=of)
     run_study(tmp_path / "local", of)
     assert content(tmp_path / "ray") == content(tmp_path / "local")
-    assert status.done == len(results(tmp_path / "ray"))
+    assert status.done == status.total
 
 
 def test_a_killed_worker_and_a_lost_node_cost_only_what_they_were_doing(

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import functools
+import os
 import sys
 import sysconfig
 from collections.abc import Iterable
+from numbers import Integral
 from pathlib import Path
+from typing import Any
 
 _LONGEST = 500  # characters of the message of a user's exception
 
@@ -92,15 +95,112 @@ def shorten(text: str, most: int = 100) -> str:
 
 
 def short(value: object, most: int = 100) -> str:
-    """Return `repr(value)` for a message, cut off after `most` characters.
+    """Return `repr(value)` for a message, in one line and cut off after `most` characters.
 
     >>> short("a" * 100, most=6), short(10**5000)
     ("'aaaaa ...", 'a number of more than 4300 digits')
     """
     try:
-        return shorten(repr(value), most)
+        return shorten(" ".join(repr(value).split()), most)
     except ValueError:  # Python does not write integers of more than 4300 digits
         return "a number of more than 4300 digits"
+
+
+def kind_of(value: object) -> str:
+    """Return what a value of a wrong type is called in a message: numbers and texts as they are, others by their type.
+
+    >>> kind_of(3), kind_of("l1"), kind_of([1]), kind_of(Path), kind_of(None)
+    ('3', "'l1'", 'list', 'the class Path', 'None')
+    """
+    if value is None or isinstance(value, str | bytes | int | float):
+        return short(value)
+    return f"the class {value.__name__}" if isinstance(value, type) else type(value).__name__
+
+
+def expect(value: object, kind: Any, what: str, expected: str) -> None:
+    """Raise `UserError` unless a value is of a type, or of one of several; True and False are no whole numbers.
+
+    Args:
+        value: what the user gave.
+        kind: a type, or several, as `isinstance` takes them.
+        what: what the user calls the value.
+        expected: what it should be, for the message.
+
+    >>> expect("2", int, "levels", "a whole number")
+    Traceback (most recent call last):
+    tombola.errors.UserError: levels: expected a whole number, got '2'
+    """
+    if not isinstance(value, kind) or (kind in (int, Integral) and isinstance(value, bool)):
+        raise UserError(f"{what}: expected {expected}, got {kind_of(value)}")
+
+
+def expect_whole(value: object, what: str, least: int = 0) -> None:
+    """Raise `UserError` unless a value is a whole number, `least` or more.
+
+    >>> expect_whole(1.5, "seed")
+    Traceback (most recent call last):
+    tombola.errors.UserError: seed: expected a whole number from 0 on, got 1.5
+    """
+    if not isinstance(value, Integral) or isinstance(value, bool) or int(value) < least:
+        raise UserError(f"{what}: expected a whole number from {least} on, got {kind_of(value)}")
+
+
+def expect_functions(**functions: object) -> None:
+    """Raise `UserError` unless all values are functions; their names are what the user calls them.
+
+    >>> expect_functions(loss=len, forward="mine")
+    Traceback (most recent call last):
+    tombola.errors.UserError: forward: expected a function, got 'mine'
+    """
+    for what, function in functions.items():
+        if not callable(function):
+            raise UserError(f"{what}: expected a function, got {kind_of(function)}")
+
+
+def as_path(value: object, what: str) -> Path:
+    """Return a path that the user gave.
+
+    Args:
+        value: a text, or another path.
+        what: what the user calls it.
+
+    Raises:
+        UserError: if it is neither.
+
+    >>> as_path(3, "store")
+    Traceback (most recent call last):
+    tombola.errors.UserError: store: expected a path, got 3
+    """
+    expect(value, (str, os.PathLike), what, "a path")
+    assert isinstance(value, str | os.PathLike)
+    path = Path(value)
+    if "\0" in str(path):
+        raise UserError(f"{what}: {short(str(path))} is no path, because it has a null character")
+    return path
+
+
+def as_texts(value: object, what: str, each: str) -> list[str]:
+    """Return the texts of a list that the user gave, which is no single text.
+
+    Args:
+        value: a list, a set or another collection.
+        what: what the user calls it.
+        each: what each text is, for the message.
+
+    Raises:
+        UserError: if it is no collection of texts.
+
+    >>> as_texts("fc1", "exclude", "names of layers")
+    Traceback (most recent call last):
+    tombola.errors.UserError: exclude: expected a list of names of layers, got 'fc1'; write ['fc1']
+    """
+    if isinstance(value, str | bytes) or not isinstance(value, Iterable):
+        advice = f"; write [{short(value)}]" if isinstance(value, str) else ""
+        raise UserError(f"{what}: expected a list of {each}, got {kind_of(value)}{advice}")
+    found = list(value)
+    for text in found:
+        expect(text, str, what, f"a list of {each}")
+    return found
 
 
 def did_you_mean(name: str, choices: Iterable[str]) -> str:

@@ -13,7 +13,7 @@ from scipy import stats
 from torch import Tensor
 
 from tombola.analysis.gather import ALL, after, by_level, last_level
-from tombola.errors import UserError
+from tombola.errors import UserError, as_texts
 from tombola.pruning.mask import Mask
 from tombola.study.planner import select_chains
 from tombola.study.tickets import Tickets
@@ -46,10 +46,12 @@ def of_study(
         UserError: if importances, levels or layers are not in the study, or not stored.
     """
     chains = select_chains(tickets.study, importances, at_least=2)
+    if levels is not None:
+        tickets.require(levels, chains)
     wanted = sorted(levels) if levels is not None else [last_level(tickets, chains)]
     if wanted[0] < 1:
         raise UserError("stability: it compares levels, so it needs a level from 1 on")
-    for layer in layers or ():
+    for layer in () if layers is None else as_texts(layers, "layers", "names of layers"):
         if layer not in [*tickets.planner.dense, ALL]:
             raise UserError(f"layers: there is no layer {layer!r}, there are {', '.join(tickets.planner.dense)}")
     masks = {(level, c): t.mask for level, ts in by_level(tickets, chains, wanted) for c, t in ts.items()}

@@ -11,7 +11,7 @@ import polars as pl
 from scipy import special
 
 from tombola.analysis.accuracy import Row, rows
-from tombola.errors import NothingStoredError, UserError
+from tombola.errors import NothingStoredError, UserError, kind_of
 from tombola.study.planner import select_chains
 from tombola.study.tickets import Tickets
 from tombola.training.metrics import TEST_ACCURACY, Measure
@@ -104,8 +104,8 @@ def by_level(results: Sequence[Row], *, margin: float = 0.005) -> pl.DataFrame:
     >>> by_level(results, margin=0.005).select("level", "accuracy", "keeps").row(1)
     (1, 0.88, False)
     """
-    if not 0 <= margin <= 1:
-        raise UserError(f"margin: expected a share of the test set, in 0 to 1, got {margin}")
+    if not isinstance(margin, int | float) or not 0 <= margin <= 1:
+        raise UserError(f"margin: expected a share of the test set, in 0 to 1, got {kind_of(margin)}")
     measure = results[0].measure if results else TEST_ACCURACY
     dense = {(row.importance, row.seed): row.value for row in results if row.level == 0}
     groups: dict[tuple[str, int], list[Row]] = {}

@@ -14,7 +14,7 @@ from tombola.datasets.digits import digits
 from tombola.datasets.idx import fashion_mnist, mnist
 from tombola.datasets.image_folder import image_folder
 from tombola.datasets.tiny_imagenet import tiny_imagenet
-from tombola.errors import UserError, did_you_mean, short
+from tombola.errors import UserError, as_path, did_you_mean, expect, short
 
 __all__ = ["DATASETS", "Dataset", "load", "subset"]
 
@@ -54,6 +54,8 @@ def load(name: str, directory: str | Path | None = None, **arguments: Any) -> Da
     >>> load("digits", train_per_class=5).train_inputs.shape
     torch.Size([50, 1, 8, 8])
     """
+    expect(name, str, "name", "the name of a data set")
+    folder = None if directory is None else as_path(directory, "directory")
     if name not in DATASETS:
         raise UserError(f"there is no data set {name!r}: {did_you_mean(name, DATASETS)}")
     parameters = [*inspect.signature(DATASETS[name]).parameters.values()][1:]
@@ -70,7 +72,7 @@ def load(name: str, directory: str | Path | None = None, **arguments: Any) -> Da
     if normalisation not in ("own", "imagenet"):
         raise UserError(f"data set {name!r}: normalisation must be 'own' or 'imagenet', got {short(normalisation)}")
     try:
-        data = subset(DATASETS[name](None if directory is None else Path(directory), **arguments), **limits)
+        data = subset(DATASETS[name](folder, **arguments), **limits)
         return data if normalisation == "own" else _normalise_as_imagenet(data)
     except OSError as error:  # such as a folder without read permission
         raise UserError(f"data set {name!r}: {error.filename or directory}: {error.strerror or error}") from error

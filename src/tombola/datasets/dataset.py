@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tombola.datasets.drawn import Drawn
-from tombola.errors import UserError, short
+from tombola.errors import UserError, expect, kind_of, short
 from tombola.inputs import Tensors, count_examples, list_tensors, select
 from tombola.streams import generator
 
@@ -110,6 +110,8 @@ class Dataset:
 
     def count(self, split: str) -> int:
         """Return the number of examples of a split: "train", "test" or "validation"."""
+        if not isinstance(split, str) or split not in self.splits:
+            raise UserError(f"split: expected one of {', '.join(map(repr, self.splits))}, got {kind_of(split)}")
         return self.train_examples if split == "train" else count_examples(getattr(self, f"{split}_inputs"))
 
     @property
@@ -173,6 +175,7 @@ def subset(dataset: Dataset, train_per_class: int | None = None, test_per_class:
     >>> len(subset(digits(), train_per_class=10).train_inputs)
     100
     """
+    expect(dataset, Dataset, "subset", "a tombola.Dataset")
     if train_per_class is None and test_per_class is None:
         return dataset
     train = _first(dataset, "train", train_per_class)

@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tombola.errors import UserError, describe_exception
+from tombola.errors import UserError, as_path, describe_exception, expect
 
 if TYPE_CHECKING:
     from tombola.hooks.hook import Report
@@ -29,15 +29,16 @@ def tensorboard(folder: str | Path) -> _Writer:
     Raises:
         UserError: if the extra `tensorboard` is not installed; when the run begins, if the folder cannot be written.
     """
+    folder = as_path(folder, "folder")
     with _installed("tensorboard", "tensorboard"):
         from torch.utils.tensorboard import SummaryWriter
 
     def prepare() -> None:
-        Path(folder).mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()  # an error, if the folder cannot be written to
 
     def open_run(chain: Chain) -> _Run:
-        writer = SummaryWriter(str(Path(folder) / _name(chain)))
+        writer = SummaryWriter(str(folder / _name(chain)))
 
         def log(key: str, value: float, step: int) -> None:
             writer.add_scalar(key, value, step)
@@ -62,6 +63,8 @@ def mlflow(uri: str, experiment: str = "tombola") -> _Writer:
         UserError: if the extra `mlflow` is not installed, or if a database is named without the package `mlflow`; when
             the run begins, if the server cannot be reached.
     """
+    expect(uri, str, "uri", "a text, such as 'sqlite:///mlflow.db'")
+    expect(experiment, str, "experiment", "a name")
     with _installed("mlflow", "mlflow"):
         from mlflow import MlflowClient
     if uri.startswith(_DATABASES) and find_spec("sqlalchemy") is None:

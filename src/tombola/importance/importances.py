@@ -10,7 +10,7 @@ from functools import wraps
 import torch
 from torch import Tensor
 
-from tombola.errors import ImportanceError, UserError, did_you_mean
+from tombola.errors import ImportanceError, UserError, did_you_mean, expect
 from tombola.importance import normalisation, scores
 from tombola.importance.network_scores import NETWORK_SCORES, NetworkScore
 from tombola.importance.normalisation import NORMALISATIONS, Normalisation
@@ -183,6 +183,7 @@ def find(name: str) -> Importance:
     >>> find("magnitude/rank").name, find("magnitude/l1") == l1, find("taylor").name
     ('rank', True, 'taylor')
     """
+    expect(name, str, "importance", "its name, such as 'l1'")
     if name in IMPORTANCES:
         return IMPORTANCES[name]
     score, slash, normalise = name.partition("/")

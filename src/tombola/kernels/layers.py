@@ -168,7 +168,7 @@ class Sparse(nn.Module):
             kernel = self._keep(key, self._make_few(x.shape))
         if kernel is None:
             return None
-        y = x.new_empty((x.shape[0], *size))
+        y = x.new_empty(x.shape[0], *size)
         kernel.forward(weights["values"], weights.get("bias"), x, y)
         return y
 

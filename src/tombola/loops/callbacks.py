@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from tombola.errors import UserError
+from tombola.errors import UserError, expect
 from tombola.loops.hold import Hold, hold
 from tombola.pruning.mask import Mask
 
@@ -20,6 +20,8 @@ class Holder:
     """
 
     def __init__(self, mask: Mask, model: nn.Module | None = None) -> None:
+        expect(mask, Mask, "mask", "a tombola.Mask")
+        expect(model, nn.Module | None, "model", "a torch.nn.Module")
         self.mask, self.model = mask, model
         self._held: Hold | None = None
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.weak import WeakIdKeyDictionary
 
-from tombola.errors import UserError
+from tombola.errors import UserError, expect
 from tombola.loops.shards import check_equal_masks, is_sharded, own_part, pruned_part
 from tombola.pruning.fit import find_weights, match_names
 from tombola.pruning.mask import Mask
@@ -132,6 +132,7 @@ def release(model: nn.Module) -> None:
     >>> _ = hold(model, Mask.ones_like(model), torch.optim.SGD(model.parameters()))
     >>> release(model)
     """
+    expect(model, nn.Module, "model", "a torch.nn.Module")
     for weight in model.parameters():
         if held := _hold_of(weight):
             held.remove()

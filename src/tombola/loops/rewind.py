@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from tombola.errors import UserError, describe_exception, short
+from tombola.errors import UserError, describe_exception, expect, short
 from tombola.importance import Importance, NetworkScore, Normalisation, as_importance
 from tombola.loops.hold import held_mask, list_masked, unwrap_optimizer, zero_masked
 from tombola.loops.shards import check_equal_masks, gather, is_sharded
@@ -51,6 +51,7 @@ def snapshot(model: nn.Module, optimizer: Optimizer | None = None) -> Snapshot:
     >>> bool(start.state["weight"].any())
     True
     """
+    expect(model, nn.Module, "model", "a torch.nn.Module")
     state = {
         name: entry.detach().clone() if isinstance(entry, Tensor) else copy.deepcopy(entry)
         for name, entry in model.state_dict().items()

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune as torch_prune
 
-from tombola.errors import UserError
-from tombola.pruning.eligible import prunable
+from tombola.errors import UserError, expect
+from tombola.pruning.eligible import describe_computed, prunable
 from tombola.pruning.fit import find_weights
 from tombola.pruning.mask import NOTHING_TO_PRUNE, Mask
 
@@ -36,6 +36,7 @@ def from_torch_prune(model: nn.Module) -> Mask:
     >>> from_torch_prune(model).counts
     {'0.weight': 5, '1.weight': 2}
     """
+    expect(model, nn.Module, "model", "a torch.nn.Module")
     pruned = {name.removesuffix(_MASK): mask for name, mask in _list_masks(model)}
     alive = {}
     own = prunable(model)
@@ -61,6 +62,7 @@ def to_torch_prune(model: nn.Module, mask: Mask) -> None:
     >>> model.weight_mask, from_torch_prune(model).counts
     (tensor([[1., 0.]]), {'weight': 1})
     """
+    expect(model, nn.Module, "model", "a torch.nn.Module")
     if _list_masks(model):
         raise UserError("the model has masks of torch.nn.utils.prune already; remove them first")
     weights = {id(weight): name for name, weight in find_weights(model, mask).items()}
@@ -82,6 +84,7 @@ def from_open_lth(masks: Mapping[str, Any]) -> Mask:
     >>> from_open_lth({"fc.weight": torch.tensor([[1, 0]], dtype=torch.int32)})["fc.weight"]
     tensor([[ True, False]])
     """
+    expect(masks, Mapping, "masks", "tensors by the names of layers")
     alive = {}
     for name, value in masks.items():
         alive[name] = _as_bool(name, value)
@@ -98,6 +101,7 @@ def to_open_lth(mask: Mask) -> dict[str, Tensor]:
     >>> to_open_lth(Mask.from_tensors({"w": torch.tensor([True, False])}))
     {'w': tensor([1, 0], dtype=torch.int32)}
     """
+    expect(mask, Mask, "mask", "a tombola.Mask")
     return {name: alive.int() for name, alive in mask.items()}
 
 
@@ -112,7 +116,8 @@ def from_zeros(model: nn.Module, prune: Sequence[str] = ()) -> Mask:
         prune: patterns of the parameters that are prunable, see `tombola.prunable`.
 
     Raises:
-        UserError: if the model has no weight that is prunable.
+        UserError: if the model has no weight that is prunable, or, unless `prune` says what is, if a weight of it is
+            computed from other parameters, as while a sparsifier of torchao trains it.
 
     >>> model = nn.Linear(2, 1)
     >>> with torch.no_grad():
@@ -121,6 +126,8 @@ def from_zeros(model: nn.Module, prune: Sequence[str] = ()) -> Mask:
     tensor([[ True, False]])
     """
     dense = Mask.ones_like(model, prune=prune)
+    if not prune and (computed := describe_computed(model)):
+        raise UserError(f"{type(model).__name__} would be read in part{computed}, or name what is to be read by prune")
     return Mask.from_tensors({name: weight.detach() != 0 for name, weight in find_weights(model, dense).items()})
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from numbers import Integral
 from typing import Any, Literal, Protocol, TypeAlias
 
 from torch import nn
@@ -15,7 +16,7 @@ from torch.nn import functional
 
 from tombola.datasets.dataset import Dataset
 from tombola.datasets.progress import Bar
-from tombola.errors import UserError, did_you_mean
+from tombola.errors import UserError, expect, expect_functions, expect_whole
 from tombola.importance import Importance, Normalisation, as_importance
 from tombola.importance.scores import movement
 from tombola.inputs import Forward, OwnStep, call
@@ -23,7 +24,7 @@ from tombola.lottery.ticket import Ticket
 from tombola.pruning.eligible import list_shared, prunable, resolve_layers
 from tombola.pruning.mask import Mask, resolve_kept_dense
 from tombola.pruning.prune import ScoreNetwork, check_fraction, count_to_remove, prune
-from tombola.pruning.selection import SELECTIONS, apportion
+from tombola.pruning.selection import apportion, check_selection
 from tombola.pruning.start import check_start
 from tombola.streams import derive
 from tombola.training.evaluation import Loss
@@ -247,17 +248,25 @@ def find_tickets(
             f"find_tickets: expected a torch module and a tombola.Dataset, got {type(model).__name__} and "
             f"{type(data).__name__}"
         )
+    expect(recipe, Recipe, "recipe", "a tombola.Recipe")
+    expect(levels, Integral, "levels", "a whole number")
+    expect(seed, Integral, "seed", "a whole number")
+    expect_whole(score_examples, "score_examples", 1)
     importance, loss = as_importance(importance), find_loss(loss) if isinstance(loss, str) else loss
+    optional = {"step": step, "optimizer": optimizer, "schedule": schedule}
+    expect_functions(loss=loss, forward=forward, **{name: each for name, each in optional.items() if each is not None})
+    expect(metrics, Iterable, "metrics", "a list of metrics")
     measured = tuple(map(load_metric, metrics))
     check_score_at(score_at, importance, recipe.rewind_to)
     check_recipe_fits(recipe, data)
     optimizer, schedule = optimizer or recipe.load_own("optimizer"), schedule or recipe.load_own("schedule")
     check_device(device)
+    check_kernels(kernels)
     dense = Mask.ones_like(model, exclude, prune)
     check_start(model, dense, prune, "model")
     shared = list_shared(model)
     kept = resolve_kept_dense(dense, keep_dense, prunable(model, prune).keys() - dense.keys(), shared)
-    rule = Rule(fraction, kept, selection, resolve_shares(dense, shares or {}))
+    rule = Rule(fraction, kept, selection, resolve_shares(dense, {} if shares is None else shares))
     check_rule(rule, dense, levels)
     end = recipe.total_iterations(data.train_examples)
     theta_0 = Weights.of(model.state_dict())
@@ -294,7 +303,6 @@ def find_tickets(
         schedule=schedule,
         dense=dense,
     )
-    check_kernels(kernels)
     if step is not None:
         kernels = "off"
     fault = find_fault(model, data, recipe, loss, device, forward=forward) if kernels == "auto" else None
@@ -427,7 +435,9 @@ def resolve_shares(mask: Mask, shares: Mapping[str, float]) -> dict[str, float]:
     {'fc1.weight': 1.0, 'fc2.weight': 0.5}
     """
     found: dict[str, float] = {}
+    expect(shares, Mapping, "shares", "numbers by the names of layers")
     for name, share in shares.items():
+        expect(share, (int, float), f"shares: {name!r}", "a number from 0")
         if not 0 <= share < math.inf:
             raise UserError(f"shares: {name!r} has the share {share}; expected a number from 0")
         found |= dict.fromkeys(sorted(resolve_layers(mask, [name], "shares")), share)
@@ -453,8 +463,7 @@ def check_rule(rule: Rule, dense: Mask, levels: int) -> None:
     tombola.errors.UserError: levels: 9 are too many, at most 1 is possible; shares: layer 'b' would lose ...
     """
     selection, shares = rule.selection, rule.shares
-    if selection not in SELECTIONS:
-        raise UserError(f"selection: unknown {selection!r}; {did_you_mean(selection, SELECTIONS)}")
+    check_selection(selection)
     if shares and selection != "shares":
         raise UserError(f"shares: they are for the selection 'shares', and the selection is {selection!r}")
     kept = sum(dense.sizes[layer] for layer in rule.keep_dense)
@@ -495,6 +504,7 @@ def check_levels(connections: int, fraction: float, levels: int, *, kept_dense: 
     tombola.errors.UserError: levels: 7 are too many, after level 6 only 1 of 100 connections are alive ...
     """
     check_fraction(fraction)
+    expect(levels, Integral, "levels", "a whole number")
     if levels < 0:
         raise UserError(f"levels must be 0 or more, got {levels}")
     alive = connections

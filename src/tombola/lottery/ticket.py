@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from numbers import Integral
@@ -13,7 +12,7 @@ from typing import Any, NoReturn
 from torch import nn
 
 from tombola import kernels
-from tombola.errors import UserError, short
+from tombola.errors import UserError, as_path, expect, expect_whole, short
 from tombola.files import write_output
 from tombola.lottery.ticket_file import Content, encode, read
 from tombola.pruning.mask import Mask
@@ -47,6 +46,14 @@ class Ticket:
     trained: Trained | None
     provenance: Mapping[str, Any] = field(default_factory=dict)
     shared: Shared = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        expect_whole(self.level, "Ticket: level")
+        expect(self.mask, Mask, "Ticket: mask", "a tombola.Mask")
+        expect(self.rewind, Weights, "Ticket: rewind", "tombola.Weights, such as Weights.of(model.state_dict())")
+        expect(self.trained, Trained | None, "Ticket: trained", "a tombola.Trained")
+        expect(self.provenance, Mapping, "Ticket: provenance", "values by name")
+        expect(self.shared, Mapping, "Ticket: shared", "tuples of names by name")
 
     @property
     def rewound(self) -> State:
@@ -133,7 +140,7 @@ class Ticket:
         mask = self.mask.load()
         shared = {name: others for name, others in self.shared.items() if name in mask}
         content = Content(self.level, mask, self.rewound, state, history, self.provenance, shared)
-        write_output(Path(path), encode(content))
+        write_output(as_path(path, "Ticket.save"), encode(content))
 
     @classmethod
     def load(cls, path: str | Path) -> Ticket:
@@ -147,9 +154,7 @@ class Ticket:
         Warns:
             UnsealedTicketWarning: if the file was written before tickets had a seal.
         """
-        if not isinstance(path, str | os.PathLike):
-            raise UserError(f"expected the path of a ticket's file, got {short(path)}")
-        content = read(Path(path))
+        content = read(as_path(path, "Ticket.load"))
         trained = None if content.trained is None else Trained(Weights.of(content.trained), content.history)
         rewound = Weights.of(content.rewound)
         return cls(content.level, content.mask, rewound, trained, content.provenance, content.shared)

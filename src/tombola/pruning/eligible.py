@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 import torch
 from torch import nn
 
-from tombola.errors import UserError, did_you_mean
+from tombola.errors import UserError, as_texts, did_you_mean, expect
 
 DEFAULT = "default"
 """The pattern of `prunable` that stands for the weights that are prunable by default."""
@@ -39,8 +39,8 @@ def prunable(model: nn.Module, prune: Sequence[str] = ()) -> dict[str, nn.Parame
     >>> list(prunable(nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 3), nn.Linear(3, 2)), ["*.weight", "!2"]))
     ['0.weight', '1.weight']
     """
-    if isinstance(prune, str):
-        raise UserError(f"prune: expected a list of patterns, got the text {prune!r}; write [{prune!r}]")
+    expect(model, nn.Module, "model", "a torch.nn.Module")
+    prune = as_texts(prune, "prune", "patterns")
     parameters = dict(model.named_parameters())
     weights = {id(weight) for module in model.modules() for _, weight in list_matrices(module)}
     frozen = list_frozen(model)
@@ -152,7 +152,7 @@ def resolve_layers(
     by_layer = {name.removesuffix(".weight"): first for name, first in names.items()}
     known = {**by_layer, **names}
     resolved = set[str]()
-    for pattern in layers:
+    for pattern in as_texts(layers, field, "names of layers"):
         found = [known[pattern]] if pattern in known else [known[name] for name in fnmatch.filter(known, pattern)]
         if not found:
             raise UserError(f"{field}: {pattern!r} is no {kind}; {did_you_mean(pattern, list(by_layer))}")

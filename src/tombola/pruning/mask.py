@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from tombola.errors import UserError
+from tombola.errors import UserError, expect
 from tombola.pruning.eligible import describe_computed, list_frozen, list_shared, prunable, resolve_layers
 
 Bits = npt.NDArray[np.uint8]
@@ -93,7 +93,9 @@ class Mask(Mapping[str, Tensor]):
         Raises:
             UserError: if a tensor is not bool.
         """
+        expect(tensors, Mapping, "Mask.from_tensors", "bool tensors by the names of layers")
         for name, tensor in tensors.items():
+            expect(tensor, Tensor, f"mask of layer {name!r}", "a bool tensor")
             if tensor.dtype != torch.bool:
                 raise UserError(f"mask of layer {name!r}: expected a bool tensor, got {tensor.dtype}")
         return cls(

@@ -6,12 +6,13 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from itertools import pairwise
+from numbers import Integral
 from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
-from tombola.errors import ImportanceError, RoundError, UserError, did_you_mean, short
+from tombola.errors import ImportanceError, RoundError, UserError, did_you_mean, expect, short
 from tombola.exits import attribute_failure
 from tombola.importance import NORMALISATIONS, Importance, NetworkScore, Normalisation, Survivors, as_importance
 from tombola.pruning.eligible import resolve_layers
@@ -75,6 +76,10 @@ def prune(
     """
     check_fraction(fraction)
     importance = as_importance(importance)
+    expect(weights, Mapping, "weights", "tensors by the names of layers")
+    expect(mask, Mask, "mask", "a tombola.Mask")
+    expect(rewound, Mapping | None, "rewound", "tensors by the names of layers")
+    expect(seed, Integral, "seed", "a whole number")
     left_out = resolve_layers(mask, exclude, "exclude")
     kept_dense = resolve_kept_dense(mask, keep_dense) - left_out
     counted = {layer: count for layer, count in mask.counts.items() if layer not in left_out}
@@ -180,7 +185,7 @@ def _read_alive(weights: Mapping[str, Tensor], mask: Mask, layer: str) -> Tensor
 def _take_alive(tensors: Mapping[str, Tensor], mask: Mask, layer: str) -> Tensor:
     """Return the values of a layer's alive connections, in flat order, as they are stored."""
     if layer not in tensors:
-        raise UserError(f"no weights for layer {layer!r} of the mask; {did_you_mean(layer, tensors)}")
+        raise UserError(f"no weights for layer {layer!r} of the mask; {did_you_mean(layer, map(str, tensors))}")
     tensor = tensors[layer].detach().cpu()
     if tuple(tensor.shape) != mask.shapes[layer]:
         raise UserError(f"layer {layer!r}: the weights have shape {tuple(tensor.shape)}, the mask {mask.shapes[layer]}")

@@ -16,7 +16,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from tombola.errors import RoundError, UserError, did_you_mean, short
+from tombola.errors import RoundError, UserError, did_you_mean, expect, short
 
 SELECTIONS = ("global", "uniform", "erk", "shares")
 """The names of the selections."""
@@ -46,6 +46,13 @@ def select(
     if numbers is None:
         return select_lowest(scores, sizes, count)
     return {layer: select_lowest(scores, {layer: size}, numbers[layer])[layer] for layer, size in sizes.items()}
+
+
+def check_selection(selection: str) -> None:
+    """Raise `UserError` unless a selection is one of `SELECTIONS`."""
+    expect(selection, str, "selection", "a text")
+    if selection not in SELECTIONS:
+        raise UserError(f"selection: unknown {selection!r}; {did_you_mean(selection, SELECTIONS)}")
 
 
 def apportion(
@@ -83,8 +90,8 @@ def apportion(
     >>> apportion("erk", alive, shapes, 70)  # 30 stay: 18 and 12, as 8 + 10 is to 2 + 10
     {'a': 62, 'b': 8}
     """
-    if selection not in SELECTIONS:
-        raise UserError(f"selection: unknown {selection!r}; {did_you_mean(str(selection), SELECTIONS)}")
+    check_selection(selection)
+    expect(shares, Mapping | None, "shares", "numbers by the names of layers")
     for layer, share in (shares or {}).items():
         if layer not in shapes:
             raise UserError(f"shares: {layer!r} is no layer of the mask; {did_you_mean(str(layer), shapes)}")

@@ -37,7 +37,7 @@ from tombola.analysis.gather import label
 from tombola.analysis.reference import Reference
 from tombola.engine.machine import differences
 from tombola.engine.run import count_remaining
-from tombola.errors import UserError
+from tombola.errors import UserError, expect
 from tombola.pruning.coverage import Coverage
 from tombola.study.planner import Planner, select_chains
 from tombola.study.schema import Study
@@ -270,6 +270,7 @@ def _choose_level(tickets: Tickets, level: int | None, best: pl.DataFrame | None
     study = tickets.study
     last = tickets.last_level(select_chains(study, None)) or 0
     if level is not None:
+        expect(level, int, "level", "a whole number")
         if not 1 <= level <= last:
             there = f"levels 1 to {last}" if last else "no level"
             raise UserError(

@@ -28,7 +28,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, StrictInt
 
-from tombola.errors import StoreError, UserError
+from tombola.errors import StoreError, UserError, as_path
 from tombola.files import remove_path, write_atomically
 from tombola.store.behaviours import Behaviours
 from tombola.store.checkpoints import Checkpoints
@@ -79,7 +79,7 @@ class Store:
     """
 
     def __init__(self, root: str | Path, *, create: bool = True) -> None:
-        root = self.root = Path(root)
+        root = self.root = as_path(root, "store")
         self.results = Results(root)
         self.masks = Masks(root)
         self.checkpoints = Checkpoints(root)

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
-from tombola.errors import UserError, did_you_mean, short
+from tombola.errors import UserError, as_path, as_texts, did_you_mean, expect, short
 from tombola.files import read_regular
 from tombola.own.functions import keep_data, refer
 from tombola.training.fields import Fields, as_toml, explain
@@ -217,7 +217,7 @@ def load_study(name: str | Path, overrides: Mapping[str, Any] | None = None) -> 
     >>> load_study("digits", {"recipe.epochs": 2}).recipe.epochs
     2
     """
-    name = str(name)
+    name = str(as_path(name, "study"))
     if name.endswith(".toml") or "/" in name:
         path = Path(name)
     elif name in presets():
@@ -232,7 +232,7 @@ def load_study(name: str | Path, overrides: Mapping[str, Any] | None = None) -> 
         raise UserError(f"{path}: is nested too deeply") from error
     except ValueError as error:  # also a whole number of thousands of digits, which is no TOMLDecodeError
         raise UserError(f"{path}: is not valid TOML: {error}") from error
-    return _build(document, overrides or {}, f"study {name}")
+    return _build(document, {} if overrides is None else overrides, f"study {name}")
 
 
 def _read(path: Path) -> bytes:
@@ -257,6 +257,8 @@ def override(study: Study, overrides: Mapping[str, Any]) -> Study:
 
 def _build(document: dict[str, Any], overrides: Mapping[str, Any], name: str) -> Study:
     """Return the study of a document with some fields overridden; its name is for messages."""
+    expect(overrides, Mapping, "overrides", 'fields by name, such as {"recipe.epochs": 2}')
+    as_texts(overrides, "overrides", "names of fields")
     overrides = {field: _refer_each(value, field) for field, value in overrides.items()}
     recipe = document.get("recipe")
     if isinstance(recipe, dict):

@@ -23,7 +23,7 @@ from tombola import datasets, models
 from tombola.datasets.dataset import Dataset, split_validation
 from tombola.datasets.drawn import Drawn
 from tombola.datasets.own_batches import dataset_of_batches
-from tombola.errors import UserError, did_you_mean, short
+from tombola.errors import UserError, did_you_mean, expect, short
 from tombola.importance import Importance, NetworkScore, as_importance, find
 from tombola.importance.importances import find_normalisation, find_score
 from tombola.inputs import Forward, OwnStep, call
@@ -140,6 +140,7 @@ def load_problem(task: Task, directory: Path | None = None) -> Problem:
     >>> load_problem(Task(dataset="digits", model="lenet_300_100", model_arguments={"inputs": 64})).data.name
     'digits'
     """
+    expect(task, Task, "task", "a tombola.Task")
     with steady_source([name for name in task.own_code if not is_here(name)]):
         data = load_data(task, directory)
         model, model_identity = _function("model", task.model, models.MODELS, task.model_arguments)

@@ -7,7 +7,7 @@ from dataclasses import replace
 from numbers import Integral
 from typing import Any
 
-from tombola.errors import NothingStoredError, UserError
+from tombola.errors import NothingStoredError, UserError, kind_of
 from tombola.lottery.ticket import Ticket
 from tombola.streams import ambient
 from tombola.study.planner import Chain, Planner, Progress
@@ -23,7 +23,7 @@ def check_level(study: Study, level: int) -> None:
         UserError: if the level is no whole number, or if it is not one of the study's levels.
     """
     if not isinstance(level, Integral):
-        raise UserError(f"level: expected a whole number, got {level!r}")
+        raise UserError(f"level: expected a whole number, got {kind_of(level)}")
     if not 0 <= level <= study.levels:
         raise UserError(f"level: the study has no level {level}, it has levels 0 to {study.levels}")
 

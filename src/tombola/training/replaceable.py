@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from tombola import kernels
 from tombola.datasets.dataset import Dataset
-from tombola.errors import UserError
+from tombola.errors import UserError, as_texts
 from tombola.exits import attribute_failure
 from tombola.inputs import Forward, call, convert
 from tombola.pruning.mask import Mask
@@ -64,7 +64,9 @@ def find_fault(
 
 def check_kernels(kernels: Kernels) -> None:
     """Raise `UserError` unless the value is "auto", "off" or a collection of names."""
-    if isinstance(kernels, str) and kernels not in ("auto", "off"):
+    if not isinstance(kernels, str):
+        as_texts(kernels, "kernels", "names of weights")
+    elif kernels not in ("auto", "off"):
         raise UserError(f"kernels: expected 'auto' or 'off', got {kernels!r}")
 
 

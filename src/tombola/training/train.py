@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from tombola.datasets.dataset import Dataset
-from tombola.errors import UserError, short
+from tombola.errors import UserError, expect, expect_functions, expect_whole, kind_of, short
 from tombola.inputs import Forward, OwnStep, call, convert, count_examples
 from tombola.kernels import accelerate, dense_names
 from tombola.pruning.eligible import list_shared
@@ -117,10 +117,19 @@ def train(
     >>> trained.history.test_accuracy > 0.5
     True
     """
+    expect(model, nn.Module, "model", "a torch.nn.Module")
+    expect(data, Dataset, "data", "a tombola.Dataset")
+    expect(recipe, Recipe, "recipe", "a tombola.Recipe")
+    expect(resume, Checkpoint | None, "resume", "a tombola.Checkpoint")
+    check_device(device)
+    optional = {"step": step, "optimizer": optimizer, "schedule": schedule, "watch": watch, "on_epoch": on_epoch}
+    expect_functions(loss=loss, forward=forward, **{name: each for name, each in optional.items() if each is not None})
     check_recipe_fits(recipe, data)
     optimizer, schedule = optimizer or recipe.load_own("optimizer"), schedule or recipe.load_own("schedule")
     examples = data.train_examples
     end = recipe.total_iterations(examples) if end is None else end
+    expect_whole(begin, "begin")
+    expect_whole(end, "end", begin)
     start = resume or Checkpoint(begin, initial)
     data = move_data(data, device)
     model = load_model(model, start.state, mask, device)
@@ -305,8 +314,8 @@ def training_loss(recipe: Recipe, loss: Loss, step: OwnStep | None = None) -> Lo
 
 def check_device(device: str) -> None:
     """Raise `UserError` if this machine does not have a device, "cpu" or "cuda"."""
-    if device not in ("cpu", "cuda"):
-        raise UserError(f"device: expected 'cpu' or 'cuda', got {device!r}")
+    if not isinstance(device, str) or device not in ("cpu", "cuda"):
+        raise UserError(f"device: expected 'cpu' or 'cuda', got {kind_of(device)}")
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("device: 'cuda' was asked for, and torch finds no GPU here; use 'cpu'")
 

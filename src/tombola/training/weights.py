@@ -10,7 +10,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor, nn
 
-from tombola.errors import UserError
+from tombola.errors import UserError, expect
 from tombola.pruning.fit import find_weights, fit_state
 from tombola.pruning.mask import Mask
 
@@ -36,6 +36,9 @@ class Weights:
     @classmethod
     def of(cls, state: Mapping[str, Tensor]) -> Weights:
         """Return weights that keep a copy of this state in memory: training the model does not change them."""
+        expect(state, Mapping, "Weights.of", "tensors by name, such as a state_dict()")
+        for name, tensor in state.items():
+            expect(tensor, Tensor, f"Weights.of: {name!r}", "a tensor")
         held = {name: tensor.detach().clone() for name, tensor in state.items()}
         return cls(state_hash(held), lambda: held)
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tombola.errors import NothingStoredError, UserError, did_you_mean, short
+from tombola.errors import NothingStoredError, UserError, as_path, as_texts, did_you_mean
 from tombola.files import check_output, write_output
 from tombola.own.functions import refer
 from tombola.store.layout import STORE
@@ -98,9 +98,7 @@ def report(
     with one_thread(), check_installed():
         from tombola.reporting.page import page
 
-        if not isinstance(path, str | Path):
-            raise UserError(f'path: expected the path of the page to write, such as "page.html", got {short(path)}')
-        path = Path(path)
+        path = as_path(path, "path")
         check_output(path)
         planner = open_planner(study, overrides, store=store, data=data)
         contents = gather_stored(planner, *name_study(study, overrides), costly=costly, level=level, margin=margin)
@@ -125,7 +123,7 @@ def gather_stored(
     from tombola.reporting.contents import COSTLY, FURTHER, gather
 
     known = (*COSTLY, *FURTHER)
-    if unknown := [each for each in costly if each not in known]:
+    if unknown := [each for each in as_texts(costly, "costly", "analyses") if each not in known]:
         raise UserError(f"costly: unknown analysis {unknown[0]!r}; {did_you_mean(unknown[0], known)}")
     contents = gather(planner, title, command, costly=costly, level=level, margin=margin)
     if not contents.results:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from tombola.errors import UserError, did_you_mean
+from tombola.errors import UserError, as_path, as_texts, did_you_mean, expect
 from tombola.own.functions import refer
 from tombola.store.layout import STORE
 from tombola.store.store import Store
@@ -46,7 +46,7 @@ def open_study(study: AnyStudy, overrides: Overrides = None) -> Study:
             "study: expected a tombola.Study, the name of a preset or the path of a TOML file, "
             f"got {type(study).__name__}"
         )
-    return override(study, overrides) if overrides else study
+    return study if overrides is None or (isinstance(overrides, dict) and not overrides) else override(study, overrides)
 
 
 def open_planner(
@@ -72,10 +72,11 @@ def open_planner(
         UserError: if the study is invalid, or if its data set, model or loss cannot be loaded.
     """
     loaded = open_study(study, overrides)
+    folder = None if data is None else as_path(data, "data")
     file = beside if isinstance(study, Study) else Path(study)
     find_modules([*([] if file is None else [file.resolve().parent]), Path.cwd()])
-    opened = Store(Path(store), create=False)  # fail early if the store cannot be read
-    return Planner(loaded, load_problem(loaded.task, None if data is None else Path(data)), opened)
+    opened = Store(as_path(store, "store"), create=False)  # fail early if the store cannot be read
+    return Planner(loaded, load_problem(loaded.task, folder), opened)
 
 
 def open_tickets(
@@ -97,7 +98,12 @@ def name_importances(importances: Importances) -> list[str] | None:
     >>> name_importances(["magnitude", l1])
     ['magnitude', 'l1']
     """
-    return None if importances is None else [refer(each, "importances") for each in importances]
+    if importances is None:
+        return None
+    if isinstance(importances, str):
+        raise UserError(f"importances: expected a list, got the text {importances!r}; write [{importances!r}]")
+    expect(importances, Iterable, "importances", "a list of names or functions")
+    return as_texts([refer(each, "importances") for each in importances], "importances", "names or functions")
 
 
 def with_importances(planner: Planner, names: Sequence[str] | None) -> Tickets:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from tombola.errors import NothingStoredError, UserError
+from tombola.errors import NothingStoredError, UserError, short
 from tombola.lottery.ticket import Ticket
 from tombola.own.functions import refer
 from tombola.store.layout import STORE
@@ -53,8 +53,8 @@ def ticket_of(planner: Planner, importance: str, seed: int, level: int) -> Ticke
     study = planner.study
     known: Sequence[str | int]
     for what, value, known in (("importance", importance, study.importances), ("seed", seed, study.seeds)):
-        if value not in known:
-            raise UserError(f"{what}: the study has no {what} {value!r}, it has {', '.join(map(str, known))}")
+        if not isinstance(value, str | int) or value not in known:
+            raise UserError(f"{what}: the study has no {what} {short(value)}, it has {', '.join(map(str, known))}")
     check_level(study, level)
     chain = Chain(seed, importance)
     progress = planner.progress(chain)
