@@ -438,7 +438,7 @@ mean_of_outputs.higher_is_better = False  # type: ignore[attr-defined]
         ({"loss": "msee"}, "unknown loss 'msee'; did you mean 'mse'"),
         ({"loss": "mse", "metrics": ["r3"]}, "unknown metric 'r3'"),
         ({"loss": "mse", "metrics": [3]}, "expected names of metrics or functions, got int"),
-        ({"loss": "mse", "metrics": ["mse"], "prune": "*.weight"}, "expected a list of patterns, got the text"),
+        ({"loss": "mse", "metrics": ["mse"], "prune": "*.weight"}, "prune: expected a list of patterns, got"),
     ],
 )
 def test_find_tickets_says_which_name_is_wrong(options: dict[str, Any], said: str) -> None:

@@ -509,7 +509,7 @@ def test_mistakes_of_tables_and_charts(tmp_path: Path) -> None:
         (lambda: tombola.layers(**of, importances=["lamp"]), "importances: the study has no importance 'lamp'"),
         (lambda: tombola.report(**of, path=tmp_path / "no" / "r.html"), "there is no folder"),
         (lambda: tombola.report(**of, path=tmp_path), "is a folder; name a file in it"),
-        (lambda: tombola.report(**of, path=3), 'the path of the page to write, such as "page.html", got 3'),
+        (lambda: tombola.report(**of, path=3), "path: expected a path, got 3"),
         (lambda: tombola.compare("digits", store=tmp_path), "no result that the reference has too is in"),
         (lambda: override(of["study"], {"levels": -1}), "study: levels: expected a number from 0, got -1"),
     ]:  # fmt: skip
