@@ -406,6 +406,8 @@ class HandMade(nn.Module):
         super().__init__()
         self.hidden, self.out, self.way = nn.Linear(4, 40), nn.Linear(40, 2), way
         kept = torch.rand(40, 4) < 0.5
+        if way == "rows":
+            kept = torch.arange(40).view(-1, 1).expand(40, 4) % 2 == 0
         if way == "closure":
             self.mask = lambda weight: weight * kept
         elif way == "attribute":
@@ -434,7 +436,9 @@ class HandMade(nn.Module):
         return out
 
 
-@pytest.mark.parametrize("way", ["buffer", "attribute", "list", "closure", "in place", "unused", "limit", "drawn"])
+@pytest.mark.parametrize(
+    "way", ["buffer", "attribute", "list", "rows", "closure", "in place", "unused", "limit", "drawn"]
+)
 def test_a_network_that_masks_its_own_weights_is_refused(way: str) -> None:
     with ambient(0):
         model = HandMade(way)
@@ -442,9 +446,22 @@ def test_a_network_that_masks_its_own_weights_is_refused(way: str) -> None:
     if way in ("unused", "limit", "drawn"):
         tried(dense=Mask.ones_like(model))
         return
-    said = " to 0" if way == "in place" else " do nothing, as if the network multiplied them by a mask"
-    with pytest.raises(
-        UserError, match=rf" of the 160 weights of 'hidden.weight'{said}.*exclude = \['hidden.weight'\]"
-    ):
+    said = {
+        "in place": "a step sets .* of the 160 weights of 'hidden.weight' to 0",
+        "closure": " of the 160 weights of 'hidden.weight' do nothing, as if the network multiplied them by a mask",
+    }
+    held = "it multiplies its 'hidden.weight' by its '(kept|masks)', so that .* of its 160 weights do nothing"
+    with pytest.raises(UserError, match=rf"{said.get(way, held)}.*exclude = \['hidden.weight'\]"):
         tried(dense=Mask.ones_like(model))
     tried(dense=Mask.ones_like(model, exclude=["hidden"]))
+
+
+def test_weights_that_lack_a_gradient_by_chance_are_no_mask() -> None:
+    """Half of the inputs of each example are 0, test examples have other inputs, and units are off for an example."""
+    inputs = torch.rand(60, 100) * (torch.rand(60, 100) < 0.5)
+    inputs[:40, 50:], inputs[40:, :50] = 0, 0
+    labels = torch.arange(60) % 2
+    data = Dataset("apart", inputs[:40], labels[:40], inputs[40:], labels[40:], ("a", "b"))
+    with ambient(0):
+        model = nn.Sequential(nn.Linear(100, 300), nn.ReLU(), nn.Linear(300, 2))
+    try_network(lambda: model, functional.cross_entropy, data, RECIPE, dense=Mask.ones_like(model))

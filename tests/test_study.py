@@ -803,6 +803,19 @@ def test_installed_packages_and_tombola_are_not_a_part_of_the_source(package: Pa
     assert list(own_modules("written")) == ["written"]
 
 
+def test_modules_of_folders_without_an_init_and_of_a_package_with_another_path_are_a_part(
+    package: Path,
+) -> None:
+    _edit(package, "written.py", "import nested.deeply.inner, bundle.inner\n")
+    _edit(package, "nested/deeply/inner.py")
+    _edit(package, "elsewhere/vendored/inner.py")
+    _edit(package, "bundle/__init__.py", "__path__.append(__path__[0].replace('bundle', 'elsewhere/vendored'))\n")
+    try:
+        assert set(own_modules("written")) == {"written", "nested.deeply.inner", "bundle", "bundle.inner"}
+    finally:
+        _forget({"nested", "bundle"})
+
+
 def test_of_an_installed_package_its_own_source_counts() -> None:
     names = list(own_modules("iniconfig"))
     assert "iniconfig" in names

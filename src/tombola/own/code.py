@@ -203,21 +203,25 @@ def find_source(module: str) -> Path | None:
 
 
 def _find_spec(module: str) -> ModuleSpec | None:
-    """Return what Python knows of a module: `importlib.util.find_spec` would import `a` to find `a.b`."""
+    """Return what Python knows of a module: `importlib.util.find_spec` would import `a` to find `a.b`.
+
+    That is done after all where the package has no file, so that no code runs, or where it may look elsewhere for its
+    modules, which only its code knows.
+    """
     package = module.rpartition(".")[0]
     try:
-        if not package or module in sys.modules:
-            return importlib.util.find_spec(module)
-        if package in sys.modules:
-            folders = getattr(sys.modules[package], "__path__", None)
-        else:
-            spec = _find_spec(package)
-            folders = None if spec is None else spec.submodule_search_locations
-        if folders is None:  # it is no package
-            return None
-        found = (finder.find_spec(module, folders) for finder in sys.meta_path if hasattr(finder, "find_spec"))
-        return next((spec for spec in found if spec is not None), None)
-    except (ImportError, AttributeError, ValueError):  # a module without a spec, or one that is removed meanwhile
+        if package and module not in sys.modules and package not in sys.modules:
+            parent = _find_spec(package)
+            if parent is None or parent.submodule_search_locations is None:  # it is no package
+                return None
+            if parent.origin is not None and b"__path__" not in Path(parent.origin).read_bytes():
+                folders = parent.submodule_search_locations
+                found = (finder.find_spec(module, folders) for finder in sys.meta_path if hasattr(finder, "find_spec"))
+                return next((spec for spec in found if spec is not None), None)
+        return importlib.util.find_spec(module)
+    except KeyboardInterrupt:
+        raise
+    except BaseException:  # importing a package, or a finder of the user, may raise anything
         return None
 
 

@@ -82,14 +82,16 @@ def check_step(
     """Check, after a forward and a backward pass, that the network does not mask weights itself.
 
     It does if a pass sets weights of both signs to 0.0 (a limit at 0 sets those of one sign), or if many weights of a
-    tensor do nothing: their gradient is 0.0, though not that of all weights of a row or a column, as without an input,
-    and the outputs stay the same bits when these weights become larger and smaller than all others.
+    tensor do nothing: their gradient is 0.0, and the outputs stay the same bits when these weights become larger and
+    smaller than all others. These weights are where a tensor of 0 and 1 is 0 that a module holds. For a mask that no
+    module holds, they are all those without a gradient, apart from whole rows and columns, which lack it without an
+    input too; such a mask goes unnoticed where other weights lack a gradient by chance, as before a ReLU.
 
     Args:
         model: the network in evaluation mode, with gradients; before the pass, it has started dense, see `check_start`.
         dense: the mask of the dense network.
         start: the weights before the pass, by parameter name.
-        outputs: a function that returns the outputs of the network on some examples.
+        outputs: a function that returns the outputs of the network on some examples, with those of the pass.
         what: what the network is called in messages.
 
     Raises:
@@ -102,21 +104,43 @@ def check_step(
     Traceback (most recent call last):
     tombola.errors.UserError: model: at least ... of the 200 weights of 'weight' do nothing, as if the network ...
     """
+    held = list(_list_of_zero_and_one(model))
     for name, weight in model.named_parameters():
-        if name in dense and (fault := _find_mask(name, weight, start[name], outputs)):
+        if name in dense and (fault := _find_mask(name, weight, start[name], held, outputs)):
             raise UserError(
                 f"{what}: {fault}, and density would count them as alive; give it dense weights without a mask, leave "
                 f"the layer out (exclude = [{name!r}]), or prune on in a loop of your own, with tombola.loops.hold"
             )
 
 
-def _find_mask(name: str, weight: nn.Parameter, before: Tensor, outputs: Callable[[], Tensor]) -> str | None:
-    """Return how a network masks one of its weights, see `check_step`; None if it does not."""
+def _find_mask(
+    name: str,
+    weight: nn.Parameter,
+    before: Tensor,
+    held: Sequence[tuple[str, Tensor]],
+    outputs: Callable[[], Tensor],
+) -> str | None:
+    """Return how a network masks one of its weights, see `check_step`; None if it does not.
+
+    Args:
+        name: the name of the weight.
+        weight: the weight after the pass, with its gradient.
+        before: the weight before the pass.
+        held: the names and values of the tensors of 0 and 1 that modules hold.
+        outputs: as in `check_step`.
+    """
     lost, zeros = before[(weight == 0) & (before != 0)], _count_zeros(weight.detach(), None)
     if zeros and len(lost) and lost.min() < 0 < lost.max():
         return f"a step sets {zeros} of the {weight.numel()} weights of {name!r} to 0"
     gradient = weight.grad
-    if gradient is None or gradient.is_sparse or gradient.ndim < 2:
+    if gradient is None or gradient.is_sparse or not gradient.any():
+        return None
+    for other, mask in held:
+        zeros = _count_zeros(mask, None, equal=True) if mask.shape == weight.shape else 0
+        if zeros and not gradient[mask == 0].any() and not _depend(outputs, weight, mask == 0):
+            of = f"{zeros} of its {weight.numel()}"
+            return f"it multiplies its {name!r} by its {other!r}, so that {of} weights do nothing"
+    if gradient.ndim < 2:
         return None
     used = gradient.flatten(1) != 0
     idle = (~used & used.any(0) & used.any(1, keepdim=True)).view_as(weight)
@@ -130,6 +154,19 @@ def _find_mask(name: str, weight: nn.Parameter, before: Tensor, outputs: Callabl
     )
 
 
+def _list_of_zero_and_one(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors of 0 and 1 that modules hold as buffers, as attributes, or in lists and dictionaries."""
+    for path, module in model.named_modules():
+        held = {**dict(module.named_buffers(recurse=False)), **vars(module)}
+        for name, value in held.items():
+            parts = value if isinstance(value, list | tuple) else [value]
+            parts = list(value.values()) if isinstance(value, dict) and not name.startswith("_") else parts
+            for each in parts:
+                plain = isinstance(each, Tensor) and not isinstance(each, nn.Parameter) and not each.is_meta
+                if plain and each.ndim and each.layout is torch.strided and ((each == 0) | (each == 1)).all():
+                    yield f"{path}.{name}".removeprefix("."), each
+
+
 def _depend(outputs: Callable[[], Tensor], weight: nn.Parameter, chosen: Tensor) -> bool:
     """Return whether outputs depend on some weights of a tensor: on whether they are above or below all others."""
     before, large = weight.detach().clone(), 2 * weight.detach().abs().max() + 1
@@ -138,7 +175,7 @@ def _depend(outputs: Callable[[], Tensor], weight: nn.Parameter, chosen: Tensor)
         try:
             for sign in (1, -1):
                 weight.copy_(torch.where(chosen, sign * large, before))
-                if not torch.equal(outputs().nan_to_num(), expected.nan_to_num()):
+                if not torch.allclose(outputs(), expected, rtol=0, atol=0, equal_nan=True):
                     return True
         except UserError:  # the network refuses such weights
             return True

@@ -97,10 +97,15 @@ def try_network(
         trained = [name for name, each in model.named_parameters() if each.requires_grad]
         find_decayed(trained, recipe.no_decay, list_shared(model))
         start = {name: each.detach().clone() for name, each in model.named_parameters() if dense and name in dense}
-        _try_step(model, loss, data, recipe, forward=forward, step=step, called=called, of_classes=of_classes)
+        tried = _try_step(model, loss, data, recipe, forward=forward, step=step, called=called, of_classes=of_classes)
         if dense is not None:
-            few = _spread(data, "test")
-            evaluate = partial(predict, model, few, forward)
+            few = _spread(data, "test", 8)
+
+            def evaluate() -> Tensor:
+                outputs = predict(model, few, forward).flatten()
+                with torch.inference_mode():
+                    return torch.cat([forward(model, convert(torch.clone, tried)).float().flatten(), outputs])
+
             check_step(model, dense, start, guard(called["outputs"], evaluate), called["model"])
         unused = [name for name in trained if model.get_parameter(name).grad is None]
         if ":" in recipe.optimizer and optimizer is not None:
@@ -123,8 +128,8 @@ def _try_step(
     step: OwnStep | None,
     called: Mapping[str, str],
     of_classes: bool,
-) -> None:
-    """Try the first step of a training, see `try_network`; the gradients are kept."""
+) -> Tensors:
+    """Try the first step of a training, see `try_network`; the gradients are kept. Return the inputs of the step."""
     minimised, loss_name, finite = training_loss(recipe, loss, step), called["loss"], True
     inputs, labels = _draw_smallest(recipe, data)
     if forward is call and step is None:
@@ -163,6 +168,7 @@ def _try_step(
         gradient = parameter.grad
         if gradient is not None and not (gradient.to_dense() if gradient.is_sparse else gradient).isfinite().all():
             raise UserError(f"{what}, the gradient of {name!r} is NaN or infinite: every training would diverge")
+    return inputs
 
 
 def _check_mean(loss: Loss, outputs: Tensor, labels: Tensors, value: object, name: str) -> None:
@@ -250,11 +256,11 @@ def spread(count: int, most: int) -> Tensor:
     return torch.tensor([index * (count - 1) // max(1, number - 1) for index in range(number)], dtype=torch.int64)
 
 
-def _spread(data: Dataset, split: str) -> Dataset:
+def _spread(data: Dataset, split: str, most: int = _TRIED) -> Dataset:
     """Return a data set of which a split has only a few examples, at even distances, as examples may be sorted."""
     inputs, labels = f"{split}_inputs", f"{split}_labels"
     count = data.count(split)
-    chosen = spread(count, _TRIED)
+    chosen = spread(count, most)
     parts: dict[str, Any] = {name: select(getattr(data, name), chosen) for name in (inputs, labels)}
     return replace(data, **parts)
 
