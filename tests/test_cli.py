@@ -29,11 +29,14 @@ from processes import LONG, parent_of, run_command, start, wait_for_end
 from small_study import OVERRIDES, STUDY
 from stores import results, study, write_study
 from tombola import Planner, Store, Ticket, load_problem, load_study
-from tombola.cli import main
+from tombola.cli import find, main, trained
+from tombola.cli.main import make_parser
 from tombola.cli.options import warnings_as_notes
 from tombola.engine.run import Status
 from tombola.errors import UserError
 from tombola.importance import IMPORTANCES, SCORES
+from tombola.lottery import search
+from tombola.study.controls import KINDS
 from tombola.study.planner import Chain, Progress, Waiting
 from tombola.study.schema import presets
 from tombola.training.train import initial_state
@@ -90,6 +93,14 @@ def test_help_needs_no_torch() -> None:
     said = subprocess.run(command, capture_output=True, text=True, check=True, timeout=LONG).stdout
     assert "--recipe.batch-size N" in said
     assert said.endswith("[]\n")
+
+
+def test_options_have_the_names_that_the_library_has() -> None:
+    """They stand twice, so that the help need not import the library."""
+    parsed = make_parser().parse_args(["find", "digits"])
+    assert tuple(search.STRATEGIES) == find._STRATEGIES
+    assert parsed.strategy == search.DEFAULT
+    assert tuple(KINDS) == trained._KINDS
 
 
 def test_every_verb_is_in_the_help_and_has_a_help(capsys: pytest.CaptureFixture[str]) -> None:

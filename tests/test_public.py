@@ -119,7 +119,8 @@ def test_every_public_method_is_documented(name: str) -> None:
         "import tombola",
         "import tombola.cli",
         "from tombola.study.schema import load_study; load_study('digits')",
-        "import tombola.cli, contextlib\nwith contextlib.suppress(SystemExit): tombola.cli.main(['--help'])",
+        "import tombola.cli, contextlib\nwith contextlib.suppress(SystemExit): tombola.cli.main(['--help'])"
+        "\nimport sys; assert not {'dataclasses', 'statistics', 'tombola.lottery'} & set(sys.modules)",
     ],
     ids=["package", "command line", "study", "help"],
 )

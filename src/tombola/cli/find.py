@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 from tombola.cli.options import Verbs, add_margin, open_planner, print_note, warnings_as_notes
 from tombola.errors import UserError
-from tombola.lottery.search import DEFAULT, STRATEGIES
 
 if TYPE_CHECKING:
     import polars as pl
@@ -22,6 +21,8 @@ if TYPE_CHECKING:
 
 _PICTURES = ("svg", "png", "pdf", "html")
 
+_STRATEGIES = ("rounds", "bisect", "one-shot", "race", "short")
+
 
 def add_verbs(verbs: Verbs) -> None:
     """Add the verb to the command line."""
@@ -29,10 +30,10 @@ def add_verbs(verbs: Verbs) -> None:
     add_margin(added, "--within")
     added.add_argument(
         "--strategy",
-        choices=tuple(STRATEGIES),
-        default=DEFAULT,
+        choices=_STRATEGIES,
+        default="race",
         metavar="NAME",
-        help=f"the way to search: {', '.join(STRATEGIES)} (default: %(default)s)",
+        help=f"the way to search: {', '.join(_STRATEGIES)} (default: %(default)s)",
     )
     added.add_argument(
         "--budget",
