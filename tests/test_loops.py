@@ -319,16 +319,20 @@ def test_gradients_that_autograd_does_not_compute() -> None:
     check_zeros(model, mask, optimizer)
 
 
-def test_a_copy_of_the_model_has_the_zeros_and_is_held_by_itself() -> None:
+def test_a_copy_of_the_model_has_the_zeros_is_held_by_itself_and_is_rewound_to_equal_bits() -> None:
     model = network()
-    mask = half(model)
+    mask, start = half(model), snapshot(model)
     with hold(model, mask, adamw(model)):
         twin = copy.deepcopy(model)
         check_zeros(twin, mask)
         optimizer = adamw(twin)
         with hold(twin, mask, optimizer):
             train_plainly(twin, optimizer)
-        check_zeros(twin, mask, optimizer)
+            check_zeros(twin, mask, optimizer)
+            rewind(twin, start, mask, optimizer)
+        check_zeros(twin, mask)
+    for name, value in twin.state_dict().items():
+        assert value.equal(start.state[name] * mask[name] if name in mask else start.state[name]), name
 
 
 @pytest.mark.parametrize("state", [False, True])
