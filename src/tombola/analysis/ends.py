@@ -74,7 +74,7 @@ def find_ends(model: nn.Module, inputs: Tensors, layers: Collection[str], forwar
     Args:
         model: the network.
         inputs: the inputs of one example or more.
-        layers: the names of weights that are layers; where none is found at an end, the first or the last stands for it.
+        layers: the names of weights that are layers; an end that has none is the first or the last of these.
         forward: a function (model, inputs) -> outputs.
 
     >>> model = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 3), nn.Linear(3, 1))
