@@ -245,7 +245,7 @@ class Padded(nn.Module):
 
     def forward(self, tokens: Tensor, padding: Tensor) -> Tensor:
         kept = (~padding).float().unsqueeze(-1) if padding.dtype == torch.bool else padding.unsqueeze(-1)
-        hidden = self.encoder(self.embed(tokens), src_key_padding_mask=kept[..., 0] == 0)
+        hidden = self.encoder(self.embed(tokens), src_key_padding_mask=padding if padding.dtype == torch.bool else None)
         mean = (hidden * kept).sum(1) / kept.sum(1)
         return self.head(torch.cat([mean, self.skip(tokens[:, :1].float())], 1))  # type: ignore[no-any-return]
 
