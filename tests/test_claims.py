@@ -96,6 +96,10 @@ def test_the_ends_of_a_tied_network_are_one_layer_and_what_is_not_known_is_said(
     assert "first and its last layer by order" in replace(EVIDENCE, ends=Ends.by_order(DEEP)).describe()
     uncounted = judge(claims.special_layers, ends=Ends(("wte.weight",), ()), shapes={"a": (2, 2), "b": (2, 2)})
     assert uncounted.verdict == "not testable"
+    embedded = Ends(("wte.weight",), ("fc.weight",))
+    assert "does not count the input layer (wte.weight)" in replace(EVIDENCE, ends=embedded).describe()
+    assert "does not count" not in tied.describe()
+    assert judge(claims.move_further, ends=embedded).reason == "the input layer is not counted"
 
 
 def judge(claim: Callable[[Evidence], Claim], **changes: object) -> Claim:

@@ -23,6 +23,8 @@ from tombola.study.planner import Planner
 from tombola.study.repeatable import check_repeatable
 from tombola.study.schema import Study, load_study
 from tombola.study.task import load_problem, try_out
+from tombola.study.trainings import Training
+from tombola.training.accumulation import counts_positions
 from tombola.training.batches import batches, iterations
 from tombola.training.history import Checkpoint
 from tombola.training.recipe import Recipe
@@ -257,6 +259,59 @@ def test_a_study_of_drawn_batches_is_tried_out(module: types.ModuleType, tmp_pat
     assert planner.end == 4
     with pytest.raises(UserError, match=r"score_examples: 20 are more than the 10 examples that are kept"):
         try_out(problem_of_few(problem), study(score_examples=20))
+
+
+@pytest.mark.parametrize(
+    ("accumulate", "tokens", "ignored", "drawn", "expected"),
+    [
+        (1, True, True, True, False),
+        (2, False, False, False, False),
+        (2, False, False, True, False),
+        (2, True, False, False, False),
+        (2, True, True, False, True),
+        (2, False, True, False, True),
+        (2, True, False, True, True),
+    ],
+)
+def test_only_trainings_that_count_by_positions_have_it_in_their_name(
+    accumulate: int,
+    tokens: bool,
+    ignored: bool,
+    drawn: bool,
+    expected: bool,
+    module: types.ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    targets = Y[:, None].repeat(1, 3) if tokens else Y.clone()
+    targets[0] = -100 if ignored else targets[0]
+
+    def of_drawn(seed: int, epoch: int, split: str) -> Pairs:
+        whole = slice(17, None) if split == "test" else slice(17)
+        yield from zip(X[whole].split(5), targets[whole].split(5), strict=True)
+
+    whole = Dataset("whole", X[:17], targets[:17], X[17:], targets[17:])
+    module.data = lambda: of_drawn if drawn else whole  # type: ignore[attr-defined]
+    heads = nn.Sequential(nn.Linear(4, 6), nn.Unflatten(1, (2, 3)))
+    module.network = lambda: nn.Sequential(nn.Linear(4, 4), heads if tokens else nn.Linear(4, 2))  # type: ignore[attr-defined]
+    fields: dict[str, Any] = {"recipe.accumulate": accumulate, "importances": ["l1"]}
+    problem = load_problem(study(**fields).task)
+    planner = Planner(study(**fields), problem, Store(tmp_path / "store"))
+    training = planner.progress(planner.chains[0]).waits_for
+    assert isinstance(training, Training)
+    assert training.identity.get("positions", False) is expected
+    assert problem.identity["loss"]["version"] == 1
+    with_step = counts_positions(study(**fields).recipe, problem.data, problem.loss, lambda *_: torch.zeros(()))
+    assert not with_step
+
+    def refuse(*_: Any) -> int:
+        raise AssertionError("positions were counted")
+
+    if not expected:
+        monkeypatch.setattr("tombola.training.train.count_positions", refuse)
+    model = problem.build()
+    recipe = study(**fields).recipe
+    train(model, model.state_dict(), Mask.ones_like(model), problem.data, recipe, 0, end=1)
 
 
 def problem_of_few(problem: Any) -> Any:

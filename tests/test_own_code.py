@@ -29,7 +29,7 @@ from tombola.engine.local import LocalWorkers
 from tombola.engine.run import run
 from tombola.errors import UserError
 from tombola.exits import attribute_failure
-from tombola.own.code import resolve, steady_source
+from tombola.own.code import _imports, resolve, steady_source
 from tombola.pruning.mask import Mask
 from tombola.pruning.prune import prune
 from tombola.store.store import Store
@@ -56,6 +56,22 @@ def planner_of(root: Path, study: Study) -> Planner:
 
 
 # A module that is edited
+
+
+def test_imports_that_a_full_stack_hides_are_found_the_next_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "reads_os.py"
+    path.write_text("import os\n")
+
+    def fail(*_: object) -> None:
+        raise RecursionError
+
+    with monkeypatch.context() as patch:
+        patch.setattr("tombola.own.code.ast.parse", fail)
+        assert _imports("reads_os", path) == ()
+    assert _imports("reads_os", path) == ("os",)
+
 
 MODULE = """
 from tiny_task import dataset

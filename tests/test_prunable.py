@@ -217,7 +217,9 @@ def test_the_layers_at_the_ends_are_those_that_touch_inputs_and_outputs(name: st
     def hide(model: nn.Module, inputs: Tensor) -> Tensor:
         return torch.from_numpy(model(inputs).detach().numpy().copy())
 
-    assert find_ends(model, inputs, layers, hide) == Ends(layers[:1], layers[-1:], followed=False)  # type: ignore[arg-type]
+    found = find_ends(model, inputs, layers, hide)  # type: ignore[arg-type]
+    assert (found.inputs, found.outputs) == (ends.inputs, layers[-1:])
+    assert found.fault == "No layer was found that touches the outputs: the last layer by order stands for it."
 
 
 def test_skips_and_writes_into_a_part_of_a_tensor_are_followed() -> None:
@@ -231,6 +233,37 @@ def test_skips_and_writes_into_a_part_of_a_tensor_are_followed() -> None:
 
     names = ["0.weight", "1.weight", "2.weight"]
     assert find_ends(layers, draw(2, 4), names, forward) == Ends(("0.weight", "2.weight"), ("2.weight",))  # type: ignore[arg-type]
+
+
+class Padded(nn.Module):
+    """Reads tokens and a mask of padding, and takes the mean over those that the mask leaves, beside a skip."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.skip, self.head = nn.Embedding(5, 4), nn.Linear(1, 4), nn.Linear(8, 3)
+        self.encoder = nn.TransformerEncoderLayer(4, 2, 8, batch_first=True)
+
+    def forward(self, tokens: Tensor, padding: Tensor) -> Tensor:
+        kept = (~padding).float().unsqueeze(-1) if padding.dtype == torch.bool else padding.unsqueeze(-1)
+        hidden = self.encoder(self.embed(tokens), src_key_padding_mask=padding if padding.dtype == torch.bool else None)
+        mean = (hidden * kept).sum(1) / kept.sum(1)
+        return self.head(torch.cat([mean, self.skip(tokens[:, :1].float())], 1))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("kind", [torch.bool, torch.float32])
+def test_masks_that_are_inputs_make_no_input_layers(kind: torch.dtype) -> None:
+    model, tokens = Padded(), torch.arange(6).reshape(2, 3) % 5
+    padding = torch.tensor([[False, False, True], [False, False, False]])
+    mask = padding if kind == torch.bool else (~padding).float()
+    found = find_ends(model, (tokens, mask), tuple(prunable(model)))
+    assert found == Ends(("embed.weight", "skip.weight"), ("head.weight",))
+
+
+def test_a_network_that_fails_is_judged_by_order_and_the_error_is_named() -> None:
+    model, names = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)), ("0.weight", "1.weight")
+    found = find_ends(model, draw(2, 3), names)
+    assert (found.inputs, found.outputs) == (("0.weight",), ("1.weight",))
+    assert "cannot be followed (RuntimeError): its first and its last layer by order" in found.fault
 
 
 # Rounds of pruning and trainings.

@@ -94,12 +94,6 @@ class Claim:
         return replace(self, verdict=verdict, reason=reason)
 
 
-_BY_ORDER = (
-    "What the network computes cannot be followed: its first and its last layer by order stand for those of the inputs "
-    "and of the outputs."
-)
-
-
 @dataclass(frozen=True)
 class Evidence:
     """The tables of a study that decide on its claims.
@@ -137,9 +131,20 @@ class Evidence:
         seeds = f"{len(self.seeds)} seeds" if len(self.seeds) > 1 else "one seed, so that there are no intervals"
         return (
             f"Tickets of {', '.join(self.compared)} are compared at level {self.level} (sparsity "
-            f"{100 * (1 - density):.2f} %), from {seeds}."
-            + ("" if self.ends is None or self.ends.followed else f" {_BY_ORDER}")
+            f"{100 * (1 - density):.2f} %), from {seeds}.{self._describe_ends()}"
         )
+
+    def _describe_ends(self) -> str:
+        """Return what is to be said of the input and the output layers, with a space before each sentence."""
+        if self.ends is None:
+            return ""
+        found = {"input": self.ends.inputs, "output": self.ends.outputs}
+        uncounted = [
+            f"Density does not count the {end} layer ({', '.join(names)}), so that no claim is judged by it."
+            for end, names in found.items()
+            if names and not self.shapes.keys() & set(names)
+        ]
+        return "".join(f" {sentence}" for sentence in (self.ends.fault, *uncounted) if sentence)
 
     @property
     def other_metric(self) -> str | None:
@@ -642,6 +647,8 @@ def move_further(evidence: Evidence) -> Claim:
     """
     layers = (evidence.ends or Ends.by_order(evidence.shapes)).inputs
     statement = "In the input layer, shared connections move further from their initial value."
+    if not evidence.shapes.keys() & set(layers):
+        return Claim("5c", statement, "in all its figures").decide("not testable", "the input layer is not counted")
     return _judge_effect(evidence, "5c", statement, "movement", layers=layers, below=False)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -29,22 +30,27 @@ class Ends:
     Args:
         inputs: the weights that are applied to the inputs before any other layer is.
         outputs: the weights whose results become the outputs without another layer.
-        followed: whether they are known; otherwise they are the first and the last layer by order.
+        fault: a sentence on what stands by order because it is not known; empty if both ends are known.
     """
 
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
-    followed: bool = True
+    fault: str = ""
 
     @classmethod
-    def by_order(cls, layers: Collection[str]) -> Ends:
-        """Return the first and the last of some layers, for a network that cannot be followed.
+    def by_order(cls, layers: Collection[str], error: Exception | None = None) -> Ends:
+        """Return the first and the last of some layers, for a network that cannot be followed because of an error.
 
-        >>> Ends.by_order(["a", "b", "c"])
-        Ends(inputs=('a',), outputs=('c',), followed=False)
+        >>> Ends.by_order(["a", "b", "c"], ValueError()).outputs
+        ('c',)
         """
-        names = tuple(layers)
-        return cls(names[:1], names[-1:], followed=False)
+        names, why = tuple(layers), "" if error is None else f" ({type(error).__name__})"
+        return cls(
+            names[:1],
+            names[-1:],
+            f"What the network computes cannot be followed{why}: its first and its last layer by order stand for those "
+            f"of the inputs and of the outputs.",
+        )
 
 
 def of_network(planner: Planner) -> Ends:
@@ -52,7 +58,7 @@ def of_network(planner: Planner) -> Ends:
     problem = planner.problem
     with ambient(0):
         model = problem.build()
-    inputs = normalisation(problem.data)(select(problem.data.train_inputs, slice(1)))
+    inputs = normalisation(problem.data)(select(problem.data.train_inputs, slice(2)))
     return find_ends(model, inputs, tuple(planner.dense), problem.forward)
 
 
@@ -61,18 +67,19 @@ def find_ends(model: nn.Module, inputs: Tensors, layers: Collection[str], forwar
 
     A layer is any of `layers`, an embedding, or a layer that is prunable by default. One that is tied, such as the head
     of a language model that is its embedding too, may be at both ends. A skip connection is no layer: it takes the
-    inputs, or the results of several layers, further on. Comparisons, such as those that make masks, take nothing on.
+    inputs, or the results of several layers, further on, if it adds them or puts them together. Comparisons, such as
+    those that make masks, take nothing on, and masks that are inputs do not take the inputs on.
     The weights of a recurrent layer that torch computes as one are at the same ends.
 
     Args:
         model: the network.
         inputs: the inputs of one example or more.
-        layers: the names of weights that are layers; if an end has none, they stand for it by order.
+        layers: the names of weights that are layers; an end that has none is the first or the last of these.
         forward: a function (model, inputs) -> outputs.
 
     >>> model = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 3), nn.Linear(3, 1))
     >>> find_ends(model, torch.ones(1, 2), ["0.weight", "2.weight", "3.weight"])
-    Ends(inputs=('0.weight',), outputs=('3.weight',), followed=True)
+    Ends(inputs=('0.weight',), outputs=('3.weight',), fault='')
     """
     names = {id(each): name for name, each in model.named_parameters()}
     kinds = (nn.Embedding, nn.EmbeddingBag)
@@ -92,13 +99,19 @@ def find_ends(model: nn.Module, inputs: Tensors, layers: Collection[str], forwar
         ):  # without gradients, layers are fused
             warnings.simplefilter("ignore")
             outputs = forward(model.eval(), given)
-    except Exception:  # an operation that does not run under the follower
-        return Ends.by_order(layers)
+    except Exception as error:  # an operation that does not run under the follower
+        return Ends.by_order(layers, error)
     last = {name for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor) for name in follower.of(leaf).last}
     order = list(names.values())
-    if not follower.first or not last:
-        return Ends.by_order(layers)
-    return Ends(tuple(sorted(follower.first, key=order.index)), tuple(sorted(last, key=order.index)))
+    inputs_at, outputs_at = (tuple(sorted(found, key=order.index)) for found in (follower.first, last))
+    if inputs_at and outputs_at:
+        return Ends(inputs_at, outputs_at)
+    known = Ends.by_order(layers)
+    if not inputs_at and not outputs_at:
+        return known
+    end, place = ("outputs", "last") if inputs_at else ("inputs", "first")
+    fault = f"No layer was found that touches the {end}: the {place} layer by order stands for it."
+    return Ends(inputs_at or known.inputs, outputs_at or known.outputs, fault)
 
 
 @dataclass(frozen=True)
@@ -118,9 +131,12 @@ class _Trace:
     weights: frozenset[str] = frozenset()
 
 
-def _place(tensor: Tensor) -> int:
-    """Return the identity of the memory of a tensor, which its views share."""
-    return int(tensor.untyped_storage()._cdata)
+def _place(tensor: Tensor) -> StorageWeakRef:
+    """Return the identity of the memory of a tensor, which its views share.
+
+    It frees the memory with the last tensor and is not given to another memory while it exists.
+    """
+    return StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
 
 
 @dataclass
@@ -136,7 +152,7 @@ class _Follower(TorchDispatchMode):  # type: ignore[no-untyped-call]
     names: Mapping[int, str]
     model: nn.Module
     first: set[str] = field(default_factory=set)
-    traces: dict[int, tuple[Tensor, _Trace]] = field(default_factory=dict)
+    traces: dict[StorageWeakRef, _Trace] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -145,28 +161,30 @@ class _Follower(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self.keep(parameter, _Trace(weights=frozenset([self.names[id(parameter)]])))
 
     def keep(self, tensor: Tensor, trace: _Trace) -> None:
-        """Remember where a tensor and its views come from, and the tensor, so that its memory is not used again."""
-        self.traces[_place(tensor)] = tensor, trace
+        """Remember where a tensor and its views come from."""
+        self.traces[_place(tensor)] = trace
 
     def of(self, tensor: Tensor) -> _Trace:
         """Return where a tensor comes from."""
-        return self.traces.get(_place(tensor), (tensor, _Trace()))[1]
+        return self.traces.get(_place(tensor), _Trace())
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         results = func(*args, **kwargs)
         traces = [self.of(each) for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)]
         weights = frozenset().union(*(each.weights for each in traces if not each.reached))
-        reached, fresh = any(each.reached for each in traces), any(each.fresh for each in traces)
+        joins = func.overloadpacket.__name__.strip("_") in _JOINS
+        reached, passed = any(each.reached for each in traces), any(each.reached and not each.fresh for each in traces)
+        fresh = any(each.fresh for each in traces)
         if reached and fresh:
             self.first |= weights
         last = frozenset().union(*(each.last for each in traces))
         if not reached:
             trace = _Trace(weights=weights)
-        elif weights and func.overloadpacket.__name__.strip("_") not in _JOINS:
+        elif weights and not joins:
             trace = _Trace(reached=True, last=weights)
         else:
-            trace = _Trace(reached, fresh, last | weights)
+            trace = _Trace(reached, fresh and (joins or not passed), last | weights)
         for result in tree_leaves(results):
             if isinstance(result, Tensor):
                 self.keep(result, _Trace() if result.dtype == torch.bool else trace)

@@ -238,7 +238,10 @@ def _imports(module: str, path: Path) -> tuple[str, ...]:
     if path.suffix != ".py":
         return ()
     is_package = path.name == "__init__.py"
-    return _list_imports(path.read_bytes(), module if is_package else module.rpartition(".")[0])
+    try:
+        return _list_imports(path.read_bytes(), module if is_package else module.rpartition(".")[0])
+    except (RecursionError, MemoryError):  # as of a file that cannot be imported; not kept, since the stack decides it
+        return ()
 
 
 @functools.lru_cache(maxsize=4096)
@@ -246,12 +249,7 @@ def _list_imports(source: bytes, package: str) -> tuple[str, ...]:
     """Return every module that the source of a module in a package may import."""
     try:
         tree = ast.parse(source)
-    except (
-        SyntaxError,
-        ValueError,
-        RecursionError,
-        MemoryError,
-    ):  # importing this file fails, and the module that imports it may handle that
+    except (SyntaxError, ValueError):  # importing this file fails, and the module that imports it may handle that
         return ()
     found = []
     for node in ast.walk(tree):

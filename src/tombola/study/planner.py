@@ -29,6 +29,7 @@ from tombola.study.rounds import compute_mask
 from tombola.study.schema import Study
 from tombola.study.task import Problem, load_importance, load_recipe
 from tombola.study.trainings import Round, Training, name_mask, name_training
+from tombola.training.accumulation import counts_positions
 from tombola.training.history import Trained
 from tombola.training.replaceable import choose_layers, find_fault
 from tombola.training.weights import Weights
@@ -292,6 +293,12 @@ class Planner:
         """Whether activations may stay packed between sparse convolutions, see `tombola.kernels.are_packed`."""
         return self.problem.forward is call and can_pack(self.model)
 
+    @cached_property
+    def _counts_positions(self) -> bool:
+        """Whether accumulated batches count by positions, see `tombola.training.accumulation.counts_positions`."""
+        problem = self.problem
+        return counts_positions(self.study.recipe, problem.data, problem.loss, problem.step)
+
     def describe_counted(self) -> str:
         """Return a sentence on what density is about, and a second one if it is about a small part of the network.
 
@@ -370,6 +377,7 @@ class Planner:
             device=device,
             sparse=sparse,
             packed=have_convolutions(mask, sparse) and self._can_pack,
+            positions=self._counts_positions,
             behaviour=self.observed.computes,
             sources=self._recipe_sources,
         )

@@ -37,8 +37,8 @@ from tombola.study.depends import identify_all
 from tombola.study.schema import Study, Task
 from tombola.training.behaviour import Behaviour, observe
 from tombola.training.evaluation import Loss
-from tombola.training.loss_functions import LOSSES, are_positions
-from tombola.training.metrics import ACCURACY, IGNORED, Measure, Metric, as_metric, check_names
+from tombola.training.loss_functions import LOSSES
+from tombola.training.metrics import ACCURACY, Measure, Metric, as_metric, check_names
 from tombola.training.metrics import find as find_metric
 from tombola.training.recipe import Recipe
 from tombola.training.train import check_device, check_recipe_fits, initial_state
@@ -50,11 +50,6 @@ COPIES = 4
 
 BUILT_IN = 1
 """Version of the built-in models and losses as a part of a training's name: increase it if their outputs change."""
-
-
-IGNORING = 2
-"""The same of cross-entropy for targets that it ignores: a mean over batches counts the positions since this version.
-Before it, each batch counted by its examples."""
 
 
 class UnusedWarning(UserWarning):
@@ -151,9 +146,6 @@ def load_problem(task: Task, directory: Path | None = None) -> Problem:
             for field, name in (("forward", task.forward), ("step", task.step))
             if name is not None
         }
-    targets = [getattr(data, f"{split}_labels") for split in data.splits]
-    if any(are_positions(labels, loss) and (labels == IGNORED).any() for labels in targets):
-        loss_identity = {**loss_identity, "version": IGNORING}
     check_names(metrics)
     build = _checked(f"task.model {task.model!r}", model)
     if task.model in models.MODELS:

@@ -61,6 +61,7 @@ def name_training(
     device: str,
     sparse: Sequence[str],
     packed: bool = False,
+    positions: bool = False,
     sources: Mapping[str, str] | None = None,
     behaviour: Behaviour = (),
 ) -> Training:
@@ -76,6 +77,7 @@ def name_training(
         device: the device to train on, "cpu" or "cuda".
         sparse: the names of the weights that sparse kernels train, see `tombola.kernels.sparse_layers`.
         packed: whether activations stay packed between sparse convolutions, see `tombola.kernels.are_packed`.
+        positions: whether batches count by positions, see `tombola.training.accumulation.counts_positions`.
         sources: the hashes of the source of the recipe's own functions, see `tombola.study.task.load_recipe`.
         behaviour: what the network computes on a few examples, which workers compare.
 
@@ -100,6 +102,8 @@ def name_training(
     }
     if packed:
         identity["packed"] = PACKED
+    if positions:
+        identity["positions"] = True
     if sources:
         identity["sources"] = dict(sources)
     return Training(name_of(identity), identity, initial, mask, seed, begin, end, behaviour)

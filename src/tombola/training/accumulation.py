@@ -7,8 +7,30 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from tombola.inputs import Tensors, count_examples
+from tombola.datasets.dataset import Dataset
+from tombola.inputs import OwnStep, Tensors, count_examples
 from tombola.training.batches import Batch
+from tombola.training.evaluation import Loss
+from tombola.training.loss_functions import are_positions
+from tombola.training.metrics import IGNORED
+from tombola.training.recipe import Recipe
+
+
+def counts_positions(recipe: Recipe, data: Dataset, loss: Loss, step: OwnStep | None = None) -> bool:
+    """Return whether accumulated batches count by the targets that the loss does not ignore, not by their examples.
+
+    They do if a target of the train set is ignored. Of drawn batches, only the first ones are known; those with several
+    targets for each example count by these in any case, because later ones may be padded.
+
+    >>> inputs, targets = torch.zeros(2, 2), torch.tensor([[1, IGNORED], [2, 0]])
+    >>> padded = Dataset("padded", inputs, targets, inputs, targets)
+    >>> [counts_positions(Recipe(epochs=1, accumulate=n), padded, nn.functional.cross_entropy) for n in (1, 2)]
+    [False, True]
+    """
+    targets = data.train_labels
+    if recipe.accumulate == 1 or step is not None or not are_positions(targets, loss):
+        return False
+    return (data.drawn is not None and targets.ndim > 1) or bool((targets == IGNORED).any())
 
 
 def accumulate(

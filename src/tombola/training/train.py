@@ -21,7 +21,7 @@ from tombola.kernels import accelerate, dense_names
 from tombola.pruning.eligible import list_shared
 from tombola.pruning.mask import Mask
 from tombola.streams import ambient
-from tombola.training.accumulation import accumulate
+from tombola.training.accumulation import accumulate, counts_positions
 from tombola.training.batches import iterations
 from tombola.training.determinism import deterministic_algorithms, flush_denormals, seed_random_layers
 from tombola.training.evaluation import Loss, measure
@@ -162,7 +162,8 @@ def train(
     updater = _make_updater(model, recipe, optimizer, start.optimizer)
     losses = Losses(begin, end, recipe.iterations_per_epoch(examples), device)
     losses.resume(start.iteration, start.batch_losses)
-    count = count_examples if step is not None else functools.partial(count_positions, loss)
+    positions = counts_positions(recipe, data, loss, step)
+    count = functools.partial(count_positions, loss) if positions else count_examples
     diverged = False
 
     def checkpoint() -> Checkpoint:
