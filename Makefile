@@ -137,9 +137,15 @@ test-plain:
 .venv/bin/pip:
 	$(PYTHON) -m venv .venv
 
+# Where the tests' packages are asked for too, as by `make -j2 docs types`, these are enough: two pips at once in one .venv
+# would be in each other's way.
+ifneq ($(filter test types test-repeat mutate sanitize golden reference .venv/installed-tests .venv/installed-checks,$(MAKECMDGOALS)),)
+.venv/installed: | .venv/installed-tests ;
+else
 .venv/installed: $(SOURCES) | .venv/bin/pip
 	$(PIP) .
 	touch $@
+endif
 
 .venv/installed-tests: $(SOURCES) | .venv/bin/pip
 	$(PIP) '.[test]' --config-settings=cmake.define.TOMBOLA_STRICT=ON

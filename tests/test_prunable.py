@@ -52,7 +52,7 @@ from tombola.reporting import tables
 from tombola.study.reinitialisation import plan
 from tombola.study.tickets import Tickets
 from tombola.training.history import History
-from tombola.training.replaceable import OwnLayersWarning, check_kernels, choose_layers, find_fault
+from tombola.training.replaceable import OwnLayersWarning, choose_layers, find_fault, read_kernels
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
@@ -684,7 +684,7 @@ def test_layers_are_named_by_any_name_of_a_shared_weight() -> None:
 
 def test_kernels_is_auto_or_off() -> None:
     with pytest.raises(UserError, match="expected 'auto' or 'off', got 'on'"):
-        check_kernels("on")  # type: ignore[arg-type]
+        read_kernels("on")  # type: ignore[arg-type]
 
 
 def test_frozen_weights_are_pruned_only_if_a_pattern_names_them() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib
 import inspect
+import os
 import re
 import subprocess
 import sys
@@ -13,16 +14,19 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import polars as pl
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional
 
 import tiny_task
 import tombola
 from tombola import Mask, Recipe, Store, Task, Ticket, UserError, Weights, datasets, interchange, loops
 from tombola.importance import IMPORTANCES, find, l1
 from tombola.inputs import call
+from tombola.training.metrics import ACCURACY
 
 
 def _in_a_fresh_process(code: str) -> None:
@@ -134,6 +138,11 @@ def test_every_public_name_is_described_on_the_site() -> None:
     assert set(tombola.__all__) <= {part for name in described for part in name.split(".")}
 
 
+class _BytesPath(os.PathLike[bytes]):
+    def __fspath__(self) -> bytes:
+        return b"nowhere"
+
+
 # What is of no type that an argument may have.
 
 WRONG: dict[str, Any] = {
@@ -152,7 +161,7 @@ def _calls() -> dict[str, tuple[Callable[..., Any], dict[str, Any], dict[str, se
     """Return public functions with valid arguments, and those of `WRONG` that an argument may be."""
     model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
     mask, start, state = Mask.ones_like(model), loops.snapshot(model), model.state_dict()
-    optimizer = torch.optim.SGD(model.parameters())
+    optimizer, tiny = torch.optim.SGD(model.parameters()), tiny_task.model()
     ticket = Ticket(0, mask, Weights.of(state), trained=None)
     layers: dict[str, Any] = {"exclude": ["0"], "keep_dense": ["1"]}
     pruning: dict[str, Any] = {"mask": mask, "importance": l1, "fraction": 0.1, "selection": "global", **layers}
@@ -192,6 +201,14 @@ def _calls() -> dict[str, tuple[Callable[..., Any], dict[str, Any], dict[str, se
         "results": (tombola.results, study, may),
         "plan": (tombola.plan, study, may),
         "overlap": (tombola.overlap, {**study, "importances": ["l1"]}, may | {"importances": none | own}),
+        "train": (
+            tombola.train,
+            {"model": tiny, "initial": tiny.state_dict(), "mask": Mask.ones_like(tiny)}
+            | {"data": tiny_task.dataset(), "recipe": Recipe(epochs=1), "seed": 0, "end": 1, "metrics": [ACCURACY]}
+            | {"loss": functional.cross_entropy, "forward": call, "resume": None, "device": "cpu", "kernels": "auto"},
+            {"seed": {"a number"}, "end": {"a number"} | none, "loss": own, "forward": own, "resume": none}
+            | {"kernels": {"a dict"}},
+        ),
         "find tickets": (
             lambda **of: list(tombola.find_tickets(**of)),
             {"model": tiny_task.model(), "data": tiny_task.dataset(), "recipe": Recipe(epochs=1), "importance": l1}
@@ -212,6 +229,31 @@ def test_what_is_of_a_wrong_type_is_told_in_a_sentence() -> None:
                 assert told is not None, f"{name}: {argument}: {kind} was accepted"
                 assert "\n" not in told
                 assert len(told) < 500
+
+
+@pytest.mark.parametrize(
+    ("name", "argument", "wrong", "text"),
+    [
+        ("train", "seed", 1.5, "seed: expected a whole number, got 1.5"),
+        ("train", "seed", True, "seed: expected a whole number, got True"),
+        ("train", "seed", "1", "seed: expected a whole number, got '1'"),
+        ("train", "metrics", "accuracy", "metrics: expected a list of .*, got 'accuracy'; write \\['accuracy'\\]"),
+        ("train", "metrics", [len], "metrics: expected a list of .*, got builtin_function_or_method"),
+        ("find tickets", "metrics", "accuracy", "metrics: expected a list of names of .*; write \\['accuracy'\\]"),
+        ("find tickets", "fraction", torch.tensor(0.2), "fraction: expected a number between 0 and 1, .* got Tensor"),
+        ("save", "path", _BytesPath(), "Ticket.save: expected a path, got _BytesPath"),
+        ("Weights.of", "state", np.int64(3), "got 3$"),
+    ],
+)
+def test_what_is_nearly_right_is_told_too(name: str, argument: str, wrong: object, text: str) -> None:
+    function, right, _ = _calls()[name]
+    assert re.search(text, _refusal(function, right | {argument: wrong}) or "nothing was told")
+
+
+def test_a_seed_may_be_a_number_of_numpy() -> None:
+    function, right, _ = _calls()["train"]
+    one, other = (function(**right | {"seed": seed}).weights.load() for seed in (np.int64(1), 1))
+    assert all(tensor.equal(other[name]) for name, tensor in one.items())
 
 
 def _refusal(function: Callable[..., Any], given: dict[str, Any]) -> str | None:

@@ -372,6 +372,8 @@ def test_the_level_that_is_shown(planner: Planner) -> None:
     table = winners.of_study(Tickets(planner), margin=1.0)
     assert table["level"].to_list() == [3, 3, 3], "a margin that everything keeps"
     assert gather(planner, "s", ["s"], margin=1.0).level == 3
+    level: Any = np.int64(2)
+    assert gather(planner, "s", ["s"], level=level).level == 2
     with pytest.raises(UserError, match=r"level 4: expected a level from 1 on .* they have levels 1 to 3"):
         gather(planner, "s", ["s"], level=4)
 

@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import safetensors
 import safetensors.torch
@@ -320,6 +321,16 @@ def test_divergence_is_the_last_ticket(rewind: int) -> None:
     assert tickets[0].trained is not None
     assert tickets[0].trained.history.diverged_at is not None
     assert tickets[0].trained.history.test_accuracy is None
+
+
+def test_layers_may_be_named_by_a_generator() -> None:
+    """It can be read once, and what it names is pruned, left out and written down."""
+    named = {"prune": ["*.weight"], "exclude": ["2"], "keep_dense": [], "shares": {"0": np.float32(1)}}
+    once = {name: (each for each in layers) for name, layers in named.items() if name != "shares"}
+    ticket = _tickets(levels=1, selection="shares", seed=np.int64(0), **named | once)[-1]
+    assert list(ticket.mask) == ["0.weight"]
+    written = json.loads(json.dumps(ticket.provenance))
+    assert written | named == written
 
 
 # Errors.

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -23,7 +24,7 @@ from tombola.engine.job import Job, Outcome
 from tombola.engine.run import run
 from tombola.errors import UserError
 from tombola.importance import Network, NetworkScore, magnitude
-from tombola.lottery.rewinding import Rule, check_rule
+from tombola.lottery.rewinding import Rule, check_rule, resolve_shares
 from tombola.pruning.selection import SELECTIONS, apportion
 from tombola.streams import ambient
 from tombola.study.needs import list_chain_needs
@@ -129,6 +130,11 @@ def test_a_rule_is_checked_for_all_levels_before_any_training(tmp_path: Path) ->
     ):
         with pytest.raises(UserError, match=text):
             check_rule(rule, dense, levels)
+    share: Any = np.int64(2)  # a number of another library
+    assert resolve_shares(dense, {"a": share}) == {"a": 2}
+    assert apportion("shares", dense.sizes, dense.shapes, 10, {"a": share}) == {"a": 9, "b": 1}
+    with pytest.raises(UserError, match="shares: 'a': expected a number from 0, got True"):
+        resolve_shares(dense, {"a": True})
     with pytest.raises(UserError, match="shares: 'nothing' is no prunable layer"):
         planner(tmp_path, variant(("l1",), selection="shares", shares={"nothing": 1.0}))
     with pytest.raises(UserError, match=r"shares: 'fc' has the share -1.0; expected a number from 0"):

@@ -525,8 +525,10 @@ def test_what_cannot_be_scored_is_said() -> None:
         ({"shares": {"a": float("inf")}}, "shares: 'a' has the share inf"),
         ({"shares": {"a": -1.0}}, "shares: 'a' has the share -1.0"),
         ({"shares": {"a": "1"}}, "shares: 'a' has the share '1'"),
+        ({"shares": {"a": True}}, "shares: 'a' has the share True"),
         ({"shares": {"aa": 1.0}}, "shares: 'aa' is no layer of the mask; did you mean 'a'"),
-        ({"fraction": "0.5"}, "fraction must lie between 0 and 1, both excluded, got '0.5'"),
+        ({"fraction": "0.5"}, "fraction: expected a number between 0 and 1, both excluded, got '0.5'"),
+        ({"fraction": torch.tensor(0.2)}, "fraction: expected a number between 0 and 1, both excluded, got Tensor"),
     ],
 )
 def test_a_round_that_asks_for_something_odd_is_refused(how: dict[str, object], said: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import io
 import os
 import resource
@@ -73,23 +74,58 @@ def test_what_a_program_prints_is_not_in_the_output(tmp_path: Path, monkeypatch:
     with out.open("w") as output, err.open("w") as errors:
         monkeypatch.setattr(sys, "stdout", output)
         monkeypatch.setattr(sys, "stderr", errors)
+        monkeypatch.setattr(sys, "__stdout__", output)
+        library = ctypes.CDLL(None)
+        library.fdopen.restype = ctypes.c_void_p
+        stream = ctypes.c_void_p(library.fdopen(output.fileno(), b"w"))
         with reserve_output():
             os.write(output.fileno(), b"a program\n")
             print("a module")
+            library.fputs(b"a library\n", stream)
+            print("a module that goes round", file=sys.__stdout__)
             emit("[]")
         print("later")
     assert out.read_text() == "[]\nlater\n"
-    assert err.read_text() == "a program\na module\n"
+    lines = ["a library", "a module", "a module that goes round", "a program"]
+    assert sorted(err.read_text().splitlines()) == lines, "what has its own buffer comes later"
 
 
 def test_an_output_that_the_code_of_a_study_closes_is_said(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     closed = io.StringIO()
     closed.close()
-    monkeypatch.setattr(sys, "stdout", closed)
-    assert main(["presets"]) == 2
-    assert capsys.readouterr().err == "tombola: the code of the study closed the standard output; leave it open\n"
+    said = "tombola: the code of the study closed the standard output; leave it open\n"
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", closed)
+        assert main(["presets"]) == 2
+        assert capfd.readouterr().err == said
+
+    def remove(*_: object) -> int:
+        sys.stdout = None  # type: ignore[assignment]
+        return 0
+
+    def close(*_: object) -> int:
+        with reserve_output():
+            sys.stdout.close()  # it is standard error
+            print("more")
+        return 0
+
+    def close_and_ask_for_what_is_not_there(*_: object) -> int:
+        sys.stderr.close()
+        raise UserError("levels: too many")
+
+    for call, text in (
+        (remove, said),
+        (close, said),
+        (close_and_ask_for_what_is_not_there, "tombola: levels: too many\n"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "stdout", sys.stdout)
+            patch.setattr(sys, "stderr", os.fdopen(2, "w", 1, closefd=False))
+            patch.setattr(sys.modules["tombola.cli.main"], "_call", call)
+            assert main(["presets"]) == 2
+            assert capfd.readouterr().err == text
 
 
 def test_a_working_directory_that_was_removed_is_said(

@@ -450,9 +450,10 @@ def test_tables_are_those_of_the_analyses(name: str) -> None:
 
 
 def test_a_ticket_is_read_and_an_importance_may_be_named_or_given() -> None:
+    zero: Any = np.int64(0)
     one = tombola.read_ticket(importance=l1, seed=0, level=1, **finished())
     other = tombola.read_ticket(importance="l1", seed=0, level=1, **finished())
-    assert one.mask == other.mask
+    assert one.mask == other.mask == tombola.read_ticket(importance="l1", seed=zero, level=zero + 1, **finished()).mask
     assert one.load_trained().keys() == other.rewound.keys()
     assert tombola.layers(**finished(), importances=[l1])["importance"].unique().to_list() == ["l1"]
 
@@ -462,6 +463,7 @@ def test_a_ticket_is_read_and_an_importance_may_be_named_or_given() -> None:
     [
         ({"importance": "l2"}, "^importance: the study has no importance 'l2', it has magnitude, l1$"),
         ({"seed": 7}, "^seed: the study has no seed 7, it has 0$"),
+        ({"seed": [0]}, r"^seed: the study has no seed \[0\], it has 0$"),
         ({"level": 2}, "^level: the study has no level 2, it has levels 0 to 1$"),
         ({"level": -1}, "^level: the study has no level -1"),
         ({"level": 1.0}, "^level: expected a whole number, got 1.0$"),

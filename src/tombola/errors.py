@@ -7,7 +7,7 @@ import os
 import sys
 import sysconfig
 from collections.abc import Iterable
-from numbers import Integral
+from numbers import Integral, Number, Real
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ def refuse_windows(what: str) -> None:
     if sys.platform == "win32":
         raise UserError(
             f"{what} need Linux or macOS; on Windows use its subsystem for Linux (WSL). "
-            "find_tickets, prune, tickets and training loops of your own work without"
+            "find_tickets, prune, tickets and your own training loops need no WSL"
         )
 
 
@@ -109,16 +109,20 @@ def short(value: object, most: int = 100) -> str:
 def kind_of(value: object) -> str:
     """Return what a value of a wrong type is called in a message: numbers and texts as they are, others by their type.
 
+    Numbers are those of other libraries too, such as NumPy's.
+
     >>> kind_of(3), kind_of("l1"), kind_of([1]), kind_of(Path), kind_of(None)
     ('3', "'l1'", 'list', 'the class Path', 'None')
     """
-    if value is None or isinstance(value, str | bytes | int | float):
+    if value is None or isinstance(value, str | bytes | int):
         return short(value)
+    if isinstance(value, Number):
+        return shorten(str(value))
     return f"the class {value.__name__}" if isinstance(value, type) else type(value).__name__
 
 
 def expect(value: object, kind: Any, what: str, expected: str) -> None:
-    """Raise `UserError` unless a value is of a type, or of one of several; True and False are no whole numbers.
+    """Raise `UserError` unless a value is of a type, or of one of several; True and False are no numbers.
 
     Args:
         value: what the user gave.
@@ -130,7 +134,7 @@ def expect(value: object, kind: Any, what: str, expected: str) -> None:
     Traceback (most recent call last):
     tombola.errors.UserError: levels: expected a whole number, got '2'
     """
-    if not isinstance(value, kind) or (kind in (int, Integral) and isinstance(value, bool)):
+    if not isinstance(value, kind) or (kind in (int, Integral, Real) and isinstance(value, bool)):
         raise UserError(f"{what}: expected {expected}, got {kind_of(value)}")
 
 
@@ -161,7 +165,7 @@ def as_path(value: object, what: str) -> Path:
     """Return a path that the user gave.
 
     Args:
-        value: a text, or another path.
+        value: a text, or another path, which is no bytes.
         what: what the user calls it.
 
     Raises:
@@ -171,9 +175,9 @@ def as_path(value: object, what: str) -> Path:
     Traceback (most recent call last):
     tombola.errors.UserError: store: expected a path, got 3
     """
-    expect(value, (str, os.PathLike), what, "a path")
-    assert isinstance(value, str | os.PathLike)
-    path = Path(value)
+    if not isinstance(value, str | os.PathLike) or not isinstance(text := os.fspath(value), str):
+        raise UserError(f"{what}: expected a path, got {kind_of(value)}")
+    path = Path(text)
     if "\0" in str(path):
         raise UserError(f"{what}: {short(str(path))} is no path, because it has a null character")
     return path
@@ -194,13 +198,30 @@ def as_texts(value: object, what: str, each: str) -> list[str]:
     Traceback (most recent call last):
     tombola.errors.UserError: exclude: expected a list of names of layers, got 'fc1'; write ['fc1']
     """
-    if isinstance(value, str | bytes) or not isinstance(value, Iterable):
-        advice = f"; write [{short(value)}]" if isinstance(value, str) else ""
-        raise UserError(f"{what}: expected a list of {each}, got {kind_of(value)}{advice}")
-    found = list(value)
+    found = as_list(value, what, each)
     for text in found:
         expect(text, str, what, f"a list of {each}")
     return found
+
+
+def as_list(value: object, what: str, each: str) -> list[Any]:
+    """Return the list of what the user gave, which is no single text; a generator can be read only once.
+
+    Args:
+        value: a list, a set, a generator or another collection.
+        what: what the user calls it.
+        each: what each of its elements is, for the message.
+
+    Raises:
+        UserError: if it is no collection.
+
+    >>> as_list((x for x in "ab"), "metrics", "metrics")
+    ['a', 'b']
+    """
+    if isinstance(value, str | bytes) or not isinstance(value, Iterable):
+        advice = f"; write [{short(value)}]" if isinstance(value, str) else ""
+        raise UserError(f"{what}: expected a list of {each}, got {kind_of(value)}{advice}")
+    return list(value)
 
 
 def did_you_mean(name: str, choices: Iterable[str]) -> str:

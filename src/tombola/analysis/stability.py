@@ -51,7 +51,8 @@ def of_study(
     wanted = sorted(levels) if levels is not None else [last_level(tickets, chains)]
     if wanted[0] < 1:
         raise UserError("stability: it compares levels, so it needs a level from 1 on")
-    for layer in () if layers is None else as_texts(layers, "layers", "names of layers"):
+    layers = None if layers is None else as_texts(layers, "layers", "names of layers")
+    for layer in layers or ():
         if layer not in [*tickets.planner.dense, ALL]:
             raise UserError(f"layers: there is no layer {layer!r}, there are {', '.join(tickets.planner.dense)}")
     masks = {(level, c): t.mask for level, ts in by_level(tickets, chains, wanted) for c, t in ts.items()}
@@ -70,7 +71,7 @@ def of_study(
                     shared,
                     tickets.planner.kept_dense,
                 )
-                table = table if layers is None else table.filter(pl.col("layer").is_in(list(layers)))
+                table = table if layers is None else table.filter(pl.col("layer").is_in(layers))
                 tables.append(after(table, level=level, importance=chain.importance, seed=seed))
     return pl.concat(tables)
 

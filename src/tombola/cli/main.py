@@ -12,7 +12,7 @@ import shlex
 import sys
 import textwrap
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TextIO
 
 from tombola import __version__
 from tombola.cli import analysis, catalogue, completion, find, further, report, results, run, start, store, trained
@@ -92,13 +92,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
             end_at_once(130)  # because the normal exit of torch can take seconds
         return 130
     except (UserError, DamagedResultError) as error:
-        print(f"tombola: {add_advice(error)}", file=sys.stderr)
+        _tell(f"tombola: {add_advice(error)}")
         return 2
-    except ValueError:
-        if not sys.stdout.closed:
+    except (ValueError, AttributeError):
+        if not (_is_closed(sys.stdout) or _is_closed(sys.stderr)):
             raise
-        print("tombola: the code of the study closed the standard output; leave it open", file=sys.stderr)
+        _tell("tombola: the code of the study closed the standard output; leave it open")
         return 2
+
+
+def _is_closed(stream: TextIO | None) -> bool:
+    """Return whether a stream was closed, or replaced by None or by what is no stream."""
+    return bool(getattr(stream, "closed", True))
+
+
+def _tell(text: str) -> None:
+    """Print a line to standard error, also where Python's stream was closed: under json and csv, it is both."""
+    if not _is_closed(sys.stderr):
+        print(text, file=sys.stderr)
+        return
+    with contextlib.suppress(OSError):  # the number is closed too
+        os.write(2, f"{text}\n".encode(errors="backslashreplace"))
 
 
 def _prepare_streams() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import ctypes
 import io
 import json
 import os
@@ -10,7 +11,7 @@ import shutil
 import sys
 import textwrap
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stdout, suppress
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -58,8 +59,18 @@ def _keep_output() -> Iterator[TextIO]:
         with open(kept, "w", encoding=sys.stdout.encoding, errors=sys.stdout.errors, closefd=False) as output:
             yield output
     finally:
+        _flush_elsewhere()
         os.dup2(kept, number)
         os.close(kept)
+
+
+def _flush_elsewhere() -> None:
+    """Write what Python's first standard output and libraries in C have buffered; the number is standard error's."""
+    for stream in (sys.stdout, sys.__stdout__):
+        with suppress(OSError, ValueError, AttributeError):  # it is broken, closed or None
+            stream.flush()  # type: ignore[union-attr]
+    with suppress(OSError, TypeError, AttributeError):  # Windows has no library of the process itself
+        ctypes.CDLL(None).fflush(None)
 
 
 def emit(text: str) -> None:

@@ -121,7 +121,9 @@ def choose_to_infer(shape: Sequence[int], density: float, batch_size: int) -> bo
     #   512 -> 512, 2 x 2    128         .61              1.61  1.32
     #   64 -> 256, 1 x 1, 14 x 14    1   .71              1.05  1.64
     #
-    # Within LeNet-300-100 and with one example, 784 -> 300 gains less than alone: about a tenth at density .1.
+    # With one example, 784 -> 300 alone is faster up to a density between .1 and .15. Within LeNet-300-100 it gains
+    # less: about a tenth at .1. The limit for one example is therefore .1, the last of these densities at which it is
+    # faster in both.
     if len(shape) == 4:
         return density <= (0.25 if math.prod(shape[2:]) > 1 else 0.2)
     if batch_size > MOST_FEW:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any, Literal, Protocol, TypeAlias
 
 from torch import nn
@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from tombola.datasets.dataset import Dataset
 from tombola.datasets.progress import Bar
-from tombola.errors import UserError, expect, expect_functions, expect_whole
+from tombola.errors import UserError, as_list, as_texts, expect, expect_functions, expect_whole
 from tombola.importance import Importance, Normalisation, as_importance
 from tombola.importance.scores import movement
 from tombola.inputs import Forward, OwnStep, call
@@ -33,7 +33,7 @@ from tombola.training.loss_functions import find_loss
 from tombola.training.metrics import ACCURACY, Metric, load_metric
 from tombola.training.own_optimizer import MakeOptimizer
 from tombola.training.recipe import Recipe, RewindTo, Schedule
-from tombola.training.replaceable import OwnLayersWarning, check_kernels, find_fault
+from tombola.training.replaceable import OwnLayersWarning, find_fault, read_kernels
 from tombola.training.scoring import EXAMPLES, TRIED, score_network
 from tombola.training.train import check_device, check_recipe_fits, train
 from tombola.training.trial import try_network
@@ -255,13 +255,16 @@ def find_tickets(
     importance, loss = as_importance(importance), find_loss(loss) if isinstance(loss, str) else loss
     optional = {"step": step, "optimizer": optimizer, "schedule": schedule}
     expect_functions(loss=loss, forward=forward, **{name: each for name, each in optional.items() if each is not None})
-    expect(metrics, Iterable, "metrics", "a list of metrics")
-    measured = tuple(map(load_metric, metrics))
+    measured = tuple(map(load_metric, as_list(metrics, "metrics", "names of metrics or functions")))
     check_score_at(score_at, importance, recipe.rewind_to)
     check_recipe_fits(recipe, data)
     optimizer, schedule = optimizer or recipe.load_own("optimizer"), schedule or recipe.load_own("schedule")
     check_device(device)
-    check_kernels(kernels)
+    read_kernels(kernels)
+    exclude, keep_dense = (
+        as_texts(layers, what, "names of layers") for what, layers in (("exclude", exclude), ("keep_dense", keep_dense))
+    )
+    prune = as_texts(prune, "prune", "patterns")
     dense = Mask.ones_like(model, exclude, prune)
     check_start(model, dense, prune, "model")
     shared = list_shared(model)
@@ -316,13 +319,13 @@ def find_tickets(
         "data": {"name": data.name, "fingerprint": data.fingerprint},
         "recipe": recipe.model_dump(mode="json"),
         "importance": importance.name,
-        "fraction": fraction,
-        "seed": seed,
-        "prune": list(prune),
-        "exclude": list(exclude),
-        "keep_dense": list(keep_dense),
+        "fraction": float(fraction),
+        "seed": int(seed),
+        "prune": prune,
+        "exclude": exclude,
+        "keep_dense": keep_dense,
         "selection": selection,
-        "shares": dict(shares or {}),
+        "shares": {name: share if isinstance(share, int) else float(share) for name, share in (shares or {}).items()},
         "score_at": score_at,
         "device": device,
         "kernels": kernels,
@@ -437,7 +440,7 @@ def resolve_shares(mask: Mask, shares: Mapping[str, float]) -> dict[str, float]:
     found: dict[str, float] = {}
     expect(shares, Mapping, "shares", "numbers by the names of layers")
     for name, share in shares.items():
-        expect(share, (int, float), f"shares: {name!r}", "a number from 0")
+        expect(share, Real, f"shares: {name!r}", "a number from 0")
         if not 0 <= share < math.inf:
             raise UserError(f"shares: {name!r} has the share {share}; expected a number from 0")
         found |= dict.fromkeys(sorted(resolve_layers(mask, [name], "shares")), share)

@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from tombola.errors import UserError, expect
+from tombola.errors import UserError, as_texts, expect
 from tombola.pruning.eligible import describe_computed, list_frozen, list_shared, prunable, resolve_layers
 
 Bits = npt.NDArray[np.uint8]
@@ -240,6 +240,7 @@ def resolve_kept_dense(
     >>> sorted(resolve_kept_dense(mask, ["fc"]))
     ['fc.weight']
     """
+    layers = as_texts(layers, "keep_dense", "names of layers")
     kept = resolve_layers([*mask, *left_out], layers, "keep_dense", shared=shared) - set(left_out)
     if kept == set(mask):
         raise UserError(f"keep_dense: {', '.join(map(repr, layers))} match all {len(mask)} layers; leave one to prune")

@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from itertools import pairwise
-from numbers import Integral
+from numbers import Integral, Real
 from typing import TypeAlias
 
 import torch
@@ -173,7 +173,8 @@ def count_to_remove(alive: int, fraction: float) -> int:
 
 def check_fraction(fraction: float) -> None:
     """Raise `UserError` if a fraction is not in (0, 1)."""
-    if not hasattr(fraction, "__float__") or not 0 < fraction < 1:
+    expect(fraction, Real, "fraction", "a number between 0 and 1, both excluded")
+    if not 0 < fraction < 1:
         raise UserError(f"fraction must lie between 0 and 1, both excluded, got {short(fraction)}")
 
 

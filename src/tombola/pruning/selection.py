@@ -10,6 +10,7 @@ import functools
 import math
 from collections.abc import Callable, Iterator, Mapping
 from fractions import Fraction
+from numbers import Integral, Real
 
 import numpy as np
 import numpy.typing as npt
@@ -95,7 +96,7 @@ def apportion(
     for layer, share in (shares or {}).items():
         if layer not in shapes:
             raise UserError(f"shares: {layer!r} is no layer of the mask; {did_you_mean(str(layer), shapes)}")
-        if not isinstance(share, int | float) or not 0 <= share < math.inf:
+        if not isinstance(share, Real) or isinstance(share, bool) or not 0 <= share < math.inf:
             raise UserError(f"shares: {layer!r} has the share {short(share)}; expected a number from 0")
     if selection == "global":
         return None
@@ -103,7 +104,8 @@ def apportion(
         ideal = _erk(alive, shapes, count)
     else:
         given = shares or {} if selection == "shares" else {}
-        weights = {layer: number * Fraction(given.get(layer, 1)) for layer, number in alive.items()}
+        exact = {each: int(share) if isinstance(share, Integral) else float(share) for each, share in given.items()}
+        weights = {layer: number * Fraction(exact.get(layer, 1)) for layer, number in alive.items()}
         whole = sum(weights.values())
         if count and not whole:
             raise RoundError("shares: all layers that have connections left have share 0; give one of them a share")

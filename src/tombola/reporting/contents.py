@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from numbers import Integral
 from typing import Any
 
 import polars as pl
@@ -270,14 +271,14 @@ def _choose_level(tickets: Tickets, level: int | None, best: pl.DataFrame | None
     study = tickets.study
     last = tickets.last_level(select_chains(study, None)) or 0
     if level is not None:
-        expect(level, int, "level", "a whole number")
+        expect(level, Integral, "level", "a whole number")
         if not 1 <= level <= last:
             there = f"levels 1 to {last}" if last else "no level"
             raise UserError(
                 f"level {level}: expected a level from 1 on that all importances and seeds have, they have {there}"
             )
         check_level(study, level)
-        return level
+        return int(level)
     if last < 1:
         return None
     if best is not None and set(best["importance"]) == set(study.importances):

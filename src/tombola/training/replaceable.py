@@ -62,12 +62,13 @@ def find_fault(
     )
 
 
-def check_kernels(kernels: Kernels) -> None:
-    """Raise `UserError` unless the value is "auto", "off" or a collection of names."""
+def read_kernels(kernels: Kernels) -> Kernels:
+    """Return "auto", "off" or a list of names; raise `UserError` for anything else."""
     if not isinstance(kernels, str):
-        as_texts(kernels, "kernels", "names of weights")
-    elif kernels not in ("auto", "off"):
+        return as_texts(kernels, "kernels", "names of weights")
+    if kernels not in ("auto", "off"):
         raise UserError(f"kernels: expected 'auto' or 'off', got {kernels!r}")
+    return kernels
 
 
 def choose_layers(model: nn.Module, mask: Mask, recipe: Recipe, device: str, allowed: Kernels) -> list[str]:

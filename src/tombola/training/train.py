@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from tombola.datasets.dataset import Dataset
-from tombola.errors import UserError, expect, expect_functions, expect_whole, kind_of, short
+from tombola.errors import UserError, as_list, expect, expect_functions, expect_whole, kind_of, short
 from tombola.inputs import Forward, OwnStep, call, convert, count_examples
 from tombola.kernels import accelerate, dense_names
 from tombola.pruning.eligible import list_shared
@@ -33,7 +34,7 @@ from tombola.training.metrics import ACCURACY, LOSS, Metric
 from tombola.training.optimizer import Optimizer, find_decayed
 from tombola.training.own_optimizer import MakeOptimizer, OwnOptimizer
 from tombola.training.recipe import Augmentation, Recipe, Schedule
-from tombola.training.replaceable import Kernels, OwnLayersWarning, check_kernels, choose_layers, find_fault
+from tombola.training.replaceable import Kernels, OwnLayersWarning, choose_layers, find_fault, read_kernels
 from tombola.training.weights import State, Weights, apply_mask, load_state, zero_pruned
 
 MOST_ITERATIONS = 10**9
@@ -121,6 +122,10 @@ def train(
     expect(data, Dataset, "data", "a tombola.Dataset")
     expect(recipe, Recipe, "recipe", "a tombola.Recipe")
     expect(resume, Checkpoint | None, "resume", "a tombola.Checkpoint")
+    expect(seed, Integral, "seed", "a whole number")
+    metrics = as_list(metrics, "metrics", "tombola.training.metrics.Metric")
+    for metric in metrics:
+        expect(metric, Metric, "metrics", "a list of tombola.training.metrics.Metric")
     check_device(device)
     optional = {"step": step, "optimizer": optimizer, "schedule": schedule, "watch": watch, "on_epoch": on_epoch}
     expect_functions(loss=loss, forward=forward, **{name: each for name, each in optional.items() if each is not None})
@@ -133,7 +138,7 @@ def train(
     start = resume or Checkpoint(begin, initial)
     data = move_data(data, device)
     model = load_model(model, start.state, mask, device)
-    check_kernels(kernels)
+    kernels = read_kernels(kernels)
     own = ":" in recipe.optimizer
     if step is not None or own:
         kernels = "off"  # code of the user gets the network's own parameters

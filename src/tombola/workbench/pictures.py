@@ -123,7 +123,8 @@ def gather_stored(
     from tombola.reporting.contents import COSTLY, FURTHER, gather
 
     known = (*COSTLY, *FURTHER)
-    if unknown := [each for each in as_texts(costly, "costly", "analyses") if each not in known]:
+    costly = as_texts(costly, "costly", "analyses")
+    if unknown := [each for each in costly if each not in known]:
         raise UserError(f"costly: unknown analysis {unknown[0]!r}; {did_you_mean(unknown[0], known)}")
     contents = gather(planner, title, command, costly=costly, level=level, margin=margin)
     if not contents.results:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Integral
 from pathlib import Path
 
 from tombola.errors import NothingStoredError, UserError, short
@@ -53,10 +54,10 @@ def ticket_of(planner: Planner, importance: str, seed: int, level: int) -> Ticke
     study = planner.study
     known: Sequence[str | int]
     for what, value, known in (("importance", importance, study.importances), ("seed", seed, study.seeds)):
-        if not isinstance(value, str | int) or value not in known:
+        if not isinstance(value, str | Integral) or value not in known:
             raise UserError(f"{what}: the study has no {what} {short(value)}, it has {', '.join(map(str, known))}")
     check_level(study, level)
-    chain = Chain(seed, importance)
+    chain = Chain(int(seed), importance)
     progress = planner.progress(chain)
     if level >= len(progress.tickets):
         there = f"levels 0 to {len(progress.tickets) - 1} are" if progress.tickets else "none of its levels is"
