@@ -408,9 +408,7 @@ class HandMade(nn.Module):
         kept = torch.rand(40, 4) < 0.5
         if way == "rows":
             kept = torch.arange(40).view(-1, 1).expand(40, 4) % 2 == 0
-        if way == "closure":
-            self.mask = lambda weight: weight * kept
-        elif way == "attribute":
+        if way == "attribute":
             self.kept = kept
         elif way == "list":
             self.masks = [kept.float()]
@@ -419,8 +417,6 @@ class HandMade(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         weight: Tensor = self.hidden.weight
-        if self.way == "closure":
-            return torch.as_tensor(self.out(functional.linear(x, self.mask(weight), self.hidden.bias).relu()))
         if self.way == "drawn" and self.training:
             self.kept = torch.rand(40, 4) < 0.5
         kept = self.masks[0] if self.way == "list" else self.kept
@@ -436,9 +432,7 @@ class HandMade(nn.Module):
         return out
 
 
-@pytest.mark.parametrize(
-    "way", ["buffer", "attribute", "list", "rows", "closure", "in place", "unused", "limit", "drawn"]
-)
+@pytest.mark.parametrize("way", ["buffer", "attribute", "list", "rows", "in place", "unused", "limit", "drawn"])
 def test_a_network_that_masks_its_own_weights_is_refused(way: str) -> None:
     with ambient(0):
         model = HandMade(way)
@@ -446,22 +440,9 @@ def test_a_network_that_masks_its_own_weights_is_refused(way: str) -> None:
     if way in ("unused", "limit", "drawn"):
         tried(dense=Mask.ones_like(model))
         return
-    said = {
-        "in place": "a step sets .* of the 160 weights of 'hidden.weight' to 0",
-        "closure": " of the 160 weights of 'hidden.weight' do nothing, as if the network multiplied them by a mask",
-    }
-    held = "it multiplies its 'hidden.weight' by its '(kept|masks)', so that .* of its 160 weights do nothing"
-    with pytest.raises(UserError, match=rf"{said.get(way, held)}.*exclude = \['hidden.weight'\]"):
+    said = "it multiplies its 'hidden.weight' by its '(kept|masks)', so that .* of its 160 weights do nothing"
+    if way == "in place":
+        said = "a step sets .* of the 160 weights of 'hidden.weight' to 0"
+    with pytest.raises(UserError, match=rf"{said}.*exclude = \['hidden.weight'\]"):
         tried(dense=Mask.ones_like(model))
     tried(dense=Mask.ones_like(model, exclude=["hidden"]))
-
-
-def test_weights_that_lack_a_gradient_by_chance_are_no_mask() -> None:
-    """Half of the inputs of each example are 0, test examples have other inputs, and units are off for an example."""
-    inputs = torch.rand(60, 100) * (torch.rand(60, 100) < 0.5)
-    inputs[:40, 50:], inputs[40:, :50] = 0, 0
-    labels = torch.arange(60) % 2
-    data = Dataset("apart", inputs[:40], labels[:40], inputs[40:], labels[40:], ("a", "b"))
-    with ambient(0):
-        model = nn.Sequential(nn.Linear(100, 300), nn.ReLU(), nn.Linear(300, 2))
-    try_network(lambda: model, functional.cross_entropy, data, RECIPE, dense=Mask.ones_like(model))
