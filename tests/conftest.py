@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import subprocess
 from collections import Counter
 from collections.abc import Iterator
@@ -23,6 +24,7 @@ hypothesis.settings.register_profile("explore", max_examples=2000, deadline=None
 hypothesis.settings.load_profile("repeatable")
 
 torch.set_num_threads(1)  # also for what fixtures compute before the first test
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell makes what runs in the background ignore it
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -24,8 +24,11 @@ _FOUND, _KEEPS, _FAILS = "found", "keeps the metric", "does not"
 _NOT_FROM_0 = alt.Scale(zero=False, nice=True)
 _LEGEND = alt.Legend(title=None, symbolOpacity=1)
 _SPARSER = "connections alive, % (log scale)"
+_unchecked = debug_mode(False)
+"""Altair checks every part of a chart against its schema, which takes seconds; tests draw every chart in a browser."""
 
 
+@_unchecked
 def accuracy(
     table: pl.DataFrame,
     importances: Sequence[str],
@@ -84,9 +87,10 @@ def accuracy(
                 tooltip=[*_fields("importance:N", "level:Q"), *_numbers("paper %", "paper std", "accuracy %")],
             )
         )
-    return alt.layer(*layers).properties(height=_HEIGHT)
+    return alt.layer(*layers, height=_HEIGHT)
 
 
+@_unchecked
 def frontier(
     table: pl.DataFrame, importances: Sequence[str], dense: float | None, margin: float, measure: Measure
 ) -> Chart:
@@ -139,9 +143,10 @@ def frontier(
             x=x, y=y, color=_colour(importances), shape=states, size=size, tooltip=tooltip
         )
     )
-    return alt.layer(*layers).properties(height=_HEIGHT)
+    return alt.layer(*layers, height=_HEIGHT)
 
 
+@_unchecked
 def matrix(table: pl.DataFrame, tickets: Sequence[str], level: int, levels: Sequence[int] = ()) -> Chart:
     """Chart the share in common of each pair of tickets as a matrix, with a slider if there are several levels.
 
@@ -171,16 +176,17 @@ def matrix(table: pl.DataFrame, tickets: Sequence[str], level: int, levels: Sequ
         tooltip=[*_fields("ticket:N", "other:N", "level:Q"), *_numbers("shared %", "by chance %", "Jaccard %")],
     )
     if len(there) > 8:
-        return alt.layer(cells).properties(height=26 * len(there))
+        return alt.layer(cells, height=26 * len(there))
     light = alt.condition(alt.datum["shared %"] < 60, alt.value("white"), alt.value("black"))
     figures = (
         base.transform_filter("isValid(datum['shared %'])")
         .mark_text()
         .encode(x=x, y=y, text=alt.Text("shared %:Q", format=".1f"), color=light)
     )
-    return alt.layer(cells, figures).properties(height=34 * len(there))
+    return alt.layer(cells, figures, height=34 * len(there))
 
 
+@_unchecked
 def overlap(table: pl.DataFrame) -> Chart:
     """Chart the share in common against density, with chance; takes a table of `tables.overlap`."""
     names = table["comparison"].unique(maintain_order=True).to_list()
@@ -212,7 +218,8 @@ def overlap(table: pl.DataFrame) -> Chart:
             shape=shape,
             tooltip=[*_fields("comparison:N", "level:Q"), *_numbers(*columns)],
         ),
-    ).properties(height=_HEIGHT)
+        height=_HEIGHT,
+    )
 
 
 def _comparison(names: Sequence[str], columns: int = 2) -> tuple[alt.Color, alt.Shape]:
@@ -234,6 +241,7 @@ _KINDS = {
 _COMPARISONS = {TWO: ("#3d7fb8", "circle"), NOISE: ("#7d8791", "square")}
 
 
+@_unchecked
 def overlap_by_layer(table: pl.DataFrame) -> Chart:
     """Chart the share in common in each layer, with chance; takes a table of `tables.overlap_by_layer`."""
     names = table["comparison"].unique(maintain_order=True).to_list()
@@ -260,9 +268,11 @@ def overlap_by_layer(table: pl.DataFrame) -> Chart:
                 *_numbers("shared %", "chance, by layers %", "chance, overall %"),
             ],
         ),
-    ).properties(height=max(_height(layers), (12 if len(layers) <= 30 else 8) * len(names) * len(layers)))
+        height=max(_height(layers), (12 if len(layers) <= 30 else 8) * len(names) * len(layers)),
+    )
 
 
+@_unchecked
 def layers(table: pl.DataFrame, least: float) -> Chart:
     """Chart the density of each layer at each level as a heat map; a cross marks a collapsed layer.
 
@@ -289,9 +299,11 @@ def layers(table: pl.DataFrame, least: float) -> Chart:
         base.transform_filter("datum.collapsed > 0")
         .mark_text(text="×", fontWeight="bold", style="alarm", fontSize=13)
         .encode(x=x, y=y, tooltip=tooltip),
-    ).properties(height=_height(names))
+        height=_height(names),
+    )
 
 
+@_unchecked
 def stability(table: pl.DataFrame, importances: Sequence[str]) -> Chart:
     """Chart mean and middle half of a measure for shared (filled) and other (hollow) connections of each importance.
 
@@ -324,15 +336,17 @@ def stability(table: pl.DataFrame, importances: Sequence[str]) -> Chart:
                 tooltip=[*_fields("importance:N", "connections:N"), *_numbers("mean", "25 %", "75 %", form=".4g")],
             )
         )
-    return alt.layer(*layers).properties(height=32 * len(importances))
+    return alt.layer(*layers, height=32 * len(importances))
 
 
+@_unchecked
 def effects(table: pl.DataFrame, importances: Sequence[str], title: str) -> Chart:
     """Chart the effect size in each layer, shared against other connections; takes a table of `tables.stability`."""
     others = ("shared, mean", "other, mean")
     return _by_layer(table, importances, "effect", title, others, alt.Scale(domain=[-1, 1]))
 
 
+@_unchecked
 def reinit(table: pl.DataFrame, importances: Sequence[str]) -> Chart:
     """Chart the survival of kept connections above chance in each layer; takes a table of `tables.reinit`."""
     column = "more than chance, %"
@@ -340,6 +354,7 @@ def reinit(table: pl.DataFrame, importances: Sequence[str]) -> Chart:
     return _by_layer(table, importances, column, title, others, alt.Scale(), ("low", "high"))
 
 
+@_unchecked
 def controls(table: pl.DataFrame, importances: Sequence[str], measure: Measure = TEST_ACCURACY) -> Chart:
     """Chart what each control loses against the ticket, with 95 % intervals; takes a table of `further.controls`."""
     kinds = table["trained"].unique(maintain_order=True).to_list()
@@ -366,9 +381,10 @@ def controls(table: pl.DataFrame, importances: Sequence[str], measure: Measure =
             tooltip=[*_fields("importance:N", "trained:N"), *_numbers(*numbers)],
         )
     )
-    return alt.layer(*layers).properties(height=max(22, 9 * len(importances)) * max(1, len(kinds)))
+    return alt.layer(*layers, height=max(22, 9 * len(importances)) * max(1, len(kinds)))
 
 
+@_unchecked
 def weights(table: pl.DataFrame, importances: Sequence[str]) -> Chart:
     """Chart the distribution of weights in each layer: 5 % to 95 % as a thin bar, middle half thick, median marked.
 
@@ -378,21 +394,22 @@ def weights(table: pl.DataFrame, importances: Sequence[str]) -> Chart:
     """
     names = table["layer"].unique(maintain_order=True).to_list()
     y, rows = _layers_down(names, offset=len(importances)), len(names) * len(importances)
-    return _distribution(table, importances, y, alt.Scale(zero=False), None).properties(
-        height=max(_height(names), min(9 * rows, max(3 * rows, 900)))
-    )
+    height = max(_height(names), min(9 * rows, max(3 * rows, 900)))
+    return _distribution(table, importances, y, height, alt.Scale(zero=False), None)
 
 
+@_unchecked
 def scores(table: pl.DataFrame, importance: str, importances: Sequence[str]) -> Chart:
     """Chart the distribution of one importance in each layer on a log scale, without values of 0 or below."""
     own = table.filter(pl.col("importance") == importance)
     quantiles = ("5 %", "25 %", "median", "75 %", "95 %")
     own = own.with_columns(pl.when(pl.col(name) > 0).then(pl.col(name)).alias(name) for name in quantiles)
     names = table["layer"].unique(maintain_order=True).to_list()
-    chart = _distribution(own, importances, _layers_down(names), alt.Scale(type="log"), "log scale", None)
-    return chart.properties(height=_height(names))
+    rows, height = _layers_down(names), _height(names)
+    return _distribution(own, importances, rows, height, alt.Scale(type="log"), "log scale", None)
 
 
+@_unchecked
 def connectivity(table: pl.DataFrame) -> Chart:
     """Chart the test error on the line between each pair of tickets; takes a table of `tables.connectivity`."""
     domain = [IMPORTANCES, DATA_ORDER]
@@ -407,9 +424,11 @@ def connectivity(table: pl.DataFrame) -> Chart:
         base.mark_point(filled=True, opacity=0.75).encode(
             x=x, y=y, color=what, tooltip=[*_fields("tickets:N"), *_numbers("position", "error %", "barrier, points")]
         ),
-    ).properties(height=_HEIGHT)
+        height=_HEIGHT,
+    )
 
 
+@_unchecked
 def functions(table: pl.DataFrame) -> Chart:
     """Chart how often two networks make the same prediction; takes a table of `tables.functions`."""
     names = table["compared"].to_list()
@@ -428,7 +447,8 @@ def functions(table: pl.DataFrame) -> Chart:
                 *_numbers("agreement %", "low", "high", "mean accuracy %", "ensemble accuracy %"),
             ],
         ),
-    ).properties(height=17 * len(names))
+        height=17 * len(names),
+    )
 
 
 def _by_layer(
@@ -464,13 +484,14 @@ def _by_layer(
             tooltip=[*_fields("importance:N", "layer:N"), *_numbers(column, *others, form=".4g")],
         )
     )
-    return alt.layer(*layers).properties(height=_height(names, least=18))
+    return alt.layer(*layers, height=_height(names, least=18))
 
 
 def _distribution(
     table: pl.DataFrame,
     importances: Sequence[str],
     y: alt.Y,
+    height: int,
     scale: alt.Scale,
     title: str | None,
     offset: str | None = "importance",
@@ -506,14 +527,14 @@ def _distribution(
             tooltip=tooltip,
             **place,
         ),
+        height=height,
     )
 
 
 def _data(table: pl.DataFrame) -> alt.InlineData:
     """Return a table's rows, with numbers rounded to seven significant digits: more than a chart can show."""
     short = table.with_columns(pl.col(pl.Float64).round_sig_figs(7).fill_nan(None))
-    with debug_mode(False):  # validating every row against the schema takes seconds
-        return alt.InlineData(short.to_dicts())
+    return alt.InlineData(tuple(short.to_dicts()))  # altair copies a list for each layer, with every row in it
 
 
 def _sparsity() -> alt.X:

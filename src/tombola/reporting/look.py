@@ -69,6 +69,8 @@ def visible(text: str) -> str:
     >>> visible("fc\x001"), visible("fc 1 \N{GRINNING FACE}")
     ('fc\\x001', 'fc 1 😀')
     """
+    if text.isprintable():
+        return text  # soon told, and true of nearly every text
     return _INVISIBLE.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
