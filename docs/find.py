@@ -20,8 +20,8 @@ from typing import Any
 
 import torch
 from scipy.stats import kendalltau, spearmanr
-from sklearn.datasets import load_diabetes
-from torch import nn
+from sklearn.datasets import load_diabetes, load_digits
+from torch import Tensor, nn
 
 import tombola
 from tombola.analysis.frontier import chance_outside
@@ -64,6 +64,27 @@ def regressor() -> nn.Module:
     return nn.Sequential(nn.Linear(10, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 1))
 
 
+def rows() -> tombola.Dataset:
+    """Return the data of docs/examples/lstm.md: digits of 8 x 8 pixels as sequences of 8 rows."""
+    images, labels = (torch.tensor(part) for part in load_digits(return_X_y=True))
+    inputs, labels = images.float().view(-1, 8, 8) / 16, labels.long()
+    return tombola.Dataset("rows", inputs[:1200], labels[:1200], inputs[1200:], labels[1200:], tuple("0123456789"))
+
+
+class Reader(nn.Module):
+    """The LSTM of docs/examples/lstm.md."""
+
+    def __init__(self, width: int = 48) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(8, width, batch_first=True, bidirectional=True)
+        self.out = nn.Linear(2 * width, 10)
+
+    def forward(self, rows: Tensor) -> Tensor:
+        """Return the class scores of sequences, shape (examples, 10)."""
+        states, _ = self.lstm(rows)
+        return self.out(states.mean(1))
+
+
 def define(name: str) -> tuple[Study, float]:
     """Return the study of a name, and the margin."""
     if name == "digits":
@@ -73,10 +94,14 @@ def define(name: str) -> tuple[Study, float]:
         recipe = tombola.Recipe(optimizer="adamw", lr=3e-3, epochs=8, batch_size=28)
         study = Study(task=task, recipe=recipe, importances=["magnitude", "l1"], seeds=[0, 1, 2], levels=16)
         return study, 0.05
+    if name == "lstm":
+        task = tombola.Task(dataset=rows, model=Reader, validation=0.3)
+        recipe = tombola.Recipe(optimizer="adam", lr=1e-2, clip_norm=1.0, epochs=10, batch_size=50)
+        return Study(task=task, recipe=recipe, importances=["magnitude", "l2"], seeds=[0, 1, 2], levels=16), 0.01
     return load_study(name, SMALL_LENET), 0.01
 
 
-STUDIES = ("digits", "lenet-mnist", "lenet-fashion", "diabetes")
+STUDIES = ("digits", "lenet-mnist", "lenet-fashion", "diabetes", "lstm")
 
 CHECKED = {
     "importances": ["magnitude"],
