@@ -198,7 +198,9 @@ def test_a_strategy_that_asks_for_what_is_known_or_cannot_be_is_refused(asked: A
         plan(known, lambda _: [asked])
 
 
-def test_rounds_end_where_a_training_diverges() -> None:
+def test_rounds_end_where_a_training_diverges_alone() -> None:
+    end, known, _ = simulate(lambda each, _: -9.0 if each.level == 3 else 0.0, "rounds", 6)
+    assert end.found == Candidate("l1", (1, 2, 3, 4, 5, 6)), "a ticket that loses is no end"
     end, known, _ = simulate(lambda each, _: -math.inf if each.level == 3 else 0.0, "rounds", 6)
     assert end.found == Candidate("l1", (1, 2))
     assert max(each.level for each in known.gains) == 3
@@ -211,6 +213,8 @@ def test_a_race_drops_half_after_each_ticket_and_takes_up_who_is_first_again() -
     assert [each.importance for each in race(known)] == ["d", "c"]
     more = first | {Candidate("d", (6, 9)): {0: -1.0}, Candidate("c", (6, 9)): {0: 0.0}}
     assert race(Known(names, 10, 0.0, 1, more)) == [Candidate("c", (6, 9, 10))]
+    over = more | {Candidate("c", (6, 9, 10)): {0: -1.0}}
+    assert race(Known(names, 10, 0.0, 1, over)) == [Candidate("b", (6, 10)), Candidate("a", (6, 10))], "a last chance"
 
 
 def test_bisect_takes_steps_of_about_the_root_of_the_levels() -> None:
