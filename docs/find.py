@@ -2,6 +2,7 @@
 
     python docs/find.py strategies STUDY    what each strategy finds, and its work
     python docs/find.py order STUDY         whether short trainings rank levels and importances as complete ones do
+    python docs/find.py shared STUDY        whether connections that importances share make better tickets
     python docs/find.py seeds               how often fresh seeds refute what is found on digits
 
 Everything is stored, so that a second call only reads. The unit of work is one complete training.
@@ -13,24 +14,29 @@ import argparse
 import math
 import statistics
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
 from scipy.stats import kendalltau, spearmanr
-from sklearn.datasets import load_diabetes
-from torch import nn
+from sklearn.datasets import load_diabetes, load_digits
+from torch import Tensor, nn
 
 import tombola
 from tombola.analysis.frontier import chance_outside
+from tombola.engine.run import run
 from tombola.engine.search import Budget, measure_gain, search
 from tombola.lottery.search import Candidate, Known, find_strategy
+from tombola.pruning.mask import Mask
 from tombola.store.store import Store
-from tombola.study.planner import Chain, Planner
+from tombola.study.early import prune_at_once
+from tombola.study.planner import Chain, Planner, Start
 from tombola.study.schema import Study, load_study
 from tombola.study.searches import shorten_study
+from tombola.study.singles import plan_singles
 from tombola.study.task import load_problem
 from tombola.study.tickets import Tickets
 from tombola.threads import one_thread
@@ -38,7 +44,7 @@ from tombola.workbench.find import work_of_rounds
 from tombola.workbench.runs import open_workers
 from tombola.workbench.studies import open_planner
 
-STRATEGIES = ("race", "short", "one-shot", "bisect", "rounds")
+STRATEGIES = ("race", "early", "short", "one-shot", "bisect", "rounds")
 
 SMALL_LENET: dict[str, Any] = {
     "importances": ["magnitude", "l1"],
@@ -64,6 +70,27 @@ def regressor() -> nn.Module:
     return nn.Sequential(nn.Linear(10, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 1))
 
 
+def rows() -> tombola.Dataset:
+    """Return the data of docs/examples/lstm.md: digits of 8 x 8 pixels as sequences of 8 rows."""
+    images, labels = (torch.tensor(part) for part in load_digits(return_X_y=True))
+    inputs, labels = images.float().view(-1, 8, 8) / 16, labels.long()
+    return tombola.Dataset("rows", inputs[:1200], labels[:1200], inputs[1200:], labels[1200:], tuple("0123456789"))
+
+
+class Reader(nn.Module):
+    """The LSTM of docs/examples/lstm.md."""
+
+    def __init__(self, width: int = 48) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(8, width, batch_first=True, bidirectional=True)
+        self.out = nn.Linear(2 * width, 10)
+
+    def forward(self, rows: Tensor) -> Tensor:
+        """Return the class scores of sequences, shape (examples, 10)."""
+        states, _ = self.lstm(rows)
+        return self.out(states.mean(1))
+
+
 def define(name: str) -> tuple[Study, float]:
     """Return the study of a name, and the margin."""
     if name == "digits":
@@ -73,10 +100,14 @@ def define(name: str) -> tuple[Study, float]:
         recipe = tombola.Recipe(optimizer="adamw", lr=3e-3, epochs=8, batch_size=28)
         study = Study(task=task, recipe=recipe, importances=["magnitude", "l1"], seeds=[0, 1, 2], levels=16)
         return study, 0.05
+    if name == "lstm":
+        task = tombola.Task(dataset=rows, model=Reader, validation=0.3)
+        recipe = tombola.Recipe(optimizer="adam", lr=1e-2, clip_norm=1.0, epochs=10, batch_size=50)
+        return Study(task=task, recipe=recipe, importances=["magnitude", "l2"], seeds=[0, 1, 2], levels=16), 0.01
     return load_study(name, SMALL_LENET), 0.01
 
 
-STUDIES = ("digits", "lenet-mnist", "lenet-fashion", "diabetes")
+STUDIES = ("digits", "lenet-mnist", "lenet-fashion", "diabetes", "lstm")
 
 CHECKED = {
     "importances": ["magnitude"],
@@ -194,6 +225,58 @@ def find_last(gains: Gains, importance: str, seeds: Sequence[int], levels: Seque
     return max(kept, default=0)
 
 
+def measure_shared(study: Study, levels: Sequence[int], **where: Any) -> None:
+    """Prune the dense networks at once by each importance, and by how many importances keep a connection; train all.
+
+    Print the mean difference from the dense networks over the seeds, for each level a line.
+    """
+    planner = open_planner(study, **where)
+    with open_workers(planner, 1, None) as workers:
+        run(planner, workers, lambda *_: None, [Chain(seed, study.importances[0], early=True) for seed in study.seeds])
+        tickets = Tickets(planner)
+        starts: dict[Chain, Start] = {}
+        for seed, level in product(study.seeds, levels):
+            dense = tickets.progress(Chain(seed, study.importances[0], early=True)).tickets[0]
+            density = (1 - study.fraction) ** level
+            masks = {
+                each: prune_at_once(planner, dense.trained.weights, dense.rewind, each, density, seed)
+                for each in study.importances
+            }
+            masks["shared first"] = keep_shared(masks, dense.trained.weights.load(), planner.kept_dense)
+            for name, mask in masks.items():
+                chain = Chain(seed, f"{name}, at once to level {level}")
+                starts[chain] = Start(level, dense.rewind, mask, study.recipe.rewind, planner.end)
+        singles = plan_singles(tickets, starts, {"verb": "shared"})
+        run(singles, workers, lambda *_: None)
+    own, measure = Tickets(singles), planner.problem.measure
+    names = [*study.importances, "shared first"]
+    print(f"| level | {' | '.join(names)} |", flush=True)
+    for level in levels:
+        columns = []
+        for name in names:
+            gains = []
+            for seed in study.seeds:
+                before = tickets.measured(Chain(seed, study.importances[0], early=True))[0]
+                after = own.measured(Chain(seed, f"{name}, at once to level {level}"))[0]
+                gains.append(
+                    measure_gain(after.trained.history.value(measure), before.trained.history.value(measure), measure)
+                )
+            columns.append(f"{100 * statistics.fmean(gains):+.2f}")
+        print(f"| {level} | {' | '.join(columns)} |", flush=True)
+
+
+def keep_shared(masks: Mapping[str, Mask], weights: Mapping[str, Tensor], kept_dense: Collection[str]) -> Mask:
+    """Return the mask, of as many connections as each mask has, of those that most masks have; then of larger |w|."""
+    first = next(iter(masks.values()))
+    layers = [layer for layer in first if layer not in kept_dense]
+    votes = {layer: torch.stack([mask[layer] for mask in masks.values()]).sum(0) for layer in layers}
+    largest = max(float(weights[layer].abs().max()) for layer in layers)
+    scores = {layer: votes[layer].double() + weights[layer].abs().double() / (1 + largest) for layer in layers}
+    alive = sum(first.counts[layer] for layer in layers)
+    lowest = torch.cat([each.flatten() for each in scores.values()]).topk(alive).values[-1]
+    return Mask.from_tensors({layer: scores[layer] >= lowest if layer in scores else first[layer] for layer in first})
+
+
 def ask_once(candidate: Candidate, known: Known) -> tuple[Candidate, ...]:
     """Ask for one ticket, as a strategy."""
     return () if known.gains else (candidate,)
@@ -243,7 +326,7 @@ def check_seeds(store: Path, margin: float = 0.01, judges: int = 3) -> None:
 def main() -> None:
     """Measure what the arguments name."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("what", choices=("strategies", "order", "seeds"))
+    parser.add_argument("what", choices=("strategies", "order", "shared", "seeds"))
     parser.add_argument("study", nargs="?", choices=STUDIES, default="digits")
     parser.add_argument("--store", type=Path, default=Path("find-store"))
     parser.add_argument("--data")
@@ -253,8 +336,12 @@ def main() -> None:
         if options.what == "seeds":
             check_seeds(options.store)
             return
+        study, margin = define(options.study)
+        if options.what == "shared":
+            measure_shared(study, (4, 6, 8, 10), store=options.store, data=options.data)
+            return
         measure = measure_strategies if options.what == "strategies" else measure_order
-        measure(*define(options.study), store=options.store, data=options.data)
+        measure(study, margin, store=options.store, data=options.data)
 
 
 if __name__ == "__main__":

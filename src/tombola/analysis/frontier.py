@@ -15,6 +15,7 @@ from tombola.analysis.winners import by_level, mean_with_interval
 from tombola.engine.search import Walk
 from tombola.lottery.search import Candidate
 from tombola.lottery.ticket import Ticket
+from tombola.study import searches
 from tombola.study.planner import Chain
 from tombola.study.tickets import Tickets
 
@@ -118,8 +119,8 @@ def chance_outside(gains: Sequence[float], margin: float) -> float | None:
 def read_tickets(walk: Walk, candidate: Candidate, trial: int) -> tuple[Ticket, Ticket]:
     """Return the dense network and a ticket of a search in one of its trials, with all metrics."""
     planner, seed = walk.trials[trial]
-    tickets = Tickets(planner).measured(Chain(seed, candidate.importance, path=candidate.path))
-    return tickets[0], tickets[-1]
+    dense, *_, ticket = searches.read_tickets(Tickets(planner), candidate, seed)
+    return dense, ticket
 
 
 def _mean(values: Sequence[float | None]) -> float | None:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 _PICTURES = ("svg", "png", "pdf", "html")
 
-_STRATEGIES = ("rounds", "bisect", "one-shot", "race", "short")
+_STRATEGIES = ("rounds", "bisect", "one-shot", "race", "short", "early")
 
 
 def add_verbs(verbs: Verbs) -> None:
@@ -250,6 +250,12 @@ def _describe(found: Found, measure: Measure) -> list[str]:
         lines.append(
             f"the search used trainings of {tried} of the {complete} iterations, after which the table shows the "
             f"{measure.label} and the differences; the judges and the ticket that was found were trained in full"
+        )
+    if found.walk.end.found is not None and found.walk.end.found.early:
+        planner, rewind = found.walk.trials[-1][0], study.recipe.rewind
+        lines.append(
+            f"masks were taken after {planner.early_end - rewind} of {planner.end - rewind} iterations; the dense "
+            "networks and all tickets of the table were trained in full"
         )
     rounds = work_of_rounds(study)
     lines.append(

@@ -120,13 +120,13 @@ def steps_ahead(planner: Planner, chain: Chain, progress: Progress, speed: Speed
     """Return the trainings that a chain still needs, in their order."""
     if progress.waits_for is None:
         return []
-    levels, rewind = planner.levels(chain), planner.study.recipe.rewind
+    levels = planner.levels(chain)
     missing = [-1, *levels][1 + len(levels) - progress.remaining :]  # -1 is the training to the rewind point
     steps = []
     for number, level in enumerate(missing):
         name = (progress.waits_for.key, number) if number < progress.shared else (str(chain), level)
         density = (1 - planner.study.fraction) ** max(0, level)
-        steps.append(Step(name, speed.training(density, planner.end - rewind if level >= 0 else rewind)))
+        steps.append(Step(name, speed.training(density, planner.length(chain, level))))
     return steps
 
 

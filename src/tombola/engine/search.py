@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from tombola.engine.estimate import speed_of
 from tombola.engine.forecast import Speed, makespan, paths_ahead, steps_ahead
@@ -14,6 +15,7 @@ from tombola.engine.workers import Workers
 from tombola.errors import DamagedResultError, UserError
 from tombola.lottery.search import Ask, Candidate, End, Known, Strategy, plan
 from tombola.study.planner import Chain, Planner, Progress
+from tombola.study.searches import list_chains, read_tickets
 from tombola.study.tickets import Tickets
 from tombola.study.trainings import Training
 from tombola.training.history import Trained
@@ -187,14 +189,11 @@ class _Search:
         return self._list_chains(Ask((best,), trials)) if best and trials else {}
 
     def _list_chains(self, asked: Ask) -> dict[Chain, Planner]:
-        return {chain: self._walk.trials[trial][0] for trial, _, chain in self._list_places(asked)}
+        return {chain: self._walk.trials[trial][0] for trial in asked.trials for chain in self._chains_of(trial, asked)}
 
-    def _list_places(self, asked: Ask) -> list[tuple[int, Candidate, Chain]]:
-        return [
-            (trial, each, Chain(self._walk.trials[trial][1], each.importance, path=each.path))
-            for trial in asked.trials
-            for each in asked.candidates
-        ]
+    def _chains_of(self, trial: int, asked: Ask) -> list[Chain]:
+        seed = self._walk.trials[trial][1]
+        return list(dict.fromkeys(chain for each in asked.candidates for chain in list_chains(each, seed)))
 
     def _suffices(self, chains: Mapping[Chain, Planner]) -> bool:
         """Return whether the budget is expected to suffice for chains of trainings."""
@@ -230,20 +229,21 @@ class _Search:
 
     def _train(self, asked: Ask) -> bool:
         """Do the trainings of these tickets and note what is known then; return False if the time is over."""
-        places = self._list_places(asked)
-        note = {"search": [{"importance": each.importance, "path": list(each.path)} for each in asked.candidates]}
+        note = {"search": [_describe_path(each) for each in asked.candidates]}
         try:
             for planner in dict.fromkeys(
                 planner for planner, _ in (self._walk.trials[trial] for trial in asked.trials)
             ):
-                chains = [chain for trial, _, chain in places if self._walk.trials[trial][0] is planner]
+                trials = [trial for trial in asked.trials if self._walk.trials[trial][0] is planner]
+                chains = [chain for trial in trials for chain in self._chains_of(trial, asked)]
                 planner.about = note
                 status = run(planner, self._workers, self._watch, chains)
                 self._walk.notes += [text for text in status.notes if text not in self._walk.notes]
         except _TimeIsUp:
             return False
-        for trial, candidate, chain in places:
-            self._note(trial, candidate, chain)
+        for trial in asked.trials:
+            for candidate in asked.candidates:
+                self._note(trial, candidate)
         return True
 
     def _watch(self, status: Status, finished: Training | None) -> None:
@@ -254,17 +254,19 @@ class _Search:
         if seconds is not None and status.done < status.total and self._clock() - self._began > seconds:
             raise _TimeIsUp
 
-    def _note(self, trial: int, candidate: Candidate, chain: Chain) -> None:
-        """Note the results of a chain: those of the ticket, and of the tickets on its path that are not known yet."""
+    def _note(self, trial: int, candidate: Candidate) -> None:
+        """Note the results of a ticket, and of the tickets on its path that are not known yet."""
         planner, seed = self._walk.trials[trial]
         tickets = Tickets(planner)
-        progress = tickets.progress(chain)
-        self._seen[f"{planner.end} {chain}"] = planner, progress
-        for training in progress.trainings:
-            self._work[training.key] = (training.end - training.begin) / self._whole
+        for chain in list_chains(candidate, seed):
+            progress = tickets.progress(chain)
+            self._seen[f"{planner.end} {chain}"] = planner, progress
+            for training in progress.trainings:
+                self._work[training.key] = (training.end - training.begin) / self._whole
         self._walk.work = sum(self._work.values())
         measure = planner.problem.measure
-        dense, *others = tickets.measured(chain) or [None]
+        found = read_tickets(tickets, candidate, seed)
+        dense, others = next(iter(found), None), found[1:]
         before = dense.trained.history.value(measure) if dense is not None and dense.trained is not None else None
         if before is None:
             raise UserError(f"the dense network of seed {seed} has no {measure.label}: its training diverged")
@@ -324,6 +326,12 @@ def follow(planner: Planner, chain: Chain) -> Progress:
             return None
 
     return planner.progress(chain, get)
+
+
+def _describe_path(candidate: Candidate) -> dict[str, Any]:
+    """Return the note on a candidate in the records of the trainings that it asks for."""
+    note: dict[str, Any] = {"importance": candidate.importance, "path": list(candidate.path)}
+    return note | {"early": True} if candidate.early else note
 
 
 def _stop(known: Known) -> Sequence[Candidate]:

@@ -11,10 +11,11 @@ from tombola.engine.forecast import Speed, Step, makespan
 from tombola.engine.search import follow
 from tombola.lottery.search import Ask, Strategy, imagine
 from tombola.study.planner import Chain, Planner
+from tombola.study.searches import list_chains
 
-Stage = tuple[int, str, int]
-"""A training of a search: the number of its trial, the path to it with its importance, and its level; -1 is the rewind
-point."""
+Stage = tuple[int, str, int, int]
+"""A training of a search: the number of its trial, the path to it with its importance, its level, -1 for the rewind
+point, and its iterations."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ def estimate_search(
     planner = trials[-1][0]
     study = planner.study
     cases = imagine(strategy, study.importances, study.levels, len(trials))
-    asks = max(cases, key=lambda case: sum(_iterations(trials, stage) for stage in _list_stages(trials, case)))
+    asks = max(cases, key=lambda case: _sum_iterations(_list_stages(trials, case)))
     stages = _list_stages(trials, asks)
     there = _list_stored(trials, asks)
     missing = [stage for stage in stages if stage not in there]
@@ -83,32 +84,36 @@ def estimate_search(
     for number, (own, seed) in enumerate(trials):
         mine = [stage for stage in stages if stage[0] == number and stage[2] >= 0]
         parts.append(Part(seed, own.end, len(mine), sum(stage in there for stage in mine)))
-    work, to_do = (sum(_iterations(trials, each) for each in some) / planner.end for some in (stages, missing))
-    size = sum(result_bytes(trials[trial][0], max(0, level)) for trial, _, level in missing)
+    work, to_do = (_sum_iterations(some) / planner.end for some in (stages, missing))
+    size = sum(result_bytes(trials[trial][0], max(0, level)) for trial, _, level, _ in missing)
     if not missing:
         return Outlook(tuple(parts), work, 0.0, 0.0, "nothing to do", 0)
     try:
-        chains = [follow(*each) for each in _list_chains(trials, asks)]
+        chains = [follow(trials[trial][0], chain) for ask in asks for trial, chain in _list_chains(trials, ask)]
         speed = measure_speed(planner, chains, workers, directory, here=here)
     except DivergedError as error:
         return Outlook(tuple(parts), work, to_do, None, str(error), size)
     return Outlook(tuple(parts), work, to_do, _measure_time(trials, asks, there, speed, workers), speed.source, size)
 
 
-def _list_chains(trials: Sequence[tuple[Planner, int]], asks: Sequence[Ask]) -> list[tuple[Planner, Chain]]:
+def _list_chains(trials: Sequence[tuple[Planner, int]], ask: Ask) -> list[tuple[int, Chain]]:
+    """Return the chains that are asked for, each with the number of its trial."""
     return [
-        (trials[trial][0], Chain(trials[trial][1], each.importance, path=each.path))
-        for ask in asks
+        (trial, chain)
         for trial in ask.trials
         for each in ask.candidates
+        for chain in list_chains(each, trials[trial][1])
     ]
 
 
-def _list_path(planner: Planner, trial: int, importance: str, path: Sequence[int]) -> list[Stage]:
-    """Return the trainings of a path; all importances share the dense network."""
-    first = [-1, 0] if planner.study.recipe.rewind else [0]
-    places = [f"{importance} {' '.join(map(str, path[: number + 1]))}" for number in range(len(path))]
-    return [*((trial, "", level) for level in first), *zip([trial] * len(path), places, path, strict=True)]
+def _list_path(planner: Planner, trial: int, chain: Chain) -> list[Stage]:
+    """Return the trainings of a chain; all importances share the dense network."""
+    levels = planner.levels(chain)
+    stages = [(trial, "", -1, planner.length(chain, -1))] if planner.study.recipe.rewind else []
+    for number, level in enumerate(levels):
+        name = f"{chain.importance} {list(levels[1 : number + 1])} {chain.early}" if level else ""
+        stages.append((trial, name, level, planner.length(chain, level)))
+    return stages
 
 
 def _list_stages(trials: Sequence[tuple[Planner, int]], asks: Sequence[Ask]) -> list[Stage]:
@@ -117,9 +122,8 @@ def _list_stages(trials: Sequence[tuple[Planner, int]], asks: Sequence[Ask]) -> 
         dict.fromkeys(
             stage
             for ask in asks
-            for trial in ask.trials
-            for each in ask.candidates
-            for stage in _list_path(trials[trial][0], trial, each.importance, each.path)
+            for trial, chain in _list_chains(trials, ask)
+            for stage in _list_path(trials[trial][0], trial, chain)
         )
     )
 
@@ -128,17 +132,14 @@ def _list_stored(trials: Sequence[tuple[Planner, int]], asks: Sequence[Ask]) -> 
     """Return the trainings of a search that the store has."""
     found = set[Stage]()
     for ask in asks:
-        for trial in ask.trials:
-            planner, seed = trials[trial]
-            for each in ask.candidates:
-                done = len(follow(planner, Chain(seed, each.importance, path=each.path)).trainings)
-                found |= set(_list_path(planner, trial, each.importance, each.path)[:done])
+        for trial, chain in _list_chains(trials, ask):
+            planner = trials[trial][0]
+            found |= set(_list_path(planner, trial, chain)[: len(follow(planner, chain).trainings)])
     return found
 
 
-def _iterations(trials: Sequence[tuple[Planner, int]], stage: Stage) -> int:
-    planner, rewind = trials[stage[0]][0], trials[stage[0]][0].study.recipe.rewind
-    return rewind if stage[2] < 0 else planner.end - rewind
+def _sum_iterations(stages: Sequence[Stage]) -> int:
+    return sum(iterations for *_, iterations in stages)
 
 
 def _measure_time(
@@ -148,17 +149,19 @@ def _measure_time(
     seconds, done = speed.start, set(there)
     for ask in asks:
         paths = []
-        for trial in ask.trials:
+        for trial, chain in _list_chains(trials, ask):
             planner = trials[trial][0]
-            for each in ask.candidates:
-                stages = [one for one in _list_path(planner, trial, each.importance, each.path) if one not in done]
-                densities = [(1 - planner.study.fraction) ** max(0, level) for _, _, level in stages]
-                paths.append(
-                    [
-                        Step((f"{one[0]} {one[1]}", one[2]), speed.training(density, _iterations(trials, one)))
-                        for one, density in zip(stages, densities, strict=True)
-                    ]
-                )
+            paths.append(
+                [
+                    Step(
+                        (f"{trial} {name} {iterations}", level),
+                        speed.training((1 - planner.study.fraction) ** max(0, level), iterations),
+                    )
+                    for stage in _list_path(planner, trial, chain)
+                    if stage not in done
+                    for _, name, level, iterations in [stage]
+                ]
+            )
         seconds += makespan(paths, workers)
         done |= set(_list_stages(trials, [ask]))
     return seconds

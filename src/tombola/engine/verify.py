@@ -56,15 +56,21 @@ class Place:
         training: the training.
         chain: a chain that the training belongs to.
         level: the level of the training; None for the rewind point.
+        whole: the iterations of a complete training of the study, the rewind point included.
     """
 
     planner: Planner
     training: Training
     chain: Chain
     level: int | None
+    whole: int
 
     def __str__(self) -> str:
-        return f"{self.chain}, " + ("rewind point" if self.level is None else f"level {self.level}")
+        if self.level is None:
+            where, shorter = "rewind point", self.planner.end < self.whole
+        else:
+            where, shorter = f"level {self.level}", self.training.end < self.whole
+        return f"{self.chain}, {where}" + (f", {self.training.end} iterations" if shorter else "")
 
 
 def list_places(planners: Sequence[tuple[Planner, Sequence[Chain]]]) -> list[Place]:
@@ -78,7 +84,7 @@ def list_places(planners: Sequence[tuple[Planner, Sequence[Chain]]]) -> list[Pla
     for planner, chains in planners:
         tickets = Tickets(planner)
         for chain in chains:
-            for place in _places(planner, chain, tickets.progress(chain)):
+            for place in _places(planner, chain, tickets.progress(chain), planners[0][0].end):
                 found.setdefault(place.training.key, place)
     if not found:
         raise NothingStoredError.of_study(planners[0][0].store.root)
@@ -143,7 +149,11 @@ def verify_trainings(places: Sequence[Place], workers: Workers) -> Iterator[Find
 
 
 def verify_chains(
-    planner: Planner, chains: Sequence[Chain], workers: Workers, tell: Callable[[int, int], None]
+    planner: Planner,
+    chains: Sequence[Chain],
+    workers: Workers,
+    tell: Callable[[int, int], None],
+    whole: int | None = None,
 ) -> Iterator[Finding]:
     """Repeat whole chains from their initial weights in an empty store, and compare every training.
 
@@ -152,6 +162,7 @@ def verify_chains(
         chains: the chains to repeat.
         workers: the workers that do the trainings, without checkpoints.
         tell: a function that is called with the number of finished trainings and the number of all trainings.
+        whole: the iterations of a complete training of the study, if the planner is that of shorter ones.
 
     Raises:
         UserError: if a training fails.
@@ -166,7 +177,7 @@ def verify_chains(
         results = again.store.results
         seen: set[str] = set()
         for chain in chains:
-            places = _places(planner, chain, tickets.progress(chain))
+            places = _places(planner, chain, tickets.progress(chain), whole or planner.end)
             for place, other in zip(places, again.progress(chain).trainings, strict=False):
                 if place.training.key in seen:
                     continue
@@ -180,14 +191,14 @@ def verify_chains(
                     break  # all later differences in the chain follow from this one
 
 
-def _places(planner: Planner, chain: Chain, progress: Progress) -> list[Place]:
+def _places(planner: Planner, chain: Chain, progress: Progress, whole: int) -> list[Place]:
     """Return the stored trainings of a chain with their levels."""
     trainings = progress.trainings
-    first = -1 if trainings and trainings[0].end < planner.end else 0  # the rewind point comes before level 0
+    first = -1 if trainings and planner.is_rewind_point(trainings[0]) else 0  # the rewind point comes before level 0
     trainings = trainings[: len(progress.tickets) - first]  # without later levels that are trained side by side
     levels = planner.levels(chain)
     return [
-        Place(planner, one, chain, levels[number] if number >= 0 else None)
+        Place(planner, one, chain, levels[number] if number >= 0 else None, whole)
         for number, one in enumerate(trainings, first)
     ]
 

@@ -102,6 +102,7 @@ def lottery_ticket_rewinding(
     levels: int,
     score_at: ScoreAt = "end",
     rewind_to: RewindTo = "weights",
+    early: int | None = None,
 ) -> Iterator[Ticket]:
     """Yield the ticket of each level: Algorithm 2 of the paper (arXiv 2302.11244).
 
@@ -117,6 +118,9 @@ def lottery_ticket_rewinding(
     of the schedule, and fine-tuning trains on for m - k iterations with the last learning rate. Then the weights from
     which a ticket is trained are those that the level before ended with.
 
+    You et al. (arXiv 1909.11957) find that masks are known early in training. Trainings that are only to decide what is
+    pruned next may therefore end early; then the last ticket alone is trained in full.
+
     Args:
         train: a function that trains a network, or looks up the result of an earlier training.
         prune: a function that does one round of pruning.
@@ -129,6 +133,8 @@ def lottery_ticket_rewinding(
             rewind point ("rewind", for `rewind_to="weights"` only).
         rewind_to: what is rewound after a round: "weights", with the schedule; "learning_rate", the schedule alone; or
             "nothing", which is fine-tuning.
+        early: the iteration at which the trainings of all levels but the last end, for scores of trained weights and
+            `rewind_to="weights"` only; None if all trainings are complete.
 
     An example with a training that does not change the weights:
 
@@ -152,7 +158,8 @@ def lottery_ticket_rewinding(
         theta_k = rewind_point.weights
     begin, last = rewind, end
     for level in range(levels + 1):
-        trained = train(theta_k, mask, begin, last)  # step 3a; starting from theta_k is the rewinding of step 3d
+        stop = last if early is None or level == levels else early
+        trained = train(theta_k, mask, begin, stop)  # step 3a; starting from theta_k is the rewinding of step 3d
         if trained is None and score_at == "end":
             return
         yield Ticket(level, mask, theta_k, trained)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TypeAlias
 
@@ -27,6 +27,8 @@ class Candidate:
     Args:
         importance: the importance that decides which connections are pruned.
         path: the levels at which it is trained on the way from the dense network, increasing; the last is its own.
+        early: whether the trainings before the last, which decide what is pruned, end after a part of their iterations,
+            see `EARLY`.
 
     >>> Candidate("l1", (5, 8)).level, [each.path for each in Candidate("l1", (5, 8)).stages]
     (8, [(5,), (5, 8)])
@@ -34,6 +36,7 @@ class Candidate:
 
     importance: str
     path: tuple[int, ...]
+    early: bool = False
 
     @property
     def level(self) -> int:
@@ -42,7 +45,9 @@ class Candidate:
 
     @property
     def stages(self) -> list[Candidate]:
-        """The tickets that are trained on its path, of which it is the last."""
+        """The tickets that are trained in full on its path, of which it is the last."""
+        if self.early:
+            return [self]
         return [Candidate(self.importance, self.path[: number + 1]) for number in range(len(self.path))]
 
 
@@ -176,17 +181,34 @@ def race(known: Known) -> list[Candidate]:
     return asked or [found for each in order[1:] if (found := _pass(known, each, level + 1)) is not None]
 
 
+def early(known: Known) -> list[Candidate]:
+    """Search as `race` does, with masks that are taken early (early-bird tickets, You et al., arXiv 1909.11957).
+
+    The trainings that only decide what is pruned next end after a part of their iterations, see `EARLY`. A ticket of n
+    rounds then takes a complete training and n parts, beside the dense network, instead of n complete trainings.
+
+    >>> early(Known(("l1",), 10, 0.0, 1, {Candidate("l1", (5,), early=True): {0: 0.0}}))
+    [Candidate(importance='l1', path=(5, 8), early=True)]
+    """
+    complete = {replace(each, early=False): gains for each, gains in known.gains.items()}
+    return [replace(each, early=True) for each in race(replace(known, gains=complete))]
+
+
 STRATEGIES: dict[str, Strategy] = {
     "rounds": rounds,
     "bisect": bisect,
     "one-shot": one_shot,
     "race": race,
     "short": race,
+    "early": early,
 }
 """The strategies by name."""
 
 SHARES = {"short": 0.25}
 """Strategies whose first trial has shorter trainings: their length as a share of the complete ones."""
+
+EARLY = 0.25
+"""The part of its iterations after which a training ends that only decides what is pruned next."""
 
 DEFAULT = "race"
 """The strategy that is used if none is named: the cheapest of those that docs/find.md compares that lost nowhere."""
@@ -294,8 +316,8 @@ def plan(known: Known, strategy: Strategy) -> Ask | End:
 def imagine(strategy: Strategy, importances: Sequence[str], levels: int, trials: int) -> Iterator[list[Ask]]:
     """Yield what a search asks for, one after another, in each of many imagined cases.
 
-    In each case, a ticket of any importance keeps the metric up to a certain level, if no round on its path is larger
-    than a certain number of levels, and the other trials agree with the first.
+    In each case, a ticket of any importance, or of the last one alone, keeps the metric up to a certain level, if no
+    round on its path is larger than a certain number of levels, and the other trials agree with the first.
 
     Args:
         strategy: the strategy.
@@ -307,20 +329,21 @@ def imagine(strategy: Strategy, importances: Sequence[str], levels: int, trials:
     ...     for case in imagine(bisect, ["l1"], 9, 1))
     14
     """
-    for last in range(levels + 1):
-        for largest in range(1, last + 1) if last else (1,):
-            gains, asks, too_large = dict[Candidate, dict[int, float]](), list[Ask](), False
-            known = Known(tuple(importances), levels, 0.0, trials, gains)
-            while isinstance(asked := plan(known, strategy), Ask):
-                asks.append(asked)
-                for stage in (stage for each in asked.candidates for stage in each.stages):
-                    gap = max(after - before for before, after in pairwise((0, *stage.path)))
-                    too_large |= gap > largest
-                    gain = 0.0 if stage.level <= last and gap <= largest else -1.0
-                    gains.setdefault(stage, {}).update(dict.fromkeys(asked.trials, gain))
-            yield asks
-            if not too_large:
-                break  # larger rounds are not tried, so whether they keep the metric does not matter
+    for good in dict.fromkeys((tuple(importances), tuple(importances[-1:]))):
+        for last in range(levels + 1):
+            for largest in range(1, last + 1) if last else (1,):
+                gains, asks, too_large = dict[Candidate, dict[int, float]](), list[Ask](), False
+                known = Known(tuple(importances), levels, 0.0, trials, gains)
+                while isinstance(asked := plan(known, strategy), Ask):
+                    asks.append(asked)
+                    for stage in (stage for each in asked.candidates for stage in each.stages):
+                        gap = max(after - before for before, after in pairwise((0, *stage.path)))
+                        too_large |= gap > largest
+                        keeps = stage.importance in good and stage.level <= last and gap <= largest
+                        gains.setdefault(stage, {}).update(dict.fromkeys(asked.trials, 0.0 if keeps else -1.0))
+                yield asks
+                if not too_large:
+                    break  # larger rounds are not tried, so whether they keep the metric does not matter
 
 
 def _check_asked(asked: Sequence[Candidate], known: Known) -> None:

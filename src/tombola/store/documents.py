@@ -244,6 +244,7 @@ class _Path(BaseModel):
 
     importance: str
     path: Annotated[list[Annotated[int, Field(ge=1, lt=2**31)]], Field(min_length=1)]
+    early: bool = False
 
 
 class _Further(BaseModel):

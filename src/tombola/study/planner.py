@@ -18,6 +18,7 @@ from tombola.importance import NetworkScore, is_built_in
 from tombola.inputs import call
 from tombola.kernels import can_pack, have_convolutions
 from tombola.lottery.rewinding import Rule, check_rule, check_score_at, lottery_ticket_rewinding, resolve_shares
+from tombola.lottery.search import EARLY
 from tombola.lottery.ticket import Ticket
 from tombola.pruning.coverage import Coverage, cover
 from tombola.pruning.eligible import list_shared, prunable
@@ -45,15 +46,20 @@ class Chain:
         data_seed: the seed of all random choices except the initialisation; None if it is `seed`.
         path: the levels of the chain's tickets after level 0, increasing: a round may prune several levels at once.
             Empty for every level of the study.
+        early: whether the trainings of all levels but the last end early, see `Planner.early_end`. Then an empty path
+            is the dense network alone.
 
     >>> str(Chain(0, "l1")), str(Chain(0, "l1", 100)), str(Chain(0, "l1", path=(4, 6)))
     ('l1, seed 0', 'l1, seed 0, data order 100', 'l1, seed 0, by levels 4, 6')
+    >>> str(Chain(0, "l1", path=(4, 6), early=True)), str(Chain(0, "l1", early=True))
+    ('l1, seed 0, by levels 4, 6, masks taken early', 'l1, seed 0, dense network')
     """
 
     seed: int
     importance: str
     data_seed: int | None = None
     path: tuple[int, ...] = ()
+    early: bool = False
 
     @property
     def order_seed(self) -> int:
@@ -63,7 +69,8 @@ class Chain:
     def __str__(self) -> str:
         other = "" if self.data_seed is None else f", data order {self.data_seed}"
         path = f", by levels {', '.join(map(str, self.path))}" if self.path else ""
-        return f"{self.importance}, seed {self.seed}{other}{path}"
+        early = "" if not self.early else ", masks taken early" if self.path else ", dense network"
+        return f"{self.importance}, seed {self.seed}{other}{path}{early}"
 
 
 @dataclass(frozen=True)
@@ -342,7 +349,24 @@ class Planner:
 
     def levels(self, chain: Chain) -> Sequence[int]:
         """Return the levels of a chain's tickets, from 0 on."""
-        return (0, *chain.path) if chain.path else range(self.study.levels + 1)
+        return (0, *chain.path) if chain.path or chain.early else range(self.study.levels + 1)
+
+    @property
+    def early_end(self) -> int:
+        """The iteration at which trainings end that end early, see `tombola.lottery.search.EARLY`."""
+        begin = self.study.recipe.rewind
+        return begin + max(1, round(EARLY * (self.end - begin)))
+
+    def length(self, chain: Chain, level: int) -> int:
+        """Return the number of iterations of the training of a level of a chain; that of -1 is the rewind point."""
+        begin = self.study.recipe.rewind
+        if level < 0:
+            return begin
+        return (self.early_end if chain.early and level < self.levels(chain)[-1] else self.end) - begin
+
+    def is_rewind_point(self, training: Training) -> bool:
+        """Return whether a training of a chain is that of the rewind point, with which it begins if there is one."""
+        return training.begin < self.study.recipe.rewind
 
     def fraction(self, chain: Chain, level: int) -> float:
         """Return the fraction of the alive connections that the round after a level of a chain removes.
@@ -391,9 +415,16 @@ class Planner:
                 reads the store.
 
         Raises:
+            UserError: if trainings of the chain end early, and the study cannot prune by such trainings.
             DamagedResultError: if a stored result is damaged.
         """
         find = find or self.store.results.get
+        if chain.early and not can_prune_early(self.study):
+            raise UserError(
+                "early: masks are taken early from trainings whose weights are scored and rewound; the study has "
+                f"score_at = {self.study.score_at!r} and recipe.rewind_to = {self.study.recipe.rewind_to!r}, so name "
+                "another strategy"
+            )
         if chain in self._starts:
             return self._progress_single(chain, self._starts[chain], find)
         asked: list[tuple[Training, Trained | None]] = []
@@ -422,6 +453,7 @@ class Planner:
             levels=len(levels) - 1,
             score_at=study.score_at,
             rewind_to=study.recipe.rewind_to,
+            early=self.early_end if chain.early else None,
         )
         tickets: list[Ticket] = []
         provenance = self._provenance(chain)
@@ -439,7 +471,7 @@ class Planner:
             stopped = Stopped(str(error))
         trainings = tuple(training for training, trained in asked if trained is not None)
         ended = stopped or (Finished() if len(tickets) == len(levels) else Diverged())
-        waiting = self._wait(asked, missing, len(levels), stopped=stopped is not None)
+        waiting = self._wait(asked, missing, len(levels), stopped=stopped is not None, early=chain.early)
         return Progress(tuple(tickets), trainings, waiting or ended)
 
     def _progress_single(self, chain: Chain, start: Start, find: Callable[[str], Trained | None]) -> Progress:
@@ -488,7 +520,13 @@ class Planner:
         return self._find_mask(need.key) is not None
 
     def _wait(
-        self, asked: Sequence[tuple[Training, Trained | None]], rounds: Sequence[Round], levels: int, *, stopped: bool
+        self,
+        asked: Sequence[tuple[Training, Trained | None]],
+        rounds: Sequence[Round],
+        levels: int,
+        *,
+        stopped: bool,
+        early: bool,
     ) -> Waiting | None:
         """Return what a chain waits for; None if it needs nothing.
 
@@ -497,16 +535,17 @@ class Planner:
             rounds: the round of pruning whose mask is not known yet, if any.
             levels: the number of the chain's levels, level 0 included.
             stopped: whether the importance failed, so that no other trainings are needed.
+            early: whether trainings end early, so that not all chains share the training of level 0.
         """
         trainings = [training for training, trained in asked if trained is None]
         if not trainings and not rounds:
             return None
-        done = sum(trained is not None and training.end >= self.end for training, trained in asked)
-        rewind = sum(training.end < self.end for training in trainings)  # level 0 comes after the rewind point
+        done = sum(trained is not None and not self.is_rewind_point(training) for training, trained in asked)
+        rewind = sum(map(self.is_rewind_point, trainings))  # level 0 comes after the rewind point
         remaining = len(trainings) if stopped else levels - done + rewind
         if rounds:
             return Waiting(rounds[0], remaining, 0, tuple(trainings))
-        return Waiting(trainings[0], remaining, 1 + rewind, tuple(trainings[1:]))
+        return Waiting(trainings[0], remaining, 1 if early else 1 + rewind, tuple(trainings[1:]))
 
     def _provenance(self, chain: Chain) -> dict[str, Any]:
         about: dict[str, Any] = {
@@ -515,7 +554,8 @@ class Planner:
             "seed": chain.seed,
         }
         about |= {} if chain.data_seed is None else {"data_seed": chain.data_seed}
-        return about | {"path": list(chain.path)} if chain.path else about
+        about |= {"path": list(chain.path)} if chain.path else {}
+        return about | {"early_end": self.early_end} if chain.early else about
 
     def _prune(self, weights: Weights, mask: Mask, level: int, rewind: Weights, chain: Chain) -> Mask | Round:
         """Prune as `prune_round` does; return the remembered mask if there is one.
@@ -619,6 +659,11 @@ class Planner:
             return known
 
         return training.mask.unload(load)
+
+
+def can_prune_early(study: Study) -> bool:
+    """Return whether a study can prune by trainings that end early: it scores trained weights, and rewinds weights."""
+    return study.score_at == "end" and study.recipe.rewind_to == "weights"
 
 
 def select_chains(study: Study, importances: Sequence[str] | None, at_least: int = 1) -> list[Chain]:

@@ -87,7 +87,7 @@ class Tickets:
             DamagedResultError: if a stored result is damaged.
         """
         progress = self.progress(chain)
-        trainings = [training for training in progress.trainings if training.end >= self.planner.end]
+        trainings = [training for training in progress.trainings if not self.planner.is_rewind_point(training)]
         return tuple(
             replace(ticket, trained=self._measure(training.key, ticket.trained))
             for ticket, training in zip(progress.tickets, trainings, strict=False)

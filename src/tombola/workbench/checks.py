@@ -131,7 +131,7 @@ def repeat(
     there = draw_sample([(own, chain) for own, every in planners for chain in every if (own, chain) in stored], sample)
     for own, _ in planners:
         if mine := [chain for each, chain in there if each is own]:
-            findings += verify_chains(own, mine, fresh, tell)
+            findings += verify_chains(own, mine, fresh, tell, planner.end)
     return findings
 
 

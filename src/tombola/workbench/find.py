@@ -103,7 +103,7 @@ def find(
         overrides: fields with other values, such as `{"seeds": [0, 1, 2], "task.validation": 0.2}`.
         within: by how much a ticket may be worse, in 0..1: for accuracies and other shares on their own scale (0.005 is
             half a percentage point), for all other metrics as a share of the dense network's |value|.
-        strategy: the name of a strategy: `rounds`, `bisect`, `one-shot`, `race` or `short`; or a function, see
+        strategy: the name of a strategy: `rounds`, `bisect`, `one-shot`, `race`, `short` or `early`; or a function, see
             `tombola.lottery.search`.
         budget: what may be spent on trainings that the store does not have: a time such as `"90m"` or `"2h"`, or a
             number of complete trainings such as `12` or `"12 trainings"`. By default there is no limit.

@@ -111,8 +111,8 @@ def line(status: Status, finished: Training, planner: Planner) -> str:
     found = {}
     for chain, progress in status.chains.items():
         for ticket in progress.tickets[-1:]:
-            arguments = ticket.mask, ticket.rewind.hash, chain.order_seed
-            if finished.end >= planner.end and arguments == (finished.mask, finished.initial.hash, finished.seed):
+            there = any(training.key == finished.key for training in progress.trainings)
+            if there and (ticket.mask, ticket.rewind.hash) == (finished.mask, finished.initial.hash):
                 found[chain] = ticket
     if not found:
         return f"{done} seed {finished.seed}: rewind point{left}"
@@ -120,6 +120,7 @@ def line(status: Status, finished: Training, planner: Planner) -> str:
     names = ", ".join(chain.importance for chain in found)
     order = "" if chain.data_seed is None else f", data order {chain.data_seed}"
     where = f"seed {chain.seed}{order}, level {ticket.level}, density {100 * ticket.mask.density:.2f} %"
+    where += f", {finished.end - finished.begin} iterations" if finished.end < planner.end else ""
     return f"{done} {where}: {_result(ticket, planner)} ({names}){left}"
 
 
