@@ -29,6 +29,7 @@ from tombola.study.controls import (
     Plan,
     list_combinations,
     list_controls,
+    list_transfers,
     plan_combinations,
     plan_controls,
     plan_transfers,
@@ -313,6 +314,16 @@ def test_a_mask_of_another_recipe_is_trained_here(root: Path, tmp_path: Path) ->
     assert isinstance(training.initial, Weights)
     dense = plan.tickets.progress(Chain(0, "l1")).tickets[0]
     assert training.initial.hash == dense.rewind.hash
+    (again,) = list_transfers(open_tickets(store, here))
+    assert controls.of_transfers(again).equals(table)
+    assert set(table["source"]) == {"recipe.lr = 0.05"}
+    (section,) = [each for each in sections(gather(planner(store, here), "s", ["s"])) if each.name == "transfers"]
+    assert [part.title for part in section.parts] == ["Level 1 of the study with recipe.lr = 0.05"]
+    assert section.parts[0].table["better than shuffled by"].to_list() == pytest.approx([100 * table["gained"].mean()])
+    shutil.rmtree(store / "results" / plan.planner.progress(plan.parts[1].chain).trainings[0].key[:2])
+    assert controls.transfers_of_study(open_tickets(store, here))["seed"].to_list() == [1]
+    with pytest.raises(NothingStoredError, match="no transfers are in"):
+        controls.transfers_of_study(open_tickets(store))
     other = study(seeds=(0, 1), **SHORT).model_copy(
         update={"task": STUDY.task.model_copy(update={"model": "tiny_task:deeper"})}
     )

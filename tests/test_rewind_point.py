@@ -20,7 +20,7 @@ from tombola.errors import NothingStoredError, UserError
 from tombola.pruning.mask import Mask
 from tombola.reporting.contents import FURTHER, gather
 from tombola.reporting.sections import sections
-from tombola.study.controls import list_combinations, list_controls
+from tombola.study.controls import list_combinations, list_controls, list_transfers
 from tombola.study.early import list_snapshots, plan_snapshots, prune_at_once
 from tombola.study.needs import list_needs
 from tombola.study.planner import Chain, Planner
@@ -226,8 +226,12 @@ def test_what_cannot_be(root: Path) -> None:
         plan_snapshots(elsewhere)
 
 
-@pytest.mark.parametrize("verb", ["controls", "combine", "early", "rewind-point"])
-@pytest.mark.parametrize("note", [{}, {"level": 1, "importances": ["l1"], "over": "orders", "kinds": ["?"]}])
+_ODD = {"level": 1, "importances": ["l1"], "over": "orders", "kinds": ["?"]}
+_ODD["trainings"] = [{"kind": kind, "importance": "l1", "seed": 0, "key": "0" * 64} for kind in ("?", "transferred")]
+
+
+@pytest.mark.parametrize("verb", ["controls", "combine", "early", "rewind-point", "transfer"])
+@pytest.mark.parametrize("note", [{}, _ODD])
 def test_an_odd_note_in_a_record_is_passed_over(root: Path, tmp_path: Path, verb: str, note: dict[str, Any]) -> None:
     store = tmp_path / "store"
     shutil.copytree(root, store)
@@ -239,6 +243,7 @@ def test_an_odd_note_in_a_record_is_passed_over(root: Path, tmp_path: Path, verb
     assert list_combinations(tickets) == []
     assert all(kinds == () for kinds, _ in list_controls(tickets).values())
     assert list_snapshots(tickets) == []
+    assert list_transfers(tickets) == []
     assert list_rewind_points(tickets) == []
     assert uniqueness.describe(tickets) == []
 

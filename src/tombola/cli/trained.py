@@ -120,6 +120,7 @@ def combine(options: argparse.Namespace) -> int:
 def transfer(options: argparse.Namespace) -> int:
     """Train the masks of another study in the networks of this one, and compare them with its own tickets."""
     from tombola.analysis import controls
+    from tombola.cli.tables import wrap
     from tombola.study.controls import plan_transfers
     from tombola.workbench.studies import open_tickets
 
@@ -128,6 +129,8 @@ def transfer(options: argparse.Namespace) -> int:
         others = open_tickets(options.other, store=options.store, data=options.data, importances=names)
         plan = plan_transfers(tickets, others, options.level, names)
     if _do(plan, options):
+        if options.format == "table":
+            print(wrap(f"Masks of the study with {plan.source}, trained here:"))
         view = partial(_transfers, tickets.planner.problem.measure)
         show_view(controls.of_transfers(plan), options.format, view)
     return 0

@@ -185,6 +185,7 @@ def gather(
         add("reinit", lambda: reinit.of_study(tickets))
         add("controls", lambda: controls.of_study(tickets))
         add("combinations", lambda: controls.combinations_of_study(tickets))
+        add("transfers", lambda: controls.transfers_of_study(tickets))
         if "basins" in costly:
             add("basins", lambda: basins.summarise(basins.of_study(tickets), tickets, margin=margin))
         if "rewind-point" in costly:
