@@ -18,6 +18,8 @@ from stores import InTurn, content, planner, results, study
 from tombola.analysis import controls, uniqueness, values
 from tombola.analysis.values import value_at_density
 from tombola.cli import main
+from tombola.engine import estimate as estimates
+from tombola.engine.forecast import Speed
 from tombola.engine.run import run
 from tombola.errors import NothingStoredError, UserError
 from tombola.lottery.controls import keep_signs, shuffle
@@ -243,12 +245,18 @@ def test_controls_that_cannot_be(root: Path) -> None:
 # Combinations.
 
 
-def test_unions_and_intersections_are_tickets_of_their_own(root: Path, tmp_path: Path) -> None:
+def test_unions_and_intersections_are_tickets_of_their_own(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     store = tmp_path / "store"
     shutil.copytree(root, store)
     tickets = open_tickets(store)
     plan = plan_combinations(tickets, 1)
+    monkeypatch.setattr(estimates, "measure_speed", lambda *_, **__: Speed({0.0: 0.0, 1.0: 1.0}, 0.0, 0.0, "made up"))
+    expected = estimates.estimate(plan.planner, 1, beside=tickets)
     finish(plan.planner)
+    densities = controls.of_combinations(plan)["density"]
+    assert expected.seconds == pytest.approx(10 * densities.sum()), "as long as masks of their densities take"
     table = controls.of_combinations(plan)
     assert table.select("kind", "seed").rows() == [
         (kind, seed) for seed in (0, 1) for kind in ("union", "intersection")

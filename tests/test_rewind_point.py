@@ -15,6 +15,8 @@ import tombola
 from stores import InTurn, planner, results, study
 from tombola.analysis import basins, connectivity, early, rewind_point, uniqueness
 from tombola.cli import main
+from tombola.engine import estimate as estimates
+from tombola.engine.forecast import Speed
 from tombola.engine.run import run
 from tombola.errors import NothingStoredError, UserError
 from tombola.pruning.mask import Mask
@@ -307,7 +309,9 @@ def test_early_masks_in_another_way(root: Path) -> None:
 
 
 @pytest.mark.usefixtures("workers_here")
-def test_verbs_train_and_tell(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_verbs_train_and_tell(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     few = [
         "digits",
         "--levels",
@@ -321,8 +325,11 @@ def test_verbs_train_and_tell(tmp_path: Path, capsys: pytest.CaptureFixture[str]
         str(tmp_path),
     ]
     few += ["--task.dataset-arguments", "train_per_class=10", "test_per_class=5"]
-    assert main(["rewind-point", *few, "--at", "0", "1", "--plan", "--format", "csv"]) == 0
-    assert capsys.readouterr().out == "iteration,trainings_there,trainings_to_do\n0,0,4\n1,0,6\n"
+    monkeypatch.setattr(estimates, "measure_speed", lambda *_, **__: Speed({1.0: 0.5}, 0.0, 0.0, "made up"))
+    each = ["--workers", "1", "--plan", "--format", "csv"]
+    assert main(["rewind-point", *few, "--at", "0", "1", *each]) == 0
+    told = "0,0,4,4.0\n1,0,6,3.0\n"  # a training has two iterations of half a second
+    assert capsys.readouterr().out == "iteration,trainings_there,trainings_to_do,seconds\n" + told
     assert main(["rewind-point", *few, "--at", "0", "1", "--tolerance", "100"]) == 0
     told = capsys.readouterr().out
     assert "write into the study: recipe.rewind = 0" in told

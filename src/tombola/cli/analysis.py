@@ -204,7 +204,8 @@ def reinit(options: argparse.Namespace) -> int:
     if options.plan:
         for plan in plans:
             print(f"seed {plan.seed}: {plan.kept.alive} of {plan.kept.total} connections kept")
-            show_plan(plan.planner, estimate(plan.planner, count, options.data), count, options.format)
+            expected = estimate(plan.planner, count, options.data, beside=tickets)
+            show_plan(plan.planner, expected, count, options.format)
         return 0
     with progress_elsewhere(options.format):
         run_further(tickets, [plan.planner for plan in plans], options.workers, options.data)
