@@ -355,10 +355,10 @@ def test_stored_controls_and_combinations_are_in_the_report(root: Path, tmp_path
     assert part.table["lost"].to_list() == pytest.approx((100 * means["lost"]).to_list())
     (part,) = found["combinations"].parts
     assert part.table["kind"].to_list() == ["union", "intersection"]
-    (sentence,) = uniqueness.describe(open_tickets(store))
+    (sentence,) = uniqueness.of_study(open_tickets(store))
     assert sentence.startswith("At level 1, a ticket loses with another data order ")
     of_l1 = controls.of_study(open_tickets(store)).filter(importance="l1", kind="signs")["lost"].to_list()
-    (sentence,) = uniqueness.describe(open_tickets(store), ["l1"])
+    (sentence,) = uniqueness.of_study(open_tickets(store), ["l1"])
     assert f"with new magnitudes {100 * sum(of_l1) / 2:+.2f}" in sentence
     without = gather(planner(store, study(seeds=(0,), levels=2, importances=["l1"], **SHORT)), "s", ["s"])
     assert "combinations" not in {section.name for section in sections(without)}
