@@ -16,12 +16,13 @@ import torch
 
 import tombola
 from tombola import Planner, Store, UserError, load_problem, load_study
-from tombola.analysis import functions, initial, matching, overlap, similarity
+from tombola.analysis import functions, initial, matching, overlap, similarity, uniqueness
 from tombola.cli import main
 from tombola.engine.here import WorkersHere
 from tombola.engine.run import run
 from tombola.pruning.mask import Mask
 from tombola.reporting.contents import gather
+from tombola.reporting.page import page
 from tombola.reporting.sections import sections
 from tombola.study.planner import Chain
 from tombola.study.tickets import Tickets
@@ -99,6 +100,23 @@ def test_matching_compares_within_a_seed_the_data_orders_and_across_seeds(ticket
     assert both["layers_expected"].equals(both["layers_expected_raw"].rename("layers_expected"))
     kept = table.filter(pl.col("layer") == "5.weight")
     assert set(kept["matched_jaccard"]) == set(kept["chance_jaccard"]) == {1.0}
+
+
+def test_claims_say_up_to_what_tickets_are_unique(
+    folder: Path, tickets: Tickets, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command(folder, "claims", "--level", "2", "--with", "matching", "basins") == 0
+    told = " ".join(capsys.readouterr().out.partition("Unique up to what?")[2].split())
+    means = matching.summarise(matching.of_study(tickets, levels=[2]))
+    assert means["pairs"].to_list() == [2, 2, 1, 1]
+    for kind, words in [("seeds", "seeds"), ("importances", "importances")]:
+        raw, matched = (100 * means.filter(kind=kind)[name].mean() for name in ("jaccard", "matched_jaccard"))
+        expected = f"Tickets of two {words} overlap at level 2 by {raw:.2f} %, and by {matched:.2f} % with"
+        assert expected in told
+    assert "are connected" in told or "no level is connected" in told
+    contents = gather(open_planner(folder), "s", ["s"], level=2, costly=["matching"])
+    assert contents.unique == tuple(uniqueness.of_study(tickets, asked=["matching"], level=2))
+    assert "Unique up to what?" in page(contents)
 
 
 def test_matching_raises_the_overlap_of_tickets_of_two_seeds_and_of_random_ones(tickets: Tickets) -> None:

@@ -18,6 +18,8 @@ from stores import InTurn, content, planner, results, study
 from tombola.analysis import controls, uniqueness, values
 from tombola.analysis.values import value_at_density
 from tombola.cli import main
+from tombola.engine import estimate as estimates
+from tombola.engine.forecast import Speed
 from tombola.engine.run import run
 from tombola.errors import NothingStoredError, UserError
 from tombola.lottery.controls import keep_signs, shuffle
@@ -29,6 +31,7 @@ from tombola.study.controls import (
     Plan,
     list_combinations,
     list_controls,
+    list_transfers,
     plan_combinations,
     plan_controls,
     plan_transfers,
@@ -242,12 +245,18 @@ def test_controls_that_cannot_be(root: Path) -> None:
 # Combinations.
 
 
-def test_unions_and_intersections_are_tickets_of_their_own(root: Path, tmp_path: Path) -> None:
+def test_unions_and_intersections_are_tickets_of_their_own(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     store = tmp_path / "store"
     shutil.copytree(root, store)
     tickets = open_tickets(store)
     plan = plan_combinations(tickets, 1)
+    monkeypatch.setattr(estimates, "measure_speed", lambda *_, **__: Speed({0.0: 0.0, 1.0: 1.0}, 0.0, 0.0, "made up"))
+    expected = estimates.estimate(plan.planner, 1, beside=tickets)
     finish(plan.planner)
+    densities = controls.of_combinations(plan)["density"]
+    assert expected.seconds == pytest.approx(10 * densities.sum()), "as long as masks of their densities take"
     table = controls.of_combinations(plan)
     assert table.select("kind", "seed").rows() == [
         (kind, seed) for seed in (0, 1) for kind in ("union", "intersection")
@@ -313,6 +322,16 @@ def test_a_mask_of_another_recipe_is_trained_here(root: Path, tmp_path: Path) ->
     assert isinstance(training.initial, Weights)
     dense = plan.tickets.progress(Chain(0, "l1")).tickets[0]
     assert training.initial.hash == dense.rewind.hash
+    (again,) = list_transfers(open_tickets(store, here))
+    assert controls.of_transfers(again).equals(table)
+    assert set(table["source"]) == {"recipe.lr = 0.05"}
+    (section,) = [each for each in sections(gather(planner(store, here), "s", ["s"])) if each.name == "transfers"]
+    assert [part.title for part in section.parts] == ["Level 1 of the study with recipe.lr = 0.05"]
+    assert section.parts[0].table["better than shuffled by"].to_list() == pytest.approx([100 * table["gained"].mean()])
+    shutil.rmtree(store / "results" / plan.planner.progress(plan.parts[1].chain).trainings[0].key[:2])
+    assert controls.transfers_of_study(open_tickets(store, here))["seed"].to_list() == [1]
+    with pytest.raises(NothingStoredError, match="no transfers are in"):
+        controls.transfers_of_study(open_tickets(store))
     other = study(seeds=(0, 1), **SHORT).model_copy(
         update={"task": STUDY.task.model_copy(update={"model": "tiny_task:deeper"})}
     )
@@ -336,10 +355,10 @@ def test_stored_controls_and_combinations_are_in_the_report(root: Path, tmp_path
     assert part.table["lost"].to_list() == pytest.approx((100 * means["lost"]).to_list())
     (part,) = found["combinations"].parts
     assert part.table["kind"].to_list() == ["union", "intersection"]
-    (sentence,) = uniqueness.describe(open_tickets(store))
+    (sentence,) = uniqueness.of_study(open_tickets(store))
     assert sentence.startswith("At level 1, a ticket loses with another data order ")
     of_l1 = controls.of_study(open_tickets(store)).filter(importance="l1", kind="signs")["lost"].to_list()
-    (sentence,) = uniqueness.describe(open_tickets(store), ["l1"])
+    (sentence,) = uniqueness.of_study(open_tickets(store), ["l1"])
     assert f"with new magnitudes {100 * sum(of_l1) / 2:+.2f}" in sentence
     without = gather(planner(store, study(seeds=(0,), levels=2, importances=["l1"], **SHORT)), "s", ["s"])
     assert "combinations" not in {section.name for section in sections(without)}

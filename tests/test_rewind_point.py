@@ -15,12 +15,14 @@ import tombola
 from stores import InTurn, planner, results, study
 from tombola.analysis import basins, connectivity, early, rewind_point, uniqueness
 from tombola.cli import main
+from tombola.engine import estimate as estimates
+from tombola.engine.forecast import Speed
 from tombola.engine.run import run
 from tombola.errors import NothingStoredError, UserError
 from tombola.pruning.mask import Mask
 from tombola.reporting.contents import FURTHER, gather
 from tombola.reporting.sections import sections
-from tombola.study.controls import list_combinations, list_controls
+from tombola.study.controls import list_combinations, list_controls, list_transfers
 from tombola.study.early import list_snapshots, plan_snapshots, prune_at_once
 from tombola.study.needs import list_needs
 from tombola.study.planner import Chain, Planner
@@ -194,7 +196,7 @@ def test_a_report_has_them_on_request(root: Path) -> None:
         assert len(part.table) == rows
     assert set(found["basins"].parts[0].table["keeps"]) <= {"yes", "no"}
     assert not {section.name for section in sections(gather(planner(root, STUDY), "s", ["s"]))} & set(FURTHER)
-    first, second, masks = uniqueness.describe(open_tickets(root))
+    first, second, masks = uniqueness.of_study(open_tickets(root))
     assert first.startswith("Two data orders of the dense network are connected from ")
     assert second.startswith("Two data orders of tickets of level 1 are connected from ")
     assert masks.startswith("Masks of two data orders overlap by ")
@@ -226,8 +228,12 @@ def test_what_cannot_be(root: Path) -> None:
         plan_snapshots(elsewhere)
 
 
-@pytest.mark.parametrize("verb", ["controls", "combine", "early", "rewind-point"])
-@pytest.mark.parametrize("note", [{}, {"level": 1, "importances": ["l1"], "over": "orders", "kinds": ["?"]}])
+_ODD = {"level": 1, "importances": ["l1"], "over": "orders", "kinds": ["?"]}
+_ODD["trainings"] = [{"kind": kind, "importance": "l1", "seed": 0, "key": "0" * 64} for kind in ("?", "transferred")]
+
+
+@pytest.mark.parametrize("verb", ["controls", "combine", "early", "rewind-point", "transfer"])
+@pytest.mark.parametrize("note", [{}, _ODD])
 def test_an_odd_note_in_a_record_is_passed_over(root: Path, tmp_path: Path, verb: str, note: dict[str, Any]) -> None:
     store = tmp_path / "store"
     shutil.copytree(root, store)
@@ -239,8 +245,9 @@ def test_an_odd_note_in_a_record_is_passed_over(root: Path, tmp_path: Path, verb
     assert list_combinations(tickets) == []
     assert all(kinds == () for kinds, _ in list_controls(tickets).values())
     assert list_snapshots(tickets) == []
+    assert list_transfers(tickets) == []
     assert list_rewind_points(tickets) == []
-    assert uniqueness.describe(tickets) == []
+    assert uniqueness.of_study(tickets) == []
 
 
 # Early masks.
@@ -302,7 +309,9 @@ def test_early_masks_in_another_way(root: Path) -> None:
 
 
 @pytest.mark.usefixtures("workers_here")
-def test_verbs_train_and_tell(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_verbs_train_and_tell(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     few = [
         "digits",
         "--levels",
@@ -316,8 +325,11 @@ def test_verbs_train_and_tell(tmp_path: Path, capsys: pytest.CaptureFixture[str]
         str(tmp_path),
     ]
     few += ["--task.dataset-arguments", "train_per_class=10", "test_per_class=5"]
-    assert main(["rewind-point", *few, "--at", "0", "1", "--plan", "--format", "csv"]) == 0
-    assert capsys.readouterr().out == "iteration,trainings_there,trainings_to_do\n0,0,4\n1,0,6\n"
+    monkeypatch.setattr(estimates, "measure_speed", lambda *_, **__: Speed({1.0: 0.5}, 0.0, 0.0, "made up"))
+    each = ["--workers", "1", "--plan", "--format", "csv"]
+    assert main(["rewind-point", *few, "--at", "0", "1", *each]) == 0
+    told = "0,0,4,4.0\n1,0,6,3.0\n"  # a training has two iterations of half a second
+    assert capsys.readouterr().out == "iteration,trainings_there,trainings_to_do,seconds\n" + told
     assert main(["rewind-point", *few, "--at", "0", "1", "--tolerance", "100"]) == 0
     told = capsys.readouterr().out
     assert "write into the study: recipe.rewind = 0" in told

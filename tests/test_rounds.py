@@ -19,7 +19,8 @@ from torch import Tensor
 
 from stores import InTurn, content, planner, problem, results, run_study, study
 from tombola import Mask, find_tickets, prune
-from tombola.engine.forecast import Speed, paths_ahead
+from tombola.engine import estimate as estimates
+from tombola.engine.forecast import Speed, paths_ahead, steps_ahead
 from tombola.engine.job import Job, Outcome
 from tombola.engine.run import run
 from tombola.errors import UserError
@@ -326,7 +327,7 @@ def test_masks_from_the_rewind_point_need_no_training(tmp_path: Path) -> None:
     assert len(results(root)) == 1 + 1 + 2 * 3, "the rewind point and level 0 are shared"
 
 
-def test_all_levels_can_be_trained_side_by_side(tmp_path: Path) -> None:
+def test_all_levels_can_be_trained_side_by_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     of = planner(tmp_path / "store", variant(("magnitude",), levels=3, score_at="rewind"))
     chain = of.chains[0]
     first = of.progress(chain)
@@ -344,6 +345,11 @@ def test_all_levels_can_be_trained_side_by_side(tmp_path: Path) -> None:
     after = of.progress(chain)
     assert (after.remaining, len(after.needs), after.tickets) == (3, 3, ())
     assert last.key in list_chain_needs(Tickets(of)), "a level after a gap is not lost"
+    monkeypatch.setattr(estimates, "measure_speed", lambda *_, **__: speed)
+    expected = estimates.estimate(of, 3)
+    assert (expected.chains, expected.to_train) == (((chain, 1, 3),), 3), "nor is it planned again"
+    assert expected.seconds == of.end - 10
+    assert [step.density for step in steps_ahead(of, chain, after, speed)] == pytest.approx([1, 0.5, 0.25], abs=0.01)
 
 
 def test_what_makes_no_sense_at_the_rewind_point_is_refused(tmp_path: Path) -> None:

@@ -375,6 +375,7 @@ RECORDS: list[Any] = [
     {"further": {"verb": "controls"}},
     {"further": {"verb": "controls", "of": [], "draws": 10**12}},
     {"further": {"verb": "early", "of": [], "iterations": [-1]}},
+    {"further": {"verb": "transfer", "of": [], "trainings": [{"key": "x"}]}},
 ]
 
 

@@ -18,7 +18,7 @@ DataFrame, and the pure functions that it consists of, whose docstrings describe
 - `basins`: up to which level a ticket is connected to the next one and to the dense network.
 - `rewind_point`: from which iteration on two data orders stay connected.
 - `early`: how early in training it is known which connections survive.
-- `uniqueness`: what stored controls and rewind points say about the uniqueness of tickets.
+- `uniqueness`: up to what tickets are unique: the order of units, noise, a basin, and what of a ticket does not matter.
 - `reinit`: partial reinitialisation: survival of shared connections against chance.
 """
 

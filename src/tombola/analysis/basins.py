@@ -39,7 +39,8 @@ def of_study(
       is how far noise alone carries; null where the store has none, the mean if it has several.
     - connected: whether `next` is at most the tolerance; null where it is.
 
-    The statistics of batch norm are computed again at every point, as for `tombola.analysis.connectivity`.
+    The statistics of batch norm are computed again at every point, as for `tombola.analysis.connectivity`. Networks
+    without batch norm are evaluated as they are: REPAIR (arXiv 2211.08403) would rescale their activations.
 
     Args:
         tickets: the tickets of the study.

@@ -9,7 +9,15 @@ import polars as pl
 
 from tombola.analysis.values import mean_or_none, over_seeds, value_at, value_at_density
 from tombola.errors import NothingStoredError
-from tombola.study.controls import Part, Plan, list_combinations, list_controls, plan_combinations, plan_controls
+from tombola.study.controls import (
+    Part,
+    Plan,
+    list_combinations,
+    list_controls,
+    list_transfers,
+    plan_combinations,
+    plan_controls,
+)
 from tombola.study.planner import Chain, select_chains
 from tombola.study.tickets import Tickets
 from tombola.training.metrics import Measure
@@ -168,12 +176,34 @@ def summarise_combinations(table: pl.DataFrame) -> pl.DataFrame:
     return means.join(compared, on=by, how="left", maintain_order="left")
 
 
+def transfers_of_study(tickets: Tickets) -> pl.DataFrame:
+    """Return the table of `of_transfers` for all transfers to a study that its store has.
+
+    Trainings of earlier versions, whose records do not say where their masks come from, are left out.
+
+    Args:
+        tickets: the tickets of the study.
+
+    Raises:
+        NothingStoredError: if the store has none.
+        DamagedResultError: if a stored result is damaged.
+    """
+    found = [table for table in map(of_transfers, list_transfers(tickets)) if len(table)]
+    if not found:
+        raise NothingStoredError(f"no transfers are in {tickets.planner.store.root}")
+    where = ["source", "level", "importance", "seed"]
+    return (
+        pl.concat(found).unique(where, keep="first", maintain_order=True).sort("level", "source", maintain_order=True)
+    )
+
+
 def of_transfers(plan: Plan) -> pl.DataFrame:
     """Return how masks of another study do in the networks of a study.
 
     One row for each importance and seed whose trainings are stored, with the columns
 
-    - level: that of the mask in its study. importance, seed. density: alive / connections.
+    - source: how the study of the mask differs from this one, such as `recipe.lr = 0.01`. level: that of the mask in
+      its study. importance, seed. density: alive / connections.
     - dense: the accuracy (or what else tickets are judged by) of the study's dense network.
     - own: that of the study's own ticket of this importance at the same density, between two levels; null if the study
       does not have it.
@@ -198,6 +228,7 @@ def of_transfers(plan: Plan) -> pl.DataFrame:
         alike = value_at_density(tickets, Chain(part.seed, part.importance), density)
         lines.append(
             {
+                "source": plan.source,
                 "level": plan.level,
                 "importance": part.importance,
                 "seed": part.seed,
@@ -211,7 +242,7 @@ def of_transfers(plan: Plan) -> pl.DataFrame:
             }
         )
     numbers = ("density", "dense", "own", "value", "shuffled", "gained", "difference")
-    return _to_frame(lines, ("level", "importance", "seed", *numbers))
+    return _to_frame(lines, ("source", "level", "importance", "seed", *numbers))
 
 
 def summarise_transfers(table: pl.DataFrame) -> pl.DataFrame:
@@ -221,7 +252,7 @@ def summarise_transfers(table: pl.DataFrame) -> pl.DataFrame:
         table: of `of_transfers`, or a part of it.
     """
     others = ["density", "dense", "own", "value", "shuffled", "difference"]
-    return over_seeds(table, ["level", "importance"], "gained", others)
+    return over_seeds(table, ["source", "level", "importance"], "gained", others)
 
 
 def _has(tickets: Tickets, level: int, importances: Sequence[str]) -> bool:
@@ -235,6 +266,7 @@ def _gain(measure: Measure, value: float | None, other: float | None) -> float |
 
 def _to_frame(lines: Sequence[dict[str, Any]], columns: Sequence[str]) -> pl.DataFrame:
     """Return lines as a table; what is neither a name nor a whole number is a float, if only nulls are there."""
-    kinds: dict[str, Any] = {"kind": pl.String, "importance": pl.String, "tickets": pl.List(pl.String)}
+    kinds: dict[str, Any] = dict.fromkeys(("kind", "importance", "source"), pl.String)
+    kinds["tickets"] = pl.List(pl.String)
     kinds |= dict.fromkeys(("level", "seed", "draws"), pl.Int64)
     return pl.DataFrame(lines, {name: kinds.get(name, pl.Float64) for name in columns})

@@ -1,12 +1,18 @@
-"""Uniqueness: what stored controls and rewind points add to the paper's claim that tickets are unique."""
+"""Uniqueness: up to what are tickets unique? What further analyses add to the paper's claim.
+
+Up to the order of hidden units (`matching`), up to the noise of a training (`rewind_point`), up to a basin of the loss
+(`basins`), and up to what of a ticket does not matter (`controls`).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 
 import polars as pl
 
-from tombola.analysis import controls, rewind_point
+from tombola.analysis import basins, controls, matching, rewind_point
+from tombola.analysis.gather import DATA_ORDER, IMPORTANCES, SEEDS
 from tombola.analysis.winners import mean_with_interval
 from tombola.errors import NothingStoredError
 from tombola.study.tickets import Tickets
@@ -22,30 +28,94 @@ _WORDS = {
 }
 
 
-def describe(tickets: Tickets, importances: Sequence[str] | None = None) -> list[str]:
-    """Return sentences on controls and rewind points of a study, as far as its store has them.
+_KINDS = {IMPORTANCES: "importances", DATA_ORDER: "data orders", SEEDS: "seeds"}
+
+ASKED = ("matching", "basins")
+"""Analyses that store nothing, and are computed only if they are asked for."""
+
+
+def of_study(
+    tickets: Tickets, importances: Sequence[str] | None = None, asked: Collection[str] = (), level: int | None = None
+) -> list[str]:
+    """Return sentences on stored controls and rewind points of a study, and on what is asked for besides.
 
     Args:
         tickets: the tickets of the study.
-        importances: the importances whose controls count; by default all.
+        importances: the importances whose tickets count; by default all.
+        asked: which of `ASKED` are computed, too.
+        level: the level whose tickets are matched; by default the last that all have.
 
     Raises:
+        UserError: if what is asked for cannot be computed.
         DamagedResultError: if a stored result is damaged.
     """
+    names = list(tickets.study.importances if importances is None else importances)
+    tables: dict[str, pl.DataFrame] = {}
+    with suppress(NothingStoredError):
+        tables["controls"] = controls.of_study(tickets).filter(pl.col("importance").is_in(names))
+    with suppress(NothingStoredError):
+        tables["rewind-point"] = rewind_point.of_study(tickets)
+    if "matching" in asked:
+        tables["matching"] = matching.of_study(tickets, importances, None if level is None else [level])
+    if "basins" in asked:
+        tables["basins"] = basins.summarise(basins.of_study(tickets, importances), tickets)
+    return describe(tables, tickets.planner.problem.measure, tickets.study.recipe.rewind)
+
+
+def describe(tables: Mapping[str, pl.DataFrame], measure: Measure, rewind: int) -> list[str]:
+    """Return sentences that say what the tables add to the claim that tickets are unique.
+
+    Args:
+        tables: those of `tombola.analysis.matching`, of `tombola.analysis.basins` (the means), of
+            `tombola.analysis.rewind_point` and of `tombola.analysis.controls`, as `matching`, `basins`, `rewind-point`
+            and `controls`; those that are missing are passed over.
+        measure: what tickets are judged by.
+        rewind: the rewind point of the study.
+    """
     sentences = []
-    try:
-        table = controls.of_study(tickets)
-    except NothingStoredError:
-        pass
-    else:
-        names = tickets.study.importances if importances is None else importances
-        own = table.filter(pl.col("importance").is_in(list(names)))
-        sentences += describe_controls(own, tickets.planner.problem.measure)
-    try:
-        points = rewind_point.summarise(rewind_point.of_study(tickets))
-    except NothingStoredError:
-        return sentences
-    return sentences + describe_points(points, tickets.study.recipe.rewind)
+    if "matching" in tables:
+        sentences += describe_matching(tables["matching"])
+    if "rewind-point" in tables:
+        sentences += describe_points(rewind_point.summarise(tables["rewind-point"]), rewind)
+    if "basins" in tables:
+        sentences += basins.describe(tables["basins"])
+    if "controls" in tables:
+        sentences += describe_controls(tables["controls"], measure)
+    return sentences
+
+
+def describe_matching(table: pl.DataFrame) -> list[str]:
+    """Return for each level sentences on whether tickets are the same up to the order of their hidden units.
+
+    They are compared with pairs of random tickets, whose units are matched in the same way.
+
+    Args:
+        table: of `tombola.analysis.matching.of_study`.
+
+    >>> columns = {"level": [4], "kind": ["seeds"], "by": ["weights"], "layer": ["(all)"], "jaccard": [0.1],
+    ...            "layers_jaccard": [0.1], "matched_jaccard": [0.12], "chance_jaccard": [0.13], "chance_sd": [0.01],
+    ...            "moved": [0.9], "tickets": [["l1, seed 0", "l1, seed 1"]]}
+    >>> for part in describe_matching(pl.DataFrame(columns))[0].split(": "):
+    ...     print(part)
+    Tickets of two seeds overlap at level 4 by 10.00 %, and by 12.00 % with their units matched by weights
+    no more than random tickets (13.00 %), so that they differ up to the order of units, too.
+    """
+    sentences = []
+    for (level, by, kind), rows in matching.summarise(table).group_by("level", "by", "kind", maintain_order=True):
+        weights = rows["pairs"] / rows["pairs"].sum()
+        raw, matched, chance = (
+            100 * float((rows[name] * weights).sum()) for name in ("jaccard", "matched_jaccard", "chance_jaccard")
+        )
+        verdict = f"no more than random tickets ({chance:.2f} %), so that they differ up to the order of units, too"
+        if matched > chance:
+            verdict = f"{matched - chance:.2f} points more than random tickets"
+            if kind != SEEDS and matched <= raw:
+                verdict += "; the order of units does not explain in what they differ"
+        sentences.append(
+            f"Tickets of two {_KINDS[str(kind)]} overlap at level {level} by {raw:.2f} %, and by {matched:.2f} % with "
+            f"their units matched by {by}: {verdict}."
+        )
+    return sentences
 
 
 def describe_controls(table: pl.DataFrame, measure: Measure) -> list[str]:

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from tombola.training.metrics import Measure
 
 
+_ASKED = {"matching": "the order of units", "basins": "levels that are connected"}
+
 _LEVELS = 10_000  # more levels than any network can have
 
 
@@ -30,6 +32,15 @@ def add_verbs(verbs: Verbs) -> None:
         type=whole_number(1, _LEVELS),
         metavar="N",
         help="the level that is compared (default: the one nearest to the paper's sparsity, 96.48 %%)",
+    )
+    added.add_argument(
+        "--with",
+        dest="asked",
+        nargs="+",
+        choices=tuple(_ASKED),
+        default=[],
+        metavar="NAME",
+        help=f"also compute these analyses, which take time, to say up to what tickets are unique: {', '.join(_ASKED)}",
     )
     for verb in (overlap, layers, stability, winners, weights, functions, connectivity, reinit):
         added = verbs.add(verb.__name__, verb, verbs.study, verbs.table)
@@ -84,7 +95,8 @@ def claims(options: argparse.Namespace) -> int:
     found = claims.judge(evidence)
     if options.format == "table":
         _print_claims(evidence, found)
-        _print_uniqueness(uniqueness.describe(tickets, names))
+        with warnings_as_notes(Warning):
+            _print_uniqueness(uniqueness.of_study(tickets, names, options.asked, evidence.level), options.asked)
     else:
         show_view(claims.to_frame(found), options.format, lambda table: table)
     return 0
@@ -204,7 +216,8 @@ def reinit(options: argparse.Namespace) -> int:
     if options.plan:
         for plan in plans:
             print(f"seed {plan.seed}: {plan.kept.alive} of {plan.kept.total} connections kept")
-            show_plan(plan.planner, estimate(plan.planner, count, options.data), count, options.format)
+            expected = estimate(plan.planner, count, options.data, beside=tickets)
+            show_plan(plan.planner, expected, count, options.format)
         return 0
     with progress_elsewhere(options.format):
         run_further(tickets, [plan.planner for plan in plans], options.workers, options.data)
@@ -252,14 +265,16 @@ def _print_claims(evidence: Evidence, found: Sequence[Claim]) -> None:
             print(wrap(f"    {name}: {text}", 6))
 
 
-def _print_uniqueness(sentences: Sequence[str]) -> None:
-    """Print what stored controls and rewind points add, and which analyses ask the rest."""
+def _print_uniqueness(sentences: Sequence[str], asked: Sequence[str]) -> None:
+    """Print up to what tickets are unique, and which analyses ask the rest."""
     from tombola.cli.tables import wrap
 
     print("\nUnique up to what?")
     for sentence in sentences:
         print(wrap(f"  - {sentence}", 4))
-    print(wrap("  - More: `tombola matching` (the order of units), `basins`, `controls` and `rewind-point`.", 4))
+    more = [f"`tombola claims --with {name}` ({words})" for name, words in _ASKED.items() if name not in asked]
+    more.append("`tombola controls` and `rewind-point`, whose results are stored")
+    print(wrap(f"  - More: {', '.join(more)}.", 4))
 
 
 def _overlap_by_level(table: pl.DataFrame, total: str = "(all)") -> pl.DataFrame:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from tombola.study.controls import Plan
     from tombola.study.early import Snapshots
     from tombola.study.rewind_point import Point
+    from tombola.study.tickets import Tickets
     from tombola.training.metrics import Measure
 
 _MOST = 10_000
@@ -120,6 +121,7 @@ def combine(options: argparse.Namespace) -> int:
 def transfer(options: argparse.Namespace) -> int:
     """Train the masks of another study in the networks of this one, and compare them with its own tickets."""
     from tombola.analysis import controls
+    from tombola.cli.tables import wrap
     from tombola.study.controls import plan_transfers
     from tombola.workbench.studies import open_tickets
 
@@ -128,6 +130,8 @@ def transfer(options: argparse.Namespace) -> int:
         others = open_tickets(options.other, store=options.store, data=options.data, importances=names)
         plan = plan_transfers(tickets, others, options.level, names)
     if _do(plan, options):
+        if options.format == "table":
+            print(wrap(f"Masks of the study with {plan.source}, trained here:"))
         view = partial(_transfers, tickets.planner.problem.measure)
         show_view(controls.of_transfers(plan), options.format, view)
     return 0
@@ -152,7 +156,7 @@ def rewind_point(options: argparse.Namespace) -> int:
     with warnings_as_notes(Warning):
         points = plan_rewind_points(tickets, options.at, options.level, names[0] if names else None)
     if options.plan:
-        _show_points(points, options)
+        _show_points(tickets, points, options)
         return 0
     with progress_elsewhere(options.format):
         run_further(tickets, list_planners(points), options.workers, options.data)
@@ -187,21 +191,25 @@ def early(options: argparse.Namespace) -> int:
     return 0
 
 
-def _show_points(points: Sequence[Point], options: argparse.Namespace) -> None:
-    """Print how many trainings each iteration takes, and how many of them the store has."""
-    from tombola.cli.tables import show_table
-    from tombola.engine.run import count_remaining
-    from tombola.study.tickets import Tickets
+def _show_points(tickets: Tickets, points: Sequence[Point], options: argparse.Namespace) -> None:
+    """Print how many trainings each iteration takes, how many of them the store has, and how long the others take."""
+    from tombola.cli.tables import show_table, wrap
+    from tombola.engine.estimate import estimate_points
+    from tombola.workbench.runs import count_workers
+    from tombola.workbench.text import count, duration
 
-    lines = []
-    for point in points:
-        planner, places = point.plan_orders()
-        progress = list(Tickets(point.planner).all().values())
-        orders = list(Tickets(planner).all().values()) if places else []
-        missing = len(point.chains) * len(point.levels) - len(orders)  # their networks are not there yet
-        there = {training.key for each in (*progress, *orders) for training in each.trainings}
-        lines.append([point.iteration, len(there), count_remaining(progress) + count_remaining(orders) + missing])
-    show_table(["iteration", "trainings there", "trainings to do"], lines, options.format)
+    workers = count_workers(options.workers, tickets.study.device)
+    found, source = estimate_points(tickets, points, workers, options.data)
+    known = [each.seconds for each in found if each.seconds is not None]
+    rows = [[each.iteration, each.existing, each.to_train, each.seconds] for each in found]
+    if options.format != "table":
+        show_table(["iteration", "trainings there", "trainings to do", "seconds"], rows, options.format)
+        return
+    show_table(["iteration", "trainings there", "trainings to do"], [row[:3] for row in rows], options.format)
+    if len(known) < len(found):
+        print(wrap(f"time: not known: {source}"))
+    elif any(each.to_train for each in found):
+        print(f"time: about {duration(sum(known))} on {count(workers, 'worker')} ({source})")
 
 
 def _do(plan: Plan | Snapshots, options: argparse.Namespace) -> bool:
@@ -212,7 +220,8 @@ def _do(plan: Plan | Snapshots, options: argparse.Namespace) -> bool:
 
     if options.plan:
         count = count_workers(options.workers, plan.tickets.study.device)
-        show_plan(plan.planner, estimate(plan.planner, count, options.data), count, options.format)
+        expected = estimate(plan.planner, count, options.data, beside=plan.tickets)
+        show_plan(plan.planner, expected, count, options.format)
         return False
     with progress_elsewhere(options.format):
         run_further(plan.tickets, [plan.planner], options.workers, options.data)

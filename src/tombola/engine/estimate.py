@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from tombola.engine.forecast import Speed, Timing, makespan, paths_ahead, refine
+from tombola.engine.forecast import Speed, Step, Timing, makespan, paths_ahead, refine, steps_ahead
 from tombola.engine.here import WorkersHere
 from tombola.engine.job import Job, Outcome
 from tombola.engine.local import LocalWorkers
@@ -21,6 +21,7 @@ from tombola.errors import DamagedResultError, UserError
 from tombola.inputs import select
 from tombola.pruning.mask import Mask
 from tombola.study.planner import Chain, Planner, Progress
+from tombola.study.rewind_point import Point
 from tombola.study.tickets import Tickets
 from tombola.training.evaluation import predict
 
@@ -40,7 +41,7 @@ class Estimate:
     """The expected work, time and disk space of a run.
 
     Args:
-        chains: (chain, number of stored tickets, number of missing tickets) for each chain.
+        chains: (chain, number of tickets that are trained, number of those that are not) for each chain.
         existing: the number of stored trainings.
         to_train: the number of missing trainings. It may turn out lower, as chains that reach the same mask share them.
         seconds_each: the mean duration of a training in seconds; None if a training diverges while it is timed.
@@ -60,7 +61,14 @@ class Estimate:
     bytes: int
 
 
-def estimate(planner: Planner, workers: int, directory: Path | None = None, *, here: bool = False) -> Estimate:
+def estimate(
+    planner: Planner,
+    workers: int,
+    directory: Path | None = None,
+    *,
+    here: bool = False,
+    beside: Tickets | None = None,
+) -> Estimate:
     """Estimate the run of a study from its finished trainings, or from a few iterations that are timed now.
 
     Args:
@@ -68,28 +76,112 @@ def estimate(planner: Planner, workers: int, directory: Path | None = None, *, h
         workers: the number of workers.
         directory: the folder of the data sets.
         here: whether only this process can train, by functions of its own.
+        beside: the study that a further analysis is about, whose finished trainings tell the speed, too.
     """
     progress = Tickets(planner).all()
     keys = {training.key for p in progress.values() for training in p.trainings}
     to_train = count_remaining(list(progress.values()))
-    chains = tuple((chain, len(p.tickets), planner.study.levels + 1 - len(p.tickets)) for chain, p in progress.items())
+    rewind, levels = planner.study.recipe.rewind, planner.study.levels + 1
+    trained = {chain: sum(training.end > rewind for training in p.trainings) for chain, p in progress.items()}
+    chains = tuple((chain, there, levels - there) for chain, there in trained.items())
     if not to_train:
         return Estimate(chains, len(keys), 0, 0.0, "nothing to do", 0.0, None, 0)
-    missing = [
-        level for p in progress.values() if p.waits_for for level in range(len(p.tickets), planner.study.levels + 1)
-    ]
-    sizes = sum(result_bytes(planner, level) for level in missing) * to_train // max(1, len(missing))
+
+    def list_ahead(speed: Speed) -> list[tuple[Chain, list[Step]]]:
+        return [
+            (chain, path) for chain, p in progress.items() for path in paths_ahead(planner, chain, p, speed) if path
+        ]
+
+    known = [*progress.values(), *(beside.all().values() if beside else ())]
+    size = sum(result_bytes(planner, step.density) for step in _each_once(list_ahead(Speed({1.0: 0.0}, 0.0, 0.0, ""))))
     try:
-        speed = measure_speed(planner, list(progress.values()), workers, directory, here=here)
+        speed = measure_speed(planner, known, workers, directory, here=here)
     except DivergedError as error:
-        return Estimate(chains, len(keys), to_train, None, str(error), None, None, sizes)
-    waiting = {chain: p for chain, p in progress.items() if p.waits_for is not None}
-    ahead = [(chain, path) for chain, p in waiting.items() for path in paths_ahead(planner, chain, p, speed)]
-    total = sum(step.seconds for step in {step.name: step for _, steps in ahead for step in steps}.values())
+        return Estimate(chains, len(keys), to_train, None, str(error), None, None, size)
+    ahead = list_ahead(speed)
+    total = sum(step.seconds for step in _each_once(ahead))
     lengths = [(chain, sum(step.seconds for step in steps)) for chain, steps in ahead]
     seconds = speed.start + makespan([steps for _, steps in ahead], workers)
     critical = max(lengths, key=lambda each: each[1])
-    return Estimate(chains, len(keys), to_train, total / to_train, speed.source, seconds, critical, sizes)
+    return Estimate(chains, len(keys), to_train, total / to_train, speed.source, seconds, critical, size)
+
+
+@dataclass(frozen=True)
+class PointEstimate:
+    """The expected work of one iteration that is tried as the rewind point.
+
+    Args:
+        iteration: the iteration.
+        existing: the number of stored trainings.
+        to_train: the number of missing trainings.
+        seconds: the duration of the missing trainings on the given number of workers; None if one diverges while it is
+            timed.
+    """
+
+    iteration: int
+    existing: int
+    to_train: int
+    seconds: float | None
+
+
+def estimate_points(
+    tickets: Tickets, points: Sequence[Point], workers: int, directory: Path | None = None
+) -> tuple[list[PointEstimate], str]:
+    """Estimate the trainings that find the rewind point, which are done one iteration after the other.
+
+    Args:
+        tickets: the tickets of the study.
+        points: of `tombola.study.rewind_point.plan_rewind_points`.
+        workers: the number of workers.
+        directory: the folder of the data sets.
+
+    Returns:
+        The estimate of each point, and the source of the durations, for the user.
+    """
+    works = []
+    for point in points:
+        planner, places = point.plan_orders()
+        own, orders = Tickets(point.planner).all(), Tickets(planner).all()
+        later = [  # trainings with another data order, whose networks are not there yet
+            (chain.seed, level) for chain in point.chains for level in point.levels if (chain.seed, level) not in places
+        ]
+        works.append((point, own, planner, orders, later))
+    known = [progress for _, own, _, orders, _ in works for progress in (*own.values(), *orders.values())]
+    counts = [
+        (
+            len({training.key for progress in (*own.values(), *orders.values()) for training in progress.trainings}),
+            count_remaining([*own.values()]) + count_remaining([*orders.values()]) + len(later),
+        )
+        for _, own, _, orders, later in works
+    ]
+    speed, source = None, "nothing to do"
+    if any(to_train for _, to_train in counts):
+        try:
+            speed = measure_speed(tickets.planner, [*known, *tickets.all().values()], workers, directory, here=False)
+            source = speed.source
+        except DivergedError as error:
+            source = str(error)
+    found = []
+    for (point, own, planner, orders, later), (existing, to_train) in zip(works, counts, strict=True):
+        seconds = None
+        if speed is not None:
+            each = point.planner.end - point.iteration
+            paths = [
+                *([step] for progress in orders.items() for step in steps_ahead(planner, *progress, speed)),
+                *(
+                    [Step((str(seed), level), speed.training((1 - tickets.study.fraction) ** level, each))]
+                    for seed, level in later
+                ),
+            ]
+            mine = [path for progress in own.items() for path in paths_ahead(point.planner, *progress, speed)]
+            seconds = makespan(mine, workers) + makespan(paths, workers)
+        found.append(PointEstimate(point.iteration, existing, to_train, seconds if to_train else 0.0))
+    return found, source
+
+
+def _each_once(ahead: Iterable[tuple[Chain, Sequence[Step]]]) -> list[Step]:
+    """Return the trainings of several chains, those that chains share once."""
+    return list({step.name: step for _, steps in ahead for step in steps}.values())
 
 
 def prior_speed(planner: Planner, workers: int, directory: Path | None = None) -> Speed | None:
@@ -235,10 +327,10 @@ def _time_testing(planner: Planner) -> float:
     return (time.perf_counter() - began) * data.test_examples / few
 
 
-def result_bytes(planner: Planner, level: int) -> int:
-    """Return the approximate size of a result of a level in bytes: alive weights, mask, losses and other tensors."""
+def result_bytes(planner: Planner, density: float) -> int:
+    """Return the approximate size of a result in bytes: alive weights, mask, losses and other tensors."""
     state = planner.initial(planner.study.seeds[0]).load()
     rest = sum(t.nbytes for name, t in state.items() if name not in planner.dense)
-    alive = planner.dense.total * (1 - planner.study.fraction) ** level
+    alive = planner.dense.total * density
     losses = 4 * (planner.end - planner.study.recipe.rewind)
     return int(4 * alive + planner.dense.total / 4 + rest + losses) + 4000

@@ -114,19 +114,24 @@ class Step:
 
     name: tuple[str, int]
     seconds: float
+    density: float = 1.0
 
 
 def steps_ahead(planner: Planner, chain: Chain, progress: Progress, speed: Speed) -> list[Step]:
-    """Return the trainings that a chain still needs, in their order."""
+    """Return the trainings that a chain still needs, in their order: those that are known, then its last levels."""
     if progress.waits_for is None:
         return []
+    known = [need for need in progress.needs if isinstance(need, Training)]
+    steps = [
+        Step((need.key, 0), speed.training(need.mask.density, need.end - need.begin), need.mask.density)
+        for need in known
+    ]
     levels = planner.levels(chain)
-    missing = [-1, *levels][1 + len(levels) - progress.remaining :]  # -1 is the training to the rewind point
-    steps = []
-    for number, level in enumerate(missing):
+    for number in range(len(known), progress.remaining):
+        level = levels[len(levels) - progress.remaining + number]
         name = (progress.waits_for.key, number) if number < progress.shared else (str(chain), level)
-        density = (1 - planner.study.fraction) ** max(0, level)
-        steps.append(Step(name, speed.training(density, planner.length(chain, level))))
+        density = (1 - planner.study.fraction) ** level
+        steps.append(Step(name, speed.training(density, planner.length(chain, level)), density))
     return steps
 
 
@@ -135,15 +140,8 @@ def paths_ahead(planner: Planner, chain: Chain, progress: Progress, speed: Speed
     steps = steps_ahead(planner, chain, progress, speed)
     if planner.study.score_at == "end" or not steps:
         return [steps]
-    first = [steps[0]] if progress.shared == 2 else []  # the rewind point comes before all levels
-    trainings = [need for need in progress.needs if isinstance(need, Training)]
-    iterations = planner.end - planner.study.recipe.rewind
-    known = [
-        Step((training.key, 0), speed.training(training.mask.density, iterations))
-        for training in trainings
-        if training.end == planner.end
-    ]
-    return [[*first, step] for step in [*known, *steps[max(len(first), len(known)) :]]]
+    first = steps[:1] if progress.shared == 2 else []  # the rewind point comes before all levels
+    return [[*first, step] for step in steps[len(first) :]]
 
 
 def makespan(

@@ -85,7 +85,8 @@ def estimate_search(
         mine = [stage for stage in stages if stage[0] == number and stage[2] >= 0]
         parts.append(Part(seed, own.end, len(mine), sum(stage in there for stage in mine)))
     work, to_do = (_sum_iterations(some) / planner.end for some in (stages, missing))
-    size = sum(result_bytes(trials[trial][0], max(0, level)) for trial, _, level, _ in missing)
+    densities = [(1 - study.fraction) ** max(0, level) for _, _, level, _ in missing]
+    size = sum(result_bytes(trials[stage[0]][0], density) for stage, density in zip(missing, densities, strict=True))
     if not missing:
         return Outlook(tuple(parts), work, 0.0, 0.0, "nothing to do", 0)
     try:

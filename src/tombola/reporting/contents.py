@@ -29,6 +29,7 @@ from tombola.analysis import (
     rewind_point,
     similarity,
     stability,
+    uniqueness,
     weights,
     winners,
 )
@@ -90,6 +91,7 @@ class Contents:
         absent: for analyses without a table, the reason.
         claims: the paper's claims with the verdicts of the study's tickets; empty if nothing can be compared yet.
         compared: a sentence on the tickets that decide on the claims.
+        unique: sentences that say up to what tickets are unique, see `tombola.analysis.uniqueness.describe`.
         references: accuracies to compare the study's with: the paper's, and the published ones unless they are its own.
         tickets, expected: number of stored tickets, and of all tickets of the study, including other data orders.
         trainings_left: number of trainings that remain.
@@ -115,6 +117,7 @@ class Contents:
     absent: Mapping[str, str]
     claims: tuple[Claim, ...] = ()
     compared: str = ""
+    unique: tuple[str, ...] = ()
     references: tuple[Reference, ...] = ()
     tickets: int = 0
     expected: int = 0
@@ -185,6 +188,7 @@ def gather(
         add("reinit", lambda: reinit.of_study(tickets))
         add("controls", lambda: controls.of_study(tickets))
         add("combinations", lambda: controls.combinations_of_study(tickets))
+        add("transfers", lambda: controls.transfers_of_study(tickets))
         if "basins" in costly:
             add("basins", lambda: basins.summarise(basins.of_study(tickets), tickets, margin=margin))
         if "rewind-point" in costly:
@@ -215,6 +219,7 @@ def gather(
         absent=absent,
         claims=() if evidence is None else tuple(claims.judge(evidence)),
         compared="" if evidence is None else evidence.describe(),
+        unique=tuple(uniqueness.describe(tables, planner.problem.measure, planner.study.recipe.rewind)),
         references=tuple(_list_references(planner, results)),
         tickets=sum(len(each.tickets) for each in progress.values()),
         expected=len(progress) * (planner.study.levels + 1),

@@ -117,6 +117,28 @@ def combinations(table: pl.DataFrame, measure: Measure) -> pl.DataFrame:
     )
 
 
+def transfers(table: pl.DataFrame, measure: Measure) -> pl.DataFrame:
+    """Return how masks of another study do, beside shuffled ones and the study's own tickets; means over seeds.
+
+    Args:
+        table: from `tombola.analysis.controls.of_transfers`, for one source and level.
+        measure: what tickets are judged by.
+    """
+    value = measure.heading
+    return controls_analysis.summarise_transfers(table).select(
+        "importance",
+        (100 * pl.col("density")).alias("density %"),
+        (pl.col("dense") * measure.scale).alias(f"dense {value}"),
+        (pl.col("own") * measure.scale).alias(f"own ticket {value}"),
+        (pl.col("value") * measure.scale).alias(f"transferred {value}"),
+        (pl.col("shuffled") * measure.scale).alias(f"shuffled {value}"),
+        (pl.col("gained") * measure.scale).alias("better than shuffled by"),
+        *(pl.col(name) * measure.scale for name in ("low", "high")),
+        (pl.col("difference") * measure.scale).alias("better than own by"),
+        "seeds",
+    )
+
+
 def basins(means: pl.DataFrame) -> pl.DataFrame:
     """Return the barriers of each level to the next and to the dense network, with two verdicts.
 

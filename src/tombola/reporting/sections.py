@@ -251,6 +251,14 @@ def _combinations(contents: Contents, table: pl.DataFrame) -> list[Part]:
     ]
 
 
+def _transfers(contents: Contents, table: pl.DataFrame) -> list[Part]:
+    return [
+        Part(f"transfers-{number}", f"Level {level} of the study with {source}", None, own)
+        for number, ((source, level), rows) in enumerate(table.group_by("source", "level", maintain_order=True), 1)
+        for own in [further.transfers(rows, contents.measure)]
+    ]
+
+
 def _basins(_: Contents, means: pl.DataFrame) -> list[Part]:
     return [Part("basins", "Barriers of each level", None, further.basins(means))]
 
@@ -340,6 +348,12 @@ _ANALYSES: tuple[tuple[str, str, str, Callable[[Contents, pl.DataFrame], list[Pa
         "between two levels. A difference above 0 is in favour of the combination.",
     ),
     (
+        *("transfers", "Masks of other studies", "transfer --level {level}", _transfers),
+        "The masks of another study, which differs from this one as stated, are trained in the networks of this one, "
+        "with its data and recipe. A shuffled mask with the same layer densities is chance, and the own ticket is that "
+        "of this study at the same density. A mask transfers if it is better than the shuffled one.",
+    ),
+    (
         *("basins", "Connected levels", "report --with basins", _basins),
         "The barrier of the test error between a trained ticket and that of the next level, and between the dense "
         "network and the ticket. Levels are connected if the barrier is at most 2 points. A level keeps what tickets "
@@ -359,7 +373,7 @@ _ANALYSES: tuple[tuple[str, str, str, Callable[[Contents, pl.DataFrame], list[Pa
 )
 """One section per analysis: name of the table and section, title, verb that computes it, parts, how to read it."""
 
-_ON_REQUEST = ("controls", "combinations", *FURTHER)
+_ON_REQUEST = ("controls", "combinations", "transfers", *FURTHER)
 """Analyses that have a section only if their results are there."""
 
 

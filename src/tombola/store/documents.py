@@ -247,6 +247,15 @@ class _Path(BaseModel):
     early: bool = False
 
 
+class _Transferred(BaseModel):
+    model_config = _STRICT
+
+    kind: str
+    importance: _Text
+    seed: int
+    key: _Hash
+
+
 class _Further(BaseModel):
     model_config = _STRICT
 
@@ -258,6 +267,8 @@ class _Further(BaseModel):
     kinds: list[str] = []
     iterations: list[Annotated[int, Field(ge=0, lt=2**31)]] = []
     over: str = ""
+    source: _Text = ""
+    trainings: list[_Transferred] = []
 
 
 class _Record(BaseModel):

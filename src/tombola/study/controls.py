@@ -5,11 +5,12 @@ All begin with the mask of a stored ticket, or with several of them, and are tra
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from operator import and_, or_
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from tombola.errors import UserError, did_you_mean
 from tombola.lottery.controls import keep_signs, shuffle
@@ -18,7 +19,7 @@ from tombola.store.documents import MOST_DRAWS
 from tombola.streams import derive
 from tombola.study.planner import Chain, Planner, Start, select_chains
 from tombola.study.schema import Study
-from tombola.study.singles import check_weights_elsewhere, find_training, list_notes, plan_singles
+from tombola.study.singles import NOTE, check_weights_elsewhere, find_training, list_notes, plan_singles
 from tombola.study.tickets import Tickets, check_level
 from tombola.training.train import initial_state
 from tombola.training.weights import State, Weights, state_hash
@@ -35,6 +36,12 @@ KINDS: Mapping[str, str] = {
 
 COMBINED: Mapping[str, Callable[[Mask, Mask], Mask]] = {"union": or_, "intersection": and_}
 """The ways in which tickets are combined."""
+
+_TRANSFERS = ("transferred", "shuffled")
+"""What is trained of each mask of another study: the mask, and the same mask shuffled."""
+
+_OF_MASKS = ("prune", "keep_dense", "exclude", "fraction", "selection", "shares", "score_at", "score_examples")
+"""The fields of a study, apart from its task and recipe, that decide on the masks of a level."""
 
 Over: TypeAlias = Literal["importances", "seeds"]
 """What differs between the tickets that are combined."""
@@ -70,12 +77,14 @@ class Plan:
         level: the level of the tickets.
         planner: the planner of the trainings.
         parts: the trainings.
+        source: of transfers, how the study that the masks come from differs from the study of `tickets`.
     """
 
     tickets: Tickets
     level: int
     planner: Planner
     parts: tuple[Part, ...]
+    source: str = ""
 
 
 def plan_controls(
@@ -247,13 +256,85 @@ def plan_transfers(tickets: Tickets, others: Tickets, level: int, importances: S
     for chain in chains:
         mask = find_training(others, chain, level)[0].mask
         dense, training = find_training(tickets, Chain(chain.seed, study.importances[0]), 0)
-        for kind in ("transferred", "shuffled"):
+        for kind in _TRANSFERS:
             own = Chain(chain.seed, f"{chain.importance}, {kind}")
             moved = mask if kind == "transferred" else shuffle(mask, derive(chain.seed, "control", 1))
             starts[own] = Start(level, dense.rewind, moved, training.begin, training.end)
             parts.append(Part(kind, chain.importance, chain.seed, 1, own, (chain,)))
-    note = {"verb": "transfer", "level": level, "importances": list(dict.fromkeys(names))}
-    return Plan(tickets, level, plan_singles(tickets, starts, note), tuple(parts))
+    found = _describe_difference(study, source)
+    note = {"verb": "transfer", "level": level, "importances": list(dict.fromkeys(names)), "source": found}
+    planner = plan_singles(tickets, starts, note)
+    planner.about[NOTE]["trainings"] = [  # the masks are read from them, because the other study may not be at hand
+        {
+            "kind": part.kind,
+            "importance": part.importance,
+            "seed": part.seed,
+            "key": _name_training(planner, part.chain),
+        }
+        for part in parts
+    ]
+    return Plan(tickets, level, planner, tuple(parts), found)
+
+
+def list_transfers(tickets: Tickets) -> list[Plan]:
+    """Return the transfers to a study that its store has trainings of, without the study that the masks come from."""
+    planner, plans = tickets.planner, []
+    for note in list_notes(tickets, "transfer"):
+        starts: dict[Chain, Start] = {}
+        parts = []
+        for importance, seed, keys in _pair_trainings(note["trainings"]):
+            chain = Chain(seed, tickets.study.importances[0])
+            if seed not in tickets.study.seeds or importance not in tickets.study.importances:
+                continue
+            if not tickets.progress(chain).tickets:
+                continue
+            documents = [planner.store.results.document(key) for key in keys]
+            if any(each is None or each.shapes != planner.dense.shapes for each in documents):
+                continue
+            dense, training = find_training(tickets, chain, 0)
+            for kind, key in zip(_TRANSFERS, keys, strict=True):
+                own = Chain(seed, f"{importance}, {kind}")
+                mask = planner.store.results.read_mask(key, planner.dense.shapes)
+                starts[own] = Start(note["level"], dense.rewind, mask, training.begin, training.end)
+                parts.append(Part(kind, importance, seed, 1, own, ()))
+        if parts:
+            plans.append(
+                Plan(tickets, note["level"], plan_singles(tickets, starts, note), tuple(parts), note["source"])
+            )
+    return plans
+
+
+def _pair_trainings(trainings: Sequence[Mapping[str, Any]]) -> list[tuple[str, int, list[str]]]:
+    """Return importance, seed, and the names of the two trainings of each mask that has both."""
+    found: dict[tuple[str, int], dict[str, str]] = {}
+    for each in trainings:
+        found.setdefault((each["importance"], each["seed"]), {})[each["kind"]] = each["key"]
+    return [
+        (*place, [keys[kind] for kind in _TRANSFERS]) for place, keys in found.items() if set(_TRANSFERS) <= set(keys)
+    ]
+
+
+def _name_training(planner: Planner, chain: Chain) -> str:
+    """Return the name of the only training of a chain."""
+    progress = planner.progress(chain, lambda _: None)
+    (training,) = progress.needs
+    return training.key
+
+
+def _describe_difference(study: Study, other: Study) -> str:
+    """Return the fields in which another study differs from a study, apart from those that say which tickets it has.
+
+    >>> from tombola.study.schema import load_study
+    >>> _describe_difference(load_study("digits"), load_study("digits", {"recipe.lr": 0.5, "seeds": [7]}))
+    'recipe.lr = 0.5'
+    """
+    ours, theirs = (
+        {f"{part}.{name}": value for part in ("task", "recipe") for name, value in document[part].items()}
+        | {name: document[name] for name in _OF_MASKS}
+        for document in (each.model_dump(mode="json") for each in (study, other))
+    )
+    changed = [f"{name} = {json.dumps(value)}" for name, value in theirs.items() if value != ours[name]]
+    return ", ".join(changed) or "the same study"
 
 
 def list_orders(study: Study, count: int) -> list[int]:

@@ -19,7 +19,10 @@ from tombola.study.trainings import Training
 NOTE = "further"
 """The name of the note in a training's record."""
 
-_EMPTY: Mapping[str, Any] = {"level": 0, "draws": 1, "importances": [], "kinds": [], "iterations": [], "over": ""}
+_EMPTY: Mapping[str, Any] = {
+    **{"level": 0, "draws": 1, "importances": [], "kinds": [], "iterations": []},
+    **{"over": "", "source": "", "trainings": []},
+}
 """The arguments of the verbs, where a note does not have them."""
 
 
