@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from tombola.cli.analysis import open_compared, progress_elsewhere, show_view
 from tombola.cli.options import Verbs, add_tolerance, print_note, warnings_as_notes, whole_number
 from tombola.errors import UserError
+from tombola.terminal import say
 
 if TYPE_CHECKING:
     import polars as pl
@@ -164,7 +165,7 @@ def rewind_point(options: argparse.Namespace) -> int:
         print_note("no interval: the study has one seed, and an interval needs two or more; add others with --seeds")
     means = rewind_point.summarise(table, options.tolerance / 100)
     show_view(means, options.format, _points)
-    print("\n".join(rewind_point.advise(means)))
+    say("\n".join(rewind_point.advise(means)))
     return 0
 
 
@@ -183,7 +184,7 @@ def early(options: argparse.Namespace) -> int:
         table = early.of_snapshots(plan, names, options.level)
         show_view(table, options.format, _early)
         if options.format == "table":
-            print("\n".join(early.describe(early.summarise(table))))
+            say("\n".join(early.describe(early.summarise(table))))
     return 0
 
 
