@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 import shutil
 from pathlib import Path
@@ -215,6 +216,12 @@ def test_further_draws_go_on_after_a_stop_with_the_same_bits(root: Path, tmp_pat
     needs = list_needs(open_tickets(store))
     assert {folder.name for folder in results(store)} <= needs, "a collection keeps them"
     assert not {folder.name for folder in results(store)} & list_needs(open_tickets(store, study(seeds=(7,), **SHORT)))
+    asked = [folder for folder in results(store) if "further" in json.loads((folder / "record.json").read_text())]
+    forged = json.loads((asked[0] / "record.json").read_text())
+    forged["further"]["draws"] = 1000
+    (asked[0] / "record.json").write_text(json.dumps(forged))
+    most = max(draws for _, draws in list_controls(open_tickets(store)).values())
+    assert most == len(asked), "a report plans no more draws than there are trainings"
 
 
 def test_controls_that_cannot_be(root: Path) -> None:

@@ -255,6 +255,11 @@ def test_a_module_that_ends_the_program_when_it_is_imported_is_refused(
     assert ENDINGS[how][1] in refused(f"{name}:f")
 
 
+def test_an_exception_cannot_steer_the_terminal(refused: Callable[..., str], tmp_path: Path) -> None:
+    (tmp_path / "steers.py").write_text(r"raise ValueError('\x1b[2J\u202e\x9b\ud800 [bold]')" + "\n")
+    assert r"ValueError: \x1b[2J\u202e\x9b\ud800 [bold] (in " in refused(model='"steers:f"')
+
+
 @pytest.mark.parametrize("how", ENDINGS)
 def test_a_worker_says_what_ended_its_training(how: str, tmp_path: Path) -> None:
     arguments = {"how": how, "in_worker": True}

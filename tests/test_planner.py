@@ -21,6 +21,7 @@ from tombola.lottery.ticket import Ticket
 from tombola.pruning.mask import Mask
 from tombola.reporting.contents import COSTLY, gather
 from tombola.store.store import Store
+from tombola.study import planner as planning
 from tombola.study.needs import list_chain_needs, list_needs
 from tombola.study.planner import Chain, Diverged, Finished, Planner, Stopped, Waiting, select_chains
 from tombola.study.reinitialisation import plan
@@ -289,6 +290,26 @@ def test_a_study_needs_all_that_its_run_and_its_reinitialisations_stored(root: P
     own = list_chain_needs(tickets)
     assert own < names
     assert names - own == {entry.name for entry in Store(root).entries() if entry.name in names - own}
+
+
+def test_each_chain_is_followed_once_for_what_a_study_needs(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Records of searches may say many paths, which all begin with the same masks."""
+    of, followed, chosen = planner(root, STUDY), list[Chain](), list[str]()
+    progress, choose = Planner.progress, planning.choose_layers
+
+    def follow(self: Planner, chain: Chain, *find: Any) -> Any:
+        followed.append(chain)
+        return progress(self, chain, *find)
+
+    def choose_layers(model: Any, mask: Mask, *others: Any) -> list[str]:
+        chosen.append(mask.hash)
+        return choose(model, mask, *others)
+
+    monkeypatch.setattr(Planner, "progress", follow)
+    monkeypatch.setattr(planning, "choose_layers", choose_layers)
+    list_chain_needs(Tickets(of))
+    assert len(set(followed)) == len(followed) == len(of.chains) + len(of.repeats)
+    assert len(set(chosen)) == len(chosen) > 1
 
 
 def test_needs_do_not_depend_on_what_was_read_before(root: Path) -> None:

@@ -12,7 +12,8 @@ import tombola
 ROOT = Path(tombola.__file__).parent
 
 ROOMS = [
-    "errors", "settings", "exits", "files", "inputs", "streams", "threads", "importance", "pruning", "datasets",
+    "errors", "terminal", "settings", "exits", "files", "inputs", "streams", "threads", "importance", "pruning",
+    "datasets",
     "models", "kernels", "own", "training", "lottery", "loops", "store", "study", "engine", "hooks", "analysis",
     "reporting", "workbench",
     "cli",

@@ -31,8 +31,9 @@ def of_study(tickets: Tickets) -> pl.DataFrame:
         tombola.errors.DamagedResultError: where a stored result is damaged.
     """
     tables = []
+    stored = len(tickets.planner.store.results.notes("reinit"))  # each draw that the store has is one of them or more
     for (level, names), most in list_notes(tickets).items():
-        plans = [plan_again(tickets, level, most, names, seed) for seed in tickets.study.seeds]
+        plans = [plan_again(tickets, level, min(most, stored), names, seed) for seed in tickets.study.seeds]
         pairs = [(plan, Tickets(plan.planner)) for plan in plans if plan is not None]
         found = {plan.seed: (plan, own, number) for plan, own in pairs if (number := count_draws(own))}
         draws = min((number for _, _, number in found.values()), default=0)

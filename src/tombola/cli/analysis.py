@@ -10,6 +10,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from tombola.cli.options import Verbs, add_margin, open_planner, print_note, warnings_as_notes, whole_number
+from tombola.terminal import say
 
 if TYPE_CHECKING:
     import polars as pl
@@ -120,9 +121,9 @@ def overlap(options: argparse.Namespace) -> int:
         return 0
     show_view(table, options.format, _overlap_by_level)
     if options.format == "table":
-        print(wrap(tickets.planner.describe_counted()))
+        say(wrap(tickets.planner.describe_counted()))
         if tickets.planner.kept_dense:
-            print("\nThe same without the layers that are kept dense:")
+            say("\nThe same without the layers that are kept dense:")
             show_view(table, options.format, partial(_overlap_by_level, total=PRUNABLE))
     return 0
 
@@ -137,7 +138,7 @@ def layers(options: argparse.Namespace) -> int:
         table = layers.of_study(tickets, names, options.level)
     show_view(table, options.format, _layers)
     if options.format == "table":
-        print(wrap(tickets.planner.describe_counted()))
+        say(wrap(tickets.planner.describe_counted()))
     return 0
 
 
@@ -215,7 +216,7 @@ def reinit(options: argparse.Namespace) -> int:
     count = count_workers(options.workers, tickets.study.device)
     if options.plan:
         for plan in plans:
-            print(f"seed {plan.seed}: {plan.kept.alive} of {plan.kept.total} connections kept")
+            say(f"seed {plan.seed}: {plan.kept.alive} of {plan.kept.total} connections kept")
             expected = estimate(plan.planner, count, options.data, beside=tickets)
             show_plan(plan.planner, expected, count, options.format)
         return 0
@@ -256,25 +257,25 @@ def _print_claims(evidence: Evidence, found: Sequence[Claim]) -> None:
     from tombola.analysis.claims import describe, summarise
     from tombola.cli.tables import wrap
 
-    print(wrap(" ".join(summarise(found))))
-    print()
-    print(wrap(evidence.describe()))
+    say(wrap(" ".join(summarise(found))))
+    say()
+    say(wrap(evidence.describe()))
     for claim in found:
-        print(f"\n{claim.number:3} {wrap(claim.statement, 4)}")
+        say(f"\n{claim.number:3} {wrap(claim.statement, 4)}")
         for name, text in describe(claim).items():
-            print(wrap(f"    {name}: {text}", 6))
+            say(wrap(f"    {name}: {text}", 6))
 
 
 def _print_uniqueness(sentences: Sequence[str], asked: Sequence[str]) -> None:
     """Print up to what tickets are unique, and which analyses ask the rest."""
     from tombola.cli.tables import wrap
 
-    print("\nUnique up to what?")
+    say("\nUnique up to what?")
     for sentence in sentences:
-        print(wrap(f"  - {sentence}", 4))
+        say(wrap(f"  - {sentence}", 4))
     more = [f"`tombola claims --with {name}` ({words})" for name, words in _ASKED.items() if name not in asked]
     more.append("`tombola controls` and `rewind-point`, whose results are stored")
-    print(wrap(f"  - More: {', '.join(more)}.", 4))
+    say(wrap(f"  - More: {', '.join(more)}.", 4))
 
 
 def _overlap_by_level(table: pl.DataFrame, total: str = "(all)") -> pl.DataFrame:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from tombola.cli.options import Verbs
+from tombola.terminal import say
 
 
 def add_verbs(verbs: Verbs) -> None:
@@ -22,11 +23,11 @@ def importances(options: argparse.Namespace) -> int:
     lines = [[name, importance.description] for name, importance in IMPORTANCES.items()]
     lines += [[name, description] for name, description in scores.items()]
     if options.format == "table":
-        print("Pruning compares these values over all layers; x = |w| of the surviving weights of one layer")
+        say("Pruning compares these values over all layers; x = |w| of the surviving weights of one layer")
     show_table(["importance", "description"], lines, options.format)
     if options.format == "table":
-        print(wrap("In these formulas, w are the weights, g is the gradient of the loss and H its Hessian."))
-        print(
+        say(wrap("In these formulas, w are the weights, g is the gradient of the loss and H its Hessian."))
+        say(
             wrap(
                 f"Any score with any normalisation is an importance too, such as taylor/l1. The scores: "
                 f"{', '.join(SCORES)}. The normalisations: {', '.join(NORMALISATIONS)}."

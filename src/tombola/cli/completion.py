@@ -29,7 +29,7 @@ def completion(options: argparse.Namespace) -> int:
         import argcomplete
     except ImportError as error:
         raise UserError(f"completion: {error}; install it with: pip install 'tombola[completion]'") from error
-    print(argcomplete.shellcode(["tombola"], shell=options.shell))
+    print(argcomplete.shellcode(["tombola"], shell=options.shell))  # noqa: T201
     return 0
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from tombola.cli.options import Verbs, add_margin, open_planner, print_note, warnings_as_notes
 from tombola.errors import UserError
+from tombola.terminal import say
 
 if TYPE_CHECKING:
     import polars as pl
@@ -97,9 +98,9 @@ def find(options: argparse.Namespace) -> int:
         return 0
     _show(found.table, measure, options.format)
     for line in _describe(found, measure):
-        print(line, file=sys.stdout if plain else sys.stderr)
+        say(line, file=sys.stdout if plain else sys.stderr)
     if options.output is not None and plain:
-        print(f"{options.output}: the ticket of seed {found.walk.trials[-1][0].study.seeds[0]}, with trained weights")
+        say(f"{options.output}: the ticket of seed {found.walk.trials[-1][0].study.seeds[0]}, with trained weights")
     return 0
 
 
@@ -141,7 +142,7 @@ def _show_plan(planner: Planner, budget: Budget, options: argparse.Namespace) ->
     if limit is not None and spent is not None:
         enough = "suffices for all of it" if spent <= limit else "may end the search before that"
         said.append(f"The budget of {budget.text} {enough}.")
-    print("\n".join(map(wrap, said)))
+    say("\n".join(map(wrap, said)))
 
 
 def _check(name: str, path: Path, check: Any) -> None:

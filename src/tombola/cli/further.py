@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from tombola.cli.analysis import open_compared, show_view
 from tombola.cli.options import Verbs, add_margin, add_tolerance, print_note, warnings_as_notes, whole_number
+from tombola.terminal import say
 
 if TYPE_CHECKING:
     import polars as pl
@@ -85,7 +86,7 @@ def similarity(options: argparse.Namespace) -> int:
         table = similarity.of_study(tickets, names, options.level)
     show_view(table, options.format, _similarity)
     if options.format == "table":
-        print("\nLinear CKA of each layer:")
+        say("\nLinear CKA of each layer:")
         show_view(table, options.format, _alignment)
     return 0
 
@@ -106,7 +107,7 @@ def basins(options: argparse.Namespace) -> int:
     means = basins.summarise(table, tickets, tolerance, options.margin / 100)
     show_view(means, options.format, _basins)
     for sentence in basins.describe(means):
-        print(sentence)
+        say(sentence)
     return 0
 
 

@@ -20,6 +20,7 @@ from tombola.cli.advice import add_advice
 from tombola.cli.options import Parser, Verb, Verbs, store_options, study_options, table_options, with_dashes
 from tombola.errors import DamagedResultError, UserError, describe_exception, is_of_own_code
 from tombola.exits import end_at_once, watch_exits
+from tombola.terminal import say, visible_lines
 
 _LIMITS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EBADF}
 """The errors of a system that is full or has reached a limit, or whose disk is broken."""
@@ -83,11 +84,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         _discard_output()
         where = error.filename or "the output"
-        print(f"tombola: {where} cannot be written or read: {error.strerror}", file=sys.stderr)
+        say(f"tombola: {where} cannot be written or read: {error.strerror}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         again = "; finished trainings are kept, continue with: " + shlex.join(["tombola", *given])
-        print(f"\ntombola: stopped{again if set(given[:1]) & _TRAIN else ''}", file=sys.stderr, flush=True)
+        say(f"\ntombola: stopped{again if set(given[:1]) & _TRAIN else ''}", file=sys.stderr, flush=True)
         if arguments is None:
             end_at_once(130)  # because the normal exit of torch can take seconds
         return 130
@@ -109,10 +110,10 @@ def _is_closed(stream: TextIO | None) -> bool:
 def _tell(text: str) -> None:
     """Print a line to standard error, also where Python's stream was closed: under json and csv, it is both."""
     if not _is_closed(sys.stderr):
-        print(text, file=sys.stderr)
+        say(text, file=sys.stderr)
         return
     with contextlib.suppress(OSError):  # the number is closed too
-        os.write(2, f"{text}\n".encode(errors="backslashreplace"))
+        os.write(2, f"{visible_lines(text)}\n".encode(errors="backslashreplace"))
 
 
 def _prepare_streams() -> None:
@@ -211,7 +212,5 @@ class _Version(argparse.Action):
 
         from tombola import kernels
 
-        print(
-            f"tombola {__version__}, torch {torch.__version__}, sparse kernels: {kernels.instruction_set() or 'none'}"
-        )
+        say(f"tombola {__version__}, torch {torch.__version__}, sparse kernels: {kernels.instruction_set() or 'none'}")
         parser.exit()

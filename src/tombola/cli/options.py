@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, NoReturn, get_args, 
 
 from tombola.errors import UserError, did_you_mean, shorten
 from tombola.store.layout import STORE
+from tombola.terminal import say
 
 if TYPE_CHECKING:
     from tombola.study.planner import Planner
@@ -54,7 +55,7 @@ class Parser(argparse.ArgumentParser):
 
     def print_whole_help(self) -> None:
         """Print the help with the fields of a study."""
-        print(super().format_help(), end="")
+        print(super().format_help(), end="")  # noqa: T201
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Parse the arguments, and refuse unknown ones here, where the options of this verb are known."""
@@ -244,7 +245,7 @@ def warnings_as_notes(always: type[Warning]) -> Iterator[None]:
 
 def print_note(text: str) -> None:
     """Print a note to standard error."""
-    print(f"note: {text}", file=sys.stderr)
+    say(f"note: {text}", file=sys.stderr)
 
 
 def open_planner(options: argparse.Namespace, study: Study | None = None) -> Planner:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from tombola.cli.options import Verbs, add_margin, open_planner, overrides, whole_number
 from tombola.errors import UserError
+from tombola.terminal import say
 
 if TYPE_CHECKING:
     from tombola.reporting.contents import Contents
@@ -81,7 +82,7 @@ def report(options: argparse.Namespace) -> int:
     contents = _gather_results(options, planner)
     content = page(contents).encode()
     write_output(options.output, content)
-    print(f"{options.output}: {size(len(content))}, {contents.tickets} of {contents.expected} tickets")
+    say(f"{options.output}: {size(len(content))}, {contents.tickets} of {contents.expected} tickets")
     return 0
 
 
@@ -97,7 +98,7 @@ def figures(options: argparse.Namespace) -> int:
     contents = _gather_results(options, open_planner(options))
     inches = COLUMN if options.columns == 1 else BOTH_COLUMNS
     paths = write(select_charts(sections(contents)), options.output, list(dict.fromkeys(options.format)), inches)
-    print("\n".join(map(str, paths)))
+    say("\n".join(map(str, paths)))
     return 0
 
 
@@ -125,10 +126,10 @@ def watch(options: argparse.Namespace) -> int:
     with serve(options.port) as served:
         try:
             served.show(make())
-            print(f"{served.url} shows the current state of the study; press Ctrl-C to stop", flush=True)
+            say(f"{served.url} shows the current state of the study; press Ctrl-C to stop", flush=True)
             keep_fresh(state, make, served.show, seconds=2.0)
         except KeyboardInterrupt:
-            print(file=sys.stderr)
+            say(file=sys.stderr)
     return 0
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from tombola.cli.options import Verbs, open_planner, open_study, whole_number
 from tombola.errors import NothingStoredError, UserError
+from tombola.terminal import say, visible
 
 if TYPE_CHECKING:
     import polars as pl
@@ -71,7 +72,7 @@ def export(options: argparse.Namespace) -> int:
         ticket = ticket_of(planner, options.importance, options.seed, options.level)
     ticket.save(options.output, trained=options.trained)
     chain = Chain(options.seed, options.importance)
-    print(f"{options.output}: {chain}, level {ticket.level}, {ticket.mask.alive} of {ticket.mask.total} connections")
+    say(f"{options.output}: {chain}, level {ticket.level}, {ticket.mask.alive} of {ticket.mask.total} connections")
     return 0
 
 
@@ -93,11 +94,11 @@ def show_results(tickets: Tickets, form: str) -> None:
     if form == "table":
         _print_results(found, planner.study, planner.problem.data.name, planner.describe_counted())
         if len(found) < expected:
-            print(f"the store has {len(found)} of {expected} tickets")
+            say(f"the store has {len(found)} of {expected} tickets")
     else:
         _show_rows(found, form)
     if kinds:
-        print(kinds, file=sys.stdout if form == "table" else sys.stderr)
+        say(kinds, file=sys.stdout if form == "table" else sys.stderr)
 
 
 def _show_reference(options: argparse.Namespace) -> None:
@@ -111,7 +112,7 @@ def _show_reference(options: argparse.Namespace) -> None:
         _print_results(reference.tickets, reference.study, about["data"]["name"], about["counted"])
     else:
         _show_rows(reference.tickets, options.format)
-    print(f"reference: {reference.source}", file=sys.stdout if options.format == "table" else sys.stderr)
+    say(f"reference: {reference.source}", file=sys.stdout if options.format == "table" else sys.stderr)
 
 
 def _show_comparison(options: argparse.Namespace) -> None:
@@ -140,10 +141,10 @@ def _show_comparison(options: argparse.Namespace) -> None:
         percent("twice").alias("2 SE"),
         "verdict",
     )
-    print(f"test accuracy in % on {planner.problem.data.name}, mean ± std; SE: standard error of the difference")
+    say(f"test accuracy in % on {planner.problem.data.name}, mean ± std; SE: standard error of the difference")
     show_frame(table, "table")
-    print(describe(compared))
-    print(f"{reference.name}: {reference.source}")
+    say(describe(compared))
+    say(f"{reference.name}: {reference.source}")
 
 
 def _mean(accuracy: str, std: str, seeds: str) -> pl.Expr:
@@ -198,18 +199,18 @@ def _print_results(found: Sequence[Row], study: Study, data: str, counted: str) 
     measure = table.measure
     if best and not measure.higher_is_better:
         best += " (lowest)"
-    print(f"{measure.split} {measure.label}{' in %' if measure.percent else ''} on {data}, {seeds}{best}")
+    say(f"{measure.split} {measure.label}{' in %' if measure.percent else ''} on {data}, {seeds}{best}")
     _print_table2(table, study.importances, len(study.seeds))
-    print(wrap(counted))
+    say(wrap(counted))
     diverged: dict[str, list[str]] = {}
     for (level, importance), cell in table.cells.items():
         if cell.diverged:
             diverged.setdefault(importance, []).append(f"{level} ({cell.diverged} of {len(study.seeds)} seeds)")
     for importance, levels in diverged.items():
-        print(f"diverged, {importance}: level {', '.join(levels)}; these chains end there")
+        say(f"diverged, {importance}: level {', '.join(levels)}; these chains end there")
     for importance, layers in table.collapses.items():
         text = ", ".join(f"{layer} from level {level}" for layer, level in layers.items())
-        print(f"collapsed layers, {importance}: {text}")
+        say(f"collapsed layers, {importance}: {text}")
 
 
 def _print_table2(results: Table2, importances: Sequence[str], seeds: int) -> None:
@@ -220,7 +221,7 @@ def _print_table2(results: Table2, importances: Sequence[str], seeds: int) -> No
     plain = not sys.stdout.isatty()
     table = empty_table()
     for title in ("level", "sparsity", *importances):
-        table.add_column(title, justify="right")
+        table.add_column(visible(title), justify="right")
     for level, density in results.levels:
         best = results.best(level)
         cells = [_cell(results.cells[level, name], results.measure, name in best, plain, seeds) for name in importances]

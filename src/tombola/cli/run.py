@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from tombola.cli.options import Verbs, open_planner, print_note, warnings_as_notes, whole_number
 from tombola.errors import UserError
+from tombola.terminal import say
 
 if TYPE_CHECKING:
     from tombola.engine.estimate import Estimate
@@ -72,7 +73,7 @@ def run(options: argparse.Namespace) -> int:
         try_study(planner, device)
     prepare_store(planner, options.store)
     if device == "cpu" and not kernels.available():
-        print(f"note: {kernels.MISSING}", file=sys.stderr)
+        say(f"note: {kernels.MISSING}", file=sys.stderr)
     if planner.kernel_fault is not None:
         print_note(planner.kernel_fault)
     speed = prior_speed(planner, count_workers(options.workers, study.device), options.data) if local else None
@@ -85,7 +86,7 @@ def run(options: argparse.Namespace) -> int:
         status = run_study(planner, workers, tell, speed=speed, tells_epochs=epochs)
     stopped = describe_stopped(status)
     if status.done == 0 and not stopped:
-        print(f"every training of this study is in {planner.store.root} already; nothing was trained")
+        say(f"every training of this study is in {planner.store.root} already; nothing was trained")
     show_results(Tickets(planner), "table")
     if stopped:
         raise UserError(f"{stopped}; all other results are kept")
@@ -155,23 +156,23 @@ def show_plan(planner: Planner, expected: Estimate, workers: int, form: str) -> 
     show_table(header, lines, form)
     if form == "csv":
         return
-    print(wrap(planner.describe_counted()))
+    say(wrap(planner.describe_counted()))
     print_coverage(planner.coverage)
     if planner.study.score_at == "rewind":
-        print(wrap("The rewind point alone decides the masks, so all levels of a chain can be trained side by side."))
+        say(wrap("The rewind point alone decides the masks, so all levels of a chain can be trained side by side."))
     if not expected.to_train:
-        print(f"all {expected.existing} trainings are in {planner.store.root}: nothing is left to do")
+        say(f"all {expected.existing} trainings are in {planner.store.root}: nothing is left to do")
         return
-    print(f"{count(expected.to_train, 'training')} to do, {expected.existing} in {planner.store.root} already")
+    say(f"{count(expected.to_train, 'training')} to do, {expected.existing} in {planner.store.root} already")
     if expected.seconds is None or expected.seconds_each is None:
-        print(f"time: not known: {expected.source}")
+        say(f"time: not known: {expected.source}")
     else:
-        print(f"time: about {duration(expected.seconds)} on {count(workers, 'worker')}, ", end="")
-        print(f"{duration(expected.seconds_each)} per training ({expected.source})")
+        say(f"time: about {duration(expected.seconds)} on {count(workers, 'worker')}, ", end="")
+        say(f"{duration(expected.seconds_each)} per training ({expected.source})")
     if expected.critical:
         chain, seconds = expected.critical
-        print(f"critical path: {chain}, {duration(seconds)} with any number of workers")
-    print(f"disk: about {size(expected.bytes)}")
+        say(f"critical path: {chain}, {duration(seconds)} with any number of workers")
+    say(f"disk: about {size(expected.bytes)}")
 
 
 def _coverage_to_json(coverage: Coverage) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from tombola.cli.options import Verbs
 from tombola.errors import UserError, shorten
+from tombola.terminal import say
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -70,11 +71,11 @@ def init(options: argparse.Namespace) -> int:
     write_atomically(path, "\n".join(_list_lines(Study, written)).encode())
     modules = dict.fromkeys(name.partition(":")[0] for name in (options.model, options.dataset) if ":" in name)
     if missing := [f"{name}.py" for name in modules if not (path.parent / f"{name}.py").exists()]:
-        print(f"put your functions into {' and '.join(missing)} beside {path}, then:")
+        say(f"put your functions into {' and '.join(missing)} beside {path}, then:")
     else:
-        print("next:")
-    print(f"  tombola plan {path}    try the task out, and see how long it takes")
-    print(f"  tombola run {path}")
+        say("next:")
+    say(f"  tombola plan {path}    try the task out, and see how long it takes")
+    say(f"  tombola run {path}")
     return 0
 
 

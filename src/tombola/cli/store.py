@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from tombola.cli.options import Verbs, open_planner, whole_number
 from tombola.errors import DamagedResultError, StoreError, UserError
+from tombola.terminal import say
 
 if TYPE_CHECKING:
     from tombola.engine.machine import Kind
@@ -75,7 +76,7 @@ def _print_findings(findings: list[Finding]) -> None:
 
     unequal = [finding for finding in findings if finding.difference]
     for finding in unequal:
-        print(f"{finding.what} ({finding.key[:12]}) differs: {finding.difference}")
+        say(f"{finding.what} ({finding.key[:12]}) differs: {finding.difference}")
     elsewhere: dict[str, int] = {}
     for finding in findings:
         for phrase in finding.machine:
@@ -85,13 +86,13 @@ def _print_findings(findings: list[Finding]) -> None:
         if finding.kinds is not None:
             kinds[finding.kinds] = kinds.get(finding.kinds, 0) + 1
     for (before, now), number in kinds.items():
-        print(f"stored results of another kind of machine, {number} of {len(findings)}: {before}, now {now}")
+        say(f"stored results of another kind of machine, {number} of {len(findings)}: {before}, now {now}")
     for phrase, number in elsewhere.items():
-        print(f"recorded elsewhere or with other versions, {number} of {len(findings)}: {phrase}")
+        say(f"recorded elsewhere or with other versions, {number} of {len(findings)}: {phrase}")
     if unequal and not elsewhere:
-        print("no difference between this machine and the recorded one is known")
-    print(f"re-ran {count(len(findings), 'training')}: ", end="")
-    print(f"{len(unequal)} differ from the stored results" if unequal else "all bit-identical")
+        say("no difference between this machine and the recorded one is known")
+    say(f"re-ran {count(len(findings), 'training')}: ", end="")
+    say(f"{len(unequal)} differ from the stored results" if unequal else "all bit-identical")
 
 
 @contextmanager
@@ -101,11 +102,11 @@ def _show_count(shown: bool) -> Iterator[Callable[[int, int], None]]:
 
     def tell(done: int, total: int) -> None:
         if live:
-            print(f"\rverified {done} of {total} ", end="", file=sys.stderr, flush=True)
+            print(f"\rverified {done} of {total} ", end="", file=sys.stderr, flush=True)  # noqa: T201
 
     yield tell
     if live:
-        print(file=sys.stderr)
+        say(file=sys.stderr)
 
 
 def store(options: argparse.Namespace) -> int:
@@ -158,7 +159,7 @@ def _print_totals(found: list[Entry]) -> None:
 
     for kind in ("result", "mask", "checkpoint"):
         of_kind = [one for one in found if one.kind == kind]
-        print(f"{len(of_kind)} {kind}s, {size(sum(one.bytes for one in of_kind))}")
+        say(f"{len(of_kind)} {kind}s, {size(sum(one.bytes for one in of_kind))}")
 
 
 def check(options: argparse.Namespace) -> int:
@@ -175,18 +176,18 @@ def check(options: argparse.Namespace) -> int:
     damaged = list(list_damage(store))
     plain = options.format == "table"
     for path in list_strays(store.root):
-        print(f"{path} does not belong to the store and is ignored", file=sys.stdout if plain else sys.stderr)
+        say(f"{path} does not belong to the store and is ignored", file=sys.stdout if plain else sys.stderr)
     if not plain:
         lines = [[one.kind, one.name, one.reason] for one in damaged]
         show_table(["kind", "name", "damage"], lines, options.format)
         return 1 if damaged else 0
     for one in damaged:
         name = one.name[:12] if one.kind in ("result", "record", "metrics", "mask", "checkpoint", "claim") else one.name
-        print(f"{one.kind} {name} {'are' if one.kind == 'metrics' else 'is'} damaged: {one.reason}")
+        say(f"{one.kind} {name} {'are' if one.kind == 'metrics' else 'is'} damaged: {one.reason}")
     kinds = {one.kind for one in damaged}
     cures = [cure for kind, cure in _CURES.items() if kind in kinds]
-    print(f"{len(found)} results, masks and checkpoints read, {size(sum(one.bytes for one in found))}: ", end="")
-    print("; ".join([f"{len(damaged)} damaged", *dict.fromkeys(cures)]) if damaged else "all checksums are correct")
+    say(f"{len(found)} results, masks and checkpoints read, {size(sum(one.bytes for one in found))}: ", end="")
+    say("; ".join([f"{len(damaged)} damaged", *dict.fromkeys(cures)]) if damaged else "all checksums are correct")
     return 1 if damaged else 0
 
 
@@ -244,7 +245,7 @@ def gc(options: argparse.Namespace) -> int:
         return 0
     freed, kept = (sum(one.bytes for one in some) for some in (found.removed, found.kept))
     action = "would be removed" if options.dry_run else "removed"
-    print(
+    say(
         f"{len(found.removed)} of {len(found.removed) + len(found.kept)} results, masks and checkpoints {action}, "
         f"{size(freed)}; {size(kept)} are kept"
     )

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 from rich.measure import Measurement
 from rich.table import Table
 
+from tombola.terminal import visible, visible_lines
 from tombola.workbench.text import empty_table, open_console
 
 if TYPE_CHECKING:
@@ -74,8 +75,9 @@ def _flush_elsewhere() -> None:
 
 
 def emit(text: str) -> None:
-    """Print csv or json to standard output."""
-    print(text, file=_OUTPUT.get() or sys.stdout)
+    """Print csv or json to standard output: for a program as it is, and for a person without control characters."""
+    output = _OUTPUT.get() or sys.stdout
+    print(visible_lines(text) if output.isatty() else text, file=output)
 
 
 def print_table(table: Table) -> None:
@@ -84,7 +86,7 @@ def print_table(table: Table) -> None:
     with console.capture() as captured:
         console.print(table)
     lines = captured.get().replace(BLANK, " ").splitlines()
-    print("\n".join(line.rstrip().removeprefix(" ") for line in lines if line.strip()))
+    print("\n".join(line.rstrip().removeprefix(" ") for line in lines if line.strip()))  # noqa: T201 (it has colours)
 
 
 def too_wide(table: Table) -> bool:
@@ -105,9 +107,11 @@ def show_table(header: Sequence[str], lines: Sequence[Sequence[Any]], form: str)
     else:
         table = empty_table()
         for title, values in zip(header, zip(*lines, strict=True) if lines else [()] * len(header), strict=True):
-            table.add_column(title, justify="right" if all(isinstance(value, int) for value in values) else "left")
+            table.add_column(
+                visible(title), justify="right" if all(isinstance(value, int) for value in values) else "left"
+            )
         for line in lines:
-            table.add_row(*map(str, line))
+            table.add_row(*(visible(str(value)) for value in line))
         print_table(table)
 
 
@@ -132,7 +136,7 @@ def show_frame(table: pl.DataFrame, form: str) -> None:
         return
     columns = []
     for series in table:
-        cells = ["-" if value is None else str(value) for value in series]
+        cells = ["-" if value is None else visible(str(value)) for value in series]
         width = 0 if series.name in _WORDS else max(map(len, cells), default=0)
         columns.append([cell.rjust(width) for cell in cells])
     show_table([name.replace("_", " ") for name in table.columns], list(zip(*columns, strict=True)), form)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from tombola.cli.analysis import open_compared, progress_elsewhere, show_view
 from tombola.cli.options import Verbs, add_tolerance, print_note, warnings_as_notes, whole_number
 from tombola.errors import UserError
+from tombola.terminal import say
 
 if TYPE_CHECKING:
     import polars as pl
@@ -131,7 +132,7 @@ def transfer(options: argparse.Namespace) -> int:
         plan = plan_transfers(tickets, others, options.level, names)
     if _do(plan, options):
         if options.format == "table":
-            print(wrap(f"Masks of the study with {plan.source}, trained here:"))
+            say(wrap(f"Masks of the study with {plan.source}, trained here:"))
         view = partial(_transfers, tickets.planner.problem.measure)
         show_view(controls.of_transfers(plan), options.format, view)
     return 0
@@ -168,7 +169,7 @@ def rewind_point(options: argparse.Namespace) -> int:
         print_note("no interval: the study has one seed, and an interval needs two or more; add others with --seeds")
     means = rewind_point.summarise(table, options.tolerance / 100)
     show_view(means, options.format, _points)
-    print("\n".join(rewind_point.advise(means)))
+    say("\n".join(rewind_point.advise(means)))
     return 0
 
 
@@ -187,7 +188,7 @@ def early(options: argparse.Namespace) -> int:
         table = early.of_snapshots(plan, names, options.level)
         show_view(table, options.format, _early)
         if options.format == "table":
-            print("\n".join(early.describe(early.summarise(table))))
+            say("\n".join(early.describe(early.summarise(table))))
     return 0
 
 
@@ -207,9 +208,9 @@ def _show_points(tickets: Tickets, points: Sequence[Point], options: argparse.Na
         return
     show_table(["iteration", "trainings there", "trainings to do"], [row[:3] for row in rows], options.format)
     if len(known) < len(found):
-        print(wrap(f"time: not known: {source}"))
+        say(wrap(f"time: not known: {source}"))
     elif any(each.to_train for each in found):
-        print(f"time: about {duration(sum(known))} on {count(workers, 'worker')} ({source})")
+        say(f"time: about {duration(sum(known))} on {count(workers, 'worker')} ({source})")
 
 
 def _do(plan: Plan | Snapshots, options: argparse.Namespace) -> bool:

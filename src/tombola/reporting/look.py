@@ -13,10 +13,11 @@ of 3 or more to the page. Smallest distances in CIELAB, for the least favourable
 
 from __future__ import annotations
 
-import re
 from typing import Any, TypeAlias
 
 import altair as alt
+
+from tombola.terminal import visible
 
 LIGHT = (
     *("#2096FF", "#D1800A", "#11715C", "#8644B1", "#432356", "#888899"),
@@ -38,10 +39,6 @@ Chart: TypeAlias = alt.Chart | alt.LayerChart | alt.FacetChart
 
 _SIZE = 12  # font size on a page, in points
 
-_INVISIBLE = re.compile(
-    "[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufdd0-\ufdef\ufffe\uffff]"
-)
-
 COLUMN, BOTH_COLUMNS = 3.3, 6.9
 """Widths in inches: of one of a paper's two columns, and of both."""
 
@@ -58,20 +55,6 @@ def shape(number: int) -> str:
     [([1, 0], 'circle'), ([1, 0], 'square')]
     """
     return SHAPES[(number + number // len(DASHES)) % len(SHAPES)]
-
-
-def visible(text: str) -> str:
-    r"""Return a text in which characters that cannot be drawn are escape sequences, as in Python.
-
-    These are control characters, separators of lines, marks that change the direction of writing, and what is no
-    character. They may be in the names of a user's layers, classes or importances.
-
-    >>> visible("fc\x001"), visible("fc 1 \N{GRINNING FACE}")
-    ('fc\\x001', 'fc 1 😀')
-    """
-    if text.isprintable():
-        return text  # soon told, and true of nearly every text
-    return _INVISIBLE.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 def css() -> str:

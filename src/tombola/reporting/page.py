@@ -22,6 +22,7 @@ from tombola.analysis.claims import summarise
 from tombola.reporting import findings, look, provenance, tables
 from tombola.reporting.contents import Contents
 from tombola.reporting.sections import sections
+from tombola.terminal import visible_lines
 
 VEGA_LITE = "6.4"
 """The version of Vega-Lite that draws both the page and the figures."""
@@ -94,7 +95,7 @@ def _visible_lines(value: Any) -> Any:
     """Return a text with what cannot be drawn as escape sequences, except for ends of lines; the rest unchanged."""
     if not isinstance(value, str) or isinstance(value, Markup):
         return value
-    return "\n".join(map(look.visible, value.split("\n")))
+    return visible_lines(value)
 
 
 @cache

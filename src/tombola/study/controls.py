@@ -19,7 +19,14 @@ from tombola.store.documents import MOST_DRAWS
 from tombola.streams import derive
 from tombola.study.planner import Chain, Planner, Start, select_chains
 from tombola.study.schema import Study
-from tombola.study.singles import NOTE, check_weights_elsewhere, find_training, list_notes, plan_singles
+from tombola.study.singles import (
+    NOTE,
+    check_weights_elsewhere,
+    count_notes,
+    find_training,
+    list_notes,
+    plan_singles,
+)
 from tombola.study.tickets import Tickets, check_level
 from tombola.training.train import initial_state
 from tombola.training.weights import State, Weights, state_hash
@@ -150,16 +157,17 @@ def list_controls(tickets: Tickets) -> dict[tuple[int, tuple[str, ...]], tuple[t
     """List the controls of a study that its store has trainings of.
 
     Returns:
-        (level, importances) -> the kinds in the order of `KINDS`, and the largest number of draws; sorted by level.
+        (level, importances) -> the kinds in the order of `KINDS`, and the largest number of draws, at most as many as
+        there are trainings of controls; sorted by level.
     """
-    study = tickets.study
+    study, stored = tickets.study, count_notes(tickets, "controls")
     found: dict[tuple[int, tuple[str, ...]], tuple[set[str], int]] = {}
     for note in list_notes(tickets, "controls"):
         known = note["importances"] and set(note["importances"]) <= set(study.importances)
         if 1 <= note["level"] <= study.levels and known:
             names = tuple(name for name in study.importances if name in note["importances"])
             kinds, draws = found.get((note["level"], names), (set(), 1))
-            found[note["level"], names] = kinds | set(note["kinds"]), max(draws, note["draws"])
+            found[note["level"], names] = kinds | set(note["kinds"]), max(draws, min(note["draws"], stored))
     allowed = [kind for kind in KINDS if kind != "other-seed" or len(study.seeds) > 1]
     return {
         place: (tuple(kind for kind in allowed if kind in kinds), draws)

@@ -39,12 +39,12 @@ def list_chain_needs(tickets: Tickets, chains: Sequence[Chain] | None = None) ->
     """Return the names that chains need, by default those of the study; see `list_needs`."""
     planner = tickets.planner
     chains = [*planner.chains, *planner.repeats] if chains is None else chains
+    needs = set[str]()
     for chain in chains:
-        while isinstance(need := planner.progress(chain).waits_for, Round):
+        progress = tickets.progress(chain)
+        while isinstance(need := progress.waits_for, Round):
             planner.compute(need)  # a lost mask must not hide the trainings after it
-    fresh, needs = Tickets(planner), set[str]()
-    for chain in chains:
-        progress = fresh.progress(chain)
+            progress = tickets.progress_now(chain)
         needs |= {training.key for training in progress.trainings}
         needs |= set(planner.name_masks(chain, progress.tickets))
         needs |= {need.key for need in progress.needs}

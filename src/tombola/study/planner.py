@@ -265,6 +265,7 @@ class Planner:
         self._sources = {name: sources for name, (_, sources) in loaded.items()}
         _, self._recipe_sources = load_recipe(study.recipe)
         self._computed: dict[str, Mask] = {}
+        self._sparse: dict[str, list[str]] = {}
         self._failures: dict[str, str] = {}
         self._remember = remember
         with ambient(0):
@@ -386,25 +387,30 @@ class Planner:
             mask: the connections that are alive.
             begin, end: the range of iterations, begin..end-1.
         """
-        recipe, device = self.study.recipe, self.study.device
-        allowed = "off" if self.problem.step is not None else self.study.kernels
-        sparse = choose_layers(self.model, mask, recipe, device, allowed)
-        sparse = [] if sparse and self.kernel_fault else sparse
+        sparse = self._choose_layers(mask)
         return name_training(
             self.identity,
-            recipe,
+            self.study.recipe,
             initial,
             mask,
             seed=seed,
             begin=begin,
             end=end,
-            device=device,
+            device=self.study.device,
             sparse=sparse,
             packed=have_convolutions(mask, sparse) and self._can_pack,
             positions=self._counts_positions,
             behaviour=self.observed.computes,
             sources=self._recipe_sources,
         )
+
+    def _choose_layers(self, mask: Mask) -> list[str]:
+        """Return the names of the weights whose layers a training makes sparse; many chains ask for the same mask."""
+        if mask.hash not in self._sparse:
+            allowed = "off" if self.problem.step is not None else self.study.kernels
+            sparse = choose_layers(self.model, mask, self.study.recipe, self.study.device, allowed)
+            self._sparse[mask.hash] = [] if sparse and self.kernel_fault else sparse
+        return self._sparse[mask.hash]
 
     def progress(self, chain: Chain, find: Callable[[str], Trained | None] | None = None) -> Progress:
         """Follow a chain through the store and return its progress.

@@ -22,6 +22,9 @@ Arguments = dict[str, bool | int | float | str | Tuple[bool | int | float | str]
 
 _LARGEST = 2**24  # bytes of a study's file
 
+MOST_SEEDS = 1000
+"""Seeds of a study, because every verb follows the chains of each of them."""
+
 
 class OldFieldWarning(UserWarning):
     """A study is written with fields of tombola's first version; the next version will not read them."""
@@ -114,14 +117,16 @@ class Study(Fields):
     importances: Annotated[Tuple[str], Field(min_length=1)] = Field(
         description="names of importances, score/normalisation, or module:function of your own"
     )
-    seeds: Annotated[Tuple[Count], Field(min_length=1)] = Field(
+    seeds: Annotated[Tuple[Count], Field(min_length=1, max_length=MOST_SEEDS)] = Field(
         description="random seeds; each gives one chain of tickets per importance"
     )
     levels: Count = Field(description="number of pruning rounds; level 0 is the dense network")
     fraction: Annotated[float, Field(gt=0, lt=1)] = Field(
         default=0.2, description="share of the connections alive that each round prunes"
     )
-    data_seeds: Tuple[Count] = Field(default=(), description="seeds of further data orders, which give the noise floor")
+    data_seeds: Annotated[Tuple[Count], Field(max_length=MOST_SEEDS)] = Field(
+        default=(), description="seeds of further data orders, which give the noise floor"
+    )
     data_seeds_for: Tuple[str] = Field(
         default=(), description="importances that are also run with these data orders; by default the first"
     )
@@ -307,9 +312,11 @@ def is_list(annotation: Any) -> bool:
 
 
 def _check_once(values: tuple[Any, ...]) -> tuple[Any, ...]:
-    if len(set(values)) < len(values):
-        repeated = next(value for value in values if values.count(value) > 1)
-        raise ValueError(f"{repeated!r} is named more than once")
+    seen = set[Any]()
+    for value in values:
+        if value in seen:
+            raise ValueError(f"{value!r} is named more than once")
+        seen.add(value)
     return values
 
 

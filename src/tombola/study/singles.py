@@ -71,6 +71,11 @@ def list_notes(tickets: Tickets, verb: str) -> list[dict[str, Any]]:
     return [found[text] for text in sorted(found)]
 
 
+def count_notes(tickets: Tickets, verb: str) -> int:
+    """Return how many trainings of the store a verb asked for."""
+    return sum(note["verb"] == verb for note in _read_notes(tickets).values())
+
+
 def list_single_needs(tickets: Tickets, needs: Iterable[str]) -> set[str]:
     """Return the names of the stored trainings that belong to a study and not to its chains.
 

@@ -68,6 +68,15 @@ class Tickets:
             self._progress[chain] = self.planner.progress(chain, self._find)
         return self._progress[chain]
 
+    def progress_now(self, chain: Chain) -> Progress:
+        """Return the progress of a chain after something of it has been stored or computed.
+
+        Raises:
+            DamagedResultError: if a stored result is damaged.
+        """
+        self._progress.pop(chain, None)
+        return self.progress(chain)
+
     def all(self) -> dict[Chain, Progress]:
         """Return the progress of every chain of the study, including the chains with other data orders.
 

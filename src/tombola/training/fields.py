@@ -100,6 +100,8 @@ def _describe(problem: ErrorDetails) -> str:
     if problem["type"] == "too_short":
         least = about["min_length"]
         return "at least one is needed" if least == 1 else f"expected {least} values, got {about['actual_length']}"
+    if problem["type"] == "too_long":
+        return f"expected at most {about['max_length']} values, got {about['actual_length'] or 'more'}"
     kind = _KINDS.get(problem["type"])
     if problem["type"] in _LIMITS:
         text, limit = _LIMITS[problem["type"]]

@@ -16,6 +16,7 @@ from tombola.engine.run import Show, Status
 from tombola.lottery.ticket import Ticket
 from tombola.study.planner import Chain, Planner
 from tombola.study.trainings import Training
+from tombola.terminal import say, visible
 from tombola.workbench.text import count, duration, empty_table, open_console
 
 _CELL_LINES, _CELL_WIDTH = 40, 100
@@ -35,7 +36,7 @@ def show_progress(planner: Planner, workers: int) -> Iterator[Show]:
     def print_notes(status: Status) -> None:
         nonlocal printed
         for note in status.notes[printed:]:
-            print(f"tombola: {note}", file=sys.stderr)
+            say(f"tombola: {note}", file=sys.stderr)
         printed = len(status.notes)
 
     if (cell := _open_cell()) is not None:
@@ -53,10 +54,10 @@ def show_progress(planner: Planner, workers: int) -> Iterator[Show]:
             nonlocal begun
             print_notes(status)
             if not begun and (text := expectation(status, workers)):
-                print(text, flush=True)
+                say(text, flush=True)
             begun = True
             if finished is not None:
-                print(line(status, finished, planner), flush=True)
+                say(line(status, finished, planner), flush=True)
 
         yield print_lines
         return
@@ -148,7 +149,7 @@ def live_display(status: Status, planner: Planner, height: int, workers: int) ->
         order = "" if chain.data_seed is None else f", order {chain.data_seed}"
         level = f"{tickets[-1].level} of {max(tickets[-1].level, planner.levels(chain)[-1])}" if tickets else "-"
         last = _result(tickets[-1], planner) if tickets else "-"
-        table.add_row(chain.importance + order, str(chain.seed), level, last, _state(status, chain))
+        table.add_row(visible(chain.importance) + order, str(chain.seed), level, last, _state(status, chain))
     return Group(bar, table)
 
 
