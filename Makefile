@@ -153,9 +153,11 @@ endif
 	$(PIP) '.[test]' --config-settings=cmake.define.TOMBOLA_STRICT=ON
 	touch .venv/installed $@
 
-# What all checks need: the tests', Ray for its own, and the documentation's.
+# What all checks need: the tests', Ray and other libraries for their own, and the documentation's. What is not imported
+# need not be compiled.
+LIBRARIES = accelerate lightning onnx onnxruntime onnxscript timm transformers
 .venv/installed-checks: .venv/installed-tests
-	$(PIP) 'tombola[ray,docs]'
+	$(PIP) --no-compile 'tombola[ray,docs]' $(LIBRARIES)
 	touch .venv/installed-docs $@
 
 .venv/installed-docs: .venv/installed

@@ -6,8 +6,10 @@ import json
 import shutil
 import signal
 import subprocess
+import warnings
 from collections import Counter
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import hypothesis
@@ -85,6 +87,26 @@ def finished_run(
 def finished(finished_run: tuple[Path, subprocess.CompletedProcess[str]]) -> Path:
     """The store in which every training of `STUDY` is; not to be changed."""
     return finished_run[0] / "tombola-store"
+
+
+@pytest.fixture(scope="session")
+def importable_torchvision() -> None:
+    """Let libraries import torchvision, which most of them do where it is installed.
+
+    PyPI's is compiled for CUDA: beside torch for the CPU its operators do not load, and importing it fails, since it
+    describes two of them. Nothing here calls one, so that it is enough to name these two.
+    """
+    if find_spec("torchvision") is None:
+        return
+    with warnings.catch_warnings(action="ignore"):
+        try:
+            import torchvision
+        except RuntimeError:
+            for name in ("nms", "qnms"):
+                torch.library.define(
+                    f"torchvision::{name}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
+                )
+            import torchvision  # noqa: F401
 
 
 @pytest.fixture

@@ -207,6 +207,7 @@ def test_a_users_importance_that_fails(verb: str, code: str, sentence: str, refu
         ("def f(): return nn.Flatten()", "Flatten has no linear, convolution, recurrent or attention weight to prune"),
         ("def f(): return nn.Linear(8, 10)", "for inputs of shape (2, 1, 8, 8) from 'digits' it should give outputs of shape (2, 10)"),
         ("def f(): return nn.Sequential(nn.Flatten(), nn.LazyLinear(10))", "task.model '{module}:f': '1.weight' of its state is lazy"),
+        ("SAME = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))\ndef f(): return SAME", "task.model '{module}:f': it gives the same '1.weight' each time; build a new model in each call"),
         ("def f(): return nn.Sequential(nn.Flatten(), nn.Linear(64, 10), nn.LSTM(10, 10))", "expected a tensor, got tuple"),
         ("class F(nn.Linear):\n  def forward(self, x):\n    if not self.training: raise OSError('not now')\n"
          "    return super().forward(x.flatten(1))\ndef f(): return F(64, 10)", "it raised OSError: not now (in {path}, line 5)"),

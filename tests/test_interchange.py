@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import io
 import pickle
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -15,6 +14,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn.utils import prune as torch_prune
 
+from libraries import needs
 from tombola import Mask, Ticket, UserError, Weights, interchange, kernels, loops
 from tombola.importance import magnitude
 
@@ -167,10 +167,8 @@ def test_a_ticket_is_not_pickled() -> None:
 
 
 @pytest.mark.filterwarnings("ignore")  # of the exporter
-@pytest.mark.skipif(
-    find_spec("onnxruntime") is None or find_spec("onnxscript") is None,
-    reason="onnxruntime is not installed; to run: .venv/bin/pip install onnx onnxscript onnxruntime",
-)
+@pytest.mark.usefixtures("importable_torchvision")
+@needs("onnx", "onnxscript", "onnxruntime")
 def test_onnxruntime_computes_equal_outputs(tmp_path: Path) -> None:
     import onnx
     import onnxruntime

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
+from libraries import needs
 from tombola import Mask
 from tombola.importance import magnitude
 from tombola.loops import hold, lightning_callback, prune, rewind, snapshot, transformers_callback
@@ -81,17 +81,13 @@ def fit_with_transformers(model: nn.Module, mask: Mask, folder: Path) -> None:
     transformers.Trainer(model=model, args=options, train_dataset=examples, callbacks=callbacks).train()
 
 
-def needs(library: str, install: str) -> pytest.MarkDecorator:
-    reason = f"{library} is not installed; to run: .venv/bin/pip install {install}"
-    return pytest.mark.skipif(find_spec(library) is None, reason=reason)
-
-
 @pytest.mark.filterwarnings("ignore")  # of the libraries
+@pytest.mark.usefixtures("importable_torchvision")
 @pytest.mark.parametrize(
     "fit",
     [
-        pytest.param(fit_with_lightning, marks=needs("lightning", "lightning")),
-        pytest.param(fit_with_transformers, marks=needs("transformers", "transformers accelerate")),
+        pytest.param(fit_with_lightning, marks=needs("lightning")),
+        pytest.param(fit_with_transformers, marks=needs("transformers", "accelerate")),
     ],
 )
 def test_zeros_are_exact_and_rewinding_gives_equal_bits(fit: Any, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import importlib
 import importlib.util
 import sys
 import weakref
+from collections import deque
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from importlib.machinery import ModuleSpec, SourceFileLoader
@@ -252,7 +253,7 @@ def _list_imports(source: bytes, package: str) -> tuple[str, ...]:
     except (SyntaxError, ValueError):  # importing this file fails, and the module that imports it may handle that
         return ()
     found = []
-    for node in ast.walk(tree):
+    for node in _statements(tree):
         if isinstance(node, ast.Import):
             found += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
@@ -263,3 +264,12 @@ def _list_imports(source: bytes, package: str) -> tuple[str, ...]:
                 base = ".".join([*parents, base]) if base else ".".join(parents)
             found += [base, *(f"{base}.{alias.name}" for alias in node.names)]
     return tuple(found)
+
+
+def _statements(tree: ast.Module) -> Iterator[ast.AST]:
+    """Yield every statement in the order of `ast.walk`, which takes ten times as long, since it visits expressions."""
+    waiting: deque[ast.AST] = deque([tree])
+    while waiting:
+        yield (node := waiting.popleft())
+        for block in ("body", "handlers", "orelse", "finalbody", "cases"):
+            waiting.extend(getattr(node, block, ()))
