@@ -427,8 +427,8 @@ def _call(what: str, function: Callable[..., Any], arguments: Mapping[str, Any])
 def _checked(what: str, build: Callable[[], object]) -> Callable[[], nn.Module]:
     """Wrap a function that builds a model: it raises `UserError` unless the model's state consists of dense tensors.
 
-    A function that gives the weights of its last model again is refused too: these have been trained since, and all seeds
-    would begin with them.
+    A function that gives the weights of its last model again is refused too: these have been trained since, and all
+    seeds would begin with them.
     """
     before: list[weakref.ref[Tensor]] = []  # the weights of the last model, as far as somebody else holds them
 
