@@ -20,7 +20,8 @@ FRACTION, LEVELS, ITERATIONS = 0.2, 20, 1000
 def planner(levels: int = LEVELS) -> Planner:
     """What a forecast reads of a planner."""
     study = SimpleNamespace(levels=levels, fraction=FRACTION, recipe=SimpleNamespace(rewind=0), score_at="end")
-    return cast(Planner, SimpleNamespace(study=study, end=ITERATIONS, levels=lambda chain: range(levels + 1)))
+    of_chain = {"levels": lambda chain: range(levels + 1), "length": lambda chain, level: ITERATIONS}
+    return cast(Planner, SimpleNamespace(study=study, end=ITERATIONS, **of_chain))
 
 
 def training(key: str, level: int) -> Training:

@@ -293,7 +293,7 @@ def seal(text: str) -> str:
 
 @given(place=st.floats(0, 1, exclude_max=True), value=st.integers(1, 127))
 def test_a_changed_byte_never_gives_another_reference(place: float, value: int) -> None:
-    [found] = PUBLISHED
+    [found] = [each for each in PUBLISHED if each.preset == "digits"]
     sound = (Path(reference.__file__).parent / "references" / f"{found.preset}.csv").read_bytes()
     changed = bytearray(sound)
     changed[int(place * len(sound))] ^= value
@@ -316,7 +316,7 @@ def test_what_is_no_reference_is_refused(change: str) -> None:
 
 @pytest.mark.parametrize("change", ["connections", "versions", "machines", "finished", "study"])
 def test_a_sealed_reference_of_another_shape_is_refused(change: str) -> None:
-    [found] = PUBLISHED
+    [found] = [each for each in PUBLISHED if each.preset == "digits"]
     text = (Path(reference.__file__).parent / "references" / f"{found.preset}.csv").read_text()
     with pytest.raises(UserError, match="is damaged"):
         reference.read("digits", seal(text.replace(f'"{change}": ', f'"{change}": 0, "{change}2": ', 1)))

@@ -128,7 +128,7 @@ def rounds(known: Known) -> list[Candidate]:
     """Try every level, one after another: the paper's rounds of pruning, to which other strategies are compared.
 
     >>> rounds(Known(("l1",), 2, 0.0, 1, {Candidate("l1", (1,)): {0: -0.5}}))
-    [Candidate(importance='l1', path=(1, 2))]
+    [Candidate(importance='l1', path=(1, 2), early=False)]
     """
     found = []
     for importance in known.importances:
@@ -155,7 +155,7 @@ def one_shot(known: Known) -> list[Candidate]:
     With n levels, this takes about log2(n) trainings and one more for each round that is repeated, see `step`.
 
     >>> one_shot(Known(("l1", "l2"), 24, 0.0, 1, {}))
-    [Candidate(importance='l1', path=(13,)), Candidate(importance='l2', path=(13,))]
+    [Candidate(importance='l1', path=(13,), early=False), Candidate(importance='l2', path=(13,), early=False)]
     """
     return _step_each(known, known.levels)
 
@@ -169,7 +169,7 @@ def race(known: Known) -> list[Candidate]:
 
     >>> gains = {Candidate("l1", (5,)): {0: 0.0}, Candidate("l2", (5,)): {0: -0.1}}
     >>> race(Known(("l1", "l2"), 10, 0.0, 1, gains))
-    [Candidate(importance='l1', path=(5, 8))]
+    [Candidate(importance='l1', path=(5, 8), early=False)]
     """
     order = sorted(known.importances, key=lambda each: _rank(known, each), reverse=True)
     first = order[0]
@@ -246,7 +246,7 @@ def step(known: Known, importance: str, most: int) -> Candidate | None:
 
     >>> a, b = Candidate("l1", (4,)), Candidate("l1", (6,))
     >>> step(Known(("l1",), 10, 0.0, 1, {b: {0: -1.0}, a: {0: 0.0}}), "l1", 10)
-    Candidate(importance='l1', path=(4, 5))
+    Candidate(importance='l1', path=(4, 5), early=False)
     """
     kept, refuted = known.bounds(importance)
     path, level = (kept.path, kept.level) if kept else ((), 0)
@@ -296,7 +296,7 @@ def plan(known: Known, strategy: Strategy) -> Ask | End:
 
     >>> found = Candidate("l1", (1,))
     >>> plan(Known(("l1",), 1, 0.0, 3, {found: {0: 0.0}}), one_shot)
-    Ask(candidates=(Candidate(importance='l1', path=(1,)),), trials=(1, 2))
+    Ask(candidates=(Candidate(importance='l1', path=(1,), early=False),), trials=(1, 2))
     >>> plan(Known(("l1",), 1, 0.0, 1, {found: {0: 0.0}}), one_shot).reason
     'level 1 is the last level of the study, and sparser tickets were not tried'
     """

@@ -107,8 +107,9 @@ def _compute(problem: Problem, task: Task) -> Iterator[tuple[str, str]]:
 def _check_state(problem: Problem, task: Task) -> None:
     """Raise `UserError` if a network that has been applied differs from a new one with the same parameters and buffers.
 
-    Only these are stored: with anything else that it keeps, a resumed training would have other bits, and analyses
-    would apply another network than the one that was trained.
+    Two networks that share a weight are refused too: all seeds would begin with what was trained before. Only
+    parameters and buffers are stored: with anything else that a network keeps, a resumed training would have other
+    bits, and analyses would apply another network than the one that was trained.
     """
     few = normalisation(problem.data)(convert(torch.clone, select(problem.data.train_inputs, slice(2))))
     labels = select(problem.data.train_labels, slice(2))
@@ -121,6 +122,12 @@ def _check_state(problem: Problem, task: Task) -> None:
 
     with ambient(0):
         used, new = problem.build(), problem.build()
+        weights = {id(weight) for weight in used.parameters() if weight.requires_grad}
+        for name, weight in new.named_parameters():
+            if id(weight) in weights:
+                raise UserError(
+                    f"task.model {task.model!r}: it gives the same {name!r} each time; build a new model in each call"
+                )
         for _ in range(2):
             train(used)
         with attribute_failure(f"task.model {task.model!r}: a new one that gets its state by load_state_dict"):

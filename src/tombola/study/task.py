@@ -6,7 +6,6 @@ import importlib.util
 import inspect
 import os
 import warnings
-import weakref
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -425,21 +424,11 @@ def _call(what: str, function: Callable[..., Any], arguments: Mapping[str, Any])
 
 
 def _checked(what: str, build: Callable[[], object]) -> Callable[[], nn.Module]:
-    """Wrap a function that builds a model: it raises `UserError` unless the model's state consists of dense tensors.
-
-    A function that gives the weights of its last model again is refused too: these have been trained since, and all
-    seeds would begin with them.
-    """
-    before: list[weakref.ref[Tensor]] = []  # the weights of the last model, as far as somebody else holds them
+    """Wrap a function that builds a model: it raises `UserError` unless the model's state consists of dense tensors."""
 
     def build_and_check() -> nn.Module:
         model = cast(nn.Module, guard(what, build, nn.Module, "a torch module")())
         _check_registered(model, what)
-        held = {id(weight): weight for each in before if (weight := each()) is not None}
-        for name, value in model.named_parameters():
-            if value.requires_grad and held.get(id(value)) is value:
-                raise UserError(f"{what}: it gives the same {name!r} each time; build a new model in each call")
-        before[:] = map(weakref.ref, model.parameters())
         for name, value in guard(what, partial(model.state_dict, keep_vars=True))().items():
             if name != name.encode(errors="replace").decode():
                 raise UserError(f"{what}: the name {name!a} of its state has half of a character (a surrogate)")
