@@ -1,9 +1,7 @@
 # Everything below installs into .venv, with the versions pinned in requirements.lock.
 PYTHON ?= python3
 PIP = PIP_CONSTRAINT=requirements.lock .venv/bin/pip install --quiet --disable-pip-version-check
-PYTEST = $(SCRATCH) .venv/bin/pytest --pyargs tombola tests -n auto --dist loadgroup
-# Tests write thousands of small files and wait for the disk each time: theirs are in memory where 2 GB of it are free for files.
-SCRATCH = $(shell test -w /dev/shm && df -k /dev/shm | awk 'NR == 2 && $$4 > 2000000 { print "TMPDIR=/dev/shm" }')
+PYTEST = tests/in_memory.sh .venv/bin/pytest --pyargs tombola tests -n auto --dist loadgroup
 SOURCES = pyproject.toml requirements.lock CMakeLists.txt $(shell find src -type f -not -name '*.pyc' -not -name '*.so')
 
 .PHONY: demo test types test-repeat test-torch sanitize golden reference mutate bench docs docs-serve dist dist-plain test-install test-plain clean

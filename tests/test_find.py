@@ -20,10 +20,10 @@ from tombola.analysis import frontier
 from tombola.analysis.frontier import chance_outside
 from tombola.cli.main import main
 from tombola.engine import search_estimate
-from tombola.engine.forecast import Speed
+from tombola.engine.forecast import Speed, steps_ahead
 from tombola.engine.run import run
-from tombola.engine.search import Budget, Walk, search
-from tombola.engine.search_estimate import estimate_search
+from tombola.engine.search import Budget, Walk, follow, search
+from tombola.engine.search_estimate import _list_stages, _sum_iterations, estimate_search
 from tombola.engine.verify import list_places
 from tombola.lottery.search import (
     STRATEGIES,
@@ -32,6 +32,7 @@ from tombola.lottery.search import (
     End,
     Known,
     bisect,
+    early,
     find_strategy,
     imagine,
     plan,
@@ -42,7 +43,7 @@ from tombola.store.store import Store
 from tombola.study.needs import list_needs
 from tombola.study.planner import Chain, Planner
 from tombola.study.schema import Study
-from tombola.study.searches import list_planners, shorten_study
+from tombola.study.searches import list_chains, list_planners, shorten_study
 from tombola.study.task import load_problem
 from tombola.study.tickets import Tickets
 from tombola.workbench.find import conclude, read_budget
@@ -594,3 +595,18 @@ def test_budgets_are_read_in_all_their_forms() -> None:
     assert read_budget(12).trainings == read_budget("12 trainings").trainings == 12
     assert read_budget(None) == Budget()
     assert isinstance(plan(Known(("l1",), 3, 0.0, 1, {}), find_strategy("race")), Ask)
+
+
+def test_a_budget_counts_each_training_of_a_search_once(tmp_path: Path) -> None:
+    """Where nothing is trained, importances share the rewind point, and the dense network, complete and early."""
+    own = planner(tmp_path / "s", study(["l1", "random"], seeds=(0,), levels=4, rewind=2, iterations=10))
+    unit = Speed({1.0: 1.0}, 0.0, 0.0, "")
+    for strategy in (race, early):
+        asked = plan(Known(own.study.importances, 4, 0.0, 1, {}), strategy)
+        assert isinstance(asked, Ask)
+        chains = dict.fromkeys(chain for each in asked.candidates for chain in list_chains(each, 0))
+        steps = {
+            step.name: step.seconds for chain in chains for step in steps_ahead(own, chain, follow(own, chain), unit)
+        }
+        stages = _list_stages([(own, 0)], [asked])
+        assert (sum(steps.values()), len(steps)) == (_sum_iterations(stages), len(stages))

@@ -98,7 +98,7 @@ def describe_matching(table: pl.DataFrame) -> list[str]:
     >>> for part in describe_matching(pl.DataFrame(columns))[0].split(": "):
     ...     print(part)
     Tickets of two seeds overlap at level 4 by 10.00 %, and by 12.00 % with their units matched by weights
-    no more than random tickets (13.00 %), so that they differ up to the order of units, too.
+    no more than random tickets (13.00 %), so the order of units does not make them alike.
     """
     sentences = []
     for (level, by, kind), rows in matching.summarise(table).group_by("level", "by", "kind", maintain_order=True):
@@ -106,7 +106,7 @@ def describe_matching(table: pl.DataFrame) -> list[str]:
         raw, matched, chance = (
             100 * float((rows[name] * weights).sum()) for name in ("jaccard", "matched_jaccard", "chance_jaccard")
         )
-        verdict = f"no more than random tickets ({chance:.2f} %), so that they differ up to the order of units, too"
+        verdict = f"no more than random tickets ({chance:.2f} %), so the order of units does not make them alike"
         if matched > chance:
             verdict = f"{matched - chance:.2f} points more than random tickets"
             if kind != SEEDS and matched <= raw:

@@ -99,6 +99,8 @@ def claims(options: argparse.Namespace) -> int:
         with warnings_as_notes(Warning):
             _print_uniqueness(uniqueness.of_study(tickets, names, options.asked, evidence.level), options.asked)
     else:
+        if options.asked:
+            print_note(f"--with {' '.join(options.asked)}: only --format table says up to what tickets are unique")
         show_view(claims.to_frame(found), options.format, lambda table: table)
     return 0
 

@@ -129,9 +129,11 @@ def steps_ahead(planner: Planner, chain: Chain, progress: Progress, speed: Speed
     levels = planner.levels(chain)
     for number in range(len(known), progress.remaining):
         level = levels[len(levels) - progress.remaining + number]
-        name = (progress.waits_for.key, number) if number < progress.shared else (str(chain), level)
+        length = planner.length(chain, level)
+        shared = (f"{progress.waits_for.key} {length}", level)  # the dense network, after the rewind point
+        name = (str(chain), level) if level else shared
         density = (1 - planner.study.fraction) ** level
-        steps.append(Step(name, speed.training(density, planner.length(chain, level)), density))
+        steps.append(Step(name, speed.training(density, length), density))
     return steps
 
 

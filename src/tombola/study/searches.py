@@ -36,7 +36,7 @@ def read_tickets(tickets: Tickets, candidate: Candidate, seed: int) -> list[Tick
     chains = list_chains(candidate, seed)
     dense, found = tickets.measured(chains[0])[:1], tickets.measured(chains[-1])
     levels = len(candidate.path) - len(candidate.stages) + 1  # the first levels of a path whose masks are taken early
-    return [*dense, *found[levels:]]
+    return [*dense, *found[levels:]] if dense else []
 
 
 def list_planners(planner: Planner) -> list[tuple[Planner, list[Chain]]]:
