@@ -20,6 +20,17 @@ from processes import LONG, until
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
+GONE = (
+    "Inspected target navigated or closed",
+    "Execution context was destroyed.",
+    "Cannot find context with specified id",
+)
+"""What the browser answers where the page that was asked gave way to another one before it had answered."""
+
+
+class PageGoneError(Exception):
+    """A page that was left before it answered."""
+
 
 class Browser:
     """One page in a browser; `errors` are what its console and its network said, `requests` what it asked for."""
@@ -51,8 +62,15 @@ class Browser:
         self._call("Emulation.setDeviceMetricsOverride", **size)
 
     def wait(self, condition: str) -> None:
-        """Wait until a condition in JavaScript holds."""
-        until(lambda: bool(self(condition)), f"{condition} in the browser")
+        """Wait until a condition in JavaScript holds, on this page or on one that takes its place."""
+
+        def holds() -> bool:
+            try:
+                return bool(self(condition))
+            except PageGoneError:
+                return False
+
+        until(holds, f"{condition} in the browser")
 
     def __call__(self, expression: str) -> Any:
         """Return what an expression in JavaScript gives."""
@@ -88,6 +106,8 @@ class Browser:
         while True:
             answer = self._receive()
             if answer.get("id") == self._number:
+                if answer.get("error", {}).get("message") in GONE:
+                    raise PageGoneError(answer["error"]["message"])
                 assert "error" not in answer, answer["error"]
                 result: dict[str, Any] = answer["result"]
                 return result

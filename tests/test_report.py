@@ -24,7 +24,7 @@ import polars as pl
 import pytest
 import torch
 
-from browser import CHROMIUM, Browser, browser
+from browser import CHROMIUM, Browser, PageGoneError, browser
 from nasty_task import NASTY
 from processes import LONG, start_command, until
 from stores import InTurn
@@ -302,6 +302,25 @@ def test_a_page_that_is_served_loads_itself_anew(chromium: Browser) -> None:
         chromium.wait(f"{opened} && {slider}.value === '0'")
         assert chromium.errors == []
         assert all(url.startswith((served.url, "data:")) for url in chromium.requests)
+
+
+def test_waiting_for_a_page_goes_on_where_another_one_takes_its_place() -> None:
+    page_gone = {"error": {"code": -32000, "message": "Inspected target navigated or closed"}}
+    begun = [{"result": {"targetId": "page"}}, {"result": {"sessionId": "session"}}, *[{"result": {}}] * 4]
+    evaluated = [{"result": {"result": {"value": value}}} for value in (False, True)]
+    answers = [*begun, page_gone, *evaluated, page_gone]
+    read, to_read = os.pipe()
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        for number, answer in enumerate(answers, start=1):
+            os.write(to_read, json.dumps({"id": number, **answer}).encode() + b"\0")
+        made_up = Browser(nowhere, read)
+        made_up.wait("true")
+        with pytest.raises(PageGoneError, match="navigated"):
+            made_up("true")
+    finally:
+        for end in (read, to_read, nowhere):
+            os.close(end)
 
 
 # contents and findings
