@@ -1,13 +1,15 @@
-"""Print docs/reproduction.md from the results in a store: python docs/reproduction.py STORE [--data DIR] [SYSTEM ...]
+"""Print docs/reproduction.md, after a look into a store: python docs/reproduction.py STORE [--data DIR] [SYSTEM ...]
 
 A system is a preset, with options of the command line, for example `'resnet20-cifar10-small --levels 7 --data DIR'`. By
-default, the presets are taken on which the paper's claims are tested. Systems whose store has no ticket from level 1 on
-are listed as not run.
+default, the presets are taken on which the paper's claims are tested. What the page says of a system is kept in
+docs/reproduction/, a file each, so that systems may be run at different times and in different stores. The file of a
+system is written anew where the store has a ticket of it from level 1 on. Presets without a file are listed as not run.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import shlex
 import statistics
@@ -36,6 +38,9 @@ SYSTEMS = (
 
 MARKS = {"holds": "holds", "holds in part": "in part", "does not hold": "**no**", "not testable": "–"}
 
+KEPT = Path(__file__).with_suffix("")
+"""The folder of what the page says of each system."""
+
 HEAD = """\
 # The paper's results, reproduced
 
@@ -47,23 +52,47 @@ section gives the command whose results it shows.
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print the page."""
+    """Keep what the store says of the systems, and print the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("store", type=Path)
     parser.add_argument("--data", type=Path)
     parser.add_argument("systems", nargs="*", default=SYSTEMS)
     options = parser.parse_intermixed_args(arguments)
-    found = {each: open_tickets(each, options.store, options.data) for each in options.systems}
-    collected = {name: collect(name, tickets) for name, tickets in found.items() if tickets is not None}
-    evidence = {name: each for name, each in collected.items() if each is not None}
-    begun = {name: tickets for name, tickets in found.items() if tickets is not None and name in evidence}
-    judged = {name: claims.judge(each) for name, each in evidence.items()}
-    print(HEAD)
-    print("\n".join(overview(begun, [name for name in found if name not in begun])))
-    print("\n".join(verdicts(judged)))
-    for name, tickets in begun.items():
-        print("\n".join(section(name, tickets, evidence[name], judged[name])))
+    for system in options.systems:
+        about = describe(system, options.store, options.data)
+        if about is not None:
+            text = json.dumps(about, ensure_ascii=False, indent=1) + "\n"
+            (KEPT / f"{_name(system)}.json").write_text(text, encoding="utf-8")
+    print(page({path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(KEPT.glob("*.json"))}))
     return 0
+
+
+def describe(system: str, store: Path, data: Path | None) -> dict[str, Any] | None:
+    """Return what the page says of a system; None, with a note, if the store or the data set is not there.
+
+    Returns:
+        `run`, the cells of the table of runs; `claims`, the number, statement and verdict of each; and `section`, the
+        lines of the system's section.
+    """
+    tickets = open_tickets(system, store, data)
+    evidence = None if tickets is None else collect(system, tickets)
+    if tickets is None or evidence is None:
+        return None
+    found = claims.judge(evidence)
+    return {
+        "run": describe_run(tickets),
+        "claims": [[claim.number, claim.statement.rstrip("."), claim.verdict] for claim in found],
+        "section": "\n".join(section(system, tickets, evidence, found)).splitlines(),
+    }
+
+
+def page(kept: dict[str, Any]) -> str:
+    """Return the page of what is kept of each system: the presets in their order, then the others by name."""
+    names = [*(name for name in SYSTEMS if name in kept), *(name for name in kept if name not in SYSTEMS)]
+    about = {name: kept[name] for name in names}
+    missing = [name for name in SYSTEMS if name not in kept]
+    sections = [line for each in about.values() for line in [*each["section"], ""]]
+    return "\n".join([HEAD, *overview(about, missing), *verdicts(about), *sections]).rstrip()
 
 
 def open_tickets(system: str, store: Path, data: Path | None) -> Tickets | None:
@@ -85,30 +114,35 @@ def collect(name: str, tickets: Tickets) -> Evidence | None:
         return None
 
 
-def overview(begun: dict[str, Tickets], others: Sequence[str]) -> Iterator[str]:
+def describe_run(tickets: Tickets) -> list[str]:
+    """Return how many trainings a run has, how many are to do, hours of one core, and kinds of machine."""
+    records = list(tickets.records().values())
+    hours = sum(record.get("seconds", 0.0) for record in records) / 3600
+    kinds = "; ".join(f"{kind or 'not recorded'}" for kind in count_kinds(records))
+    to_do = count_remaining(list(tickets.all().values()))
+    return [str(len(records)), str(to_do), f"{hours:.1f}", kinds]
+
+
+def overview(about: dict[str, Any], missing: Sequence[str]) -> Iterator[str]:
     """Yield the table of the runs."""
     yield "| system | trainings | to do | hours of one core | kinds of machine |"
     yield "|---|--:|--:|--:|---|"
-    for name, tickets in begun.items():
-        records = list(tickets.records().values())
-        hours = sum(record.get("seconds", 0.0) for record in records) / 3600
-        kinds = "; ".join(f"{kind or 'not recorded'}" for kind in count_kinds(records))
-        to_do = count_remaining(list(tickets.all().values()))
-        yield f"| {_name(name)} | {len(records)} | {to_do} | {hours:.1f} | {kinds} |"
-    for name in others:
-        yield f"| {_name(name)} | not run | | | |"
+    for name, each in about.items():
+        yield f"| {name} | {' | '.join(each['run'])} |"
+    for name in missing:
+        yield f"| {name} | not run | | | |"
     yield ""
 
 
-def verdicts(judged: dict[str, list[Claim]]) -> Iterator[str]:
+def verdicts(about: dict[str, Any]) -> Iterator[str]:
     """Yield the table of all claims and systems."""
     yield "## The claims\n"
-    yield f"| claim | {' | '.join(map(_name, judged))} |"
-    yield f"|---|{'---|' * len(judged)}"
-    for same in zip(*judged.values(), strict=True):
-        statements = dict.fromkeys(claim.statement.rstrip(".") for claim in same)
-        text = f"{same[0].number} {' / '.join(statements)}"
-        yield f"| {text} | {' | '.join(MARKS[claim.verdict] for claim in same)} |"
+    yield f"| claim | {' | '.join(about)} |"
+    yield f"|---|{'---|' * len(about)}"
+    for same in zip(*(each["claims"] for each in about.values()), strict=True):
+        statements = dict.fromkeys(statement for _, statement, _ in same)
+        text = f"{same[0][0]} {' / '.join(statements)}"
+        yield f"| {text} | {' | '.join(MARKS[verdict] for _, _, verdict in same)} |"
     yield "\nA dash means that the system cannot decide; the sections below say why, and what it takes. Where the paper"
     yield "says something else of convolutional networks than of LeNet, both sentences are given, and each system is"
     yield "judged by its own.\n"
@@ -133,7 +167,6 @@ def section(name: str, tickets: Tickets, evidence: Evidence, found: Sequence[Cla
         about: dict[str, str] = claims.describe(claim)
         cells = [about.get(part, "") for part in ("verdict", "ours", "chance", "noise floor", "paper")]
         yield f"| {claim.number} {claim.statement.rstrip('.')} | {' | '.join(cells)} |"
-    yield ""
 
 
 def accuracies(tickets: Tickets) -> Iterator[str]:

@@ -22,6 +22,7 @@ from typing import Any
 import pytest
 import torch
 
+from small_study import STUDY
 from tombola.cli.main import main, make_parser
 from tombola.cli.options import with_dashes
 from tombola.study.schema import load_study
@@ -132,3 +133,25 @@ def anchors(page: Path) -> set[str]:
     text = re.sub(r'^--8<-- "(.+)"$', lambda found: (ROOT / found[1]).read_text(), page.read_text(), flags=re.MULTILINE)
     titles = re.findall(r"^#+ (.+)$", BLOCK.sub("", text), re.MULTILINE)
     return {re.sub(r"[-\s]+", "-", re.sub(r"[^\w\s-]", "", title).strip().lower()) for title in titles}
+
+
+def test_the_reproduction_is_made_of_what_is_kept_and_a_run_replaces_its_own_part(
+    tmp_path: Path,
+    finished_run: tuple[Path, object],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "docs"))
+    reproduction = importlib.import_module("reproduction")
+    kept = {path.stem: json.loads(path.read_text()) for path in reproduction.KEPT.glob("*.json")}
+    assert reproduction.page(kept) + "\n" == (ROOT / "docs" / "reproduction.md").read_text()
+    monkeypatch.setattr(reproduction, "KEPT", tmp_path)
+    (tmp_path / "lenet-mnist.json").write_text(json.dumps(kept["lenet-mnist"]))
+    (tmp_path / "digits.json").write_text(json.dumps(kept["lenet-mnist"] | {"run": ["0", "10", "0.0", "none"]}))
+    store = str(finished_run[0] / "tombola-store")
+    assert reproduction.main([store, shlex.join(STUDY), "vgg16-cifar10-small"]) == 0
+    printed = capsys.readouterr().out
+    assert "| lenet-mnist | 582 | 0 | 24.6 |" in printed
+    assert re.search(r"^\| digits \| 10 \| 0 \| [\d.]+ \|", printed, re.MULTILINE)
+    assert printed.count("| 4b The tickets differ") == 3, "in the table of all systems and in both sections"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["digits.json", "lenet-mnist.json"]
