@@ -283,9 +283,9 @@ def is_installed(path: Path) -> bool:
     """Say whether a file belongs to an installed package or to Python itself."""
     if {"site-packages", "dist-packages"} & set(path.parts):  # also folders of the user and of another Python
         return True
-    return any(path.is_relative_to(folder) for folder in _installed_folders())
+    return any(folder in path.parents for folder in _installed_folders())
 
 
 @functools.cache
-def _installed_folders() -> frozenset[str]:
-    return frozenset(sysconfig.get_path(kind) for kind in ("purelib", "platlib", "stdlib", "platstdlib"))
+def _installed_folders() -> frozenset[Path]:
+    return frozenset(Path(sysconfig.get_path(kind)) for kind in ("purelib", "platlib", "stdlib", "platstdlib"))

@@ -178,13 +178,15 @@ def own_modules(root: str) -> dict[str, Path]:
         return {}
     seen = {""}
     waiting = [root]
+    known: dict[str, ModuleSpec | None] = {}  # of this call alone: a file may come to be before the next one
+    of_python = functools.cache(lambda top: _of_python(top, known))
     while waiting:
         name = waiting.pop()
         top = name.partition(".")[0]
-        if name in seen or (top != own and (top == "tombola" or _of_python(top))):
+        if name in seen or (top != own and (top == "tombola" or of_python(top))):
             continue
         seen.add(name)
-        path = find_source(name)
+        path = find_source(name, known)
         if path is not None and top != own and is_installed(path):
             continue
         if path is not None:
@@ -194,16 +196,28 @@ def own_modules(root: str) -> dict[str, Path]:
     return found
 
 
-def find_source(module: str) -> Path | None:
-    """Return the file of a module; None if there is none. Neither the module nor its packages are imported."""
-    spec = _find_spec(module)
+def find_source(module: str, known: dict[str, ModuleSpec | None] | None = None) -> Path | None:
+    """Return the file of a module; None if there is none. Neither the module nor its packages are imported.
+
+    Args:
+        module: the module's name.
+        known: the modules that were found before, to which this one and its packages are added.
+    """
+    spec = _find_spec(module, {} if known is None else known)
     if spec is None or spec.origin is None or not spec.has_location:
         return None
     path = Path(spec.origin)
     return path if path.is_file() else None
 
 
-def _find_spec(module: str) -> ModuleSpec | None:
+def _find_spec(module: str, known: dict[str, ModuleSpec | None]) -> ModuleSpec | None:
+    """Return what Python knows of a module, from `known` where it is there."""
+    if module not in known:
+        known[module] = _look_up_spec(module, known)
+    return known[module]
+
+
+def _look_up_spec(module: str, known: dict[str, ModuleSpec | None]) -> ModuleSpec | None:
     """Return what Python knows of a module: `importlib.util.find_spec` would import `a` to find `a.b`.
 
     That is done after all where the package has no file, so that no code runs, or where it may look elsewhere for its
@@ -212,7 +226,7 @@ def _find_spec(module: str) -> ModuleSpec | None:
     package = module.rpartition(".")[0]
     try:
         if package and module not in sys.modules and package not in sys.modules:
-            parent = _find_spec(package)
+            parent = _find_spec(package, known)
             if parent is None or parent.submodule_search_locations is None:  # it is no package
                 return None
             if parent.origin is not None and b"__path__" not in Path(parent.origin).read_bytes():
@@ -226,11 +240,11 @@ def _find_spec(module: str) -> ModuleSpec | None:
         return None
 
 
-def _of_python(top: str) -> bool:
+def _of_python(top: str, known: dict[str, ModuleSpec | None]) -> bool:
     """Return whether a name belongs to the standard library and is not hidden by a module of the user."""
     if top not in sys.stdlib_module_names:
         return False
-    path = find_source(top)
+    path = find_source(top, known)
     return path is None or is_installed(path)
 
 
