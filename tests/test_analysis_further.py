@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -114,6 +115,14 @@ def test_claims_say_up_to_what_tickets_are_unique(
         expected = f"Tickets of two {words} overlap at level 2 by {raw:.2f} %, and by {matched:.2f} % with"
         assert expected in told
     assert "are connected" in told or "no level is connected" in told
+    assert command(folder, "basins", "--tolerance", "0", "--margin", "100") == 0
+    own = " ".join(capsys.readouterr().out.split())
+    limits = ("--tolerance", "0", "--margin", "100")
+    assert command(folder, "claims", "--level", "2", "--with", "basins", *limits) == 0
+    limited = " ".join(capsys.readouterr().out.partition("Unique up to what?")[2].replace("- ", "").split())
+    (sentence,) = re.findall(r"l1: [^:]*: [^:.]*\.", own)
+    assert sentence in limited
+    assert sentence not in told
     contents = gather(open_planner(folder), "s", ["s"], level=2, costly=["matching"])
     assert contents.unique == tuple(uniqueness.of_study(tickets, asked=["matching"], level=2))
     assert "Unique up to what?" in page(contents)
