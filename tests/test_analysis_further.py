@@ -325,7 +325,10 @@ def test_a_note_says_what_is_missing(folder: Path, capsys: pytest.CaptureFixture
             ["similarity", "--importances", "l1", "--seeds", "0"],
             "there are no two networks to compare: expected two se",
         ),
-        (["similarity", "--level", "0", "--seeds", "0", "--data-seeds"], "or two importances at a level from 1 on"),
+        (
+            ["similarity", "--level", "0", "--seeds", "0", "--data-seeds"],
+            "two importances at a level from 1 on; run another",
+        ),
         (["initial", "--level", "7"], "the study has no level 7, it has levels 0 to 2"),
     ],
 )

@@ -184,7 +184,7 @@ def compare_examples(outputs: Tensor) -> Tensor:
     """
     flat, n = outputs.flatten(1), len(outputs)
     gram = torch.zeros(n, n, dtype=torch.float64)
-    for part in flat.split(_VALUES, 1):
+    for part in torch.split(flat, _VALUES, 1):
         shifted = part - part.mean(0)  # changes nothing but the rounding
         gram += shifted @ shifted.T
     gram = ((gram + gram.T) / 2).fill_diagonal_(0.0)
