@@ -282,7 +282,7 @@ def _gradients(
 ) -> dict[str, Tensor]:
     """Return the gradient of the mean loss over all examples, by default with respect to the weights."""
     tensors = network.weights if tensors is None else tensors
-    return _sum((_gradient_of([loss], tensors) for loss in _losses(network, loss_of or network.loss_of)), tensors)
+    return _sum((_gradient_of(loss, tensors) for loss in _losses(network, loss_of or network.loss_of)), tensors)
 
 
 def _hessian_products(
@@ -292,10 +292,10 @@ def _hessian_products(
     weights = network.weights
     with sdpa_kernel(SDPBackend.MATH):  # the other implementations of attention have no second derivative
         for loss in _losses(network, network.loss_of):
-            slopes, along = _gradient_of([loss], weights, create_graph=True), direction()
-            curved = [layer for layer in weights if slopes[layer].requires_grad]
-            if curved:  # the loss is not linear in the weights
-                yield along, _gradient_of([slopes[each] for each in curved], weights, [along[each] for each in curved])
+            slopes, along = _gradient_of(loss, weights, create_graph=True), direction()
+            slope = torch.stack([(slopes[layer] * along[layer]).sum() for layer in weights]).sum()
+            if slope.requires_grad:  # the loss is not linear in the weights
+                yield along, _gradient_of(slope, weights)
 
 
 def _sum(parts: Iterable[Mapping[str, Tensor]], like: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -313,17 +313,8 @@ def _losses(network: Network, loss_of: Callable[[Tensors, Tensors], Tensor]) -> 
         yield _finite(loss_of(inputs, labels)) * (count_examples(inputs) / network.examples)
 
 
-def _gradient_of(
-    values: Sequence[Tensor],
-    tensors: Mapping[str, Tensor],
-    factors: Sequence[Tensor] | None = None,
-    *,
-    create_graph: bool = False,
-) -> dict[str, Tensor]:
-    """Return the gradient of the sum of all values, each times its factor, or of one number."""
-    gradients = torch.autograd.grad(
-        values, list(tensors.values()), factors, allow_unused=True, create_graph=create_graph
-    )
+def _gradient_of(value: Tensor, tensors: Mapping[str, Tensor], *, create_graph: bool = False) -> dict[str, Tensor]:
+    gradients = torch.autograd.grad(value, list(tensors.values()), allow_unused=True, create_graph=create_graph)
     return {
         layer: torch.zeros_like(tensor) if gradient is None else gradient
         for (layer, tensor), gradient in zip(tensors.items(), gradients, strict=True)
