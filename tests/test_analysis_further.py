@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -114,6 +115,14 @@ def test_claims_say_up_to_what_tickets_are_unique(
         expected = f"Tickets of two {words} overlap at level 2 by {raw:.2f} %, and by {matched:.2f} % with"
         assert expected in told
     assert "are connected" in told or "no level is connected" in told
+    assert command(folder, "basins", "--tolerance", "0", "--margin", "100") == 0
+    own = " ".join(capsys.readouterr().out.split())
+    limits = ("--tolerance", "0", "--margin", "100")
+    assert command(folder, "claims", "--level", "2", "--with", "basins", *limits) == 0
+    limited = " ".join(capsys.readouterr().out.partition("Unique up to what?")[2].replace("- ", "").split())
+    (sentence,) = re.findall(r"l1: [^:]*: [^:.]*\.", own)
+    assert sentence in limited
+    assert sentence not in told
     contents = gather(open_planner(folder), "s", ["s"], level=2, costly=["matching"])
     assert contents.unique == tuple(uniqueness.of_study(tickets, asked=["matching"], level=2))
     assert "Unique up to what?" in page(contents)
@@ -316,7 +325,10 @@ def test_a_note_says_what_is_missing(folder: Path, capsys: pytest.CaptureFixture
             ["similarity", "--importances", "l1", "--seeds", "0"],
             "there are no two networks to compare: expected two se",
         ),
-        (["similarity", "--level", "0", "--seeds", "0", "--data-seeds"], "or two importances at a level from 1 on"),
+        (
+            ["similarity", "--level", "0", "--seeds", "0", "--data-seeds"],
+            "two importances at a level from 1 on; run another",
+        ),
         (["initial", "--level", "7"], "the study has no level 7, it has levels 0 to 2"),
     ],
 )

@@ -106,6 +106,21 @@ def test_alignment_does_not_change_by_rotation_scale_and_shift() -> None:
     assert align(one.view(10, 2, 2), one) == pytest.approx(1.0)  # an image is as many values
 
 
+def test_products_of_wide_layers_in_single_precision_are_those_in_double() -> None:
+    """The values have a mean that is large beside their differences, as those after a bias may have."""
+    wide = random(8, 3, 70, 50).float() + 300
+    exact, found = compare_examples(wide.double()), compare_examples(wide)
+    assert found.equal(found.T)
+    assert (found - exact).abs().max() < 1e-5 * exact.abs().max()
+
+
+def test_an_impossible_class_counts_nothing() -> None:
+    one = torch.tensor([[0.0, 1.0, -math.inf], [1.0, 0.0, -math.inf]])
+    found, without = (compare(each, each.flip(0), torch.arange(2)) for each in (one, one[:, :2]))
+    assert found["kl"] == pytest.approx(without["kl"])
+    assert found["js"] == pytest.approx(without["js"])
+
+
 def test_independent_layers_of_any_width_are_not_aligned() -> None:
     """The usual estimator would give more than 0.9 for layers this wide."""
     found = [align(random(40, 800, seed=2 * seed), random(40, 800, seed=2 * seed + 1)) for seed in range(10)]

@@ -236,7 +236,7 @@ def test_controls_that_cannot_be(root: Path) -> None:
         (lambda: plan_controls(tickets, 1, importances=["l2"]), "importances: the study has no importance 'l2'"),
         (lambda: plan_controls(open_tickets(root, study(seeds=(7,), **SHORT)), 1), "level 1 is not in"),
         (lambda: plan_controls(open_tickets(root, study(rewind_to="learning_rate", **SHORT)), 1), "it needs weights"),
-        (lambda: plan_combinations(one, 1, "seeds"), "combinations: the tickets of two seeds or more are combined"),
+        (lambda: plan_combinations(one, 1, "seeds"), "the study has one; run another seed"),
         (lambda: plan_combinations(tickets, 1, importances=["l1"]), "importances: expected at least 2 to compare"),
         (lambda: plan_combinations(tickets, 1, "orders"), "over: unknown 'orders'; choose from"),  # type: ignore[arg-type]
         (lambda: plan_transfers(tickets, open_tickets(root, other), 1), "two studies have no seed"),

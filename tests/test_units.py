@@ -6,12 +6,13 @@ import itertools
 from collections.abc import Callable
 
 import numpy as np
+import polars as pl
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from tombola.analysis import matching
+from tombola.analysis import matching, uniqueness
 from tombola.analysis.units import Axis, Units, find_units
 from tombola.errors import UserError
 from tombola.models import lenet_300_100, resnet18, resnet20, vgg16
@@ -247,6 +248,29 @@ def test_the_overlap_of_a_pair_by_hand() -> None:
     assert without["matched_jaccard"].to_list() == without["jaccard"].to_list()
     assert without["chance_jaccard"].to_list() == without["chance_sd"].to_list() == [None] * 3
     assert without["moved"].to_list() == [0.0] * 3
+
+
+def test_the_range_of_random_tickets_by_hand() -> None:
+    """Two pairs with three draws each: t of 4 degrees of freedom is 2.776, and both the pair and its mean vary."""
+    line = {
+        **{"level": 3, "by": "weights", "layer": "(all)", "jaccard": 0.2, "layers_jaccard": 0.1, "moved": 0.5},
+        **{"kind": "seeds", "matched_jaccard": 0.3, "draws": 3},
+    }
+    pairs = [
+        line | {"tickets": ["l1, seed 0", "l1, seed 1"], "chance_jaccard": 0.10, "chance_sd": 0.03},
+        line | {"tickets": ["magnitude, seed 0", "magnitude, seed 1"], "chance_jaccard": 0.20, "chance_sd": 0.04},
+    ]
+    both = matching.summarise(pl.DataFrame(pairs), "kind").row(0, named=True)
+    half = 2.7764451 * (4 / 3 * (0.03**2 + 0.04**2)) ** 0.5 / 2
+    assert (both["pairs"], both["chance_jaccard"]) == (2, pytest.approx(0.15))
+    assert (both["chance_low"], both["chance_high"]) == pytest.approx((0.15 - half, 0.15 + half))
+    (sentence,) = uniqueness.describe_matching(pl.DataFrame(pairs))
+    assert sentence.endswith(": 15.00 points more than random tickets (15.00 %, 95 % 6.99 to 23.01).")
+    (sentence,) = uniqueness.describe_matching(pl.DataFrame(pairs).with_columns(matched_jaccard=0.23))
+    assert "no more than random tickets" in sentence  # more than their mean, and within their range
+    once = pl.DataFrame(pairs).with_columns(draws=1, chance_sd=pl.lit(None, pl.Float64))
+    assert matching.summarise(once)["chance_high"].to_list() == [None, None]
+    assert "of one draw" in uniqueness.describe_matching(once)[0]
 
 
 def test_a_random_ticket_has_the_same_connections_and_values_in_each_layer() -> None:

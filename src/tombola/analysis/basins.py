@@ -24,6 +24,9 @@ from tombola.study.tickets import Tickets
 TOLERANCE = 0.02
 """The largest barrier of networks that count as connected, in 0..1: that of Frankle et al. (arXiv 1912.05671)."""
 
+MARGIN = 0.005
+"""By how much a ticket may be worse than the dense network and keep the accuracy, in 0..1."""
+
 
 def of_study(
     tickets: Tickets, importances: Sequence[str] | None = None, points: int = POINTS, tolerance: float = TOLERANCE
@@ -84,7 +87,7 @@ def of_study(
 
 
 def summarise(
-    table: pl.DataFrame, tickets: Tickets, tolerance: float = TOLERANCE, margin: float = 0.005
+    table: pl.DataFrame, tickets: Tickets, tolerance: float = TOLERANCE, margin: float = MARGIN
 ) -> pl.DataFrame:
     """Return the means over seeds of a table of `of_study`, with two verdicts for each level.
 

@@ -91,13 +91,26 @@ def of_outputs(outputs: Mapping[str, Tensor], labels: Tensor) -> pl.DataFrame:
     shapes = {tuple(each.shape) for each in outputs.values()}
     if len(outputs) < 2 or len(shapes) > 1:
         raise UserError(f"functions: expected two outputs or more of one shape, got {len(outputs)} of shapes {shapes}")
-    names = list(outputs)
+    return of_probabilities({name: each.double().softmax(1) for name, each in outputs.items()}, labels)
+
+
+def of_probabilities(probabilities: Mapping[str, Tensor], labels: Tensor) -> pl.DataFrame:
+    """Return the table of `of_outputs` for the probabilities that networks predict.
+
+    Args:
+        probabilities: name -> probabilities, shape (examples, classes), float64; two or more of one shape.
+        labels: the true classes, shape (examples,).
+
+    >>> one, other = torch.eye(4).double(), torch.eye(4).double()[[0, 1, 2, 2]]
+    >>> of_probabilities({"a": one, "b": other}, torch.arange(4)).select("agreement", "accuracy").rows()
+    [(0.75, 0.875)]
+    """
+    names = list(probabilities)
     groups = list(combinations(names, 2)) + ([tuple(names)] if len(names) > 2 else [])
-    classes = {name: each.argmax(1) for name, each in outputs.items()}
-    number = next(iter(shapes))[1]
+    classes = {name: each.argmax(1) for name, each in probabilities.items()}
+    number = next(iter(probabilities.values())).shape[1]
     shares = {n: torch.bincount(each, minlength=number).double() / len(labels) for n, each in classes.items()}
     accuracies = {name: float((each == labels).double().mean()) for name, each in classes.items()}
-    probabilities = {name: each.double().softmax(1) for name, each in outputs.items()}
     lines = []
     for group in groups:
         first = classes[group[0]]

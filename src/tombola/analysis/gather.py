@@ -25,7 +25,7 @@ IMPORTANCES, DATA_ORDER, SEEDS = "importances", "data order", "seeds"
 """The values of the column `kind`: what differs between the tickets that a row compares."""
 
 
-NO_PAIRS = "expected two seeds, or two importances at a level from 1 on"
+NO_PAIRS = "expected two seeds, or two importances at a level from 1 on; run another seed or importance"
 """What a study needs for `pairs`, as the end of a message."""
 
 

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 import torch
+from scipy import stats
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
@@ -146,32 +147,52 @@ def of_pair(
             pl.Series("chance_shared", shared.mean(0) if len(drawn) else [None] * len(raw), pl.Float64),
             pl.Series("chance_jaccard", jaccard.mean(0) if len(drawn) else [None] * len(raw), pl.Float64),
             pl.Series("chance_sd", jaccard.std(0, ddof=1) if len(drawn) > 1 else [None] * len(raw), pl.Float64),
+            draws=pl.lit(len(drawn)).cast(pl.Int64),
             moved=pl.lit(moved / total if total else 0.0),
         )
         .fill_nan(None)
     )
 
 
-def summarise(table: pl.DataFrame) -> pl.DataFrame:
-    """Return the means over seeds of a table of `of_study`: one row for each level and two tickets, over all layers.
+def summarise(table: pl.DataFrame, *by: str) -> pl.DataFrame:
+    """Return the means over seeds of a table of `of_study`, over all layers: one row for each value of `by`.
 
-    Layers that are kept dense are left out, because they have the same connections in every ticket. The columns are
-    level, kind, by, tickets (of two seeds: their importance), pairs (how many were averaged), and the means of jaccard,
-    layers_jaccard, matched_jaccard, chance_jaccard, chance_sd and moved.
+    Layers that are kept dense are left out, because they have the same connections in every ticket. The columns, after
+    those of `by`: pairs (how many were averaged), the means of jaccard, layers_jaccard, matched_jaccard,
+    chance_jaccard, chance_sd and moved, and
+
+    - chance_low, chance_high: the range in which the mean of matched_jaccard lies in 95 % of cases if tickets are like
+      random ones; null if fewer than two pairs of random tickets were drawn for each pair. For P pairs with n draws
+      each, of standard deviations s, it is chance_jaccard -+ t sqrt((1 + 1 / n) sum(s^2)) / P, where t is the 97.5 %
+      point of Student's t with P (n - 1) degrees of freedom. Pairs are taken as independent.
 
     Args:
         table: of `of_study`, or a part of it.
+        by: the columns whose values are kept apart, of level, kind, by and tickets (of two seeds: their importance); by
+            default these four.
     """
     total = PRUNABLE if (table["layer"] == PRUNABLE).any() else ALL
     together = pl.col("tickets").list.join(" & ")
     of_one = pl.col("tickets").list.first().str.replace(r", seed -?\d+$", "")
     figures = ("jaccard", "layers_jaccard", "matched_jaccard", "chance_jaccard", "chance_sd", "moved")
-    return (
+    names, draws = by or ("level", "kind", "by", "tickets"), pl.col("draws")
+    means = (
         table.filter(pl.col("layer") == total)
         .with_columns(tickets=pl.when(pl.col("kind") == SEEDS).then(of_one).otherwise(together))
-        .group_by("level", "kind", "by", "tickets", maintain_order=True)
-        .agg(pl.len().cast(pl.Int64).alias("pairs"), pl.col(*figures).mean())
-        .sort("level", "kind", maintain_order=True)
+        .group_by(names, maintain_order=True)
+        .agg(
+            pl.len().cast(pl.Int64).alias("pairs"),
+            pl.col(*figures).mean(),
+            ((1 + 1 / draws) * pl.col("chance_sd") ** 2).sum().sqrt().alias("spread") / pl.len(),
+            (draws - 1).sum().alias("freedom"),
+        )
+    )
+    student = pl.lit(pl.Series(stats.t.ppf(0.975, means["freedom"].to_numpy())))
+    half = pl.when(pl.col("chance_sd").is_not_null()).then(student * pl.col("spread"))
+    return (
+        means.with_columns(chance_low=pl.col("chance_jaccard") - half, chance_high=pl.col("chance_jaccard") + half)
+        .drop("spread", "freedom")
+        .sort([name for name in names if name in ("level", "kind")], maintain_order=True)
     )
 
 

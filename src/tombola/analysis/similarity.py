@@ -10,7 +10,7 @@ import polars as pl
 import torch
 from torch import Tensor, nn
 
-from tombola.analysis.functions import of_outputs
+from tombola.analysis.functions import of_probabilities
 from tombola.analysis.gather import NO_PAIRS, SEEDS, after, last_level, pairs
 from tombola.errors import UserError
 from tombola.inputs import convert, count_examples, select
@@ -30,6 +30,8 @@ EXAMPLES = 256
 
 BINS = 15
 
+_LEAST = torch.finfo(torch.float64).min
+_VALUES = 4096  # of an example, whose products are added up in the precision of the outputs
 _REMEMBERED = 64  # networks whose answers are kept
 
 
@@ -113,20 +115,22 @@ def of_pair(first: Answers, second: Answers, labels: Tensor) -> pl.DataFrame:
     >>> of_pair(Answers(one, {}), Answers(other, {}), torch.arange(4)).select("disagreement", "accuracy").rows()
     [(0.25, 0.875)]
     """
-    agreed = of_outputs({"first": first.outputs, "second": second.outputs}, labels).row(0, named=True)
-    logs = [each.outputs.double().log_softmax(1) for each in (first, second)]
-    middle = (logs[0].exp() + logs[1].exp()) / 2
+    logs = [_log_probabilities(each.outputs) for each in (first, second)]
+    p, q = (each.exp() for each in logs)
+    middle = (p + q) / 2
+    log_middle = middle.log().clamp_(min=_LEAST)
+    agreed = of_probabilities({"first": p, "second": q}, labels).row(0, named=True)
     figures = {
         "disagreement": 1 - agreed["agreement"],
         "low": 1 - agreed["high"],
         "high": 1 - agreed["low"],
         "expected": 1 - agreed["expected"],
         "kappa": agreed["kappa"],
-        "kl": (_divergence(logs[0], logs[1]) + _divergence(logs[1], logs[0])) / 2,
-        "js": sum(_divergence(each, middle.log()) for each in logs) / 2,
+        "kl": _sum_products(p - q, logs[0] - logs[1]) / (2 * len(p)),
+        "js": (_sum_products(p, logs[0] - log_middle) + _sum_products(q, logs[1] - log_middle)) / (2 * len(p)),
         "accuracy": agreed["accuracy"],
         "gain": agreed["ensemble_accuracy"] - agreed["accuracy"],
-        "ece": sum(calibration_error(each.exp(), labels) for each in logs) / 2,
+        "ece": sum(calibration_error(each, labels) for each in (p, q)) / 2,
         "ensemble_ece": calibration_error(middle, labels),
     }
     unknown = dict.fromkeys(figures)
@@ -137,9 +141,14 @@ def of_pair(first: Answers, second: Answers, labels: Tensor) -> pl.DataFrame:
     return pl.DataFrame(lines, schema={name: pl.String if name == "layer" else pl.Float64 for name in lines[0]})
 
 
-def _divergence(p: Tensor, q: Tensor) -> float:
-    """Return the mean over examples of KL(p || q) of log probabilities."""
-    return float((p.exp() * (p - q)).nan_to_num(0.0).sum(1).mean())  # 0 log 0 = 0
+def _log_probabilities(outputs: Tensor) -> Tensor:
+    """Return the logarithms of the predicted probabilities; finite, so that 0 log 0 = 0."""
+    exact = outputs.double()
+    return (exact - exact.logsumexp(1, keepdim=True)).clamp_(min=_LEAST)
+
+
+def _sum_products(one: Tensor, other: Tensor) -> float:
+    return float(one.flatten() @ other.flatten())
 
 
 def calibration_error(probabilities: Tensor, labels: Tensor, bins: int = BINS) -> float:
@@ -168,14 +177,17 @@ def compare_examples(outputs: Tensor) -> Tensor:
     sum of the products of two such matrices, divided by n (n - 3), is the unbiased estimator of HSIC.
 
     Args:
-        outputs: shape (n, ...), n of 4 or more.
+        outputs: shape (n, ...), n of 4 or more. The products of 4096 values at a time have its precision.
 
     >>> compare_examples(torch.randn(6, 3)).sum(0).abs().max() < 1e-9
     tensor(True)
     """
-    flat = outputs.flatten(1).double()
-    gram, n = flat @ flat.T, len(flat)
-    gram.fill_diagonal_(0.0)
+    flat, n = outputs.flatten(1), len(outputs)
+    gram = torch.zeros(n, n, dtype=torch.float64)
+    for part in torch.split(flat, _VALUES, 1):
+        shifted = part - part.mean(0)  # changes nothing but the rounding
+        gram += shifted @ shifted.T
+    gram = ((gram + gram.T) / 2).fill_diagonal_(0.0)
     rows = gram.sum(0) / (n - 2)
     centred = gram - rows[:, None] - rows[None, :] + gram.sum() / ((n - 1) * (n - 2))
     return centred.fill_diagonal_(0.0)

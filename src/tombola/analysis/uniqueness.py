@@ -35,7 +35,12 @@ ASKED = ("matching", "basins")
 
 
 def of_study(
-    tickets: Tickets, importances: Sequence[str] | None = None, asked: Collection[str] = (), level: int | None = None
+    tickets: Tickets,
+    importances: Sequence[str] | None = None,
+    asked: Collection[str] = (),
+    level: int | None = None,
+    tolerance: float = basins.TOLERANCE,
+    margin: float = basins.MARGIN,
 ) -> list[str]:
     """Return sentences on stored controls and rewind points of a study, and on what is asked for besides.
 
@@ -44,6 +49,8 @@ def of_study(
         importances: the importances whose tickets count; by default all.
         asked: which of `ASKED` are computed, too.
         level: the level whose tickets are matched; by default the last that all have.
+        tolerance: the largest barrier of levels that count as connected, in 0..1.
+        margin: by how much a ticket may be worse than the dense network and keep the accuracy, in 0..1.
 
     Raises:
         UserError: if what is asked for cannot be computed.
@@ -58,7 +65,8 @@ def of_study(
     if "matching" in asked:
         tables["matching"] = matching.of_study(tickets, importances, None if level is None else [level])
     if "basins" in asked:
-        tables["basins"] = basins.summarise(basins.of_study(tickets, importances), tickets)
+        barriers = basins.of_study(tickets, importances, tolerance=tolerance)
+        tables["basins"] = basins.summarise(barriers, tickets, tolerance, margin)
     return describe(tables, tickets.planner.problem.measure, tickets.study.recipe.rewind)
 
 
@@ -87,33 +95,36 @@ def describe(tables: Mapping[str, pl.DataFrame], measure: Measure, rewind: int) 
 def describe_matching(table: pl.DataFrame) -> list[str]:
     """Return for each level sentences on whether tickets are the same up to the order of their hidden units.
 
-    They are compared with pairs of random tickets, whose units are matched in the same way.
+    They are compared with the range of random tickets, whose units are matched in the same way, see
+    `tombola.analysis.matching.summarise`.
 
     Args:
         table: of `tombola.analysis.matching.of_study`.
 
     >>> columns = {"level": [4], "kind": ["seeds"], "by": ["weights"], "layer": ["(all)"], "jaccard": [0.1],
-    ...            "layers_jaccard": [0.1], "matched_jaccard": [0.12], "chance_jaccard": [0.13], "chance_sd": [0.01],
-    ...            "moved": [0.9], "tickets": [["l1, seed 0", "l1, seed 1"]]}
+    ...            "layers_jaccard": [0.1], "matched_jaccard": [0.12], "chance_jaccard": [0.11], "chance_sd": [0.01],
+    ...            "draws": [3], "moved": [0.9], "tickets": [["l1, seed 0", "l1, seed 1"]]}
     >>> for part in describe_matching(pl.DataFrame(columns))[0].split(": "):
     ...     print(part)
     Tickets of two seeds overlap at level 4 by 10.00 %, and by 12.00 % with their units matched by weights
-    no more than random tickets (13.00 %), so the order of units does not make them alike.
+    no more than random tickets (11.00 %, 95 % 6.03 to 15.97), so the order of units does not make them alike.
     """
     sentences = []
-    for (level, by, kind), rows in matching.summarise(table).group_by("level", "by", "kind", maintain_order=True):
-        weights = rows["pairs"] / rows["pairs"].sum()
-        raw, matched, chance = (
-            100 * float((rows[name] * weights).sum()) for name in ("jaccard", "matched_jaccard", "chance_jaccard")
-        )
-        verdict = f"no more than random tickets ({chance:.2f} %), so the order of units does not make them alike"
-        if matched > chance:
-            verdict = f"{matched - chance:.2f} points more than random tickets"
-            if kind != SEEDS and matched <= raw:
-                verdict += "; the order of units does not explain in what they differ"
+    for row in matching.summarise(table, "level", "by", "kind").to_dicts():
+        raw, matched, chance = (100 * row[name] for name in ("jaccard", "matched_jaccard", "chance_jaccard"))
+        if row["chance_high"] is None:
+            verdict = f"random tickets {chance:.2f} %, of one draw, which does not say how much they vary"
+        else:
+            low, high = 100 * max(0.0, row["chance_low"]), 100 * min(1.0, row["chance_high"])
+            random = f"random tickets ({chance:.2f} %, 95 % {low:.2f} to {high:.2f})"
+            verdict = f"no more than {random}, so the order of units does not make them alike"
+            if matched > high:
+                verdict = f"{matched - chance:.2f} points more than {random}"
+                if row["kind"] != SEEDS and matched <= raw:
+                    verdict += "; the order of units does not explain in what they differ"
         sentences.append(
-            f"Tickets of two {_KINDS[str(kind)]} overlap at level {level} by {raw:.2f} %, and by {matched:.2f} % with "
-            f"their units matched by {by}: {verdict}."
+            f"Tickets of two {_KINDS[row['kind']]} overlap at level {row['level']} by {raw:.2f} %, and by "
+            f"{matched:.2f} % with their units matched by {row['by']}: {verdict}."
         )
     return sentences
 

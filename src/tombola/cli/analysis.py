@@ -9,7 +9,15 @@ from contextlib import redirect_stdout
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from tombola.cli.options import Verbs, add_margin, open_planner, print_note, warnings_as_notes, whole_number
+from tombola.cli.options import (
+    Verbs,
+    add_margin,
+    add_tolerance,
+    open_planner,
+    print_note,
+    warnings_as_notes,
+    whole_number,
+)
 from tombola.terminal import say
 
 if TYPE_CHECKING:
@@ -43,6 +51,8 @@ def add_verbs(verbs: Verbs) -> None:
         metavar="NAME",
         help=f"also compute these analyses, which take time, to say up to what tickets are unique: {', '.join(_ASKED)}",
     )
+    add_tolerance(added)
+    add_margin(added)
     for verb in (overlap, layers, stability, winners, weights, functions, connectivity, reinit):
         added = verbs.add(verb.__name__, verb, verbs.study, verbs.table)
         if verb is reinit:
@@ -97,7 +107,9 @@ def claims(options: argparse.Namespace) -> int:
     if options.format == "table":
         _print_claims(evidence, found)
         with warnings_as_notes(Warning):
-            _print_uniqueness(uniqueness.of_study(tickets, names, options.asked, evidence.level), options.asked)
+            limits = options.tolerance / 100, options.margin / 100
+            sentences = uniqueness.of_study(tickets, names, options.asked, evidence.level, *limits)
+        _print_uniqueness(sentences, options.asked)
     else:
         if options.asked:
             print_note(f"--with {' '.join(options.asked)}: only --format table says up to what tickets are unique")

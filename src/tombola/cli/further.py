@@ -130,7 +130,7 @@ def _basins(means: pl.DataFrame) -> pl.DataFrame:
 def _matching(table: pl.DataFrame) -> pl.DataFrame:
     """Return one row for each comparison, over all layers that may be pruned; means over the seeds."""
     from tombola.analysis import matching
-    from tombola.cli.tables import number, percent
+    from tombola.cli.tables import percent, percent_range
 
     return matching.summarise(table).select(
         *("level", "kind", "tickets", "pairs"),
@@ -138,7 +138,7 @@ def _matching(table: pl.DataFrame) -> pl.DataFrame:
         percent("layers_jaccard").alias("chance"),
         percent("matched_jaccard").alias("matched: Jaccard %"),
         percent("chance_jaccard").alias("chance, matched"),
-        number("chance_sd", "{:.4f}").alias("sd"),
+        percent_range("chance_low", "chance_high").alias("95 %"),
         percent("moved").alias("units moved %"),
     )
 

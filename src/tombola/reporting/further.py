@@ -27,6 +27,7 @@ def matching(table: pl.DataFrame) -> pl.DataFrame:
         (100 * pl.col("layers_jaccard")).alias("chance %"),
         (100 * pl.col("matched_jaccard")).alias("matched %"),
         (100 * pl.col("chance_jaccard")).alias("chance, matched %"),
+        *((100 * pl.col(f"chance_{bound}")).alias(bound) for bound in ("low", "high")),
         (100 * pl.col("moved")).alias("units moved %"),
         "pairs",
     )

@@ -198,7 +198,9 @@ def plan_combinations(
     check_weights_elsewhere(tickets, "combinations")
     chains = select_chains(study, importances, at_least=2 if over == "importances" else 1)
     if over == "seeds" and len(study.seeds) < 2:
-        raise UserError("combinations: the tickets of two seeds or more are combined, and the study has one seed")
+        raise UserError(
+            "combinations: the tickets of two seeds or more are combined, and the study has one; run another seed"
+        )
     _require(tickets, level, chains, "combinations")
     names = list(dict.fromkeys(chain.importance for chain in chains))
     starts: dict[Chain, Start] = {}
