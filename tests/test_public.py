@@ -69,6 +69,13 @@ def test_every_public_name_can_be_imported(name: str) -> None:
     assert namespace[name] is getattr(tombola, name)
 
 
+def test_every_public_module_can_be_imported_by_its_name() -> None:
+    modules = sorted(set(tombola.__all__) - set(OBJECTS))
+    assert "interchange" in modules
+    for name in modules:
+        assert importlib.import_module(f"tombola.{name}") is getattr(tombola, name)
+
+
 def test_an_unknown_name() -> None:
     with pytest.raises(AttributeError, match="module 'tombola' has no attribute 'trian'"):
         tombola.trian  # noqa: B018
@@ -143,6 +150,18 @@ class _BytesPath(os.PathLike[bytes]):
         return b"nowhere"
 
 
+class _Frame:
+    """A frame of pandas, or a tensor of several elements: neither true nor false, and compared element by element."""
+
+    def __bool__(self) -> bool:
+        raise ValueError("The truth value of a frame is ambiguous.")
+
+    def __eq__(self, other: object) -> Any:
+        return self
+
+    __hash__ = None  # type: ignore[assignment]
+
+
 # What is of no type that an argument may have.
 
 WRONG: dict[str, Any] = {
@@ -153,6 +172,7 @@ WRONG: dict[str, Any] = {
     "a dict": {"a": 1},
     "a list of None": [None],
     "a frame": pl.DataFrame({"a": [1]}),
+    "a frame of pandas": _Frame(),
     "a path": Path("nothing", "there"),
 }
 
@@ -169,6 +189,7 @@ def _calls() -> dict[str, tuple[Callable[..., Any], dict[str, Any], dict[str, se
     of_importance = {"importance": own}  # it fails later, on a layer
     study: dict[str, Any] = {"study": "digits", "overrides": {}, "store": "nowhere", "data": "nowhere"}
     may: dict[str, set[str]] = {"study": path, "overrides": none, "store": path, "data": none | path}
+    shown = {**study, "progress": False}
     return {
         "prunable": (tombola.prunable, {"model": model, "prune": ["0"]}, {}),
         "ones_like": (Mask.ones_like, {"model": model, "exclude": ["0"], "prune": ["*.weight"]}, {}),
@@ -186,8 +207,9 @@ def _calls() -> dict[str, tuple[Callable[..., Any], dict[str, Any], dict[str, se
         "from_open_lth": (interchange.from_open_lth, {"masks": {"w": [1, 0]}}, {"masks": {"a dict"}}),
         "to_open_lth": (interchange.to_open_lth, {"mask": mask}, {}),
         "from_zeros": (interchange.from_zeros, {"model": model}, {}),
-        "apply": (ticket.apply, {"model": model}, {}),
-        "save": (ticket.save, {"path": "nowhere/ticket"}, {}),
+        "apply": (ticket.apply, {"model": model, "trained": False}, {}),
+        "sparse": (ticket.sparse, {"model": model, "trained": False, "batch_size": 1}, {"batch_size": {"a number"}}),
+        "save": (ticket.save, {"path": "nowhere/ticket", "trained": False}, {}),
         "load": (Ticket.load, {"path": "nowhere/ticket"}, {}),
         "Ticket": (
             lambda **of: Ticket(trained=None, **of),
@@ -197,29 +219,40 @@ def _calls() -> dict[str, tuple[Callable[..., Any], dict[str, Any], dict[str, se
         "find": (find, {"name": "l1"}, {}),
         "load data": (datasets.load, {"name": "digits", "directory": "nowhere"}, {"directory": none | path}),
         "load_problem": (tombola.load_problem, {"task": Task(dataset="x", model="y")}, {}),
-        "Store": (Store, {"root": "nowhere", "create": False}, {"root": path, "create": set(WRONG)}),
+        "Store": (Store, {"root": "nowhere", "create": False}, {"root": path}),
         "results": (tombola.results, study, may),
         "plan": (tombola.plan, study, may),
+        "run": (tombola.run, {**shown, "epochs": False, "hooks": []}, may),
+        "find ticket": (tombola.find, {**shown, "within": 0.1, "strategy": "rounds"}, may | {"strategy": own}),
+        "winners": (tombola.winners, {**study, "surely": False, "margin": 0.1}, may),
+        "verify": (tombola.verify, {**study, "chains": False, "sample": 1}, may | {"sample": none | {"a number"}}),
+        **{
+            name: (getattr(tombola, name), {**shown, "level": 1}, may | {"level": {"a number"}})
+            for name in ("reinit", "controls", "combine", "early")
+        },
         "overlap": (tombola.overlap, {**study, "importances": ["l1"]}, may | {"importances": none | own}),
         "train": (
             tombola.train,
             {"model": tiny, "initial": tiny.state_dict(), "mask": Mask.ones_like(tiny)}
             | {"data": tiny_task.dataset(), "recipe": Recipe(epochs=1), "seed": 0, "end": 1, "metrics": [ACCURACY]}
-            | {"loss": functional.cross_entropy, "forward": call, "resume": None, "device": "cpu", "kernels": "auto"},
-            {"seed": {"a number"}, "end": {"a number"} | none, "loss": own, "forward": own, "resume": none}
-            | {"kernels": {"a dict"}},
+            | {"loss": functional.cross_entropy, "forward": call, "resume": None, "device": "cpu", "kernels": "auto"}
+            | {"packed": None},
+            {"seed": {"a number"}, "packed": none, "end": {"a number"} | none, "loss": own, "forward": own}
+            | {"resume": none, "kernels": {"a dict"}},
         ),
         "find tickets": (
             lambda **of: list(tombola.find_tickets(**of)),
             {"model": tiny_task.model(), "data": tiny_task.dataset(), "recipe": Recipe(epochs=1), "importance": l1}
             | {"levels": 1, "metrics": ["accuracy"], "seed": 0, "exclude": [], "keep_dense": [], "shares": {}}
-            | {"loss": "cross_entropy", "forward": call, "step": None, "optimizer": None, "kernels": "auto"},
+            | {"loss": "cross_entropy", "forward": call, "step": None, "optimizer": None, "kernels": "auto"}
+            | {"progress": False},
             of_importance | {"shares": none, "forward": own, "loss": own, "step": own | none, "optimizer": own | none}
             | {"kernels": {"a dict"}, "levels": {"a number"}, "seed": {"a number"}},
         ),
     }  # fmt: skip
 
 
+@pytest.mark.usefixtures("importable_torchvision")
 def test_what_is_of_a_wrong_type_is_told_in_a_sentence() -> None:
     calls = _calls()
     for name, (function, right, may) in calls.items():

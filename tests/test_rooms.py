@@ -13,6 +13,7 @@ ROOT = Path(tombola.__file__).parent
 
 ROOMS = [
     "errors", "terminal", "settings", "exits", "files", "inputs", "streams", "threads", "importance", "pruning",
+    "interchange",
     "datasets",
     "models", "kernels", "own", "training", "lottery", "loops", "store", "study", "engine", "hooks", "analysis",
     "reporting", "workbench",

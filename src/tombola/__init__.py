@@ -34,10 +34,9 @@ os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 if TYPE_CHECKING:
-    from tombola import datasets, hooks, importance, loops, models
+    from tombola import datasets, hooks, importance, interchange, loops, models
     from tombola.datasets.dataset import Dataset
     from tombola.errors import UserError
-    from tombola.lottery import interchange
     from tombola.lottery.rewinding import find_tickets, lottery_ticket_rewinding
     from tombola.lottery.ticket import Ticket
     from tombola.pruning.eligible import prunable
@@ -124,14 +123,7 @@ _HOME = {
     "weights": "workbench.tables",
     "winners": "workbench.tables",
 }
-_MODULES = {
-    "datasets": "datasets",
-    "hooks": "hooks",
-    "importance": "importance",
-    "interchange": "lottery.interchange",
-    "loops": "loops",
-    "models": "models",
-}
+_MODULES = {"datasets", "hooks", "importance", "interchange", "loops", "models"}
 
 __all__ = [
     "Augmentation",
@@ -195,7 +187,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     """Import a public name when it is first used: the command line's help needs no torch."""
     if name in _MODULES:
-        return importlib.import_module(f"tombola.{_MODULES[name]}")
+        return importlib.import_module(f"tombola.{name}")
     if name in _HOME:
         return getattr(importlib.import_module(f"tombola.{_HOME[name]}"), name)
     raise AttributeError(f"module 'tombola' has no attribute {name!r}")

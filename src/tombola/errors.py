@@ -161,6 +161,18 @@ def expect_functions(**functions: object) -> None:
             raise UserError(f"{what}: expected a function, got {kind_of(function)}")
 
 
+def expect_flags(**flags: object) -> None:
+    """Raise `UserError` unless all values are True or False, of Python or NumPy; their names are for the user.
+
+    >>> expect_flags(trained=True, progress="no")
+    Traceback (most recent call last):
+    tombola.errors.UserError: progress: expected True or False, got 'no'
+    """
+    for what, flag in flags.items():
+        if not isinstance(flag, bool) and type(flag).__name__ not in ("bool", "bool_"):  # the names of NumPy's type
+            raise UserError(f"{what}: expected True or False, got {kind_of(flag)}")
+
+
 def as_path(value: object, what: str) -> Path:
     """Return a path that the user gave.
 

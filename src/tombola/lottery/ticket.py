@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 from torch import nn
 
 from tombola import kernels
-from tombola.errors import UserError, as_path, expect, expect_whole, short
+from tombola.errors import UserError, as_path, expect, expect_flags, expect_whole, short
 from tombola.files import write_output
 from tombola.lottery.ticket_file import Content, encode, read
 from tombola.pruning.mask import Mask
@@ -73,6 +73,7 @@ class Ticket:
         Raises:
             UserError: if the ticket does not fit the model, or if the trained state is not known.
         """
+        expect_flags(trained=trained)
         mask = self.mask.load()
         load_state(model, self.load_trained() if trained else self.rewound, "the ticket")
         zero_pruned(model, mask)
@@ -135,6 +136,7 @@ class Ticket:
         Raises:
             UserError: if the file cannot be written, or if the trained weights are not known.
         """
+        expect_flags(trained=trained)
         history = self.trained.history if self.trained else History()
         state = self.load_trained() if trained else None
         mask = self.mask.load()

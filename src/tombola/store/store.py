@@ -28,7 +28,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, StrictInt
 
-from tombola.errors import StoreError, UserError, as_path
+from tombola.errors import StoreError, UserError, as_path, expect_flags
 from tombola.files import remove_path, write_atomically
 from tombola.store.behaviours import Behaviours
 from tombola.store.checkpoints import Checkpoints
@@ -80,6 +80,7 @@ class Store:
 
     def __init__(self, root: str | Path, *, create: bool = True) -> None:
         root = self.root = as_path(root, "store")
+        expect_flags(create=create)
         self.results = Results(root)
         self.masks = Masks(root)
         self.checkpoints = Checkpoints(root)

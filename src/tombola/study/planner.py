@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, TypeAlias
 
-from tombola.errors import DamagedResultError, RoundError, UserError, did_you_mean, expect
+from tombola.errors import DamagedResultError, RoundError, UserError, did_you_mean, expect, expect_flags
 from tombola.importance import NetworkScore, is_built_in
 from tombola.inputs import call
 from tombola.kernels import can_pack, have_convolutions
@@ -244,6 +244,7 @@ class Planner:
         expect(study, Study, "study", "a tombola.Study")
         expect(problem, Problem, "problem", "a tombola.Problem")
         expect(store, Store, "store", "a tombola.Store")
+        expect_flags(remember=remember)
         self.study = study
         self.problem = problem
         self.store = store

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from tombola.datasets.dataset import Dataset
-from tombola.errors import UserError, as_list, expect, expect_functions, expect_whole, kind_of, short
+from tombola.errors import UserError, as_list, expect, expect_flags, expect_functions, expect_whole, kind_of, short
 from tombola.inputs import Forward, OwnStep, call, convert, count_examples
 from tombola.kernels import accelerate, dense_names
 from tombola.pruning.eligible import list_shared
@@ -129,6 +129,7 @@ def train(
     check_device(device)
     optional = {"step": step, "optimizer": optimizer, "schedule": schedule, "watch": watch, "on_epoch": on_epoch}
     expect_functions(loss=loss, forward=forward, **{name: each for name, each in optional.items() if each is not None})
+    expect_flags(**{} if packed is None else {"packed": packed})
     check_recipe_fits(recipe, data)
     optimizer, schedule = optimizer or recipe.load_own("optimizer"), schedule or recipe.load_own("schedule")
     examples = data.train_examples

@@ -14,6 +14,7 @@ from tombola.engine.here import WorkersHere
 from tombola.engine.local import LocalWorkers
 from tombola.engine.verify import Finding, draw_sample, list_places, verify_chains, verify_trainings
 from tombola.engine.workers import Workers
+from tombola.errors import expect_flags
 from tombola.exits import watch_exits
 from tombola.store.layout import STORE
 from tombola.store.store import Store
@@ -92,6 +93,7 @@ def verify(
     >>> verify(**finished(), sample=1).select("equal").rows()
     [(True,)]
     """
+    expect_flags(chains=chains)
     with one_thread(), watch_exits():
         planner = open_planner(study, overrides, store=store, data=data)
         with _open_fresh(planner, workers, None if data is None else Path(data)) as fresh:

@@ -19,7 +19,7 @@ from tombola.engine.estimate import dense_speed, recorded_speed
 from tombola.engine.here import WorkersHere
 from tombola.engine.search import Budget, Walk, search
 from tombola.engine.search_estimate import Outlook, estimate_search
-from tombola.errors import UserError, short
+from tombola.errors import UserError, expect_flags, short
 from tombola.exits import watch_exits
 from tombola.lottery.search import DEFAULT, SHARES, Strategy, find_strategy
 from tombola.lottery.ticket import Ticket
@@ -127,6 +127,7 @@ def find(
     >>> found.ticket.level, found.table.columns[:3]
     (1, ['importance', 'path', 'level'])
     """
+    expect_flags(progress=progress)
     with one_thread(), watch_exits():
         check_margin(within)
         allowed = read_budget(budget)

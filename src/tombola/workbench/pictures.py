@@ -34,6 +34,8 @@ def charts(
 ) -> dict[str, Chart]:
     """Return the charts of a study's report by name, as Altair charts, which a notebook shows inline.
 
+    Altair fetches the code that draws them; `altair.renderers.enable("png", scale_factor=1.5)` needs no network.
+
     Args:
         study: a `Study`, the name of a preset, or the path of a TOML file.
         overrides: fields with other values.

@@ -15,7 +15,7 @@ from tombola.engine.local import LocalWorkers
 from tombola.engine.run import Show, Status
 from tombola.engine.run import run as run_trainings
 from tombola.engine.workers import Workers
-from tombola.errors import UserError
+from tombola.errors import UserError, expect_flags
 from tombola.exits import watch_exits
 from tombola.hooks.hook import Hook
 from tombola.hooks.tell import check_hooks, tell_hooks
@@ -103,6 +103,7 @@ def run(
     [0, 1]
     """
     check_hooks(hooks)
+    expect_flags(progress=progress, epochs=epochs)
     with one_thread(), watch_exits():
         planner = open_planner(study, overrides, store=store, data=data)
         try_study(planner)
@@ -161,6 +162,7 @@ def reinit(
     """
     from tombola.analysis import reinit as analysis
 
+    expect_flags(progress=progress)
     with one_thread(), watch_exits():
         tickets = open_tickets(study, overrides, store=store, data=data, importances=importances)
         plans = plan(tickets, level, draws, name_importances(importances))

@@ -10,7 +10,7 @@ import polars as pl
 from tombola import analysis
 from tombola.analysis import accuracy, reference
 from tombola.analysis import claims as claims_analysis
-from tombola.errors import NothingStoredError, UserError, did_you_mean
+from tombola.errors import NothingStoredError, UserError, did_you_mean, expect_flags
 from tombola.store.layout import STORE
 from tombola.study.tickets import Tickets
 from tombola.threads import one_thread
@@ -199,6 +199,7 @@ def winners(
     >>> winners(**finished(), margin=1.0)["level"].to_list()
     [1, 1]
     """
+    expect_flags(surely=surely)
     with one_thread():
         tickets = open_tickets(study, overrides, store=store, data=data, importances=importances)
         return analysis.winners.of_study(tickets, name_importances(importances), margin=margin, surely=surely)

@@ -10,6 +10,7 @@ import polars as pl
 from tombola.analysis import controls as controls_analysis
 from tombola.analysis import early as early_analysis
 from tombola.analysis import rewind_point as rewind_analysis
+from tombola.errors import expect_flags
 from tombola.exits import watch_exits
 from tombola.store.layout import STORE
 from tombola.study.controls import Over, Plan, plan_combinations, plan_controls, plan_transfers
@@ -68,6 +69,7 @@ def controls(
     >>> table.select("kind", "importance", "density").rows()
     [('signs', 'l1', 0.8)]
     """
+    expect_flags(progress=progress)
     with one_thread(), watch_exits():
         tickets = open_tickets(study, overrides, store=store, data=data, importances=importances)
         plan = plan_controls(tickets, level, kinds, draws, name_importances(importances))
@@ -109,6 +111,7 @@ def combine(
     >>> combine(**finished(), level=1, progress=False)["kind"].to_list()
     ['union', 'intersection']
     """
+    expect_flags(progress=progress)
     with one_thread(), watch_exits():
         tickets = open_tickets(study, overrides, store=store, data=data, importances=importances)
         plan = plan_combinations(tickets, level, over, name_importances(importances))
@@ -153,6 +156,7 @@ def transfer(
     >>> table["own"].equals(table["value"].rename("own"))
     True
     """
+    expect_flags(progress=progress)
     with one_thread(), watch_exits():
         tickets = open_tickets(study, overrides, store=store, data=data, importances=importances)
         others = open_tickets(other, store=store, data=data, importances=importances)
@@ -196,6 +200,7 @@ def rewind_point(
     >>> rewind_point(**finished(), iterations=[0], progress=False).select("iteration", "level").rows()
     [(0, 0)]
     """
+    expect_flags(progress=progress)
     with one_thread(), watch_exits():
         tickets = Tickets(open_planner(study, overrides, store=store, data=data))
         name = None if importance is None else name_importances([importance])
@@ -241,6 +246,7 @@ def early(
     >>> early(**finished(), iterations=[1], importances=["l1"], progress=False)["known"].to_list()[-1]
     1.0
     """
+    expect_flags(progress=progress)
     with one_thread(), watch_exits():
         tickets = open_tickets(study, overrides, store=store, data=data, importances=importances)
         plan = plan_snapshots(tickets, iterations)
