@@ -91,8 +91,8 @@ def study(old: str = "", new: str = "") -> str:
         ("epochs = 1", "epochs = 1\noptimizer = 'sdg'", "study study.toml: recipe.optimizer: unknown 'sdg'; did you mean 'sgd'?"),
         ("epochs = 1", "", "study study.toml: recipe: give exactly one of epochs and iterations"),
         ("epochs = 1", "epochs = 1\naugmentation = 3", "study study.toml: recipe.augmentation: expected a table, got 3"),
-        ("levels = 1", "a = 1\nb = 1\nc = 1\nd = 1\ne = 1\nlevels = 1", "'kernels'; unknown field 'b'; unknown field 'c'; unknown field 'd'; and more"),
-        ("[recipe]", "dataset_arguments = { a = { b = 1 } }\n[recipe]", "task.dataset_arguments.a: expected true or false, a whole number, a number, a text or a list"),
+        ("levels = 1", "a = 1\nb = 1\nc = 1\nd = 1\ne = 1\nlevels = 1", "study study.toml: unknown field 'a'; choose from 'task', 'recipe', 'importances', 'seeds', 'levels', 'fraction', 'data_seeds', 'data_seeds_for', 'prune', 'exclude', 'keep_dense', 'selection', 'shares', 'score_at', 'score_examples', 'device', 'kernels'; unknown field 'b'; unknown field 'c'; unknown field 'd'; and more"),
+        ("[recipe]", "dataset_arguments = { a = { b = 1 } }\n[recipe]", "study study.toml: task.dataset_arguments.a: expected true or false, a whole number, a number, a text or a list"),
         (GOOD, "recipe = 3", "study study.toml: recipe: expected a table, got 3; the fields 'task', 'importances', 'seeds', 'levels' are missing"),
     ],
 )  # fmt: skip
@@ -167,11 +167,14 @@ def test_mistakes_on_the_command_line(refused: Refused) -> None:
     )
     assert "-o/--output are missing" in refused("export", "digits")
     assert refused("run", "digits", "--per-gpu", "2") == "--per-gpu is for --engine ray"
+    assert refused("run", "digits", "--address", "here:1") == "--address is for --engine ray"
     assert refused("run", "digits", "--log-epochs") == "--log-epochs is for --log WRITER=PLACE, which is missing"
     assert refused("find", "digits", "-o", "a.svg", "--picture", "a.svg") == (
         "--picture a.svg: the ticket would be written there too; name another file"
     )
-    assert refused("run", "digits", "--store", "y/" * 2000).endswith("the folder cannot be made: maximum recursion depth exceeded")
+    assert refused("run", "digits", "--store", "y/" * 2000).endswith(
+        "the folder cannot be made: maximum recursion depth exceeded"
+    )
     assert len(refused("run", "x" * 5000)) < 500
 
 
@@ -227,7 +230,7 @@ def test_a_users_importance_that_fails(verb: str, code: str, sentence: str, refu
          "task.model '{module}:f': torch does not find its layer 'a.b' by this name; add layers as attributes"),
         ("class F(nn.Linear):\n  def forward(self, x): return torch.nested.nested_tensor(list(x.flatten(1)))\ndef f(): return F(64, 10)",
          "from 'digits': expected a dense tensor with values, got one that is nested"),
-        ("class F(nn.Linear):\n  def forward(self, x):\n    T = type('T', (torch.Tensor,), {{}})\n    return super().forward(x.flatten(1)).as_subclass(T)\n"
+        ("class F(nn.Linear):\n  def forward(self, x):\n    T = type('T', (torch.Tensor,), {})\n    return super().forward(x.flatten(1)).as_subclass(T)\n"
          "def f(): return F(64, 10)", "task.model '{module}:f' raised TypeError: Multiple dispatch failed"),
         ("class F(nn.Linear):\n  def forward(self, x):\n    if not self.training: raise OSError('not now')\n"
          "    return super().forward(x.flatten(1))\ndef f(): return F(64, 10)", "it raised OSError: not now (in {path}, line 5)"),
@@ -296,10 +299,26 @@ def test_a_users_loss_that_fails(code: str, sentence: str, refused: Refused) -> 
 @pytest.mark.parametrize(
     ("code", "field", "sentence"),
     [
-        ("def f(iteration, end): return None", "[recipe]\nschedule", "recipe.schedule 'MODULE:f': expected a finite number from 0, got None at"),
-        ("def f(iteration, end): return 10 ** 400", "[recipe]\nschedule", "recipe.schedule 'MODULE:f': expected a finite number from 0, got 1000"),
-        ("def f(o, l): return '1'\nf.higher_is_better = True", "[task]\nmetrics", "task.metrics 'f': expected one number, got '1'"),
-        ("def f(o, l): return 10 ** 400\nf.higher_is_better = True", "[task]\nmetrics", "task.metrics 'f': expected one number, got 1000"),
+        (
+            "def f(iteration, end): return None",
+            "[recipe]\nschedule",
+            "recipe.schedule 'MODULE:f': expected a finite number from 0, got None at",
+        ),
+        (
+            "def f(iteration, end): return 10 ** 400",
+            "[recipe]\nschedule",
+            "recipe.schedule 'MODULE:f': expected a finite number from 0, got 1000",
+        ),
+        (
+            "def f(o, l): return '1'\nf.higher_is_better = True",
+            "[task]\nmetrics",
+            "task.metrics 'f': expected one number, got '1'",
+        ),
+        (
+            "def f(o, l): return 10 ** 400\nf.higher_is_better = True",
+            "[task]\nmetrics",
+            "task.metrics 'f': expected one number, got 1000",
+        ),
     ],
 )
 def test_a_function_that_gives_no_number(code: str, field: str, sentence: str, refused: Refused) -> None:

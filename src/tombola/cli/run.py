@@ -64,8 +64,7 @@ def run(options: argparse.Namespace) -> int:
     from tombola.workbench.progress import show_progress
     from tombola.workbench.runs import count_workers, describe_stopped, prepare_store, try_study
 
-    if options.log_epochs and not options.log:
-        raise UserError("--log-epochs is for --log WRITER=PLACE, which is missing")
+    _check_together(options)
     hooks = [open_writer(each) for each in options.log]
     planner = open_planner(options)
     study, local = planner.study, options.engine == "local"
@@ -92,6 +91,15 @@ def run(options: argparse.Namespace) -> int:
     if stopped:
         raise UserError(f"{stopped}; all other results are kept")
     return 0
+
+
+def _check_together(options: argparse.Namespace) -> None:
+    """Raise `UserError` if an option is given without the one that it belongs to."""
+    for option, value in (("--address", options.address), ("--per-gpu", options.per_gpu)):
+        if value is not None and options.engine == "local":
+            raise UserError(f"{option} is for --engine ray")
+    if options.log_epochs and not options.log:
+        raise UserError("--log-epochs is for --log WRITER=PLACE, which is missing")
 
 
 def open_writer(text: str) -> Hook:
@@ -202,9 +210,6 @@ def open_workers(options: argparse.Namespace, planner: Planner) -> Workers:
         planner: the planner of the study.
     """
     if options.engine == "local":
-        for option, value in (("--address", options.address), ("--per-gpu", options.per_gpu)):
-            if value is not None:
-                raise UserError(f"{option} is for --engine ray")
         from tombola.workbench.runs import open_workers
 
         return open_workers(planner, options.workers, options.data)
@@ -213,5 +218,10 @@ def open_workers(options: argparse.Namespace, planner: Planner) -> Workers:
     except ImportError as error:
         raise UserError(f"--engine ray: {error}; install it with: pip install 'tombola[ray]'") from error
     return RayWorkers(
-        options.workers, planner.problem, planner.study, planner.store, address=options.address, per_gpu=options.per_gpu or 1
+        options.workers,
+        planner.problem,
+        planner.study,
+        planner.store,
+        address=options.address,
+        per_gpu=options.per_gpu or 1,
     )
