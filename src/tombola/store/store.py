@@ -117,9 +117,10 @@ class Store:
     def _make(self) -> None:
         try:
             self.root.mkdir(parents=True, exist_ok=True)
-        except (OSError, RecursionError) as error:  # RecursionError: of a path of a thousand folders
-            reason = getattr(error, "strerror", None) or error
-            raise UserError(f"store {self.root}: the folder cannot be made: {reason}") from error
+        except OSError as error:
+            raise UserError(f"store {self.root}: the folder cannot be made: {error.strerror or error}") from error
+        except RecursionError as error:
+            raise UserError(f"store {self.root}: the folder cannot be made: it is in too many others") from error
         try:
             write_atomically(self._marker, canonical({"store": VERSION}))
         except UserError:
