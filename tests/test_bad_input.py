@@ -40,7 +40,7 @@ def refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
     def no_worker(*_: object) -> None:
         raise AssertionError("a training was about to begin")
 
-    monkeypatch.setattr("tombola.engine.local.LocalWorkers", no_worker)
+    monkeypatch.setattr("tombola.engine.local.LocalWorkers.__init__", no_worker)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)  # undone after the test, with what the command line adds to the path
 
@@ -91,6 +91,8 @@ def study(old: str = "", new: str = "") -> str:
         ("epochs = 1", "epochs = 1\noptimizer = 'sdg'", "study study.toml: recipe.optimizer: unknown 'sdg'; did you mean 'sgd'?"),
         ("epochs = 1", "", "study study.toml: recipe: give exactly one of epochs and iterations"),
         ("epochs = 1", "epochs = 1\naugmentation = 3", "study study.toml: recipe.augmentation: expected a table, got 3"),
+        ("levels = 1", "zq1 = 1\nzq2 = 1\nzq3 = 1\nzq4 = 1\nzq5 = 1\nlevels = 1", "study study.toml: unknown field 'zq1'; choose from 'task', 'recipe', 'importances', 'seeds', 'levels', 'fraction', 'data_seeds', 'data_seeds_for', 'prune', 'exclude', 'keep_dense', 'selection', 'shares', 'score_at', 'score_examples', 'device', 'kernels'; unknown field 'zq2'; unknown field 'zq3'; unknown field 'zq4'; and more"),
+        ("[recipe]", "dataset_arguments = { a = { b = 1 } }\n[recipe]", "study study.toml: task.dataset_arguments.a: expected true or false, a whole number, a number, a text or a list"),
         (GOOD, "recipe = 3", "study study.toml: recipe: expected a table, got 3; the fields 'task', 'importances', 'seeds', 'levels' are missing"),
     ],
 )  # fmt: skip
@@ -110,6 +112,10 @@ def test_a_study_with_a_mistake(old: str, new: str, sentence: str, refused: Refu
         ('"digits"', '"digit"', "there is no data set 'digit': did you mean 'digits'?"),
         ('"lenet_300_100"', '"lenet"', "task.model: unknown model 'lenet'; did you mean 'lenet_300_100'?"),
         ("inputs =", "input =", "task.model 'lenet_300_100': got an unexpected keyword argument 'input'; it takes inputs, classes"),
+        ("[recipe]", "depends = ['']\n[recipe]", "task.depends: '' names nothing; expected a file, a folder, env:NAME"),
+        ("[recipe]", "depends = ['env:']\n[recipe]", "task.depends: 'env:' names nothing; expected a file, a folder, env:NAME"),
+        ("[recipe]", "checkpoint = '/dev/zero'\n[recipe]", "task.checkpoint '/dev/zero': cannot be read: it is not a regular file"),
+        ("[recipe]", 'checkpoint = "a\\u0000b"\n[recipe]', "task.checkpoint 'a\\x00b': cannot be read: embedded null byte"),
         ("inputs = 64", "inputs = 65", "task.model 'lenet_300_100': on inputs of shape (2, 1, 8, 8) from 'digits' it raised RuntimeError"),
         ("inputs = 64", "inputs = 'x'", "inputs: expected a whole number from 1 to 1000000000, got 'x'"),
         ("inputs = 64", "inputs = 0", "inputs: expected a whole number from 1 to 1000000000, got 0"),
@@ -160,6 +166,16 @@ def test_mistakes_on_the_command_line(refused: Refused) -> None:
         "run", "digits", "--task.model-arguments", "inputs"
     )
     assert "-o/--output are missing" in refused("export", "digits")
+    assert refused("run", "digits", "--per-gpu", "2") == "--per-gpu is for --engine ray"
+    assert refused("run", "digits", "--address", "here:1") == "--address is for --engine ray"
+    assert refused("run", "digits", "--log-epochs") == "--log-epochs is for --log WRITER=PLACE, which is missing"
+    assert refused("find", "digits", "-o", "a.svg", "--picture", "a.svg") == (
+        "--picture a.svg: the ticket would be written there too; name another file"
+    )
+    assert refused("run", "digits", "--store", "y/" * 2000).endswith(
+        "the folder cannot be made: it is in too many others"
+    )
+    assert len(refused("run", "x" * 5000)) < 500
 
 
 def test_no_gpu(refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -209,6 +225,13 @@ def test_a_users_importance_that_fails(verb: str, code: str, sentence: str, refu
         ("def f(): return nn.Sequential(nn.Flatten(), nn.LazyLinear(10))", "task.model '{module}:f': '1.weight' of its state is lazy"),
         ("SAME = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))\ndef f(): return SAME", "task.model '{module}:f': it gives the same '1.weight' each time; build a new model in each call"),
         ("def f(): return nn.Sequential(nn.Flatten(), nn.Linear(64, 10), nn.LSTM(10, 10))", "expected a tensor, got tuple"),
+        ("class F(nn.Module):\n  def __init__(self): pass\ndef f(): return F()", "task.model '{module}:f' raised AttributeError: 'F' object has no attribute '_modules'"),
+        ("def f():\n  m = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))\n  m._modules['a.b'] = nn.Linear(2, 2)\n  return m",
+         "task.model '{module}:f': torch does not find its layer 'a.b' by this name; add layers as attributes"),
+        ("class F(nn.Linear):\n  def forward(self, x): return torch.nested.nested_tensor(list(x.flatten(1)))\ndef f(): return F(64, 10)",
+         "from 'digits': expected a dense tensor with values, got one that is nested"),
+        ("class F(nn.Linear):\n  def forward(self, x):\n    T = type('T', (torch.Tensor,), {})\n    return super().forward(x.flatten(1)).as_subclass(T)\n"
+         "def f(): return F(64, 10)", "task.model '{module}:f' raised TypeError: Multiple dispatch failed"),
         ("class F(nn.Linear):\n  def forward(self, x):\n    if not self.training: raise OSError('not now')\n"
          "    return super().forward(x.flatten(1))\ndef f(): return F(64, 10)", "it raised OSError: not now (in {path}, line 5)"),
         ("def f():\n  m = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))\n  m[1].weight.data[0, 0] = float('nan')\n  return m",
@@ -271,6 +294,38 @@ def test_a_users_data_that_fail(code: str, sentence: str, refused: Refused, tmp_
 def test_a_users_loss_that_fails(code: str, sentence: str, refused: Refused) -> None:
     module, name = own(code, "[task]", '[task]\nloss = "MODULE:f"')
     assert sentence.format(module=module) in refused("run", name)
+
+
+@pytest.mark.parametrize(
+    ("code", "field", "sentence"),
+    [
+        (
+            "def f(iteration, end): return None",
+            "[recipe]\nschedule",
+            "recipe.schedule 'MODULE:f': expected a finite number from 0, got None at",
+        ),
+        (
+            "def f(iteration, end): return 10 ** 400",
+            "[recipe]\nschedule",
+            "recipe.schedule 'MODULE:f': expected a finite number from 0, got 1000",
+        ),
+        (
+            "def f(o, l): return '1'\nf.higher_is_better = True",
+            "[task]\nmetrics",
+            "task.metrics 'f': expected one number, got '1'",
+        ),
+        (
+            "def f(o, l): return 10 ** 400\nf.higher_is_better = True",
+            "[task]\nmetrics",
+            "task.metrics 'f': expected one number, got 1000",
+        ),
+    ],
+)
+def test_a_function_that_gives_no_number(code: str, field: str, sentence: str, refused: Refused) -> None:
+    table = field.partition("\n")[0]
+    value = '["MODULE:f"]' if "metrics" in field else '"MODULE:f"'
+    module, name = own(code, table, f"{field} = {value}")
+    assert sentence.replace("MODULE", module) in refused("run", name)
 
 
 def test_a_model_whose_outputs_are_not_finite(refused: Refused) -> None:
@@ -424,6 +479,19 @@ def test_a_study_that_is_no_regular_file_is_not_waited_for(kind: str, refused: R
         path.touch()
         os.truncate(path, 2**33)  # it takes no room on the disk
     assert "study.toml: cannot be read: it " in refused("results", str(path))
+
+
+def test_an_initial_checkpoint_that_is_a_pipe_is_not_waited_for(refused: Refused, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    name = study("[recipe]", "checkpoint = 'pipe'\n[recipe]")
+    assert "task.checkpoint 'pipe': cannot be read: it is not a regular file" in refused("run", name)
+
+
+def test_an_initial_checkpoint_that_is_no_checkpoint_takes_no_memory(refused: Refused, tmp_path: Path) -> None:
+    with (tmp_path / "large").open("w") as file:
+        file.truncate(100 << 30)
+    name = study("[recipe]", "checkpoint = 'large'\n[recipe]")
+    assert "task.checkpoint 'large': it is not a safetensors file: " in refused("run", name)
 
 
 def test_a_study_may_come_from_a_pipe_of_the_shell(refused: Refused) -> None:

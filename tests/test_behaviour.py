@@ -315,6 +315,17 @@ def test_what_is_not_there_is_refused(name: str) -> None:
         identify_all([name])
 
 
+def test_a_folder_with_a_store_changes_with_each_run(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("1")
+    before = identify_all([str(tmp_path)])
+    (tmp_path / "__pycache__").mkdir()
+    (tmp_path / "__pycache__" / "a.pyc").write_text("2")
+    assert identify_all([str(tmp_path)]) == before
+    Store(tmp_path / "inner")
+    with pytest.raises(UserError, match=r"has the store .*inner in it, which changes with each run; name a folder"):
+        identify_all([str(tmp_path)])
+
+
 def test_a_worker_with_another_file_refuses_the_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NAMED", "1")
     of = study().model_copy(update={"task": study().task.model_copy(update={"depends": ("env:NAMED",)})})

@@ -311,6 +311,20 @@ def test_the_fingerprint_is_the_same_for_the_same_content():
     assert negated.fingerprint == floats.fingerprint
 
 
+def test_the_fingerprint_follows_a_change_in_place():
+    data = small()
+    before = data.fingerprint
+    data.train_labels.add_(0)
+    assert data.fingerprint == before
+    data.test_labels.fill_(1)
+    assert data.fingerprint != before
+
+
+def test_what_draws_nothing_is_refused():
+    with pytest.raises(UserError, match="drawn: expected batches that a function draws, or None, got 3"):
+        small(drawn=3)
+
+
 # IDX files
 
 

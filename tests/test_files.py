@@ -31,6 +31,14 @@ def test_a_link_to_nothing_makes_the_file_that_it_names(tmp_path: Path) -> None:
     assert (tmp_path / "new").read_bytes() == b"content"
 
 
+def test_a_link_to_a_source_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "study.toml").write_bytes(b"levels = 1")
+    (tmp_path / "link").symlink_to("study.toml")
+    with pytest.raises(UserError, match=r"link: is a \.toml file, which is not replaced; name another file"):
+        write_output(tmp_path / "link", b"content")
+    assert (tmp_path / "study.toml").read_bytes() == b"levels = 1"
+
+
 def test_a_loop_of_links_is_refused(tmp_path: Path) -> None:
     one, other = tmp_path / "one", tmp_path / "other"
     one.symlink_to(other)

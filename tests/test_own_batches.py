@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 import types
 from collections.abc import Callable, Iterator
@@ -189,6 +190,13 @@ def test_a_model_that_changes_its_inputs_does_not_change_the_data() -> None:
     data, model = made(views), nn.Sequential(nn.ReLU(inplace=True), nn.Linear(4, 2))
     train(model, model.state_dict(), Mask.ones_like(model), data, RECIPE, 0)
     assert held.equal(X)
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_a_function_that_never_ends_is_not_waited_for(split: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tombola.datasets.own_batches.MOST_BATCHES", 3)
+    with pytest.raises(UserError, match=f"epoch 0 of seed 0, {split}, has more than 3 batches; let the function end"):
+        made(lambda seed, epoch, of: itertools.repeat((X, Y)) if of == split else [(X, Y)])
 
 
 @pytest.mark.parametrize(

@@ -59,6 +59,29 @@ def test_output_on_a_full_disk_is_said(monkeypatch: pytest.MonkeyPatch, capsys: 
     assert capsys.readouterr().err == ("tombola: the output cannot be written or read: No space left on device\n")
 
 
+def test_a_mistake_is_no_failure_where_standard_error_is_on_a_full_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    with open("/dev/full", "w", buffering=1) as full:
+        monkeypatch.setattr(sys, "stderr", full)
+        assert main(["run", "nonsense"]) == 2
+        full.flush()  # nothing is left that Python would write at its end, and fail
+
+
+LEFT = """
+import sys, threading
+from tombola.cli import main
+sys.modules["tombola.cli.main"]._PATIENCE = 0.0
+threading.Thread(target=threading.Event().wait).start()
+sys.argv[1:] = ["run", "nonsense"]
+sys.exit(main())
+"""
+
+
+def test_a_thread_that_goes_on_does_not_keep_the_command_from_ending() -> None:
+    done = subprocess.run([sys.executable, "-c", LEFT], capture_output=True, text=True, check=False, timeout=LONG)
+    assert done.returncode == 2
+    assert done.stderr.startswith("tombola: study 'nonsense' is neither")
+
+
 def test_closed_streams_are_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("stdin", "stdout", "stderr"):
         monkeypatch.setattr(sys, name, None)

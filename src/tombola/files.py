@@ -95,6 +95,18 @@ def write_atomically(path: Path, content: bytes, within: Path | None = None) -> 
         raise UserError(f"{path}: cannot be written: {getattr(error, 'strerror', None) or error}") from error
 
 
+STORE_FILE = "store.json"
+"""The file that makes a folder a store."""
+
+
+def is_store(folder: Path) -> bool:
+    """Return whether a folder is a store, as far as can be told from its file `store.json`."""
+    try:
+        return read_regular(folder / STORE_FILE, 100).startswith(b'{"store"')
+    except OSError:
+        return False
+
+
 _SOURCES = {".py", ".toml", ".ipynb"}
 """The endings of files that users write themselves."""
 
@@ -114,12 +126,12 @@ def check_output(path: Path) -> None:
 def _check_not_precious(path: Path) -> None:
     """Raise `UserError` if this is a source file that is there already, or if it lies in a store."""
     try:
-        if path.suffix.lower() in _SOURCES and path.is_file():
-            raise UserError(f"{path}: is a {path.suffix} file, which is not replaced; name another file")
+        for file in (path, path.resolve()):  # a link stays, and the file that it names is replaced
+            if file.suffix.lower() in _SOURCES and path.is_file():
+                raise UserError(f"{path}: is a {file.suffix} file, which is not replaced; name another file")
         for folder in path.resolve().parents:
-            with contextlib.suppress(OSError):
-                if read_regular(folder / "store.json", 100).startswith(b'{"store"'):
-                    raise UserError(f"{path}: lies in the store {folder}; name a file in another folder")
+            if is_store(folder):
+                raise UserError(f"{path}: lies in the store {folder}; name a file in another folder")
     except (OSError, RuntimeError):  # it cannot be looked at, as with a loop of links; writing it will say so
         return
     except ValueError as error:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
+
 from tombola.errors import ClusterError, DamagedResultError, NothingStoredError, StoreError, shorten
 
 _LONGEST = 2000  # characters of a message, which may contain any value of a user
+_WORD = re.compile(r"\S{301,}")  # such a value, without spaces
 
 _ADVICE: dict[type[Exception], str] = {
     NothingStoredError: "{}; `tombola run` does the trainings that are missing",
@@ -20,5 +23,6 @@ def add_advice(error: Exception) -> str:
     >>> add_advice(StoreError("store x: the folder is not empty and is not a store"))
     'store x: the folder is not empty and is not a store; name another folder with --store'
     """
-    text = shorten(" ".join(str(error).splitlines()), _LONGEST)
+    text = _WORD.sub(lambda found: shorten(found[0]), " ".join(str(error).splitlines()))
+    text = shorten(text, _LONGEST)
     return _ADVICE.get(type(error), "{}").replace("{}", text, 1)

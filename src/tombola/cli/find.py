@@ -68,6 +68,8 @@ def find(options: argparse.Namespace) -> int:
         for name, path in (("output", options.output), ("picture", options.picture)):
             if path is not None:
                 _check(name, path, check_output)
+        if options.output is not None and options.output == options.picture:
+            raise UserError(f"picture {options.picture}: the ticket would be written there too; name another file")
     except UserError as error:
         raise UserError(f"--{error}") from error
     planner = open_planner(options)

@@ -11,6 +11,7 @@ import os
 import shlex
 import sys
 import textwrap
+import threading
 from collections.abc import Sequence
 from typing import Any, TextIO
 
@@ -24,6 +25,8 @@ from tombola.terminal import say, visible_lines
 
 _LIMITS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EBADF}
 """The errors of a system that is full or has reached a limit, or whose disk is broken."""
+
+_PATIENCE = 5.0  # seconds that a thread of a user's code has to end after the command
 
 GROUPS = {
     "run a study": (start, run, find),
@@ -66,6 +69,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit status: 0 for success, 1 if `verify` or `store check` found a difference, 2 for a user's mistake, 130
         for Ctrl-C, 141 if the reader of the output has closed it.
     """
+    status = _run(arguments)
+    if arguments is None:
+        _end_soon(status)
+    return status
+
+
+def _run(arguments: Sequence[str] | None) -> int:
     given = sys.argv[1:] if arguments is None else list(arguments)
     _prepare_streams()
     try:
@@ -77,14 +87,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         finally:
             sys.stdout.flush()
     except BrokenPipeError:  # for example `head` has exited
-        _discard_output()
+        _discard(sys.stdout)
         return 141
     except OSError as error:
         if error.errno not in _LIMITS:
             raise
-        _discard_output()
-        where = error.filename or "the output"
-        say(f"tombola: {where} cannot be written or read: {error.strerror}", file=sys.stderr)
+        _discard(sys.stdout)
+        _tell(f"tombola: {error.filename or 'the output'} cannot be written or read: {error.strerror}")
         return 2
     except KeyboardInterrupt:
         again = "; finished trainings are kept, continue with: " + shlex.join(["tombola", *given])
@@ -110,7 +119,10 @@ def _is_closed(stream: TextIO | None) -> bool:
 def _tell(text: str) -> None:
     """Print a line to standard error, also where Python's stream was closed: under json and csv, it is both."""
     if not _is_closed(sys.stderr):
-        say(text, file=sys.stderr)
+        try:
+            say(text, file=sys.stderr)
+        except OSError:  # it is on a full disk
+            _discard(sys.stderr)
         return
     with contextlib.suppress(OSError):  # the number is closed too
         os.write(2, f"{visible_lines(text)}\n".encode(errors="backslashreplace"))
@@ -126,10 +138,18 @@ def _prepare_streams() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
-def _discard_output() -> None:
-    """Discard the output that is not written yet, which Python would write at its end."""
+def _discard(stream: TextIO) -> None:
+    """Discard what a stream has not written yet, which Python would write at its end."""
     with contextlib.suppress(OSError, ValueError):  # ValueError: the stream has no number, as in a test
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def _end_soon(status: int) -> None:
+    """Let the process end although a thread that a user's code has started goes on; Python would wait for it."""
+    if any(thread is not threading.main_thread() and not thread.daemon for thread in threading.enumerate()):
+        timer = threading.Timer(_PATIENCE, end_at_once, [status])
+        timer.daemon = True
+        timer.start()
 
 
 def _call(verb: Verb, options: argparse.Namespace) -> int:

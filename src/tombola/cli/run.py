@@ -38,9 +38,8 @@ def add_verbs(verbs: Verbs) -> None:
     engine.add_argument(
         "--per-gpu",
         type=whole_number(1, 1000),
-        default=1,
         metavar="N",
-        help="how many trainings share one GPU, with Ray (default: %(default)s)",
+        help="how many trainings share one GPU, with Ray (default: 1)",
     )
     engine.add_argument(
         "--log",
@@ -65,6 +64,7 @@ def run(options: argparse.Namespace) -> int:
     from tombola.workbench.progress import show_progress
     from tombola.workbench.runs import count_workers, describe_stopped, prepare_store, try_study
 
+    _check_together(options)
     hooks = [open_writer(each) for each in options.log]
     planner = open_planner(options)
     study, local = planner.study, options.engine == "local"
@@ -91,6 +91,15 @@ def run(options: argparse.Namespace) -> int:
     if stopped:
         raise UserError(f"{stopped}; all other results are kept")
     return 0
+
+
+def _check_together(options: argparse.Namespace) -> None:
+    """Raise `UserError` if an option is given without the one that it belongs to."""
+    for option, value in (("--address", options.address), ("--per-gpu", options.per_gpu)):
+        if value is not None and options.engine == "local":
+            raise UserError(f"{option} is for --engine ray")
+    if options.log_epochs and not options.log:
+        raise UserError("--log-epochs is for --log WRITER=PLACE, which is missing")
 
 
 def open_writer(text: str) -> Hook:
@@ -201,8 +210,6 @@ def open_workers(options: argparse.Namespace, planner: Planner) -> Workers:
         planner: the planner of the study.
     """
     if options.engine == "local":
-        if options.address is not None:
-            raise UserError("--address is for --engine ray")
         from tombola.workbench.runs import open_workers
 
         return open_workers(planner, options.workers, options.data)
@@ -211,5 +218,10 @@ def open_workers(options: argparse.Namespace, planner: Planner) -> Workers:
     except ImportError as error:
         raise UserError(f"--engine ray: {error}; install it with: pip install 'tombola[ray]'") from error
     return RayWorkers(
-        options.workers, planner.problem, planner.study, planner.store, address=options.address, per_gpu=options.per_gpu
+        options.workers,
+        planner.problem,
+        planner.study,
+        planner.store,
+        address=options.address,
+        per_gpu=options.per_gpu or 1,
     )

@@ -7,7 +7,6 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any, cast
 
 import torch
@@ -71,6 +70,7 @@ class Dataset:
     def __post_init__(self) -> None:
         if not isinstance(self.name, str):
             raise UserError(f"data set {self.name!r}: its name must be a text")
+        expect(self.drawn, Drawn | None, f"data set {self.name!r}: drawn", "batches that a function draws, or None")
         if not hasattr(self.classes, "__len__"):
             raise UserError(f"data set {self.name!r}: classes must be the names of the classes, got {self.classes!r}")
         for split in self.splits:
@@ -151,13 +151,23 @@ class Dataset:
         """The split on which tickets are judged: validation if there is one, else test."""
         return self.splits[-1]
 
-    @cached_property
+    @property
     def fingerprint(self) -> str:
-        """SHA-256 of everything in the data set that affects the bits of a training or the choice of a ticket."""
+        """SHA-256 of everything in the data set that affects the bits of a training or the choice of a ticket.
+
+        It is computed once, and again after a tensor was changed in place, which torch counts.
+        """
         if self.drawn is not None:
             return self.drawn.fingerprint
         parts = [getattr(self, f"{split}_{part}") for split in self.splits for part in ("inputs", "labels")]
-        return fingerprint_of(len(self.classes), self.mean, self.std, [digest_of_part(part) for part in parts])
+        tensors = [tensor for part in parts for tensor in list_tensors(part).values()]
+        versions = [(id(each), 0 if each.is_inference() else each._version) for each in tensors]
+        known, fingerprint = vars(self).get("_fingerprint", (None, ""))
+        if known != versions:
+            digests = [digest_of_part(part) for part in parts]
+            fingerprint = fingerprint_of(len(self.classes), self.mean, self.std, digests)
+            object.__setattr__(self, "_fingerprint", (versions, fingerprint))
+        return str(fingerprint)
 
 
 def subset(dataset: Dataset, train_per_class: int | None = None, test_per_class: int | None = None) -> Dataset:

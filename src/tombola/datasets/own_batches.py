@@ -18,6 +18,9 @@ from tombola.streams import ambient
 HELD = 4096
 """The number of examples of the first epoch that are kept, for scores and for tables that need some examples."""
 
+MOST_BATCHES = 1_000_000
+"""The number of batches that an epoch may have; a function that never ends would be waited for."""
+
 _COMPARED = 3  # batches that are drawn twice and compared
 
 
@@ -79,14 +82,20 @@ def _read(where: str, draw: Draw, split: str, most: float = math.inf) -> _Read:
     """Read the batches of epoch 0 of seed 0, and hold the first ones, which have `most` examples or a few more.
 
     Raises:
-        UserError: if there are none, or if a batch has changed when the next one is there.
+        UserError: if there are none or too many, or if a batch has changed when the next one is there.
     """
-    read = _Read([], [], [])
+    read, count = _Read([], [], []), 0
     for batch in list_batches(where, draw, 0, 0, split):
-        if sum(read.sizes) < most:
+        if len(read.sizes) == MOST_BATCHES:
+            raise UserError(
+                f"{where}: its epoch 0 of seed 0, {split}, has more than {MOST_BATCHES} batches; let the function end "
+                "after one epoch, or give larger batches"
+            )
+        if count < most:
             read.held.append(batch)
         read.digests.append(_digest(batch))
         read.sizes.append(count_examples(batch[0]))
+        count += read.sizes[-1]
     if not read.sizes:
         raise UserError(f"{where}: its batches of seed 0, epoch 0, {split}: there are none")
     if [_digest(batch) for batch in read.held] != read.digests[: len(read.held)]:

@@ -120,6 +120,8 @@ class Store:
             self.root.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"store {self.root}: the folder cannot be made: {error.strerror or error}") from error
+        except RecursionError as error:
+            raise UserError(f"store {self.root}: the folder cannot be made: it is in too many others") from error
         try:
             write_atomically(self._marker, canonical({"store": VERSION}))
         except UserError:

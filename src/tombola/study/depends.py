@@ -9,9 +9,10 @@ from importlib import metadata
 from pathlib import Path
 
 from tombola.errors import UserError
-from tombola.files import open_regular
+from tombola.files import STORE_FILE, is_store, open_regular
 
 _BLOCK = 2**20  # bytes that are read at a time
+_EXPECTED = "a file, a folder, env:NAME, package:NAME or value:TEXT"
 
 
 def identify_all(names: Iterable[str]) -> dict[str, str | None]:
@@ -23,10 +24,10 @@ def identify_all(names: Iterable[str]) -> dict[str, str | None]:
 
     Returns:
         The value; None for a variable that is not set; the version; or the SHA-256 of the file, or of the names and
-        contents of all files in the folder.
+        contents of all files in the folder, without those that Python compiles (`__pycache__`).
 
     Raises:
-        UserError: if there is no such file or package.
+        UserError: if there is no such file or package, or if a store is in the folder, which changes with each run.
 
     >>> identify_all(["value:run 2"])
     {'value:run 2': 'run 2'}
@@ -36,6 +37,8 @@ def identify_all(names: Iterable[str]) -> dict[str, str | None]:
 
 def _identify(name: str) -> str | None:
     kind, colon, rest = name.partition(":")
+    if name in ("", "env:"):
+        raise UserError(f"task.depends: {name!r} names nothing; expected {_EXPECTED}")
     if colon and kind == "value":
         return rest
     if colon and kind == "env":
@@ -48,16 +51,22 @@ def _identify(name: str) -> str | None:
     path = Path(name)
     try:
         if path.is_dir():
-            files = sorted(each for each in path.rglob("*") if each.is_file())
+            found = (each for each in path.rglob("*") if "__pycache__" not in each.relative_to(path).parts)
+            files = sorted(each for each in found if each.is_file())
+            for file in files:
+                if file.name == STORE_FILE and is_store(file.parent):
+                    raise UserError(
+                        f"task.depends: the folder {name!r} has the store {file.parent} in it, which changes with each "
+                        "run; name a folder without it"
+                    )
             parts = [f"{each.relative_to(path).as_posix()} {_hash_file(each)}\n" for each in files]
             return hashlib.sha256("".join(parts).encode("utf-8", "surrogateescape")).hexdigest()
         return _hash_file(path)
+    except UserError:
+        raise
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise UserError(
-            f"task.depends: {name!r} cannot be read: {reason}; expected a file, a folder, env:NAME, package:NAME or "
-            f"value:TEXT"
-        ) from error
+        raise UserError(f"task.depends: {name!r} cannot be read: {reason}; expected {_EXPECTED}") from error
 
 
 def _hash_file(path: Path) -> str:

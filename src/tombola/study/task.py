@@ -24,6 +24,7 @@ from tombola.datasets.dataset import Dataset, split_validation
 from tombola.datasets.drawn import Drawn
 from tombola.datasets.own_batches import dataset_of_batches
 from tombola.errors import UserError, did_you_mean, expect, short
+from tombola.files import open_regular
 from tombola.importance import Importance, NetworkScore, as_importance, find
 from tombola.importance.importances import find_normalisation, find_score
 from tombola.inputs import Forward, OwnStep, call
@@ -167,13 +168,14 @@ def _load_checkpoint(path: str, build: Callable[[], nn.Module]) -> State:
     """
     where = f"task.checkpoint {path!r}"
     try:
-        content = Path(path).read_bytes()
-    except OSError as error:
-        raise UserError(f"{where}: cannot be read: {error.strerror or error}") from error
+        with open_regular(Path(path)) as file:
+            begins = file.read(4)
+    except (OSError, ValueError) as error:  # ValueError: the path has a null character
+        raise UserError(f"{where}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
     try:
-        state = safetensors.torch.load(content)
-    except (safetensors.SafetensorError, RuntimeError, ValueError) as error:
-        if content.startswith((b"PK\x03\x04", b"\x80")):
+        state = safetensors.torch.load_file(path)  # maps the file into memory, whatever its size is
+    except (safetensors.SafetensorError, OSError, RuntimeError, ValueError) as error:
+        if begins.startswith((b"PK\x03\x04", b"\x80")):
             raise UserError(
                 f"{where}: it is a pickled file, which may run any code when it is read; if you trust it, convert: "
                 f'safetensors.torch.save_file(torch.load("file.pt", weights_only=True), "file.safetensors")'
@@ -428,7 +430,7 @@ def _checked(what: str, build: Callable[[], object]) -> Callable[[], nn.Module]:
 
     def build_and_check() -> nn.Module:
         model = cast(nn.Module, guard(what, build, nn.Module, "a torch module")())
-        _check_registered(model, what)
+        guard(what, partial(_check_registered, model, what))()
         for name, value in guard(what, partial(model.state_dict, keep_vars=True))().items():
             if name != name.encode(errors="replace").decode():
                 raise UserError(f"{what}: the name {name!a} of its state has half of a character (a surrogate)")
@@ -440,9 +442,17 @@ def _checked(what: str, build: Callable[[], object]) -> Callable[[], nn.Module]:
 
 
 def _check_registered(model: nn.Module, what: str) -> None:
-    """Raise `UserError` if a module keeps layers in a list or a dictionary of Python, where torch does not see them."""
+    """Raise `UserError` if torch does not find a layer.
+
+    It may be in a list or a dictionary of Python, or under a name with a dot.
+    """
     registered = {id(module) for module in model.modules()}
     for path, module in model.named_modules():
+        if not _is_found(model, path, module):
+            raise UserError(
+                f"{what}: torch does not find its layer {short(path)} by this name; add layers as attributes or by "
+                "add_module, with names that are not empty and have no dot"
+            )
         for name, value in vars(module).items():
             several = list(value.values()) if isinstance(value, dict) else value
             if name.startswith("_") or not isinstance(several, list | tuple):
@@ -452,6 +462,13 @@ def _check_registered(model: nn.Module, what: str) -> None:
                     f"{what}: its {f'{path}.{name}'.removeprefix('.')!r} is a {type(value).__name__} of layers, whose "
                     f"weights torch neither trains nor stores; put them into a torch.nn.ModuleList or ModuleDict"
                 )
+
+
+def _is_found(model: nn.Module, path: str, module: nn.Module) -> bool:
+    try:
+        return model.get_submodule(path) is module
+    except AttributeError:
+        return False
 
 
 def _fault_of(value: object) -> str | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -19,7 +18,7 @@ from tombola.training.batches import normalisation
 from tombola.training.evaluation import Loss
 from tombola.training.own_optimizer import OwnOptimizer
 from tombola.training.recipe import Recipe
-from tombola.training.trial import guard, spread
+from tombola.training.trial import check_dense, guard, spread
 
 EXAMPLES = 8
 """The number of training examples on which a network is observed."""
@@ -77,8 +76,9 @@ def observe(
     with ambient(0), torch.no_grad():
         model = build()
         few = partial(forward, model.eval(), normalise(copy_few(data.train_inputs)))
-        seen = [guard(outputs_of, few, Tensor, "a tensor")()]
-        seen = copy.deepcopy(seen)  # a network may write later outputs into the same tensor
+        outputs = guard(outputs_of, few, Tensor, "a tensor")()
+        check_dense(outputs, outputs_of)
+        seen = [outputs.clone()]  # a network may write later outputs into the same tensor
         inputs, labels = normalise(copy_few(data.train_inputs)), copy_few(data.train_labels)
         if step is None:
             seen.append(guard(outputs_of, partial(forward, model.train(), inputs), Tensor, "a tensor")())
@@ -104,8 +104,7 @@ def observe_recipe(recipe: Recipe, functions: Mapping[str, Callable[..., Any]]) 
     """
     found: list[Tensor] = []
     if (schedule := functions.get("schedule")) is not None:
-        factors = [guard("recipe.schedule", partial(schedule, iteration, 100))() for iteration in (0, 1, 25, 50, 99)]
-        found.append(torch.tensor([float(factor) for factor in factors]))
+        found.append(torch.tensor([recipe.own_factor(schedule, iteration, 100) for iteration in (0, 1, 25, 50, 99)]))
     if (optimizer := functions.get("optimizer")) is not None:
         weight = nn.Parameter(torch.linspace(-1, 1, 6).reshape(2, 3))
         updater = OwnOptimizer(optimizer, recipe.lr, [weight], name="recipe.optimizer")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from tombola.errors import UserError, did_you_mean, shorten
+from tombola.errors import UserError, did_you_mean, short, shorten
 
 if TYPE_CHECKING:  # the arguments of a model have the types of its fields, which pydantic's metaclass says
 
@@ -40,23 +40,26 @@ def explain(error: ValidationError, document: Mapping[str, Any], model: type[Bas
         model: the model that they are of.
     """
     missing, others = list[str](), list[str]()
-    seen, keys = set[str](), _keys(document)
-    for problem in sorted(error.errors(include_url=False), key=lambda problem: -len(problem["loc"])):
+    seen, keys, choices = set[str](), _keys(document), set[str]()
+    problems = sorted(error.errors(include_url=False), key=lambda problem: -len(problem["loc"]))
+    kinds: dict[str, list[str]] = {}  # a value may be of one of several
+    for problem in problems:
+        kinds.setdefault(_where(problem, keys), []).append(_KINDS.get(problem["type"], ""))
+    for problem in problems:
         if len(others) == _MOST:
             return "; ".join([*others, "and more"])
-        names = [part for part in problem["loc"] if isinstance(part, str) and "[" not in part]
-        location = [part for part in problem["loc"] if isinstance(part, int) or part in keys]
-        where = ".".join(str(part) for part in location) or ".".join(names)
+        names, where = _names(problem), _where(problem, keys)
         if any(place.startswith(f"{where}.") for place in seen) and where:
             continue
         if problem["type"] == "missing":
             missing.append(".".join(names))
             continue
         if problem["type"] == "extra_forbidden":
-            siblings = _siblings(model, problem["loc"][:-1])
-            sentence = f"unknown field {'.'.join(names)!r}; {did_you_mean(str(problem['loc'][-1]), siblings)}"
+            advice = did_you_mean(str(problem["loc"][-1]), _siblings(model, problem["loc"][:-1]))
+            sentence = f"unknown field {short('.'.join(names))}" + (f"; {advice}" if advice not in choices else "")
+            choices.add(advice)
         else:
-            sentence = f"{where}: {_describe(problem)}".removeprefix(": ")
+            sentence = f"{where}: {_describe(problem, kinds[where])}".removeprefix(": ")
         if where not in seen:
             others.append(sentence)
         seen.add(where)
@@ -66,7 +69,17 @@ def explain(error: ValidationError, document: Mapping[str, Any], model: type[Bas
     return "; ".join(others)
 
 
-_MOST = 8
+def _names(problem: ErrorDetails) -> list[str]:
+    return [part for part in problem["loc"] if isinstance(part, str) and "[" not in part]
+
+
+def _where(problem: ErrorDetails, keys: set[str]) -> str:
+    """Return the place of a mistake in the document, without the parts by which pydantic names kinds of values."""
+    location = [part for part in problem["loc"] if isinstance(part, int) or part in keys]
+    return ".".join(shorten(str(part)) for part in location) or ".".join(_names(problem))
+
+
+_MOST = 4
 """Mistakes that a message lists."""
 
 _KINDS = {
@@ -89,8 +102,8 @@ _LIMITS = {
 }
 
 
-def _describe(problem: ErrorDetails) -> str:
-    """Describe what a field should have been and what it is."""
+def _describe(problem: ErrorDetails, kinds: list[str]) -> str:
+    """Describe what a field should have been, perhaps one of several kinds of values, and what it is."""
     value, about = problem["input"], problem.get("ctx", {})
     if problem["type"] == "value_error":
         return problem["msg"].removeprefix("Value error, ")
@@ -103,6 +116,9 @@ def _describe(problem: ErrorDetails) -> str:
     if problem["type"] == "too_long":
         return f"expected at most {about['max_length']} values, got {about['actual_length'] or 'more'}"
     kind = _KINDS.get(problem["type"])
+    if kind and all(kinds):
+        *first, kind = dict.fromkeys(kinds)
+        kind = f"{', '.join(first)} or {kind}" if first else kind
     if problem["type"] in _LIMITS:
         text, limit = _LIMITS[problem["type"]]
         kind = f"a number {text} {about[limit]:g}"

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from tombola.errors import UserError, did_you_mean
+from tombola.errors import UserError, did_you_mean, kind_of
 from tombola.exits import attribute_failure
 from tombola.inputs import Tensors, concatenate, convert
 
@@ -515,6 +515,8 @@ def _as_number(result: object) -> float:
     if isinstance(result, Tensor) and result.numel() != 1:
         raise UserError(f"expected one number, got a tensor of shape {tuple(result.shape)}")
     try:
-        return float(result)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
-        raise UserError(f"expected one number, got {type(result).__name__}") from None
+        if not isinstance(result, str | bytes):
+            return float(result)  # type: ignore[arg-type]
+    except (TypeError, ValueError, OverflowError):  # OverflowError: a whole number of hundreds of digits
+        pass
+    raise UserError(f"expected one number, got {kind_of(result)}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable
 from typing import Annotated, Any, Literal, TypeAlias, TypeVar
 
@@ -231,15 +232,16 @@ class Recipe(Fields):
         elif self.schedule == "cosine":
             factor *= (1 + math.cos(math.pi * iteration / self.total_iterations(examples))) / 2
         elif ":" in self.schedule:
-            factor *= self._own_factor(schedule, iteration, self.total_iterations(examples))
+            factor *= self.own_factor(schedule, iteration, self.total_iterations(examples))
         return self.lr * factor
 
-    def _own_factor(self, schedule: Schedule | None, iteration: int, total: int) -> float:
+    def own_factor(self, schedule: Schedule | None, iteration: int, total: int) -> float:
+        """Return the factor of the learning rate that the user's own schedule gives; `UserError` if it is none."""
         schedule = schedule or self.load_own("schedule")
         assert schedule is not None
         with attribute_failure(f"recipe.schedule {self.schedule!r}"):
             factor = schedule(iteration, total)
-        if isinstance(factor, bool) or not isinstance(factor, int | float) or not 0 <= factor < math.inf:
+        if isinstance(factor, bool) or not isinstance(factor, int | float) or not 0 <= factor <= sys.float_info.max:
             raise UserError(
                 f"recipe.schedule {self.schedule!r}: expected a finite number from 0, got {short(factor)} at iteration "
                 f"{iteration} of {total}"

@@ -224,7 +224,8 @@ def _try_evaluation(
         copies = convert(torch.clone, inputs)  # a model may change its inputs
         outputs = _outputs(partial(forward, model.eval()), copies, data, called["outputs"], of_classes)
         repeated = forward(model, convert(torch.clone, inputs))
-    if not torch.equal(outputs.nan_to_num(), repeated.nan_to_num()):
+    equal = guard(called["outputs"], lambda: torch.equal(outputs.nan_to_num(), repeated.nan_to_num()))
+    if not equal():  # outputs of a class of the user may fail here
         raise UserError(
             f"{called['model']}: in evaluation mode, it gives different outputs in two calls for the same inputs; "
             f"draw random numbers only while it is in training mode (self.training)"
@@ -408,6 +409,7 @@ def _outputs(
             f"{name}: on {given}: expected a tensor, got {_describe_outputs(outputs)}; name a function "
             f"(model, inputs) -> tensor as the task's forward"
         )
+    check_dense(outputs, f"{name}: on {given}")
     shape = tuple(outputs.shape)
     if of_classes and (len(shape) != 2 or shape[0] != examples or shape[1] < classes):
         raise UserError(
@@ -420,6 +422,13 @@ def _outputs(
             f"got shape {shape}"
         )
     return outputs
+
+
+def check_dense(outputs: Tensor, what: str) -> None:
+    """Raise `UserError` if a model's outputs are nested, sparse or without values; the message begins with `what`."""
+    kind = "nested" if outputs.is_nested else "sparse" if outputs.layout is not torch.strided else ""
+    if outputs.is_meta or kind:
+        raise UserError(f"{what}: expected a dense tensor with values, got one that is {kind or 'on device meta'}")
 
 
 def _describe_outputs(outputs: object) -> str:
