@@ -386,6 +386,7 @@ RECORDS: list[Any] = [
     {"seconds_per_iteration": 1e300, "iterations": 10**30},
     {"finished": 3},
     {"colour": math.nan},
+    {"colour": "\ud800"},
     {"finished": "\ud800"},
     {"finished": "\x1b[31m"},
     {"confirmed": [{"when": "\x9b31m"}]},
