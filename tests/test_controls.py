@@ -6,6 +6,7 @@ import contextlib
 import json
 import math
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tombola
-from stores import InTurn, content, planner, results, study
+from stores import InTurn, content, planner, records, results, study
 from tombola.analysis import controls, uniqueness, values
 from tombola.analysis.values import value_at_density
 from tombola.cli import main
@@ -335,6 +336,19 @@ def test_a_mask_of_another_recipe_is_trained_here(root: Path, tmp_path: Path) ->
     (section,) = [each for each in sections(gather(planner(store, here), "s", ["s"])) if each.name == "transfers"]
     assert [part.title for part in section.parts] == ["Level 1 of the study with recipe.lr = 0.05"]
     assert section.parts[0].table["better than shuffled by"].to_list() == pytest.approx([100 * table["gained"].mean()])
+    noted = [each["further"] for each in records(store) if each.get("further", {}).get("verb") == "transfer"]
+    assert len(noted) == 4
+    assert all(len(note["trainings"]) == 2 and len(note["of"]) == 1 for note in noted), "no more for more seeds"
+    # After an edit of the network that the masks come from, which no field of its study tells, nothing is mixed.
+    _write_notes(store, lambda note: note.update(origin=str(note["trainings"][0]["seed"])))
+    plans = list_transfers(open_tickets(store, here))
+    assert [{part.seed for part in each.parts} for each in plans] == [{0}, {1}]
+    # In earlier versions, each note had all trainings and seeds, and no origin.
+    trainings = [each for note in noted for each in note["trainings"]]
+    dense = [key for note in noted for key in note["of"]]
+    _write_notes(store, lambda note: note.update(trainings=trainings, of=dense) or note.pop("origin"))
+    (again,) = list_transfers(open_tickets(store, here))
+    assert controls.of_transfers(again).equals(table)
     shutil.rmtree(store / "results" / plan.planner.progress(plan.parts[1].chain).trainings[0].key[:2])
     assert controls.transfers_of_study(open_tickets(store, here))["seed"].to_list() == [1]
     with pytest.raises(NothingStoredError, match="no transfers are in"):
@@ -344,6 +358,15 @@ def test_a_mask_of_another_recipe_is_trained_here(root: Path, tmp_path: Path) ->
     )
     with pytest.raises(UserError, match=r"two studies differ: layer '0\.weight' has the shapes 64 × 16 and 32 × 16"):
         plan_transfers(open_tickets(store), open_tickets(store, other), 1)
+
+
+def _write_notes(store: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Change the note in each record of a transfer."""
+    for path in store.glob("results/*/*/record.json"):
+        record = json.loads(path.read_text())
+        if record.get("further", {}).get("verb") == "transfer":
+            change(record["further"])
+            path.write_text(json.dumps(record))
 
 
 # The report and the claims.

@@ -102,6 +102,10 @@ def test_no_value_of_an_option_raises(words: list[str]) -> None:
         (["plan", "--task.model-arguments", "width=" + "[" * 3000], "--task.model-arguments: '[[[["),
         (["plan", "--seeds", *map(str, range(1001))], "seeds: expected at most 1000 values, got 1001"),
         (["plan", "--data-seeds", *map(str, range(5, 1006))], "data_seeds: expected at most 1000 values, got 1001"),
+        (
+            ["plan", "--seeds", *map(str, range(101)), "--data-seeds", *map(str, range(200, 300))],
+            " chains of tickets, expected at most 10000; name fewer of them",
+        ),
         (["plan", "--seeds", "1" + 30 * "0"], "seeds.0: expected a number up to 9.22337e+18, got 1000"),
         (["plan", "--recipe.gamma", "1e200", "--recipe.schedule", "milestones", "--recipe.milestones", "1", "2"],
          "recipe: gamma: at the last milestone, the learning rate would be more than e^88"),

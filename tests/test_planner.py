@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import json
+import shutil
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +24,7 @@ from tombola.pruning.mask import Mask
 from tombola.reporting.contents import COSTLY, gather
 from tombola.store.store import Store
 from tombola.study import planner as planning
+from tombola.study import reinitialisation
 from tombola.study.needs import list_chain_needs, list_needs
 from tombola.study.planner import Chain, Diverged, Finished, Planner, Stopped, Waiting, select_chains
 from tombola.study.reinitialisation import plan
@@ -290,6 +293,49 @@ def test_a_study_needs_all_that_its_run_and_its_reinitialisations_stored(root: P
     own = list_chain_needs(tickets)
     assert own < names
     assert names - own == {entry.name for entry in Store(root).entries() if entry.name in names - own}
+
+
+def test_a_record_that_says_a_thousand_draws_makes_a_collection_draw_no_more(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = tmp_path / "store"
+    shutil.copytree(root, store)
+    before = list_needs(Tickets(planner(store, STUDY)))
+    notes = Store(store).results.notes("reinit")
+    most = max(note["draws"] for note in notes.values())
+    for key in notes:
+        path = Store(store).results.folder(key) / "record.json"
+        record = json.loads(path.read_text())
+        record["reinit"]["draws"] = 1000
+        path.write_text(json.dumps(record))
+    drawn: list[int] = []
+    draw = reinitialisation.new_seed
+    monkeypatch.setattr(reinitialisation, "new_seed", lambda *place: drawn.append(place[1]) or draw(*place))
+    tickets = Tickets(planner(store, STUDY))
+    assert list_needs(tickets) >= before
+    assert set(drawn) == set(range(1, most + 2))
+    drawn.clear()
+    assert len(reinit.of_study(tickets))
+    assert set(drawn) == set(range(1, most + 2))
+
+
+def test_a_draw_that_was_done_before_an_earlier_one_is_needed(root: Path, tmp_path: Path) -> None:
+    """A run that was interrupted may have done the second draw first."""
+    store = tmp_path / "store"
+    shutil.copytree(root, store)
+    tickets = Tickets(planner(store, STUDY))
+    ((level, names),) = reinitialisation.list_notes(tickets)
+    for seed in STUDY.seeds:
+        plan = reinitialisation.plan_again(tickets, level, 2, names, seed)
+        assert plan is not None
+        first, second = ({t.key for c in plan.planner.chains if c.seed == draw for t in
+                          plan.planner.progress(c).trainings} for draw in (1, 2))  # fmt: skip
+        assert second - first
+        for key in first - second:
+            Store(store).results.discard(key)
+        assert second <= list_needs(Tickets(planner(store, STUDY)))
+    other = STUDY.model_copy(update={"recipe": STUDY.recipe.model_copy(update={"lr": 0.01})})
+    assert not second & list_needs(Tickets(planner(store, other)))
 
 
 def test_each_chain_is_followed_once_for_what_a_study_needs(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:

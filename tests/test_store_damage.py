@@ -7,6 +7,7 @@ import errno
 import fcntl
 import hashlib
 import json
+import math
 import os
 import random
 import shutil
@@ -21,13 +22,14 @@ import pytest
 import safetensors.numpy
 import safetensors.torch
 import torch
+from hypothesis import settings
 
 from processes import LONG
 from stores import InTurn, content, planner, results, study, write_study
 from tombola.cli import main
 from tombola.engine.run import run
 from tombola.errors import DamagedResultError, UserError
-from tombola.files import IrregularFileError, open_regular, read_regular
+from tombola.files import IrregularFileError, open_regular, read_regular, remove_path
 from tombola.reporting.contents import gather
 from tombola.store.check import list_damage
 from tombola.store.checkpoints import checkpoint_from_bytes, checkpoint_to_bytes
@@ -226,6 +228,34 @@ def test_damage_to_a_file_ends_no_verb_and_changes_no_number(
         assert not list((root / "claims").iterdir())
 
 
+@pytest.mark.parametrize(
+    "kind", ["store.json", "result.json", "weights.safetensors", "SHA256SUMS", "record.json", "mask", "run", "claim"]
+)
+def test_a_search_over_damage_finds_the_same_ticket(
+    root: Path, kind: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With kinds of damage drawn by chance: what is damaged is trained or computed again."""
+    monkeypatch.setattr("tombola.workbench.find.open_workers", lambda *_: InTurn(last_first=False))
+    path = files(root)[kind]
+    sound = path.read_bytes()
+    search = ["find", "small.toml", "--within", "20", "--format", "csv"]
+    assert main(search) == 0
+    expected = capsys.readouterr().out
+    draw = random.Random(kind)
+    for how in draw.sample(sorted(DAMAGE), min(settings.default.max_examples // 50, len(DAMAGE))):
+        remove_path(path)
+        path.write_bytes(sound)
+        DAMAGE[how](path)
+        status = main(search)
+        said = capsys.readouterr()
+        assert "Traceback" not in said.err
+        if kind == "store.json":
+            assert (status, said.out) == (2, "")
+            assert said.err.splitlines()[-1].startswith("tombola: store tombola-store: ")
+        else:
+            assert (status, said.out) == (0, expected)
+
+
 def test_damaged_metrics_are_found_and_none_is_anothers(root: Path) -> None:
     store, path = Store(root), files(root)["result.json"].with_name("metrics.json")
     key, other = path.parent.name, next(each for each in store.results if each != path.parent.name)
@@ -355,6 +385,8 @@ RECORDS: list[Any] = [
     {"seconds": True},
     {"seconds_per_iteration": 1e300, "iterations": 10**30},
     {"finished": 3},
+    {"colour": math.nan},
+    {"colour": "\ud800"},
     {"finished": "\ud800"},
     {"finished": "\x1b[31m"},
     {"confirmed": [{"when": "\x9b31m"}]},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import io
+import json
 import os
 import resource
 import signal
@@ -113,6 +114,22 @@ def test_what_a_program_prints_is_not_in_the_output(tmp_path: Path, monkeypatch:
     assert sorted(err.read_text().splitlines()) == lines, "what has its own buffer comes later"
 
 
+def test_what_is_printed_when_the_program_ends_is_not_in_the_output(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A user's module may print from `atexit`, a library in C may empty its buffer there."""
+    out, err = tmp_path / "out", tmp_path / "err"
+    with out.open("w") as output, err.open("w") as errors:
+        monkeypatch.setattr(sys, "stdout", output)
+        monkeypatch.setattr(sys, "stderr", errors)
+        monkeypatch.setattr(sys, "argv", ["tombola", "presets", "--format", "json"])
+        assert main() == 0
+        os.write(output.fileno(), b"at the end\n")
+        print("at the very end")
+    assert json.loads(out.read_text())
+    assert err.read_text() == "at the end\nat the very end\n"
+
+
 def test_an_output_that_the_code_of_a_study_closes_is_said(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -124,17 +141,17 @@ def test_an_output_that_the_code_of_a_study_closes_is_said(
         assert main(["presets"]) == 2
         assert capfd.readouterr().err == said
 
-    def remove(*_: object) -> int:
+    def remove(*_: object, **how: bool) -> int:
         sys.stdout = None  # type: ignore[assignment]
         return 0
 
-    def close(*_: object) -> int:
+    def close(*_: object, **how: bool) -> int:
         with reserve_output():
             sys.stdout.close()  # it is standard error
             print("more")
         return 0
 
-    def close_and_ask_for_what_is_not_there(*_: object) -> int:
+    def close_and_ask_for_what_is_not_there(*_: object, **how: bool) -> int:
         sys.stderr.close()
         raise UserError("levels: too many")
 

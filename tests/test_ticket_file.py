@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import os
 import warnings
 from collections.abc import Callable
@@ -19,7 +20,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tombola import History, Mask, Ticket, Trained, UserError, Weights
-from tombola.lottery.ticket_file import UnsealedTicketWarning
+from tombola.lottery.ticket_file import UnsealedTicketWarning, _compute_seal
 from tombola.training.weights import apply_mask
 
 About = dict[str, Any]
@@ -99,6 +100,62 @@ def test_a_changed_byte_never_gives_another_ticket(
         message = str(error)
     assert found == expected
     assert len(message) < 500
+
+
+TYPES = [torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.uint8, torch.bool, torch.complex64]
+VALUES = [None, -1, 10**30, 0.5, "x", [], {}, True, math.nan, "\x1b[31m", "y" * 5000]
+PARTS: dict[str, Callable[[Tensor, Tensor, Any], Tensor]] = {
+    "another's": lambda tensor, other, _: other.clone(),
+    "zeros": lambda tensor, *_: torch.zeros_like(tensor),
+    "ones": lambda tensor, *_: torch.ones_like(tensor),
+    "type": lambda tensor, _, drawn: tensor.to(TYPES[drawn % len(TYPES)]),
+    "shape": lambda tensor, *_: tensor.reshape(-1),
+    "order": lambda tensor, *_: tensor.reshape(-1).flip(0).reshape(tensor.shape),
+}
+
+
+@given(
+    part=st.sampled_from([*PARTS, "gone", "document"]),
+    place=st.integers(0, 999),
+    other=st.integers(0, 999),
+    seal=st.sampled_from(["kept", "removed", "computed again"]),
+)
+def test_a_changed_part_gives_another_ticket_only_if_the_seal_is_computed_again(
+    tmp_path_factory: pytest.TempPathFactory, part: str, place: int, other: int, seal: str
+) -> None:
+    path = tmp_path_factory.getbasetemp() / f"changed-{os.getpid()}.safetensors"
+    expected, sound = _save(path)
+    path.write_bytes(sound)
+
+    def change(about: About, tensors: Tensors) -> None:
+        names = sorted(tensors)
+        name, value = names[place % len(names)], VALUES[other % len(VALUES)]
+        if part == "document":
+            inner = about if place % 2 else about["history" if place % 4 else "provenance"]
+            inner[sorted(inner)[place % len(inner)]] = value
+        elif part == "gone":
+            del tensors[name]
+        else:
+            tensors[name] = PARTS[part](tensors[name], tensors[names[other % len(names)]], other)
+        if seal != "kept":
+            about.pop("seal")
+        if seal == "computed again":
+            about["seal"] = _compute_seal(about, tensors)
+
+    rewrite(path, change)
+    ticket, message = None, ""
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        try:
+            ticket = Ticket.load(path)
+        except UserError as error:
+            message = str(error)
+    assert len(message) < 500
+    if ticket is None:
+        return
+    if seal != "computed again" and not warned:
+        assert content(ticket) == expected
+    assert all(not ticket.rewound[name][~alive].any() for name, alive in ticket.mask.items())
 
 
 def _swap(_: About, tensors: Tensors) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import takewhile
+from itertools import groupby, takewhile
+from operator import attrgetter
 
 import numpy as np
 import polars as pl
@@ -49,11 +50,10 @@ def count_draws(tickets: Tickets) -> int:
     Args:
         tickets: of the plan's planner.
     """
-    study = tickets.study
-    complete = dict.fromkeys(study.seeds, True)
-    for chain in tickets.planner.chains:
-        complete[chain.seed] &= len(tickets.progress(chain).tickets) == study.levels + 1
-    return sum(1 for _ in takewhile(complete.__getitem__, study.seeds))
+    complete = tickets.study.levels + 1
+    draws = (list(chains) for _, chains in groupby(tickets.planner.chains, key=attrgetter("seed")))
+    found = takewhile(lambda chains: all(len(tickets.progress(each).tickets) == complete for each in chains), draws)
+    return sum(1 for _ in found)
 
 
 def of_plans(plans: Sequence[Plan]) -> pl.DataFrame:

@@ -83,7 +83,7 @@ def _run(arguments: Sequence[str] | None) -> int:
             parser = make_parser(with_study=not given or given[0] not in ("-h", "--help"))
             completion.complete(parser)
             options = parser.parse_args([with_dashes(argument) for argument in given])
-            return _call(options.verb, options)
+            return _call(options.verb, options, ends=arguments is None)
         finally:
             sys.stdout.flush()
     except BrokenPipeError:  # for example `head` has exited
@@ -152,8 +152,14 @@ def _end_soon(status: int) -> None:
         timer.start()
 
 
-def _call(verb: Verb, options: argparse.Namespace) -> int:
-    """Call a verb and return its exit status. Whatever a user's code raises becomes a `UserError`."""
+def _call(verb: Verb, options: argparse.Namespace, *, ends: bool) -> int:
+    """Call a verb and return its exit status. Whatever a user's code raises becomes a `UserError`.
+
+    Args:
+        verb: the verb.
+        options: its options.
+        ends: whether the process ends after it.
+    """
     with watch_exits() as exits:
         try:
             _check_folder()
@@ -161,7 +167,7 @@ def _call(verb: Verb, options: argparse.Namespace) -> int:
                 return verb(options)
             from tombola.cli.tables import reserve_output
 
-            with reserve_output():
+            with reserve_output(to_the_end=ends):
                 return verb(options)
         except (UserError, DamagedResultError, BrokenPipeError):
             raise

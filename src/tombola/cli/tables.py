@@ -34,9 +34,14 @@ _OUTPUT: ContextVar[TextIO | None] = ContextVar("output", default=None)
 
 
 @contextmanager
-def reserve_output() -> Iterator[None]:
-    """Reserve standard output for `emit`. What else is printed, by a user's module for example, goes to stderr."""
-    with _keep_output() as output:
+def reserve_output(*, to_the_end: bool = False) -> Iterator[None]:
+    """Reserve standard output for `emit`. What else is printed, by a user's module for example, goes to stderr.
+
+    Args:
+        to_the_end: whether nothing else reaches standard output after the block either: a user's code may print when
+            the process ends.
+    """
+    with _keep_output(to_the_end=to_the_end) as output:
         token = _OUTPUT.set(output)
         try:
             with redirect_stdout(sys.stderr):
@@ -46,8 +51,8 @@ def reserve_output() -> Iterator[None]:
 
 
 @contextmanager
-def _keep_output() -> Iterator[TextIO]:
-    """Yield standard output. What programs and libraries write to its number inside the block goes to stderr."""
+def _keep_output(*, to_the_end: bool) -> Iterator[TextIO]:
+    """Yield standard output. What programs and libraries write to its number meanwhile goes to stderr."""
     try:
         number, errors = sys.stdout.fileno(), sys.stderr.fileno()
     except (OSError, ValueError, AttributeError):  # a stream without a number, as in a notebook
@@ -61,7 +66,8 @@ def _keep_output() -> Iterator[TextIO]:
             yield output
     finally:
         _flush_elsewhere()
-        os.dup2(kept, number)
+        if not to_the_end:
+            os.dup2(kept, number)
         os.close(kept)
 
 

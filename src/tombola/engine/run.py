@@ -223,7 +223,7 @@ def _handle(
             return None
         case Outcome() as outcome:
             assert isinstance(need, Training)
-            record = {**outcome.record, **planner.about}
+            record = {**outcome.record, **planner.about, **planner.about_each.get(need.key, {})}
             planner.store.results.put(need.key, need.identity, need.mask, outcome.trained, record)
             planner.store.checkpoints.discard(need.key)
             forecast.add(need, record)

@@ -268,6 +268,7 @@ class _Further(BaseModel):
     iterations: list[Annotated[int, Field(ge=0, lt=2**31)]] = []
     over: str = ""
     source: _Text = ""
+    origin: str = ""
     trainings: list[_Transferred] = []
 
 

@@ -9,6 +9,7 @@ import json
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
+from itertools import product
 from operator import and_, or_
 from typing import Any, Literal, TypeAlias
 
@@ -16,6 +17,7 @@ from tombola.errors import UserError, did_you_mean
 from tombola.lottery.controls import keep_signs, shuffle
 from tombola.pruning.mask import Mask
 from tombola.store.documents import MOST_DRAWS
+from tombola.store.names import name_of
 from tombola.streams import derive
 from tombola.study.planner import Chain, Planner, Start, select_chains
 from tombola.study.schema import Study
@@ -25,6 +27,7 @@ from tombola.study.singles import (
     count_notes,
     find_training,
     list_notes,
+    name_dense,
     plan_singles,
 )
 from tombola.study.tickets import Tickets, check_level
@@ -272,31 +275,47 @@ def plan_transfers(tickets: Tickets, others: Tickets, level: int, importances: S
             starts[own] = Start(level, dense.rewind, moved, training.begin, training.end)
             parts.append(Part(kind, chain.importance, chain.seed, 1, own, (chain,)))
     found = _describe_difference(study, source)
-    note = {"verb": "transfer", "level": level, "importances": list(dict.fromkeys(names)), "source": found}
+    origin = name_of(others.planner.identity)
+    about = {"verb": "transfer", "level": level, "importances": list(dict.fromkeys(names))}
+    note = {**about, "source": found, "origin": origin}
     planner = plan_singles(tickets, starts, note)
-    planner.about[NOTE]["trainings"] = [  # the masks are read from them, because the other study may not be at hand
-        {
-            "kind": part.kind,
-            "importance": part.importance,
-            "seed": part.seed,
-            "key": _name_training(planner, part.chain),
-        }
-        for part in parts
-    ]
+    planner.about_each = _note_pairs(tickets, planner, parts)
     return Plan(tickets, level, planner, tuple(parts), found)
+
+
+def _note_pairs(tickets: Tickets, planner: Planner, parts: Sequence[Part]) -> dict[str, Mapping[str, Any]]:
+    """Return the note of each training: the names of the two trainings of its mask, from which the mask is read later.
+
+    Each note is about one mask and its seed, so that the notes of a study grow with the number of its masks, not with
+    the square of it. The other study, from which the masks come, may not be at hand later. The two trainings of a mask
+    name each other, because one of them may be stored already for another reason and have no note.
+    """
+    pairs: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    for part in parts:
+        about = {"kind": part.kind, "importance": part.importance, "seed": part.seed}
+        pairs.setdefault((part.importance, part.seed), []).append(about | {"key": _name_training(planner, part.chain)})
+    named: dict[str, list[dict[str, Any]]] = {}
+    for pair in pairs.values():
+        for key in {each["key"] for each in pair}:
+            named.setdefault(key, []).extend(pair)  # tickets of two importances may have the same mask
+    dense = {seed: name_dense(tickets, [seed]) for seed in {part.seed for part in parts}}
+    note = planner.about[NOTE]
+    return {
+        key: {NOTE: {**note, "of": dense[trainings[0]["seed"]], "trainings": trainings}}
+        for key, trainings in named.items()
+    }
 
 
 def list_transfers(tickets: Tickets) -> list[Plan]:
     """Return the transfers to a study that its store has trainings of, without the study that the masks come from."""
     planner, plans = tickets.planner, []
-    for note in list_notes(tickets, "transfer"):
+    for (level, source, _), pairs in _collect_pairs(tickets).items():
         starts: dict[Chain, Start] = {}
         parts = []
-        for importance, seed, keys in _pair_trainings(note["trainings"]):
+        for seed, importance in product(tickets.study.seeds, tickets.study.importances):
+            keys = pairs.get((seed, importance), [])
             chain = Chain(seed, tickets.study.importances[0])
-            if seed not in tickets.study.seeds or importance not in tickets.study.importances:
-                continue
-            if not tickets.progress(chain).tickets:
+            if not keys or not tickets.progress(chain).tickets:
                 continue
             documents = [planner.store.results.document(key) for key in keys]
             if any(each is None or each.shapes != planner.dense.shapes for each in documents):
@@ -305,23 +324,29 @@ def list_transfers(tickets: Tickets) -> list[Plan]:
             for kind, key in zip(_TRANSFERS, keys, strict=True):
                 own = Chain(seed, f"{importance}, {kind}")
                 mask = planner.store.results.read_mask(key, planner.dense.shapes)
-                starts[own] = Start(note["level"], dense.rewind, mask, training.begin, training.end)
+                starts[own] = Start(level, dense.rewind, mask, training.begin, training.end)
                 parts.append(Part(kind, importance, seed, 1, own, ()))
         if parts:
-            plans.append(
-                Plan(tickets, note["level"], plan_singles(tickets, starts, note), tuple(parts), note["source"])
-            )
+            note = {"verb": "transfer", "level": level, "source": source}
+            plans.append(Plan(tickets, level, plan_singles(tickets, starts, note), tuple(parts), source))
     return plans
 
 
-def _pair_trainings(trainings: Sequence[Mapping[str, Any]]) -> list[tuple[str, int, list[str]]]:
-    """Return importance, seed, and the names of the two trainings of each mask that has both."""
-    found: dict[tuple[str, int], dict[str, str]] = {}
-    for each in trainings:
-        found.setdefault((each["importance"], each["seed"]), {})[each["kind"]] = each["key"]
-    return [
-        (*place, [keys[kind] for kind in _TRANSFERS]) for place, keys in found.items() if set(_TRANSFERS) <= set(keys)
-    ]
+def _collect_pairs(tickets: Tickets) -> dict[tuple[int, str, str], dict[tuple[int, str], list[str]]]:
+    """Return what the notes of transfers name: by level, source and origin, the two trainings of a seed and importance.
+
+    Each note names the trainings of one mask. Those of earlier versions name all trainings of their plan.
+    """
+    found: dict[tuple[int, str, str], dict[tuple[int, str], list[str]]] = {}
+    for note in list_notes(tickets, "transfer"):
+        named: dict[tuple[int, str], dict[str, str]] = {}
+        for each in note["trainings"]:
+            named.setdefault((each["seed"], each["importance"]), {})[each["kind"]] = each["key"]
+        pairs = found.setdefault((note["level"], note["source"], note["origin"]), {})
+        for place, keys in named.items():
+            if set(_TRANSFERS) <= set(keys):
+                pairs.setdefault(place, [keys[kind] for kind in _TRANSFERS])
+    return dict(sorted(found.items(), key=lambda each: each[0]))
 
 
 def _name_training(planner: Planner, chain: Chain) -> str:

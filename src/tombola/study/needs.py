@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import groupby
+from operator import attrgetter
 
 from tombola.study.planner import Chain
-from tombola.study.reinitialisation import list_notes, plan_again
+from tombola.study.reinitialisation import Plan, list_notes, plan_again
 from tombola.study.searches import list_planners
 from tombola.study.singles import list_single_needs
 from tombola.study.tickets import Tickets
@@ -31,8 +33,36 @@ def list_needs(tickets: Tickets) -> set[str]:
         for seed in tickets.study.seeds:
             found = plan_again(tickets, level, draws, importances, seed)
             if found is not None:
-                needs |= list_chain_needs(Tickets(found.planner))
+                needs |= _list_draws_needs(found)
     return needs | list_single_needs(tickets, needs)
+
+
+def _list_draws_needs(plan: Plan) -> set[str]:
+    """Return the names that the partial reinitialisations of one seed need.
+
+    The draws are followed up to the first of which the store has nothing: a record may say any number of draws, and the
+    initial weights of each take time. As a run that was interrupted may have done later draws first, all trainings
+    with the study's identity and this seed that a partial reinitialisation asked for are kept then.
+    """
+    planner, needs = plan.planner, set[str]()
+    for _, chains in groupby(planner.chains, key=attrgetter("seed")):
+        draw = list_chain_needs(Tickets(planner), list(chains))
+        needs |= draw
+        if not any(key in planner.store.results for key in draw):
+            return needs | _list_reinitialised(plan)
+    return needs
+
+
+def _list_reinitialised(plan: Plan) -> set[str]:
+    """Return the names of the stored trainings that could be draws of one seed, whatever draws these are."""
+    planner, found = plan.planner, set[str]()
+    own = planner.training(plan.seed, planner.initial(1), planner.dense, 0, planner.end).identity
+    same = own.keys() - {"initial", "mask", "begin", "end", "sparse", "packed"}
+    for key in planner.store.results.notes("reinit"):
+        document = planner.store.results.document(key)
+        if document is not None and all(document.identity.get(name) == own[name] for name in same):
+            found.add(key)
+    return found
 
 
 def list_chain_needs(tickets: Tickets, chains: Sequence[Chain] | None = None) -> set[str]:

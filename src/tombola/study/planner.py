@@ -207,6 +207,8 @@ class Planner:
         about: extra metadata for the records of the trainings.
 
     Attributes:
+        about: extra metadata for the records of all trainings.
+        about_each: extra metadata for the record of one training, by its name; it takes precedence over `about`.
         chains: the chains that the study's results are about.
         repeats: chains with further data orders, for the noise floor: those of the importances that the study's
             `data_seeds_for` names, or of the first importance.
@@ -249,6 +251,7 @@ class Planner:
         self.problem = problem
         self.store = store
         self.about = dict(about or {})
+        self.about_each: dict[str, Mapping[str, Any]] = {}
         self.end = study.recipe.total_iterations(problem.data.train_examples)
         own = [Chain(seed, importance) for seed in study.seeds for importance in study.importances]
         self._starts = dict(starts or {})

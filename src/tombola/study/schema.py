@@ -25,6 +25,9 @@ _LARGEST = 2**24  # bytes of a study's file
 MOST_SEEDS = 1000
 """Seeds of a study, because every verb follows the chains of each of them."""
 
+MOST_CHAINS = 10_000
+"""Chains of a study, those with further data orders included: a verb follows about a thousand of them in a second."""
+
 
 class OldFieldWarning(UserWarning):
     """A study is written with fields of tombola's first version; the next version will not read them."""
@@ -181,6 +184,17 @@ class Study(Fields):
             if importance not in self.importances:
                 message = did_you_mean(importance, self.importances)
                 raise ValueError(f"data_seeds_for: {importance!r} is not one of this study's importances; {message}")
+        return self
+
+    @model_validator(mode="after")
+    def _not_too_many(self) -> Study:
+        orders = len(self.data_seeds) * len(self.repeated)
+        chains = len(self.seeds) * (len(self.importances) + orders)
+        if chains > MOST_CHAINS:
+            raise ValueError(
+                f"seeds: {len(self.seeds)} seeds × ({len(self.importances)} importances + {orders} with further data "
+                f"orders) are {chains} chains of tickets, expected at most {MOST_CHAINS}; name fewer of them"
+            )
         return self
 
     @model_validator(mode="after")

@@ -6,7 +6,7 @@ networks of the study, from which it is known whose it is.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -21,7 +21,7 @@ NOTE = "further"
 
 _EMPTY: Mapping[str, Any] = {
     **{"level": 0, "draws": 1, "importances": [], "kinds": [], "iterations": []},
-    **{"over": "", "source": "", "trainings": []},
+    **{"over": "", "source": "", "origin": "", "trainings": []},
 }
 """The arguments of the verbs, where a note does not have them."""
 
@@ -41,12 +41,12 @@ def plan_singles(tickets: Tickets, starts: Mapping[Chain, Start], note: Mapping[
     return Planner(study, planner.problem, planner.store, initial=planner.initial, starts=starts, about=about)
 
 
-def name_dense(tickets: Tickets) -> list[str]:
-    """Return the names of the first training of each seed of a study, whether the store has it or not."""
+def name_dense(tickets: Tickets, seeds: Collection[int] | None = None) -> list[str]:
+    """Return the names of the first training of seeds of a study, by default all, whether the store has it or not."""
     planner = tickets.planner
     end = planner.study.recipe.rewind or planner.end
-    seeds = {(chain.seed, chain.order_seed) for chain in planner.chains}
-    return sorted(planner.training(order, planner.initial(seed), planner.dense, 0, end).key for seed, order in seeds)
+    wanted = {(chain.seed, chain.order_seed) for chain in planner.chains if seeds is None or chain.seed in seeds}
+    return sorted(planner.training(order, planner.initial(seed), planner.dense, 0, end).key for seed, order in wanted)
 
 
 def find_training(tickets: Tickets, chain: Chain, level: int) -> tuple[Ticket, Training]:
