@@ -80,7 +80,9 @@ sys.exit(main())
 def test_a_thread_that_goes_on_does_not_keep_the_command_from_ending() -> None:
     done = subprocess.run([sys.executable, "-c", LEFT], capture_output=True, text=True, check=False, timeout=LONG)
     assert done.returncode == 2
-    assert done.stderr.startswith("tombola: study 'nonsense' is neither")
+    mistake, thread = done.stderr.splitlines()
+    assert mistake.startswith("tombola: study 'nonsense' is neither")
+    assert thread == "tombola: a thread that the study's code started goes on after 0 s; the command ends without it"
 
 
 def test_closed_streams_are_no_error(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -147,9 +147,14 @@ def _discard(stream: TextIO) -> None:
 def _end_soon(status: int) -> None:
     """Let the process end although a thread that a user's code has started goes on; Python would wait for it."""
     if any(thread is not threading.main_thread() and not thread.daemon for thread in threading.enumerate()):
-        timer = threading.Timer(_PATIENCE, end_at_once, [status])
+        timer = threading.Timer(_PATIENCE, _end_without_threads, [status])
         timer.daemon = True
         timer.start()
+
+
+def _end_without_threads(status: int) -> None:
+    _tell(f"tombola: a thread that the study's code started goes on after {_PATIENCE:g} s; the command ends without it")
+    end_at_once(status)
 
 
 def _call(verb: Verb, options: argparse.Namespace, *, ends: bool) -> int:
