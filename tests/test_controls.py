@@ -419,7 +419,7 @@ def test_verbs_plan_train_and_tell(tmp_path: Path, capsys: pytest.CaptureFixture
     assert main(["transfer", *asked, "--from", "lenet-mnist", "--format", "json"]) == 2
     assert "tombola: " in capsys.readouterr().err
     assert main(["combine", *asked, "--over", "seeds", "--seeds", "0"]) == 2
-    assert "combined, and the study has one seed" in capsys.readouterr().err
+    assert "combined, and the study has one; run another seed" in capsys.readouterr().err
     found = tombola.controls(
         "digits",
         {"levels": 1, "recipe.epochs": 1, "importances": ["magnitude", "l1"], "data_seeds": []}

@@ -74,8 +74,8 @@ def command_lines(draw: st.DrawFn) -> list[str]:
 def test_no_value_of_an_option_raises(words: list[str]) -> None:
     """The options are parsed and the study is loaded; the verb itself is not called."""
 
-    def load(verb: object, options: argparse.Namespace) -> int:
-        assert verb is not _store_verb
+    def load(verb: object, options: argparse.Namespace, *, ends: bool) -> int:
+        assert verb is not _store_verb and not ends
         open_study(options)
         return 0
 

@@ -124,9 +124,7 @@ def absence_error(name: str, looked: Iterable[Path], reason: UserError, files: I
     """Return the error for a data set that is not found and cannot be downloaded: which files to put where."""
     *others, last = map(str, looked)
     places = f"{', '.join(others)} or {last}" if others else last
-    return UserError(
-        f"data set {name!r} is not complete in {places}, and {reason}; put {', '.join(files)} into {into} yourself"
-    )
+    return UserError(f"data set {name!r} is not complete in {places}, and {reason}; put {', '.join(files)} into {into}")
 
 
 def _out_of_reach(url: str) -> str:
