@@ -203,7 +203,7 @@ def overlap(table: pl.DataFrame) -> Chart:
     dash = alt.StrokeDash(
         "what:N",
         scale=alt.Scale(domain=list(_KINDS.values()), range=[[1, 0], [6, 3], [1, 3]]),
-        legend=alt.Legend(columns=2, title=None),
+        legend=alt.Legend(columns=2, title=None, symbolSize=700, symbolType="stroke"),  # long enough for its dashes
     )
     base = alt.Chart(_data(long))
     points = alt.Chart(_data(table))
