@@ -427,6 +427,16 @@ def test_an_estimate_counts_the_dense_networks_and_what_is_there(tmp_path: Path,
     assert walk(root).work <= new.work
 
 
+@pytest.mark.usefixtures("timed")
+def test_an_estimate_counts_an_early_training_as_the_part_that_it_is(tmp_path: Path) -> None:
+    of = study(["l1"], seeds=(0, 1), levels=2, rewind=2, iterations=10)
+    seen = estimate_search([(planner(tmp_path / "s", of), seed) for seed in of.seeds], early, 1)
+    # the rewind point, the dense network and 2 iterations of it, levels 2 and 1 and 2 iterations of 1, levels 1 and 2;
+    # the judge has no need of levels 2 and 1 in full
+    assert [part.trainings for part in seen.parts] == pytest.approx([(10 + 2 + 3 * 8 + 2) / 10, (10 + 2 + 2 + 8) / 10])
+    assert seen.work == pytest.approx(sum(part.trainings for part in seen.parts))
+
+
 # verdicts
 
 

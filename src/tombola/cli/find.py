@@ -123,7 +123,7 @@ def _show_plan(planner: Planner, budget: Budget, options: argparse.Namespace) ->
         document = {"work": seen.work, "to_do": seen.to_do, "seconds": seen.seconds, "workers": workers}
         emit(json.dumps({**document, "bytes": seen.bytes, "parts": rows}, indent=1))
         return
-    show_table(header, lines, options.format)
+    show_table(header, [[*line[:3], *(f"{each:.1f}" for each in line[3:])] for line in lines], options.format)
     if options.format == "csv":
         return
     said = [
