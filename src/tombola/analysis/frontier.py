@@ -62,8 +62,9 @@ def of_walk(walk: Walk) -> pl.DataFrame:
 def verdict(walk: Walk, margin: float) -> dict[str, Any]:
     """Return how sure a search is of the ticket that it has found.
 
-    The seeds that have judged the ticket are compared with the dense networks of the same seeds. The search has not
-    chosen by their results. If there are none, this is the seed of the search, which flatters the ticket.
+    The seeds that have judged the ticket are compared with the dense networks of the same seeds. The ticket is the
+    sparsest that they have not refuted, so that their mean flatters it a little. If there are none, this is the seed of
+    the search, which flatters it more.
 
     Args:
         walk: a search that has found a ticket.
@@ -75,6 +76,7 @@ def verdict(walk: Walk, margin: float) -> dict[str, Any]:
         - path: the levels at which it is trained, and judges: the seeds that have judged it.
         - outside: the chance that a further seed is outside the margin, in 0..1, by Student's predictive distribution
           (mean + t s sqrt(1 + 1/n)); None for fewer than two judges.
+        - outside_most: the limit which that chance does not exceed, with a confidence of 95 %, see `most_outside`.
         - test and dense_test: the metric of the ticket and of the dense network on the test set, the mean over the same
           seeds; None if it is not finite.
         - work, done: the work of the search, and of those of its trainings that the store did not have, in complete
@@ -91,10 +93,13 @@ def verdict(walk: Walk, margin: float) -> dict[str, Any]:
     tested = [
         [ticket.trained.history.value(test) if ticket.trained else None for ticket in tickets] for _, *tickets in read
     ]
+    gains = [walk.known.gains[found][trial] for trial in trials]
+    choice = sum(map(walk.known.judged, walk.known.gains))
     return line | {
         "path": list(found.path),
         "judges": [seed for seed, *_ in read] if trials != [0] else [],
-        "outside": chance_outside([walk.known.gains[found][trial] for trial in trials], margin),
+        "outside": chance_outside(gains, margin),
+        "outside_most": most_outside(gains, margin, choice),
         "test": _mean([each[1] for each in tested]),
         "dense_test": _mean([each[0] for each in tested]),
         "work": walk.work,
@@ -114,6 +119,31 @@ def chance_outside(gains: Sequence[float], margin: float) -> float | None:
     if spread == 0:
         return float(mean < -margin)
     return float(special.stdtr(len(gains) - 1, (-margin - mean) / spread))
+
+
+def most_outside(gains: Sequence[float], margin: float, choice: int = 1) -> float | None:
+    """Return the upper confidence limit of the chance that a further gain is below -margin; None for few gains.
+
+    The chance is Phi(-d / sqrt(n)) for normal gains of which d = sqrt(n) (mean + margin) / s is expected. The limit is
+    that of the d for which the one observed, or a larger one, has a probability of 5 % by the noncentral t distribution.
+    If all gains are equal, as shares of few examples may be, it is that of n of n successes, 1 - 0.05^(1/n).
+
+    Args:
+        gains: the gains of the judging seeds.
+        margin: the margin.
+        choice: the number of tickets among which the judges have chosen; the 5 % are divided among them (Bonferroni).
+
+    >>> [round(most_outside(each, 0.0), 2) for each in ([0.01, 0.02, 0.03], [0.01, 0.02, 0.03, 0.02], [0.01] * 3)]
+    [0.36, 0.14, 0.63]
+    """
+    if len(gains) < 2 or not all(map(math.isfinite, gains)):
+        return None
+    mean, spread, count = statistics.fmean(gains), statistics.stdev(gains), len(gains)
+    error = 0.05 / max(1, choice)
+    if spread == 0:
+        return 1 - error ** (1 / count) if mean >= -margin else 1.0
+    seen = math.sqrt(count) * (mean + margin) / spread
+    return float(special.ndtr(-special.nctdtrinc(count - 1, 1 - error, seen) / math.sqrt(count)))
 
 
 def read_tickets(walk: Walk, candidate: Candidate, trial: int) -> tuple[Ticket, Ticket]:

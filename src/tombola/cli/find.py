@@ -100,7 +100,7 @@ def find(options: argparse.Namespace) -> int:
     for line in _describe(found, measure):
         say(line, file=sys.stdout if plain else sys.stderr)
     if options.output is not None and plain:
-        say(f"{options.output}: the ticket of seed {found.walk.trials[-1][0].study.seeds[0]}, with trained weights")
+        say(f"{options.output}: the ticket of seed {found.ticket.provenance['seed']}, with trained weights")
     return 0
 
 
@@ -243,7 +243,10 @@ def _describe(found: Found, measure: Measure) -> list[str]:
         f"{over}{interval}"
     )
     if seen["outside"] is not None:
-        lines.append(f"a further seed is outside the margin with a chance of {100 * seen['outside']:.0f} %")
+        lines.append(
+            f"a further seed is outside the margin with a chance of {100 * seen['outside']:.0f} % by the mean and spread "
+            f"of these, and of at most {100 * seen['outside_most']:.0f} % with a confidence of 95 %"
+        )
     if measure.split != "test" and seen["test"] is not None and seen["dense_test"] is not None:
         lines.append(f"test {measure.label}: {measure.text(seen['test'])}, dense {measure.text(seen['dense_test'])}")
     tried, complete = found.walk.trials[0][0].end, found.walk.trials[-1][0].end
