@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from stores import InTurn, planner, results, study
 from tombola import Ticket, UserError, find, load_study
 from tombola.analysis import frontier
-from tombola.analysis.frontier import chance_outside
+from tombola.analysis.frontier import chance_outside, most_outside
 from tombola.cli.main import main
 from tombola.engine import search_estimate
 from tombola.engine.forecast import Speed, steps_ahead
@@ -115,7 +115,9 @@ def test_a_search_ends_where_the_next_level_was_tried_and_tells_no_more_than_the
     end, known, _ = simulate(gain, strategy, levels, names, trials)
 
     def keeps(candidate: Candidate) -> bool:
-        return math.fsum(gain(candidate, trial) for trial in range(1 if known.judged(candidate) else 0, trials)) >= -1e-9
+        return (
+            math.fsum(gain(candidate, trial) for trial in range(1 if known.judged(candidate) else 0, trials)) >= -1e-9
+        )
 
     found = end.found
     if found is None:
@@ -459,6 +461,31 @@ def test_the_chance_of_a_further_seed_is_that_of_students_distribution() -> None
     margin = 3 * 0.3 * math.sqrt(4 / 3) - 0.1  # 3 predictive standard deviations below the mean
     assert chance_outside(judged, margin) == pytest.approx(0.0477, abs=1e-4)  # of Student's t, 2 degrees of freedom
     assert chance_outside([0.1, -math.inf], 1.0) is None
+
+
+def test_the_limit_of_that_chance_is_too_low_for_one_in_twenty_samples() -> None:
+    samples = (0.5 + torch.randn(2000, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)).tolist()
+    chance = 0.5 * math.erfc(0.5 / math.sqrt(2))  # of a normal variable with mean 0.5 to be below 0
+    too_low = [most_outside(sample, 0.0) < chance for sample in samples]  # type: ignore[operator]
+    assert sum(too_low) / 2000 == pytest.approx(0.05, abs=0.015)
+    among = [most_outside(sample, 0.0, 10) < chance for sample in samples]  # type: ignore[operator]
+    assert sum(among) / 2000 == pytest.approx(0.005, abs=0.005)
+    assert most_outside([0.0, 0.0], 0.0) == pytest.approx(1 - math.sqrt(0.05)), "equal gains say no more than successes"
+    assert most_outside([-1.0, -1.0], 0.0) == 1.0
+    assert most_outside([0.1, -math.inf], 1.0) is None
+
+
+def test_judges_overrule_the_first_seed_and_judge_the_next_level() -> None:
+    """The first seed is unlucky at every level from 3 on; the others keep the metric up to level 5."""
+
+    def gain(candidate: Candidate, trial: int) -> float:
+        return float((5 if trial else 2) - candidate.level)
+
+    for strategy in ("bisect", "one-shot", "race", "early"):
+        end, known, _ = simulate(gain, strategy, 8, trials=3)
+        assert end.found.level == 5
+        assert any(known.judged(each) and each.level == 6 for each in known.gains)
+    assert simulate(gain, "race", 8, trials=1)[0].found.level == 2, "nothing has judged it"
 
 
 # the verb

@@ -244,8 +244,8 @@ def _describe(found: Found, measure: Measure) -> list[str]:
     )
     if seen["outside"] is not None:
         lines.append(
-            f"a further seed is outside the margin with a chance of {100 * seen['outside']:.0f} % by the mean and spread "
-            f"of these, and of at most {100 * seen['outside_most']:.0f} % with a confidence of 95 %"
+            f"a further seed is outside the margin with a chance of {100 * seen['outside']:.0f} %, or at most "
+            f"{100 * seen['outside_most']:.0f} % with a confidence of 95 %"
         )
     if measure.split != "test" and seen["test"] is not None and seen["dense_test"] is not None:
         lines.append(f"test {measure.label}: {measure.text(seen['test'])}, dense {measure.text(seen['dense_test'])}")

@@ -121,9 +121,7 @@ class Known:
         return gain >= -self.margin - _ROUNDING * max(1.0, self.margin)
 
     def _sparsest(self, candidates: Sequence[Candidate]) -> Candidate | None:
-        return max(
-            candidates, key=lambda each: (each.level, self.judged(each), self.gains[each][0]), default=None
-        )
+        return max(candidates, key=lambda each: (each.level, self.judged(each), self.gains[each][0]), default=None)
 
 
 Strategy: TypeAlias = Callable[[Known], Sequence[Candidate]]
