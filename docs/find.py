@@ -41,7 +41,7 @@ from tombola.study.task import load_problem
 from tombola.study.tickets import Tickets
 from tombola.threads import one_thread
 from tombola.workbench.find import work_of_rounds
-from tombola.workbench.runs import open_workers
+from tombola.workbench.runs import open_workers, prepare_store
 from tombola.workbench.studies import open_planner
 
 STRATEGIES = ("race", "early", "short", "one-shot", "bisect", "rounds")
@@ -234,6 +234,7 @@ def measure_shared(study: Study, levels: Sequence[int], **where: Any) -> None:
     Print the mean difference from the dense networks over the seeds, for each level a line.
     """
     planner = open_planner(study, **where)
+    prepare_store(planner, where["store"])
     with open_workers(planner, 1, None) as workers:
         run(planner, workers, lambda *_: None, [Chain(seed, study.importances[0], early=True) for seed in study.seeds])
         tickets = Tickets(planner)
@@ -289,6 +290,7 @@ def check_seeds(store: Path, margin: float = 0.01, judges: int = 3) -> None:
     """Search on digits from each of ten seeds, with the next three as judges, and ask ten other seeds about the find."""
     study = load_study("digits", CHECKED)
     planner = Planner(study, load_problem(study.task), Store(store))
+    prepare_store(planner, store)
     seeds, fresh = study.seeds[:SEARCHED], study.seeds[SEARCHED:]
     lines = []
     with open_workers(planner, 1, None) as workers:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
@@ -468,11 +470,32 @@ def test_the_limit_of_that_chance_is_too_low_for_one_in_twenty_samples() -> None
     chance = 0.5 * math.erfc(0.5 / math.sqrt(2))  # of a normal variable with mean 0.5 to be below 0
     too_low = [most_outside(sample, 0.0) < chance for sample in samples]  # type: ignore[operator]
     assert sum(too_low) / 2000 == pytest.approx(0.05, abs=0.015)
-    among = [most_outside(sample, 0.0, 10) < chance for sample in samples]  # type: ignore[operator]
+    among = [most_outside(sample, 0.0, choice=10) < chance for sample in samples]  # type: ignore[operator]
     assert sum(among) / 2000 == pytest.approx(0.005, abs=0.005)
     assert most_outside([0.0, 0.0], 0.0) == pytest.approx(1 - math.sqrt(0.05)), "equal gains say no more than successes"
     assert most_outside([-1.0, -1.0], 0.0) == 1.0
     assert most_outside([0.1, -math.inf], 1.0) is None
+
+
+def test_gains_that_differ_by_less_than_a_step_say_no_more_than_equal_ones() -> None:
+    equal, nearly = [0.01] * 3, [0.01, 0.01, 0.01 + 1e-6]
+    for statement in (chance_outside, most_outside):
+        assert statement(nearly, 0.01, 0.01) == pytest.approx(statement(equal, 0.01, 0.01), abs=1e-3)
+        apart = [0.0, 0.02, 0.04]  # a standard deviation of two steps
+        assert statement(apart, 0.01, 0.01) == statement(apart, 0.01)
+
+
+def test_a_verdict_takes_the_step_of_a_share_from_the_number_of_examples(root: Path) -> None:
+    seen = walk(root)
+    assert seen.end.found is not None
+    problem = seen.trials[-1][0].problem
+    step = 1 / problem.data.count("test")
+    gains = dict.fromkeys(range(3), step)
+    same = replace(seen, known=replace(seen.known, gains={**seen.known.gains, seen.end.found: gains}))
+    stated = frontier.verdict(same, 0.0)
+    judged = sum(map(same.known.judged, same.known.gains))
+    assert stated["outside"] == chance_outside([step, step], 0.0, step) > 0.1
+    assert stated["outside_most"] == most_outside([step, step], 0.0, step, judged) > 0.5
 
 
 def test_judges_overrule_the_first_seed_and_judge_the_next_level() -> None:
@@ -537,6 +560,8 @@ def test_the_verb_writes_the_ticket_and_the_picture(
         "found: l1, level 2",
         "over seeds 1, 2",
         "95 % interval",
+        "the chance that a further seed is outside the margin is about",
+        "with a confidence of 95 %, it is at most",
         "test accuracy:",
         "0.0 of them now",
     ):
@@ -593,7 +618,7 @@ def test_find_in_python_gives_the_ticket_and_the_table(small: Path) -> None:
         (["--picture", "walk.gif"], "--picture walk.gif: the name of a picture ends in .svg, .png, .pdf or .html"),
         (["-o", "missing/ticket.safetensors"], "--output missing"),
         (["--levels", "0"], "levels: the study has level 0 alone"),
-        (["--seeds", "9", "--budget", "1 training"], "budget: 1 training is not enough; the dense network and the"),
+        (["--seeds", "9", "--budget", "1 training"], "--budget: 1 training is not enough; the dense network and the"),
     ],
 )
 def test_bad_input_is_refused_in_a_sentence(
@@ -617,6 +642,18 @@ def test_a_margin_that_no_level_keeps_says_how_far_the_densest_fell(tmp_path: Pa
         UserError, match=expected + r" 1\) has [\d.]+ %, and the dense network [\d.]+ %, a difference of"
     ):
         conclude(lost, -2.0)
+
+
+def test_the_verb_says_how_far_the_densest_ticket_fell(
+    small: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tombola.engine.search.measure_gain", lambda *_: -0.5)
+    assert call(small, "--within", "1") == 2
+    assert re.search(
+        r"--within: no ticket keeps the validation accuracy within 1 points; the densest ticket that was tried \(l1, "
+        r"level 1\) has [\d.]+ %, and the dense network [\d.]+ %, a difference of [+-][\d.]+ points\n",
+        capsys.readouterr().err,
+    )
 
 
 def test_a_metric_without_direction_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tombola.cli.options import Verbs, add_margin, open_planner, print_note, warnings_as_notes
-from tombola.errors import UserError
+from tombola.errors import BudgetError, UserError
 from tombola.terminal import say
 
 if TYPE_CHECKING:
@@ -84,12 +84,15 @@ def find(options: argparse.Namespace) -> int:
         print_note(planner.kernel_fault)
     if measure.split == "test":
         print_note(FLATTERS)
-    walk = walk_study(planner, options.within / 100, options.strategy, budget, options.workers, options.data)
+    try:
+        walk = walk_study(planner, options.within / 100, options.strategy, budget, options.workers, options.data)
+    except BudgetError as error:
+        raise UserError(f"--{error}") from error
     if options.picture is not None:
         _write_picture(walk, options.picture)
     if walk.end.found is None:
         _show(of_walk(walk), measure, options.format)
-        raise UserError(describe_failure(walk))
+        raise UserError(f"--{describe_failure(walk)}")
     found = conclude(walk, options.within / 100)
     if options.output is not None:
         found.ticket.save(options.output, trained=True)
@@ -244,8 +247,8 @@ def _describe(found: Found, measure: Measure) -> list[str]:
     )
     if seen["outside"] is not None:
         lines.append(
-            f"a further seed is outside the margin with a chance of {100 * seen['outside']:.0f} %, or at most "
-            f"{100 * seen['outside_most']:.0f} % with a confidence of 95 %"
+            f"the chance that a further seed is outside the margin is about {100 * seen['outside']:.0f} %; with a "
+            f"confidence of 95 %, it is at most {100 * seen['outside_most']:.0f} %"
         )
     if measure.split != "test" and seen["test"] is not None and seen["dense_test"] is not None:
         lines.append(f"test {measure.label}: {measure.text(seen['test'])}, dense {measure.text(seen['dense_test'])}")

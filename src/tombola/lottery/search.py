@@ -215,7 +215,7 @@ EARLY = 0.25
 """The part of its iterations after which a training ends that only decides what is pruned next."""
 
 DEFAULT = "race"
-"""The strategy that is used if none is named: the cheapest of those that docs/find.md compares that lost nowhere."""
+"""The strategy that is used if none is named, see docs/find.md for the comparison."""
 
 
 def find_strategy(name: str | Strategy) -> Strategy:
