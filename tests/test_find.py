@@ -498,6 +498,14 @@ def test_a_verdict_takes_the_step_of_a_share_from_the_number_of_examples(root: P
     assert stated["outside_most"] == most_outside([step, step], 0.0, step, judged) > 0.5
 
 
+def test_the_ticket_is_of_the_first_seed_that_keeps_the_metric_itself(root: Path) -> None:
+    seen = walk(root)
+    assert seen.end.found is not None
+    gains = {**seen.known.gains, seen.end.found: {0: -1.0, 1: -0.06, 2: 0.0}}
+    lucky = replace(seen, known=replace(seen.known, gains=gains))
+    assert conclude(lucky, 0.05).ticket.provenance["seed"] == 2
+
+
 def test_judges_overrule_the_first_seed_and_judge_the_next_level() -> None:
     """The first seed is unlucky at every level from 3 on; the others keep the metric up to level 5."""
 
@@ -552,7 +560,7 @@ def test_the_verb_writes_the_ticket_and_the_picture(
 ) -> None:
     ticket, picture = tmp_path / "ticket.safetensors", tmp_path / "walk.svg"
     assert call(small, "--within", "100", "-o", str(ticket), "--picture", str(picture)) == 0
-    out = capsys.readouterr().out
+    out = " ".join(capsys.readouterr().out.split())  # sentences are wrapped
     read = Ticket.load(ticket)
     assert (read.level, read.trained is not None) == (2, True)
     assert picture.read_text().startswith("<svg")
