@@ -26,7 +26,7 @@ from sklearn.datasets import load_diabetes, load_digits
 from torch import Tensor, nn
 
 import tombola
-from tombola.analysis.frontier import chance_outside
+from tombola.analysis.frontier import verdict
 from tombola.engine.run import run
 from tombola.engine.search import Budget, measure_gain, search
 from tombola.lottery.search import Candidate, Known, find_strategy
@@ -41,7 +41,7 @@ from tombola.study.task import load_problem
 from tombola.study.tickets import Tickets
 from tombola.threads import one_thread
 from tombola.workbench.find import work_of_rounds
-from tombola.workbench.runs import open_workers
+from tombola.workbench.runs import open_workers, prepare_store
 from tombola.workbench.studies import open_planner
 
 STRATEGIES = ("race", "early", "short", "one-shot", "bisect", "rounds")
@@ -111,12 +111,15 @@ STUDIES = ("digits", "lenet-mnist", "lenet-fashion", "diabetes", "lstm")
 
 CHECKED = {
     "importances": ["magnitude"],
-    "seeds": list(range(10)),
+    "seeds": list(range(20)),
     "data_seeds": [],
     "task.validation": 0.3,
     "recipe.epochs": 5,
 }
 """The study whose finds are checked with fresh seeds."""
+
+SEARCHED = 10
+"""The number of its seeds that search and judge; the others are asked afterwards."""
 
 
 def measure_strategies(study: Study, margin: float, **where: Any) -> None:
@@ -231,6 +234,7 @@ def measure_shared(study: Study, levels: Sequence[int], **where: Any) -> None:
     Print the mean difference from the dense networks over the seeds, for each level a line.
     """
     planner = open_planner(study, **where)
+    prepare_store(planner, where["store"])
     with open_workers(planner, 1, None) as workers:
         run(planner, workers, lambda *_: None, [Chain(seed, study.importances[0], early=True) for seed in study.seeds])
         tickets = Tickets(planner)
@@ -283,43 +287,39 @@ def ask_once(candidate: Candidate, known: Known) -> tuple[Candidate, ...]:
 
 
 def check_seeds(store: Path, margin: float = 0.01, judges: int = 3) -> None:
-    """Search on digits from each of ten seeds, with the next three as judges, and ask the other six about the find."""
+    """Search on digits from each of ten seeds, with the next three as judges, and ask ten other seeds about the find."""
     study = load_study("digits", CHECKED)
     planner = Planner(study, load_problem(study.task), Store(store))
-    measure = planner.problem.measure
-    seeds, outside, expected, inside, unseen = study.seeds, [], [], [], []
+    prepare_store(planner, store)
+    seeds, fresh = study.seeds[:SEARCHED], study.seeds[SEARCHED:]
+    lines = []
     with open_workers(planner, 1, None) as workers:
-        for first in seeds:
-            turn = [seeds[(first + step) % len(seeds)] for step in range(len(seeds))]
-            trials = [(planner, seed) for seed in turn[: 1 + judges]]
+        for first in range(SEARCHED):
+            trials = [(planner, seeds[(first + step) % SEARCHED]) for step in range(1 + judges)]
             walk = search(trials, workers, lambda *_: None, find_strategy("race"), margin=margin, budget=Budget())
             found = walk.end.found
             if found is None:
                 print(f"seed {first}: nothing found")
                 continue
-            judged = [walk.known.gains[found][trial] for trial in range(1, 1 + judges)]
-            everyone = [(planner, seed) for seed in turn]
-            asked = search(everyone, workers, lambda *_: None, partial(ask_once, found), margin=1.0)
-            fresh = [asked.known.gains[found][trial] for trial in range(1 + judges, len(seeds))]
-            refuted = [gain < -margin - 1e-9 for gain in fresh]
-            chance = chance_outside(judged, margin)
-            outside += refuted
-            expected.append(chance)
-            mean = statistics.fmean(fresh)
-            spread = statistics.stdev(judged) / len(judged) ** 0.5
-            low, high = (statistics.fmean(judged) + sign * 4.303 * spread for sign in (-1, 1))
-            inside.append(low <= mean <= high)
-            unseen.append(mean)
+            seen = verdict(walk, margin)
+            others = [(planner, seed) for seed in fresh]
+            asked = search(others, workers, lambda *_: None, partial(ask_once, found), margin=1.0)
+            gains = list(asked.known.gains[found].values())
+            refuted = sum(gain < -margin - 1e-9 for gain in gains)
+            mean = statistics.fmean(gains)
+            inside = seen["low"] <= mean <= seen["high"]
+            lines.append((refuted / len(gains), seen["outside"], seen["outside_most"], inside, seen["surely"]))
             print(
-                f"| {first} | {found.level} | {100 * statistics.fmean(judged):+.2f} | "
-                f"{100 * low:+.2f} .. {100 * high:+.2f} | {100 * mean:+.2f} | {100 * chance:.0f} % | "
-                f"{sum(refuted)} of {len(refuted)} |",
+                f"| {seeds[first]} | {found.level} | {100 * seen['difference']:+.2f} | "
+                f"{100 * seen['low']:+.2f} .. {100 * seen['high']:+.2f} | {100 * mean:+.2f} | "
+                f"{100 * seen['outside']:.0f} % | {100 * seen['outside_most']:.0f} % | {refuted} of {len(gains)} |",
                 flush=True,
             )
+    share, stated, most, inside, surely = zip(*lines, strict=True)
     print(
-        f"{measure.label}: outside the margin {sum(outside)} of {len(outside)} "
-        f"({100 * statistics.fmean(outside):.0f} %), stated {100 * statistics.fmean(expected):.0f} %; "
-        f"mean of fresh seeds in the interval {sum(inside)} of {len(inside)}"
+        f"outside the margin {100 * statistics.fmean(share):.0f} %, stated {100 * statistics.fmean(stated):.0f} %; "
+        f"not more often than at most {sum(map(float.__le__, share, most))} of {len(lines)}; "
+        f"mean of fresh seeds in the interval {sum(inside)} of {len(lines)}; surely within {sum(surely)}"
     )
 
 

@@ -46,6 +46,10 @@ class ImportanceError(RoundError):
     """An importance failed on a layer: it raised an exception, or returned values that cannot be compared."""
 
 
+class BudgetError(UserError):
+    """The budget of a search does not suffice for its first ticket."""
+
+
 class NothingStoredError(UserError):
     """The store does not have the requested results yet: their trainings have not been run."""
 

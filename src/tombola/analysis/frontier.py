@@ -62,8 +62,9 @@ def of_walk(walk: Walk) -> pl.DataFrame:
 def verdict(walk: Walk, margin: float) -> dict[str, Any]:
     """Return how sure a search is of the ticket that it has found.
 
-    The seeds that have judged the ticket are compared with the dense networks of the same seeds. The search has not
-    chosen by their results. If there are none, this is the seed of the search, which flatters the ticket.
+    The seeds that have judged the ticket are compared with the dense networks of the same seeds. The ticket is the
+    sparsest that they have not refuted, so that their mean flatters it a little. If there are none, this is the seed of
+    the search, which flatters it more.
 
     Args:
         walk: a search that has found a ticket.
@@ -74,7 +75,8 @@ def verdict(walk: Walk, margin: float) -> dict[str, Any]:
 
         - path: the levels at which it is trained, and judges: the seeds that have judged it.
         - outside: the chance that a further seed is outside the margin, in 0..1, by Student's predictive distribution
-          (mean + t s sqrt(1 + 1/n)); None for fewer than two judges.
+          (mean + t s sqrt(1 + 1/n)); None for fewer than two judges. For shares, s is at least 1 / examples.
+        - outside_most: the limit which that chance does not exceed, with a confidence of 95 %, see `most_outside`.
         - test and dense_test: the metric of the ticket and of the dense network on the test set, the mean over the same
           seeds; None if it is not finite.
         - work, done: the work of the search, and of those of its trainings that the store did not have, in complete
@@ -84,17 +86,23 @@ def verdict(walk: Walk, margin: float) -> dict[str, Any]:
     assert found is not None
     trials = [trial for trial in sorted(walk.known.gains[found]) if trial] or [0]
     read = [(walk.trials[trial][1], *read_tickets(walk, found, trial)) for trial in trials]
-    measures = walk.trials[-1][0].problem.measures
-    rows = [row_of(Chain(seed, found.importance), ticket, measures) for seed, *tickets in read for ticket in tickets]
+    problem = walk.trials[-1][0].problem
+    rows = [
+        row_of(Chain(seed, found.importance), ticket, problem.measures) for seed, *tickets in read for ticket in tickets
+    ]
     line = by_level(rows, margin=margin).filter(level=found.level).row(0, named=True)
-    test = walk.trials[-1][0].problem.metrics[0].on("test")
+    test = problem.metrics[0].on("test")
     tested = [
         [ticket.trained.history.value(test) if ticket.trained else None for ticket in tickets] for _, *tickets in read
     ]
+    gains = [walk.known.gains[found][trial] for trial in trials]
+    choice = sum(map(walk.known.judged, walk.known.gains))
+    step = 1 / problem.data.count(problem.measure.split) if problem.measure.percent else 0.0
     return line | {
         "path": list(found.path),
         "judges": [seed for seed, *_ in read] if trials != [0] else [],
-        "outside": chance_outside([walk.known.gains[found][trial] for trial in trials], margin),
+        "outside": chance_outside(gains, margin, step),
+        "outside_most": most_outside(gains, margin, step, choice),
         "test": _mean([each[1] for each in tested]),
         "dense_test": _mean([each[0] for each in tested]),
         "work": walk.work,
@@ -102,18 +110,53 @@ def verdict(walk: Walk, margin: float) -> dict[str, Any]:
     }
 
 
-def chance_outside(gains: Sequence[float], margin: float) -> float | None:
+def chance_outside(gains: Sequence[float], margin: float, step: float = 0.0) -> float | None:
     """Return the chance that a further gain is below -margin, by Student's predictive distribution; None for few.
+
+    Args:
+        gains: the gains of the judging seeds.
+        margin: the margin.
+        step: the step of the metric, such as 1 / examples for a share. The standard deviation is at least that: gains
+            are rounded to steps, so that a smaller one may be due to the rounding.
 
     >>> chance_outside([0.0, 0.01, -0.01], 0.0), chance_outside([0.5, 0.5], 0.0), chance_outside([0.5], 0.0)
     (0.5, 0.0, None)
     """
     if len(gains) < 2 or not all(map(math.isfinite, gains)):
         return None
-    mean, spread = statistics.fmean(gains), statistics.stdev(gains) * math.sqrt(1 + 1 / len(gains))
+    mean, spread = statistics.fmean(gains), max(statistics.stdev(gains), step) * math.sqrt(1 + 1 / len(gains))
     if spread == 0:
         return float(mean < -margin)
     return float(special.stdtr(len(gains) - 1, (-margin - mean) / spread))
+
+
+def most_outside(gains: Sequence[float], margin: float, step: float = 0.0, choice: int = 1) -> float | None:
+    """Return the upper confidence limit of the chance that a further gain is below -margin; None for few gains.
+
+    For normal gains, t = sqrt(n) (mean + margin) / s has a noncentral t distribution with a noncentrality d, and the
+    chance is Phi(-d / sqrt(n)). The limit is that of the d for which the t observed, or a larger one, has a probability
+    of 5 %; a t above 30 counts as 30, which makes the limit too high. If all gains are equal and no step is known, it
+    is that of n successes in a row, 1 - 0.05^(1/n).
+
+    Args:
+        gains: the gains of the judging seeds.
+        margin: the margin.
+        step: the step of the metric, see `chance_outside`.
+        choice: the number of tickets among which the judges have chosen; the 5 % are divided among them (Bonferroni).
+
+    >>> [round(most_outside(each, 0.0), 2) for each in ([0.01, 0.02, 0.03], [0.01, 0.02, 0.03, 0.02], [0.01] * 3)]
+    [0.45, 0.27, 0.63]
+    >>> [round(most_outside(each, 0.0, step=0.01), 2) for each in ([0.03, 0.03, 0.03], [0.03, 0.03, 0.04])]
+    [0.33, 0.29]
+    """
+    if len(gains) < 2 or not all(map(math.isfinite, gains)):
+        return None
+    mean, spread, count = statistics.fmean(gains), max(statistics.stdev(gains), step), len(gains)
+    error = 0.05 / max(1, choice)
+    if spread == 0:
+        return 1 - error ** (1 / count) if mean >= -margin else 1.0
+    seen = max(-30.0, min(30.0, math.sqrt(count) * (mean + margin) / spread))  # for larger ones, scipy does not end
+    return float(special.ndtr(-special.nctdtrinc(count - 1, 1 - error, seen) / math.sqrt(count)))
 
 
 def read_tickets(walk: Walk, candidate: Candidate, trial: int) -> tuple[Ticket, Ticket]:

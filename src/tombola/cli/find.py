@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tombola.cli.options import Verbs, add_margin, open_planner, print_note, warnings_as_notes
-from tombola.errors import UserError
+from tombola.errors import BudgetError, UserError
 from tombola.terminal import say
 
 if TYPE_CHECKING:
@@ -86,12 +86,15 @@ def find(options: argparse.Namespace) -> int:
         print_note(planner.kernel_fault)
     if measure.split == "test":
         print_note(FLATTERS)
-    walk = walk_study(planner, options.within / 100, options.strategy, budget, options.workers, options.data)
+    try:
+        walk = walk_study(planner, options.within / 100, options.strategy, budget, options.workers, options.data)
+    except BudgetError as error:
+        raise UserError(f"--{error}") from error
     if options.picture is not None:
         _write_picture(walk, options.picture)
     if walk.end.found is None:
         _show(of_walk(walk), measure, options.format)
-        raise UserError(describe_failure(walk))
+        raise UserError(f"--{describe_failure(walk)}")
     found = conclude(walk, options.within / 100)
     if options.output is not None:
         found.ticket.save(options.output, trained=True)
@@ -102,7 +105,7 @@ def find(options: argparse.Namespace) -> int:
     for line in _describe(found, measure):
         say(line, file=sys.stdout if plain else sys.stderr)
     if options.output is not None and plain:
-        say(f"{options.output}: the ticket of seed {found.walk.trials[-1][0].study.seeds[0]}, with trained weights")
+        say(f"{options.output}: the ticket of seed {found.ticket.provenance['seed']}, with trained weights")
     return 0
 
 
@@ -125,7 +128,7 @@ def _show_plan(planner: Planner, budget: Budget, options: argparse.Namespace) ->
         document = {"work": seen.work, "to_do": seen.to_do, "seconds": seen.seconds, "workers": workers}
         emit(json.dumps({**document, "bytes": seen.bytes, "parts": rows}, indent=1))
         return
-    show_table(header, lines, options.format)
+    show_table(header, [[*line[:3], *(f"{each:.1f}" for each in line[3:])] for line in lines], options.format)
     if options.format == "csv":
         return
     said = [
@@ -245,7 +248,10 @@ def _describe(found: Found, measure: Measure) -> list[str]:
         f"{over}{interval}"
     )
     if seen["outside"] is not None:
-        lines.append(f"a further seed is outside the margin with a chance of {100 * seen['outside']:.0f} %")
+        lines.append(
+            f"the chance that a further seed is outside the margin is about {100 * seen['outside']:.0f} %; with a "
+            f"confidence of 95 %, it is at most {100 * seen['outside_most']:.0f} %"
+        )
     if measure.split != "test" and seen["test"] is not None and seen["dense_test"] is not None:
         lines.append(f"test {measure.label}: {measure.text(seen['test'])}, dense {measure.text(seen['dense_test'])}")
     tried, complete = found.walk.trials[0][0].end, found.walk.trials[-1][0].end

@@ -12,7 +12,7 @@ from tombola.engine.estimate import speed_of
 from tombola.engine.forecast import Speed, makespan, paths_ahead, steps_ahead
 from tombola.engine.run import Status, run
 from tombola.engine.workers import Workers
-from tombola.errors import DamagedResultError, UserError
+from tombola.errors import BudgetError, DamagedResultError, UserError
 from tombola.lottery.search import Ask, Candidate, End, Known, Strategy, plan
 from tombola.study.planner import Chain, Planner, Progress
 from tombola.study.searches import list_chains, read_tickets
@@ -284,13 +284,13 @@ class _Search:
         self._walk.known = replace(self._walk.known, gains=gains)
 
     def _refuse(self, asked: Ask) -> None:
-        """Raise `UserError`, because the budget does not suffice for the first ticket."""
+        """Raise `BudgetError`, because the budget does not suffice for the first ticket."""
         chains = self._list_chains(replace(asked, candidates=asked.candidates[:1]))
         work = self._measure_work(chains)
         needed = f"{work:.3g} training{'s' if work != 1 else ''} of {self._whole} iterations"
         if self._budget.seconds is not None:
             needed += f", about {self._measure_time(chains):.3g} seconds"
-        raise UserError(
+        raise BudgetError(
             f"budget: {self._budget.text} is not enough; the dense network and the first ticket need {needed}, which "
             "the store does not have"
         )

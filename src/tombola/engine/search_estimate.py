@@ -24,15 +24,15 @@ class Part:
 
     Args:
         seed: the seed.
-        iterations: the iterations of a training.
-        trainings: the number of trainings, at most.
-        there: how many of them the store has.
+        iterations: the iterations of a complete training.
+        trainings: all of them at most, in complete trainings: one that ends early counts as the part that it is.
+        there: those that the store has, in complete trainings.
     """
 
     seed: int
     iterations: int
-    trainings: int
-    there: int
+    trainings: float
+    there: float
 
 
 @dataclass(frozen=True)
@@ -82,8 +82,9 @@ def estimate_search(
     missing = [stage for stage in stages if stage not in there]
     parts = []
     for number, (own, seed) in enumerate(trials):
-        mine = [stage for stage in stages if stage[0] == number and stage[2] >= 0]
-        parts.append(Part(seed, own.end, len(mine), sum(stage in there for stage in mine)))
+        mine = [stage for stage in stages if stage[0] == number]
+        stored = [stage for stage in mine if stage in there]
+        parts.append(Part(seed, own.end, *(_sum_iterations(some) / own.end for some in (mine, stored))))
     work, to_do = (_sum_iterations(some) / planner.end for some in (stages, missing))
     densities = [(1 - study.fraction) ** max(0, level) for _, _, level, _ in missing]
     size = sum(result_bytes(trials[stage[0]][0], density) for stage, density in zip(missing, densities, strict=True))

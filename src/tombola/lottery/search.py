@@ -4,7 +4,8 @@ A search tries tickets one after another. Each is named by its path, the levels 
 paper's 20 % rounds to level 8 are the path 1, 2, ..., 8, and the path 5, 8 prunes the dense network to level 5 at once,
 trains, and prunes to level 8. A *strategy* is a pure function of what is known of the tickets tried so far; it returns
 the tickets to try next, or none if it has ended. `plan` adds what all strategies have in common: the ticket that is
-found is trained with further seeds, which judge it. If they refute it, the strategy goes on with that knowledge.
+found is trained with further seeds, which judge it. If they refute it, the strategy goes on with that knowledge; if
+they do not, they judge the next level, which the first seed may have refuted by chance.
 """
 
 from __future__ import annotations
@@ -55,8 +56,8 @@ class Candidate:
 class Known:
     """What is known in the course of a search.
 
-    A trial is a repetition of all trainings. The first decides where the search goes. The others judge what it finds:
-    the search has not chosen by their results, so that they are not better than those of another seed would be.
+    A trial is a repetition of all trainings. The first decides where the search goes. The others judge what it finds,
+    and then the first has no say in it.
 
     Args:
         importances: the importances to search.
@@ -84,14 +85,13 @@ class Known:
     def keeps(self, candidate: Candidate) -> bool | None:
         """Return whether a ticket keeps the metric, as far as is known; None if it has not been tried.
 
-        In the first trial its gain has to be at least -margin, and so has the mean over the other trials once all of
-        them are known.
+        The mean of its gains over all trials but the first has to be at least -margin; until all of them are known, its
+        gain in the first trial.
         """
         gains = self.gains.get(candidate, {})
-        if 0 not in gains:
-            return None
-        others = [gains[trial] for trial in gains if trial]
-        return self._within(gains[0]) and (not self.judged(candidate) or self._within(math.fsum(others) / len(others)))
+        if self.judged(candidate):
+            return self.within(math.fsum(gains[trial] for trial in gains if trial) / (self.trials - 1))
+        return self.within(gains[0]) if 0 in gains else None
 
     def judged(self, candidate: Candidate) -> bool:
         """Return whether all trials but the first are known of a ticket, and there are some."""
@@ -99,7 +99,10 @@ class Known:
 
     @property
     def best(self) -> Candidate | None:
-        """The sparsest ticket that keeps the metric, as far as is known; of several, the one with the largest gain."""
+        """The sparsest ticket that keeps the metric, as far as is known.
+
+        Of several, it is one that is judged, and the one with the largest gain in the first trial.
+        """
         return self._sparsest([each for each in self.gains if self.keeps(each)])
 
     def bounds(self, importance: str) -> tuple[Candidate | None, int]:
@@ -113,11 +116,12 @@ class Known:
         refuted = [each.level for each in own if self.keeps(each) is False and each.level > least]
         return kept, min(refuted, default=self.levels + 1)
 
-    def _within(self, gain: float) -> bool:
+    def within(self, gain: float) -> bool:
+        """Return whether a gain is at least -margin."""
         return gain >= -self.margin - _ROUNDING * max(1.0, self.margin)
 
     def _sparsest(self, candidates: Sequence[Candidate]) -> Candidate | None:
-        return max(candidates, key=lambda each: (each.level, self.gains[each][0]), default=None)
+        return max(candidates, key=lambda each: (each.level, self.judged(each), self.gains[each][0]), default=None)
 
 
 Strategy: TypeAlias = Callable[[Known], Sequence[Candidate]]
@@ -165,7 +169,7 @@ def race(known: Known) -> list[Candidate]:
 
     Importances are ranked by the sparsest ticket that keeps the metric, then by its gain. After each ticket that the
     first has tried, half of the importances are left. Those that cannot pass the first are dropped at once. When the
-    race is over, each of the others may still pass the first, by one level.
+    race is over, the second may still pass the first, by one level.
 
     >>> gains = {Candidate("l1", (5,)): {0: 0.0}, Candidate("l2", (5,)): {0: -0.1}}
     >>> race(Known(("l1", "l2"), 10, 0.0, 1, gains))
@@ -178,7 +182,7 @@ def race(known: Known) -> list[Candidate]:
     left = order[: math.ceil(len(order) / 2**tried)]
     going = [each for each in left if each == first or known.bounds(each)[1] > level]
     asked = [found for each in going if (found := step(known, each, known.levels)) is not None]
-    return asked or [found for each in order[1:] if (found := _pass(known, each, level + 1)) is not None]
+    return asked or [found for each in order[1:2] if (found := _pass(known, each, level + 1)) is not None]
 
 
 def early(known: Known) -> list[Candidate]:
@@ -211,7 +215,7 @@ EARLY = 0.25
 """The part of its iterations after which a training ends that only decides what is pruned next."""
 
 DEFAULT = "race"
-"""The strategy that is used if none is named: the cheapest of those that docs/find.md compares that lost nowhere."""
+"""The strategy that is used if none is named, see docs/find.md for the comparison."""
 
 
 def find_strategy(name: str | Strategy) -> Strategy:
@@ -289,7 +293,7 @@ def plan(known: Known, strategy: Strategy) -> Ask | End:
     """Return what to train next, or the ticket that was found.
 
     If the strategy asks for nothing, the ticket that was found is trained in the other trials. If these refute it, the
-    strategy is asked again.
+    strategy is asked again. If they do not, they judge its next level, unless they have judged one of that importance.
 
     Raises:
         UserError: if the strategy asks for a ticket that cannot be, or only for those that it knows.
@@ -306,8 +310,9 @@ def plan(known: Known, strategy: Strategy) -> Ask | End:
     best = known.best
     if best is None:
         return End(None, "no ticket that was tried keeps the metric")
-    if missing := tuple(trial for trial in range(known.trials) if trial not in known.gains[best]):
-        return Ask((best,), missing)
+    for each in (best, *_next_to_judge(known, best)):
+        if missing := tuple(trial for trial in range(known.trials) if trial not in known.gains.get(each, {})):
+            return Ask((each,), missing)
     if best.level >= known.levels:
         return End(best, f"level {best.level} is the last level of the study, and sparser tickets were not tried")
     return End(best, f"level {best.level} keeps the metric, and no sparser ticket that was tried does")
@@ -369,6 +374,15 @@ def _pass(known: Known, importance: str, level: int) -> Candidate | None:
     if level > known.levels or level >= refuted:
         return None
     return Candidate(importance, (*(kept.path if kept else ()), level))
+
+
+def _next_to_judge(known: Known, best: Candidate) -> list[Candidate]:
+    """Return the ticket of the level after the best one, if there are judges who have not judged that level."""
+    level = best.level + 1
+    same = [each for each in known.gains if (each.importance, each.level) == (best.importance, level)]
+    if known.trials == 1 or level > known.levels or any(map(known.judged, same)):
+        return []
+    return [replace(best, path=(*best.path, level))]
 
 
 def _rank(known: Known, importance: str) -> tuple[float, ...]:

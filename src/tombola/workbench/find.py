@@ -52,7 +52,7 @@ class Found:
     """A ticket that a search has found.
 
     Args:
-        ticket: the ticket, with its trained weights.
+        ticket: the ticket of the first seed that keeps the metric itself, with its trained weights.
         verdict: how sure it is, see `tombola.analysis.frontier.verdict`.
         table: what was tried, see `tombola.analysis.frontier.of_walk`.
         reason: why the search ended.
@@ -249,12 +249,14 @@ def conclude(walk: Walk, within: float) -> Found:
     if walk.end.found is None:
         raise UserError(describe_failure(walk))
     found = walk.end.found
-    trial = next(number for number, (planner, _) in enumerate(walk.trials) if planner is walk.trials[-1][0])
-    if trial not in walk.known.gains[found]:
+    gains = walk.known.gains[found]
+    complete = [number for number in sorted(gains) if walk.trials[number][0] is walk.trials[-1][0]]
+    if not complete:
         raise UserError(
             f"{walk.end.reason}: {found.importance} at level {found.level} keeps the metric in short trainings, and "
             "was not trained in full; give a larger budget, and the search goes on"
         )
+    trial = next(number for number in complete if walk.known.within(gains[number]))
     ticket = frontier.read_tickets(walk, found, trial)[1]
     unknown = (*walk.unknown, *_list_unknown(walk))
     return Found(ticket, frontier.verdict(walk, within), frontier.of_walk(walk), walk.end.reason, unknown, walk)
