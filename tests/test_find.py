@@ -504,6 +504,15 @@ def test_the_ticket_is_of_the_first_seed_that_keeps_the_metric_itself(root: Path
     gains = {**seen.known.gains, seen.end.found: {0: -1.0, 1: -0.06, 2: 0.0}}
     lucky = replace(seen, known=replace(seen.known, gains=gains))
     assert conclude(lucky, 0.05).ticket.provenance["seed"] == 2
+    # A budget that ended while the complete trainings judged a ticket of short ones, of which the first has lost it.
+    short, complete = seen.trials[0], seen.trials[-1]
+    cut = {**seen.known.gains, seen.end.found: {0: 0.0, 1: -1.0}}
+    own = planner(complete[0].store.root, complete[0].study)
+    ended = replace(
+        seen, known=replace(seen.known, gains=cut), trials=(short, *((own, seed) for _, seed in seen.trials[1:]))
+    )
+    with pytest.raises(UserError, match="no complete training of it has kept it yet; give a larger budget"):
+        conclude(ended, 0.05)
 
 
 def test_judges_overrule_the_first_seed_and_judge_the_next_level() -> None:

@@ -75,7 +75,8 @@ def test_no_value_of_an_option_raises(words: list[str]) -> None:
     """The options are parsed and the study is loaded; the verb itself is not called."""
 
     def load(verb: object, options: argparse.Namespace, *, ends: bool) -> int:
-        assert verb is not _store_verb and not ends
+        assert verb is not _store_verb
+        assert not ends
         open_study(options)
         return 0
 

@@ -251,13 +251,14 @@ def conclude(walk: Walk, within: float) -> Found:
     found = walk.end.found
     gains = walk.known.gains[found]
     complete = [number for number in sorted(gains) if walk.trials[number][0] is walk.trials[-1][0]]
-    if not complete:
+    keeping = [number for number in complete if walk.known.within(gains[number])]
+    if not keeping:
+        done = "no complete training of it has kept it yet" if complete else "was not trained in full"
         raise UserError(
             f"{walk.end.reason}: {found.importance} at level {found.level} keeps the metric in short trainings, and "
-            "was not trained in full; give a larger budget, and the search goes on"
+            f"{done}; give a larger budget, and the search goes on"
         )
-    trial = next(number for number in complete if walk.known.within(gains[number]))
-    ticket = frontier.read_tickets(walk, found, trial)[1]
+    ticket = frontier.read_tickets(walk, found, keeping[0])[1]
     unknown = (*walk.unknown, *_list_unknown(walk))
     return Found(ticket, frontier.verdict(walk, within), frontier.of_walk(walk), walk.end.reason, unknown, walk)
 
