@@ -114,6 +114,20 @@ def test_products_of_wide_layers_in_single_precision_are_those_in_double() -> No
     assert (found - exact).abs().max() < 1e-5 * exact.abs().max()
 
 
+def test_outputs_of_half_precision_are_multiplied_in_single() -> None:
+    """The products overflow in half precision, which has no number above 65504."""
+    few = (1000 * random(8, 50)).half()
+    exact, found = compare_examples(few.double()), compare_examples(few)
+    assert (found - exact).abs().max() < 1e-5 * exact.abs().max()
+
+
+def test_a_layer_with_the_same_outputs_for_all_examples_is_aligned_with_none() -> None:
+    """As a layer without connections, whose outputs are its bias: rounding errors must not be compared."""
+    dead = random(1, 40).float().expand(25, 40)
+    assert compare_examples(dead).count_nonzero() == 0
+    assert align(dead, random(25, 40, seed=1).float()) is None
+
+
 def test_an_impossible_class_counts_nothing() -> None:
     one = torch.tensor([[0.0, 1.0, -math.inf], [1.0, 0.0, -math.inf]])
     found, without = (compare(each, each.flip(0), torch.arange(2)) for each in (one, one[:, :2]))

@@ -201,7 +201,8 @@ def _calls() -> dict[str, tuple[Callable[..., Any], dict[str, Any], dict[str, se
         "release": (loops.release, {"model": model}, {}),
         "snapshot": (loops.snapshot, {"model": model, "optimizer": optimizer}, {"optimizer": none}),
         "rewind": (loops.rewind, {"model": model, "start": start, "mask": mask}, {}),
-        "lightning": (loops.lightning_callback, {"mask": mask}, {}),
+        "lightning": (loops.lightning_callback, {"mask": mask, "model": model}, {"model": none}),
+        "transformers": (loops.transformers_callback, {"mask": mask, "model": model}, {"model": none}),
         "from_torch_prune": (interchange.from_torch_prune, {"model": model}, {}),
         "to_torch_prune": (interchange.to_torch_prune, {"model": nn.Linear(4, 3), "mask": mask}, {}),
         "from_open_lth": (interchange.from_open_lth, {"masks": {"w": [1, 0]}}, {"masks": {"a dict"}}),
@@ -252,7 +253,6 @@ def _calls() -> dict[str, tuple[Callable[..., Any], dict[str, Any], dict[str, se
     }  # fmt: skip
 
 
-@pytest.mark.usefixtures("importable_torchvision")
 def test_what_is_of_a_wrong_type_is_told_in_a_sentence() -> None:
     calls = _calls()
     for name, (function, right, may) in calls.items():

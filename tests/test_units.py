@@ -268,6 +268,8 @@ def test_the_range_of_random_tickets_by_hand() -> None:
     assert sentence.endswith(": 15.00 points more than random tickets (15.00 %, 95 % 6.99 to 23.01).")
     (sentence,) = uniqueness.describe_matching(pl.DataFrame(pairs).with_columns(matched_jaccard=0.23))
     assert "no more than random tickets" in sentence  # more than their mean, and within their range
+    wide = matching.summarise(pl.DataFrame(pairs).with_columns(draws=2, chance_sd=0.3), "kind").row(0, named=True)
+    assert (wide["chance_low"], wide["chance_high"]) == (0.0, 1.0)  # no overlap lies outside
     once = pl.DataFrame(pairs).with_columns(draws=1, chance_sd=pl.lit(None, pl.Float64))
     assert matching.summarise(once)["chance_high"].to_list() == [None, None]
     assert "of one draw" in uniqueness.describe_matching(once)[0]

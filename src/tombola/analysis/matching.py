@@ -163,8 +163,9 @@ def summarise(table: pl.DataFrame, *by: str) -> pl.DataFrame:
 
     - chance_low, chance_high: the range in which the mean of matched_jaccard lies in 95 % of cases if tickets are like
       random ones; null if fewer than two pairs of random tickets were drawn for each pair. For P pairs with n draws
-      each, of standard deviations s, it is chance_jaccard -+ t sqrt((1 + 1 / n) sum(s^2)) / P, where t is the 97.5 %
-      point of Student's t with P (n - 1) degrees of freedom. Pairs are taken as independent.
+      each, of standard deviations s, it is chance_jaccard -+ t sqrt((1 + 1 / n) sum(s^2)) / P, cut off at 0 and 1,
+      where t is the 97.5 % point of Student's t with P (n - 1) degrees of freedom. Pairs are taken as independent, and
+      as equally variable.
 
     Args:
         table: of `of_study`, or a part of it.
@@ -190,7 +191,10 @@ def summarise(table: pl.DataFrame, *by: str) -> pl.DataFrame:
     student = pl.lit(pl.Series(stats.t.ppf(0.975, means["freedom"].to_numpy())))
     half = pl.when(pl.col("chance_sd").is_not_null()).then(student * pl.col("spread"))
     return (
-        means.with_columns(chance_low=pl.col("chance_jaccard") - half, chance_high=pl.col("chance_jaccard") + half)
+        means.with_columns(
+            chance_low=(pl.col("chance_jaccard") - half).clip(0.0, 1.0),
+            chance_high=(pl.col("chance_jaccard") + half).clip(0.0, 1.0),
+        )
         .drop("spread", "freedom")
         .sort([name for name in names if name in ("level", "kind")], maintain_order=True)
     )

@@ -177,15 +177,17 @@ def compare_examples(outputs: Tensor) -> Tensor:
     sum of the products of two such matrices, divided by n (n - 3), is the unbiased estimator of HSIC.
 
     Args:
-        outputs: shape (n, ...), n of 4 or more. The products of 4096 values at a time have its precision.
+        outputs: shape (n, ...), n of 4 or more. The products of 4096 values at a time are added up in its precision, or
+            in single precision if it has less.
 
     >>> compare_examples(torch.randn(6, 3)).sum(0).abs().max() < 1e-9
     tensor(True)
     """
-    flat, n = outputs.flatten(1), len(outputs)
+    flat, n = outputs.flatten(1).to(torch.promote_types(outputs.dtype, torch.float32)), len(outputs)
     gram = torch.zeros(n, n, dtype=torch.float64)
     for part in torch.split(flat, _VALUES, 1):
-        shifted = part - part.mean(0)  # changes nothing but the rounding
+        shifted = part - part[0]  # exactly 0 where all examples are alike, as in a dead layer
+        shifted -= shifted.mean(0)  # like the line before, it changes nothing but the rounding
         gram += shifted @ shifted.T
     gram = ((gram + gram.T) / 2).fill_diagonal_(0.0)
     rows = gram.sum(0) / (n - 2)

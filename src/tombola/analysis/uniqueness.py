@@ -115,7 +115,7 @@ def describe_matching(table: pl.DataFrame) -> list[str]:
         if row["chance_high"] is None:
             verdict = f"random tickets {chance:.2f} %, of one draw, which does not say how much they vary"
         else:
-            low, high = 100 * max(0.0, row["chance_low"]), 100 * min(1.0, row["chance_high"])
+            low, high = 100 * row["chance_low"], 100 * row["chance_high"]
             random = f"random tickets ({chance:.2f} %, 95 % {low:.2f} to {high:.2f})"
             verdict = f"no more than {random}, so the order of units does not make them alike"
             if matched > high:

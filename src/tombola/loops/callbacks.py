@@ -20,8 +20,6 @@ class Holder:
     """
 
     def __init__(self, mask: Mask, model: nn.Module | None = None) -> None:
-        expect(mask, Mask, "mask", "a tombola.Mask")
-        expect(model, nn.Module | None, "model", "a torch.nn.Module")
         self.mask, self.model = mask, model
         self._held: Hold | None = None
 
@@ -81,6 +79,7 @@ def lightning_callback(mask: Mask, model: nn.Module | None = None) -> Any:
     Raises:
         UserError: if Lightning is not installed.
     """
+    _expect(mask, model)
     try:
         from lightning.pytorch import Callback
     except ModuleNotFoundError:
@@ -104,8 +103,15 @@ def transformers_callback(mask: Mask, model: nn.Module | None = None) -> Any:
     Raises:
         UserError: if transformers is not installed.
     """
+    _expect(mask, model)
     try:
         from transformers import TrainerCallback
     except ModuleNotFoundError as error:
         raise UserError("transformers is not installed: pip install transformers accelerate") from error
     return type("HoldMask", (TransformersHooks, TrainerCallback), {})(mask, model)
+
+
+def _expect(mask: object, model: object) -> None:
+    """Raise `UserError` for arguments of a wrong type, before the library is imported, which takes seconds."""
+    expect(mask, Mask, "mask", "a tombola.Mask")
+    expect(model, nn.Module | None, "model", "a torch.nn.Module")
