@@ -288,6 +288,11 @@ def test_a_step_that_needs_derivatives_and_large_outputs_are_observed() -> None:
     assert spread(2**24 + 4, 3).tolist() == [0, 2**23 + 1, 2**24 + 3]
 
 
+def test_outputs_that_are_not_dense_are_not_observed() -> None:
+    with pytest.raises(UserError, match="expected a dense tensor with values, got one that is sparse"):
+        observe(Network, loss, dataset(), forward=lambda model, inputs: model(inputs).to_sparse())
+
+
 # What a study names
 
 
