@@ -172,6 +172,7 @@ def test_mistakes_on_the_command_line(refused: Refused) -> None:
     assert refused("find", "digits", "-o", "a.svg", "--picture", "a.svg") == (
         "--picture a.svg: the ticket would be written there too; name another file"
     )
+    assert "written there too" in refused("find", "digits", "-o", "a.svg", "--picture", f"../{Path.cwd().name}/a.svg")
     assert refused("run", "digits", "--store", "y/" * 2000).endswith(
         "the folder cannot be made: it is in too many others"
     )

@@ -31,7 +31,8 @@ from tombola.study.planner import Planner
 from tombola.study.repeatable import check_repeatable
 from tombola.study.schema import Study, Task
 from tombola.study.task import Problem, load_problem
-from tombola.training.behaviour import TOLERANCE, agree, observe
+from tombola.training.behaviour import TOLERANCE, agree, observe, observe_recipe
+from tombola.training.recipe import Recipe
 from tombola.training.trial import spread
 
 
@@ -193,6 +194,17 @@ def test_functions_of_a_recipe_are_observed_too(tmp_path: Path, name: str, value
         assert keys(plan()) == []
 
 
+def test_a_schedule_may_give_negative_numbers_where_its_warm_up_is_longer_than_what_is_observed() -> None:
+    recipe = Recipe(iterations=1000, schedule="own:schedule")
+
+    def schedule(iteration: int, end: int) -> float:
+        return (end - iteration) / (end - 500)
+
+    assert observe_recipe(recipe, {"schedule": schedule})
+    with pytest.raises(UserError, match=r"expected a finite number from 0, got -0\.25 at iteration 0 of 100"):
+        recipe.own_factor(schedule, 0, 100)
+
+
 def test_a_network_that_does_not_repeat_is_refused(tmp_path: Path) -> None:
     count = iter(range(1000))
     plan = planner(tmp_path)
@@ -274,6 +286,11 @@ def test_a_step_that_needs_derivatives_and_large_outputs_are_observed() -> None:
 
     assert len(observe(Network, loss, dataset(), step=penalise)) == 2
     assert spread(2**24 + 4, 3).tolist() == [0, 2**23 + 1, 2**24 + 3]
+
+
+def test_outputs_that_are_not_dense_are_not_observed() -> None:
+    with pytest.raises(UserError, match="expected a dense tensor with values, got one that is sparse"):
+        observe(Network, loss, dataset(), forward=lambda model, inputs: model(inputs).to_sparse())
 
 
 # What a study names

@@ -105,7 +105,7 @@ def test_no_value_of_an_option_raises(words: list[str]) -> None:
         (["plan", "--data-seeds", *map(str, range(5, 1006))], "data_seeds: expected at most 1000 values, got 1001"),
         (
             ["plan", "--seeds", *map(str, range(101)), "--data-seeds", *map(str, range(200, 300))],
-            " chains of tickets, expected at most 10000; name fewer of them",
+            " chains of tickets, expected at most 10000; name fewer of them, or write several studies",
         ),
         (["plan", "--seeds", "1" + 30 * "0"], "seeds.0: expected a number up to 9.22337e+18, got 1000"),
         (["plan", "--recipe.gamma", "1e200", "--recipe.schedule", "milestones", "--recipe.milestones", "1", "2"],

@@ -22,6 +22,7 @@ from tombola.files import read_regular
 from tombola.lottery.ticket import Ticket
 from tombola.pruning.mask import Mask
 from tombola.reporting.contents import COSTLY, gather
+from tombola.store.names import name_of
 from tombola.store.store import Store
 from tombola.study import planner as planning
 from tombola.study import reinitialisation
@@ -304,10 +305,7 @@ def test_a_record_that_says_a_thousand_draws_makes_a_collection_draw_no_more(
     notes = Store(store).results.notes("reinit")
     most = max(note["draws"] for note in notes.values())
     for key in notes:
-        path = Store(store).results.folder(key) / "record.json"
-        record = json.loads(path.read_text())
-        record["reinit"]["draws"] = 1000
-        path.write_text(json.dumps(record))
+        _change_record(Store(store).results.folder(key) / "record.json", draws=1000)
     drawn: list[int] = []
     draw = reinitialisation.new_seed
     monkeypatch.setattr(reinitialisation, "new_seed", lambda *place: drawn.append(place[1]) or draw(*place))
@@ -334,8 +332,35 @@ def test_a_draw_that_was_done_before_an_earlier_one_is_needed(root: Path, tmp_pa
         for key in first - second:
             Store(store).results.discard(key)
         assert second <= list_needs(Tickets(planner(store, STUDY)))
-    other = STUDY.model_copy(update={"recipe": STUDY.recipe.model_copy(update={"lr": 0.01})})
-    assert not second & list_needs(Tickets(planner(store, other)))
+
+
+@pytest.mark.parametrize("field", ["recipe", "seed", "data", "model"])
+def test_draws_of_another_study_are_not_needed_though_draws_are_missing(root: Path, tmp_path: Path, field: str) -> None:
+    store = tmp_path / "store"
+    shutil.copytree(root, store)
+    of = planner(store, STUDY)
+    results = of.store.results
+    for key in results.notes("reinit"):
+        _change_record(results.folder(key) / "record.json", draws=3)
+    before = list_needs(Tickets(of))
+    key = min(results.notes("reinit"))
+    document, trained = results.document(key), results.get(key)
+    assert document is not None
+    assert trained is not None
+    for number in range(2):
+        changes = {"initial": f"{number}" * 64} | ({field: "another"} if number else {})
+        identity = {**document.identity, **changes}
+        results.put(name_of(identity), identity, results.read_mask(key, of.dense.shapes), trained, results.record(key))
+        (added,) = set(results.notes("reinit")) - before
+        needs = list_needs(Tickets(of))
+        assert needs == (before if number else before | {added})
+        before |= {added}
+
+
+def _change_record(path: Path, **changes: Any) -> None:
+    record = json.loads(path.read_text())
+    record["reinit"] |= changes
+    path.write_text(json.dumps(record))
 
 
 def test_each_chain_is_followed_once_for_what_a_study_needs(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:

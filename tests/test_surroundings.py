@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator
 from multiprocessing import forkserver, process, util
 from pathlib import Path
@@ -67,6 +68,29 @@ def test_a_mistake_is_no_failure_where_standard_error_is_on_a_full_disk(monkeypa
         full.flush()  # nothing is left that Python would write at its end, and fail
 
 
+def test_ctrl_c_is_no_failure_where_standard_error_is_on_a_full_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(*_: object, **how: bool) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys.modules["tombola.cli.main"], "_call", stop)
+    with open("/dev/full", "w", buffering=1) as full:
+        monkeypatch.setattr(sys, "stderr", full)
+        assert main(["presets"]) == 130
+        full.flush()
+
+
+def test_a_thread_that_has_ended_is_not_said(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ended: list[int] = []
+    module = sys.modules["tombola.cli.main"]
+    monkeypatch.setattr(module, "end_at_once", ended.append)
+    for threads in ([threading.main_thread()], [threading.main_thread(), threading.Thread()]):
+        monkeypatch.setattr(threading, "enumerate", lambda threads=threads: threads)
+        module._end_without_threads(2)
+        assert bool(capsys.readouterr().err) == bool(ended) == (len(threads) > 1)
+
+
 LEFT = """
 import sys, threading
 from tombola.cli import main
@@ -82,7 +106,7 @@ def test_a_thread_that_goes_on_does_not_keep_the_command_from_ending() -> None:
     assert done.returncode == 2
     mistake, thread = done.stderr.splitlines()
     assert mistake.startswith("tombola: study 'nonsense' is neither")
-    assert thread == "tombola: a thread that the study's code started goes on after 0 s; the command ends without it"
+    assert thread == "tombola: a thread of the study's code still runs after 0 s; the command ends without it"
 
 
 def test_closed_streams_are_no_error(monkeypatch: pytest.MonkeyPatch) -> None:

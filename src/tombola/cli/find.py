@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -68,7 +69,8 @@ def find(options: argparse.Namespace) -> int:
         for name, path in (("output", options.output), ("picture", options.picture)):
             if path is not None:
                 _check(name, path, check_output)
-        if options.output is not None and options.output == options.picture:
+        files = [os.path.realpath(path) for path in (options.output, options.picture) if path is not None]
+        if len(files) > len(set(files)):
             raise UserError(f"picture {options.picture}: the ticket would be written there too; name another file")
     except UserError as error:
         raise UserError(f"--{error}") from error

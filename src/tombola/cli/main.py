@@ -97,7 +97,7 @@ def _run(arguments: Sequence[str] | None) -> int:
         return 2
     except KeyboardInterrupt:
         again = "; finished trainings are kept, continue with: " + shlex.join(["tombola", *given])
-        say(f"\ntombola: stopped{again if set(given[:1]) & _TRAIN else ''}", file=sys.stderr, flush=True)
+        _tell(f"\ntombola: stopped{again if set(given[:1]) & _TRAIN else ''}")
         if arguments is None:
             end_at_once(130)  # because the normal exit of torch can take seconds
         return 130
@@ -120,7 +120,7 @@ def _tell(text: str) -> None:
     """Print a line to standard error, also where Python's stream was closed: under json and csv, it is both."""
     if not _is_closed(sys.stderr):
         try:
-            say(text, file=sys.stderr)
+            say(text, file=sys.stderr, flush=True)
         except OSError:  # it is on a full disk
             _discard(sys.stderr)
         return
@@ -146,15 +146,20 @@ def _discard(stream: TextIO) -> None:
 
 def _end_soon(status: int) -> None:
     """Let the process end although a thread that a user's code has started goes on; Python would wait for it."""
-    if any(thread is not threading.main_thread() and not thread.daemon for thread in threading.enumerate()):
+    if _has_threads():
         timer = threading.Timer(_PATIENCE, _end_without_threads, [status])
         timer.daemon = True
         timer.start()
 
 
+def _has_threads() -> bool:
+    return any(thread is not threading.main_thread() and not thread.daemon for thread in threading.enumerate())
+
+
 def _end_without_threads(status: int) -> None:
-    _tell(f"tombola: a thread that the study's code started goes on after {_PATIENCE:g} s; the command ends without it")
-    end_at_once(status)
+    if _has_threads():  # else what is left is done by this process itself, as when torch ends
+        _tell(f"tombola: a thread of the study's code still runs after {_PATIENCE:g} s; the command ends without it")
+        end_at_once(status)
 
 
 def _call(verb: Verb, options: argparse.Namespace, *, ends: bool) -> int:

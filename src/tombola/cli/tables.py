@@ -111,14 +111,23 @@ def show_table(header: Sequence[str], lines: Sequence[Sequence[Any]], form: str)
         csv.writer(out, lineterminator="\n").writerows([keys, *([_in_csv(value) for value in line] for line in lines)])
         emit(out.getvalue().removesuffix("\n"))
     else:
-        table = empty_table()
-        for title, values in zip(header, zip(*lines, strict=True) if lines else [()] * len(header), strict=True):
-            table.add_column(
-                visible(title), justify="right" if all(isinstance(value, int) for value in values) else "left"
-            )
-        for line in lines:
-            table.add_row(*(visible(str(value)) for value in line))
+        columns = list(zip(*lines, strict=True)) if lines else [()] * len(header)
+        cells = [[visible(str(value)) for value in values] for values in columns]
+        table = _empty_table(header, columns)
+        table.add_row(*map("\n".join, cells))  # rich takes a minute for ten thousand rows, and a moment for one
+        if too_wide(table):  # its cells are wrapped, so that each line is a row
+            table = _empty_table(header, columns)
+            for row in zip(*cells, strict=True):
+                table.add_row(*row)
         print_table(table)
+
+
+def _empty_table(header: Sequence[str], columns: Sequence[Sequence[Any]]) -> Table:
+    table = empty_table()
+    for title, values in zip(header, columns, strict=True):
+        whole = all(isinstance(value, int) for value in values)
+        table.add_column(visible(title), justify="right" if whole else "left")
+    return table
 
 
 def _in_csv(value: Any) -> Any:

@@ -162,11 +162,12 @@ class Dataset:
         parts = [getattr(self, f"{split}_{part}") for split in self.splits for part in ("inputs", "labels")]
         tensors = [tensor for part in parts for tensor in list_tensors(part).values()]
         versions = [(id(each), 0 if each.is_inference() else each._version) for each in tensors]
-        known, fingerprint = vars(self).get("_fingerprint", (None, ""))
+        known, _, fingerprint = vars(self).get("_fingerprint", (None, None, ""))
         if known != versions:
             digests = [digest_of_part(part) for part in parts]
             fingerprint = fingerprint_of(len(self.classes), self.mean, self.std, digests)
-            object.__setattr__(self, "_fingerprint", (versions, fingerprint))
+            # The tensors are kept because the number of one that is gone may be given to another.
+            object.__setattr__(self, "_fingerprint", (versions, tensors, fingerprint))
         return str(fingerprint)
 
 

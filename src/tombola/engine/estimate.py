@@ -92,17 +92,21 @@ def estimate(
             (chain, path) for chain, p in progress.items() for path in paths_ahead(planner, chain, p, speed) if path
         ]
 
+    def count_bytes(ahead: Sequence[tuple[Chain, Sequence[Step]]]) -> int:
+        return sum(result_bytes(planner, step.density) for step in _each_once(ahead))
+
     known = [*progress.values(), *(beside.all().values() if beside else ())]
-    size = sum(result_bytes(planner, step.density) for step in _each_once(list_ahead(Speed({1.0: 0.0}, 0.0, 0.0, ""))))
     try:
         speed = measure_speed(planner, known, workers, directory, here=here)
     except DivergedError as error:
-        return Estimate(chains, len(keys), to_train, None, str(error), None, None, size)
+        ahead = list_ahead(Speed({1.0: 0.0}, 0.0, 0.0, ""))
+        return Estimate(chains, len(keys), to_train, None, str(error), None, None, count_bytes(ahead))
     ahead = list_ahead(speed)
     total = sum(step.seconds for step in _each_once(ahead))
     lengths = [(chain, sum(step.seconds for step in steps)) for chain, steps in ahead]
     seconds = speed.start + makespan([steps for _, steps in ahead], workers)
     critical = max(lengths, key=lambda each: each[1])
+    size = count_bytes(ahead)
     return Estimate(chains, len(keys), to_train, total / to_train, speed.source, seconds, critical, size)
 
 

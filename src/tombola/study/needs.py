@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import groupby
 from operator import attrgetter
+from typing import Any
 
+from tombola.store.names import name_of
 from tombola.study.planner import Chain
 from tombola.study.reinitialisation import Plan, list_notes, plan_again
 from tombola.study.searches import list_planners
@@ -29,40 +31,43 @@ def list_needs(tickets: Tickets) -> set[str]:
     """
     planners = list_planners(tickets.planner)
     needs = set[str]().union(*(list_chain_needs(Tickets(planner), chains) for planner, chains in planners))
-    for (level, importances), draws in list_notes(tickets).items():
-        for seed in tickets.study.seeds:
-            found = plan_again(tickets, level, draws, importances, seed)
-            if found is not None:
-                needs |= _list_draws_needs(found)
+    plans = [
+        plan_again(tickets, level, draws, importances, seed)
+        for (level, importances), draws in list_notes(tickets).items()
+        for seed in tickets.study.seeds
+    ]
+    needs |= _list_reinitialised_needs(tickets, [each for each in plans if each is not None])
     return needs | list_single_needs(tickets, needs)
 
 
-def _list_draws_needs(plan: Plan) -> set[str]:
-    """Return the names that the partial reinitialisations of one seed need.
+def _list_reinitialised_needs(tickets: Tickets, plans: Sequence[Plan]) -> set[str]:
+    """Return the names that partial reinitialisations need.
 
     The draws are followed up to the first of which the store has nothing: a record may say any number of draws, and the
-    initial weights of each take time. As a run that was interrupted may have done later draws first, all trainings
-    with the study's identity and this seed that a partial reinitialisation asked for are kept then.
+    initial weights of each take time. As a run that was interrupted may have done later draws first, all stored
+    trainings that could be draws of this seed are kept then.
     """
-    planner, needs = plan.planner, set[str]()
-    for _, chains in groupby(planner.chains, key=attrgetter("seed")):
-        draw = list_chain_needs(Tickets(planner), list(chains))
-        needs |= draw
-        if not any(key in planner.store.results for key in draw):
-            return needs | _list_reinitialised(plan)
+    results, needs, interrupted = tickets.planner.store.results, set[str](), set[str]()
+    for plan in plans:
+        planner = plan.planner
+        for _, chains in groupby(planner.chains, key=attrgetter("seed")):
+            draw = list_chain_needs(Tickets(planner), list(chains))
+            needs |= draw
+            if not any(key in results for key in draw):
+                own = planner.training(plan.seed, planner.initial(1), planner.dense, 0, planner.end)
+                interrupted.add(_name_family(own.identity))
+                break
+    for key in results.notes("reinit") if interrupted else ():
+        document = results.document(key)
+        if document is not None and _name_family(document.identity) in interrupted:
+            needs.add(key)
     return needs
 
 
-def _list_reinitialised(plan: Plan) -> set[str]:
-    """Return the names of the stored trainings that could be draws of one seed, whatever draws these are."""
-    planner, found = plan.planner, set[str]()
-    own = planner.training(plan.seed, planner.initial(1), planner.dense, 0, planner.end).identity
-    same = own.keys() - {"initial", "mask", "begin", "end", "sparse", "packed"}
-    for key in planner.store.results.notes("reinit"):
-        document = planner.store.results.document(key)
-        if document is not None and all(document.identity.get(name) == own[name] for name in same):
-            found.add(key)
-    return found
+def _name_family(identity: Mapping[str, Any]) -> str:
+    """Return a name that the trainings of all draws and levels of one seed of a study have in common."""
+    of_each = {"initial", "mask", "begin", "end", "sparse", "packed"}
+    return name_of({field: value for field, value in identity.items() if field not in of_each})
 
 
 def list_chain_needs(tickets: Tickets, chains: Sequence[Chain] | None = None) -> set[str]:

@@ -193,7 +193,8 @@ class Study(Fields):
         if chains > MOST_CHAINS:
             raise ValueError(
                 f"seeds: {len(self.seeds)} seeds × ({len(self.importances)} importances + {orders} with further data "
-                f"orders) are {chains} chains of tickets, expected at most {MOST_CHAINS}; name fewer of them"
+                f"orders) are {chains} chains of tickets, expected at most {MOST_CHAINS}; name fewer of them, or "
+                "write several studies, which may share a store"
             )
         return self
 

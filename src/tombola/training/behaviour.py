@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, TypeAlias
@@ -104,7 +105,9 @@ def observe_recipe(recipe: Recipe, functions: Mapping[str, Callable[..., Any]]) 
     """
     found: list[Tensor] = []
     if (schedule := functions.get("schedule")) is not None:
-        found.append(torch.tensor([recipe.own_factor(schedule, iteration, 100) for iteration in (0, 1, 25, 50, 99)]))
+        least = -sys.float_info.max  # a schedule may give any number where its warm-up is longer than 100 iterations
+        factors = [recipe.own_factor(schedule, iteration, 100, least) for iteration in (0, 1, 25, 50, 99)]
+        found.append(torch.tensor(factors))
     if (optimizer := functions.get("optimizer")) is not None:
         weight = nn.Parameter(torch.linspace(-1, 1, 6).reshape(2, 3))
         updater = OwnOptimizer(optimizer, recipe.lr, [weight], name="recipe.optimizer")

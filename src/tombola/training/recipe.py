@@ -235,13 +235,17 @@ class Recipe(Fields):
             factor *= self.own_factor(schedule, iteration, self.total_iterations(examples))
         return self.lr * factor
 
-    def own_factor(self, schedule: Schedule | None, iteration: int, total: int) -> float:
-        """Return the factor of the learning rate that the user's own schedule gives; `UserError` if it is none."""
+    def own_factor(self, schedule: Schedule | None, iteration: int, total: int, least: float = 0.0) -> float:
+        """Return the factor of the learning rate that the user's own schedule gives.
+
+        Raises:
+            UserError: if it is no finite number from `least` on.
+        """
         schedule = schedule or self.load_own("schedule")
         assert schedule is not None
         with attribute_failure(f"recipe.schedule {self.schedule!r}"):
             factor = schedule(iteration, total)
-        if isinstance(factor, bool) or not isinstance(factor, int | float) or not 0 <= factor <= sys.float_info.max:
+        if isinstance(factor, bool) or not isinstance(factor, int | float) or not least <= factor <= sys.float_info.max:
             raise UserError(
                 f"recipe.schedule {self.schedule!r}: expected a finite number from 0, got {short(factor)} at iteration "
                 f"{iteration} of {total}"
