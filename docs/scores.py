@@ -145,7 +145,7 @@ def _seconds(tickets: Tickets, name: str) -> str:
     if dense is None or dense.trained is None:
         return "–"
     weights = dense.trained.weights if planner.study.score_at == "end" else dense.rewind
-    pruning = Round("", weights, dense.rewind, planner.dense, 0, name, 0)
+    pruning = Round("", weights, dense.rewind, planner.dense, 0, name, 0, planner.study.fraction)
     importance = resolve_importance(name)
     begun = time.perf_counter()
     compute_mask(pruning, planner.problem, planner.study, planner.rule, importance)

@@ -22,10 +22,12 @@ from typing import Any
 import pytest
 import torch
 
-from small_study import STUDY
+from small_study import OVERRIDES, STUDY
+from tombola import Planner, Store, load_problem
 from tombola.cli.main import main, make_parser
 from tombola.cli.options import with_dashes
 from tombola.study.schema import load_study
+from tombola.study.tickets import Tickets
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -155,3 +157,19 @@ def test_the_reproduction_is_made_of_what_is_kept_and_a_run_replaces_its_own_par
     assert re.search(r"^\| digits \| 10 \| 0 \| [\d.]+ \|", printed, re.MULTILINE)
     assert printed.count("| 4b The tickets differ") == 3, "in the table of all systems and in both sections"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["digits.json", "lenet-mnist.json"]
+
+
+def test_the_comparison_of_scores_times_a_round_and_has_a_line_for_each_importance(
+    tmp_path: Path, finished_run: tuple[Path, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "docs"))
+    scores = importlib.import_module("scores")
+    study = load_study("digits", OVERRIDES)
+    tickets = Tickets(Planner(study, load_problem(study.task), Store(finished_run[0] / "tombola-store")))
+    assert [re.fullmatch(r"\d+\.\d\d", scores._seconds(tickets, name)) is None for name in study.importances] == [
+        False
+    ] * 2
+    nothing = "\n".join(scores.section("digits", tmp_path / "nothing", None))
+    assert [nothing.count(f"\n| `{name}` | – | – | – | – |") for name in scores.NAMES] == [
+        2 if name in scores.AT_REWIND else 1 for name in scores.NAMES
+    ]
