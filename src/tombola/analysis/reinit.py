@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import groupby, takewhile
-from operator import attrgetter
+from itertools import takewhile
 
 import numpy as np
 import polars as pl
@@ -36,7 +35,7 @@ def of_study(tickets: Tickets) -> pl.DataFrame:
     for (level, names), most in list_notes(tickets).items():
         plans = [plan_again(tickets, level, min(most, stored), names, seed) for seed in tickets.study.seeds]
         pairs = [(plan, Tickets(plan.planner)) for plan in plans if plan is not None]
-        found = {plan.seed: (plan, own, number) for plan, own in pairs if (number := count_draws(own))}
+        found = {plan.seed: (plan, own, number) for plan, own in pairs if (number := count_draws(plan, own))}
         draws = min((number for _, _, number in found.values()), default=0)
         tables += [after(_of_draws(plan, own, draws), compared=list(names)) for plan, own, _ in found.values()]
     if not tables:
@@ -44,15 +43,17 @@ def of_study(tickets: Tickets) -> pl.DataFrame:
     return pl.concat(tables)
 
 
-def count_draws(tickets: Tickets) -> int:
+def count_draws(plan: Plan, tickets: Tickets) -> int:
     """Return how many draws of a plan the store has, from the first on.
 
     Args:
+        plan: the plan.
         tickets: of the plan's planner.
     """
     complete = tickets.study.levels + 1
-    draws = (list(chains) for _, chains in groupby(tickets.planner.chains, key=attrgetter("seed")))
-    found = takewhile(lambda chains: all(len(tickets.progress(each).tickets) == complete for each in chains), draws)
+    found = takewhile(
+        lambda chains: all(len(tickets.progress(each).tickets) == complete for each in chains), plan.draws()
+    )
     return sum(1 for _ in found)
 
 

@@ -253,8 +253,9 @@ def gc(options: argparse.Namespace) -> int:
 
 
 def _open(root: Path) -> Store:
+    from tombola.files import STORE_FILE
     from tombola.store.store import Store
 
-    if not os.path.lexists(root / "store.json"):
+    if not os.path.lexists(root / STORE_FILE):
         raise StoreError(f"store {root}: there is no store in this folder")
     return Store(root, create=False)

@@ -9,7 +9,7 @@ import safetensors.numpy
 from pydantic import BaseModel, StrictInt, StrictStr
 
 from tombola.errors import UserError
-from tombola.files import write_atomically
+from tombola.files import STORE_FILE, write_atomically
 from tombola.pruning.mask import Mask
 from tombola.store.documents import describe, parse_json, read_metadata, read_tensors
 from tombola.store.layout import temporary_folder
@@ -64,7 +64,7 @@ class Masks:
 
     def put(self, name: str, mask: Mask) -> bool:
         """Store a mask under a name; return whether it is stored: the store may not exist or not be writable."""
-        if not (self._root / "store.json").exists():
+        if not (self._root / STORE_FILE).exists():
             return False
         layers = [[layer, list(shape)] for layer, shape in mask.shapes.items()]
         about = {"hash": mask.hash, "layers": layers, "name": name}

@@ -29,7 +29,7 @@ from pathlib import Path
 from pydantic import BaseModel, StrictInt
 
 from tombola.errors import StoreError, UserError, as_path, expect_flags
-from tombola.files import remove_path, write_atomically
+from tombola.files import STORE_FILE, remove_path, write_atomically
 from tombola.store.behaviours import Behaviours
 from tombola.store.checkpoints import Checkpoints
 from tombola.store.documents import describe, read_document
@@ -101,7 +101,7 @@ class Store:
 
     @property
     def _marker(self) -> Path:
-        return self.root / "store.json"
+        return self.root / STORE_FILE
 
     def _read_version(self) -> int | None:
         """Return the version of the store; None if the folder is no store yet."""

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import groupby
-from operator import attrgetter
 from typing import Any
 
 from tombola.store.names import name_of
@@ -50,8 +48,8 @@ def _list_reinitialised_needs(tickets: Tickets, plans: Sequence[Plan]) -> set[st
     results, needs, interrupted = tickets.planner.store.results, set[str](), set[str]()
     for plan in plans:
         planner = plan.planner
-        for _, chains in groupby(planner.chains, key=attrgetter("seed")):
-            draw = list_chain_needs(Tickets(planner), list(chains))
+        for chains in plan.draws():
+            draw = list_chain_needs(Tickets(planner), chains)
             needs |= draw
             if not any(key in results for key in draw):
                 own = planner.training(plan.seed, planner.initial(1), planner.dense, 0, planner.end)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import reduce
-from operator import and_
+from itertools import groupby
+from operator import and_, attrgetter
 from types import MappingProxyType
 
 import torch
@@ -34,6 +35,10 @@ class Plan:
     seed: int
     kept: Mask
     planner: Planner
+
+    def draws(self) -> Iterator[list[Chain]]:
+        """Yield the chains of each draw. Nothing of a draw is computed before a chain is followed."""
+        return (list(chains) for _, chains in groupby(self.planner.chains, key=attrgetter("seed")))
 
 
 def plan(

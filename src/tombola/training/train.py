@@ -129,7 +129,8 @@ def train(
     check_device(device)
     optional = {"step": step, "optimizer": optimizer, "schedule": schedule, "watch": watch, "on_epoch": on_epoch}
     expect_functions(loss=loss, forward=forward, **{name: each for name, each in optional.items() if each is not None})
-    expect_flags(**{} if packed is None else {"packed": packed})
+    if packed is not None:
+        expect_flags(packed=packed)
     check_recipe_fits(recipe, data)
     optimizer, schedule = optimizer or recipe.load_own("optimizer"), schedule or recipe.load_own("schedule")
     examples = data.train_examples
