@@ -206,6 +206,30 @@ def test_fisher_sums_the_squared_gradients_of_the_examples(seen: list[tuple[Tens
         torch.testing.assert_close(found[name].double(), expected, rtol=1e-4, atol=1e-9)
 
 
+def test_fisher_and_wanda_rate_convolutions_of_volumes() -> None:
+    model = nn.Sequential(
+        nn.Conv3d(1, 2, (2, 1, 2), stride=(1, 2, 1), padding=(0, 1, 0)), nn.Flatten(), nn.LazyLinear(2)
+    )
+    inputs, labels = torch.randn(9, 1, 3, 2, 3), torch.arange(9) % 2
+    model(inputs)
+    weight = model[0].weight
+    alive = {"0.weight": torch.ones_like(weight, dtype=torch.bool)}
+    network = Network(model, alive, [(inputs, labels)], functional.cross_entropy, torch.Generator())
+    expected = torch.zeros_like(weight)
+    for each, label in zip(inputs, labels, strict=True):
+        (gradient,) = torch.autograd.grad(functional.cross_entropy(model(each[None]), label[None]), [weight])
+        expected += gradient.square() * weight.detach().square() / 9
+    torch.testing.assert_close(NETWORK_SCORES["fisher"](network)["0.weight"], expected)
+    ones = torch.zeros_like(weight)  # the outputs of each connection alone are its inputs
+    for at in range(weight[0].numel()):
+        one = torch.zeros_like(weight[:1]).view(-1)
+        one[at] = 1
+        heard = functional.conv3d(inputs, one.view_as(weight[:1]), stride=(1, 2, 1), padding=(0, 1, 0))
+        ones.flatten(1)[:, at] = heard.norm()
+    torch.testing.assert_close(NETWORK_SCORES["wanda"](network)["0.weight"], (weight * ones).abs().detach())
+    assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
+
+
 def test_wanda_multiplies_weights_by_the_norm_of_their_inputs(seen: list[tuple[Tensor, Tensor]]) -> None:
     """The outputs of a layer with one weight of 1 and all others 0 are the inputs of that connection."""
     model = build()

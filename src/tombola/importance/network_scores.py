@@ -28,7 +28,7 @@ from tombola.inputs import Forward, OwnStep, Tensors, call, convert, count_examp
 Convolution: TypeAlias = nn.Conv1d | nn.Conv2d | nn.Conv3d
 
 _TEMPERATURE = 200.0
-_EXAMPLES_AT_ONCE = 16  # the gradients of so many examples are in memory at the same time
+_EXAMPLES_AT_ONCE = 8  # the gradients of so many examples are in memory at the same time
 
 
 @dataclass(frozen=True)
@@ -200,9 +200,7 @@ def fisher(network: Network) -> dict[str, Tensor]:
 
     def add(layer: str, module: nn.Module, inputs: Tensor, gradients: Tensor) -> None:
         calls[layer] += 1
-        parts = (torch.split(each, _EXAMPLES_AT_ONCE) for each in (inputs, gradients))
-        for part, slopes in zip(*parts, strict=True):
-            squares[layer] += _sum_of_squares(module, part, slopes).view_as(squares[layer])
+        squares[layer] += _sum_of_squares(module, inputs, gradients).view_as(squares[layer])
 
     with _observe_gradients(network, add):
         for inputs, labels in network.batches:
@@ -212,7 +210,9 @@ def fisher(network: Network) -> dict[str, Tensor]:
     if wrong := [layer for layer, count in calls.items() if count != len(network.batches)]:
         raise ImportanceError(f"it rates only layers that the network calls once, and not {wrong[0]!r}")
     count = network.examples
-    return {layer: weight.detach().square() * squares[layer] / count for layer, weight in network.weights.items()}
+    return {
+        layer: weight.detach().square().mul_(squares[layer]).div_(count) for layer, weight in network.weights.items()
+    }
 
 
 def wanda(network: Network) -> dict[str, Tensor]:
@@ -350,7 +350,7 @@ def _observe_inputs(network: Network, tell: Callable[[str, nn.Module, Tensor], N
 def _observe_gradients(network: Network, tell: Callable[[str, nn.Module, Tensor, Tensor], None]) -> Iterator[None]:
     """Tell the inputs of each scored layer and the gradients of its outputs, as `tell(layer, module, x, dL/dy)`.
 
-    Inside the block, the scored weights require no gradient, since those of the outputs are enough.
+    Inside the block, no parameter requires a gradient, since those of the outputs are enough.
     """
 
     def hook(
@@ -369,9 +369,9 @@ def _observe_gradients(network: Network, tell: Callable[[str, nn.Module, Tensor,
     with ExitStack() as stack:
         for layer, module in _modules(network):
             stack.enter_context(module.register_forward_hook(partial(hook, layer), with_kwargs=True))
-        for weight in network.weights.values():
-            stack.callback(weight.requires_grad_, weight.requires_grad)
-            weight.requires_grad_(False)
+        for parameter in network.model.parameters():
+            stack.callback(parameter.requires_grad_, parameter.requires_grad)
+            parameter.requires_grad_(False)
         yield
 
 
@@ -403,15 +403,21 @@ def _modules(network: Network) -> Iterator[tuple[str, nn.Module]]:
 
 def _sum_of_squares(module: nn.Module, inputs: Tensor, gradients: Tensor) -> Tensor:
     """Return the sum over the examples of the squared gradient of the weight, as many numbers as the weight has."""
+    if isinstance(module, nn.Linear) and inputs.dim() == 2:
+        return gradients.square().T @ inputs.square()
+    parts = (torch.split(each, _EXAMPLES_AT_ONCE) for each in (inputs, gradients))
+    squares = (_example_gradients(module, *part).square_().sum(0) for part in zip(*parts, strict=True))
+    return sum(squares, torch.zeros((), device=inputs.device))
+
+
+def _example_gradients(module: nn.Module, inputs: Tensor, gradients: Tensor) -> Tensor:
+    """Return the gradient of the weight for each example, with the examples first."""
     if isinstance(module, nn.Linear):
-        if inputs.dim() == 2:
-            return gradients.square().T @ inputs.square()
-        rows = inputs.flatten(1, -2)
-        return torch.bmm(gradients.flatten(1, -2).transpose(1, 2), rows).square_().sum(0)
+        return torch.bmm(gradients.flatten(1, -2).transpose(1, 2), inputs.flatten(1, -2))
     assert isinstance(module, Convolution)
     patches = _patches(module, inputs)  # (examples, groups, inputs per group * taps, positions)
     slopes = gradients.reshape(len(gradients), module.groups, module.out_channels // module.groups, -1)
-    return (slopes @ patches.transpose(2, 3)).square_().sum(0)
+    return slopes @ patches.transpose(2, 3)
 
 
 def _input_squares(module: nn.Module, inputs: Tensor) -> Tensor:
@@ -427,28 +433,16 @@ def _input_squares(module: nn.Module, inputs: Tensor) -> Tensor:
 
 def _patches(module: Convolution, inputs: Tensor) -> Tensor:
     """Return the inputs of each position, of shape (examples, groups, inputs per group * taps, positions)."""
-    missing = 2 - len(module.kernel_size)
-    if missing < 0:
-        raise ImportanceError("it rates no three-dimensional convolutions")
-    one = (1,) * missing  # a one-dimensional convolution has a height of 1
-    if module.padding_mode != "zeros":
-        inputs = functional.pad(inputs, module._reversed_padding_repeated_twice, mode=module.padding_mode)
-        padding: tuple[int, ...] = (0,) * len(module.kernel_size)
-    elif isinstance(module.padding, str):
-        inputs = functional.pad(inputs, module._reversed_padding_repeated_twice)
-        padding = (0,) * len(module.kernel_size)
-    else:
-        padding = module.padding
-    if missing:
-        inputs = inputs.unsqueeze(2)
-    unfolded = functional.unfold(
-        inputs,
-        one + module.kernel_size,
-        dilation=one + module.dilation,
-        padding=(0,) * missing + padding,
-        stride=one + module.stride,
-    )
-    return unfolded.reshape(len(inputs), module.groups, -1, unfolded.shape[-1])
+    mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+    patches = functional.pad(inputs, module._reversed_padding_repeated_twice, mode=mode)
+    geometry = zip(module.kernel_size, module.dilation, module.stride, strict=True)
+    for dim, (size, dilation, stride) in enumerate(geometry, start=2):
+        patches = patches.unfold(dim, dilation * (size - 1) + 1, stride)[..., ::dilation]
+    dims = len(module.kernel_size)
+    # From (examples, channels, positions..., taps...): the copy that reshape makes is what the product reads.
+    patches = patches.permute(0, 1, *range(2 + dims, 2 + 2 * dims), *range(2, 2 + dims))
+    positions = patches.shape[2 + dims :].numel()
+    return patches.reshape(len(inputs), module.groups, -1, positions)
 
 
 def _example(loss: Callable[[Tensor, Tensor], Tensor] = lambda outputs, _: outputs.mean()) -> Network:
