@@ -139,11 +139,14 @@ def verdicts(about: dict[str, Any]) -> Iterator[str]:
     yield "## The claims\n"
     yield f"| claim | {' | '.join(about)} |"
     yield f"|---|{'---|' * len(about)}"
-    for same in zip(*(each["claims"] for each in about.values()), strict=True):
-        statements = dict.fromkeys(statement for _, statement, _ in same)
-        text = f"{same[0][0]} {' / '.join(statements)}"
-        yield f"| {text} | {' | '.join(MARKS[verdict] for _, _, verdict in same)} |"
-    yield "\nA dash means that the system cannot decide; the sections below say why, and what it takes. Where the paper"
+    judged = {name: {number: rest for number, *rest in each["claims"]} for name, each in about.items()}
+    for number in dict.fromkeys(number for claims_of in judged.values() for number in claims_of):
+        found = [claims_of.get(number) for claims_of in judged.values()]
+        statements = dict.fromkeys(each[0] for each in found if each)
+        marks = [MARKS[each[1]] if each else "" for each in found]
+        yield f"| {number} {' / '.join(statements)} | {' | '.join(marks)} |"
+    yield "\nA dash means that the system cannot decide; the sections below say why, and what it takes. An empty cell means"
+    yield "that the claim was not yet judged when the system was run. Where the paper"
     yield "says something else of convolutional networks than of LeNet, both sentences are given, and each system is"
     yield "judged by its own.\n"
 

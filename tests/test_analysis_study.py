@@ -210,6 +210,19 @@ def test_an_interval_over_one_seed_is_refused(folder: Path) -> None:
     assert winners.of_study(Tickets(planner))["low"].to_list() == [None] * 3
 
 
+def test_ranges_are_those_of_the_dense_network(planner: Planner) -> None:
+    table = weights.of_study(Tickets(planner), ["l1"], [0])
+    expected = {
+        (row["seed"], row["layer"], row["quantity"]): row["max"] - row["min"]
+        for row in table.filter(pl.col("quantity") != "score").to_dicts()
+    }
+    found = weights.ranges(Tickets(planner), "magnitude").to_dicts()
+    assert [(row["seed"], row["layer"]) for row in found] == [(s, n) for s in (0, 1) for n in planner.dense]
+    for row in found:
+        for quantity in ("initial", "end"):
+            assert row[quantity] == pytest.approx(expected[row["seed"], row["layer"], quantity])
+
+
 def test_weights_of_a_study(planner: Planner) -> None:
     table = weights.of_study(Tickets(planner), ["l1"], [1, 2])
     assert len(table) == 2 * 2 * 4 * 3
@@ -469,6 +482,7 @@ def test_claims_of_a_study(folder: Path, capsys: pytest.CaptureFixture[str]) -> 
         "5b",
         "5c",
         "6",
+        "7",
     ]
     evidence = claims.collect(tickets)
     assert evidence.describe() == ("Tickets of magnitude, l1 are compared at level 3 (sparsity 87.50 %), from 2 seeds.")

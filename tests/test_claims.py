@@ -319,6 +319,29 @@ def test_connections_found_again() -> None:
     assert judge(claims.found_again, reinit=table(conv1=0.2, fc=-0.5)).verdict == "holds in part"
 
 
+# 7.
+
+
+def test_ranges_widen() -> None:
+    assert judge(claims.ranges_widen).verdict == "not testable"
+
+    def table(**factors: float) -> pl.DataFrame:
+        lines = [
+            {"seed": seed, "layer": layer, "initial": 2.0 * number, "end": 2.0 * number * factor * (1 + 0.01 * seed)}
+            for number, (layer, factor) in enumerate(factors.items())
+            for seed in (0, 1, 2)
+        ]
+        return pl.DataFrame(lines)
+
+    equal = 9.0  # the initial weights of this layer are equal, so that its range is 0
+    found = judge(claims.ranges_widen, ranges=table(equal=equal, conv1=4.0, fc=1.5))
+    assert (found.verdict, found.value, found.chance) == ("holds", pytest.approx(1.5 * 1.01), 1.0)
+    assert "in the geometric mean of all layers 2.47 (95 %" in found.reason  # the root of 1.5 * 4, times 1.01
+    assert judge(claims.ranges_widen, ranges=table(equal=equal, conv1=4.0, fc=0.9)).verdict == "holds in part"
+    assert judge(claims.ranges_widen, ranges=table(equal=equal, conv1=0.8, fc=0.9)).verdict == "does not hold"
+    assert judge(claims.ranges_widen, ranges=table(equal=equal)).verdict == "not testable"
+
+
 # All.
 
 
@@ -330,6 +353,7 @@ def test_from_one_seed_nothing_is_claimed_with_an_interval(number: int) -> None:
         layers=EVIDENCE.layers.filter(seed=0),
         overlap=EVIDENCE.overlap.filter(seed=0),
         stability=EVIDENCE.stability.filter(seed=0),
+        ranges=pl.DataFrame({"seed": [0], "layer": ["fc.weight"], "initial": [1.0], "end": [2.0]}),
     )
     claim = claims.CLAIMS[number](one)
     assert claim.low is None

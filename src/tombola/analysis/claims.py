@@ -7,6 +7,7 @@ From one seed there is no interval, so a claim that needs one is not testable.
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -16,7 +17,7 @@ from typing import Literal
 import polars as pl
 from scipy import stats
 
-from tombola.analysis import layers, overlap, reinit, stability
+from tombola.analysis import layers, overlap, reinit, stability, weights
 from tombola.analysis.accuracy import Row, rows
 from tombola.analysis.ends import Ends, of_network
 from tombola.analysis.gather import ALL, DATA_ORDER, IMPORTANCES, PRUNABLE, last_level
@@ -109,6 +110,7 @@ class Evidence:
         guess: the accuracy of a random guess, in 0..1.
         layers, overlap, stability, reinit: tables of the analyses with these names; None if they are not stored.
         ends: the layers that touch the inputs and the outputs; None for the first and the last by order.
+        ranges: the ranges of the dense network's weights, see `tombola.analysis.weights.ranges`; None if not known.
     """
 
     compared: tuple[str, ...]
@@ -124,6 +126,7 @@ class Evidence:
     stability: pl.DataFrame
     reinit: pl.DataFrame | None = None
     ends: Ends | None = None
+    ranges: pl.DataFrame | None = None
 
     def describe(self) -> str:
         """Return a sentence on what was compared."""
@@ -260,6 +263,7 @@ def collect(
         stability=stability.of_study(tickets, compared, [level]),
         reinit=_select_reinit(_find_reinit(tickets) if tables is None else tables.get("reinit"), compared),
         ends=of_network(planner),
+        ranges=weights.ranges(tickets, compared[0]),
     )
 
 
@@ -708,14 +712,43 @@ def found_again(evidence: Evidence) -> Claim:
     return measured.add_baselines(chance=0.0).decide(*_conclude(_compare(found, 0, "+.1f"), about))
 
 
+# 7. Ranges of weights.
+
+
+def ranges_widen(evidence: Evidence) -> Claim:
+    """Judge claim 7: training widens the range of each layer's weights.
+
+    The value is the range (maximum - minimum) of a layer's weights after the training of the dense network, divided by
+    that at initialisation, in the layer where this is least. Layers whose initial weights are all equal are left out.
+    """
+    claim = Claim(
+        "7",
+        "Training widens the range of each layer's weights.",
+        "in the four layers of its Table 1, to 1.6 to 2.9 times the initial range",
+    )
+    known = None if evidence.ranges is None else evidence.ranges.filter(pl.col("initial") > 0)
+    if known is None or not len(known):
+        return claim.decide("not testable", "the initial weights of each layer are equal, or not known")
+    by_seed = known.with_columns(factor=pl.col("end") / pl.col("initial")).group_by("seed")
+    least = by_seed.agg(pl.col("factor").min()).sort("seed")["factor"].to_list()
+    mean = by_seed.agg(pl.col("factor").log().mean().exp()).sort("seed")["factor"].to_list()
+    measured = claim.add_measure("times the initial range, in the layer that widens least", least, (0.0, math.inf))
+    measured = measured.add_baselines(chance=1.0)
+    factors = {"in the layer that widens least": least, "in the geometric mean of all layers": mean}
+    return measured.decide(
+        *_conclude(_compare(factors, 1, ".2f"), "range after training, divided by the initial range")
+    )
+
+
 CLAIMS: tuple[Callable[[Evidence], Claim], ...] = (
     *(perform_alike, fall_behind, collapse),
     *(special_layers, deeper_layers, spikes, follows),
     *(overlap_little, distinct_beyond_noise, ends_share_more),
     *(vary_less, flip_less, move_further),
     found_again,
+    ranges_widen,
 )
-"""The paper's claims in its order. Claim 7, the ranges of weights, is a description: see `tombola.analysis.weights`."""
+"""The paper's claims in its order."""
 
 
 def summarise(claims: Sequence[Claim]) -> tuple[str, str, str]:

@@ -65,6 +65,29 @@ def of_study(
     return pl.concat(tables)
 
 
+def ranges(tickets: Tickets, importance: str) -> pl.DataFrame:
+    """Return the range, maximum - minimum, of the dense network's weights in each layer, by seed.
+
+    The columns are seed, layer, and the ranges `initial` and `end`, at initialisation and after the training.
+
+    Args:
+        tickets: tickets of the study.
+        importance: an importance of the study whose first training, which all importances share, is stored.
+    """
+    found = []
+    for chain in select_chains(tickets.study, [importance]):
+        trained = tickets.progress(chain).tickets[0].trained
+        if trained is None:
+            continue
+        initial, end = tickets.planner.initial(chain.seed).load(), trained.weights.load()
+        found += [
+            (chain.seed, name, *(float(state[name].max() - state[name].min()) for state in (initial, end)))
+            for name in tickets.planner.dense
+        ]
+    kinds = {"seed": pl.Int64, "layer": pl.String, "initial": pl.Float64, "end": pl.Float64}
+    return pl.DataFrame(found, kinds, orient="row")
+
+
 def of_state(state: State, mask: Mask) -> pl.DataFrame:
     """Return the distribution of the weights of a mask's alive connections.
 
