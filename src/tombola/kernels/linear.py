@@ -90,7 +90,7 @@ class _Dense:
     ) -> tuple[Tensor | None, Gradients]:
         delta, x = dy.t(), kept[0]
         if self.relu:
-            delta = torch.ops.aten.threshold_backward(delta, kept[1], 0)
+            delta = torch.ops.aten.threshold_backward.default(delta, kept[1], 0)
         dx = (weights[0].t() @ delta).t() if needs[0] else None
         return dx, [delta @ x if needs[1] else None, delta.sum(1) if needs[2] else None]
 
@@ -276,9 +276,9 @@ class Perceptron:
         mean, ignored = 1, -100
         log_p = torch.log_softmax(y, 1)
         loss: Tensor
-        loss, total = torch.ops.aten.nll_loss_forward(log_p, labels, None, mean, ignored)
-        dy = torch.ops.aten.nll_loss_backward(self._one, log_p, labels, None, mean, ignored, total)
-        dy = torch.ops.aten._log_softmax_backward_data(dy, log_p, 1, log_p.dtype)
+        loss, total = torch.ops.aten.nll_loss_forward.default(log_p, labels, None, mean, ignored)
+        dy = torch.ops.aten.nll_loss_backward.default(self._one, log_p, labels, None, mean, ignored, total)
+        dy = torch.ops.aten._log_softmax_backward_data.default(dy, log_p, 1, log_p.dtype)
         for number in reversed(range(len(self._parts))):
             part, weights = self._parts[number]
             needs = [weight is not None and weight.requires_grad for weight in weights]

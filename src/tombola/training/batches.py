@@ -59,7 +59,8 @@ def iterations(data: Dataset, recipe: Recipe, seed: int, begin: int, end: int) -
             order = torch.randperm(count, generator=generator(seed, "data order", epoch)).to(device)
             changes = Changes(seed, epoch, count, recipe.augmentation, device) if augmented else None
         chosen = order[step * examples : (step + 1) * examples]
-        yield [read(part) for part in torch.split(chosen, recipe.batch_size)]
+        parts = [chosen] if recipe.accumulate == 1 else torch.split(chosen, recipe.batch_size)
+        yield [read(part) for part in parts]
 
 
 def _iterations_drawn(

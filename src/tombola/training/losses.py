@@ -42,14 +42,14 @@ class Losses:
 
     def append(self, loss: Tensor) -> None:
         """Record the loss of the next iteration, a tensor of one element."""
-        self._latest.append(loss.detach().reshape(()))
+        self._latest.append(loss.detach() if loss.requires_grad else loss)
         self.iteration += 1
 
     def values(self) -> Tensor:
         """Return a view of the losses of all iterations so far, float32, on the device."""
         done = self.iteration - self.begin
         if self._latest:
-            self._recorded[done - len(self._latest) : done] = torch.stack(self._latest)
+            self._recorded[done - len(self._latest) : done] = torch.stack([loss.reshape(()) for loss in self._latest])
             self._latest.clear()
         return self._recorded[:done]
 

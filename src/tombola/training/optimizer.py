@@ -73,6 +73,7 @@ class Optimizer:
     ) -> None:
         self.recipe = recipe
         self._decayed = [True] * len(parameters) if decayed is None else list(decayed)
+        self._groups = sorted(set(self._decayed), reverse=True)
         self.parameters = parameters
         self._state: list[dict[str, Tensor]] = [{} for _ in parameters]
         for key, tensor in (tensors or {}).items():
@@ -91,8 +92,8 @@ class Optimizer:
     def step(self, lr: float) -> None:
         """Update all parameters that have a gradient, with learning rate `lr`."""
         step = self._step_sgd if self.recipe.optimizer == "sgd" else self._step_adam
-        step(lr, self.recipe.weight_decay, self._with_gradients(decayed=True))
-        step(lr, 0.0, self._with_gradients(decayed=False))
+        for decayed in self._groups:
+            step(lr, self.recipe.weight_decay if decayed else 0.0, self._with_gradients(decayed=decayed))
 
     def tensors(self) -> State:
         """Return a copy of the state on the CPU, by `<number of the parameter>.<name>`."""
