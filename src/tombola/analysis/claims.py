@@ -43,7 +43,7 @@ DEEP = 0.988
 """The sparsity from which a study shows what the paper sees at high sparsity."""
 
 DEEP_WITHOUT_SHORTCUTS = 0.9987
-"""The same for the collapse of a network without 1x1 shortcuts: the paper's VGG-16 is alive at 99.62 %, not at 99.88 %."""
+"""The same for the collapse of a network without 1x1 shortcuts: the paper's VGG-16 lives at 99.62 %, not at 99.88 %."""
 
 
 @dataclass(frozen=True)
