@@ -316,7 +316,11 @@ def test_effects_on_shared_connections() -> None:
 
 
 def test_connections_found_again() -> None:
-    assert judge(claims.found_again).verdict == "not testable"
+    missing = judge(claims.found_again)
+    assert (missing.verdict, missing.reason.count("exactly these importances (magnitude, l1, l2)")) == (
+        "not testable",
+        1,
+    )
 
     def table(**excess: float) -> pl.DataFrame:
         lines = [

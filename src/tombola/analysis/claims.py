@@ -698,7 +698,10 @@ def found_again(evidence: Evidence) -> Claim:
         "+8.5 to +70 % in the first convolution, +440 to +480 % in the classifier, -3.2 to +20 % in the shortcuts",
     )
     if evidence.reinit is None:
-        return claim.decide("not testable", "no partial reinitialisation of these importances is stored")
+        names = ", ".join(evidence.compared)
+        return claim.decide(
+            "not testable", f"no partial reinitialisation of exactly these importances ({names}) is stored"
+        )
     found: dict[str, list[float]] = {}
     for group in ("input layer", "output layer", "1x1 shortcuts"):
         names = evidence.groups[group]
