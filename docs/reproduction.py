@@ -1,9 +1,10 @@
 """Print docs/reproduction.md, after a look into a store: python docs/reproduction.py STORE [--data DIR] [SYSTEM ...]
 
-A system is a preset, with options of the command line, for example `'resnet20-cifar10-small --levels 7 --data DIR'`. By
-default, the presets are taken on which the paper's claims are tested. What the page says of a system is kept in
-docs/reproduction/, a file each, so that systems may be run at different times and in different stores. The file of a
-system is written anew where the store has a ticket of it from level 1 on. Presets without a file are listed as not run.
+A system is a preset or a TOML file, with options of the command line, for example `'resnet20-cifar10-small --levels 7
+--data DIR'`. By default, the presets are taken on which the paper's claims are tested. What the page says of a system
+is kept in docs/reproduction/, a file each, so that systems may be run at different times and in different stores. The
+file of a system is written anew where the store has a ticket of it from level 1 on. Presets without a file are listed
+as not run.
 """
 
 from __future__ import annotations
@@ -218,12 +219,14 @@ def _list(numbers: Sequence[int]) -> str:
 
 
 def _name(system: str) -> str:
-    return shlex.split(system)[0]
+    """Return the name of a system: that of the preset, or of the TOML file without its folder."""
+    return Path(shlex.split(system)[0]).name
 
 
 def _without_folders(system: str) -> str:
     """Return a system without the folders of the machine on which it ran."""
-    return re.sub(r" *--(data|store) +\S+", "", system)
+    _, *options = shlex.split(re.sub(r" *--(data|store) +\S+", "", system))
+    return shlex.join([_name(system), *options])
 
 
 def _describe(row: dict[str, Any]) -> str:

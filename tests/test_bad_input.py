@@ -198,9 +198,9 @@ def own(code: str, old: str, new: str) -> tuple[str, str]:
 @pytest.mark.parametrize(
     ("code", "sentence"),
     [
-        ("def f(w): return w[1:]", "importance 'f', layer 'fc1.weight': expected a tensor of shape (19200,), one number per survivor, got shape (19199,)"),
+        ("def f(w): return w[1:]", "importance '{module}:f', layer 'fc1.weight': expected a tensor of shape (19200,), one number per survivor, got shape (19199,)"),
         ("def f(w): return w.tolist()", "expected a tensor of shape (19200,), one number per survivor, got list"),
-        ("def f(w): return w / 0 * 0", "importance 'f', layer 'fc1.weight': it returned NaN"),
+        ("def f(w): return w / 0 * 0", "importance '{module}:f', layer 'fc1.weight': it returned NaN"),
         ("def f(w): raise RuntimeError('not\\nthis')", "it raised RuntimeError: not this (in {path}, line 3)"),
         ("def f(w, more): return w", "it raised TypeError: f() missing 1 required positional argument: 'more'"),
         ("def g(w): return w", "module '{module}' ({path}) has no function 'f'"),

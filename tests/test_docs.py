@@ -26,7 +26,7 @@ from small_study import OVERRIDES, STUDY
 from tombola import Planner, Store, load_problem
 from tombola.cli.main import main, make_parser
 from tombola.cli.options import with_dashes
-from tombola.study.schema import load_study
+from tombola.study.schema import load_study, presets
 from tombola.study.tickets import Tickets
 
 ROOT = Path(__file__).parents[1]
@@ -157,6 +157,12 @@ def test_the_reproduction_is_made_of_what_is_kept_and_a_run_replaces_its_own_par
     assert re.search(r"^\| digits \| 10 \| 0 \| [\d.]+ \|", printed, re.MULTILINE)
     assert printed.count("| 4b The tickets differ") == 3, "in the table of all systems and in both sections"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["digits.json", "lenet-mnist.json"]
+    own = tmp_path / "elsewhere" / "own.toml"
+    own.parent.mkdir()
+    own.write_bytes(presets()["digits"].read_bytes())
+    assert reproduction.main([store, shlex.join([str(own), *STUDY[1:]])]) == 0
+    assert f"## own.toml\n\n    tombola run own.toml {shlex.join(STUDY[1:])}\n" in capsys.readouterr().out
+    assert [path.name for path in own.parent.iterdir()] == ["own.toml"], "kept beside the others, not beside the file"
 
 
 def test_the_comparison_of_scores_times_a_round_and_has_a_line_for_each_importance(

@@ -22,7 +22,7 @@ from torch.nn.utils import prune as torch_prune
 
 from tombola import Mask, UserError, prunable, prune
 from tombola.errors import ImportanceError
-from tombola.importance import IMPORTANCES, Importance, Seeded, l1, magnitude, normalisation, scores
+from tombola.importance import IMPORTANCES, Importance, Seeded, Survivors, l1, magnitude, normalisation, scores
 from tombola.pruning.selection import select_lowest
 
 often = settings(deadline=None, max_examples=50)
@@ -593,6 +593,16 @@ def test_an_importance_that_says_itself_what_failed() -> None:
     weights = {"w": torch.ones(3)}
     with pytest.raises(ImportanceError, match=r"^importance 'demanding', layer 'w': it needs two weights or more$"):
         prune(weights, dense(weights), demanding, 0.5)
+
+
+def test_a_score_that_changes_what_it_reads_changes_no_weights() -> None:
+    def careless(survivors: Survivors) -> Tensor:
+        return survivors.weights().abs_() + survivors.rewound().abs_()
+
+    weights = {"w": torch.tensor([-3.0, 1.0], dtype=torch.float64)}
+    rewound = {"w": torch.tensor([-1.0, 2.0], dtype=torch.float64)}
+    assert prune(weights, dense(weights), Importance(careless), 0.5, rewound=rewound)["w"].tolist() == [True, False]
+    assert (weights["w"].tolist(), rewound["w"].tolist()) == ([-3.0, 1.0], [-1.0, 2.0])
 
 
 @pytest.mark.parametrize("kept", [0, 1 << 24])

@@ -258,7 +258,7 @@ def test_a_score_that_fails_on_a_worker_ends_its_chain_alone(tmp_path: Path, mon
     assert isinstance(of.progress(Chain(0, "l1")).end, Finished)
     end = of.progress(Chain(0, "test_rounds:broken")).end
     assert isinstance(end, Stopped)
-    assert end.reason.startswith("importance '_broken': it raised ValueError: no gradients today (in ")
+    assert end.reason.startswith("importance 'test_rounds:broken': it raised ValueError: no gradients today (in ")
 
 
 TRAINED = False
@@ -278,7 +278,7 @@ def test_scores_of_the_whole_network_are_tried_out_before_any_training(tmp_path:
     check_repeatable(planner(tmp_path, variant(("taylor", "grasp/l1", "test_rounds:own_score/l2"))))
     with pytest.raises(UserError, match=r"importance 'grasp/lamp', layer '.*': the score has negative values"):
         check_repeatable(planner(tmp_path, variant(("grasp/lamp",))))
-    with pytest.raises(UserError, match="importance 'changes': it changed the network"):
+    with pytest.raises(UserError, match="importance 'test_rounds:changing': it changed the network"):
         check_repeatable(planner(tmp_path, variant(("test_rounds:changing",))))
 
 

@@ -179,8 +179,8 @@ def check_fraction(fraction: float) -> None:
 
 
 def _read_alive(weights: Mapping[str, Tensor], mask: Mask, layer: str) -> Tensor:
-    """Return a layer's surviving weights as float64, in flat order."""
-    return _take_alive(weights, mask, layer).double()
+    """Return a copy of a layer's surviving weights as float64, in flat order; a score may change it."""
+    return _take_alive(weights, mask, layer).to(torch.float64, copy=True)
 
 
 def _take_alive(tensors: Mapping[str, Tensor], mask: Mask, layer: str) -> Tensor:

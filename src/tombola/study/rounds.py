@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import partial
 
+from tombola.errors import ImportanceError
 from tombola.importance import Importance, NetworkScore
 from tombola.lottery.rewinding import Rule, prune_round, pruning_seed
 from tombola.pruning.mask import Mask
@@ -26,7 +27,8 @@ def compute_mask(pruning: Round, problem: Problem, study: Study, rule: Rule, imp
         importance: the importance that the round names.
 
     Raises:
-        RoundError: if the importance fails, or if a layer would lose more connections than it has.
+        RoundError: if the importance fails, or if a layer would lose more connections than it has. The message names
+            the importance as the study does.
     """
     score = None
     if isinstance(importance.score, NetworkScore):
@@ -45,13 +47,17 @@ def compute_mask(pruning: Round, problem: Problem, study: Study, rule: Rule, imp
             batch_size=study.recipe.batch_size,
             device=study.device,
         )
-    return prune_round(
-        pruning.weights,
-        pruning.mask,
-        pruning.level,
-        pruning.rewind,
-        importance=importance,
-        rule=replace(rule, fraction=pruning.fraction),
-        seed=pruning.seed,
-        score_network=score,
-    )
+    try:
+        return prune_round(
+            pruning.weights,
+            pruning.mask,
+            pruning.level,
+            pruning.rewind,
+            importance=importance,
+            rule=replace(rule, fraction=pruning.fraction),
+            seed=pruning.seed,
+            score_network=score,
+        )
+    except ImportanceError as error:
+        text = str(error).removeprefix(f"importance {importance.name!r}")
+        raise ImportanceError(f"importance {pruning.importance!r}{text}") from error
