@@ -165,6 +165,16 @@ def expect_functions(**functions: object) -> None:
             raise UserError(f"{what}: expected a function, got {kind_of(function)}")
 
 
+def expect_functions_or_none(**functions: object) -> None:
+    """Raise `UserError` unless all values are functions or None; their names are what the user calls them.
+
+    >>> expect_functions_or_none(step=None, schedule="mine")
+    Traceback (most recent call last):
+    tombola.errors.UserError: schedule: expected a function, got 'mine'
+    """
+    expect_functions(**{what: function for what, function in functions.items() if function is not None})
+
+
 def expect_flags(**flags: object) -> None:
     """Raise `UserError` unless all values are True or False, of Python or NumPy; their names are for the user.
 

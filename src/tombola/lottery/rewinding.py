@@ -16,7 +16,16 @@ from torch.nn import functional
 
 from tombola.datasets.dataset import Dataset
 from tombola.datasets.progress import Bar
-from tombola.errors import UserError, as_list, as_texts, expect, expect_flags, expect_functions, expect_whole
+from tombola.errors import (
+    UserError,
+    as_list,
+    as_texts,
+    expect,
+    expect_flags,
+    expect_functions,
+    expect_functions_or_none,
+    expect_whole,
+)
 from tombola.importance import Importance, Normalisation, as_importance
 from tombola.importance.scores import movement
 from tombola.inputs import Forward, OwnStep, call
@@ -261,8 +270,8 @@ def find_tickets(
     expect_whole(score_examples, "score_examples", 1)
     expect_flags(progress=progress)
     importance, loss = as_importance(importance), find_loss(loss) if isinstance(loss, str) else loss
-    optional = {"step": step, "optimizer": optimizer, "schedule": schedule}
-    expect_functions(loss=loss, forward=forward, **{name: each for name, each in optional.items() if each is not None})
+    expect_functions(loss=loss, forward=forward)
+    expect_functions_or_none(step=step, optimizer=optimizer, schedule=schedule)
     measured = tuple(map(load_metric, as_list(metrics, "metrics", "names of metrics or functions")))
     check_score_at(score_at, importance, recipe.rewind_to)
     check_recipe_fits(recipe, data)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import TypeGuard
 
 import torch
@@ -9,9 +10,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from tombola.errors import UserError, did_you_mean
-from tombola.inputs import Tensors, count_examples
+from tombola.inputs import OwnStep, Tensors, count_examples
 from tombola.kernels import Loss
 from tombola.training.metrics import IGNORED
+from tombola.training.recipe import Recipe
 
 
 def mse(outputs: Tensor, targets: Tensor) -> Tensor:
@@ -105,6 +107,20 @@ def find_loss(name: str) -> Loss:
     if name not in LOSSES:
         raise UserError(f"loss: unknown loss {name!r}; {did_you_mean(name, LOSSES)} (or give a function of your own)")
     return LOSSES[name]
+
+
+def training_loss(recipe: Recipe, loss: Loss, step: OwnStep | None = None) -> Loss:
+    """Return the loss that training minimises: `loss`, with the recipe's label smoothing.
+
+    Raises:
+        UserError: if the recipe asks for label smoothing of another loss than cross-entropy.
+    """
+    if not recipe.label_smoothing:
+        return loss
+    if loss is not functional.cross_entropy or step is not None:
+        own = "a step of your own" if step is not None else "the loss is another"
+        raise UserError(f"recipe.label_smoothing: it is for the loss cross_entropy, and here {own}; remove it")
+    return functools.partial(functional.cross_entropy, label_smoothing=recipe.label_smoothing)
 
 
 def describe_misfit(loss: Loss, targets: Tensor) -> str | None:

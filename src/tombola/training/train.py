@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from numbers import Integral
@@ -16,7 +16,17 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from tombola.datasets.dataset import Dataset
-from tombola.errors import UserError, as_list, expect, expect_flags, expect_functions, expect_whole, kind_of, short
+from tombola.errors import (
+    UserError,
+    as_list,
+    expect,
+    expect_flags,
+    expect_functions,
+    expect_functions_or_none,
+    expect_whole,
+    kind_of,
+    short,
+)
 from tombola.inputs import Forward, OwnStep, call, convert, count_examples
 from tombola.kernels import accelerate, dense_names
 from tombola.pruning.eligible import list_shared
@@ -28,7 +38,7 @@ from tombola.training.determinism import deterministic_algorithms, flush_denorma
 from tombola.training.evaluation import Loss, measure
 from tombola.training.graphs import RecordedStep, can_be_recorded
 from tombola.training.history import Checkpoint, History, OnEpoch, Trained, Watch
-from tombola.training.loss_functions import count_positions
+from tombola.training.loss_functions import count_positions, training_loss
 from tombola.training.losses import Losses
 from tombola.training.metrics import ACCURACY, LOSS, Metric
 from tombola.training.optimizer import Optimizer, find_decayed
@@ -118,19 +128,11 @@ def train(
     >>> trained.history.test_accuracy > 0.5
     True
     """
-    expect(model, nn.Module, "model", "a torch.nn.Module")
-    expect(data, Dataset, "data", "a tombola.Dataset")
-    expect(recipe, Recipe, "recipe", "a tombola.Recipe")
-    expect(resume, Checkpoint | None, "resume", "a tombola.Checkpoint")
-    expect(seed, Integral, "seed", "a whole number")
     metrics = as_list(metrics, "metrics", "tombola.training.metrics.Metric")
-    for metric in metrics:
-        expect(metric, Metric, "metrics", "a list of tombola.training.metrics.Metric")
+    _check_types(model, data, recipe, seed, metrics, resume, packed)
+    expect_functions(loss=loss, forward=forward)
+    expect_functions_or_none(step=step, optimizer=optimizer, schedule=schedule, watch=watch, on_epoch=on_epoch)
     check_device(device)
-    optional = {"step": step, "optimizer": optimizer, "schedule": schedule, "watch": watch, "on_epoch": on_epoch}
-    expect_functions(loss=loss, forward=forward, **{name: each for name, each in optional.items() if each is not None})
-    if packed is not None:
-        expect_flags(packed=packed)
     check_recipe_fits(recipe, data)
     optimizer, schedule = optimizer or recipe.load_own("optimizer"), schedule or recipe.load_own("schedule")
     examples = data.train_examples
@@ -140,15 +142,7 @@ def train(
     start = resume or Checkpoint(begin, initial)
     data = move_data(data, device)
     model = load_model(model, start.state, mask, device)
-    kernels = read_kernels(kernels)
-    own = ":" in recipe.optimizer
-    if step is not None or own:
-        kernels = "off"  # code of the user gets the network's own parameters
-    among = None if kernels == "auto" else [] if kernels == "off" else kernels
-    replaced = among is None and choose_layers(model, mask, recipe, device, kernels)
-    if replaced and (fault := find_fault(_load(model, initial), data, recipe, loss, device, forward=forward)):
-        warnings.warn(fault, OwnLayersWarning, stacklevel=2)
-        among = []
+    among = _list_replaceable(model, initial, mask, data, recipe, loss, forward, step, device, read_kernels(kernels))
     fast = accelerate(
         model,
         mask,
@@ -165,6 +159,7 @@ def train(
     plain = forward is call and step is None and not recipe.label_smoothing
     recorded = device == "cuda" and plain and can_be_recorded(model, loss)
     compute = RecordedStep(fast, recipe.batch_size) if recorded else fast
+    own = ":" in recipe.optimizer
     masked = _dense_masks(model, mask)
     updater = _make_updater(model, recipe, optimizer, start.optimizer)
     losses = Losses(begin, end, recipe.iterations_per_epoch(examples), device)
@@ -207,6 +202,57 @@ def train(
     return Trained(weights, history, losses.values().cpu())
 
 
+def _check_types(
+    model: object,
+    data: object,
+    recipe: object,
+    seed: object,
+    metrics: Sequence[object],
+    resume: object,
+    packed: object,
+) -> None:
+    """Raise `UserError` unless these arguments of `train` have the types that it takes."""
+    expect(model, nn.Module, "model", "a torch.nn.Module")
+    expect(data, Dataset, "data", "a tombola.Dataset")
+    expect(recipe, Recipe, "recipe", "a tombola.Recipe")
+    expect(resume, Checkpoint | None, "resume", "a tombola.Checkpoint")
+    expect(seed, Integral, "seed", "a whole number")
+    for metric in metrics:
+        expect(metric, Metric, "metrics", "a list of tombola.training.metrics.Metric")
+    if packed is not None:
+        expect_flags(packed=packed)
+
+
+def _list_replaceable(
+    model: nn.Module,
+    initial: State,
+    mask: Mask,
+    data: Dataset,
+    recipe: Recipe,
+    loss: Loss,
+    forward: Forward,
+    step: OwnStep | None,
+    device: str,
+    kernels: Kernels,
+) -> Collection[str] | None:
+    """Return the weights whose layers may be replaced by sparse ones; None for all. Code of the user allows none.
+
+    Warns:
+        OwnLayersWarning: in the name of the caller of `train`, if the network reaches into its own layers.
+    """
+    if kernels == "off" or step is not None or ":" in recipe.optimizer:
+        return []
+    if kernels != "auto":
+        return kernels
+    if choose_layers(model, mask, recipe, device, kernels):
+        network = copy.deepcopy(model)
+        load_state(network, initial, "the state")
+        if fault := find_fault(network, data, recipe, loss, device, forward=forward):
+            warnings.warn(fault, OwnLayersWarning, stacklevel=3)
+            return []
+    return None
+
+
 def _make_updater(
     model: nn.Module, recipe: Recipe, optimizer: MakeOptimizer | None, state: State
 ) -> Optimizer | OwnOptimizer:
@@ -220,13 +266,6 @@ def _make_updater(
     return OwnOptimizer(
         optimizer, recipe.lr, list(parameters.values()), state, f"recipe.optimizer {recipe.optimizer!r}"
     )
-
-
-def _load(model: nn.Module, state: State) -> nn.Module:
-    """Return a copy of a model in this state."""
-    model = copy.deepcopy(model)
-    load_state(model, state, "the state")
-    return model
 
 
 def evaluate_state(
@@ -304,20 +343,6 @@ def check_recipe_fits(recipe: Recipe, data: Dataset) -> None:
             f"recipe.augmentation.crop: {short(crop)} is more than the {side} pixels of a side of the images of "
             f"{data.name!r}"
         )
-
-
-def training_loss(recipe: Recipe, loss: Loss, step: OwnStep | None = None) -> Loss:
-    """Return the loss that training minimises: `loss`, with the recipe's label smoothing.
-
-    Raises:
-        UserError: if the recipe asks for label smoothing of another loss than cross-entropy.
-    """
-    if not recipe.label_smoothing:
-        return loss
-    if loss is not functional.cross_entropy or step is not None:
-        own = "a step of your own" if step is not None else "the loss is another"
-        raise UserError(f"recipe.label_smoothing: it is for the loss cross_entropy, and here {own}; remove it")
-    return functools.partial(functional.cross_entropy, label_smoothing=recipe.label_smoothing)
 
 
 def check_device(device: str) -> None:

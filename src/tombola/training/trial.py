@@ -36,12 +36,11 @@ from tombola.pruning.start import check_step
 from tombola.streams import ambient
 from tombola.training.batches import Batch, batches, device_of, normalisation
 from tombola.training.evaluation import Loss, measure, predict
-from tombola.training.loss_functions import LOSSES, describe_misfit
+from tombola.training.loss_functions import LOSSES, describe_misfit, training_loss
 from tombola.training.metrics import ACCURACY, LOSS, Metric, check_names
 from tombola.training.optimizer import find_decayed
 from tombola.training.own_optimizer import MakeOptimizer, OwnOptimizer, check_optimizer
 from tombola.training.recipe import Recipe, Schedule
-from tombola.training.train import training_loss
 
 Result = TypeVar("Result")
 
