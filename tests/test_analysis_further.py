@@ -272,7 +272,12 @@ def test_the_report_shows_the_figures_of_the_analyses(tickets: Tickets) -> None:
     assert found["matching"]["matched %"].to_list() == [100 * each for each in means["matched_jaccard"]]
     assert found["similarity"]["what differs"].to_list()[:2] == ["data order", "seeds"]
     assert found["alignment"].height == 3 * found["similarity"].height
+    figures = similarity.summarise(similarity.of_study(tickets, levels=[2])).filter(pl.col("layer") == "(outputs)")
+    assert found["calibration"]["ensemble gain, points, high"].to_list() == [
+        None if each is None else 100 * each for each in figures["gain_high"]
+    ]
     assert found["initial"].height == 2 * 2 * 5
+    assert found["initial"]["high"].null_count() == 0
 
 
 # the command line

@@ -194,6 +194,7 @@ def test_a_report_has_them_on_request(root: Path) -> None:
     for name, rows in (("basins", 6), ("rewind-point", 4), ("early", 8)):
         (part,) = found[name].parts
         assert len(part.table) == rows
+        assert "high" in part.table.columns
     assert set(found["basins"].parts[0].table["keeps"]) <= {"yes", "no"}
     assert not {section.name for section in sections(gather(planner(root, STUDY), "s", ["s"]))} & set(FURTHER)
     first, second, masks = uniqueness.of_study(open_tickets(root))
