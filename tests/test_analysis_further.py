@@ -243,6 +243,20 @@ def test_similarity_compares_tickets_and_dense_networks(tickets: Tickets) -> Non
     ]
 
 
+def test_similarity_has_intervals_over_seeds_and_none_from_pairs_that_share_seeds(tickets: Tickets) -> None:
+    table = similarity.of_study(tickets).filter(pl.col("layer") == "(outputs)")
+    means = similarity.summarise(table)
+    (row,) = means.filter(level=2, kind="importances").to_dicts()
+    one, other = table.filter(level=2, kind="importances").select("ece").to_series()
+    assert row["ece"] == pytest.approx((one + other) / 2)
+    assert row["ece_high"] - row["ece"] == pytest.approx(min(12.7062047 * abs(one - other) / 2, 1 - row["ece"]))
+    of_seeds = means.filter(kind="seeds")
+    assert of_seeds["ece_low"].null_count() == of_seeds["kl_high"].null_count() == 3
+    tripled = pl.concat([table, table, table]).filter(seed=0)  # three pairs of one seed, as of three data orders
+    assert similarity.summarise(tripled)["pairs"].to_list() == [3, 3, 3]
+    assert similarity.summarise(tripled)["js_low"].null_count() == 3
+
+
 def test_similarity_from_python(folder: Path) -> None:
     table = tombola.similarity(folder / "study.toml", store=folder / "store", importances=["l1"], levels=[1])
     assert compared(table) == [(level, None, "seeds", ["l1, seed 0", "l1, seed 1"]) for level in (0, 1)]
@@ -258,7 +272,12 @@ def test_the_report_shows_the_figures_of_the_analyses(tickets: Tickets) -> None:
     assert found["matching"]["matched %"].to_list() == [100 * each for each in means["matched_jaccard"]]
     assert found["similarity"]["what differs"].to_list()[:2] == ["data order", "seeds"]
     assert found["alignment"].height == 3 * found["similarity"].height
+    figures = similarity.summarise(similarity.of_study(tickets, levels=[2])).filter(pl.col("layer") == "(outputs)")
+    assert found["calibration"]["ensemble gain, points, high"].to_list() == [
+        None if each is None else 100 * each for each in figures["gain_high"]
+    ]
     assert found["initial"].height == 2 * 2 * 5
+    assert found["initial"]["high"].null_count() == 0
 
 
 # the command line
@@ -330,6 +349,8 @@ def test_a_note_says_what_is_missing(folder: Path, capsys: pytest.CaptureFixture
             "two importances at a level from 1 on; run another",
         ),
         (["initial", "--level", "7"], "the study has no level 7, it has levels 0 to 2"),
+        (["claims", "--tolerance", "2"], "--tolerance is for --with basins, which is missing"),
+        (["claims", "--with", "matching", "--margin", "0.5"], "--margin is for --with basins, which is missing"),
     ],
 )
 def test_mistakes_are_one_sentence_and_status_2(

@@ -93,7 +93,7 @@ def test_alignment_is_that_of_the_unbiased_estimator() -> None:
         rest = a.sum() * b.sum() / ((n - 1) * (n - 2)) - 2 / (n - 2) * (a.sum(0) @ b.sum(0))
         return float(((a @ b).trace() + rest) / (n * (n - 3)))
 
-    one, other = random(12, 3), random(12, 3) + random(12, 3, seed=1)
+    one, other = random(70, 3), random(70, 3) + random(70, 3, seed=1)  # of two blocks of examples
     expected = hsic(one, other) / math.sqrt(hsic(one, one) * hsic(other, other))
     assert align(one, other) == pytest.approx(expected)
     assert 0.1 < expected < 0.9

@@ -103,7 +103,7 @@ def summarise(
         margin: by how much a ticket may be worse than the dense network.
     """
     by = ["importance", "level"]
-    means = over_seeds(table, by, "next", [])
+    means = over_seeds(table, by, "next", [], (0.0, 1.0))
     whole = table.group_by(by, maintain_order=True).agg(pl.col("density", "dense", "other_order").mean())
     names = set(table["importance"])
     kept = by_level([row for row in rows(tickets) if row.importance in names], margin=margin).select(*by, "keeps")

@@ -121,7 +121,7 @@ def summarise(table: pl.DataFrame) -> pl.DataFrame:
         table: of `of_snapshots`.
     """
     others = ["distance", "chance", "ticket", "ticket_chance"]
-    return over_seeds(table, ["level", "importance", "iteration"], "known", others)
+    return over_seeds(table, ["level", "importance", "iteration"], "known", others, (0.0, 1.0))
 
 
 def describe(means: pl.DataFrame) -> list[str]:

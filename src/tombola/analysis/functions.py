@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
+from functools import reduce
 from itertools import combinations
 from typing import cast
 
@@ -117,7 +118,7 @@ def of_probabilities(probabilities: Mapping[str, Tensor], labels: Tensor) -> pl.
         same = torch.stack([classes[name] == first for name in group]).all(0)
         agreement = float(same.double().mean())
         expected = float(torch.stack([shares[name] for name in group]).prod(0).sum())
-        ensemble = sum((probabilities[name] for name in group), torch.zeros(())).argmax(1)
+        ensemble = reduce(torch.add, (probabilities[name] for name in group)).argmax(1)
         lines.append(
             {
                 "tickets": list(group),

@@ -10,7 +10,7 @@ import torch
 
 from tombola.analysis import overlap
 from tombola.analysis.gather import after, by_level, last_level
-from tombola.analysis.winners import mean_with_interval
+from tombola.analysis.values import intervals
 from tombola.pruning.mask import Mask
 from tombola.study.planner import select_chains
 from tombola.study.tickets import Tickets
@@ -108,14 +108,11 @@ def summarise(table: pl.DataFrame) -> pl.DataFrame:
     Args:
         table: of `of_study`, or a part of it.
     """
-    lines = table.group_by("level", "importance", "quantity", "layer", maintain_order=True).agg(
+    by = ["level", "importance", "quantity", "layer"]
+    means = table.group_by(by, maintain_order=True).agg(
         pl.len().cast(pl.Int64).alias("seeds"),
         (pl.col("alive") / pl.col("connections")).mean().alias("density"),
-        pl.col("kept").drop_nulls().alias("each"),
         pl.col("kept", "expected", "excess").mean(),
     )
-    bounds = [
-        mean_with_interval(each, (0.0, 1.0))[1:] if len(each) else (None, None) for each in lines["each"].to_list()
-    ]
-    low, high = zip(*bounds, strict=True) if bounds else ((), ())
-    return lines.drop("each").with_columns(pl.Series("low", low, pl.Float64), pl.Series("high", high, pl.Float64))
+    found = intervals(table, by, {"kept": (0.0, 1.0)})
+    return means.with_columns(found["kept_low"].alias("low"), found["kept_high"].alias("high"))

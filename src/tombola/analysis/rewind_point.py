@@ -107,9 +107,8 @@ def summarise(table: pl.DataFrame, tolerance: float = TOLERANCE) -> pl.DataFrame
         tolerance: the largest barrier of networks that count as connected, in 0..1.
     """
     by = ["level", "importance", "iteration"]
-    means = over_seeds(
-        table.sort("level", "iteration", "seed"), by, "barrier", ["density", "first", "second", "jaccard", "chance"]
-    )
+    others = ["density", "first", "second", "jaccard", "chance"]
+    means = over_seeds(table.sort("level", "iteration", "seed"), by, "barrier", others, (0.0, 1.0))
     return means.with_columns(connected=pl.col("barrier") <= tolerance)
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import cast
 
 import polars as pl
@@ -12,6 +14,8 @@ from torch import Tensor, nn
 
 from tombola.analysis.functions import of_probabilities
 from tombola.analysis.gather import NO_PAIRS, SEEDS, after, last_level, pairs
+from tombola.analysis.values import intervals
+from tombola.analysis.winners import Bounds
 from tombola.errors import UserError
 from tombola.inputs import convert, count_examples, select
 from tombola.lottery.ticket import Ticket
@@ -30,8 +34,16 @@ EXAMPLES = 256
 
 BINS = 15
 
+_WITHIN: dict[str, Bounds] = {
+    **dict.fromkeys(("cka", "kappa", "gain"), (-1.0, 1.0)),
+    "kl": (0.0, math.inf),
+    "js": (0.0, math.log(2)),
+}
+"""The smallest and the largest value of figures that are not in 0..1."""
+
 _LEAST = torch.finfo(torch.float64).min
 _VALUES = 4096  # of an example, whose products are added up in the precision of the outputs
+_ROWS = 64  # examples at once: only one of the two products of two examples in different blocks is computed
 _REMEMBERED = 64  # networks whose answers are kept
 
 
@@ -46,6 +58,22 @@ class Answers:
 
     outputs: Tensor
     layers: Mapping[str, Tensor]
+
+    @cached_property
+    def log_probabilities(self) -> Tensor:
+        """The logarithms of the predicted probabilities, float64; finite, so that 0 log 0 = 0."""
+        exact = self.outputs.double()
+        return (exact - exact.logsumexp(1, keepdim=True)).clamp_(min=_LEAST)
+
+    @cached_property
+    def probabilities(self) -> Tensor:
+        """The predicted probabilities, float64."""
+        return self.log_probabilities.exp()
+
+    @cached_property
+    def entropy(self) -> float:
+        """The mean over examples of the entropy of the predicted probabilities, in nats."""
+        return _entropy(self.probabilities)
 
 
 def of_study(
@@ -100,8 +128,8 @@ def of_pair(first: Answers, second: Answers, labels: Tensor) -> pl.DataFrame:
       interval over examples (Wilson). expected: that of independent predictions. kappa: Cohen's, see
       `tombola.analysis.functions.of_outputs`.
     - kl: mean over examples of (KL(p || q) + KL(q || p)) / 2 of the predicted probabilities p and q, in nats.
-    - js: mean over examples of the Jensen-Shannon divergence, (KL(p || m) + KL(q || m)) / 2 with m = (p + q) / 2, in
-      nats, in 0..ln 2.
+    - js: mean over examples of the Jensen-Shannon divergence, (KL(p || m) + KL(q || m)) / 2 = H(m) - (H(p) + H(q)) / 2
+      with m = (p + q) / 2 and the entropy H, in nats, in 0..ln 2.
     - accuracy: mean of the two accuracies, in 0..1. gain: accuracy of the mean of the two predicted probabilities,
       minus accuracy.
     - ece, ensemble_ece: mean of the two expected calibration errors, and that of the mean of the two predicted
@@ -115,10 +143,8 @@ def of_pair(first: Answers, second: Answers, labels: Tensor) -> pl.DataFrame:
     >>> of_pair(Answers(one, {}), Answers(other, {}), torch.arange(4)).select("disagreement", "accuracy").rows()
     [(0.25, 0.875)]
     """
-    logs = [_log_probabilities(each.outputs) for each in (first, second)]
-    p, q = (each.exp() for each in logs)
-    middle = (p + q) / 2
-    log_middle = middle.log().clamp_(min=_LEAST)
+    p, q = first.probabilities, second.probabilities
+    middle = (p + q).div_(2)
     agreed = of_probabilities({"first": p, "second": q}, labels).row(0, named=True)
     figures = {
         "disagreement": 1 - agreed["agreement"],
@@ -126,8 +152,8 @@ def of_pair(first: Answers, second: Answers, labels: Tensor) -> pl.DataFrame:
         "high": 1 - agreed["low"],
         "expected": 1 - agreed["expected"],
         "kappa": agreed["kappa"],
-        "kl": _sum_products(p - q, logs[0] - logs[1]) / (2 * len(p)),
-        "js": (_sum_products(p, logs[0] - log_middle) + _sum_products(q, logs[1] - log_middle)) / (2 * len(p)),
+        "kl": float((p - q).flatten() @ (first.log_probabilities - second.log_probabilities).flatten()) / (2 * len(p)),
+        "js": max(0.0, _entropy(middle) - (first.entropy + second.entropy) / 2),  # below 0 only by rounding
         "accuracy": agreed["accuracy"],
         "gain": agreed["ensemble_accuracy"] - agreed["accuracy"],
         "ece": sum(calibration_error(each, labels) for each in (p, q)) / 2,
@@ -141,14 +167,8 @@ def of_pair(first: Answers, second: Answers, labels: Tensor) -> pl.DataFrame:
     return pl.DataFrame(lines, schema={name: pl.String if name == "layer" else pl.Float64 for name in lines[0]})
 
 
-def _log_probabilities(outputs: Tensor) -> Tensor:
-    """Return the logarithms of the predicted probabilities; finite, so that 0 log 0 = 0."""
-    exact = outputs.double()
-    return (exact - exact.logsumexp(1, keepdim=True)).clamp_(min=_LEAST)
-
-
-def _sum_products(one: Tensor, other: Tensor) -> float:
-    return float(one.flatten() @ other.flatten())
+def _entropy(probabilities: Tensor) -> float:
+    return float(torch.special.entr(probabilities).sum()) / len(probabilities)
 
 
 def calibration_error(probabilities: Tensor, labels: Tensor, bins: int = BINS) -> float:
@@ -188,8 +208,10 @@ def compare_examples(outputs: Tensor) -> Tensor:
     for part in torch.split(flat, _VALUES, 1):
         shifted = part - part[0]  # exactly 0 where all examples are alike, as in a dead layer
         shifted -= shifted.mean(0)  # like the line before, it changes nothing but the rounding
-        gram += shifted @ shifted.T
-    gram = ((gram + gram.T) / 2).fill_diagonal_(0.0)
+        for row in range(0, n, _ROWS):
+            gram[row : row + _ROWS, row:] += shifted[row : row + _ROWS] @ shifted[row:].T
+    gram = gram.triu(1)
+    gram += gram.T.clone()
     rows = gram.sum(0) / (n - 2)
     centred = gram - rows[:, None] - rows[None, :] + gram.sum() / ((n - 1) * (n - 2))
     return centred.fill_diagonal_(0.0)
@@ -207,7 +229,9 @@ def summarise(table: pl.DataFrame) -> pl.DataFrame:
     """Return the means over seeds of a table of `of_study`: one row for each level, two tickets and layer.
 
     The columns are level, kind, tickets (of two seeds: their importance, or dense), layer, pairs (how many were
-    averaged), and the means of the figures of `of_pair`, without the bounds low and high.
+    averaged), and for each figure of `of_pair`, such as kl: kl, the mean over seeds, after the mean over the pairs of a
+    seed; and kl_low and kl_high, its 95 % interval over seeds, see `tombola.analysis.values.intervals`. They are null
+    for one seed, and for tickets of two seeds, whose pairs share seeds and are not independent.
 
     Args:
         table: of `of_study`, or a part of it.
@@ -216,14 +240,17 @@ def summarise(table: pl.DataFrame) -> pl.DataFrame:
     together = pl.col("tickets").list.join(" & ")
     of_one = pl.col("tickets").list.first().str.replace(r", seed -?\d+$", "")
     figures = [name for name in table.columns[table.columns.index("layer") + 1 :] if name not in ("low", "high")]
-    return (
+    by = ["level", "kind", "tickets", "layer"]
+    of_seeds = (
         table.with_columns(
             tickets=pl.when(dense).then(pl.lit("dense")).when(pl.col("kind") == SEEDS).then(of_one).otherwise(together)
         )
-        .group_by("level", "kind", "tickets", "layer", maintain_order=True)
+        .group_by(*by, "seed", maintain_order=True)
         .agg(pl.len().cast(pl.Int64).alias("pairs"), pl.col(*figures).mean())
-        .sort("level", "kind", maintain_order=True)
     )
+    pairs = of_seeds.group_by(by, maintain_order=True).agg(pl.col("pairs").sum())
+    means = intervals(of_seeds, by, {name: _WITHIN.get(name, (0.0, 1.0)) for name in figures})
+    return pairs.hstack(means.select(pl.exclude(by))).sort("level", "kind", maintain_order=True)
 
 
 class _Networks:

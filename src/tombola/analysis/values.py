@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import polars as pl
 
-from tombola.analysis.winners import mean_with_interval
+from tombola.analysis.winners import UNBOUNDED, Bounds, mean_with_interval
 from tombola.study.planner import Chain
 from tombola.study.tickets import Tickets
 
@@ -51,7 +51,9 @@ def mean_or_none(values: Sequence[float | None]) -> float | None:
     return sum(known) / len(known) if known and len(known) == len(values) else None
 
 
-def over_seeds(table: pl.DataFrame, by: Sequence[str], column: str, others: Sequence[str]) -> pl.DataFrame:
+def over_seeds(
+    table: pl.DataFrame, by: Sequence[str], column: str, others: Sequence[str], within: Bounds = UNBOUNDED
+) -> pl.DataFrame:
     """Return the means over seeds of a table with one row for each seed.
 
     The columns are those of `by`; seeds, the number of rows in which `column` is not null; the means of `others` and
@@ -62,20 +64,42 @@ def over_seeds(table: pl.DataFrame, by: Sequence[str], column: str, others: Sequ
         by: the columns that say what a row is about.
         column: the column whose interval is wanted.
         others: further columns, whose means are over the rows in which `column` is not null.
+        within: the smallest and the largest possible mean of `column`, which the interval does not leave.
 
     >>> table = pl.DataFrame({"kind": ["a", "a", "b"], "lost": [0.1, 0.1, None], "value": [1.0, 2.0, 3.0]})
     >>> over_seeds(table, ["kind"], "lost", ["value"]).rows()
     [('a', 2, 1.5, 0.1, 0.1, 0.1), ('b', 0, None, None, None, None)]
     """
     there = pl.col(column).is_not_null()
-    lines = table.group_by(by, maintain_order=True).agg(
+    means = table.group_by(by, maintain_order=True).agg(
         pl.col(column).count().cast(pl.Int64).alias("seeds"),
         *(pl.col(other).filter(there).mean() for other in others),
-        pl.col(column).drop_nulls().alias("each"),
     )
-    found = [mean_with_interval(each) if len(each) else (None, None, None) for each in lines["each"].to_list()]
-    names = (column, "low", "high")
-    columns = zip(*found, strict=True) if found else ((), (), ())
-    return lines.drop("each").with_columns(
-        pl.Series(name, values, pl.Float64) for name, values in zip(names, columns, strict=True)
-    )
+    found = intervals(table, by, {column: within}).select(pl.exclude(by))
+    return means.hstack(found).rename({f"{column}_{bound}": bound for bound in ("low", "high")})
+
+
+def intervals(table: pl.DataFrame, by: Sequence[str], columns: Mapping[str, Bounds]) -> pl.DataFrame:
+    """Return the means over seeds of some columns, each with its 95 % interval, of a table with one row for each seed.
+
+    The columns are those of `by`, in the order in which their values first occur; then for each of `columns`, such as
+    `kl`: kl, its mean over the rows in which it is not null, and kl_low and kl_high, the interval of this mean by
+    Student's t (null for fewer than two of these rows).
+
+    Args:
+        table: the table.
+        by: the columns that say what a row is about.
+        columns: the columns of numbers, each with the smallest and the largest possible mean, which its interval does
+            not leave.
+
+    >>> table = pl.DataFrame({"kind": ["a", "a", "b"], "kl": [0.1, 0.1, None]})
+    >>> intervals(table, ["kind"], {"kl": (0.0, math.inf)}).rows()
+    [('a', 0.1, 0.1, 0.1), ('b', None, None, None)]
+    """
+    lines = table.group_by(by, maintain_order=True).agg(pl.col(*columns).drop_nulls())
+    found = [lines.select(by)]
+    for name, within in columns.items():
+        rows = [mean_with_interval(each, within) if len(each) else (None, None, None) for each in lines[name].to_list()]
+        schema = dict.fromkeys((name, f"{name}_low", f"{name}_high"), pl.Float64)
+        found.append(pl.DataFrame(rows, schema, orient="row"))
+    return pl.concat(found, how="horizontal")

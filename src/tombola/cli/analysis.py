@@ -18,6 +18,7 @@ from tombola.cli.options import (
     warnings_as_notes,
     whole_number,
 )
+from tombola.errors import UserError
 from tombola.terminal import say
 
 if TYPE_CHECKING:
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 
 
 _ASKED = {"matching": "the order of units", "basins": "levels that are connected"}
+
+_OF_BASINS = ("tolerance", "margin")  # options of `claims` that are for basins alone
 
 _LEVELS = 10_000  # more levels than any network can have
 
@@ -51,8 +54,9 @@ def add_verbs(verbs: Verbs) -> None:
         metavar="NAME",
         help=f"also compute these analyses, which take time, to say up to what tickets are unique: {', '.join(_ASKED)}",
     )
-    add_tolerance(added)
-    add_margin(added)
+    add_tolerance(added, only="with `--with basins`: ")
+    add_margin(added, only="with `--with basins`: ")
+    added.set_defaults(**dict.fromkeys(_OF_BASINS))
     for verb in (overlap, layers, stability, winners, weights, functions, connectivity, reinit):
         added = verbs.add(verb.__name__, verb, verbs.study, verbs.table)
         if verb is reinit:
@@ -100,6 +104,9 @@ def claims(options: argparse.Namespace) -> int:
     """Show whether each claim of the paper holds for the tickets of the study, with intervals over seeds."""
     from tombola.analysis import claims, uniqueness
 
+    limits = {name: value / 100 for name in _OF_BASINS if (value := getattr(options, name)) is not None}
+    if limits and "basins" not in options.asked:
+        raise UserError(f"--{next(iter(limits))} is for --with basins, which is missing")
     tickets, names = open_compared(options)
     with warnings_as_notes(Warning):
         evidence = claims.collect(tickets, names, options.level)
@@ -107,8 +114,7 @@ def claims(options: argparse.Namespace) -> int:
     if options.format == "table":
         _print_claims(evidence, found)
         with warnings_as_notes(Warning):
-            limits = options.tolerance / 100, options.margin / 100
-            sentences = uniqueness.of_study(tickets, names, options.asked, evidence.level, *limits)
+            sentences = uniqueness.of_study(tickets, names, options.asked, evidence.level, **limits)
         _print_uniqueness(sentences, options.asked)
     else:
         if options.asked:

@@ -84,8 +84,12 @@ def similarity(options: argparse.Namespace) -> int:
     tickets, names = open_compared(options)
     with warnings_as_notes(Warning):
         table = similarity.of_study(tickets, names, options.level)
-    show_view(table, options.format, _similarity)
+    if options.format == "table" and len(tickets.study.seeds) < 2:
+        print_note("no interval: the study has one seed, and an interval needs two or more; add others with --seeds")
+    show_view(table, options.format, _predictions)
     if options.format == "table":
+        say("\nAccuracy and calibration, of two networks and of the mean of their predicted probabilities:")
+        show_view(table, options.format, _ensembles)
         say("\nLinear CKA of each layer:")
         show_view(table, options.format, _alignment)
     return 0
@@ -158,35 +162,54 @@ def _initial(table: pl.DataFrame) -> pl.DataFrame:
     )
 
 
-def _similarity(table: pl.DataFrame) -> pl.DataFrame:
-    """Return one row for each comparison, about the outputs; means over the seeds."""
-    import polars as pl
+def _predictions(table: pl.DataFrame) -> pl.DataFrame:
+    """Return one row for each comparison, on how the predictions differ; means over the seeds, with their intervals."""
+    from tombola.cli.tables import number, number_range, percent, percent_range
 
-    from tombola.analysis import similarity
-    from tombola.cli.tables import number, percent
-
-    return similarity.summarise(table.filter(pl.col("layer") == similarity.OUTPUTS)).select(
+    return _of_outputs(table).select(
         *("level", "kind", "tickets", "pairs"),
         percent("disagreement").alias("disagreement %"),
+        percent_range("disagreement_low", "disagreement_high").alias("95 %"),
         percent("expected").alias("if independent"),
         number("kl", "{:.4f}").alias("KL"),
+        number_range("kl_low", "kl_high", "{:.4f}").alias("95 % "),
         number("js", "{:.4f}").alias("JS"),
-        number("cka").alias("CKA"),
-        percent("accuracy").alias("accuracy %"),
-        percent("gain", sign=True).alias("ensemble gain"),
-        percent("ece").alias("ECE %"),
-        percent("ensemble_ece").alias("of the ensemble"),
+        number_range("js_low", "js_high", "{:.4f}").alias("95 %  "),
     )
 
 
-def _alignment(table: pl.DataFrame) -> pl.DataFrame:
-    """Return one row for each comparison, and a column for each layer; means over the seeds."""
+def _ensembles(table: pl.DataFrame) -> pl.DataFrame:
+    """Return one row for each comparison, on how good the predictions are; means over the seeds, with intervals."""
+    from tombola.cli.tables import percent, percent_range
+
+    return _of_outputs(table).select(
+        *("level", "kind", "tickets", "pairs"),
+        percent("accuracy").alias("accuracy %"),
+        percent_range("accuracy_low", "accuracy_high").alias("95 %"),
+        percent("gain", sign=True).alias("ensemble gain"),
+        percent_range("gain_low", "gain_high", sign=True).alias("95 % "),
+        percent("ece").alias("ECE %"),
+        percent_range("ece_low", "ece_high").alias("95 %  "),
+        percent("ensemble_ece").alias("of the ensemble"),
+        percent_range("ensemble_ece_low", "ensemble_ece_high").alias("95 %   "),
+    )
+
+
+def _of_outputs(table: pl.DataFrame) -> pl.DataFrame:
     import polars as pl
 
     from tombola.analysis import similarity
-    from tombola.cli.tables import number
 
-    means = similarity.summarise(table.filter(pl.col("layer") != similarity.OUTPUTS))
-    layers = means["layer"].unique(maintain_order=True).to_list()
-    wide = means.pivot(on="layer", index=["level", "kind", "tickets"], values="cka")
-    return wide.select("level", "kind", "tickets", *(number(layer) for layer in layers))
+    return similarity.summarise(table.filter(pl.col("layer") == similarity.OUTPUTS))
+
+
+def _alignment(table: pl.DataFrame) -> pl.DataFrame:
+    """Return one row for each comparison and layer; means over the seeds, with their intervals."""
+    from tombola.analysis import similarity
+    from tombola.cli.tables import number, number_range
+
+    return similarity.summarise(table).select(
+        *("level", "kind", "tickets", "layer", "pairs"),
+        number("cka").alias("CKA"),
+        number_range("cka_low", "cka_high").alias("95 %"),
+    )

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 MOST = 2**63 - 1
 """The largest whole number of an option that has no limit of its own."""
 
+MARGIN, TOLERANCE = 0.5, 2.0
+"""The defaults of `--margin` and `--tolerance`, in percentage points."""
+
 _DIGITS = 1000  # more digits than any option needs
 
 Verb = Callable[[argparse.Namespace], int]
@@ -158,26 +161,27 @@ def add_store(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_margin(parser: argparse.ArgumentParser, name: str = "--margin") -> None:
-    """Add the option `--margin`, under this or another name."""
+def add_margin(parser: argparse.ArgumentParser, name: str = "--margin", *, only: str = "") -> None:
+    """Add the option `--margin`, under this or another name, and say first of which other option it is a part."""
     parser.add_argument(
         name,
         type=percentage_points,
-        default=0.5,
+        default=MARGIN,
         metavar="X",
-        help="a ticket keeps the accuracy if it loses at most X percentage points (default: %(default)s); for a metric "
-        "that is not a share, X is a percentage of the dense network's value",
+        help=f"{only}a ticket keeps the accuracy if it loses at most X percentage points (default: {MARGIN}); for a "
+        "metric that is not a share, X is a percentage of the dense network's value",
     )
 
 
-def add_tolerance(parser: argparse.ArgumentParser) -> None:
-    """Add the option `--tolerance`."""
+def add_tolerance(parser: argparse.ArgumentParser, *, only: str = "") -> None:
+    """Add the option `--tolerance`, and say first of which other option it is a part."""
     parser.add_argument(
         "--tolerance",
         type=percentage_points,
-        default=2.0,
+        default=TOLERANCE,
         metavar="X",
-        help="networks are connected if the barrier between them is at most X percentage points (default: %(default)s)",
+        help=f"{only}networks are connected if the barrier between them is at most X percentage points "
+        f"(default: {TOLERANCE})",
     )
 
 

@@ -27,7 +27,7 @@ def matching(table: pl.DataFrame) -> pl.DataFrame:
         (100 * pl.col("layers_jaccard")).alias("chance %"),
         (100 * pl.col("matched_jaccard")).alias("matched %"),
         (100 * pl.col("chance_jaccard")).alias("chance, matched %"),
-        *((100 * pl.col(f"chance_{bound}")).alias(bound) for bound in ("low", "high")),
+        *_bounds("chance_"),
         (100 * pl.col("moved")).alias("units moved %"),
         "pairs",
     )
@@ -43,6 +43,7 @@ def initial(table: pl.DataFrame) -> pl.DataFrame:
         *("importance", "quantity", "layer"),
         (100 * pl.col("density")).alias("density %"),
         (100 * pl.col("kept")).alias("largest kept %"),
+        *_bounds(),
         (100 * pl.col("expected")).alias("chance %"),
         "excess",
         "seeds",
@@ -50,34 +51,53 @@ def initial(table: pl.DataFrame) -> pl.DataFrame:
 
 
 def similarity(table: pl.DataFrame) -> pl.DataFrame:
-    """Return how alike each two networks are as functions; means over seeds.
+    """Return how the predictions of each two networks differ; means over seeds, with their 95 % intervals.
 
     Args:
         table: from `tombola.analysis.similarity`.
     """
-    means = similarity_analysis.summarise(table.filter(pl.col("layer") == similarity_analysis.OUTPUTS))
-    return means.select(
-        pl.col("kind").alias("what differs"),
-        "tickets",
-        (100 * pl.col("disagreement")).alias("disagreement %"),
-        pl.col("kl").alias("KL"),
-        pl.col("js").alias("JS"),
-        pl.col("cka").alias("CKA"),
-        (100 * pl.col("accuracy")).alias("accuracy %"),
-        (100 * pl.col("gain")).alias("ensemble gain, points"),
-        (100 * pl.col("ece")).alias("calibration error %"),
+    return _of_outputs(table).select(
+        *("what differs", "tickets"),
+        *_with_interval("disagreement", "disagreement %", 100),
+        *(each for name in ("kl", "js", "cka") for each in _with_interval(name, name.upper())),
+        "pairs",
+    )
+
+
+def calibration(table: pl.DataFrame) -> pl.DataFrame:
+    """Return how good the predictions of each two networks and of their ensemble are; means over seeds, with intervals.
+
+    Args:
+        table: from `tombola.analysis.similarity`.
+    """
+    return _of_outputs(table).select(
+        *("what differs", "tickets"),
+        *_with_interval("accuracy", "accuracy %", 100),
+        *_with_interval("gain", "ensemble gain, points", 100),
+        *_with_interval("ece", "calibration error %", 100),
         "pairs",
     )
 
 
 def alignment(table: pl.DataFrame) -> pl.DataFrame:
-    """Return the linear centred kernel alignment of each layer of each two networks; means over seeds.
+    """Return the linear centred kernel alignment of each layer of each two networks; means over seeds, with intervals.
 
     Args:
         table: from `tombola.analysis.similarity`.
     """
     means = similarity_analysis.summarise(table.filter(pl.col("layer") != similarity_analysis.OUTPUTS))
-    return means.select(pl.col("kind").alias("what differs"), "tickets", "layer", pl.col("cka").alias("CKA"))
+    return means.select(pl.col("kind").alias("what differs"), "tickets", "layer", *_with_interval("cka", "CKA"))
+
+
+def _of_outputs(table: pl.DataFrame) -> pl.DataFrame:
+    means = similarity_analysis.summarise(table.filter(pl.col("layer") == similarity_analysis.OUTPUTS))
+    return means.rename({"kind": "what differs"})
+
+
+def _with_interval(name: str, title: str, scale: float = 1) -> list[pl.Expr]:
+    """Return a column and its bounds, see `tombola.analysis.values.intervals`, under a title."""
+    titles = {name: title, f"{name}_low": f"{title}, low", f"{name}_high": f"{title}, high"}
+    return [(scale * pl.col(column)).alias(each) for column, each in titles.items()]
 
 
 def controls(table: pl.DataFrame, measure: Measure) -> pl.DataFrame:
@@ -150,6 +170,7 @@ def basins(means: pl.DataFrame) -> pl.DataFrame:
         *("importance", "level"),
         (100 * pl.col("density")).alias("density %"),
         (100 * pl.col("next")).alias("barrier to the next level, points"),
+        *_bounds(),
         (100 * pl.col("dense")).alias("to the dense network"),
         (100 * pl.col("other_order")).alias("to another data order"),
         *(_say(name) for name in ("connected", "keeps")),
@@ -167,6 +188,7 @@ def rewind_point(table: pl.DataFrame) -> pl.DataFrame:
         *("level", "iteration"),
         *((100 * pl.col(name)).alias(f"{name} error %") for name in ("first", "second")),
         (100 * pl.col("barrier")).alias("barrier, points"),
+        *_bounds(),
         (100 * pl.col("jaccard")).alias("overlap of masks %"),
         (100 * pl.col("chance")).alias("chance %"),
         _say("connected"),
@@ -184,6 +206,7 @@ def early(table: pl.DataFrame) -> pl.DataFrame:
         *("importance", "iteration"),
         (100 * pl.col("distance")).alias("distance to the end %"),
         (100 * pl.col("known")).alias("of the mask at the end %"),
+        *_bounds(),
         (100 * pl.col("chance")).alias("chance %"),
         (100 * pl.col("ticket")).alias("of the ticket %"),
         (100 * pl.col("ticket_chance")).alias("chance, ticket %"),
@@ -194,3 +217,8 @@ def early(table: pl.DataFrame) -> pl.DataFrame:
 def _say(name: str) -> pl.Expr:
     """Return a column of answers as yes and no."""
     return pl.col(name).replace_strict({True: "yes", False: "no"}, return_dtype=pl.String).alias(name)
+
+
+def _bounds(prefix: str = "") -> list[pl.Expr]:
+    """Return the columns low and high, the 95 % interval of the share in the column before."""
+    return [(100 * pl.col(f"{prefix}{bound}")).alias(bound) for bound in ("low", "high")]

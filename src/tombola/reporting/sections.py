@@ -230,8 +230,11 @@ def _initial(_: Contents, table: pl.DataFrame) -> list[Part]:
 
 
 def _similarity(_: Contents, table: pl.DataFrame) -> list[Part]:
-    parts = [Part("similarity", "Predictions", None, further.similarity(table))]
-    return [*parts, Part("alignment", "Alignment of layers", None, further.alignment(table))]
+    return [
+        Part("similarity", "Predictions", None, further.similarity(table)),
+        Part("calibration", "Accuracy and calibration", None, further.calibration(table)),
+        Part("alignment", "Alignment of layers", None, further.alignment(table)),
+    ]
 
 
 def _controls(contents: Contents, table: pl.DataFrame) -> list[Part]:
@@ -270,6 +273,8 @@ def _rewind_point(_: Contents, table: pl.DataFrame) -> list[Part]:
 def _early(_: Contents, table: pl.DataFrame) -> list[Part]:
     return [Part("early", "Masks during training", None, further.early(table))]
 
+
+_INTERVAL = "Low and high bound the 95 % interval of the mean over seeds."
 
 _ANALYSES: tuple[tuple[str, str, str, Callable[[Contents, pl.DataFrame], list[Part]], str], ...] = (
     (
@@ -319,7 +324,8 @@ _ANALYSES: tuple[tuple[str, str, str, Callable[[Contents, pl.DataFrame], list[Pa
         *("initial", "Largest initial weights", "initial", _initial),
         "For the tickets at level {level}. Of a layer with n connections alive, the share of the n connections that "
         "have the largest weights at initialisation, or at the rewind point, and are in the ticket. An excess of 1 "
-        "means that the initial weights decide which connections survive in a layer, 0 that they have no influence.",
+        "means that the initial weights decide which connections survive in a layer, 0 that they have no influence. "
+        + _INTERVAL,
     ),
     (
         *("matching", "Overlap up to the order of units", "report --with matching", _matching),
@@ -334,7 +340,7 @@ _ANALYSES: tuple[tuple[str, str, str, Callable[[Contents, pl.DataFrame], list[Pa
         "seed: the share of test examples for which their predictions differ, the mean divergences of the predicted "
         "probabilities in nats (KL is the mean of both directions), the linear centred kernel alignment (CKA) of "
         "outputs and layers, what the mean of the two predictions gains in accuracy, and the expected calibration "
-        "error.",
+        "error. " + _INTERVAL,
     ),
     (
         *("controls", "Controls", "controls --level {level}", _controls),
@@ -345,30 +351,31 @@ _ANALYSES: tuple[tuple[str, str, str, Callable[[Contents, pl.DataFrame], list[Pa
     (
         *("combinations", "Unions and intersections of tickets", "combine --level {level}", _combinations),
         "The union and the intersection of tickets, trained as tickets of their own, beside tickets of their density, "
-        "between two levels. A difference above 0 is in favour of the combination.",
+        "between two levels. A difference above 0 is in favour of the combination. " + _INTERVAL,
     ),
     (
         *("transfers", "Masks of other studies", "transfer --level {level}", _transfers),
         "The masks of another study, which differs from this one as stated, are trained in the networks of this one, "
         "with its data and recipe. A shuffled mask with the same layer densities is chance, and the own ticket is that "
-        "of this study at the same density. A mask transfers if it is better than the shuffled one.",
+        "of this study at the same density. A mask transfers if it is better than the shuffled one. " + _INTERVAL,
     ),
     (
         *("basins", "Connected levels", "report --with basins", _basins),
         "The barrier of the test error between a trained ticket and that of the next level, and between the dense "
         "network and the ticket. Levels are connected if the barrier is at most 2 points. A level keeps what tickets "
-        "are judged by if it loses no more than the margin.",
+        "are judged by if it loses no more than the margin. " + _INTERVAL,
     ),
     (
         *("rewind-point", "Rewind point", "report --with rewind-point", _rewind_point),
         "Two networks share the first iterations, and see the data in different orders from then on. They are "
         "connected if the barrier of the test error between them is at most 2 points. The overlap is that of the masks "
-        "that one round prunes the two to.",
+        "that one round prunes the two to. " + _INTERVAL,
     ),
     (
         *("early", "How early a mask is known", "report --with early", _early),
         "At each iteration the dense network is pruned in one round to the density of the tickets of the last level. "
-        "The share of this mask that is in the mask at the end of training, and the share of the ticket that is in it.",
+        "The share of this mask that is in the mask at the end of training, and the share of the ticket that is in it. "
+        + _INTERVAL,
     ),
 )
 """One section per analysis: name of the table and section, title, verb that computes it, parts, how to read it."""

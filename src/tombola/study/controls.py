@@ -369,7 +369,7 @@ def _describe_difference(study: Study, other: Study) -> str:
         for document in (each.model_dump(mode="json") for each in (study, other))
     )
     changed = [f"{name} = {json.dumps(value)}" for name, value in theirs.items() if value != ours[name]]
-    return ", ".join(changed) or "the same study"
+    return ", ".join(changed) or "the same task and recipe"
 
 
 def list_orders(study: Study, count: int) -> list[int]:

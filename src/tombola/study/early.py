@@ -46,7 +46,7 @@ def plan_snapshots(tickets: Tickets, iterations: Sequence[int] | None = None) ->
             training, see `PARTS`.
 
     Raises:
-        UserError: if an iteration is not within the training.
+        UserError: if an iteration is not between these two.
         NothingStoredError: if the store does not have the dense networks yet.
         DamagedResultError: if a stored result is damaged.
     """
@@ -59,8 +59,8 @@ def plan_snapshots(tickets: Tickets, iterations: Sequence[int] | None = None) ->
     for each in found:
         if not begin < each < end:
             raise UserError(
-                f"early masks: iteration {each} is not within the training of the dense network, which has the "
-                f"iterations {begin} to {end}"
+                f"early masks: expected iterations of the dense network after {begin} and before {end}, got {each}; "
+                "the masks of these two are always shown"
             )
     dense = [Chain(seed, study.importances[0]) for seed in study.seeds]
     tickets.require([0], dense)
