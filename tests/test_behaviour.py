@@ -332,15 +332,19 @@ def test_what_is_not_there_is_refused(name: str) -> None:
         identify_all([name])
 
 
-def test_a_folder_with_a_store_changes_with_each_run(tmp_path: Path) -> None:
+def test_what_a_run_writes_into_a_folder_does_not_change_it(tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text("1")
     before = identify_all([str(tmp_path)])
-    (tmp_path / "__pycache__").mkdir()
-    (tmp_path / "__pycache__" / "a.pyc").write_text("2")
+    for folder in ("__pycache__", ".tombola-cache"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "a.pyc").write_text("2")
+    (tmp_path / "inner").mkdir()
+    Store(tmp_path / "inner" / "store")
     assert identify_all([str(tmp_path)]) == before
-    Store(tmp_path / "inner")
-    with pytest.raises(UserError, match=r"has the store .*inner in it, which changes with each run; name a folder"):
-        identify_all([str(tmp_path)])
+    with pytest.raises(UserError, match="store' is a store, which changes with each run"):
+        identify_all([str(tmp_path / "inner" / "store")])
+    (tmp_path / "inner" / "store.json").write_text("{}")
+    assert identify_all([str(tmp_path)]) != before, "it is no store"
 
 
 def test_a_worker_with_another_file_refuses_the_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

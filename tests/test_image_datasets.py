@@ -25,6 +25,7 @@ from tombola.datasets import cache as cache_module
 from tombola.datasets import decoder, files, images, load, progress, tree
 from tombola.datasets.cache import mean_and_std
 from tombola.datasets.decoder import Form, TroubleError, decode
+from tombola.engine.job import _unchanged
 from tombola.errors import UserError
 
 CIFAR = sys.modules["tombola.datasets.cifar10"]
@@ -233,8 +234,18 @@ def change_byte(path, place):
 
 
 def change_about(entry, **changes):
+    """Change the file and leave out its hash, as earlier versions wrote it."""
     path = entry / "about.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    content = json.loads(path.read_text()) | changes
+    del content["hash"]
+    path.write_text(json.dumps(content))
+
+
+def replace_in_about(entry, old, new):
+    path = entry / "about.json"
+    content = path.read_text()
+    assert content.count(old) == 1
+    path.write_text(content.replace(old, new))
 
 
 def replace_with_pipe(path):
@@ -309,6 +320,8 @@ def test_a_new_empty_class_is_noticed(tmp_path):
         lambda entry: change_about(entry, test_labels=[0, 0, 1, 0]),
         lambda entry: change_about(entry, test_labels=[0, 0, 1, 2]),
         lambda entry: change_about(entry, train_labels=[0, 0, 0, 0, 1, 1, 1], test_labels=[1, 0, 0, 1, 1]),
+        lambda entry: replace_in_about(entry, '"cat"', '"bat"'),
+        lambda entry: replace_in_about(entry, "image-folder", "image-holder"),
         lambda entry: change_about(entry, shape=[3, 4, 9]),
         lambda entry: change_about(entry, shape=[3, -6, -6]),
         lambda entry: change_about(entry, mean=[0.5, 0.5, 0.5]),
@@ -319,6 +332,7 @@ def test_a_new_empty_class_is_noticed(tmp_path):
         lambda entry: (entry / "about.json").write_text("[" * 10**6),
         lambda entry: replace_with_pipe(entry / "about.json"),
         lambda entry: replace_with_pipe(entry / "pixels"),
+        lambda entry: change_about(entry, shape=[3, 0, 0]) or replace_with_pipe(entry / "pixels"),
         lambda entry: shutil.rmtree(entry) or entry.write_text("a file"),
         lambda entry: entry.rename(entry.with_suffix(".moved")) and entry.symlink_to("nowhere.moved"),
         lambda entry: (entry / "pixels").rename(entry / "p") and (entry / "pixels").symlink_to("/dev/zero"),
@@ -334,6 +348,55 @@ def test_a_damaged_entry_is_written_again_and_this_is_said(tmp_path, damage):
     assert after.fingerprint == before.fingerprint
     assert len(entries(tmp_path)) == 1
     load("image-folder", tmp_path, path="pets")  # without a warning
+
+
+def test_entries_of_two_data_sets_exchanged_are_both_written_again(tmp_path):
+    """As after a restore in which names were mixed up: each is whole, and is of the other data set."""
+    parts = [make_folder(tmp_path / name, (name, "other")) for name in ("cats", "dogs")]
+    for name in ("cats", "dogs"):
+        load("image-folder", tmp_path, path=name)
+    one, other = (tmp_path / ".tombola-cache" / name for name in entries(tmp_path))
+    one.rename(tmp_path / "between")
+    other.rename(one)
+    (tmp_path / "between").rename(other)
+    for name, part in zip(("cats", "dogs"), parts, strict=True):
+        with pytest.warns(cache_module.CacheWarning, match="not those that were written"):
+            dataset = load("image-folder", tmp_path, path=name)
+        assert_holds(dataset, part)
+        assert dataset.classes == (name, "other")
+
+
+@pytest.mark.parametrize("how", ["changed", "replaced", "removed"])
+def test_images_that_are_changed_after_their_check_give_no_result(tmp_path, how):
+    """What is mapped is read when it is used: a file that is replaced or removed stays as it was, one in place not."""
+    make_folder(tmp_path / "pets")
+    load("image-folder", tmp_path, path="pets")
+    path = tmp_path / ".tombola-cache" / entries(tmp_path)[0] / "pixels"
+    os.utime(path, (0, 0))  # a file system that counts time in large steps may not tell two writes in a row apart
+    dataset = load("image-folder", tmp_path, path="pets")
+
+    def change():
+        content = path.read_bytes()
+        if how != "changed":
+            path.unlink()
+        if how != "removed":
+            path.write_bytes(bytes(len(content)))
+
+    if how == "changed":
+        with (
+            pytest.raises(UserError, match="pixels: these decoded images were changed during the run"),
+            _unchanged(dataset),
+        ):
+            change()
+        assert not dataset.train_inputs.any(), "the training would have been one of other images"
+        with pytest.warns(cache_module.CacheWarning):
+            load("image-folder", tmp_path, path="pets")
+    else:
+        with _unchanged(dataset):
+            change()
+        assert dataset.train_inputs.any()
+    with _unchanged(dataset):
+        pass
 
 
 def test_the_command_line_notes_that_images_are_decoded_again(tmp_path, capsys):
@@ -378,6 +441,7 @@ def test_an_entry_of_the_first_version_is_read(tmp_path):
     about = tmp_path / ".tombola-cache" / entry / "about.json"
     content = json.loads(about.read_text())
     content["sd"] = content.pop("std")
+    del content["hash"]
     about.write_text(json.dumps(content))
     written = about.stat().st_mtime_ns
     after = load("image-folder", tmp_path, path="pets")

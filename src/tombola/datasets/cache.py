@@ -1,13 +1,16 @@
 """Decoded images on disk, from where later runs map them into memory.
 
 An entry is a folder of two files: `pixels`, the train and then the test images as raw bytes, and `about.json`,
-everything else. It is written under another name and renamed when it is whole. Whenever it is mapped, the fingerprint
-of what is mapped is computed: an entry that has been changed since it was written is written again. This takes about
-0.7 seconds for each GB on a processor with instructions for SHA-256.
+everything else, with a hash of it and of the entry's name. It is written under another name and renamed when it is
+whole. Whenever it is mapped, the fingerprint of what is mapped is computed: an entry that has been changed since it was
+written, or that is that of another data set, is written again. This takes about 0.7 seconds for each GB on a processor
+with instructions for SHA-256. What is mapped is read from the disk when it is used, so that a later change of the file
+would change it too: `find_changed` looks whether there was one.
 """
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import hashlib
 import json
@@ -28,7 +31,7 @@ from filelock import FileLock
 from tombola.datasets.dataset import Dataset, digest_of, fingerprint_of
 from tombola.datasets.files import cache_folder
 from tombola.errors import UserError
-from tombola.files import read_regular, remove_path, sync_folder
+from tombola.files import open_regular, read_regular, remove_path, sync_folder
 
 SCHEME = 1
 """Version of the files' layout and of how images are decoded: an entry of another one is never used."""
@@ -41,6 +44,10 @@ LARGEST_ABOUT = 1 << 28
 
 CHUNK = 4 << 20
 """Bytes per read when all pixels are read in sequence."""
+
+
+_MAPPED: dict[Path, tuple[int, ...]] = {}
+"""The files that this process has mapped, each with its `_state` before it was checked."""
 
 
 class CacheWarning(UserWarning):
@@ -148,7 +155,8 @@ def _write(cache: Path, folder: str, about: About, fill: Fill) -> None:
             os.fsync(pixels.fileno())
             about, fingerprint = _measure(about, pixels)
         with (partial / "about.json").open("w") as file:
-            json.dump(asdict(about) | {"fingerprint": fingerprint}, file)
+            document = asdict(about) | {"fingerprint": fingerprint}
+            json.dump(document | {"hash": _seal(folder, document)}, file)
             file.flush()
             os.fsync(file.fileno())
         partial.chmod(0o755)
@@ -169,12 +177,16 @@ def _open(entry: Path) -> Dataset | None:
     """Map an entry's pixels into memory; None if there is no complete entry, or it is not what was written."""
     try:
         content = json.loads(read_regular(entry / "about.json", LARGEST_ABOUT))
+        if content.pop("hash", None) not in (None, _seal(entry.name, content)):  # earlier versions wrote none
+            return None
         fingerprint = content.pop("fingerprint")
         if "sd" in content:  # its name in entries of tombola's first version
             content["std"] = content.pop("sd")
         fields: dict[str, Any] = {key: tuple(value) if key != "name" else value for key, value in content.items()}
         about = About(**fields)
-        if (entry / "pixels").stat().st_size != about.bytes:
+        with open_regular(entry / "pixels") as file:
+            state = _state(os.fstat(file.fileno()))
+        if state[2] != about.bytes:
             return None
         pixels = torch.from_file(str(entry / "pixels"), shared=False, size=about.bytes, dtype=torch.uint8)
         images, train = pixels.view(-1, *about.shape), len(about.train_labels)
@@ -190,7 +202,28 @@ def _open(entry: Path) -> Dataset | None:
         )
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, OverflowError):
         return None
-    return dataset if dataset.fingerprint == fingerprint else None
+    if dataset.fingerprint != fingerprint:
+        return None
+    _MAPPED[entry / "pixels"] = state
+    return dataset
+
+
+def find_changed() -> Path | None:
+    """Return a file of decoded images that was changed after this process had mapped and checked it; None without one.
+
+    A file that was replaced by another one is not changed: what is mapped stays as it is.
+    """
+    for path, before in _MAPPED.items():
+        with contextlib.suppress(OSError):  # it was removed
+            now = _state(path.stat())
+            if now[:2] == before[:2] and now != before:
+                return path
+    return None
+
+
+def _state(status: os.stat_result) -> tuple[int, ...]:
+    """Return which file it is, by its device and inode, then its size and the time of its last change."""
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def reserve(pixels: int, size: int) -> None:
@@ -254,6 +287,11 @@ def _is_writable(directory: Path) -> bool:
     """Return whether the cache can be in this directory. Root, too, respects a directory without write permission."""
     folder = directory / FOLDER if (directory / FOLDER).is_dir() else directory
     return bool(folder.stat().st_mode & 0o222) and os.access(folder, os.W_OK | os.X_OK)
+
+
+def _seal(entry: str, document: dict[str, Any]) -> str:
+    """Return the hash of the name of an entry and of what its `about.json` says."""
+    return _hash(entry, json.dumps(document, sort_keys=True))
 
 
 def _hash(*parts: str) -> str:

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from importlib import metadata
 from pathlib import Path
 
+from tombola.datasets.cache import FOLDER
 from tombola.errors import UserError
-from tombola.files import STORE_FILE, is_store, open_regular
+from tombola.files import is_store, open_regular
 
 _BLOCK = 2**20  # bytes that are read at a time
+_WRITTEN = {"__pycache__", FOLDER}
+"""The names of folders that Python and tombola write."""
+
 _EXPECTED = "a file, a folder, env:NAME, package:NAME or value:TEXT"
 
 
@@ -24,10 +28,11 @@ def identify_all(names: Iterable[str]) -> dict[str, str | None]:
 
     Returns:
         The value; None for a variable that is not set; the version; or the SHA-256 of the file, or of the names and
-        contents of all files in the folder, without those that Python compiles (`__pycache__`).
+        contents of all files in the folder, without those that Python compiles (`__pycache__`), decoded images and
+        stores, which a run writes.
 
     Raises:
-        UserError: if there is no such file or package, or if a store is in the folder, which changes with each run.
+        UserError: if there is no such file or package, or if the folder is a store itself.
 
     >>> identify_all(["value:run 2"])
     {'value:run 2': 'run 2'}
@@ -51,14 +56,11 @@ def _identify(name: str) -> str | None:
     path = Path(name)
     try:
         if path.is_dir():
-            found = (each for each in path.rglob("*") if "__pycache__" not in each.relative_to(path).parts)
-            files = sorted(each for each in found if each.is_file())
-            for file in files:
-                if file.name == STORE_FILE and is_store(file.parent):
-                    raise UserError(
-                        f"task.depends: the folder {name!r} has the store {file.parent} in it, which changes with each "
-                        "run; name a folder without it"
-                    )
+            if is_store(path):
+                raise UserError(
+                    f"task.depends: {name!r} is a store, which changes with each run; name what it depends on"
+                )
+            files = sorted(each for each in _list_files(path) if each.is_file())
             parts = [f"{each.relative_to(path).as_posix()} {_hash_file(each)}\n" for each in files]
             return hashlib.sha256("".join(parts).encode("utf-8", "surrogateescape")).hexdigest()
         return _hash_file(path)
@@ -67,6 +69,13 @@ def _identify(name: str) -> str | None:
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"task.depends: {name!r} cannot be read: {reason}; expected {_EXPECTED}") from error
+
+
+def _list_files(folder: Path) -> Iterator[Path]:
+    """Yield the paths in a folder that no run writes: without compiled modules, decoded images and stores."""
+    for parent, folders, names in os.walk(folder):
+        folders[:] = [each for each in folders if each not in _WRITTEN and not is_store(Path(parent, each))]
+        yield from (Path(parent, each) for each in names)
 
 
 def _hash_file(path: Path) -> str:
