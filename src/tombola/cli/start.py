@@ -92,7 +92,9 @@ def _check_name(option: str, name: str) -> None:
         known = [*(MODELS if option == "--model" else DATASETS)]
         if name not in known:
             choices = did_you_mean(name, known)
-            raise UserError(f"{option} {shorten(name)!r}: no such name; {choices} (or give module:function of your own)")
+            raise UserError(
+                f"{option} {shorten(name)!r}: no such name; {choices} (or give module:function of your own)"
+            )
 
 
 def _list_lines(model: type[BaseModel], written: Mapping[str, object], prefix: str = "") -> Iterator[str]:
