@@ -108,8 +108,8 @@ def _table(actions: list[argparse.Action]) -> Iterator[str]:
         default = action.default if isinstance(action.default, (str, int, float, Path)) else ""
         text = (action.help or "").replace("%(default)s", str(default)).replace("%%", "%")
         value = action.metavar or ("|".join(map(str, action.choices)) if action.choices else "")
-        names = " ".join([", ".join(action.option_strings), str(value)]).strip().replace("|", "\\|")
-        yield f"| `{names}` | {_escape(text)} |"
+        names = html.escape(" ".join([", ".join(action.option_strings), str(value)]).strip(), quote=False)
+        yield f"| <code>{names.replace('|', '&#124;')}</code> | {_escape(text)} |"
     yield ""
 
 

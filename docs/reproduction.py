@@ -48,7 +48,7 @@ HEAD = """\
 `python docs/reproduction.py STORE SYSTEM ...` generates this page from stored results. It shows Table 2(a) of the paper
 ([arXiv 2302.11244](https://arxiv.org/abs/2302.11244)) beside ours, and a verdict on each of the paper's claims. Each
 section gives the command whose results it shows.
-[conventions.md](conventions.md) describes the settings, [analyses.md](analyses.md) how claims are judged.
+[The paper's settings](conventions.md) have a page of their own; [the analyses](analyses.md#claims) say how claims are judged.
 """
 
 

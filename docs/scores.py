@@ -34,7 +34,7 @@ NAMES = tuple("l1" if name == "magnitude/l1" else name for name in EVERY)
 HEAD = """\
 # Every score, compared
 
-This page is generated from stored results: `python docs/scores.py STORE --data DIR`. [importances.md](importances.md)
+This page is generated from stored results: `python docs/scores.py STORE --data DIR`. [Importances](importances.md)
 explains scores, normalisations and selections, and says what these tables show.
 
 Test accuracy is in %, the mean over two seeds. *Overlap* is the share of a ticket's connections that the ticket of

@@ -31,9 +31,16 @@ def test_a_new_study_is_valid_and_names_every_field(
     assert main(["init", "odd.toml", "--model", "mine:𝒳", "--dataset", 'mine:"\\']) == 0
     odd = load_study("./odd.toml").task
     assert (odd.model, odd.dataset) == ("mine:𝒳", 'mine:"\\')
+    assert main(["init", "other.toml", "--dataset", "digit"]) == 2
+    assert capsys.readouterr().err == (
+        "tombola: --dataset 'digit': no such name; did you mean 'digits'? (or give module:function of your own)\n"
+    )
+    assert main(["init", "other.toml", "--model", "x"]) == 2
+    assert "choose from 'lenet_300_100', " in capsys.readouterr().err
     for name in ("a\x7f:b", "a\nb", "\udcff:b"):
         assert main(["init", "other.toml", "--model", name]) == 2
         assert "expected a name without control characters" in capsys.readouterr().err
+    assert not Path("other.toml").exists()
 
 
 def test_the_comments_of_a_new_study_are_its_default_values(tmp_path: Path) -> None:

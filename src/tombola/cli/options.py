@@ -193,7 +193,7 @@ class Verbs(NamedTuple):
         study: the options of a verb that is about a study.
         table: the options of a verb that prints a table.
         store: the options of a verb that is about a store.
-        texts: the first sentence about each verb, by its name.
+        texts: the first paragraph about each verb, by its name.
     """
 
     parsers: Any
@@ -206,6 +206,7 @@ class Verbs(NamedTuple):
         """Add a verb with the options of `parents`; its help is its docstring. Return its parser."""
         text = (verb.__doc__ or "").strip()
         study = " STUDY" if self.study in parents else ""
+        first = text.partition("\n\n")[0]
         parser: Parser = self.parsers.add_parser(
             name.rpartition(" ")[2],
             prog=f"tombola {name}",
@@ -213,10 +214,10 @@ class Verbs(NamedTuple):
             usage=f"tombola {name}{study} [option ...]",
             description=text,
             allow_abbrev=False,
-            **({"help": text} if " " in name else {}),  # the help of `tombola` lists its verbs in groups
+            **({"help": first} if " " in name else {}),  # the help of `tombola` lists its verbs in groups
         )
         parser.set_defaults(verb=verb)
-        self.texts[name] = text.partition("\n\n")[0]
+        self.texts[name] = first
         return parser
 
     def add_group(self, name: str, verb: Verb, choices: str) -> Verbs:

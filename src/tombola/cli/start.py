@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tombola.cli.options import Verbs
-from tombola.errors import UserError, shorten
+from tombola.errors import UserError, did_you_mean, shorten
 from tombola.terminal import say
 
 if TYPE_CHECKING:
@@ -65,8 +65,7 @@ def init(options: argparse.Namespace) -> int:
     if os.path.lexists(path):
         raise UserError(f"{path}: exists already; name another file, or remove it")
     for option, name in (("--model", options.model), ("--dataset", options.dataset)):
-        if not name.isprintable():
-            raise UserError(f"{option} {shorten(name)!a}: expected a name without control characters")
+        _check_name(option, name)
     written = _WRITTEN | {"task.dataset": options.dataset, "task.model": options.model}
     write_atomically(path, "\n".join(_list_lines(Study, written)).encode())
     modules = dict.fromkeys(name.partition(":")[0] for name in (options.model, options.dataset) if ":" in name)
@@ -77,6 +76,25 @@ def init(options: argparse.Namespace) -> int:
     say(f"  tombola plan {path}    try the task out, and see how long it takes")
     say(f"  tombola run {path}")
     return 0
+
+
+def _check_name(option: str, name: str) -> None:
+    """Raise `UserError` unless this is module:function or the name of a built-in model or data set.
+
+    The module need not exist yet.
+    """
+    if not name.isprintable():
+        raise UserError(f"{option} {shorten(name)!a}: expected a name without control characters")
+    if ":" not in name:
+        from tombola.datasets import DATASETS
+        from tombola.models import MODELS
+
+        known = [*(MODELS if option == "--model" else DATASETS)]
+        if name not in known:
+            choices = did_you_mean(name, known)
+            raise UserError(
+                f"{option} {shorten(name)!r}: no such name; {choices} (or give module:function of your own)"
+            )
 
 
 def _list_lines(model: type[BaseModel], written: Mapping[str, object], prefix: str = "") -> Iterator[str]:
