@@ -702,9 +702,9 @@ def found_again(evidence: Evidence) -> Claim:
         "+8.5 to +70 % in the first convolution, +440 to +480 % in the classifier, -3.2 to +20 % in the shortcuts",
     )
     if evidence.reinit is None:
-        names = ", ".join(evidence.compared)
+        compared = ", ".join(evidence.compared)
         return claim.decide(
-            "not testable", f"no partial reinitialisation of exactly these importances ({names}) is stored"
+            "not testable", f"no partial reinitialisation of exactly these importances ({compared}) is stored"
         )
     found: dict[str, list[float]] = {}
     for group in ("input layer", "output layer", "1x1 shortcuts"):
