@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -92,6 +93,28 @@ class Ending(nn.Module):
 def layer_that_ends(how: str, in_worker: bool = False) -> nn.Module:
     """Return a network that ends the program when it is used."""
     return nn.Sequential(*model(), Ending(how, in_worker))
+
+
+class Orphaning(nn.Module):
+    """A layer that, in a worker, leaves a copy of its process behind and kills it."""
+
+    def __init__(self, folder: str) -> None:
+        super().__init__()
+        self._folder = folder
+
+    def forward(self, x: Tensor) -> Tensor:
+        if multiprocessing.parent_process() is not None:
+            child = os.fork()
+            if not child:
+                signal.pause()
+            Path(self._folder, str(child)).touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return x
+
+
+def layer_that_leaves_a_child(folder: str) -> nn.Module:
+    """Return a network that writes the numbers of the processes which it leaves behind into a folder."""
+    return nn.Sequential(*model(), Orphaning(folder))
 
 
 def _function_that_ends(how: str) -> Callable[..., Tensor]:

@@ -19,7 +19,7 @@ from torch import nn
 
 import nasty_task
 from nasty_task import ENDINGS, SETTINGS, importance_of_one_buffer, loss_that_writes
-from processes import LONG
+from processes import LONG, until
 from stores import InTurn, results
 from stores import study as small_study
 from tombola.cli import main
@@ -27,6 +27,7 @@ from tombola.datasets.dataset import Dataset
 from tombola.engine.job import Job, perform
 from tombola.engine.local import LocalWorkers
 from tombola.engine.run import run
+from tombola.engine.workers import Event, Failed
 from tombola.errors import UserError
 from tombola.exits import attribute_failure
 from tombola.own.code import _imports, resolve, steady_source
@@ -270,6 +271,29 @@ def test_a_worker_says_what_ended_its_training(how: str, tmp_path: Path) -> None
         pytest.raises(UserError, match=f"level 0 failed: .*{re.escape(ENDINGS[how][1])}"),
     ):
         run(plan, workers, lambda *_: None)
+
+
+def test_a_child_that_a_dead_worker_leaves_keeps_nobody_waiting(tmp_path: Path) -> None:
+    """It has the connection of the worker, which is therefore not closed."""
+    children = tmp_path / "children"
+    children.mkdir()
+    study = study_of(model="nasty_task:layer_that_leaves_a_child", model_arguments={"folder": str(children)})
+    plan = planner_of(tmp_path / "store", study)
+    [need] = plan.progress(plan.chains[0]).needs
+    said: list[Event] = []
+
+    def failed() -> bool:
+        said.extend(workers.events(1.0))
+        return any(isinstance(each, Failed) for each in said)
+
+    try:
+        with LocalWorkers(1, study.task, None, None) as workers:
+            workers.submit(Job.of(need, study))
+            until(failed, "a training fails whose worker is killed three times")
+    finally:
+        for child in children.iterdir():
+            os.kill(int(child.name), signal.SIGKILL)
+    assert said == [Failed(need.key, "its process was ended by SIGKILL, 3 times; is there enough memory?")]
 
 
 def test_a_model_that_changes_the_working_directory_is_refused(refused: Callable[..., str], tmp_path: Path) -> None:

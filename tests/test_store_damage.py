@@ -10,6 +10,7 @@ import json
 import math
 import os
 import random
+import re
 import shutil
 import signal
 import stat
@@ -226,6 +227,59 @@ def test_damage_to_a_file_ends_no_verb_and_changes_no_number(
         assert say("results").out == numbers["results",]
         assert not list((root / "runs").iterdir()), "the run that has died is forgotten"
         assert not list((root / "claims").iterdir())
+
+
+def flip(part: float) -> Callable[[Path], object]:
+    """Return what changes one bit of a file, in the byte at this part of its length."""
+
+    def damage(path: Path) -> None:
+        content = bytearray(path.read_bytes())
+        content[min(len(content) - 1, int(part * len(content)))] ^= 1
+        path.write_bytes(content)
+
+    return damage
+
+
+def change_digit(path: Path) -> None:
+    """Change the last digit of an accuracy; of a file that has none, the last digit of all."""
+    content = path.read_bytes()
+    found = re.search(rb'"test_accuracy":0\.[0-9]*([0-9])', content) or re.search(rb"(?s).*([0-9])", content)
+    if found:
+        digit = b"8" if found[1] == b"7" else b"7"
+        path.write_bytes(content[: found.start(1)] + digit + content[found.end(1) :])
+
+
+MORE: dict[str, Callable[[Path], object]] = {
+    "another digit": change_digit,
+    "missing": Path.unlink,
+    **{f"a bit at {part}": flip(part) for part in (0, 0.3, 0.6, 0.9, 1)},
+    "a byte less": lambda path: os.truncate(path, path.stat().st_size - 1),
+    "a byte more": lambda path: path.write_bytes(path.read_bytes() + b"\n"),
+    "twice": lambda path: path.write_bytes(path.read_bytes() * 2),
+    "reversed": lambda path: path.write_bytes(path.read_bytes()[::-1]),
+    "a byte order mark": lambda path: path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes()),
+    "UTF-16": lambda path: path.write_bytes(path.read_bytes().decode("latin-1").encode("utf-16")),
+    "large numbers": lambda path: path.write_bytes(b'{"seconds": 1e999, "store": 1%s}' % (b"0" * 5000)),
+    "null": lambda path: path.write_bytes(b"null"),
+    "a folder that is not empty": replaced(lambda path: (path.mkdir(), (path / "x").touch())),
+    "its own process": replaced(lambda path: path.symlink_to("/proc/self/mem")),
+}
+
+
+def test_more_damage_to_a_file_changes_no_number(root: Path, say: Say, numbers: dict[tuple[str, ...], str]) -> None:
+    """Another digit, and kinds of damage drawn by chance: the same each time, or all with the profile "explore"."""
+    for kind, path in files(root).items():
+        sound = path.read_bytes()
+        drawn = random.Random(kind).sample(sorted(MORE), min(settings.default.max_examples // 50, len(MORE)))
+        for how in ("another digit", *drawn):
+            MORE[how](path)
+            said = say("results")
+            assert said.out == ("" if said.status == 2 else numbers["results",]), f"{kind}: {how}"
+            assert said.status == 0 or kind in ("store.json", "result.json", "weights.safetensors", "SHA256SUMS")
+            assert say("store", "check").status in (0, 1, 2)
+            remove_path(path)
+            path.write_bytes(sound)
+    assert say("results").out == numbers["results",]
 
 
 @pytest.mark.parametrize(

@@ -130,13 +130,17 @@ class LocalWorkers:
 
     def events(self, timeout: float) -> Iterator[Event]:
         """Yield the events of the workers, after waiting for at most `timeout` seconds."""
-        for ready in wait([worker.connection for worker in self._workers], timeout):
-            worker = next((worker for worker in self._workers if worker.connection is ready), None)
-            if worker is None:  # its job was cancelled meanwhile
-                continue
+        ends = [each for worker in self._workers for each in (worker.connection, worker.process.sentinel)]
+        ready = set(wait(ends, timeout))
+        for worker in list(self._workers):
+            if worker not in self._workers or not ready & {worker.connection, worker.process.sentinel}:
+                continue  # it has nothing to say, or its job was cancelled meanwhile
             try:
-                event: Event = worker.connection.recv()
+                # What a dead worker has forked keeps its connection open, on which nothing more will come.
+                event: Event | None = worker.connection.recv() if worker.connection in ready else None
             except (EOFError, OSError):
+                event = None
+            if event is None:
                 yield from self._replace(worker)
                 continue
             if not isinstance(event, At):
