@@ -104,9 +104,9 @@ class Evidence:
 
     Args:
         compared: the importances whose tickets are compared.
-        importances: all importances of the study.
+        importances: the importances of the study that have tickets from level 1 on.
         level: the level at which tickets are compared.
-        results: the result of each ticket.
+        results: the result of each ticket of these importances.
         order_results: the results of tickets with other data orders.
         shapes: the shapes of the layers, in order, by parameter name.
         kept_dense: the layers that are counted and never pruned.
@@ -246,7 +246,7 @@ def collect(
                 if ticket.trained is not None and ticket.trained.history.diverged_at is not None:
                     raise UserError(f"nothing can be compared: {chain} diverged at level {ticket.level}")
         raise NothingStoredError(f"no level from 1 on is in {planner.store.root} for {', '.join(compared)}")
-    results = rows(tickets)
+    results = _with_pruned(rows(tickets))
     if level is None:
         own = [row for row in results if row.importance in compared]
         level = min(range(1, last + 1), key=lambda each: _distance(own, each, SPARSITY))
@@ -254,7 +254,7 @@ def collect(
         raise UserError(f"level {level}: expected a level from 1 to {last}, which all of {', '.join(compared)} have")
     return Evidence(
         compared=compared,
-        importances=study.importances,
+        importances=tuple(name for name in study.importances if any(row.importance == name for row in results)),
         level=level,
         results=tuple(results),
         order_results=tuple(rows(tickets, planner.repeats)),
@@ -268,6 +268,18 @@ def collect(
         ends=of_network(planner),
         ranges=weights.ranges(tickets, compared[0]),
     )
+
+
+def _with_pruned(results: Sequence[Row]) -> list[Row]:
+    """Return the results of the importances that have pruned; the dense network of a seed is that of all importances.
+
+    >>> pairs = [("l1", 0), ("l1", 1), ("l2", 0)]
+    >>> results = [Row(name, 0, level, 0.8**level, 0.9, 8, 0.1, False) for name, level in pairs]
+    >>> [(row.importance, row.level) for row in _with_pruned(results)]
+    [('l1', 0), ('l1', 1)]
+    """
+    pruned = {row.importance for row in results if row.level}
+    return [row for row in results if row.importance in pruned]
 
 
 def _last_sound_level(tickets: Tickets, chains: Sequence[Chain]) -> int:
