@@ -10,7 +10,7 @@ import os
 import shutil
 import sys
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout, suppress
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, TextIO
@@ -181,15 +181,7 @@ def figure(column: str, measure: Measure, *, sign: bool = False) -> pl.Expr:
 
 def figure_range(low: str, high: str, measure: Measure) -> pl.Expr:
     """Return two columns of differences of what tickets are judged by as the text of a range."""
-    import polars as pl
-
-    def text(pair: dict[str, Any]) -> str:
-        first, last = pair.values()
-        if first is None or last is None:
-            return "-"
-        return f"{measure.figure(first, sign=True)} .. {measure.figure(last, sign=True)}"
-
-    return pl.struct(low, high).map_elements(text, return_dtype=pl.String)
+    return _range(low, high, lambda value: measure.figure(value, sign=True))
 
 
 def number(column: str, form: str = "{:.3f}") -> pl.Expr:
@@ -201,15 +193,17 @@ def number(column: str, form: str = "{:.3f}") -> pl.Expr:
 
 def percent_range(low: str, high: str, digits: int = 2, *, sign: bool = False) -> pl.Expr:
     """Return two columns of shares in 0..1 as the text of a range in percent."""
+    form = f"{'+' if sign else ''}.{digits}f"
+    return _range(low, high, lambda value: format(100 * value, form))
+
+
+def _range(low: str, high: str, show: Callable[[float], str]) -> pl.Expr:
+    """Return two columns of numbers as the text of a range; `-` if an end is missing."""
     import polars as pl
 
-    form = f"{{:{'+' if sign else ''}.{digits}f}}"
-
     def text(pair: dict[str, Any]) -> str:
-        first, last = pair.values()
-        if first is None or last is None:
-            return "-"
-        return form.format(100 * first) + " .. " + form.format(100 * last)
+        ends = pair.values()
+        return "-" if None in ends else " .. ".join(map(show, ends))
 
     return pl.struct(low, high).map_elements(text, return_dtype=pl.String)
 
