@@ -182,7 +182,7 @@ def read_gains(study: Study, **where: Any) -> Gains:
     tickets, measure, gains = Tickets(planner), planner.problem.measure, Gains()
     for seed in study.seeds:
         for importance in study.importances:
-            chain = tickets.measured(Chain(seed, importance))
+            chain = tickets.measure(Chain(seed, importance))
             values = [ticket.trained.history.value(measure) if ticket.trained else None for ticket in chain]
             for level in range(1, study.levels + 1):
                 value = values[level] if level < len(values) else None
@@ -260,8 +260,8 @@ def measure_shared(study: Study, levels: Sequence[int], **where: Any) -> None:
         for name in names:
             gains = []
             for seed in study.seeds:
-                before = tickets.measured(Chain(seed, study.importances[0], early=True))[0]
-                after = own.measured(Chain(seed, f"{name}, at once to level {level}"))[0]
+                before = tickets.measure(Chain(seed, study.importances[0], early=True))[0]
+                after = own.measure(Chain(seed, f"{name}, at once to level {level}"))[0]
                 gains.append(
                     measure_gain(after.trained.history.value(measure), before.trained.history.value(measure), measure)
                 )

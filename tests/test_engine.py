@@ -442,7 +442,9 @@ def test_a_file_system_without_hard_links_still_works(
 
 def test_records_say_where_and_how_long(tmp_path: Path) -> None:
     run(planner(tmp_path / "store", study(["l1"], levels=0)), InTurn(last_first=False), lambda *_: None)
-    for record in records(tmp_path / "store"):
+    found = records(tmp_path / "store")
+    assert len(found) == 2, "the rewind point and level 0"
+    for record in found:
         assert record["threads"] == 1
         assert record["device"] == "cpu"
         assert 0 < record["seconds_per_iteration"] * record["iterations"] < 2 * record["seconds"] + 1

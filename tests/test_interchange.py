@@ -56,7 +56,9 @@ def test_a_file_of_open_lth(tmp_path: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore")  # of the sparsifier
 def test_files_of_torchao_and_sparseml(tmp_path: Path) -> None:
-    sparsifiers = pytest.importorskip("torch.ao.pruning")
+    sparsifiers = pytest.importorskip(
+        "torch.ao.pruning", reason="torch has no pruning; to run: take a torch that has it"
+    )
     model = network()
     sparsifier = sparsifiers.WeightNormSparsifier(0.7, sparse_block_shape=(1, 1), zeros_per_block=1)
     sparsifier.prepare(model, [{"tensor_fqn": "3.weight"}])

@@ -346,7 +346,7 @@ def test_a_regression_is_judged_by_its_own_metric_on_the_validation_set(
 
     found = tombola.results("diabetes.toml")
     planner = open_planner("diabetes.toml")
-    ticket = Tickets(planner).measured(Chain(1, "l1"))[1]
+    ticket = Tickets(planner).measure(Chain(1, "l1"))[1]
     model = planner.problem.build()
     ticket.apply(model, trained=True)
     line = found.filter(seed=1, importance="l1", level=1).row(0, named=True)

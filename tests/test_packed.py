@@ -875,8 +875,10 @@ def test_kernels_refuse_packed_images_that_do_not_fit() -> None:
         layers.extension.normalise_packed(
             (7, 2, 4, 5), y, torch.ones(2), torch.ones(2), 1e-5, torch.empty(3, 2), (None, 0), False, y
         )
-    with pytest.raises(ValueError, match="window: expected one that fits the images"):
-        layers.extension.max_pool_packed((7, 2, 4, 5), (6, 1, 1, 1, 0, 0), y, y)
+    left = memory.take((7, 2, 1, 2), 1).pair
+    for window in ((6, 1, 1, 1, 0, 0), (2, 2, 2, 2, 2**31 - 1, 0), (2, 2, 2, 2, 0, 2**31 - 1)):  # twice that is -2
+        with pytest.raises(ValueError, match="window: expected one that fits the images"):
+            layers.extension.max_pool_packed((7, 2, 4, 5), window, y, left)
     with pytest.raises(ValueError, match="size: expected numbers from 1"):
         layers.extension.gate_packed((7, 0, 4, 5), y, y)
     linear = kernels.SparseConv2d(torch.ones(2, 3, 1, 1), None, torch.ones(2, 3, 1, 1) > 0).kernel((3, 1, 1))

@@ -271,6 +271,7 @@ def test_names_with_characters_that_cannot_be_drawn_are_shown_escaped(chromium: 
 
 def test_figures_of_names_with_characters_that_cannot_be_drawn(tmp_path: Path) -> None:
     charts = select_charts(sections(unseen_contents()))
+    assert charts
     for path in write(charts[::3], tmp_path / "figures", ["svg"], look.COLUMN):
         ElementTree.parse(path)  # is well-formed XML
     for path in write(charts[:1], tmp_path / "figures", ["pdf", "png"], look.COLUMN):
@@ -278,7 +279,9 @@ def test_figures_of_names_with_characters_that_cannot_be_drawn(tmp_path: Path) -
 
 
 def test_names_that_can_be_drawn_stay_as_they_are(contents: Contents) -> None:
-    for part in select_charts(sections(contents)):
+    parts = select_charts(sections(contents))
+    assert parts
+    for part in parts:
         assert part.chart is not None
         drawn, made = look.on_page(part.chart), json.loads(part.chart.to_json(validate=False))
         assert all(drawn[key] == value for key, value in made.items() if key not in ("config", "autosize", "width"))

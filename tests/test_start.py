@@ -13,7 +13,7 @@ from processes import LONG
 from tombola.cli import main
 from tombola.study.schema import Study, fields, load_study
 
-pytest.importorskip("argcomplete")
+pytest.importorskip("argcomplete", reason="argcomplete is not installed; to run: make .venv/installed-tests")
 
 
 def test_a_new_study_is_valid_and_names_every_field(

@@ -184,7 +184,9 @@ def test_another_machine_is_named(plan: Planner) -> None:
         record["threads"] = 2
         record["machine"]["versions"]["torch"] = "1.0"
         (folder / "record.json").write_text(json.dumps(record))
-    for finding in verify(plan):
+    findings = verify(plan)
+    assert len(findings) == len(results(plan.store.root)) > 0
+    for finding in findings:
         assert finding.difference is None
         assert finding.machine[0].startswith("versions.torch: '1.0' then, ")
         assert finding.machine[1] == "threads: 2 then, 1 now"

@@ -32,7 +32,7 @@ from tombola import Dataset, Recipe, Study, Task, Ticket, UserError, find_ticket
 from tombola.engine.here import WorkersHere
 from tombola.engine.job import Job
 from tombola.engine.run import run as run_trainings
-from tombola.engine.workers import Event, Failed, Workers
+from tombola.engine.workers import Failed, Workers
 from tombola.importance import Importance, Network, NetworkScore, Survivors, l1, magnitude, normalisation
 from tombola.importance.network_scores import taylor
 from tombola.own.functions import ComputedNameWarning, is_here, refer, resolve, source_hash
@@ -375,10 +375,8 @@ def test_leaving_a_run_ends_its_training(tmp_path: Path) -> None:
         assert workers.idle
         workers.submit(Job.of(waits_for, of))
         assert not workers.idle
-        events: list[Event] = []
-        while not events:
-            events += workers.events(timeout=0.1)
-        assert not isinstance(events[0], Failed)
+        (event,) = workers.events(timeout=LONG)
+        assert not isinstance(event, Failed)
     assert list((tmp_path / "s" / "checkpoints").iterdir())
 
 

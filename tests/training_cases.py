@@ -95,7 +95,9 @@ class Case:
     def setting(self) -> tuple[nn.Module, State, Mask]:
         model, initial, mask = setting_of(self.build, self.fraction)
         if self.sparse and not kernels.available():
-            pytest.skip("tombola was built without its kernels")
+            pytest.skip(
+                "tombola was built without its kernels; to run: make .venv/installed-tests, with a C++ compiler"
+            )
         assert bool(kernels.sparse_layers(model, mask, batch_size=self.batch_size)) == self.sparse
         return model, initial, mask
 

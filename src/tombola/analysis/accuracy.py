@@ -75,7 +75,7 @@ def rows(tickets: Tickets, chains: Sequence[Chain] | None = None) -> list[Row]:
         for chain in sorted(
             tickets.planner.chains if chains is None else chains, key=lambda chain: order.index(chain.importance)
         )
-        for ticket in tickets.measured(chain)
+        for ticket in tickets.measure(chain)
     ]
 
 

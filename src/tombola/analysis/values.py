@@ -21,7 +21,7 @@ def value_at(tickets: Tickets, chain: Chain, place: int = 0) -> float | None:
         chain: the chain.
         place: the place of the ticket in its chain: its level, or 0 for a single training.
     """
-    found = tickets.measured(chain)
+    found = tickets.measure(chain)
     trained = found[place].trained if place < len(found) else None
     return None if trained is None else trained.history.value(tickets.planner.problem.measure)
 
@@ -37,7 +37,7 @@ def value_at_density(tickets: Tickets, chain: Chain, density: float) -> float | 
     Returns:
         The value; None if the chain has no tickets on both sides, or if the nearest of one side diverged.
     """
-    known = [(ticket.mask.density, value_at(tickets, chain, ticket.level)) for ticket in tickets.measured(chain)]
+    known = [(ticket.mask.density, value_at(tickets, chain, ticket.level)) for ticket in tickets.measure(chain)]
     points = sorted((math.log(each), math.nan if value is None else value) for each, value in known if each > 0)
     if not points or density <= 0 or not points[0][0] <= math.log(density) <= points[-1][0]:
         return None

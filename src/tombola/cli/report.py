@@ -67,7 +67,7 @@ def add_verbs(verbs: Verbs) -> None:
 
 
 def report(options: argparse.Namespace) -> int:
-    """Write a report on a study as one HTML file, which needs no network to be read."""
+    """Write a report on a study as one HTML file, which can be read without the Internet."""
     from tombola.cli.tables import size
     from tombola.files import check_output, write_output
     from tombola.workbench.pictures import check_installed

@@ -922,10 +922,12 @@ using Window6 = std::tuple<int, int, int, int, int, int>;
 std::pair<Window, Size4> window_over(const ImageSize& size, Window6 numbers) {
     Window w{};
     std::tie(w.height, w.width, w.step_down, w.step_right, w.pad_top, w.pad_left) = numbers;
-    const bool sound = w.height > 0 && w.width > 0 && w.step_down > 0 && w.step_right > 0 && w.pad_top >= 0 &&
-                       w.pad_left >= 0 && 2 * w.pad_top <= w.height && 2 * w.pad_left <= w.width &&
-                       w.height <= size.height + 2 * w.pad_top && w.width <= size.width + 2 * w.pad_left;
-    if (!sound || w.height > 1 << 20 || w.width > 1 << 20)
+    const int most = 1 << 20;  // of a side: sums with the size of images fit an int
+    const bool sound = w.height > 0 && w.width > 0 && w.height <= most && w.width <= most && w.step_down > 0 &&
+                       w.step_right > 0 && w.pad_top >= 0 && w.pad_left >= 0 && w.pad_top <= w.height / 2 &&
+                       w.pad_left <= w.width / 2 && w.height <= size.height + 2 * w.pad_top &&
+                       w.width <= size.width + 2 * w.pad_left;
+    if (!sound)
         throw std::invalid_argument("window: expected one that fits the images, with padding of at most half its size");
     w.target_height = (size.height + 2 * w.pad_top - w.height) / w.step_down + 1;
     w.target_width = (size.width + 2 * w.pad_left - w.width) / w.step_right + 1;

@@ -47,7 +47,7 @@ def accuracy(results: Sequence[Row]) -> pl.DataFrame:
     measure = results[0].measure if results else TEST_ACCURACY
     mean, std = measure.scale * pl.col("value"), measure.scale * pl.col("std")
 
-    def rounded(column: pl.Expr, digits: int) -> pl.Expr:
+    def round_to(column: pl.Expr, digits: int) -> pl.Expr:
         return column.round(digits) if measure.percent else column.round_sig_figs(6)
 
     return summarise(results).select(
@@ -55,10 +55,10 @@ def accuracy(results: Sequence[Row]) -> pl.DataFrame:
         "level",
         (100 * pl.col("density")).alias(DENSITY),
         "seeds",
-        rounded(mean, 4).alias(measure.heading),
-        rounded(std, 4).alias("sd"),
-        rounded(mean - std, 3).alias("low"),
-        rounded(mean + std, 3).alias("high"),
+        round_to(mean, 4).alias(measure.heading),
+        round_to(std, 4).alias("sd"),
+        round_to(mean - std, 3).alias("low"),
+        round_to(mean + std, 3).alias("high"),
         "diverged",
     )
 

@@ -34,7 +34,7 @@ def read_tickets(tickets: Tickets, candidate: Candidate, seed: int) -> list[Tick
         DamagedResultError: if a stored result is damaged.
     """
     chains = list_chains(candidate, seed)
-    dense, found = tickets.measured(chains[0])[:1], tickets.measured(chains[-1])
+    dense, found = tickets.measure(chains[0])[:1], tickets.measure(chains[-1])
     levels = len(candidate.path) - len(candidate.stages) + 1  # the first levels of a path whose masks are taken early
     return [*dense, *found[levels:]] if dense else []
 

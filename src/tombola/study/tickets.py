@@ -85,7 +85,7 @@ class Tickets:
         """
         return {chain: self.progress(chain) for chain in [*self.planner.chains, *self.planner.repeats]}
 
-    def measured(self, chain: Chain) -> tuple[Ticket, ...]:
+    def measure(self, chain: Chain) -> tuple[Ticket, ...]:
         """Return the tickets of a chain with all metrics of the task.
 
         Metrics that a stored result does not have, because they were not among those of the study that trained it, are
@@ -98,12 +98,12 @@ class Tickets:
         progress = self.progress(chain)
         trainings = [training for training in progress.trainings if not self.planner.is_rewind_point(training)]
         return tuple(
-            replace(ticket, trained=self._measure(training.key, ticket.trained))
+            replace(ticket, trained=self._add_metrics(training.key, ticket.trained))
             for ticket, training in zip(progress.tickets, trainings, strict=False)
             if ticket.trained is not None
         )
 
-    def _measure(self, key: str, trained: Trained) -> Trained:
+    def _add_metrics(self, key: str, trained: Trained) -> Trained:
         wanted = self.planner.problem.measures
         if all(trained.history.has(measure) for measure in wanted):
             return trained

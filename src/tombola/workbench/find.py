@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 import polars as pl
 
-from tombola import kernels
 from tombola.analysis import frontier
 from tombola.analysis.winners import FLATTERS
 from tombola.engine.estimate import dense_speed, recorded_speed
@@ -29,11 +28,10 @@ from tombola.study.schema import Study
 from tombola.study.searches import shorten_study
 from tombola.study.tickets import Tickets
 from tombola.threads import one_thread
-from tombola.training.replaceable import OwnLayersWarning
 from tombola.workbench.pictures import check_installed
 from tombola.workbench.progress import show_nothing, show_progress
-from tombola.workbench.runs import check_workers, count_workers, open_workers, prepare_store, try_study
-from tombola.workbench.studies import AnyStudy, Overrides, open_planner
+from tombola.workbench.runs import check_workers, count_workers, open_run, open_workers
+from tombola.workbench.studies import AnyStudy, Overrides
 
 if TYPE_CHECKING:
     from tombola.reporting.look import Chart
@@ -132,13 +130,7 @@ def find(
         check_margin(within)
         allowed = read_budget(budget)
         find_strategy(strategy)
-        planner = open_planner(study, overrides, store=store, data=data)
-        try_study(planner)
-        prepare_store(planner, Path(store))
-        if planner.study.device == "cpu" and not kernels.available():
-            warnings.warn(kernels.MISSING, kernels.NoKernelsWarning, stacklevel=2)
-        if planner.kernel_fault is not None:
-            warnings.warn(planner.kernel_fault, OwnLayersWarning, stacklevel=2)
+        planner = open_run(study, overrides, store, data)
         if planner.problem.measure.split == "test":
             warnings.warn(FLATTERS, FlattersWarning, stacklevel=2)
         folder = None if data is None else Path(data)

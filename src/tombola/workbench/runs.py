@@ -105,13 +105,7 @@ def run(
     check_hooks(hooks)
     expect_flags(progress=progress, epochs=epochs)
     with one_thread(), watch_exits():
-        planner = open_planner(study, overrides, store=store, data=data)
-        try_study(planner)
-        prepare_store(planner, Path(store))
-        if planner.study.device == "cpu" and not kernels.available():
-            warnings.warn(kernels.MISSING, kernels.NoKernelsWarning, stacklevel=2)
-        if planner.kernel_fault is not None:
-            warnings.warn(planner.kernel_fault, OwnLayersWarning, stacklevel=2)
+        planner = open_run(study, overrides, store, data)
         folder = None if data is None else Path(data)
         with open_workers(planner, workers, folder) as opened:
             speed = None if isinstance(opened, WorkersHere) else prior_speed(planner, opened.count, folder)
@@ -214,6 +208,25 @@ def tell_tickets(show: Show, on_ticket: OnTicket | None) -> Show:
                 on_ticket(chain, ticket)
 
     return both
+
+
+def open_run(study: AnyStudy, overrides: Overrides, store: str | Path, data: str | Path | None) -> Planner:
+    """Return the planner of a study that can be run: its task was tried out, and its store can be written to.
+
+    Raises:
+        UserError: if the study is invalid, if the task fails, or if the store cannot be written to.
+
+    Warns:
+        NoKernelsWarning, OwnLayersWarning: in the name of the caller's caller, if sparse networks train at dense speed.
+    """
+    planner = open_planner(study, overrides, store=store, data=data)
+    try_study(planner)
+    prepare_store(planner, Path(store))
+    if planner.study.device == "cpu" and not kernels.available():
+        warnings.warn(kernels.MISSING, kernels.NoKernelsWarning, stacklevel=3)
+    if planner.kernel_fault is not None:
+        warnings.warn(planner.kernel_fault, OwnLayersWarning, stacklevel=3)
+    return planner
 
 
 def try_study(planner: Planner, device: str | None = None) -> None:
