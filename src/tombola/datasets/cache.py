@@ -19,7 +19,7 @@ import os
 import shutil
 import tempfile
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -27,6 +27,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import torch
 from filelock import FileLock
+from torch import Tensor
 
 from tombola.datasets.dataset import Dataset, digest_of, fingerprint_of
 from tombola.datasets.files import cache_folder
@@ -46,8 +47,8 @@ CHUNK = 4 << 20
 """Bytes per read when all pixels are read in sequence."""
 
 
-_MAPPED: dict[Path, tuple[int, ...]] = {}
-"""The files that this process has mapped, each with its `_state` before it was checked."""
+_MAPPED: dict[int, tuple[Path, tuple[int, ...]]] = {}
+"""The files that this process has mapped, by the address of the memory: each with its `_state` before it was checked."""
 
 
 class CacheWarning(UserWarning):
@@ -204,16 +205,20 @@ def _open(entry: Path) -> Dataset | None:
         return None
     if dataset.fingerprint != fingerprint:
         return None
-    _MAPPED[entry / "pixels"] = state
+    _MAPPED[pixels.data_ptr()] = entry / "pixels", state
     return dataset
 
 
-def find_changed() -> Path | None:
-    """Return a file of decoded images that was changed after this process had mapped and checked it; None without one.
+def find_changed(tensors: Iterable[Tensor]) -> Path | None:
+    """Return the file of decoded images that these are of, if it was changed after it had been mapped and checked.
 
     A file that was replaced by another one is not changed: what is mapped stays as it is.
     """
-    for path, before in _MAPPED.items():
+    for tensor in tensors:
+        storage = tensor.untyped_storage()
+        path, before = _MAPPED.get(storage.data_ptr(), (None, ()))
+        if path is None or storage.nbytes() != before[2]:
+            continue
         with contextlib.suppress(OSError):  # it was removed
             now = _state(path.stat())
             if now[:2] == before[:2] and now != before:

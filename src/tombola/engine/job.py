@@ -315,7 +315,7 @@ def _unchanged(data: Dataset) -> Iterator[None]:
     yield
     if [tensor._version for tensor in tensors] != before:
         raise UserError("the model or the loss changed the data set in place during a training; change a copy instead")
-    if path := find_changed():
+    if path := find_changed(tensors):
         raise UserError(f"{path}: these decoded images were changed during the run; run the study again")
 
 
