@@ -48,7 +48,7 @@ CHUNK = 4 << 20
 
 
 _MAPPED: dict[int, tuple[Path, tuple[int, ...]]] = {}
-"""The files that this process has mapped, by the address of the memory: each with its `_state` before it was checked."""
+"""The files that this process has mapped, by the address of the memory, each with its `_state` before its check."""
 
 
 class CacheWarning(UserWarning):
