@@ -203,9 +203,7 @@ def _load_metric(name: str) -> Metric:
         except UserError as error:
             raise UserError(f"task.metrics: {error} (or give module:function of your own)") from None
     if name.startswith("torchmetrics") and importlib.util.find_spec("torchmetrics") is None:
-        raise UserError(
-            f"task.metrics {name!r}: torchmetrics is not installed; install tombola[metrics] or torchmetrics"
-        )
+        raise UserError(f"task.metrics {name!r}: torchmetrics is not installed: pip install 'tombola[metrics]'")
     function = resolve(name, "task.metrics")
     label = str(getattr(function, "__name__", None) or name.rpartition(":")[2]).replace("<lambda>", "metric")
     try:
