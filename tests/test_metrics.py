@@ -291,7 +291,10 @@ REGRESSION = {
         ),
         ({"metrics": ["regression_task:nothing"]}, "task.metrics 'nothing': on a few examples of the test set"),
         ({"metrics": ["regression_task:several"]}, "'several': expected one number, got a tensor of shape (64, 1)"),
-        ({"metrics": ["torchmetrics.regression:R2Score"]}, "torchmetrics is not installed; install tombola[metrics]"),
+        (
+            {"metrics": ["torchmetrics.regression:R2Score"]},
+            "torchmetrics is not installed: pip install 'tombola[metrics]'",
+        ),
         ({"model": "regression_task:flat"}, "task.loss 'mse': it needs one output for each target"),
         ({"loss": "binary_cross_entropy"}, "task.loss 'binary_cross_entropy': it needs targets in 0..1, got -"),
         ({"loss": "l1"}, "task.loss: unknown loss 'l1'"),

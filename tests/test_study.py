@@ -135,6 +135,15 @@ def test_the_digits_preset() -> None:
     assert (study.importances, study.seeds, study.levels, study.fraction) == (FIVE, (0, 1), 10, 0.2)
 
 
+def test_a_built_in_model_loads_where_torch_does_not_tell_the_device_of_a_block(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """In torch 2.6, `torch.get_default_device` does not see `with torch.device(...)`."""
+    monkeypatch.setattr(torch, "get_default_device", lambda: torch.device("cpu"))
+    task = Task(dataset="digits", model="lenet_300_100", model_arguments={"inputs": 64})
+    assert all(parameter.device.type == "cpu" for parameter in load_problem(task).build().parameters())
+
+
 def test_fashion_is_the_papers_mnist_with_other_data() -> None:
     mnist, fashion = load_study("lenet-mnist"), load_study("lenet-fashion")
     assert fashion.task.dataset == "fashion-mnist"

@@ -148,9 +148,9 @@ def load_problem(task: Task, directory: Path | None = None) -> Problem:
             if name is not None
         }
     check_names(metrics)
-    build = _checked(f"task.model {task.model!r}", model)
     if task.model in models.MODELS:
-        _check_memory(task.model, build)
+        _check_memory(task.model, model)
+    build = _checked(f"task.model {task.model!r}", model)
     identity: dict[str, Any] = {"data": data.fingerprint, "model": model_identity, "loss": loss_identity}
     identity |= {field: about for field, (_, about) in own.items()}
     if task.depends:
@@ -203,9 +203,7 @@ def _load_metric(name: str) -> Metric:
         except UserError as error:
             raise UserError(f"task.metrics: {error} (or give module:function of your own)") from None
     if name.startswith("torchmetrics") and importlib.util.find_spec("torchmetrics") is None:
-        raise UserError(
-            f"task.metrics {name!r}: torchmetrics is not installed; install tombola[metrics] or torchmetrics"
-        )
+        raise UserError(f"task.metrics {name!r}: torchmetrics is not installed: pip install 'tombola[metrics]'")
     function = resolve(name, "task.metrics")
     label = str(getattr(function, "__name__", None) or name.rpartition(":")[2]).replace("<lambda>", "metric")
     try:
@@ -332,7 +330,7 @@ def _check_drawn(data: Dataset, drawn: Drawn, study: Study) -> None:
 def _check_memory(name: str, build: Callable[[], nn.Module]) -> None:
     """Raise `UserError` if a training of this built-in model needs more memory than this machine has."""
     with torch.device("meta"):  # needs no memory
-        parameters = list(build().parameters())
+        parameters = list(guard(f"task.model {name!r}", build, nn.Module, "a torch module")().parameters())
     needed, there = COPIES * sum(parameter.nbytes for parameter in parameters), _memory()
     if needed > there:
         count = sum(parameter.numel() for parameter in parameters)
@@ -477,7 +475,7 @@ def _fault_of(value: object) -> str | None:
         return f"is of type {type(value).__name__}; keep it in a buffer, which is a tensor"
     if torch.nn.parameter.is_lazy(value):
         return "is lazy: its shape is not known before the first batch; give the sizes of the layer"
-    if value.is_meta and torch.get_default_device().type != "meta":
+    if value.is_meta:
         return "is on the device 'meta', where it has no values; build the model on the CPU"
     if value.layout is not torch.strided or value.is_quantized:
         return "is sparse or quantised; expected a dense tensor"
