@@ -146,8 +146,7 @@ def verdicts(about: dict[str, Any]) -> Iterator[str]:
         statements = dict.fromkeys(each[0] for each in found if each)
         marks = [MARKS[each[1]] if each else "" for each in found]
         yield f"| {number} {' / '.join(statements)} | {' | '.join(marks)} |"
-    yield "\nA dash means that the system cannot decide; the sections below say why, and what it takes. An empty cell means"
-    yield "that the claim was not yet judged when the system was run. Where the paper"
+    yield "\nA dash means that the system cannot decide; the sections below say why, and what it takes. Where the paper"
     yield "says something else of convolutional networks than of LeNet, both sentences are given, and each system is"
     yield "judged by its own.\n"
 
@@ -225,8 +224,15 @@ def _name(system: str) -> str:
 
 def _without_folders(system: str) -> str:
     """Return a system without the folders of the machine on which it ran."""
-    _, *options = shlex.split(re.sub(r" *--(data|store) +\S+", "", system))
-    return shlex.join([_name(system), *options])
+    parts = iter(shlex.split(system)[1:])
+    kept = [_name(system)]
+    for part in parts:
+        option, _, value = part.partition("=")
+        if option not in ("--data", "--store"):
+            kept.append(part)
+        elif not value:
+            next(parts, None)  # the folder
+    return shlex.join(kept)
 
 
 def _describe(row: dict[str, Any]) -> str:

@@ -202,6 +202,8 @@ def test_who_collapses() -> None:
         )
         assert judge(claims.collapse, results=once).verdict == verdict, name
     assert judge(claims.collapse, results=collapsing("softmax", deepest=4)).verdict == "not testable"
+    short = tuple(each for each in collapsing("softmax") if each.importance != "magnitude" or each.level < 3)
+    assert judge(claims.collapse, results=short).reason.startswith("magnitude ends at a sparsity of 75.00 %")
     assert judge(claims.collapse, results=collapsing(importances=("l1", "l2"))).verdict == "not testable"
     perceptron = judge(claims.collapse, results=collapsing("magnitude", "softmax"), shapes={"fc.weight": (2, 2)})
     assert perceptron.verdict == "not testable"
@@ -212,7 +214,7 @@ def test_without_shortcuts_a_collapse_is_missing_where_the_papers_vgg_has_collap
     plain = {name: shape for name, shape in DEEP.items() if name != "s.weight"}
     before = judge(claims.collapse, results=collapsing(deepest=9), shapes=plain)
     assert before.verdict == "not testable"
-    assert before.reason.startswith("the study ends at a sparsity of 99.80 %, and at least 99.87 % are needed; magn")
+    assert before.reason.startswith("magnitude ends at a sparsity of 99.80 %, and at least 99.87 % are needed; magn")
     assert judge(claims.collapse, results=collapsing(deepest=10), shapes=plain).verdict == "holds in part"
     assert judge(claims.collapse, results=collapsing("magnitude", "softmax"), shapes=plain).verdict == "holds"
 

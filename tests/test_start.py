@@ -28,9 +28,13 @@ def test_a_new_study_is_valid_and_names_every_field(
     assert (found.task.model, found.task.dataset, found.levels) == ("mine:network", "mine:data", 10)
     text = Path("study.toml").read_text()
     assert all(f"{name.rpartition('.')[2]} = " in text for name, _, _ in fields(Study))
-    assert main(["init", "odd.toml", "--model", "mine:𝒳", "--dataset", 'mine:"\\']) == 0
+    assert main(["init", "odd.toml", "--model", "mine:𝒳", "--dataset", "a.package:data"]) == 0
     odd = load_study("./odd.toml").task
-    assert (odd.model, odd.dataset) == ("mine:𝒳", 'mine:"\\')
+    assert (odd.model, odd.dataset) == ("mine:𝒳", "a.package:data")
+    for name in (":", "mine:", ":data", "mine.py:data", 'mine:"\\'):
+        capsys.readouterr()
+        assert main(["init", "other.toml", "--dataset", name]) == 2
+        assert "expected module:function, such as mine:network for mine.py" in capsys.readouterr().err
     assert main(["init", "other.toml", "--dataset", "digit"]) == 2
     assert capsys.readouterr().err == (
         "tombola: --dataset 'digit': no such name; did you mean 'digits'? (or give module:function of your own)\n"

@@ -34,6 +34,9 @@ ALIKE = ("magnitude", "l1", "l2")
 _DELTA: Bounds = (-1.0, 1.0)
 """The possible values of Cliff's delta."""
 
+_FACTOR: Bounds = (0.0, math.inf)
+"""The possible values of a quotient of two lengths."""
+
 SPARSITY = 0.9648
 """The sparsity at which the paper compares tickets: that of level 15, after rounds of 20 %."""
 
@@ -41,7 +44,7 @@ MARGIN = 0.5
 """Accuracies that differ by at most this many percentage points are alike."""
 
 DEEP = 0.988
-"""The sparsity from which a study shows what the paper sees at high sparsity."""
+"""The sparsity from which it counts against the paper's claims that they are not seen; it sees them from here on."""
 
 DEEP_WITHOUT_SHORTCUTS = 0.9987
 """The same for the collapse of a network without 1x1 shortcuts: the paper's VGG-16 lives at 99.62 %, not at 99.88 %."""
@@ -271,15 +274,15 @@ def collect(
 
 
 def _with_pruned(results: Sequence[Row]) -> list[Row]:
-    """Return the results of the importances that have pruned; the dense network of a seed is that of all importances.
+    """Return the results of the chains that have pruned; the dense network of a seed is that of all importances.
 
-    >>> pairs = [("l1", 0), ("l1", 1), ("l2", 0)]
-    >>> results = [Row(name, 0, level, 0.8**level, 0.9, 8, 0.1, False) for name, level in pairs]
-    >>> [(row.importance, row.level) for row in _with_pruned(results)]
-    [('l1', 0), ('l1', 1)]
+    >>> chains = [("l1", 0, 0), ("l1", 0, 1), ("l1", 1, 0), ("l2", 0, 0)]
+    >>> results = [Row(name, seed, level, 0.8**level, 0.9, 8, 0.1, False) for name, seed, level in chains]
+    >>> [(row.importance, row.seed, row.level) for row in _with_pruned(results)]
+    [('l1', 0, 0), ('l1', 0, 1)]
     """
-    pruned = {row.importance for row in results if row.level}
-    return [row for row in results if row.importance in pruned]
+    pruned = {(row.importance, row.seed) for row in results if row.level}
+    return [row for row in results if (row.importance, row.seed) in pruned]
 
 
 def _last_sound_level(tickets: Tickets, chains: Sequence[Chain]) -> int:
@@ -461,16 +464,21 @@ def collapse(evidence: Evidence) -> Claim:
     measured = replace(measured, low=None, high=None)
     if not evidence.convolutional:
         return measured.decide("not testable", f"the paper says this of convolutional networks; {text}")
-    deepest = 1 - min(row.density for row in evidence.results)
+    whole = [seed for seed, level in chains["magnitude"].items() if level is None]
+    ends_at = min((1 - _sparsest(evidence, "magnitude", seed) for seed in whole), default=1.0)
     needed = DEEP if evidence.groups["1x1 shortcuts"] else DEEP_WITHOUT_SHORTCUTS
-    if not agree["magnitude"] and deepest < needed:
-        ends = f"the study ends at a sparsity of {100 * deepest:.2f} %, and at least {100 * needed:.4g} % are needed"
+    if ends_at < needed:
+        ends = f"magnitude ends at a sparsity of {100 * ends_at:.2f} %, and at least {100 * needed:.4g} % are needed"
         return measured.decide("not testable", f"{ends}; {text}")
     if len(evidence.seeds) < 2:
         text += "; from one seed"
     return measured.decide(
         "holds" if all(agree.values()) else "holds in part" if any(agree.values()) else "does not hold", text
     )
+
+
+def _sparsest(evidence: Evidence, importance: str, seed: int) -> float:
+    return min(row.density for row in evidence.results if (row.importance, row.seed) == (importance, seed))
 
 
 _NO_FLOOR = "there is no second data order of {names}, which gives the noise floor"
@@ -753,11 +761,11 @@ def ranges_widen(evidence: Evidence) -> Claim:
     by_seed = known.with_columns(factor=pl.col("end") / pl.col("initial")).group_by("seed")
     least = by_seed.agg(pl.col("factor").min()).sort("seed")["factor"].to_list()
     mean = by_seed.agg(pl.col("factor").log().mean().exp()).sort("seed")["factor"].to_list()
-    measured = claim.add_measure("times the initial range, in the layer that widens least", least, (0.0, math.inf))
+    measured = claim.add_measure("times the initial range, in the layer that widens least", least, _FACTOR)
     measured = measured.add_baselines(chance=1.0)
     factors = {"in the layer that widens least": least, "in the geometric mean of all layers": mean}
     return measured.decide(
-        *_conclude(_compare(factors, 1, ".2f"), "range after training, divided by the initial range")
+        *_conclude(_compare(factors, 1, ".2f", _FACTOR), "range after training, divided by the initial range")
     )
 
 
@@ -842,9 +850,11 @@ def _not(answer: bool | None) -> bool | None:
     return None if answer is None else not answer
 
 
-def _compare(parts: Mapping[str, Sequence[float]], limit: float, form: str) -> dict[str, bool | None]:
+def _compare(
+    parts: Mapping[str, Sequence[float]], limit: float, form: str, within: Bounds = UNBOUNDED
+) -> dict[str, bool | None]:
     """Return for each part, in words with its mean and interval, whether it is above a limit; None if that is open."""
-    return {f"{name} {_mean(values, form)}": _is_above(values, limit) for name, values in parts.items()}
+    return {f"{name} {_mean(values, form, within)}": _is_above(values, limit) for name, values in parts.items()}
 
 
 def _conclude(parts: Mapping[str, bool | None], about: str = "") -> tuple[Verdict, str]:

@@ -44,7 +44,8 @@ _WITHIN: dict[str, Bounds] = {
 _LEAST = torch.finfo(torch.float64).min
 _VALUES = 4096  # of an example, whose products are added up in the precision of the outputs
 _ROWS = 64  # examples at once: only one of the two products of two examples in different blocks is computed
-_REMEMBERED = 64  # networks whose answers are kept
+_REMEMBERED = 64  # networks whose answers are kept, at most
+_PROBABILITIES = 1 << 25  # that are kept, each of 20 bytes with its logarithm and the output
 
 
 @dataclass(frozen=True)
@@ -153,7 +154,7 @@ def of_pair(first: Answers, second: Answers, labels: Tensor) -> pl.DataFrame:
         "expected": 1 - agreed["expected"],
         "kappa": agreed["kappa"],
         "kl": float((p - q).flatten() @ (first.log_probabilities - second.log_probabilities).flatten()) / (2 * len(p)),
-        "js": max(0.0, _entropy(middle) - (first.entropy + second.entropy) / 2),  # below 0 only by rounding
+        "js": max(_entropy(middle) - (first.entropy + second.entropy) / 2, 0.0),  # below 0 only by rounding; may be NaN
         "accuracy": agreed["accuracy"],
         "gain": agreed["ensemble_accuracy"] - agreed["accuracy"],
         "ece": sum(calibration_error(each, labels) for each in (p, q)) / 2,
@@ -274,7 +275,8 @@ class _Networks:
             outputs = predict(self._model, self._data, self._forward)
             scores, _ = flatten_classes(outputs, cast(Tensor, self._data.test_labels))
             self._known[name] = Answers(scores, self._look())
-            for oldest in list(self._known)[:-_REMEMBERED]:
+            kept = max(2, min(_REMEMBERED, _PROBABILITIES // max(1, scores.numel())))
+            for oldest in list(self._known)[:-kept]:
                 del self._known[oldest]
         return self._known[name]
 

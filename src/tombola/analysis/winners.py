@@ -141,7 +141,9 @@ UNBOUNDED: Bounds = (-math.inf, math.inf)
 
 
 def mean_with_interval(values: Sequence[float], within: Bounds = UNBOUNDED) -> tuple[float, float | None, float | None]:
-    """Return the mean of independent values and its 95 % interval by Student's t; None for fewer than two.
+    """Return the mean of independent values and its 95 % interval by Student's t.
+
+    The interval is None for fewer than two values, or if one of them is not finite.
 
     Args:
         values: the values.
@@ -151,9 +153,11 @@ def mean_with_interval(values: Sequence[float], within: Bounds = UNBOUNDED) -> t
     ((1.0, 1.0, 1.0), (0.5, None, None))
     >>> mean_with_interval([0.9, 1.0], within=(0.0, 1.0))[2]
     1.0
+    >>> mean_with_interval([1.0, math.nan])
+    (nan, None, None)
     """
+    if len(values) < 2 or not all(map(math.isfinite, values)):
+        return sum(values) / len(values), None, None
     mean = statistics.fmean(values)
-    if len(values) < 2:
-        return mean, None, None
     half = float(special.stdtrit(len(values) - 1, 0.975)) * statistics.stdev(values) / math.sqrt(len(values))
     return mean, max(within[0], mean - half), min(within[1], mean + half)

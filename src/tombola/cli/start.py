@@ -85,7 +85,12 @@ def _check_name(option: str, name: str) -> None:
     """
     if not name.isprintable():
         raise UserError(f"{option} {shorten(name)!a}: expected a name without control characters")
-    if ":" not in name:
+    module, colon, function = name.partition(":")
+    if colon:
+        sound = all(part.isidentifier() for each in (module, function) for part in each.split("."))
+        if not sound or module.endswith(".py"):
+            raise UserError(f"{option} {shorten(name)!r}: expected module:function, such as mine:network for mine.py")
+    else:
         from tombola.datasets import DATASETS
         from tombola.models import MODELS
 
