@@ -25,7 +25,6 @@ from tombola.datasets import cache as cache_module
 from tombola.datasets import decoder, files, images, load, progress, tree
 from tombola.datasets.cache import mean_and_std
 from tombola.datasets.decoder import Form, TroubleError, decode
-from tombola.engine.job import _unchanged
 from tombola.errors import UserError
 
 CIFAR = sys.modules["tombola.datasets.cifar10"]
@@ -364,41 +363,6 @@ def test_entries_of_two_data_sets_exchanged_are_both_written_again(tmp_path):
             dataset = load("image-folder", tmp_path, path=name)
         assert_holds(dataset, part)
         assert dataset.classes == (name, "other")
-
-
-@pytest.mark.parametrize("how", ["changed", "replaced", "removed"])
-def test_images_that_are_changed_after_their_check_give_no_result(tmp_path, how):
-    """What is mapped is read when it is used: a file that is replaced or removed stays as it was, one in place not."""
-    make_folder(tmp_path / "pets")
-    load("image-folder", tmp_path, path="pets")
-    path = tmp_path / ".tombola-cache" / entries(tmp_path)[0] / "pixels"
-    os.utime(path, (0, 0))  # a file system that counts time in large steps may not tell two writes in a row apart
-    dataset = load("image-folder", tmp_path, path="pets")
-
-    def change():
-        content = path.read_bytes()
-        if how != "changed":
-            path.unlink()
-        if how != "removed":
-            path.write_bytes(bytes(len(content)))
-
-    if how == "changed":
-        with (
-            pytest.raises(UserError, match="pixels: these decoded images were changed during the run"),
-            _unchanged(dataset),
-        ):
-            change()
-        assert not dataset.train_inputs.any(), "the training would have been one of other images"
-        with _unchanged(load("digits", None)):
-            pass  # it has nothing to do with these images
-        with pytest.warns(cache_module.CacheWarning):
-            load("image-folder", tmp_path, path="pets")
-    else:
-        with _unchanged(dataset):
-            change()
-        assert dataset.train_inputs.any()
-    with _unchanged(dataset):
-        pass
 
 
 def test_the_command_line_notes_that_images_are_decoded_again(tmp_path, capsys):

@@ -274,7 +274,7 @@ def test_a_worker_says_what_ended_its_training(how: str, tmp_path: Path) -> None
 
 
 def test_a_child_that_a_dead_worker_leaves_keeps_nobody_waiting(tmp_path: Path) -> None:
-    """It has the connection of the worker, which is therefore not closed."""
+    """It inherits the connection of the worker, whose end would not be noticed if the child kept it open."""
     children = tmp_path / "children"
     children.mkdir()
     study = study_of(model="nasty_task:layer_that_leaves_a_child", model_arguments={"folder": str(children)})

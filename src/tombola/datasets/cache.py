@@ -4,13 +4,11 @@ An entry is a folder of two files: `pixels`, the train and then the test images 
 everything else, with a hash of it and of the entry's name. It is written under another name and renamed when it is
 whole. Whenever it is mapped, the fingerprint of what is mapped is computed: an entry that has been changed since it was
 written, or that is that of another data set, is written again. This takes about 0.7 seconds for each GB on a processor
-with instructions for SHA-256. What is mapped is read from the disk when it is used, so that a later change of the file
-would change it too: `find_changed` looks whether there was one.
+with instructions for SHA-256.
 """
 
 from __future__ import annotations
 
-import contextlib
 import glob
 import hashlib
 import json
@@ -19,7 +17,7 @@ import os
 import shutil
 import tempfile
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -27,12 +25,11 @@ from typing import Any, BinaryIO
 import numpy as np
 import torch
 from filelock import FileLock
-from torch import Tensor
 
 from tombola.datasets.dataset import Dataset, digest_of, fingerprint_of
 from tombola.datasets.files import cache_folder
 from tombola.errors import UserError
-from tombola.files import open_regular, read_regular, remove_path, sync_folder
+from tombola.files import read_regular, remove_path, sync_folder
 
 SCHEME = 1
 """Version of the files' layout and of how images are decoded: an entry of another one is never used."""
@@ -45,10 +42,6 @@ LARGEST_ABOUT = 1 << 28
 
 CHUNK = 4 << 20
 """Bytes per read when all pixels are read in sequence."""
-
-
-_MAPPED: dict[int, tuple[Path, tuple[int, ...]]] = {}
-"""The files that this process has mapped, by the address of the memory, each with its `_state` before its check."""
 
 
 class CacheWarning(UserWarning):
@@ -185,9 +178,7 @@ def _open(entry: Path) -> Dataset | None:
             content["std"] = content.pop("sd")
         fields: dict[str, Any] = {key: tuple(value) if key != "name" else value for key, value in content.items()}
         about = About(**fields)
-        with open_regular(entry / "pixels") as file:
-            state = _state(os.fstat(file.fileno()))
-        if state[2] != about.bytes:
+        if (entry / "pixels").stat().st_size != about.bytes:
             return None
         pixels = torch.from_file(str(entry / "pixels"), shared=False, size=about.bytes, dtype=torch.uint8)
         images, train = pixels.view(-1, *about.shape), len(about.train_labels)
@@ -203,32 +194,7 @@ def _open(entry: Path) -> Dataset | None:
         )
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, OverflowError):
         return None
-    if dataset.fingerprint != fingerprint:
-        return None
-    _MAPPED[pixels.data_ptr()] = entry / "pixels", state
-    return dataset
-
-
-def find_changed(tensors: Iterable[Tensor]) -> Path | None:
-    """Return the file of decoded images that these are of, if it was changed after it had been mapped and checked.
-
-    A file that was replaced by another one is not changed: what is mapped stays as it is.
-    """
-    for tensor in tensors:
-        storage = tensor.untyped_storage()
-        path, before = _MAPPED.get(storage.data_ptr(), (None, ()))
-        if path is None or storage.nbytes() != before[2]:
-            continue
-        with contextlib.suppress(OSError):  # it was removed
-            now = _state(path.stat())
-            if now[:2] == before[:2] and now != before:
-                return path
-    return None
-
-
-def _state(status: os.stat_result) -> tuple[int, ...]:
-    """Return which file it is, by its device and inode, then its size and the time of its last change."""
-    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+    return dataset if dataset.fingerprint == fingerprint else None
 
 
 def reserve(pixels: int, size: int) -> None:

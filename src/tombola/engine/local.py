@@ -130,17 +130,13 @@ class LocalWorkers:
 
     def events(self, timeout: float) -> Iterator[Event]:
         """Yield the events of the workers, after waiting for at most `timeout` seconds."""
-        ends = [each for worker in self._workers for each in (worker.connection, worker.process.sentinel)]
-        ready = set(wait(ends, timeout))
-        for worker in list(self._workers):
-            if worker not in self._workers or not ready & {worker.connection, worker.process.sentinel}:
-                continue  # it has nothing to say, or its job was cancelled meanwhile
+        for ready in wait([worker.connection for worker in self._workers], timeout):
+            worker = next((worker for worker in self._workers if worker.connection is ready), None)
+            if worker is None:  # its job was cancelled meanwhile
+                continue
             try:
-                # What a dead worker has forked keeps its connection open, on which nothing more will come.
-                event: Event | None = worker.connection.recv() if worker.connection in ready else None
+                event: Event = worker.connection.recv()
             except (EOFError, OSError):
-                event = None
-            if event is None:
                 yield from self._replace(worker)
                 continue
             if not isinstance(event, At):
@@ -308,6 +304,8 @@ def _work(connection: Connection, setting: _Setting) -> None:
     with contextlib.suppress(OSError):  # there may be no standard error
         os.dup2(2, 1)  # what a user's code prints goes there: standard output belongs to the command
     _restore_safe_path(setting.environment)
+    # What a user's code forks must not keep the connection open: the end of this process would go unnoticed.
+    os.register_at_fork(after_in_child=connection.close)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(THREADS)
     store = None if setting.store is None else Store(setting.store, create=False)
