@@ -206,11 +206,12 @@ def test_fisher_sums_the_squared_gradients_of_the_examples(seen: list[tuple[Tens
         torch.testing.assert_close(found[name].double(), expected, rtol=1e-4, atol=1e-9)
 
 
-def test_fisher_and_wanda_rate_convolutions_of_volumes() -> None:
+@pytest.mark.parametrize("side", [2, 3])  # with 2 and with 8 positions, as few are summed in another way
+def test_fisher_and_wanda_rate_convolutions_of_volumes(side: int) -> None:
     model = nn.Sequential(
         nn.Conv3d(1, 2, (2, 1, 2), stride=(1, 2, 1), padding=(0, 1, 0)), nn.Flatten(), nn.LazyLinear(2)
     )
-    inputs, labels = torch.randn(9, 1, 3, 2, 3), torch.arange(9) % 2
+    inputs, labels = torch.randn(9, 1, side, 2, side), torch.arange(9) % 2
     model(inputs)
     weight = model[0].weight
     alive = {"0.weight": torch.ones_like(weight, dtype=torch.bool)}

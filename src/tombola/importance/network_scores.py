@@ -29,6 +29,7 @@ Convolution: TypeAlias = nn.Conv1d | nn.Conv2d | nn.Conv3d
 
 _TEMPERATURE = 200.0
 _EXAMPLES_AT_ONCE = 8  # the gradients of so many examples are in memory at the same time
+_FEW_POSITIONS = 4  # of a convolution's outputs, up to which examples are summed over pairs of positions
 
 
 @dataclass(frozen=True)
@@ -405,6 +406,8 @@ def _sum_of_squares(module: nn.Module, inputs: Tensor, gradients: Tensor) -> Ten
     """Return the sum over the examples of the squared gradient of the weight, as many numbers as the weight has."""
     if isinstance(module, nn.Linear) and inputs.dim() == 2:
         return gradients.square().T @ inputs.square()
+    if isinstance(module, Convolution) and gradients.shape[2:].numel() <= _FEW_POSITIONS:
+        return _sum_over_pairs(module, inputs, gradients)
     parts = (torch.split(each, _EXAMPLES_AT_ONCE) for each in (inputs, gradients))
     squares = (_example_gradients(module, *part).square_().sum(0) for part in zip(*parts, strict=True))
     return sum(squares, torch.zeros((), device=inputs.device))
@@ -415,9 +418,29 @@ def _example_gradients(module: nn.Module, inputs: Tensor, gradients: Tensor) -> 
     if isinstance(module, nn.Linear):
         return torch.bmm(gradients.flatten(1, -2).transpose(1, 2), inputs.flatten(1, -2))
     assert isinstance(module, Convolution)
-    patches = _patches(module, inputs)  # (examples, groups, inputs per group * taps, positions)
-    slopes = gradients.reshape(len(gradients), module.groups, module.out_channels // module.groups, -1)
+    slopes, patches = _by_group(module, gradients), _patches(module, inputs)
     return slopes @ patches.transpose(2, 3)
+
+
+def _sum_over_pairs(module: Convolution, inputs: Tensor, gradients: Tensor) -> Tensor:
+    """Return the sum over the examples of the squared gradient of the weight, as one product for all examples.
+
+    With the slope s and the patch x at each position, (sum_p s_p x_p)^2 is the sum over pairs of positions (p, q) of
+    s_p s_q x_p x_q. If there are few, this is faster than a gradient for each example, which is as large as the weight.
+    """
+    first, second = torch.triu_indices(*[gradients.shape[2:].numel()] * 2, device=gradients.device)
+    slopes, patches = (
+        parts[..., first] * parts[..., second] for parts in (_by_group(module, gradients), _patches(module, inputs))
+    )
+    slopes *= 1 + (first != second).to(slopes.dtype)  # each pair of different positions counts twice
+    # Both become (groups, ..., examples * pairs).
+    left, right = (parts.permute(1, 2, 0, 3).flatten(2) for parts in (slopes, patches))
+    return left @ right.transpose(1, 2)
+
+
+def _by_group(module: Convolution, gradients: Tensor) -> Tensor:
+    """Return the gradients of the outputs, of shape (examples, groups, outputs per group, positions)."""
+    return gradients.reshape(len(gradients), module.groups, module.out_channels // module.groups, -1)
 
 
 def _input_squares(module: nn.Module, inputs: Tensor) -> Tensor:
