@@ -254,6 +254,15 @@ def summarise(table: pl.DataFrame) -> pl.DataFrame:
     return pairs.hstack(means.select(pl.exclude(by))).sort("level", "kind", maintain_order=True)
 
 
+def summarise_outputs(table: pl.DataFrame) -> pl.DataFrame:
+    """Return the rows of `summarise` about the outputs, without those about layers.
+
+    Args:
+        table: of `of_study`.
+    """
+    return summarise(table.filter(pl.col("layer") == OUTPUTS))
+
+
 class _Networks:
     """Asks trained tickets for their answers to the test set, and keeps those of the last networks."""
 

@@ -164,9 +164,10 @@ def _initial(table: pl.DataFrame) -> pl.DataFrame:
 
 def _predictions(table: pl.DataFrame) -> pl.DataFrame:
     """Return one row for each comparison, on how the predictions differ; means over the seeds, with their intervals."""
+    from tombola.analysis import similarity
     from tombola.cli.tables import number, number_range, percent, percent_range
 
-    return _of_outputs(table).select(
+    return similarity.summarise_outputs(table).select(
         *("level", "kind", "tickets", "pairs"),
         percent("disagreement").alias("disagreement %"),
         percent_range("disagreement_low", "disagreement_high").alias("95 %"),
@@ -180,9 +181,10 @@ def _predictions(table: pl.DataFrame) -> pl.DataFrame:
 
 def _ensembles(table: pl.DataFrame) -> pl.DataFrame:
     """Return one row for each comparison, on how good the predictions are; means over the seeds, with intervals."""
+    from tombola.analysis import similarity
     from tombola.cli.tables import percent, percent_range
 
-    return _of_outputs(table).select(
+    return similarity.summarise_outputs(table).select(
         *("level", "kind", "tickets", "pairs"),
         percent("accuracy").alias("accuracy %"),
         percent_range("accuracy_low", "accuracy_high").alias("95 %"),
@@ -193,14 +195,6 @@ def _ensembles(table: pl.DataFrame) -> pl.DataFrame:
         percent("ensemble_ece").alias("of the ensemble"),
         percent_range("ensemble_ece_low", "ensemble_ece_high").alias("95 %   "),
     )
-
-
-def _of_outputs(table: pl.DataFrame) -> pl.DataFrame:
-    import polars as pl
-
-    from tombola.analysis import similarity
-
-    return similarity.summarise(table.filter(pl.col("layer") == similarity.OUTPUTS))
 
 
 def _alignment(table: pl.DataFrame) -> pl.DataFrame:

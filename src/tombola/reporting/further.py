@@ -56,8 +56,8 @@ def similarity(table: pl.DataFrame) -> pl.DataFrame:
     Args:
         table: from `tombola.analysis.similarity`.
     """
-    return _of_outputs(table).select(
-        *("what differs", "tickets"),
+    return similarity_analysis.summarise_outputs(table).select(
+        *(pl.col("kind").alias("what differs"), "tickets"),
         *_with_interval("disagreement", "disagreement %", 100),
         *(each for name in ("kl", "js", "cka") for each in _with_interval(name, name.upper())),
         "pairs",
@@ -70,8 +70,8 @@ def calibration(table: pl.DataFrame) -> pl.DataFrame:
     Args:
         table: from `tombola.analysis.similarity`.
     """
-    return _of_outputs(table).select(
-        *("what differs", "tickets"),
+    return similarity_analysis.summarise_outputs(table).select(
+        *(pl.col("kind").alias("what differs"), "tickets"),
         *_with_interval("accuracy", "accuracy %", 100),
         *_with_interval("gain", "ensemble gain, points", 100),
         *_with_interval("ece", "calibration error %", 100),
@@ -87,11 +87,6 @@ def alignment(table: pl.DataFrame) -> pl.DataFrame:
     """
     means = similarity_analysis.summarise(table.filter(pl.col("layer") != similarity_analysis.OUTPUTS))
     return means.select(pl.col("kind").alias("what differs"), "tickets", "layer", *_with_interval("cka", "CKA"))
-
-
-def _of_outputs(table: pl.DataFrame) -> pl.DataFrame:
-    means = similarity_analysis.summarise(table.filter(pl.col("layer") == similarity_analysis.OUTPUTS))
-    return means.rename({"kind": "what differs"})
 
 
 def _with_interval(name: str, title: str, scale: float = 1) -> list[pl.Expr]:
