@@ -3,6 +3,7 @@
     python docs/find.py strategies STUDY    what each strategy finds, and its work
     python docs/find.py order STUDY         whether short trainings rank levels and importances as complete ones do
     python docs/find.py shared STUDY        whether connections that importances share make better tickets
+    python docs/find.py learned STUDY       whether masks that are learned at the rewind point make better tickets
     python docs/find.py seeds               how often fresh seeds refute what is found on digits
 
 Everything is stored, so that a second call only reads. The unit of work is one complete training.
@@ -269,6 +270,25 @@ def measure_shared(study: Study, levels: Sequence[int], **where: Any) -> None:
         print(f"| {level} | {' | '.join(columns)} |", flush=True)
 
 
+def measure_learned(study: Study, levels: Sequence[int], **where: Any) -> None:
+    """Compare tickets of learned masks with those of magnitude, by rounds and at once.
+
+    Print the mean difference from the dense networks over the seeds, for each level a line.
+    """
+    rounds = study.model_copy(update={"importances": ("magnitude",), "levels": max(levels)})
+    tombola.run(rounds, progress=False, workers=1, **where)
+    by_rounds = read_gains(rounds, **where)
+    print("| level | magnitude, level by level | magnitude, at once | `concrete`, at once |", flush=True)
+    for level in levels:
+        gains = [mean_gain(by_rounds, "magnitude", study.seeds, level)]
+        for importance, score_at in (("magnitude", "end"), ("concrete", "rewind")):
+            once = {"importances": (importance,), "levels": 1, "fraction": 1 - (1 - study.fraction) ** level}
+            at_once = study.model_copy(update={**once, "score_at": score_at})
+            tombola.run(at_once, progress=False, workers=1, **where)
+            gains.append(mean_gain(read_gains(at_once, **where), importance, study.seeds, 1))
+        print(f"| {level} | {' | '.join(f'{100 * gain:+.2f}' for gain in gains)} |", flush=True)
+
+
 def keep_shared(masks: Mapping[str, Mask], weights: Mapping[str, Tensor], kept_dense: Collection[str]) -> Mask:
     """Return the mask, of as many connections as each mask has, of those that most masks have; then of larger |w|."""
     first = next(iter(masks.values()))
@@ -326,7 +346,7 @@ def check_seeds(store: Path, margin: float = 0.01, judges: int = 3) -> None:
 def main() -> None:
     """Measure what the arguments name."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("what", choices=("strategies", "order", "shared", "seeds"))
+    parser.add_argument("what", choices=("strategies", "order", "shared", "learned", "seeds"))
     parser.add_argument("study", nargs="?", choices=STUDIES, default="digits")
     parser.add_argument("--store", type=Path, default=Path("find-store"))
     parser.add_argument("--data")
@@ -337,8 +357,10 @@ def main() -> None:
             check_seeds(options.store)
             return
         study, margin = define(options.study)
-        if options.what == "shared":
-            measure_shared(study, (4, 6, 8, 10), store=options.store, data=options.data)
+        if options.what in ("shared", "learned"):
+            measure_levels = measure_shared if options.what == "shared" else measure_learned
+            levels = (4, 6, 8, 10) if options.what == "shared" else (4, 8, 12, 16)
+            measure_levels(study, levels, store=options.store, data=options.data)
             return
         measure = measure_strategies if options.what == "strategies" else measure_order
         measure(study, margin, store=options.store, data=options.data)

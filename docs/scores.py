@@ -27,7 +27,7 @@ from tombola.study.trainings import Round
 STUDIES = ("digits", "lenet-mnist")
 LEVELS = (3, 6, 10, 15)
 ORDER = 100
-AT_REWIND = ("magnitude", "snip", "grasp", "synflow")
+AT_REWIND = ("magnitude", "snip", "grasp", "concrete", "synflow")
 EVERY = tuple(f"{score}{normalise}" for score in SCORES for normalise in ("", "/l1"))
 NAMES = tuple("l1" if name == "magnitude/l1" else name for name in EVERY)
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import pytest
@@ -282,6 +283,54 @@ def test_synflow_counts_paths() -> None:
     paths = torch.einsum("oh,hi->ohi", last, first)
     torch.testing.assert_close(found["0.weight"], paths.sum(0))
     torch.testing.assert_close(found["2.weight"], paths.sum(2))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_learned_mask_has_the_least_loss_of_all_masks(seed: int) -> None:
+    """A large weight of the wrong sign is in no mask of little loss."""
+    weights, best = torch.tensor([3, -2, 1, 0.8, 0.5]), torch.tensor([-3, -2, 1, 0.8, 0])
+    model = nn.Linear(5, 1, bias=False)
+    with torch.no_grad():
+        model.weight.copy_(weights)
+    batches = 10 * [(torch.eye(5), best[:, None])]
+    alive = {"weight": torch.ones(1, 5, dtype=torch.bool)}
+    network = Network(model, alive, batches, functional.mse_loss, torch.Generator().manual_seed(seed), removed=3)
+    learned = NETWORK_SCORES["concrete"](network)["weight"].flatten()
+
+    def loss_of(pair: Sequence[int]) -> float:
+        mask = torch.zeros(5).index_fill(0, torch.tensor(pair), 1)
+        return float((weights * mask - best).square().sum())
+
+    assert set(learned.topk(2).indices.tolist()) == set(min(itertools.combinations(range(5), 2), key=loss_of))
+
+
+@pytest.mark.parametrize("removed", [10, 50, 90])
+def test_learned_probabilities_have_the_density_that_is_left(removed: int) -> None:
+    model = build()
+    mask = half(model)
+    arguments = {"model": model, "state": model.state_dict(), "data": images(), "loss": functional.cross_entropy}
+    found = score_network(NETWORK_SCORES["concrete"], mask, removed, **arguments, seed=3, batch_size=BATCH)  # type: ignore[arg-type]
+    kept = sum(float(found[layer][mask[layer]].sum()) for layer in mask)
+    assert kept == pytest.approx(mask.alive - removed, rel=0.1)
+    assert all(0 <= float(each.min()) <= float(each.max()) <= 1 for each in found.values())
+
+
+def test_a_score_knows_how_many_connections_a_round_removes() -> None:
+    model, asked = build(), []
+
+    def note(network: Network) -> Mapping[str, Tensor]:
+        asked.append((sum(int(each.sum()) for each in network.alive.values()), network.removed))
+        return {layer: weight.detach().abs() for layer, weight in network.weights.items()}
+
+    importance = Importance(NetworkScore(note, steps=2), NORMALISATIONS["identity"])
+    dense = Mask.ones_like(model)
+    compute = partial(
+        score_network, model=model, state=model.state_dict(), data=images(), loss=functional.cross_entropy, seed=3
+    )
+    after = prune(dict(model.named_parameters()), dense, importance, 0.36, score_network=compute)
+    (first, removed), (second, rest) = asked
+    assert (first, second, second - rest) == (dense.total, first - removed, after.alive)
+    assert 0 < removed < dense.total - after.alive
 
 
 @pytest.mark.parametrize("name", NETWORK_SCORES)

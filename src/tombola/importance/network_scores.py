@@ -10,6 +10,7 @@ weights of pruned connections are 0, so every score depends on the surviving con
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -28,6 +29,9 @@ from tombola.inputs import Forward, OwnStep, Tensors, call, convert, count_examp
 Convolution: TypeAlias = nn.Conv1d | nn.Conv2d | nn.Conv3d
 
 _TEMPERATURE = 200.0
+_CONCRETE_TEMPERATURE = 2 / 3
+_PASSES, _LEARNING_RATE = 20, 0.3  # of learning a mask
+_STRENGTH = 4.0  # how much the relative distance from the density counts
 _EXAMPLES_AT_ONCE = 8  # the gradients of so many examples are in memory at the same time
 _FEW_POSITIONS = 4  # of a convolution's outputs, up to which examples are summed over pairs of positions
 
@@ -46,6 +50,7 @@ class Network:
             `tombola.inputs`.
         loss: a function (outputs, labels) -> scalar, the mean over the batch.
         generator: the random stream of this round of pruning.
+        removed: the number of connections that are removed by these scores.
         forward: a function (model, inputs) -> outputs.
         step: a function (model, inputs, labels) -> loss, instead of `forward` and `loss`; None for these.
     """
@@ -55,6 +60,7 @@ class Network:
     batches: Sequence[tuple[Any, Any]]
     loss: Callable[[Tensor, Any], Tensor]
     generator: torch.Generator
+    removed: int = 1
     forward: Forward = call
     step: OwnStep | None = None
 
@@ -269,11 +275,78 @@ def synflow(network: Network) -> dict[str, Tensor]:
     }
 
 
+def concrete(network: Network) -> dict[str, Tensor]:
+    """Return the probability to keep each connection, learned for all of them together, in 0..1; in float64.
+
+    Source: Concrete Ticket Search (Arora and Teuscher, arXiv 2512.07142). The weights stay as they are, and Adam learns
+    a number a for each connection. In each step, the weight is multiplied by a sample of the Concrete distribution
+    (Maddison et al., arXiv 1611.00712): sigmoid((a + log u - log(1 - u)) / T), with u uniform in (0, 1) and T = 2/3.
+    Two things are minimised: the loss, and the distance of the mean of sigmoid(a) from the density that the round of
+    pruning leaves. The gradient of this mean is scaled to the norm of the loss's gradient, times four times the
+    relative distance (1 at most), so that no factor has to be chosen. The source balances gradients too; its best
+    objective is not the loss, but the divergence from the outputs of the dense network.
+
+    Learning passes over the examples 20 times, so it takes more than 20 times as long as other scores of the network.
+
+    >>> scores = concrete(_example(loss=lambda outputs, labels: (outputs - 6).square().mean()))["weight"]
+    >>> scores[0, 0] > scores[0, 1]  # the outputs, 6 x_1 m_1 - 2 x_2 m_2 for x = 1, are 6 if the mask is (1, 0)
+    tensor(True)
+    """
+    weights = {layer: weight.detach() for layer, weight in network.weights.items()}
+    alive = sum(int(each.sum()) for each in network.alive.values())
+    density = max(alive - network.removed, 1) / max(alive, 2)
+    learned = {layer: torch.full_like(weight, math.log(density / (1 - density))) for layer, weight in weights.items()}
+    learned = {layer: each.requires_grad_() for layer, each in learned.items()}
+    optimizer = torch.optim.Adam(learned.values(), lr=_LEARNING_RATE)
+    loss_of = _LossOf(network)
+    for number in range(_PASSES * len(network.batches)):
+        inputs, labels = network.batches[number % len(network.batches)]
+        masked = {f"model.{layer}": weights[layer] * _sample(learned[layer], network.generator) for layer in weights}
+        slopes = _gradient_of(_finite(functional_call(loss_of, masked, (inputs, labels))), learned)
+        kept = _sum_all(each.sigmoid() * network.alive[layer] for layer, each in learned.items()) / alive
+        towards = _gradient_of(kept, learned)
+        distance = max(-1.0, min(1.0, _STRENGTH * (kept.item() / density - 1)))
+        factor = distance * _norm(slopes) / _norm(towards).clamp_min(torch.finfo(torch.float32).tiny)
+        for layer, each in learned.items():
+            each.grad = slopes[layer] + factor * towards[layer]
+        optimizer.step()
+    return {layer: each.detach().double().sigmoid() for layer, each in learned.items()}
+
+
 NETWORK_SCORES: dict[str, NetworkScore] = {
-    **{each.__name__: NetworkScore(each) for each in (taylor, snip, grasp, hessian, fisher, wanda)},
+    **{each.__name__: NetworkScore(each) for each in (taylor, snip, grasp, hessian, fisher, wanda, concrete)},
     "synflow": NetworkScore(synflow, steps=5),
 }
 """The scores of whole networks by name."""
+
+
+class _LossOf(nn.Module):
+    """The mean loss over a batch as a module, whose weights can be replaced during a call."""
+
+    def __init__(self, network: Network) -> None:
+        super().__init__()
+        self.model = network.model
+        self._loss_of = network.loss_of
+
+    def forward(self, inputs: Tensors, labels: Tensors) -> Tensor:
+        """Return the loss."""
+        return self._loss_of(inputs, labels)
+
+
+def _sample(logits: Tensor, generator: torch.Generator) -> Tensor:
+    """Return a sample of the Concrete distribution, in 0..1, for each logit."""
+    uniform = torch.rand(logits.shape, generator=generator).clamp_(1e-6, 1 - 1e-6).to(logits.device)
+    return ((logits + uniform.logit()) / _CONCRETE_TEMPERATURE).sigmoid()
+
+
+def _sum_all(tensors: Iterable[Tensor]) -> Tensor:
+    """Return the sum of all numbers of the tensors."""
+    return torch.stack([tensor.sum() for tensor in tensors]).sum()
+
+
+def _norm(tensors: Mapping[str, Tensor]) -> Tensor:
+    """Return the Euclidean norm of all numbers of the tensors."""
+    return _sum_all(tensor.square() for tensor in tensors.values()).sqrt()
 
 
 def _gradients(

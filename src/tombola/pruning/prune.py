@@ -21,7 +21,7 @@ from tombola.pruning.selection import apportion, select
 from tombola.streams import generator
 from tombola.threads import one_thread
 
-ScoreNetwork: TypeAlias = Callable[[NetworkScore, Mask], Mapping[str, Tensor]]
+ScoreNetwork: TypeAlias = Callable[[NetworkScore, Mask, int], Mapping[str, Tensor]]
 """A function (score, mask) -> {layer: scores of the weight's shape}, which knows the network, the loss and the data."""
 
 
@@ -95,7 +95,7 @@ def prune(
         for part in _split(count, importance, prunable):
             sizes = {layer: mask.counts[layer] for layer in layers}
             numbers = apportion(selection, sizes, mask.shapes, part, shares)
-            compute = _importance_of_layer(weights, mask, importance, sizes, rewound, score_network, seed)
+            compute = _importance_of_layer(weights, mask, importance, sizes, part, rewound, score_network, seed)
             mask = _remove(mask, select(compute, sizes, part, numbers))
     return mask
 
@@ -113,6 +113,7 @@ def _importance_of_layer(
     mask: Mask,
     importance: Importance,
     sizes: Mapping[str, int],
+    removed: int,
     rewound: Mapping[str, Tensor] | None,
     score_network: ScoreNetwork | None,
     seed: int,
@@ -124,7 +125,7 @@ def _importance_of_layer(
     if isinstance(score, NetworkScore):
         if score_network is None:
             raise UserError(f"importance {importance.name!r} needs the network, its loss and data, not weights alone")
-        found = _score_layers(score_network, importance, mask, sizes)
+        found = _score_layers(score_network, importance, mask, removed, sizes)
 
     def compute(layer: str) -> Tensor:
         magnitudes = _read_magnitudes(weights, mask, layer, memory[: sizes[layer]])
@@ -148,12 +149,12 @@ def _importance_of_layer(
 
 
 def _score_layers(
-    score_network: ScoreNetwork, importance: Importance, mask: Mask, layers: Collection[str]
+    score_network: ScoreNetwork, importance: Importance, mask: Mask, removed: int, layers: Collection[str]
 ) -> Mapping[str, Tensor]:
     """Return the scores of a whole network, with a tensor of the weight's shape for each of these layers."""
     assert isinstance(importance.score, NetworkScore)
     with _attribute_failure(importance):
-        found = score_network(importance.score, mask)
+        found = score_network(importance.score, mask, removed)
         if not isinstance(found, Mapping):
             raise ImportanceError(f"expected a dict, layer -> scores, got {type(found).__name__}")
     for layer in layers:
