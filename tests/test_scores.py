@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
@@ -14,10 +15,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional
 
-from tombola import Dataset, Mask, prune
+from tombola import Dataset, Mask, loops, prune
 from tombola.errors import ImportanceError, UserError
 from tombola.importance import NORMALISATIONS, SCORES, Importance, Network, NetworkScore, find, normalisation
-from tombola.importance.network_scores import NETWORK_SCORES, taylor
+from tombola.importance.network_scores import NETWORK_SCORES, _sample, taylor
 from tombola.training.scoring import score_network
 
 EXAMPLES = 12
@@ -304,6 +305,15 @@ def test_a_learned_mask_has_the_least_loss_of_all_masks(seed: int) -> None:
     assert set(learned.topk(2).indices.tolist()) == set(min(itertools.combinations(range(5), 2), key=loss_of))
 
 
+@pytest.mark.parametrize("quantile", [0.1, 0.5, 0.9])
+def test_masks_are_drawn_from_the_concrete_distribution(quantile: float) -> None:
+    """The probability that a sample is less than q is sigmoid(T log(q / (1 - q)) - a), by its inverse."""
+    count, logit = 40_000, 0.5
+    drawn = _sample(torch.full((count,), logit), torch.Generator().manual_seed(0))
+    expected = float(torch.sigmoid(torch.tensor(2 / 3 * math.log(quantile / (1 - quantile)) - logit)))
+    assert float((drawn < quantile).float().mean()) == pytest.approx(expected, abs=4 * (0.25 / count) ** 0.5)
+
+
 @pytest.mark.parametrize("removed", [10, 50, 90])
 def test_learned_probabilities_have_the_density_that_is_left(removed: int) -> None:
     model = build()
@@ -331,6 +341,10 @@ def test_a_score_knows_how_many_connections_a_round_removes() -> None:
     (first, removed), (second, rest) = asked
     assert (first, second, second - rest) == (dense.total, first - removed, after.alive)
     assert 0 < removed < dense.total - after.alive
+    asked.clear()
+    batches = [(images().train_inputs, images().train_labels)]
+    alone = loops.prune(model, dense, importance, 0.36, loss=functional.cross_entropy, batches=batches)
+    assert (alone.counts, asked) == (after.counts, [(first, removed), (second, rest)])
 
 
 @pytest.mark.parametrize("name", NETWORK_SCORES)
