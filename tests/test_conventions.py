@@ -17,7 +17,7 @@ from tombola.analysis import layers, overlap
 from tombola.analysis.gather import ALL, PRUNABLE
 from tombola.engine.job import Job
 from tombola.importance import IMPORTANCES, l1
-from tombola.lottery.rewinding import check_levels
+from tombola.lottery.rule import check_levels
 from tombola.models import resnet18, resnet20, vgg16
 from tombola.pruning.mask import resolve_kept_dense
 from tombola.store.store import Store

@@ -17,7 +17,9 @@ from torch.nn import functional
 import tombola
 from tombola.errors import UserError
 from tombola.importance import find, l1
-from tombola.lottery.rewinding import check_score_at, find_tickets, lottery_ticket_rewinding
+from tombola.lottery.find import find_tickets
+from tombola.lottery.rewinding import lottery_ticket_rewinding
+from tombola.lottery.rule import check_score_at
 from tombola.pruning.mask import Mask
 from tombola.store.checkpoints import checkpoint_from_bytes, checkpoint_to_bytes
 from tombola.training.accumulation import accumulate

@@ -36,7 +36,7 @@ from tombola import (
     train,
 )
 from tombola.importance import IMPORTANCES, l1, magnitude
-from tombola.lottery.rewinding import Rule, check_levels, prune_round
+from tombola.lottery.rule import Rule, check_levels, prune_round
 from tombola.streams import generator
 from tombola.training.train import initial_state
 from tombola.training.weights import State, apply_mask, state_hash
