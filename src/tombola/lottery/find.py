@@ -151,6 +151,7 @@ def find_tickets(
     check_recipe_fits(recipe, data)
     optimizer, schedule = optimizer or recipe.load_own("optimizer"), schedule or recipe.load_own("schedule")
     check_device(device)
+    expect(kernels, str, "kernels", "'auto' or 'off'")
     read_kernels(kernels)
     exclude = as_texts(exclude, "exclude", "names of layers")
     keep_dense = as_texts(keep_dense, "keep_dense", "names of layers")
@@ -164,35 +165,17 @@ def find_tickets(
     rule = Rule(fraction, kept, selection, resolve_shares(dense, {} if shares is None else shares))
     check_rule(rule, dense, levels)
     setting = _Setting(
-        model=model,
-        data=data,
-        recipe=recipe,
-        importance=importance,
-        rule=rule,
-        dense=dense,
-        seed=seed,
-        score_examples=score_examples,
-        loss=loss,
-        forward=forward,
-        step=step,
-        optimizer=optimizer,
-        schedule=schedule,
-        metrics=measured,
-        device=device,
-    )
+        model=model, data=data, recipe=recipe, importance=importance, rule=rule, dense=dense, seed=seed,
+        score_examples=score_examples, loss=loss, forward=forward, step=step, optimizer=optimizer, schedule=schedule,
+        metrics=measured, device=device,
+    )  # fmt: skip
     theta_0 = Weights.of(model.state_dict())
     kernels = "off" if step is not None else kernels
     _try_training(setting)
     replaceable = _list_replaceable(setting, kernels)
     if levels:
         _prune_network(setting, theta_0, dense, 0, theta_0, examples=min(TRIED, score_examples))
-    provenance = {
-        "model": type(model).__name__,
-        "data": {"name": data.name, "fingerprint": data.fingerprint},
-        "recipe": recipe.model_dump(mode="json"),
-        "importance": importance.name,
-        "fraction": float(fraction),
-        "seed": int(seed),
+    provenance = _describe(setting) | {
         "prune": prune,
         "exclude": exclude,
         "keep_dense": keep_dense,
@@ -227,6 +210,18 @@ def _check_types(model: object, data: object, recipe: object, levels: object, se
     expect(recipe, Recipe, "recipe", "a tombola.Recipe")
     expect(levels, Integral, "levels", "a whole number")
     expect(seed, Integral, "seed", "a whole number")
+
+
+def _describe(setting: _Setting) -> dict[str, Any]:
+    """Return what decides the trainings, as the provenance of a ticket has it."""
+    return {
+        "model": type(setting.model).__name__,
+        "data": {"name": setting.data.name, "fingerprint": setting.data.fingerprint},
+        "recipe": setting.recipe.model_dump(mode="json"),
+        "importance": setting.importance.name,
+        "fraction": float(setting.rule.fraction),
+        "seed": int(setting.seed),
+    }
 
 
 def _try_training(setting: _Setting) -> None:
