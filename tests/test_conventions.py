@@ -70,7 +70,7 @@ def test_a_round_that_removes_more_than_there_is_says_what_there_is() -> None:
         check_levels(100, 0.5, 3, kept_dense=40)
     assert str(caught.value) == (
         "levels: 3 are too many, after level 1 only 50 of 100 connections are alive, 40 of them in layers that are "
-        "kept dense, and the next round would remove 10 of the other 10; at most 1 levels are possible"
+        "kept dense, and the next round would remove 10 of the other 10; at most 1 level is possible"
     )
 
 

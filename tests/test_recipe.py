@@ -276,11 +276,18 @@ class Listing(torch.optim.SGD):
         self.state[self.param_groups[0]["params"][0]]["old"] = [1]
 
 
+class Huge(torch.optim.SGD):
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        super().step()
+        self.state[self.param_groups[0]["params"][0]]["count"] = 2**63
+
+
 @pytest.mark.parametrize(
     ("make", "said"),
     [
         (Forgetful, "opt: from a copy of its state it does not go on with the same bits"),
         (Listing, "opt: its state has 'old' of type list; an optimizer whose trainings can be resumed keeps only"),
+        (Huge, "opt: its state has 'count' of type int; an optimizer whose trainings can be resumed keeps only"),
         (torch.optim.LBFGS, "opt: its step raised TypeError"),
         (lambda parameters: None, "opt raised TypeError"),
         (lambda parameters, lr: None, r"opt: expected a torch.optim.Optimizer, got NoneType"),

@@ -181,7 +181,7 @@ def check_levels(connections: int, fraction: float, levels: int, *, kept_dense: 
     for level in range(1, levels + 1):
         removed, prunable = count_to_remove(alive, fraction), alive - kept_dense
         too_many = f"levels: {levels} are too many, after level {level - 1} only {alive} of {connections} connections"
-        possible = f"at most {level - 1} levels are possible"
+        possible = f"at most {level - 1} {'level is' if level == 2 else 'levels are'} possible"
         if kept_dense and _FEWEST_LEFT * (1 - fraction) * prunable > prunable - removed:
             raise UserError(
                 f"{too_many} are alive, {kept_dense} of them in layers that are kept dense, and the next round would "

@@ -354,7 +354,7 @@ def check_recipe_fits(recipe: Recipe, data: Dataset) -> None:
     examples = data.train_examples
     total = recipe.total_iterations(examples)
     if total > MOST_ITERATIONS:
-        raise UserError(f"recipe: a training of {total} iterations; at most {MOST_ITERATIONS} are possible")
+        raise UserError(f"recipe: a training would have {total} iterations; at most {MOST_ITERATIONS} are possible")
     if data.drawn is not None and recipe.batch_size != data.drawn.batch_size:
         raise UserError(
             f"recipe.batch_size: it is {short(recipe.batch_size)}, and the batches of {data.name!r} have "
