@@ -17,7 +17,7 @@ from tombola.analysis import layers, overlap
 from tombola.analysis.gather import ALL, PRUNABLE
 from tombola.engine.job import Job
 from tombola.importance import IMPORTANCES, l1
-from tombola.lottery.rewinding import check_levels
+from tombola.lottery.rule import check_levels
 from tombola.models import resnet18, resnet20, vgg16
 from tombola.pruning.mask import resolve_kept_dense
 from tombola.store.store import Store
@@ -70,7 +70,7 @@ def test_a_round_that_removes_more_than_there_is_says_what_there_is() -> None:
         check_levels(100, 0.5, 3, kept_dense=40)
     assert str(caught.value) == (
         "levels: 3 are too many, after level 1 only 50 of 100 connections are alive, 40 of them in layers that are "
-        "kept dense, and the next round would remove 10 of the other 10; at most 1 levels are possible"
+        "kept dense, and the next round would remove 10 of the other 10; at most 1 level is possible"
     )
 
 

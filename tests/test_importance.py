@@ -35,7 +35,7 @@ from tombola.importance import (
     scores,
     softmax,
 )
-from tombola.lottery.rewinding import Rule, prune_round
+from tombola.lottery.rule import Rule, prune_round
 
 EPSILON = 2.0**-52
 

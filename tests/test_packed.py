@@ -15,7 +15,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from test_kernels import KINDS, LAYOUTS, SETS, a_mask, assert_rounding, in_layout, needs_kernels, refuse_each
+from test_kernels import (
+    KINDS,
+    LAYOUTS,
+    SETS,
+    WHOLE,
+    WRONG,
+    a_mask,
+    assert_rounding,
+    in_layout,
+    needs_kernels,
+    refuse_each,
+)
 from tombola import Mask, kernels
 from tombola.kernels import layers, packed
 from tombola.kernels.packed import Memory, Packed, Packing
@@ -847,6 +858,78 @@ def test_packed_functions_refuse_every_wrong_tensor() -> None:
     refuse_each(pairs(extension.max_pool_packed, size, window), {"x": x, "y": py}, set(), {"x", "y"})
     right = {"x": x, "y": py, "delta": pd, "gradient": g}
     refuse_each(pairs(extension.max_pool_gradient_packed, size, window), right, set(), set(right))
+
+
+def test_products_and_packing_refuse_every_wrong_tensor() -> None:
+    extension, memory = layers.extension, Memory()
+    mask = torch.ones(2, 3, 3, 3) > 0
+    kernel = kernels.SparseConv2d(torch.ones(2, 3, 3, 3), None, mask, 1, (1, 1)).kernel((3, 4, 5))
+    x, y = memory.take((7, 3, 4, 5), 1).memory, memory.take((7, 2, 4, 5), 1).memory
+    values, bias = torch.ones(54), torch.ones(2)
+
+    def forward(source: Any, target: Any, **t: Any) -> None:
+        kernel.forward_images(source=source, source_border=1, target=target, target_border=1, batch=7, **t)
+
+    def input_gradient(delta: Any, target: Any, **t: Any) -> None:
+        borders = {"delta_border": 1, "target_border": 1}
+        kernel.input_gradient_images(delta=delta, target=target, batch=7, add=False, **borders, **t)
+
+    def weight_gradient(source: Any, delta: Any, **t: Any) -> None:
+        kernel.weight_gradient_images(source=source, source_border=1, delta=delta, delta_border=1, batch=7, **t)
+
+    images = {"source", "target", "delta"}
+    refuse_each(forward, {"values": values, "bias": bias, "source": x, "target": y}, {"bias"}, images)
+    refuse_each(input_gradient, {"values": values, "delta": y, "target": x}, set(), images)
+    gradients = {"gradient": values.clone(), "bias_gradient": bias}
+    refuse_each(weight_gradient, {"source": x, "delta": y, **gradients}, {"bias_gradient"}, images)
+    plain = torch.ones(7, 3, 4, 5)
+    refuse_each(lambda target: extension.pack_images(plain, (target, 1)), {"target": x}, set(), images)
+    refuse_each(lambda source: extension.unpack_images((source, 1), plain), {"source": x}, set(), images)
+    for kind in ("float64", "meta", "a dimension more", "freed", "cut short", "negated"):
+        wrong = (WRONG | WHOLE)[kind][0](plain)
+        with pytest.raises(ValueError, match=r"^source: expected"):
+            extension.pack_images(wrong, (x, 1))
+        with pytest.raises(ValueError, match=r"^target: expected"):
+            extension.unpack_images((x, 1), wrong)
+
+
+def test_packed_functions_refuse_targets_that_overlap() -> None:
+    """Of what reads its source again after it has written, all overlap; of the others, what lies at other places."""
+    extension, block = layers.extension, Memory().block
+    memory = torch.zeros(3, 3, 108, block)
+    x, later = (memory[:2], 1), (memory[1:], 1)
+    size, window, three = (block + 1, 3, 4, 5), (1, 1, 1, 1, 0, 0), torch.ones(3)
+    free = (torch.zeros(2, 3, 108, block), 1)
+    kernel = kernels.SparseConv2d(torch.ones(3, 3, 1, 1), None, torch.ones(3, 3, 1, 1) > 0).kernel((3, 4, 5))
+    both = three, three.clone(), torch.zeros(3, 3)
+    plain = memory.flatten()[: (block + 1) * 60].view(size)
+    calls: list[tuple[str, Callable[..., None]]] = [
+        ("target", lambda x, y: kernel.forward_images(torch.ones(9), None, *x, *y, block + 1)),
+        ("target", lambda x, y: kernel.input_gradient_images(torch.ones(9), *x, *y, block + 1, False)),
+        ("target", lambda x, y: extension.pack_images(plain, x)),
+        ("target", lambda x, y: extension.unpack_images(x, plain)),
+        ("y", lambda x, y: extension.normalise_packed(size, x, *both[:2], 1e-5, both[2], (None, 0), False, y)),
+        ("y", lambda x, y: extension.normalise_packed(size, free, *both[:2], 1e-5, both[2], x, False, y)),
+        ("y", lambda x, y: extension.sum_packed(size, x, (None, 0), False, y)),
+        ("y", lambda x, y: extension.sum_packed(size, y, x, False, y)),
+        ("delta", lambda x, y: extension.gate_packed(size, x, y)),
+        ("y", lambda x, y: extension.max_pool_packed(size, window, x, y)),
+    ]
+    for at in ((x, free, free), (free, x, free), (free, free, x)):
+        with pytest.raises(ValueError, match=r"^gradient: expected memory of its own"):
+            extension.max_pool_gradient_packed(size, window, *at, later)
+    for at in ((x, free), (free, x)):
+        with pytest.raises(ValueError, match=r"^gradient: expected .*memory of its own"):
+            extension.normalise_gradient_packed(size, *at, *both, False, (None, 0), later, three.clone(), three.clone())
+    for name, call in calls:
+        with pytest.raises(ValueError, match=rf"^{name}: expected .*memory of its own"):
+            call(x, later)
+    extension.sum_packed(size, x, (None, 0), False, x)
+    extension.gate_packed(size, x, x)
+    for axis in range(4):
+        target = torch.zeros([1 if at == axis else each for at, each in enumerate(size)]).expand(size)
+        with pytest.raises(ValueError, match=r"target: .* not expanded"):
+            extension.unpack_images(x, target)
 
 
 def test_kernels_refuse_packed_images_that_do_not_fit() -> None:

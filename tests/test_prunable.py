@@ -489,6 +489,8 @@ def test_layers_are_replaced_in_a_network_that_does_not() -> None:
     assert found[0].weights.hash == found[1].weights.hash
     with pytest.raises(UserError, match="kernels: expected 'auto' or 'off', got 'on'"):
         find_tickets(model, data, recipe, magnitude, levels=1, kernels="on")  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="kernels: expected 'auto' or 'off', got list"):
+        find_tickets(model, data, recipe, magnitude, levels=1, kernels=names)  # type: ignore[arg-type]
 
 
 # Starts.

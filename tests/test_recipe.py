@@ -17,7 +17,9 @@ from torch.nn import functional
 import tombola
 from tombola.errors import UserError
 from tombola.importance import find, l1
-from tombola.lottery.rewinding import check_score_at, find_tickets, lottery_ticket_rewinding
+from tombola.lottery.find import find_tickets
+from tombola.lottery.rewinding import lottery_ticket_rewinding
+from tombola.lottery.rule import check_score_at
 from tombola.pruning.mask import Mask
 from tombola.store.checkpoints import checkpoint_from_bytes, checkpoint_to_bytes
 from tombola.training.accumulation import accumulate
@@ -274,11 +276,18 @@ class Listing(torch.optim.SGD):
         self.state[self.param_groups[0]["params"][0]]["old"] = [1]
 
 
+class Huge(torch.optim.SGD):
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        super().step()
+        self.state[self.param_groups[0]["params"][0]]["count"] = 2**63
+
+
 @pytest.mark.parametrize(
     ("make", "said"),
     [
         (Forgetful, "opt: from a copy of its state it does not go on with the same bits"),
         (Listing, "opt: its state has 'old' of type list; an optimizer whose trainings can be resumed keeps only"),
+        (Huge, "opt: its state has 'count' of type int; an optimizer whose trainings can be resumed keeps only"),
         (torch.optim.LBFGS, "opt: its step raised TypeError"),
         (lambda parameters: None, "opt raised TypeError"),
         (lambda parameters, lr: None, r"opt: expected a torch.optim.Optimizer, got NoneType"),

@@ -36,7 +36,7 @@ from tombola import (
     train,
 )
 from tombola.importance import IMPORTANCES, l1, magnitude
-from tombola.lottery.rewinding import Rule, check_levels, prune_round
+from tombola.lottery.rule import Rule, check_levels, prune_round
 from tombola.streams import generator
 from tombola.training.train import initial_state
 from tombola.training.weights import State, apply_mask, state_hash
@@ -371,7 +371,7 @@ def test_arguments_that_do_not_fit(changes: dict[str, Any], text: str) -> None:
         (10, 0.5, 4, "levels: 4 are too many, after level 3 only 1 of 10 connections are alive and a fraction of 0.5 "
                      "of them is 0; at most 3 levels are possible"),
         (10, 0.9, 2, "levels: 2 are too many, after level 1 only 1 of 10 connections are alive and a fraction of 0.9 "
-                     "of them is 1; at most 1 levels are possible"),
+                     "of them is 1; at most 1 level is possible"),
         (2, 0.2, 1, "levels: 1 are too many, after level 0 only 2 of 2 connections are alive and a fraction of 0.2 of "
                     "them is 0; at most 0 levels are possible"),
     ],

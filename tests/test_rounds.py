@@ -25,7 +25,7 @@ from tombola.engine.job import Job, Outcome
 from tombola.engine.run import run
 from tombola.errors import UserError
 from tombola.importance import Network, NetworkScore, magnitude
-from tombola.lottery.rewinding import Rule, check_rule, resolve_shares
+from tombola.lottery.rule import Rule, check_rule, resolve_shares
 from tombola.pruning.selection import SELECTIONS, apportion
 from tombola.streams import ambient
 from tombola.study.needs import list_chain_needs

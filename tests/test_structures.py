@@ -19,7 +19,7 @@ from tombola.errors import ImportanceError, UserError
 from tombola.importance import l1
 from tombola.importance.network_scores import NETWORK_SCORES
 from tombola.inputs import Tensors, count_examples, list_tensors, select
-from tombola.lottery.rewinding import find_tickets
+from tombola.lottery.find import find_tickets
 from tombola.pruning.mask import Mask
 from tombola.streams import ambient
 from tombola.study.task import _checked

@@ -37,7 +37,8 @@ if TYPE_CHECKING:
     from tombola import datasets, hooks, importance, interchange, loops, models
     from tombola.datasets.dataset import Dataset
     from tombola.errors import UserError
-    from tombola.lottery.rewinding import find_tickets, lottery_ticket_rewinding
+    from tombola.lottery.find import find_tickets
+    from tombola.lottery.rewinding import lottery_ticket_rewinding
     from tombola.lottery.ticket import Ticket
     from tombola.pruning.eligible import prunable
     from tombola.pruning.mask import Mask
@@ -97,7 +98,7 @@ _HOME = {
     "controls": "workbench.trained",
     "early": "workbench.trained",
     "find": "workbench.find",
-    "find_tickets": "lottery.rewinding",
+    "find_tickets": "lottery.find",
     "functions": "workbench.tables",
     "initial": "workbench.further",
     "layers": "workbench.tables",

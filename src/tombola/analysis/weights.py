@@ -10,7 +10,7 @@ import polars as pl
 
 from tombola.analysis.gather import after, by_level, last_level
 from tombola.importance import Importance, NetworkScore, Normalisation, Survivors, as_importance
-from tombola.lottery.rewinding import pruning_seed
+from tombola.lottery.rule import pruning_seed
 from tombola.pruning.mask import Mask
 from tombola.streams import generator
 from tombola.study.planner import select_chains

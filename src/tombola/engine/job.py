@@ -24,7 +24,7 @@ from tombola.errors import RoundError, UserError
 from tombola.importance import Importance
 from tombola.inputs import list_tensors
 from tombola.kernels import NoKernelsWarning
-from tombola.lottery.rewinding import Rule
+from tombola.lottery.rule import Rule
 from tombola.pruning.mask import Mask
 from tombola.settings import refuse_settings
 from tombola.streams import ambient

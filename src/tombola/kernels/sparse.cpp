@@ -68,15 +68,42 @@ Batch batch_of(const char* name, nb::handle tensor, std::initializer_list<ptrdif
 // not looked up, to save time.
 View target_of(nb::handle tensor, std::initializer_list<ptrdiff_t> shape) {
     const View view = batch_of("target", tensor, shape, false).view;
-    const auto size = shape.begin();
-    if ((size[0] > 1 && view.n == 0) || (size[1] > 1 && view.c == 0))
-        Tensor<float>("target", tensor).refuse(", not expanded");
+    const ptrdiff_t steps[] = {view.n, view.c, view.h, view.w};
+    for (size_t i = 0; i < shape.size(); ++i)
+        if (shape.begin()[i] > 1 && steps[i] == 0) Tensor<float>("target", tensor).refuse(", not expanded");
     return view;
 }
 
 void check_apart(const float* target, const char* name, const float* source) {
     if (target && target == source)
         throw std::invalid_argument(std::string("target: expected memory of its own, got that of ") + name);
+}
+
+// The memory of a tensor, from its first float to the one after its last.
+struct Memory {
+    const float *begin = nullptr, *end = nullptr;
+
+    bool overlaps(const Memory& other) const { return begin < other.end && other.begin < end; }
+};
+
+// Packed images with their memory, the zeros around them included.
+struct PackedImages : Packed {
+    Memory memory;
+
+    bool lies_as(const Packed& other) const {
+        return data == other.data && blocks == other.blocks && channel == other.channel && row == other.row;
+    }
+};
+
+void check_apart(const char* name, const Memory& target, const char* other, const Memory& source) {
+    if (target.overlaps(source))
+        throw std::invalid_argument(std::string(name) + ": expected memory of its own, got that of " + other);
+}
+
+// For what computes each number of the target `name` from the same one of the source: this may be the target itself.
+void check_apart_or_same(const char* name, const PackedImages& target, const char* other, const PackedImages& source) {
+    if (target.memory.overlaps(source.memory) && !target.lies_as(source))
+        throw std::invalid_argument(std::string(name) + ": expected " + other + " as it is, or memory of its own");
 }
 
 // The address of a contiguous tensor, null for None.
@@ -114,14 +141,16 @@ struct Grid {
     ptrdiff_t columns() const { return width + 2 * ptrdiff_t(border); }
     ptrdiff_t pixels() const { return (height + 2 * ptrdiff_t(border)) * columns(); }
 
-    Packed of(const char* name, nb::handle object, int block) const {
+    PackedImages of(const char* name, nb::handle object, int block) const {
         const Tensor<float> tensor(name, object);
         const Numbers size = tensor.sizes();
         const ptrdiff_t lines = size.count == 4 ? size.at[2] : 0;
         float* const data = tensor.contiguous({(ptrdiff_t(batch) + block - 1) / block, channels, any, block});
         tensor.strided({any, any, any, any});  // checks the memory
         if (lines < pixels()) tensor.refuse(", of at least " + std::to_string(pixels()) + " pixels a channel");
-        return {data + border * (columns() + 1) * block, channels * lines * block, lines * block, columns() * block};
+        const Packed images{data + border * (columns() + 1) * block, channels * lines * block, lines * block,
+                            columns() * block};
+        return {images, {data, data + size.at[0] * images.blocks}};
     }
 };
 
@@ -380,9 +409,9 @@ class Layer {
     void forward_images(nb::handle values, nb::handle bias, nb::handle source, int source_border, nb::handle target,
                         int target_border, int batch) const {
         const float *w = values_of(values), *b = bias_of(bias);
-        const Packed x = images("source", source, source_grid(batch, source_border), border()),
-                     y = images("target", target, target_grid(batch, target_border), 0);
-        check_apart(y.data, "source", x.data);
+        const PackedImages x = images("source", source, source_grid(batch, source_border), border()),
+                           y = images("target", target, target_grid(batch, target_border), 0);
+        check_apart("target", y.memory, "source", x.memory);
         nb::gil_scoped_release unlocked;
         int32_t* const offset = reinterpret_cast<int32_t*>(workspace(count_in_lines(forward_.taps.size())));
         forward_.offsets(x, offset);
@@ -392,9 +421,9 @@ class Layer {
     void input_gradient_images(nb::handle values, nb::handle delta, int delta_border, nb::handle target,
                                int target_border, int batch, bool add) const {
         const float* w = values_of(values);
-        const Packed d = images("delta", delta, target_grid(batch, delta_border), this->delta_border()),
-                     dx = images("target", target, source_grid(batch, target_border), 0);
-        check_apart(dx.data, "delta", d.data);
+        const PackedImages d = images("delta", delta, target_grid(batch, delta_border), this->delta_border()),
+                           dx = images("target", target, source_grid(batch, target_border), 0);
+        check_apart("target", dx.memory, "delta", d.memory);
         nb::gil_scoped_release unlocked;
         const size_t floats = count_in_lines(order_.size());
         float* ordered = workspace(2 * floats);
@@ -494,10 +523,10 @@ class Layer {
         return {batch, p.rows, p.grid_height, p.grid_width, border};
     }
 
-    Packed images(const char* name, nb::handle tensor, Grid grid, int least) const {
+    PackedImages images(const char* name, nb::handle tensor, Grid grid, int least) const {
         if (block() != kernels_.conv_block) throw std::invalid_argument("expected a convolution of images");
         check_sizes({{"batch", grid.batch, 1, INT_MAX / 2}, {"border", grid.border, least, most_pixels}});
-        const Packed found = grid.of(name, tensor, block());
+        const PackedImages found = grid.of(name, tensor, block());
         if (found.channel * std::min(grid.channels, most_tile()) > INT32_MAX)
             throw std::invalid_argument(std::string(name) + ": the images are too large");
         return found;
@@ -824,21 +853,29 @@ struct Images4 {
                 throw std::invalid_argument("size: expected numbers from 1 to 2^28, got " + std::to_string(each));
     }
 
-    Packed at(const char* name, nb::handle tensor, int border) const {
+    PackedImages at(const char* name, nb::handle tensor, int border) const {
         if (border < 0 || border > 1 << 20)
             throw std::invalid_argument("border: expected from 0 to 2^20, got " + std::to_string(border));
         return Grid{size.batch, size.channels, size.height, size.width, border}.of(name, tensor, kernels.conv_block);
     }
 
-    std::optional<Packed> at_or_none(const char* name, nb::handle tensor, int border) const {
-        return tensor.is_none() ? std::nullopt : std::optional<Packed>(at(name, tensor, border));
+    std::optional<PackedImages> at_or_none(const char* name, nb::handle tensor, int border) const {
+        return tensor.is_none() ? std::nullopt : std::optional(at(name, tensor, border));
     }
 };
 
-inline const Packed* pointer(const std::optional<Packed>& packed) { return packed ? &*packed : nullptr; }
+inline const Packed* pointer(const std::optional<PackedImages>& packed) { return packed ? &*packed : nullptr; }
 
 // Packed images with the number of zeros around them, as Python gives them.
 using Bordered = std::pair<nb::object, int>;
+
+// From the first float of a tensor to the one after its last, the gaps between them included.
+Memory memory_of(const char* name, nb::handle tensor) {
+    const auto [data, size, step] = Tensor<float>(name, tensor).strided({any, any, any, any});
+    ptrdiff_t last = 0;
+    for (int i = 0; i < size.count; ++i) last += (size.at[i] - 1) * step.at[i];
+    return {data, data + last + 1};
+}
 
 void pack_images(nb::handle source, Bordered target, const Name& instruction_set) {
     const auto [view, batch] = batch_of("source", source, {any, any, any, any});
@@ -846,7 +883,8 @@ void pack_images(nb::handle source, Bordered target, const Name& instruction_set
     for (int i = 1; i < 4; ++i)
         if (sizes.at[i] > 1 << 28) throw std::invalid_argument("source: expected sizes of at most 2^28");
     const Images4 images(instruction_set, {batch, int(sizes.at[1]), int(sizes.at[2]), int(sizes.at[3])});
-    const Packed to = images.at("target", target.first, target.second);
+    const PackedImages to = images.at("target", target.first, target.second);
+    check_apart("target", to.memory, "source", memory_of("source", source));
     nb::gil_scoped_release unlocked;
     images.kernels.pack_images(view, images.size, target.second, to);
 }
@@ -858,7 +896,8 @@ void unpack_images(Bordered source, nb::handle target, const Name& instruction_s
         if (sizes.at[i] > 1 << 28) throw std::invalid_argument("target: expected sizes of at most 2^28");
     const Images4 images(instruction_set, {batch, int(sizes.at[1]), int(sizes.at[2]), int(sizes.at[3])});
     const View to = target_of(target, {batch, sizes.at[1], sizes.at[2], sizes.at[3]});
-    const Packed from = images.at("source", source.first, source.second);
+    const PackedImages from = images.at("source", source.first, source.second);
+    check_apart("target", memory_of("target", target), "source", from.memory);
     nb::gil_scoped_release unlocked;
     images.kernels.unpack_images(from, images.size, to);
 }
@@ -867,10 +906,10 @@ void normalise_packed(Size4 size, Bordered x, nb::handle weight, nb::handle bias
                       Bordered other, bool relu, Bordered y, const Name& instruction_set) {
     const Images4 images(instruction_set, size);
     const ptrdiff_t channels = images.size.channels;
-    const Packed from = images.at("x", x.first, x.second), to = images.at("y", y.first, y.second);
+    const PackedImages from = images.at("x", x.first, x.second), to = images.at("y", y.first, y.second);
     const auto more = images.at_or_none("other", other.first, other.second);
-    check_apart(to.data, "x", from.data);
-    if (more) check_apart(to.data, "other", more->data);
+    check_apart("y", to.memory, "x", from.memory);
+    if (more) check_apart("y", to.memory, "other", more->memory);
     const float *w = Tensor<float>("weight", weight).contiguous({channels}),
                 *b = Tensor<float>("bias", bias).contiguous({channels});
     float* mean = Tensor<float>("statistics", statistics).contiguous({3, channels});
@@ -884,12 +923,11 @@ void normalise_gradient_packed(Size4 size, Bordered x, Bordered delta, nb::handl
                                nb::handle weight_gradient, nb::handle bias_gradient, const Name& instruction_set) {
     const Images4 images(instruction_set, size);
     const ptrdiff_t channels = images.size.channels;
-    const Packed from = images.at("x", x.first, x.second), d = images.at("delta", delta.first, delta.second),
-                 to = images.at("gradient", gradient.first, gradient.second);
+    const PackedImages from = images.at("x", x.first, x.second), d = images.at("delta", delta.first, delta.second),
+                       to = images.at("gradient", gradient.first, gradient.second);
     const auto out = images.at_or_none("y", y.first, y.second);
-    check_apart(to.data, "x", from.data);
-    if (to.data == d.data && (to.blocks != d.blocks || to.channel != d.channel || to.row != d.row))
-        throw std::invalid_argument("gradient: expected delta as it is, or memory of its own");
+    check_apart("gradient", to.memory, "x", from.memory);
+    check_apart_or_same("gradient", to, "delta", d);
     const float *w = Tensor<float>("weight", weight).contiguous({channels}),
                 *b = Tensor<float>("bias", bias).contiguous({channels}),
                 *mean = Tensor<float>("statistics", statistics).contiguous({3, channels});
@@ -902,15 +940,18 @@ void normalise_gradient_packed(Size4 size, Bordered x, Bordered delta, nb::handl
 
 void sum_packed(Size4 size, Bordered a, Bordered b, bool relu, Bordered y, const Name& instruction_set) {
     const Images4 images(instruction_set, size);
-    const Packed one = images.at("a", a.first, a.second), to = images.at("y", y.first, y.second);
+    const PackedImages one = images.at("a", a.first, a.second), to = images.at("y", y.first, y.second);
     const auto two = images.at_or_none("b", b.first, b.second);
+    check_apart_or_same("y", to, "a", one);
+    if (two) check_apart_or_same("y", to, "b", *two);
     nb::gil_scoped_release unlocked;
     images.kernels.sum_packed(one, pointer(two), images.size, relu, to);
 }
 
 void gate_packed(Size4 size, Bordered delta, Bordered y, const Name& instruction_set) {
     const Images4 images(instruction_set, size);
-    const Packed d = images.at("delta", delta.first, delta.second), out = images.at("y", y.first, y.second);
+    const PackedImages d = images.at("delta", delta.first, delta.second), out = images.at("y", y.first, y.second);
+    check_apart_or_same("delta", d, "y", out);
     nb::gil_scoped_release unlocked;
     images.kernels.gate_packed(d, out, images.size);
 }
@@ -937,9 +978,9 @@ std::pair<Window, Size4> window_over(const ImageSize& size, Window6 numbers) {
 void max_pool_packed(Size4 size, Window6 window, Bordered x, Bordered y, const Name& instruction_set) {
     const Images4 images(instruction_set, size);
     const auto [w, left] = window_over(images.size, window);
-    const Packed from = images.at("x", x.first, x.second),
-                 to = Images4(instruction_set, left).at("y", y.first, y.second);
-    check_apart(to.data, "x", from.data);
+    const PackedImages from = images.at("x", x.first, x.second),
+                       to = Images4(instruction_set, left).at("y", y.first, y.second);
+    check_apart("y", to.memory, "x", from.memory);
     nb::gil_scoped_release unlocked;
     images.kernels.max_pool(from, images.size, w, to);
 }
@@ -949,10 +990,12 @@ void max_pool_gradient_packed(Size4 size, Window6 window, Bordered x, Bordered y
     const Images4 images(instruction_set, size);
     const auto [w, left] = window_over(images.size, window);
     const Images4 outputs(instruction_set, left);
-    const Packed from = images.at("x", x.first, x.second), most = outputs.at("y", y.first, y.second),
-                 d = outputs.at("delta", delta.first, delta.second),
-                 to = images.at("gradient", gradient.first, gradient.second);
-    for (const Packed& each : {from, most, d}) check_apart(to.data, "a source", each.data);
+    const PackedImages from = images.at("x", x.first, x.second), most = outputs.at("y", y.first, y.second),
+                       d = outputs.at("delta", delta.first, delta.second),
+                       to = images.at("gradient", gradient.first, gradient.second);
+    check_apart("gradient", to.memory, "x", from.memory);
+    check_apart("gradient", to.memory, "y", most.memory);
+    check_apart("gradient", to.memory, "delta", d.memory);
     nb::gil_scoped_release unlocked;
     images.kernels.max_pool_gradient(from, most, d, images.size, w, to);
 }

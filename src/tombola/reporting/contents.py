@@ -158,43 +158,9 @@ def gather(
     tickets = Tickets(planner)
     progress = tickets.all()
     results = tuple(rows(tickets))
-    tables: dict[str, pl.DataFrame] = {}
-    absent: dict[str, str] = {}
-
-    def add(analysis: str, table: Callable[[], pl.DataFrame]) -> None:
-        try:
-            tables[analysis] = table()
-        except UserError as error:
-            absent[analysis] = str(error).replace(str(planner.store.root), "the store")
-
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a network whose graph cannot be traced has nulls in the tables
-        add("winners", lambda: winners.of_study(tickets, margin=margin))
-        add("layers", lambda: layers.of_study(tickets))
-        shown = _choose_level(tickets, level, tables.get("winners"))
-        if shown is not None:
-            add("overlap", lambda: overlap.of_study(tickets))
-            add("weights", lambda: weights.of_study(tickets, levels=[shown]))
-            add("stability", lambda: stability.of_study(tickets, levels=[shown]))
-            if "functions" in costly:
-                add("functions", lambda: functions.of_study(tickets, levels=[shown]))
-            if "connectivity" in costly:
-                add("connectivity", lambda: connectivity.of_study(tickets, levels=[shown]))
-            add("initial", lambda: initial.of_study(tickets, levels=[shown]))
-            if "matching" in costly:
-                add("matching", lambda: matching.of_study(tickets, levels=[shown]))
-            if "similarity" in costly:
-                add("similarity", lambda: similarity.of_study(tickets, levels=[shown]))
-        add("reinit", lambda: reinit.of_study(tickets))
-        add("controls", lambda: controls.of_study(tickets))
-        add("combinations", lambda: controls.combinations_of_study(tickets))
-        add("transfers", lambda: controls.transfers_of_study(tickets))
-        if "basins" in costly:
-            add("basins", lambda: basins.summarise(basins.of_study(tickets), tickets, margin=margin))
-        if "rewind-point" in costly:
-            add("rewind-point", lambda: rewind_point.of_study(tickets))
-        if "early" in costly:
-            add("early", lambda: early.of_study(tickets))
+        tables, absent, shown = _tabulate(tickets, costly, level, margin)
         evidence = _collect_evidence(tickets, tables)
     records = tuple(tickets.records().values())
     data = planner.problem.data
@@ -216,7 +182,7 @@ def gather(
         level=shown,
         margin=margin,
         tables=tables,
-        absent=absent,
+        absent={analysis: why.replace(str(planner.store.root), "the store") for analysis, why in absent.items()},
         claims=() if evidence is None else tuple(claims.judge(evidence)),
         compared="" if evidence is None else evidence.describe(),
         unique=tuple(uniqueness.describe(tables, planner.problem.measure, planner.study.recipe.rewind)),
@@ -229,6 +195,44 @@ def gather(
         records=records,
         made=datetime.now(UTC).isoformat(timespec="seconds"),
     )
+
+
+def _tabulate(
+    tickets: Tickets, costly: Collection[str], level: int | None, margin: float
+) -> tuple[dict[str, pl.DataFrame], dict[str, str], int | None]:
+    """Return the table of each analysis, why others have none, and the level of those of a single level."""
+    tables: dict[str, pl.DataFrame] = {}
+    absent: dict[str, str] = {}
+
+    def add(analysis: str, table: Callable[[], pl.DataFrame]) -> None:
+        if analysis in (*COSTLY, *FURTHER) and analysis not in costly:
+            return
+        try:
+            tables[analysis] = table()
+        except UserError as error:
+            absent[analysis] = str(error)
+
+    add("winners", lambda: winners.of_study(tickets, margin=margin))
+    add("layers", lambda: layers.of_study(tickets))
+    shown = _choose_level(tickets, level, tables.get("winners"))
+    if shown is not None:
+        at = [shown]
+        add("overlap", lambda: overlap.of_study(tickets))
+        add("weights", lambda: weights.of_study(tickets, levels=at))
+        add("stability", lambda: stability.of_study(tickets, levels=at))
+        add("functions", lambda: functions.of_study(tickets, levels=at))
+        add("connectivity", lambda: connectivity.of_study(tickets, levels=at))
+        add("initial", lambda: initial.of_study(tickets, levels=at))
+        add("matching", lambda: matching.of_study(tickets, levels=at))
+        add("similarity", lambda: similarity.of_study(tickets, levels=at))
+    add("reinit", lambda: reinit.of_study(tickets))
+    add("controls", lambda: controls.of_study(tickets))
+    add("combinations", lambda: controls.combinations_of_study(tickets))
+    add("transfers", lambda: controls.transfers_of_study(tickets))
+    add("basins", lambda: basins.summarise(basins.of_study(tickets), tickets, margin=margin))
+    add("rewind-point", lambda: rewind_point.of_study(tickets))
+    add("early", lambda: early.of_study(tickets))
+    return tables, absent, shown
 
 
 def _list_references(planner: Planner, results: Collection[Row]) -> Iterator[Reference]:

@@ -17,7 +17,8 @@ from tombola.errors import DamagedResultError, RoundError, UserError, did_you_me
 from tombola.importance import NetworkScore, is_built_in
 from tombola.inputs import call
 from tombola.kernels import can_pack, have_convolutions
-from tombola.lottery.rewinding import Rule, check_rule, check_score_at, lottery_ticket_rewinding, resolve_shares
+from tombola.lottery.rewinding import lottery_ticket_rewinding
+from tombola.lottery.rule import Rule, check_rule, check_score_at, resolve_shares
 from tombola.lottery.search import EARLY
 from tombola.lottery.ticket import Ticket
 from tombola.pruning.coverage import Coverage, cover

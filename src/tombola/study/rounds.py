@@ -7,7 +7,7 @@ from functools import partial
 
 from tombola.errors import ImportanceError
 from tombola.importance import Importance, NetworkScore
-from tombola.lottery.rewinding import Rule, prune_round, pruning_seed
+from tombola.lottery.rule import Rule, prune_round, pruning_seed
 from tombola.pruning.mask import Mask
 from tombola.streams import ambient
 from tombola.study.schema import Study

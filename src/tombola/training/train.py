@@ -27,13 +27,13 @@ from tombola.errors import (
     kind_of,
     short,
 )
-from tombola.inputs import Forward, OwnStep, call, convert, count_examples
-from tombola.kernels import accelerate, dense_names
+from tombola.inputs import Forward, OwnStep, Tensors, call, convert, count_examples
+from tombola.kernels import Step, accelerate, dense_names
 from tombola.pruning.eligible import list_shared
 from tombola.pruning.mask import Mask
 from tombola.streams import ambient
 from tombola.training.accumulation import accumulate, counts_positions
-from tombola.training.batches import iterations
+from tombola.training.batches import Batch, iterations
 from tombola.training.determinism import deterministic_algorithms, flush_denormals, seed_random_layers
 from tombola.training.evaluation import Loss, measure
 from tombola.training.graphs import RecordedStep, can_be_recorded
@@ -142,30 +142,24 @@ def train(
     start = resume or Checkpoint(begin, initial)
     data = move_data(data, device)
     model = load_model(model, start.state, mask, device)
-    among = _list_replaceable(model, initial, mask, data, recipe, loss, forward, step, device, read_kernels(kernels))
-    fast = accelerate(
-        model,
-        mask,
-        batch_size=recipe.batch_size,
-        precision=recipe.precision,
-        device=device,
-        loss=training_loss(recipe, loss, step),
-        forward=forward,
-        step=step,
-        among=among,
-        packed=packed,
-        stacklevel=2,
-    )
+    kernels = read_kernels(kernels)
+    fast = _accelerate(model, initial, mask, data, recipe, loss, forward, step, device, kernels, packed)
     plain = forward is call and step is None and not recipe.label_smoothing
     recorded = device == "cuda" and plain and can_be_recorded(model, loss)
-    compute = RecordedStep(fast, recipe.batch_size) if recorded else fast
-    own = ":" in recipe.optimizer
-    masked = _dense_masks(model, mask)
-    updater = _make_updater(model, recipe, optimizer, start.optimizer)
+    positions = counts_positions(recipe, data, loss, step)
     losses = Losses(begin, end, recipe.iterations_per_epoch(examples), device)
     losses.resume(start.iteration, start.batch_losses)
-    positions = counts_positions(recipe, data, loss, step)
-    count = functools.partial(count_positions, loss) if positions else count_examples
+    updater = _make_updater(model, recipe, optimizer, start.optimizer)
+    update = functools.partial(
+        _update,
+        compute=RecordedStep(fast, recipe.batch_size) if recorded else fast,
+        count=functools.partial(count_positions, loss) if positions else count_examples,
+        updater=updater,
+        masked=_dense_masks(model, mask),
+        recipe=recipe,
+        lr_at=functools.partial(recipe.lr_at, examples=examples, schedule=schedule),
+    )
+    draws = ":" in recipe.optimizer or fast.draws_random_numbers
     diverged = False
 
     def checkpoint() -> Checkpoint:
@@ -175,17 +169,9 @@ def train(
     model.train()
     with ambient(seed), flush_denormals(), deterministic_algorithms(device):
         for several in iterations(data, recipe, seed, start.iteration, end):
-            updater.zero_grad()
-            if own or fast.draws_random_numbers:
+            if draws:
                 seed_random_layers(seed, losses.iteration, device)
-            batch_loss = accumulate(compute, updater.parameters, several, count)
-            _mask_gradients(masked)
-            if recipe.clip_norm is not None:
-                nn.utils.clip_grad_norm_(updater.parameters, recipe.clip_norm)
-            updater.step(recipe.lr_at(losses.iteration, examples, schedule))
-            if own:
-                _mask_weights(masked)
-            losses.append(batch_loss)
+            losses.append(update(several, losses.iteration))
             if diverged := losses.have_diverged():
                 break
             if on_epoch is not None and losses.end_an_epoch:
@@ -200,6 +186,29 @@ def train(
     history = replace(history, losses=losses.epoch_means(), diverged_at=diverged_at)
     weights = Weights.of({name: tensor.cpu().contiguous() for name, tensor in state.items()})
     return Trained(weights, history, losses.values().cpu())
+
+
+def _update(
+    batches: Sequence[Batch],
+    iteration: int,
+    *,
+    compute: Callable[[Tensors, Tensors], Tensor],
+    count: Callable[[Tensors], int],
+    updater: Optimizer | OwnOptimizer,
+    masked: Sequence[tuple[nn.Parameter, Tensor]],
+    recipe: Recipe,
+    lr_at: Callable[[int], float],
+) -> Tensor:
+    """Do an iteration: update the alive weights by the gradients of its batches; return the mean loss."""
+    updater.zero_grad()
+    loss = accumulate(compute, updater.parameters, batches, count)
+    _mask_gradients(masked)
+    if recipe.clip_norm is not None:
+        nn.utils.clip_grad_norm_(updater.parameters, recipe.clip_norm)
+    updater.step(lr_at(iteration))
+    if ":" in recipe.optimizer:
+        _mask_weights(masked)
+    return loss
 
 
 def _check_types(
@@ -221,6 +230,35 @@ def _check_types(
         expect(metric, Metric, "metrics", "a list of tombola.training.metrics.Metric")
     if packed is not None:
         expect_flags(packed=packed)
+
+
+def _accelerate(
+    model: nn.Module,
+    initial: State,
+    mask: Mask,
+    data: Dataset,
+    recipe: Recipe,
+    loss: Loss,
+    forward: Forward,
+    step: OwnStep | None,
+    device: str,
+    kernels: Kernels,
+    packed: bool | None,
+) -> Step:
+    """Return a fast step of a training, see `tombola.kernels.accelerate`; warnings name the caller of `train`."""
+    return accelerate(
+        model,
+        mask,
+        batch_size=recipe.batch_size,
+        precision=recipe.precision,
+        device=device,
+        loss=training_loss(recipe, loss, step),
+        forward=forward,
+        step=step,
+        among=_list_replaceable(model, initial, mask, data, recipe, loss, forward, step, device, kernels),
+        packed=packed,
+        stacklevel=3,
+    )
 
 
 def _list_replaceable(
@@ -248,7 +286,7 @@ def _list_replaceable(
         network = copy.deepcopy(model)
         load_state(network, initial, "the state")
         if fault := find_fault(network, data, recipe, loss, device, forward=forward):
-            warnings.warn(fault, OwnLayersWarning, stacklevel=3)
+            warnings.warn(fault, OwnLayersWarning, stacklevel=4)
             return []
     return None
 
@@ -316,7 +354,7 @@ def check_recipe_fits(recipe: Recipe, data: Dataset) -> None:
     examples = data.train_examples
     total = recipe.total_iterations(examples)
     if total > MOST_ITERATIONS:
-        raise UserError(f"recipe: a training of {total} iterations; at most {MOST_ITERATIONS} are possible")
+        raise UserError(f"recipe: a training would have {total} iterations; at most {MOST_ITERATIONS} are possible")
     if data.drawn is not None and recipe.batch_size != data.drawn.batch_size:
         raise UserError(
             f"recipe.batch_size: it is {short(recipe.batch_size)}, and the batches of {data.name!r} have "
@@ -376,7 +414,7 @@ def _dense_masks(model: nn.Module, mask: Mask) -> list[tuple[nn.Parameter, Tenso
     ]
 
 
-def _mask_gradients(masked: list[tuple[nn.Parameter, Tensor]]) -> None:
+def _mask_gradients(masked: Sequence[tuple[nn.Parameter, Tensor]]) -> None:
     """Set the gradients of pruned weights to 0.0.
 
     A weight that starts at 0.0 and whose gradients are 0.0 stays at 0.0, also under momentum and weight decay.
@@ -387,7 +425,7 @@ def _mask_gradients(masked: list[tuple[nn.Parameter, Tensor]]) -> None:
 
 
 @torch.no_grad()
-def _mask_weights(masked: list[tuple[nn.Parameter, Tensor]]) -> None:
+def _mask_weights(masked: Sequence[tuple[nn.Parameter, Tensor]]) -> None:
     """Set pruned weights to 0.0, which an optimizer of the user may have changed though their gradients are 0.0."""
     if masked:
         torch._foreach_mul_([weight for weight, _ in masked], [mask for _, mask in masked])
