@@ -226,6 +226,9 @@ def test_what_is_drawn_without_a_seed_is_refused(refused: Callable[..., str]) ->
     assert "task.model 'nasty_task:model_without_seed': it gives different initial values of '" in refused(
         model='"nasty_task:model_without_seed"'
     )
+    assert "task.model 'nasty_task:model_without_order': it gives different orders of parameters in two" in refused(
+        model='"nasty_task:model_without_order"'
+    )
     assert (
         "task.loss 'nasty_task:loss_without_seed': it gives different values in two calls with the same seed; draw"
         in refused(loss='"nasty_task:loss_without_seed"')

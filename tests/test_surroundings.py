@@ -61,6 +61,20 @@ def test_output_on_a_full_disk_is_said(monkeypatch: pytest.MonkeyPatch, capsys: 
     assert capsys.readouterr().err == ("tombola: the output cannot be written or read: No space left on device\n")
 
 
+def test_output_into_a_full_pipe_that_does_not_wait_is_said(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    with pytest.raises(BlockingIOError):
+        while True:
+            os.write(writer, bytes(2**16))
+    with os.fdopen(reader), os.fdopen(writer, "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        assert main(["presets"]) == 2
+    assert "tombola: the output cannot be written or read: write could not" in capsys.readouterr().err
+
+
 def test_a_mistake_is_no_failure_where_standard_error_is_on_a_full_disk(monkeypatch: pytest.MonkeyPatch) -> None:
     with open("/dev/full", "w", buffering=1) as full:
         monkeypatch.setattr(sys, "stderr", full)

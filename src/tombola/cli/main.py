@@ -23,7 +23,10 @@ from tombola.errors import DamagedResultError, UserError, describe_exception, is
 from tombola.exits import end_at_once, watch_exits
 from tombola.terminal import say, visible_lines
 
-_LIMITS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EBADF}
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EAGAIN}
+"""The errors of a disk that is full, and of a pipe that is full and does not wait for its reader."""
+
+_LIMITS = {*_FULL, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EBADF}
 """The errors of a system that is full or has reached a limit, or whose disk is broken."""
 
 _PATIENCE = 5.0  # seconds that a thread of a user's code has to end after the command
