@@ -275,7 +275,7 @@ def _list_tar(path: Path) -> Iterator[tuple[str, int, int | None]]:
                 raise _link_error(path, info.name)
             if info.size < 0:
                 raise _refusal(path, f"{info.name!r} in it has a size below 0")
-            yield (f"{info.name}/", 0, None) if info.isdir() else (info.name, info.size, info.offset_data)
+            yield (f"{info.name or '.'}/", 0, None) if info.isdir() else (info.name, info.size, info.offset_data)
         file.seek(archive.offset)
         if file.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:
             raise EOFError("it ends before its end marker")
