@@ -298,7 +298,7 @@ def _peculiarity(tensor: Tensor) -> str | None:
     if tensor.is_floating_point() and tensor.element_size() == 1:
         return f"are {tensor.dtype}, a type with which torch hardly computes: make them float16 or float32"
     try:
-        tensor.data_ptr()
+        digest_of(tensor[:1])
     except RuntimeError:
         return "have no data that can be read, as within FakeTensorMode: make them outside of it"
     return None
@@ -401,7 +401,7 @@ def _name_form(tensors: Tensors) -> str:
 
 def _check_finite(where: str, name: str, inputs: Tensor) -> None:
     """Raise `UserError` if an input is NaN or infinite; it needs no memory unless one is."""
-    ends = torch.aminmax(torch.view_as_real(inputs) if inputs.is_complex() else inputs)
+    ends = torch.aminmax(torch.view_as_real(inputs.resolve_conj()) if inputs.is_complex() else inputs)
     if not all(end.isfinite() for end in ends):
         wrong = ~inputs.isfinite().flatten(1).all(1) if inputs.ndim > 1 else ~inputs.isfinite()
         raise UserError(
