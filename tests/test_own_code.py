@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import importlib
 import json
@@ -30,7 +31,7 @@ from tombola.engine.run import run
 from tombola.engine.workers import Event, Failed
 from tombola.errors import UserError
 from tombola.exits import attribute_failure
-from tombola.own.code import _imports, resolve, steady_source
+from tombola.own.code import _imports, resolve, source_hash, steady_source
 from tombola.pruning.mask import Mask
 from tombola.pruning.prune import prune
 from tombola.store.store import Store
@@ -163,6 +164,15 @@ def test_a_compiled_copy_of_another_source_is_refused(module: Path, monkeypatch:
         steady_source([f"{module.stem}:model"]),
     ):
         resolve(f"{module.stem}:model", "task.model")
+
+
+def test_a_module_that_cannot_be_read_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path) -> bytes:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    with pytest.raises(UserError, match=r"nasty_task\.py: this module cannot be read: Permission denied"):
+        source_hash("nasty_task:model")
 
 
 def test_a_problem_of_another_name_is_not_worked_on(tmp_path: Path) -> None:
