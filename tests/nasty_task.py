@@ -9,8 +9,9 @@ import multiprocessing
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -143,6 +144,19 @@ def model_without_seed() -> nn.Module:
     """Return other weights each time, whatever the seed of torch's generator is."""
     torch.manual_seed(next(_COUNTER))
     return model()
+
+
+class Shuffled(nn.Sequential):
+    """A network that lists its parameters in another order each time."""
+
+    def named_parameters(self, *how: Any, **named: Any) -> Iterator[tuple[str, nn.Parameter]]:
+        found = list(super().named_parameters(*how, **named))
+        return iter(found[::-1] if next(_COUNTER) % 2 else found)
+
+
+def model_without_order() -> nn.Module:
+    """Return a network whose parameters have no order."""
+    return Shuffled(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
 
 
 def loss_without_seed(outputs: Tensor, labels: Tensor) -> Tensor:

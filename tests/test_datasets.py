@@ -162,6 +162,13 @@ def test_a_subset_larger_than_a_class_is_refused():
 # What fits together
 
 
+class WithoutData(torch.Tensor):
+    """A tensor like those of FakeTensorMode, whose import takes seconds."""
+
+    def numpy(self, *, force=False):
+        raise RuntimeError
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
@@ -193,7 +200,8 @@ def test_a_subset_larger_than_a_class_is_refused():
         ({"mean": "1"}, "mean: expected one finite number per channel, got '1'"),
         ({"std": ("a",)}, "std: expected one finite number per channel, got ('a',)"),
         ({"std": (10**400,)}, "std: expected one finite number per channel, got (1000000"),
-        ({"name": None}, "data set None: its name must be a text"),
+        ({"name": None}, "data set None: its name must be a text of at most 200 characters"),
+        ({"name": "x" * 10**6}, "its name must be a text of at most 200 characters"),
         ({"classes": 2}, "classes must be the names of the classes, got 2"),
         ({"train_inputs": torch.tensor(1.0)}, "its inputs are a single number: the first dimension counts"),
         ({"train_inputs": torch.zeros(2, 0)}, "an example of shape (0,) holds no number"),
@@ -206,12 +214,28 @@ def test_a_subset_larger_than_a_class_is_refused():
         ({"test_inputs": torch.zeros(2, 3).to_sparse()}, "test set: its inputs are sparse or nested: make them dense"),
         ({"train_labels": torch.tensor([0, 1]).to_sparse()}, "its labels are sparse or nested: make them dense"),
         ({"train_inputs": torch.zeros(2, 3, requires_grad=True)}, "its inputs require gradients: give tensor.detach()"),
+        ({"train_inputs": torch.zeros(2, 3).to(torch.float8_e5m2)}, "inputs are torch.float8_e5m2, a type with which"),
+        (
+            {"train_inputs": torch.zeros(2, 3).as_subclass(WithoutData)},
+            "its inputs have no data that can be read, as within FakeTensorMode",
+        ),
+        ({"classes": {"a", "b"}}, "classes must be the names of the classes, got {"),
     ],
 )
 def test_parts_that_do_not_fit_together_are_refused(changes, said):
     with pytest.raises(UserError) as caught:
         small(**changes)
     assert said in str(caught.value)
+
+
+def test_classes_may_be_an_array_and_inputs_conjugate_views():
+    inputs = torch.complex(torch.ones(2, 3), torch.ones(2, 3))
+    plain, view = (
+        small(train_inputs=each, test_inputs=each[:1], mean=(), std=(), classes=np.array(["a", "b"]))
+        for each in (inputs, inputs.conj_physical().conj())
+    )
+    assert plain.classes == ("a", "b")
+    assert view.fingerprint == plain.fingerprint
 
 
 @pytest.mark.parametrize(

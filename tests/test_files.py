@@ -71,3 +71,15 @@ def test_a_device_is_written_to_and_stays(tmp_path: Path) -> None:
         assert link.is_symlink()
     write_output(Path("/dev/null"), b"content")
     assert Path("/dev/null").is_char_device()
+
+
+def test_what_an_open_file_has_is_not_lost(tmp_path: Path) -> None:
+    """As in `-o /dev/stdout >> log`."""
+    log = tmp_path / "log"
+    log.write_bytes(b"before, ")
+    with log.open("ab", buffering=0) as file:
+        write_output(Path(f"/dev/fd/{file.fileno()}"), b"content")
+        file.write(b", after")
+    assert log.read_bytes() == b"before, content, after"
+    with pytest.raises(UserError, match="/dev/fd/99999: cannot be written: Bad file descriptor"):
+        write_output(Path("/dev/fd/99999"), b"content")

@@ -223,6 +223,8 @@ def test_a_zip_archive_with_a_forged_name(tmp_path: Path) -> None:
         archive.write_bytes(content[:place] + forged + content[place + len(forged) :])
         said = f"damaged or cut short: the name {forged.decode()!r} is not the one before that file"
         assert said in refusal(archive)
+    archive.write_bytes(content.replace(b"train/cat/1.png", b"train/cat/1\0png"))  # where zipfile ends the name
+    assert r"the name 'train/cat/1\x00png' in it has a null character" in refusal(archive)
 
 
 def test_an_archive_of_too_many_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

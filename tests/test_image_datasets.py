@@ -129,6 +129,15 @@ def test_an_archive_serves_as_well_as_the_folder(tmp_path, kind, top):
     assert load("image-folder", tmp_path, path=f"pets.{kind}").fingerprint == folder.fingerprint
 
 
+def test_an_archive_may_call_its_own_folder_by_no_name(tmp_path):
+    """`tar.add(folder, "")` in Python does."""
+    make_folder(tmp_path / "pets")
+    with tarfile.open(tmp_path / "pets.tar", "w") as file:
+        file.add(tmp_path / "pets", "")
+    folder = load("image-folder", tmp_path, path="pets")
+    assert load("image-folder", tmp_path, path="pets.tar").fingerprint == folder.fingerprint
+
+
 @pytest.mark.parametrize("given_directory", ["data", "here/data", "here", "elsewhere"])
 def test_where_the_folder_is_looked_for(tmp_path, given_directory):
     parts = make_folder(tmp_path / given_directory / "pets")

@@ -620,6 +620,9 @@ def test_mistakes_of_a_hold() -> None:
     )
     refuse("the optimizer does not have the model's weights '0.weight', '3.weight'; make it from the parameters of",
            lambda: hold(model, mask, adamw(network())))  # fmt: skip
+    circle = SimpleNamespace()
+    circle.optimizer = circle
+    refuse("expected an optimizer of torch.optim, .* got SimpleNamespace", lambda: hold(model, mask, circle))
     refuse("expected an optimizer of torch.optim, or one that derives from it, got SimpleNamespace",
            lambda: hold(model, mask, SimpleNamespace()))  # type: ignore[arg-type] # fmt: skip
     refuse("expected a tombola.Mask, got dict", lambda: hold(model, dict(mask), optimizer))  # type: ignore[arg-type]

@@ -689,6 +689,21 @@ def test_weights_that_are_missing_or_of_another_shape() -> None:
         prune({"first": torch.ones(2), "second": torch.ones(1, 2)}, mask, magnitude, 0.5)
 
 
+@pytest.mark.parametrize(
+    ("weight", "said"),
+    [
+        (torch.ones(2, dtype=torch.complex64), "as a dense tensor of real numbers, got one of torch.complex64"),
+        (torch.ones(2).to_sparse(), "got one of torch.float32, torch.sparse_coo, on the device 'cpu'"),
+        (torch.ones(2, device="meta"), "got one of torch.float32, torch.strided, on the device 'meta'"),
+        (torch.ones(2).numpy(), "layer 'w': its weights: expected a tensor, got ndarray"),
+    ],
+)
+def test_weights_that_cannot_be_compared(weight: torch.Tensor, said: str) -> None:
+    """Of complex numbers, the real parts were compared."""
+    with pytest.raises(UserError, match=said):
+        prune({"w": weight}, alive(w=[1, 1]), magnitude, 0.5)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
 def test_scores_are_float64_whatever_the_weights_are(dtype: torch.dtype) -> None:
     weight = (torch.randperm(100, generator=torch.Generator().manual_seed(0)) + 1).to(dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import importlib
 import json
@@ -30,7 +31,7 @@ from tombola.engine.run import run
 from tombola.engine.workers import Event, Failed
 from tombola.errors import UserError
 from tombola.exits import attribute_failure
-from tombola.own.code import _imports, resolve, steady_source
+from tombola.own.code import _imports, resolve, source_hash, steady_source
 from tombola.pruning.mask import Mask
 from tombola.pruning.prune import prune
 from tombola.store.store import Store
@@ -165,6 +166,15 @@ def test_a_compiled_copy_of_another_source_is_refused(module: Path, monkeypatch:
         resolve(f"{module.stem}:model", "task.model")
 
 
+def test_a_module_that_cannot_be_read_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path) -> bytes:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    with pytest.raises(UserError, match=r"nasty_task\.py: this module cannot be read: Permission denied"):
+        source_hash("nasty_task:model")
+
+
 def test_a_problem_of_another_name_is_not_worked_on(tmp_path: Path) -> None:
     plan = planner_of(tmp_path / "store", study_of())
     training = plan.progress(plan.chains[0]).waits_for
@@ -225,6 +235,9 @@ def test_what_is_drawn_without_a_seed_is_refused(refused: Callable[..., str]) ->
     )
     assert "task.model 'nasty_task:model_without_seed': it gives different initial values of '" in refused(
         model='"nasty_task:model_without_seed"'
+    )
+    assert "task.model 'nasty_task:model_without_order': it gives different orders of parameters in two" in refused(
+        model='"nasty_task:model_without_order"'
     )
     assert (
         "task.loss 'nasty_task:loss_without_seed': it gives different values in two calls with the same seed; draw"

@@ -255,6 +255,9 @@ def test_a_recipe_takes_functions_themselves() -> None:
     assert named.lr_at(0, 100) == 0.2
     given = dense(Recipe(epochs=1, batch_size=5, optimizer="mine:sgd", lr=0.2), optimizer=own_sgd)
     assert all(one.equal(other) for one, other in zip(dense(named), given, strict=True))
+    for unused in ({"optimizer": own_sgd}, {"schedule": doubling}):
+        with pytest.raises(UserError, match=f"^{next(iter(unused))}: a function is used if recipe.* names one, and it"):
+            dense(Recipe(epochs=1, batch_size=5), **unused)
     assert Recipe(epochs=1, optimizer=torch.optim.RMSprop).own_code == {"optimizer": "torch.optim.rmsprop:RMSprop"}
 
 

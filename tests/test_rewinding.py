@@ -498,6 +498,16 @@ def test_apply_to_another_network() -> None:
         ticket.apply(nn.Sequential(nn.Linear(6, 12), nn.ReLU(), nn.Linear(12, 3), nn.Linear(3, 3)))
 
 
+def test_apply_to_a_network_of_which_a_weight_cannot_be_written_to() -> None:
+    ticket, model = _ticket(), _network()
+    first, last = model.get_submodule("0"), model.get_submodule("2")
+    last.weight = nn.Parameter(torch.zeros(1, 12).expand(3, 12))
+    first.weight = nn.Parameter(torch.zeros(12, 6))
+    with pytest.raises(UserError, match=r"^the model's '2.weight' cannot be written to: it was made in"):
+        ticket.apply(model)
+    assert not model.get_parameter("0.weight").any(), "nothing was changed"
+
+
 def test_a_ticket_without_trained_weights(tmp_path: Path) -> None:
     ticket = _ticket()
     ticket.save(tmp_path / "t.safetensors")

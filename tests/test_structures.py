@@ -359,6 +359,7 @@ def test_what_fits_is_tried_out() -> None:
                 RECIPE.model_copy(update={"drop_last": True}))  # fmt: skip
     try_network(embedding, functional.cross_entropy, split(torch.arange(23)), RECIPE)
     try_network(one_input, functional.mse_loss, split(X, X[:, :2]), RECIPE, [])
+    try_network(one_input, lambda o, t: 1e-9 * functional.cross_entropy(o, t), split(X), RECIPE)  # small, and no sum
     try_network(one_input, functional.cross_entropy, split(X, torch.where(torch.arange(23) == 3, -100, Y)), RECIPE)
 
 

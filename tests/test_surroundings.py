@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import errno
 import io
 import json
 import os
@@ -59,6 +61,31 @@ def test_output_on_a_full_disk_is_said(monkeypatch: pytest.MonkeyPatch, capsys: 
         monkeypatch.setattr(sys, "stdout", full)
         assert main(["presets"]) == 2
     assert capsys.readouterr().err == ("tombola: the output cannot be written or read: No space left on device\n")
+
+
+def test_output_into_a_full_pipe_that_does_not_wait_is_said(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(writer, bytes(2**16))
+    with os.fdopen(reader), os.fdopen(writer, "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        assert main(["presets"]) == 2
+    assert "tombola: the output cannot be written or read: write could not" in capsys.readouterr().err
+
+
+def test_a_file_system_that_goes_away_is_said(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: object, **how: bool) -> int:
+        raise OSError(errno.ESTALE, "Stale file handle", "/net/store")
+
+    monkeypatch.setattr(sys.modules["tombola.cli.main"], "_call", fail)
+    assert main(["presets"]) == 2
+    assert capsys.readouterr().err == "tombola: /net/store cannot be written or read: Stale file handle\n"
 
 
 def test_a_mistake_is_no_failure_where_standard_error_is_on_a_full_disk(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 _LONGEST = 500  # characters of the message of a user's exception
+_LONGEST_PATH = 4096  # characters, as on Linux
 
 
 class UserError(ValueError):
@@ -203,10 +204,11 @@ def as_path(value: object, what: str) -> Path:
     """
     if not isinstance(value, str | os.PathLike) or not isinstance(text := os.fspath(value), str):
         raise UserError(f"{what}: expected a path, got {kind_of(value)}")
-    path = Path(text)
-    if "\0" in str(path):
-        raise UserError(f"{what}: {short(str(path))} is no path, because it has a null character")
-    return path
+    if "\0" in text:
+        raise UserError(f"{what}: {short(text)} is no path, because it has a null character")
+    if len(text) > _LONGEST_PATH:
+        raise UserError(f"{what}: {short(text)} is no path, because it has more than {_LONGEST_PATH} characters")
+    return Path(text)
 
 
 def as_texts(value: object, what: str, each: str) -> list[str]:

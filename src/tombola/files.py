@@ -141,23 +141,34 @@ def _check_not_precious(path: Path) -> None:
 def write_output(path: Path, content: bytes) -> None:
     """Write a file that a user has named, atomically if it is a regular file.
 
-    A symbolic link stays, and the file that it names is replaced. A device or a pipe stays, and is written to. A file
-    that users write themselves (.py, .toml, .ipynb) and what lies in a store is not replaced.
+    A symbolic link stays, and the file that it names is replaced. A device or a pipe stays, and is written to, and so is
+    a file that is open already, such as `/dev/stdout`. A file that users write themselves (.py, .toml, .ipynb) and what
+    lies in a store is not replaced.
 
     Raises:
         UserError: if it cannot be written.
     """
     _check_not_precious(path)
     try:
+        if (handle := _open_already(path)) is not None:
+            _write_all(handle, content)
+            return
         if path.is_symlink():
             path = path.resolve()  # raises an error for a loop of links
         if path.exists() and not path.is_file() and not path.is_dir():
             with path.open("wb", buffering=0) as special:
                 _write_all(special.fileno(), content)
             return
-    except (OSError, RuntimeError) as error:  # RuntimeError: Python 3.11 and 3.12 raise it for a loop of links
+    except (OSError, RuntimeError, OverflowError) as error:  # RuntimeError: a loop of links in Python 3.11 and 3.12
         raise UserError(f"{path}: cannot be written: {getattr(error, 'strerror', None) or error}") from error
     write_atomically(path, content)
+
+
+def _open_already(path: Path) -> int | None:
+    """Return the number of the open file that a path stands for, such as 1 for `/dev/stdout`; None for other paths."""
+    if path.parent in (Path("/dev/fd"), Path("/proc/self/fd")) and path.name.isdecimal():
+        return int(path.name)
+    return {"/dev/stdout": 1, "/dev/stderr": 2}.get(str(path))
 
 
 def write_durably(handle: int, content: bytes) -> None:

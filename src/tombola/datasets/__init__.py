@@ -14,7 +14,7 @@ from tombola.datasets.digits import digits
 from tombola.datasets.idx import fashion_mnist, mnist
 from tombola.datasets.image_folder import image_folder
 from tombola.datasets.tiny_imagenet import tiny_imagenet
-from tombola.errors import UserError, as_path, did_you_mean, expect, short
+from tombola.errors import UserError, as_path, did_you_mean, expect, short, shorten
 
 __all__ = ["DATASETS", "Dataset", "load", "subset"]
 
@@ -75,7 +75,8 @@ def load(name: str, directory: str | Path | None = None, **arguments: Any) -> Da
         data = subset(DATASETS[name](folder, **arguments), **limits)
         return data if normalisation == "own" else _normalise_as_imagenet(data)
     except OSError as error:  # such as a folder without read permission
-        raise UserError(f"data set {name!r}: {error.filename or directory}: {error.strerror or error}") from error
+        path = shorten(str(error.filename or directory), 300)
+        raise UserError(f"data set {name!r}: {path}: {error.strerror or error}") from error
 
 
 def _normalise_as_imagenet(data: Dataset) -> Dataset:

@@ -17,6 +17,8 @@ from tombola.errors import UserError, expect, kind_of, short
 from tombola.inputs import Tensors, count_examples, list_tensors, select
 from tombola.streams import generator
 
+_LONGEST_NAME = 200
+
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
@@ -68,11 +70,14 @@ class Dataset:
     validation_labels: Tensors | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.name, str):
-            raise UserError(f"data set {self.name!r}: its name must be a text")
+        if not isinstance(self.name, str) or len(self.name) > _LONGEST_NAME:
+            raise UserError(
+                f"data set {short(self.name)}: its name must be a text of at most {_LONGEST_NAME} characters"
+            )
         expect(self.drawn, Drawn | None, f"data set {self.name!r}: drawn", "batches that a function draws, or None")
-        if not hasattr(self.classes, "__len__"):
+        if not hasattr(self.classes, "__len__") or isinstance(self.classes, set | frozenset):  # sets have no order
             raise UserError(f"data set {self.name!r}: classes must be the names of the classes, got {self.classes!r}")
+        object.__setattr__(self, "classes", tuple(map(str, self.classes)))
         for split in self.splits:
             inputs, labels = getattr(self, f"{split}_inputs"), getattr(self, f"{split}_labels")
             where = f"data set {self.name!r}, {split} set"
@@ -259,7 +264,7 @@ def rank_in_class(labels: Tensor) -> Tensor:
 
 def digest_of(tensor: Tensor) -> list[str]:
     """Return what identifies a tensor: its type, its shape and the SHA-256 of its bytes."""
-    content = tensor.cpu().resolve_neg().contiguous().view(-1).view(torch.uint8).numpy().data
+    content = tensor.cpu().resolve_conj().resolve_neg().contiguous().view(-1).view(torch.uint8).numpy().data
     return [str(tensor.dtype), str(tuple(tensor.shape)), hashlib.sha256(content).hexdigest()]
 
 
@@ -290,6 +295,12 @@ def _peculiarity(tensor: Tensor) -> str | None:
         return "require gradients: give tensor.detach()"
     if tensor.ndim == 0:
         return "are a single number: the first dimension counts the examples"
+    if tensor.is_floating_point() and tensor.element_size() == 1:
+        return f"are {tensor.dtype}, a type with which torch hardly computes: make them float16 or float32"
+    try:
+        digest_of(tensor[:1])
+    except RuntimeError:
+        return "have no data that can be read, as within FakeTensorMode: make them outside of it"
     return None
 
 
@@ -390,7 +401,7 @@ def _name_form(tensors: Tensors) -> str:
 
 def _check_finite(where: str, name: str, inputs: Tensor) -> None:
     """Raise `UserError` if an input is NaN or infinite; it needs no memory unless one is."""
-    ends = torch.aminmax(torch.view_as_real(inputs) if inputs.is_complex() else inputs)
+    ends = torch.aminmax(torch.view_as_real(inputs.resolve_conj()) if inputs.is_complex() else inputs)
     if not all(end.isfinite() for end in ends):
         wrong = ~inputs.isfinite().flatten(1).all(1) if inputs.ndim > 1 else ~inputs.isfinite()
         raise UserError(

@@ -262,6 +262,8 @@ def _list_zip(path: Path) -> Iterator[tuple[str, int, None]]:
             file.seek(info.header_offset)
             if file.read(_NAME_AT + len(name))[_NAME_AT:] != name:  # no checksum protects the names of the directory
                 raise zipfile.BadZipFile(f"the name {info.filename[:200]!r} is not the one before that file")
+            if b"\0" in name:  # zipfile would end the name there, so that an image would be none
+                raise _refusal(path, f"the name {info.orig_filename[:200]!r} in it has a null character")
             yield info.filename, info.file_size, None
 
 
@@ -275,7 +277,7 @@ def _list_tar(path: Path) -> Iterator[tuple[str, int, int | None]]:
                 raise _link_error(path, info.name)
             if info.size < 0:
                 raise _refusal(path, f"{info.name!r} in it has a size below 0")
-            yield (f"{info.name}/", 0, None) if info.isdir() else (info.name, info.size, info.offset_data)
+            yield (f"{info.name or '.'}/", 0, None) if info.isdir() else (info.name, info.size, info.offset_data)
         file.seek(archive.offset)
         if file.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:
             raise EOFError("it ends before its end marker")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -93,7 +94,8 @@ def estimate(
         ]
 
     def count_bytes(ahead: Sequence[tuple[Chain, Sequence[Step]]]) -> int:
-        return sum(result_bytes(planner, step.density) for step in _each_once(ahead))
+        densities = Counter(step.density for step in _each_once(ahead))
+        return sum(count * result_bytes(planner, density) for density, count in densities.items())
 
     known = [*progress.values(), *(beside.all().values() if beside else ())]
     try:

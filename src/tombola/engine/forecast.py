@@ -10,6 +10,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache, cached_property
 from typing import Any
 
 import numpy as np
@@ -38,10 +39,12 @@ class Speed:
     start: float
     source: str
 
-    def iteration_at(self, density: float) -> float:
-        """Return the seconds of an iteration at a density: linear between the known densities, else constant."""
+    @cached_property
+    def iteration_at(self) -> Callable[[float], float]:
+        """The seconds of an iteration at a density: linear between the known densities, else constant."""
         known = sorted(self.iteration)
-        return float(np.interp(density, known, [self.iteration[one] for one in known]))
+        seconds = [self.iteration[density] for density in known]
+        return cache(lambda density: float(np.interp(density, known, seconds)))  # most trainings share their density
 
     def training(self, density: float, iterations: int) -> float:
         """Return the seconds of a training with this density and number of iterations."""
@@ -126,12 +129,12 @@ def steps_ahead(planner: Planner, chain: Chain, progress: Progress, speed: Speed
         Step((need.key, 0), speed.training(need.mask.density, need.end - need.begin), need.mask.density)
         for need in known
     ]
-    levels = planner.levels(chain)
+    levels, named = planner.levels(chain), str(chain)
     for number in range(len(known), progress.remaining):
         level = levels[len(levels) - progress.remaining + number]
         length = planner.length(chain, level)
-        shared = (f"{progress.waits_for.key} {length}", level)  # the dense network, after the rewind point
-        name = (str(chain), level) if level else shared
+        dense = f"{progress.waits_for.key} {length}"  # shared by several chains, after the rewind point
+        name = (named if level else dense, level)
         density = (1 - planner.study.fraction) ** level
         steps.append(Step(name, speed.training(density, length), density))
     return steps

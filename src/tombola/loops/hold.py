@@ -23,6 +23,8 @@ _HELD: Any = WeakIdKeyDictionary()
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 """The integers of so many bytes."""
 
+_DEEPEST = 10  # wrappers of an optimizer, one within the other; one that wraps itself never ends
+
 _KEEP_ZEROS = {torch.optim.SGD, torch.optim.RMSprop, torch.optim.Adam, torch.optim.AdamW}
 """Optimizers whose state stays 0.0 where it is 0.0 and the gradient and the weight are 0.0."""
 
@@ -260,8 +262,9 @@ def _is_per_weight(value: Any, weight: Tensor) -> bool:
 def unwrap_optimizer(optimizer: Any) -> Optimizer:
     """Return the optimizer of torch within the wrapper of another library, such as accelerate or Lightning."""
     inner = optimizer
-    while not hasattr(inner, "_optimizer_step_post_hooks") and hasattr(inner, "optimizer"):
-        inner = inner.optimizer
+    for _ in range(_DEEPEST):
+        if not hasattr(inner, "_optimizer_step_post_hooks") and hasattr(inner, "optimizer"):
+            inner = inner.optimizer
     if not isinstance(inner, Optimizer):
         raise UserError(
             f"expected an optimizer of torch.optim, or one that derives from it, got {type(optimizer).__name__}"

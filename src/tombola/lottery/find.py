@@ -41,7 +41,7 @@ from tombola.training.own_optimizer import MakeOptimizer
 from tombola.training.recipe import Recipe, Schedule
 from tombola.training.replaceable import OwnLayersWarning, find_fault, read_kernels
 from tombola.training.scoring import EXAMPLES, TRIED, score_network
-from tombola.training.train import check_device, check_recipe_fits, train
+from tombola.training.train import check_device, check_own_functions, check_recipe_fits, train
 from tombola.training.trial import try_network
 from tombola.training.weights import Weights
 
@@ -149,6 +149,7 @@ def find_tickets(
     measured = tuple(map(load_metric, as_list(metrics, "metrics", "names of metrics or functions")))
     check_score_at(score_at, importance, recipe.rewind_to)
     check_recipe_fits(recipe, data)
+    check_own_functions(recipe, optimizer=optimizer, schedule=schedule)
     optimizer, schedule = optimizer or recipe.load_own("optimizer"), schedule or recipe.load_own("schedule")
     check_device(device)
     expect(kernels, str, "kernels", "'auto' or 'off'")

@@ -70,7 +70,7 @@ def source_hash(reference: str) -> str:
     digest = hashlib.sha256()
     for name, path in sorted(own_modules(root).items()):
         digest.update(f"{name}\0".encode())
-        digest.update(hashlib.sha256(path.read_bytes()).digest())
+        digest.update(hashlib.sha256(_read(path)).digest())
     return digest.hexdigest()
 
 
@@ -107,10 +107,17 @@ def steady_source(references: Collection[str]) -> Iterator[None]:
             )
 
 
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: this module cannot be read: {error.strerror or error}") from error
+
+
 def _hash_own(roots: Collection[str]) -> dict[str, tuple[Path, str]]:
     """Return the file of each own module and the hash of its content; installed modules are left out."""
     found = {name: path for root in roots for name, path in own_modules(root).items() if not is_installed(path)}
-    return {name: (path, hashlib.sha256(path.read_bytes()).hexdigest()) for name, path in found.items()}
+    return {name: (path, hashlib.sha256(_read(path)).hexdigest()) for name, path in found.items()}
 
 
 def _is_stale(name: str, path: Path) -> bool:
@@ -124,7 +131,7 @@ def _is_stale(name: str, path: Path) -> bool:
     loader = SourceFileLoader(name, str(path))
     try:
         compiled = loader.get_code(name)
-        return compiled is not None and not _is_same(compiled, loader.source_to_code(path.read_bytes(), str(path)))
+        return compiled is not None and not _is_same(compiled, loader.source_to_code(_read(path), str(path)))
     except SyntaxError:  # there is no compiled copy of it
         return False
 
@@ -135,7 +142,7 @@ def _is_of(module: ModuleType, path: Path) -> bool:
     if type(loader) is not SourceFileLoader:  # another loader may change the code, as that of pytest does
         return True
     try:
-        there = list(list_codes(loader.source_to_code(path.read_bytes(), str(path))))
+        there = list(list_codes(loader.source_to_code(_read(path), str(path))))
     except SyntaxError:
         return False
     classes = [each for each in vars(module).values() if isinstance(each, type) and each.__module__ == module.__name__]
@@ -254,7 +261,7 @@ def _imports(module: str, path: Path) -> tuple[str, ...]:
         return ()
     is_package = path.name == "__init__.py"
     try:
-        return _list_imports(path.read_bytes(), module if is_package else module.rpartition(".")[0])
+        return _list_imports(_read(path), module if is_package else module.rpartition(".")[0])
     except (RecursionError, MemoryError):  # as of a file that cannot be imported; not kept, since the stack decides it
         return ()
 

@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 import torch
 from torch import nn
 
-from tombola.errors import UserError, as_texts, did_you_mean, expect
+from tombola.errors import UserError, as_texts, did_you_mean, expect, short
 
 DEFAULT = "default"
 """The pattern of `prunable` that stands for the weights that are prunable by default."""
@@ -155,7 +155,7 @@ def resolve_layers(
     for pattern in as_texts(layers, field, "names of layers"):
         found = [known[pattern]] if pattern in known else [known[name] for name in fnmatch.filter(known, pattern)]
         if not found:
-            raise UserError(f"{field}: {pattern!r} is no {kind}; {did_you_mean(pattern, list(by_layer))}")
+            raise UserError(f"{field}: {short(pattern)} is no {kind}; {did_you_mean(pattern, list(by_layer))}")
         resolved.update(found)
     return frozenset(resolved)
 

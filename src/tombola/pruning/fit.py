@@ -79,8 +79,8 @@ def fit_state(model: nn.Module, state: Mapping[str, Tensor], what: str) -> dict[
         what: what the state is called in a message, such as `the ticket`.
 
     Raises:
-        UserError: if there is no model or no state, if the model has no memory for its weights, or if the state
-            belongs to another network; the message says which entries differ and how.
+        UserError: if there is no model or no state, if the model has no memory for its weights or its weights cannot
+            be written to, or if the state belongs to another network; the message says which entries differ and how.
     """
     if not isinstance(model, nn.Module):
         raise UserError(f"expected a model, which is a torch.nn.Module, got {type(model).__name__}")
@@ -91,6 +91,11 @@ def fit_state(model: nn.Module, state: Mapping[str, Tensor], what: str) -> dict[
         raise UserError(
             f"the model's {away[0]!r} is on the device 'meta', which has no memory; give the model memory first, with "
             "model.to_empty(device='cpu')"
+        )
+    if fixed := [name for name, entry in own.items() if not _is_writable(entry)]:
+        raise UserError(
+            f"the model's {fixed[0]!r} cannot be written to: it was made in torch.inference_mode, or has several "
+            "elements in one place of memory, as after expand; give the model a copy of it (clone)"
         )
     names = match_names(state, own)
     there = {name: shape_of(own[known]) for name, known in names.items()}
@@ -111,6 +116,14 @@ def shape_of(entry: object) -> tuple[int, ...] | None:
     if not isinstance(entry, Tensor) or torch.nn.parameter.is_lazy(entry):
         return None
     return tuple(entry.shape)
+
+
+def _is_writable(entry: object) -> bool:
+    """Return whether an entry of a model's state, if it is an ordinary tensor, can be replaced in its place."""
+    if not isinstance(entry, Tensor) or torch.nn.parameter.is_lazy(entry) or entry.layout is not torch.strided:
+        return True
+    in_one_place = any(step == 0 and size > 1 for size, step in zip(entry.shape, entry.stride(), strict=True))
+    return not in_one_place and (torch.is_inference_mode_enabled() or not entry.is_inference())
 
 
 def _without_wrappers(name: str) -> str:

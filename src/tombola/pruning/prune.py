@@ -66,8 +66,9 @@ def prune(
     Raises:
         ImportanceError: if the importance raises, if it does not return one number per connection, without NaN, or if
             the normalisation changes the order of the scores.
-        UserError: if the weights of a layer are missing, have another shape, or are NaN or infinite; if `fraction` is
-            out of range; or if a layer to exclude or to keep dense is not in the mask.
+        UserError: if the weights of a layer are missing, have another shape, are sparse, complex or without values, or
+            are NaN or infinite; if `fraction` is out of range; or if a layer to exclude or to keep dense is not in the
+            mask.
         RoundError: if more connections of a layer would have to be removed than it has.
 
     >>> mask = Mask.from_tensors({"w": torch.ones(5, dtype=torch.bool)})
@@ -84,6 +85,8 @@ def prune(
     kept_dense = resolve_kept_dense(mask, keep_dense) - left_out
     counted = {layer: count for layer, count in mask.counts.items() if layer not in left_out}
     layers = [layer for layer in counted if layer not in kept_dense]
+    for layer in layers:
+        _check_weights(layer, weights, rewound or {})
     count = count_to_remove(sum(counted.values()), fraction)
     prunable = sum(counted[layer] for layer in layers)
     if count > prunable:
@@ -98,6 +101,17 @@ def prune(
             compute = _importance_of_layer(weights, mask, importance, sizes, part, rewound, score_network, seed)
             mask = _remove(mask, select(compute, sizes, part, numbers))
     return mask
+
+
+def _check_weights(layer: str, *of_networks: Mapping[str, Tensor]) -> None:
+    """Raise `UserError` if the weights of a layer, where they are given, cannot be compared by their magnitudes."""
+    for tensor in (weights[layer] for weights in of_networks if layer in weights):
+        expect(tensor, Tensor, f"layer {layer!r}: its weights", "a tensor")
+        if tensor.is_complex() or tensor.is_meta or tensor.layout is not torch.strided:
+            raise UserError(
+                f"layer {layer!r}: expected its weights as a dense tensor of real numbers, got one of {tensor.dtype}, "
+                f"{tensor.layout}, on the device {str(tensor.device)!r}"
+            )
 
 
 def _split(count: int, importance: Importance, alive: int) -> list[int]:

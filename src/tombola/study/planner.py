@@ -558,9 +558,14 @@ class Planner:
             return Waiting(rounds[0], remaining, 0, tuple(trainings))
         return Waiting(trainings[0], remaining, 1 if early else 1 + rewind, tuple(trainings[1:]))
 
+    @cached_property
+    def _document(self) -> dict[str, Any]:
+        """The study as a document of JSON types, which the tickets of all chains share."""
+        return self.study.model_dump(mode="json")
+
     def _provenance(self, chain: Chain) -> dict[str, Any]:
         about: dict[str, Any] = {
-            "study": self.study.model_dump(mode="json"),
+            "study": self._document,
             "importance": chain.importance,
             "seed": chain.seed,
         }

@@ -16,6 +16,7 @@ from tombola.errors import UserError
 from tombola.exits import attribute_failure
 from tombola.importance import NetworkScore, is_built_in
 from tombola.inputs import convert, select
+from tombola.store.names import name_of
 from tombola.streams import ambient
 from tombola.study.planner import Planner
 from tombola.study.rounds import compute_mask
@@ -85,6 +86,7 @@ def _compute(problem: Problem, task: Task) -> Iterator[tuple[str, str]]:
     labels = select(data.test_labels, two)
     with ambient(0):
         model = problem.build()
+        yield model_gives.format("orders of parameters"), name_of([name for name, _ in model.named_parameters()])
         for name, tensor in model.state_dict().items():
             yield model_gives.format(f"initial values of {name!r}"), state_hash({"": tensor})
         with torch.no_grad():

@@ -134,6 +134,7 @@ def train(
     expect_functions_or_none(step=step, optimizer=optimizer, schedule=schedule, watch=watch, on_epoch=on_epoch)
     check_device(device)
     check_recipe_fits(recipe, data)
+    check_own_functions(recipe, optimizer=optimizer, schedule=schedule)
     optimizer, schedule = optimizer or recipe.load_own("optimizer"), schedule or recipe.load_own("schedule")
     examples = data.train_examples
     end = recipe.total_iterations(examples) if end is None else end
@@ -381,6 +382,16 @@ def check_recipe_fits(recipe: Recipe, data: Dataset) -> None:
             f"recipe.augmentation.crop: {short(crop)} is more than the {side} pixels of a side of the images of "
             f"{data.name!r}"
         )
+
+
+def check_own_functions(recipe: Recipe, **functions: object) -> None:
+    """Raise `UserError` if a function is given for a field of the recipe that names none: it would not be used."""
+    for field, function in functions.items():
+        if function is not None and field not in recipe.own_code:
+            raise UserError(
+                f"{field}: a function is used if recipe.{field} names one, and it is {getattr(recipe, field)!r}; give "
+                f"the function to the recipe, Recipe({field}=...), or leave it out"
+            )
 
 
 def check_device(device: str) -> None:

@@ -179,7 +179,7 @@ def _check_mean(loss: Loss, outputs: Tensor, labels: Tensors, value: object, nam
             _name_loss(name, partial(loss, concatenate([outputs] * count), concatenate([labels] * count)))  # type: ignore[arg-type]
             for count in (1, 2)
         )
-    if again.isfinite() and again != 0 and torch.isclose(twice, 2 * again, rtol=1e-4):
+    if again.isfinite() and again != 0 and torch.isclose(twice, 2 * again, rtol=1e-4, atol=0):
         raise UserError(
             f"{name}: expected the mean over the batch, and it is a sum: for the same examples twice it is twice as "
             f"large, {float(twice):.4g} and not {float(again):.4g}; divide it by the number of examples"

@@ -10,7 +10,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor, nn
 
-from tombola.errors import UserError, expect
+from tombola.errors import UserError, expect, shorten
 from tombola.pruning.fit import find_weights, fit_state
 from tombola.pruning.mask import Mask
 
@@ -109,4 +109,4 @@ def load_state(model: nn.Module, state: Mapping[str, Tensor], what: str) -> None
     try:
         model.load_state_dict(fitted)
     except RuntimeError as error:
-        raise UserError(f"{what} does not fit the model: {' '.join(str(error).split())}") from error
+        raise UserError(f"{what} does not fit the model: {shorten(' '.join(str(error).split()), 300)}") from error
