@@ -326,8 +326,19 @@ def test_the_table_of_matching_has_one_row_for_each_comparison(
 def test_a_note_says_what_is_missing(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert command(folder, "matching", "--seeds", "0", "--data-seeds", "--draws", "1") == 0
     told = capsys.readouterr().err
-    assert "initialisations are not compared: the study has one seed; add others with --seeds" in told
-    assert "no noise floor: no two data orders are compared; add some with --data-seeds" in told
+    assert "initialisations are not compared: the study has one seed; find the tickets of others with" in told
+    assert "one data order; find the tickets of others with `tombola run --data-seeds`" in told
+    assert command(folder, "basins", "--points", "2", "--importances", "l1", "--seeds", "0") == 0
+    told = capsys.readouterr().err
+    assert "no interval: the study has one seed" in told
+    assert "other data orders are missing; find them with `tombola run`, whose --data-seeds-for names" in told
+
+
+def test_one_importance_is_compared_with_another_data_order(tickets: Tickets) -> None:
+    table = matching.of_study(tickets, ["magnitude"], draws=1)
+    assert table["kind"].unique().sort().to_list() == ["data order", "seeds"]
+    (whole,) = table.filter(kind="data order", layer="(all)", seed=0).to_dicts()
+    assert whole["tickets"] == ["magnitude", "magnitude@100"]
 
 
 @pytest.mark.parametrize(
@@ -335,13 +346,13 @@ def test_a_note_says_what_is_missing(folder: Path, capsys: pytest.CaptureFixture
     [
         (["matching", "--level", "7"], "the study has no level 7, it has levels 0 to 2"),
         (["matching", "--importances", "nonsense"], "unknown importance 'nonsense'"),
-        (["matching", "--importances", "l1", "--seeds", "0"], "there are no two tickets to match"),
+        (["matching", "--importances", "l1", "--seeds", "0", "--data-seeds"], "there are no two tickets to match"),
         (["matching", "--seeds", "0", "7"], "level 0 is not in "),
         (["matching", "--draws", "0"], "--draws: expected a whole number from 1 to 1000, got '0'"),
         (["matching", "--by", "names"], "unknown --by 'names'"),
         (["similarity", "--level", "7"], "the study has no level 7, it has levels 0 to 2"),
         (
-            ["similarity", "--importances", "l1", "--seeds", "0"],
+            ["similarity", "--importances", "l1", "--seeds", "0", "--data-seeds"],
             "there are no two networks to compare: expected two se",
         ),
         (

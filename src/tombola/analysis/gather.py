@@ -25,7 +25,10 @@ IMPORTANCES, DATA_ORDER, SEEDS = "importances", "data order", "seeds"
 """The values of the column `kind`: what differs between the tickets that a row compares."""
 
 
-NO_PAIRS = "expected two seeds, or two importances at a level from 1 on; run another seed or importance"
+NO_PAIRS = (
+    "expected two seeds, two data orders, or two importances at a level from 1 on; run another seed, data order or "
+    "importance"
+)
 """What a study needs for `pairs`, as the end of a message."""
 
 
@@ -109,21 +112,25 @@ class Group:
 
 
 def groups(
-    tickets: Tickets, importances: Sequence[str] | None = None, levels: Collection[int] | None = None
+    tickets: Tickets,
+    importances: Sequence[str] | None = None,
+    levels: Collection[int] | None = None,
+    at_least: int = 2,
 ) -> Iterator[Group]:
     """Yield the tickets that are compared at each level: those of each seed by importance, and by data order alone.
 
     Args:
         tickets: of the study.
-        importances: which, two or more; by default all.
+        importances: which; by default all.
         levels: which; by default all that the store has.
+        at_least: the smallest allowed number of importances.
 
     Raises:
         UserError: where the study does not have the importances or levels.
         NothingStoredError: where the store does not have them yet.
     """
     study = tickets.study
-    chains = select_chains(study, importances, at_least=2)
+    chains = select_chains(study, importances, at_least)
     names = {chain.importance for chain in chains}
     others = repeats(study, importances)
     repeated = {chain.importance for chain in others}
@@ -168,7 +175,7 @@ def pairs(
     """
     chains = select_chains(tickets.study, importances)
     names = list(dict.fromkeys(chain.importance for chain in chains))
-    for group in groups(tickets, importances, levels) if len(names) > 1 else ():
+    for group in groups(tickets, importances, levels, at_least=1):
         for pair in combinations(group.tickets, 2) if group.level or group.kind == DATA_ORDER else ():
             where = {"level": group.level, "seed": group.seed, "kind": group.kind, "tickets": list(pair)}
             yield where, (group.tickets[pair[0]], group.tickets[pair[1]])
