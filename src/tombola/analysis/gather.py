@@ -42,12 +42,15 @@ def label(chain: Chain) -> str:
 
 
 def repeats(study: Study, importances: Sequence[str] | None) -> list[Chain]:
-    """Return the chains of the study's other data orders, of these importances or of all of the study's."""
-    names = study.importances if importances is None else importances
+    """Return the chains of the study's other data orders, of these importances or of all of the study's.
+
+    Where several importances are compared, those of the study's first are among them, which are the noise floor.
+    """
+    names = dict.fromkeys(study.importances if importances is None else importances)
     return [
         Chain(seed, name, order)
         for seed in study.seeds
-        for name in dict.fromkeys([*study.importances[:1], *names])
+        for name in dict.fromkeys([*study.importances[: len(names) > 1], *names])
         for order in study.data_seeds
     ]
 
@@ -133,7 +136,7 @@ def groups(
     chains = select_chains(study, importances, at_least)
     names = {chain.importance for chain in chains}
     others = repeats(study, importances)
-    repeated = {chain.importance for chain in others}
+    repeated = [name for name in study.importances if name in {chain.importance for chain in others}]
     own_orders = [chain for chain in tickets.planner.chains if chain not in chains and chain.importance in repeated]
     for level, found in by_level(tickets, chains, levels, [*own_orders, *others]):
         for seed in study.seeds:
@@ -144,14 +147,13 @@ def groups(
             }
             if len(compared) > 1:
                 yield Group(level, seed, IMPORTANCES, compared, len(compared) == len(names))
-            for name in study.importances:
+            for name in repeated:
                 orders = {
                     label(chain): ticket
                     for chain, ticket in found.items()
                     if chain.seed == seed and chain.importance == name
                 }
-                first = name == study.importances[0]  # whose level 0 is that of all
-                if name in repeated and len(orders) > 1 and (level > 0 or first):
+                if len(orders) > 1 and (level > 0 or name == repeated[0]):  # level 0 is the same for all importances
                     yield Group(level, seed, DATA_ORDER, orders, True)
 
 
