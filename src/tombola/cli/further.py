@@ -88,8 +88,9 @@ def similarity(options: argparse.Namespace) -> int:
     if options.format != "table":
         show_view(table, options.format, _predictions)
         return 0
+    last = table.filter(table["level"] == table["level"].max())
     note_no_interval(tickets, options)
-    note_no_floor(tickets, options, there=bool((table["kind"] == "data order").any()))
+    note_no_floor(tickets, options, there=bool((last["kind"] == "data order").any()))
     means = similarity.summarise(table)
     show_view(means, options.format, _predictions)
     say("\nAccuracy and calibration, of two networks and of the mean of their predicted probabilities:")
@@ -111,7 +112,8 @@ def basins(options: argparse.Namespace) -> int:
         show_view(table, options.format, _basins)
         return 0
     note_no_interval(tickets, options)
-    note_no_floor(tickets, options, there=bool(table["other_order"].is_not_null().any()))
+    of_tickets = table.filter(table["level"] > 0)  # level 0 is the same for all importances
+    note_no_floor(tickets, options, there=bool(of_tickets["other_order"].is_not_null().any()))
     means = basins.summarise(table, tickets, tolerance, options.margin / 100)
     show_view(means, options.format, _basins)
     for sentence in basins.describe(means):
