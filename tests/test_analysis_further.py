@@ -139,11 +139,11 @@ def test_matching_raises_the_overlap_of_tickets_of_two_seeds_and_of_random_ones(
 
 
 def test_matching_by_activations_is_another_matching(tickets: Tickets) -> None:
-    table = matching.of_study(tickets, ["magnitude"], [1], "activations", draws=1)
+    table = matching.of_study(tickets, ["l1"], [1], "activations", draws=1)
     assert table["by"].unique().to_list() == ["activations"]
     assert table["moved"][0] > 0.5
     assert table["chance_sd"].to_list() == [None] * 5
-    by_weights = matching.of_study(tickets, ["magnitude"], [1], draws=1)
+    by_weights = matching.of_study(tickets, ["l1"], [1], draws=1)
     assert table["matched_shared"][-1] != by_weights["matched_shared"][-1]
 
 
@@ -259,7 +259,8 @@ def test_similarity_has_intervals_over_seeds_and_none_from_pairs_that_share_seed
 
 def test_similarity_from_python(folder: Path) -> None:
     table = tombola.similarity(folder / "study.toml", store=folder / "store", importances=["l1"], levels=[1])
-    assert compared(table) == [(level, None, "seeds", ["l1, seed 0", "l1, seed 1"]) for level in (0, 1)]
+    of_seeds = [(level, None, "seeds", ["l1, seed 0", "l1, seed 1"]) for level in (0, 1)]
+    assert compared(table) == [*((0, seed, "data order", ["l1", "l1@100"]) for seed in (0, 1)), *of_seeds]
 
 
 # the report
@@ -326,8 +327,19 @@ def test_the_table_of_matching_has_one_row_for_each_comparison(
 def test_a_note_says_what_is_missing(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert command(folder, "matching", "--seeds", "0", "--data-seeds", "--draws", "1") == 0
     told = capsys.readouterr().err
-    assert "initialisations are not compared: the study has one seed; add others with --seeds" in told
-    assert "no noise floor: no two data orders are compared; add some with --data-seeds" in told
+    assert "initialisations are not compared: the study has one seed; find the tickets of others with" in told
+    assert "one data order; find the tickets of others with `tombola run --data-seeds`" in told
+    assert command(folder, "basins", "--points", "2", "--importances", "l1", "--seeds", "0") == 0
+    told = capsys.readouterr().err
+    assert "no interval: the study has one seed" in told
+    assert "other data orders are missing; find them with `tombola run`, whose --data-seeds-for names" in told
+
+
+def test_one_importance_is_compared_with_another_data_order(tickets: Tickets) -> None:
+    table = matching.of_study(tickets, ["magnitude"], draws=1)
+    assert table["kind"].unique().sort().to_list() == ["data order", "seeds"]
+    (whole,) = table.filter(kind="data order", layer="(all)", seed=0).to_dicts()
+    assert whole["tickets"] == ["magnitude", "magnitude@100"]
 
 
 @pytest.mark.parametrize(
@@ -341,7 +353,7 @@ def test_a_note_says_what_is_missing(folder: Path, capsys: pytest.CaptureFixture
         (["matching", "--by", "names"], "unknown --by 'names'"),
         (["similarity", "--level", "7"], "the study has no level 7, it has levels 0 to 2"),
         (
-            ["similarity", "--importances", "l1", "--seeds", "0"],
+            ["similarity", "--importances", "l1", "--seeds", "0", "--data-seeds"],
             "there are no two networks to compare: expected two se",
         ),
         (

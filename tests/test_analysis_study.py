@@ -205,7 +205,7 @@ def test_winners_of_a_study_follow_from_its_results(planner: Planner) -> None:
 
 def test_an_interval_over_one_seed_is_refused(folder: Path) -> None:
     planner = open_planner(folder, seeds=[0])
-    with pytest.raises(UserError, match="an interval needs two seeds or more, and the study has one"):
+    with pytest.raises(UserError, match="an interval needs two seeds or more, and the study has one; run another"):
         winners.of_study(Tickets(planner), surely=True)
     assert winners.of_study(Tickets(planner))["low"].to_list() == [None] * 3
 
@@ -384,7 +384,7 @@ def test_without_other_data_orders_a_note_says_how_to_get_the_noise_floor(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert command(folder, "overlap", "--data-seeds") == 0
-    assert "no noise floor: the study has one data order; add others with --data-seeds" in capsys.readouterr().err
+    assert "no noise floor: the study has one data order; find the tickets of" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -276,8 +276,10 @@ def test_chains_are_selected_by_importance() -> None:
     assert select_chains(STUDY, ["l1", "l1"]) == [Chain(0, "l1"), Chain(1, "l1")]
     with pytest.raises(UserError, match="the study has no importance 'l2'"):
         select_chains(STUDY, ["l2"])
-    with pytest.raises(UserError, match="expected at least 2 to compare, got l1"):
+    with pytest.raises(UserError, match=r"at least 2 to compare, got l1; add another one, such as magnitude$"):
         select_chains(STUDY, ["l1"], at_least=2)
+    with pytest.raises(UserError, match="got l1; add another one, such as magnitude, and run the study with it"):
+        select_chains(STUDY.model_copy(update={"importances": ("l1",)}), None, at_least=2)
 
 
 def planner_chains() -> list[Chain]:

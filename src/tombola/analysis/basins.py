@@ -12,7 +12,8 @@ from typing import Any
 import polars as pl
 
 from tombola.analysis.accuracy import rows
-from tombola.analysis.connectivity import POINTS, Measure, along_line, build_measure
+from tombola.analysis.connectivity import Measure, along_line, build_measure
+from tombola.analysis.defaults import MARGIN, POINTS, TOLERANCE
 from tombola.analysis.gather import repeats
 from tombola.analysis.values import over_seeds
 from tombola.analysis.winners import by_level
@@ -20,12 +21,6 @@ from tombola.errors import NothingStoredError, UserError
 from tombola.lottery.ticket import Ticket
 from tombola.study.planner import Chain, select_chains
 from tombola.study.tickets import Tickets
-
-TOLERANCE = 0.02
-"""The largest barrier of networks that count as connected, in 0..1: that of Frankle et al. (arXiv 1912.05671)."""
-
-MARGIN = 0.005
-"""By how much a ticket may be worse than the dense network and keep the accuracy, in 0..1."""
 
 
 def of_study(

@@ -254,6 +254,8 @@ def collect(
         own = [row for row in results if row.importance in compared]
         level = min(range(1, last + 1), key=lambda each: _distance(own, each, SPARSITY))
     elif not 1 <= level <= last:
+        if 1 <= level <= study.levels:
+            tickets.require([level], chains)  # raises an error that says which level is not stored
         raise UserError(f"level {level}: expected a level from 1 to {last}, which all of {', '.join(compared)} have")
     return Evidence(
         compared=compared,

@@ -9,6 +9,7 @@ import polars as pl
 import torch
 from torch import Tensor, nn
 
+from tombola.analysis.defaults import POINTS
 from tombola.analysis.gather import after, groups, last_level
 from tombola.datasets.dataset import Dataset
 from tombola.errors import NothingStoredError, UserError
@@ -20,7 +21,6 @@ from tombola.training.batches import normalisation
 from tombola.training.evaluation import evaluate
 from tombola.training.weights import State
 
-POINTS = 11
 _EXAMPLES = 10_000  # number of training examples for the statistics of batch norm
 _AT_ONCE = 500
 

@@ -25,7 +25,10 @@ IMPORTANCES, DATA_ORDER, SEEDS = "importances", "data order", "seeds"
 """The values of the column `kind`: what differs between the tickets that a row compares."""
 
 
-NO_PAIRS = "expected two seeds, or two importances at a level from 1 on; run another seed or importance"
+NO_PAIRS = (
+    "expected two seeds, two data orders, or two importances at a level from 1 on; run another seed, data order or "
+    "importance"
+)
 """What a study needs for `pairs`, as the end of a message."""
 
 
@@ -39,12 +42,15 @@ def label(chain: Chain) -> str:
 
 
 def repeats(study: Study, importances: Sequence[str] | None) -> list[Chain]:
-    """Return the chains of the study's other data orders, of these importances or of all of the study's."""
-    names = study.importances if importances is None else importances
+    """Return the chains of the study's other data orders, of these importances or of all of the study's.
+
+    Where several importances are compared, those of the study's first are among them, which are the noise floor.
+    """
+    names = dict.fromkeys(study.importances if importances is None else importances)
     return [
         Chain(seed, name, order)
         for seed in study.seeds
-        for name in dict.fromkeys([*study.importances[:1], *names])
+        for name in dict.fromkeys([*study.importances[: len(names) > 1], *names])
         for order in study.data_seeds
     ]
 
@@ -109,24 +115,28 @@ class Group:
 
 
 def groups(
-    tickets: Tickets, importances: Sequence[str] | None = None, levels: Collection[int] | None = None
+    tickets: Tickets,
+    importances: Sequence[str] | None = None,
+    levels: Collection[int] | None = None,
+    at_least: int = 2,
 ) -> Iterator[Group]:
     """Yield the tickets that are compared at each level: those of each seed by importance, and by data order alone.
 
     Args:
         tickets: of the study.
-        importances: which, two or more; by default all.
+        importances: which; by default all.
         levels: which; by default all that the store has.
+        at_least: the smallest allowed number of importances.
 
     Raises:
         UserError: where the study does not have the importances or levels.
         NothingStoredError: where the store does not have them yet.
     """
     study = tickets.study
-    chains = select_chains(study, importances, at_least=2)
+    chains = select_chains(study, importances, at_least)
     names = {chain.importance for chain in chains}
     others = repeats(study, importances)
-    repeated = {chain.importance for chain in others}
+    repeated = [name for name in study.importances if name in {chain.importance for chain in others}]
     own_orders = [chain for chain in tickets.planner.chains if chain not in chains and chain.importance in repeated]
     for level, found in by_level(tickets, chains, levels, [*own_orders, *others]):
         for seed in study.seeds:
@@ -137,14 +147,13 @@ def groups(
             }
             if len(compared) > 1:
                 yield Group(level, seed, IMPORTANCES, compared, len(compared) == len(names))
-            for name in study.importances:
+            for name in repeated:
                 orders = {
                     label(chain): ticket
                     for chain, ticket in found.items()
                     if chain.seed == seed and chain.importance == name
                 }
-                first = name == study.importances[0]  # whose level 0 is that of all
-                if name in repeated and len(orders) > 1 and (level > 0 or first):
+                if len(orders) > 1 and (level > 0 or name == repeated[0]):  # level 0 is the same for all importances
                     yield Group(level, seed, DATA_ORDER, orders, True)
 
 
@@ -168,7 +177,7 @@ def pairs(
     """
     chains = select_chains(tickets.study, importances)
     names = list(dict.fromkeys(chain.importance for chain in chains))
-    for group in groups(tickets, importances, levels) if len(names) > 1 else ():
+    for group in groups(tickets, importances, levels, at_least=1):
         for pair in combinations(group.tickets, 2) if group.level or group.kind == DATA_ORDER else ():
             where = {"level": group.level, "seed": group.seed, "kind": group.kind, "tickets": list(pair)}
             yield where, (group.tickets[pair[0]], group.tickets[pair[1]])

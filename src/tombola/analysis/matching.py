@@ -19,6 +19,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
 from tombola.analysis import overlap
+from tombola.analysis.defaults import DRAWS
 from tombola.analysis.gather import ALL, NO_PAIRS, PRUNABLE, SEEDS, after, last_level, pairs
 from tombola.analysis.units import Axis, Orders, Units, find_units
 from tombola.errors import UserError, did_you_mean
@@ -33,7 +34,6 @@ from tombola.training.weights import State
 By: TypeAlias = Literal["weights", "activations"]
 """By what units are matched."""
 
-DRAWS = 3
 EXAMPLES = 256
 """The number of test examples whose activations are compared."""
 

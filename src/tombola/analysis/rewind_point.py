@@ -8,8 +8,8 @@ from typing import Any
 import polars as pl
 
 from tombola.analysis import overlap
-from tombola.analysis.basins import TOLERANCE
-from tombola.analysis.connectivity import POINTS, along_line, build_measure
+from tombola.analysis.connectivity import along_line, build_measure
+from tombola.analysis.defaults import POINTS, TOLERANCE
 from tombola.analysis.gather import ALL, PRUNABLE
 from tombola.analysis.values import over_seeds
 from tombola.errors import NothingStoredError

@@ -254,13 +254,13 @@ def summarise(table: pl.DataFrame) -> pl.DataFrame:
     return pairs.hstack(means.select(pl.exclude(by))).sort("level", "kind", maintain_order=True)
 
 
-def summarise_outputs(table: pl.DataFrame) -> pl.DataFrame:
-    """Return the rows of `summarise` about the outputs, without those about layers.
+def select_outputs(means: pl.DataFrame) -> pl.DataFrame:
+    """Return the rows about the outputs, without those about layers.
 
     Args:
-        table: of `of_study`.
+        means: of `summarise`.
     """
-    return summarise(table.filter(pl.col("layer") == OUTPUTS))
+    return means.filter(pl.col("layer") == OUTPUTS)
 
 
 class _Networks:
@@ -269,7 +269,9 @@ class _Networks:
     def __init__(self, planner: Planner) -> None:
         self._data, self._forward = planner.problem.data, planner.problem.forward
         if not planner.problem.of_classes:
-            raise UserError(f"it compares predicted classes, and the labels of {self._data.name!r} are no classes")
+            raise UserError(
+                f"similarity: it compares predicted classes, and the labels of {self._data.name!r} are no classes"
+            )
         with ambient(0):
             self._model = planner.problem.build()
         few = convert(torch.clone, select(self._data.test_inputs, slice(EXAMPLES)))

@@ -12,6 +12,7 @@ from contextlib import suppress
 import polars as pl
 
 from tombola.analysis import basins, controls, matching, rewind_point
+from tombola.analysis.defaults import MARGIN, TOLERANCE
 from tombola.analysis.gather import DATA_ORDER, IMPORTANCES, SEEDS
 from tombola.analysis.winners import mean_with_interval
 from tombola.errors import NothingStoredError
@@ -39,8 +40,8 @@ def of_study(
     importances: Sequence[str] | None = None,
     asked: Collection[str] = (),
     level: int | None = None,
-    tolerance: float = basins.TOLERANCE,
-    margin: float = basins.MARGIN,
+    tolerance: float = TOLERANCE,
+    margin: float = MARGIN,
 ) -> list[str]:
     """Return sentences on stored controls and rewind points of a study, and on what is asked for besides.
 

@@ -11,6 +11,7 @@ import polars as pl
 from scipy import special
 
 from tombola.analysis.accuracy import Row, rows
+from tombola.analysis.defaults import MARGIN
 from tombola.errors import NothingStoredError, UserError, kind_of
 from tombola.study.planner import select_chains
 from tombola.study.tickets import Tickets
@@ -41,7 +42,7 @@ def schema(measure: Measure = TEST_ACCURACY) -> dict[str, Any]:
 
 
 def of_study(
-    tickets: Tickets, importances: Sequence[str] | None = None, *, margin: float = 0.005, surely: bool = False
+    tickets: Tickets, importances: Sequence[str] | None = None, *, margin: float = MARGIN, surely: bool = False
 ) -> pl.DataFrame:
     """Return the winning ticket of each importance: the sparsest level that keeps the dense network's accuracy.
 
@@ -63,7 +64,7 @@ def of_study(
     names = list(dict.fromkeys(chain.importance for chain in select_chains(tickets.study, importances)))
     seeds = len(tickets.study.seeds)
     if surely and seeds < 2:
-        raise UserError("surely: an interval needs two seeds or more, and the study has one")
+        raise UserError("surely: an interval needs two seeds or more, and the study has one; run another seed")
     found = by_level([row for row in rows(tickets) if row.importance in names], margin=margin)
     found = found.filter(pl.col("seeds") == seeds)
     if not len(found):
@@ -77,7 +78,7 @@ def select_winners(levels: pl.DataFrame, *, surely: bool = False) -> pl.DataFram
     return kept.filter(pl.col("level") == pl.col("level").max().over("importance"))
 
 
-def by_level(results: Sequence[Row], *, margin: float = 0.005) -> pl.DataFrame:
+def by_level(results: Sequence[Row], *, margin: float = MARGIN) -> pl.DataFrame:
     """Return how the accuracy, or what else tickets are judged by, compares with the dense network's at each level.
 
     One row for each importance and level, with the columns

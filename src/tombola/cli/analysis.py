@@ -9,6 +9,7 @@ from contextlib import redirect_stdout
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from tombola.analysis.defaults import POINTS
 from tombola.cli.options import (
     Verbs,
     add_margin,
@@ -94,7 +95,7 @@ def add_verbs(verbs: Verbs) -> None:
             added.add_argument(
                 "--points",
                 type=whole_number(2, 1001),
-                default=11,
+                default=POINTS,
                 metavar="N",
                 help="the number of points on each line (default: %(default)s)",
             )
@@ -132,10 +133,7 @@ def overlap(options: argparse.Namespace) -> int:
     tickets, names = open_compared(options)
     with warnings_as_notes(Warning):
         table = overlap.of_study(tickets, names, options.level)
-    if options.format == "table" and not tickets.planner.repeats:
-        print_note("no noise floor: the study has one data order; add others with --data-seeds")
-    elif options.format == "table" and not (table["kind"] == "data order").any():
-        print_note("no noise floor: the tickets of other data orders are missing; find them with `tombola run`")
+    note_no_floor(tickets, options, there=bool((table["kind"] == "data order").any()))
     if options.level is not None:
         show_view(table, options.format, _overlap_at_levels)
         return 0
@@ -180,8 +178,7 @@ def winners(options: argparse.Namespace) -> int:
     tickets, names = open_compared(options)
     with warnings_as_notes(Warning):
         table = winners.of_study(tickets, names, margin=options.margin / 100, surely=options.surely)
-    if options.format == "table" and len(tickets.study.seeds) < 2:
-        print_note("no interval: the study has one seed, and an interval needs two or more")
+    note_no_interval(tickets, options)
     measure = tickets.planner.problem.measure
     if options.format == "table" and measure.split == "test":
         print_note(winners.FLATTERS)
@@ -263,6 +260,32 @@ def open_compared(options: argparse.Namespace) -> tuple[Tickets, list[str] | Non
 
     names, options.importances = options.importances, None
     return with_importances(open_planner(options), names), names or None
+
+
+def note_no_interval(tickets: Tickets, options: argparse.Namespace) -> None:
+    """Print a note on how to get an interval over seeds, if a table for people lacks it."""
+    if options.format == "table" and len(tickets.study.seeds) < 2:
+        print_note(
+            "no interval: the study has one seed, and an interval needs two or more; "
+            "find the tickets of others with `tombola run --seeds`"
+        )
+
+
+def note_no_floor(tickets: Tickets, options: argparse.Namespace, *, there: bool) -> None:
+    """Print a note on how to get a noise floor, if a table for people lacks it.
+
+    Args:
+        tickets: of the study.
+        options: of the verb.
+        there: whether the table has two data orders of the same ticket.
+    """
+    if options.format == "table" and not there:
+        missing = (
+            "the tickets of other data orders are missing; find them with `tombola run`, whose --data-seeds-for names "
+            "their importances"
+        )
+        none = "the study has one data order; find the tickets of others with `tombola run --data-seeds`"
+        print_note(f"no noise floor: {missing if tickets.planner.repeats else none}")
 
 
 def show_view(table: pl.DataFrame, form: str, view: Callable[[pl.DataFrame], pl.DataFrame]) -> None:

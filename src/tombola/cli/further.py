@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from tombola.cli.analysis import open_compared, show_view
+from tombola.analysis.defaults import DRAWS, POINTS
+from tombola.cli.analysis import note_no_floor, note_no_interval, open_compared, show_view
 from tombola.cli.options import Verbs, add_margin, add_tolerance, print_note, warnings_as_notes, whole_number
 from tombola.terminal import say
 
@@ -31,7 +32,7 @@ def add_verbs(verbs: Verbs) -> None:
             added.add_argument(
                 "--draws",
                 type=whole_number(1, 1000),
-                default=3,
+                default=DRAWS,
                 metavar="N",
                 help="how many pairs of random tickets are matched for each pair of tickets (default: %(default)s)",
             )
@@ -40,7 +41,7 @@ def add_verbs(verbs: Verbs) -> None:
     added.add_argument(
         "--points",
         type=whole_number(2, 1001),
-        default=11,
+        default=POINTS,
         metavar="N",
         help="the number of points on each line (default: %(default)s)",
     )
@@ -55,13 +56,12 @@ def matching(options: argparse.Namespace) -> int:
     tickets, names = open_compared(options)
     with warnings_as_notes(Warning):
         table = matching.of_study(tickets, names, options.level, options.by, options.draws)
-    if options.format == "table":
-        if len(tickets.study.seeds) < 2:
-            print_note(
-                "tickets of different initialisations are not compared: the study has one seed; add others with --seeds"
-            )
-        if not (table["kind"] == "data order").any():
-            print_note("no noise floor: no two data orders are compared; add some with --data-seeds")
+    if options.format == "table" and len(tickets.study.seeds) < 2:
+        print_note(
+            "tickets of different initialisations are not compared: the study has one seed; "
+            "find the tickets of others with `tombola run --seeds`"
+        )
+    note_no_floor(tickets, options, there=bool((table["kind"] == "data order").any()))
     show_view(table, options.format, _matching)
     return 0
 
@@ -73,6 +73,7 @@ def initial(options: argparse.Namespace) -> int:
     tickets, names = open_compared(options)
     with warnings_as_notes(Warning):
         table = initial.of_study(tickets, names, options.level)
+    note_no_interval(tickets, options)
     show_view(table, options.format, _initial)
     return 0
 
@@ -84,14 +85,18 @@ def similarity(options: argparse.Namespace) -> int:
     tickets, names = open_compared(options)
     with warnings_as_notes(Warning):
         table = similarity.of_study(tickets, names, options.level)
-    if options.format == "table" and len(tickets.study.seeds) < 2:
-        print_note("no interval: the study has one seed, and an interval needs two or more; add others with --seeds")
-    show_view(table, options.format, _predictions)
-    if options.format == "table":
-        say("\nAccuracy and calibration, of two networks and of the mean of their predicted probabilities:")
-        show_view(table, options.format, _ensembles)
-        say("\nLinear CKA of each layer:")
-        show_view(table, options.format, _alignment)
+    if options.format != "table":
+        show_view(table, options.format, _predictions)
+        return 0
+    last = table.filter(table["level"] == table["level"].max())
+    note_no_interval(tickets, options)
+    note_no_floor(tickets, options, there=bool((last["kind"] == "data order").any()))
+    means = similarity.summarise(table)
+    show_view(means, options.format, _predictions)
+    say("\nAccuracy and calibration, of two networks and of the mean of their predicted probabilities:")
+    show_view(means, options.format, _ensembles)
+    say("\nLinear CKA of each layer:")
+    show_view(means, options.format, _alignment)
     return 0
 
 
@@ -106,8 +111,9 @@ def basins(options: argparse.Namespace) -> int:
     if options.format != "table":
         show_view(table, options.format, _basins)
         return 0
-    if len(tickets.study.seeds) < 2:
-        print_note("no interval: the study has one seed, and an interval needs two or more; add others with --seeds")
+    note_no_interval(tickets, options)
+    of_tickets = table.filter(table["level"] > 0)  # level 0 is the same for all importances
+    note_no_floor(tickets, options, there=bool(of_tickets["other_order"].is_not_null().any()))
     means = basins.summarise(table, tickets, tolerance, options.margin / 100)
     show_view(means, options.format, _basins)
     for sentence in basins.describe(means):
@@ -162,12 +168,12 @@ def _initial(table: pl.DataFrame) -> pl.DataFrame:
     )
 
 
-def _predictions(table: pl.DataFrame) -> pl.DataFrame:
+def _predictions(means: pl.DataFrame) -> pl.DataFrame:
     """Return one row for each comparison, on how the predictions differ; means over the seeds, with their intervals."""
     from tombola.analysis import similarity
     from tombola.cli.tables import number, number_range, percent, percent_range
 
-    return similarity.summarise_outputs(table).select(
+    return similarity.select_outputs(means).select(
         *("level", "kind", "tickets", "pairs"),
         percent("disagreement").alias("disagreement %"),
         percent_range("disagreement_low", "disagreement_high").alias("95 %"),
@@ -179,12 +185,12 @@ def _predictions(table: pl.DataFrame) -> pl.DataFrame:
     )
 
 
-def _ensembles(table: pl.DataFrame) -> pl.DataFrame:
+def _ensembles(means: pl.DataFrame) -> pl.DataFrame:
     """Return one row for each comparison, on how good the predictions are; means over the seeds, with intervals."""
     from tombola.analysis import similarity
     from tombola.cli.tables import percent, percent_range
 
-    return similarity.summarise_outputs(table).select(
+    return similarity.select_outputs(means).select(
         *("level", "kind", "tickets", "pairs"),
         percent("accuracy").alias("accuracy %"),
         percent_range("accuracy_low", "accuracy_high").alias("95 %"),
@@ -197,12 +203,11 @@ def _ensembles(table: pl.DataFrame) -> pl.DataFrame:
     )
 
 
-def _alignment(table: pl.DataFrame) -> pl.DataFrame:
+def _alignment(means: pl.DataFrame) -> pl.DataFrame:
     """Return one row for each comparison and layer; means over the seeds, with their intervals."""
-    from tombola.analysis import similarity
     from tombola.cli.tables import number, number_range
 
-    return similarity.summarise(table).select(
+    return means.select(
         *("level", "kind", "tickets", "layer", "pairs"),
         number("cka").alias("CKA"),
         number_range("cka_low", "cka_high").alias("95 %"),

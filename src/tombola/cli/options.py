@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, NoReturn, get_args, get_origin
 
+from tombola.analysis.defaults import MARGIN, TOLERANCE
 from tombola.errors import UserError, did_you_mean, shorten
 from tombola.store.layout import STORE
 from tombola.terminal import say
@@ -23,9 +24,6 @@ if TYPE_CHECKING:
 
 MOST = 2**63 - 1
 """The largest whole number of an option that has no limit of its own."""
-
-MARGIN, TOLERANCE = 0.5, 2.0
-"""The defaults of `--margin` and `--tolerance`, in percentage points."""
 
 _DIGITS = 1000  # more digits than any option needs
 
@@ -166,10 +164,10 @@ def add_margin(parser: argparse.ArgumentParser, name: str = "--margin", *, only:
     parser.add_argument(
         name,
         type=percentage_points,
-        default=MARGIN,
+        default=100 * MARGIN,
         metavar="X",
-        help=f"{only}a ticket keeps the accuracy if it loses at most X percentage points (default: {MARGIN}); for a "
-        "metric that is not a share, X is a percentage of the dense network's value",
+        help=f"{only}a ticket keeps the accuracy if it loses at most X percentage points (default: {100 * MARGIN}); "
+        "for a metric that is not a share, X is a percentage of the dense network's value",
     )
 
 
@@ -178,10 +176,10 @@ def add_tolerance(parser: argparse.ArgumentParser, *, only: str = "") -> None:
     parser.add_argument(
         "--tolerance",
         type=percentage_points,
-        default=TOLERANCE,
+        default=100 * TOLERANCE,
         metavar="X",
         help=f"{only}networks are connected if the barrier between them is at most X percentage points "
-        f"(default: {TOLERANCE})",
+        f"(default: {100 * TOLERANCE})",
     )
 
 

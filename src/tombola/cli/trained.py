@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
-from tombola.cli.analysis import open_compared, progress_elsewhere, show_view
+from tombola.cli.analysis import note_no_interval, open_compared, progress_elsewhere, show_view
 from tombola.cli.options import Verbs, add_tolerance, print_note, warnings_as_notes, whole_number
 from tombola.errors import UserError
 from tombola.terminal import say
@@ -98,7 +98,10 @@ def controls(options: argparse.Namespace) -> int:
     with warnings_as_notes(Warning):
         plan = plan_controls(tickets, options.level, options.kinds, options.draws, names)
     if options.format == "table" and len(tickets.study.seeds) < 2:
-        print_note("no interval and no mask of another seed: the study has one seed; add others with --seeds")
+        print_note(
+            "no interval and no mask of another seed: the study has one seed; "
+            "find the tickets of others with `tombola run --seeds`"
+        )
     if _do(plan, options):
         view = partial(_controls, tickets.planner.problem.measure)
         show_view(controls.of_controls(plan), options.format, view)
@@ -113,6 +116,7 @@ def combine(options: argparse.Namespace) -> int:
     tickets, names = open_compared(options)
     with warnings_as_notes(Warning):
         plan = plan_combinations(tickets, options.level, options.over, names)
+    note_no_interval(tickets, options)
     if _do(plan, options):
         view = partial(_combinations, tickets.planner.problem.measure)
         show_view(controls.of_combinations(plan), options.format, view)
@@ -130,6 +134,7 @@ def transfer(options: argparse.Namespace) -> int:
     with warnings_as_notes(Warning):
         others = open_tickets(options.other, store=options.store, data=options.data, importances=names)
         plan = plan_transfers(tickets, others, options.level, names)
+    note_no_interval(tickets, options)
     if _do(plan, options):
         if options.format == "table":
             say(wrap(f"Masks of the study with {plan.source}, trained here:"))
@@ -165,8 +170,7 @@ def rewind_point(options: argparse.Namespace) -> int:
     if options.format != "table":
         show_view(table, options.format, _points)
         return 0
-    if len(tickets.study.seeds) < 2:
-        print_note("no interval: the study has one seed, and an interval needs two or more; add others with --seeds")
+    note_no_interval(tickets, options)
     means = rewind_point.summarise(table, options.tolerance / 100)
     show_view(means, options.format, _points)
     say("\n".join(rewind_point.advise(means)))
@@ -182,6 +186,7 @@ def early(options: argparse.Namespace) -> int:
     tickets, names = open_compared(options)
     with warnings_as_notes(Warning):
         plan = plan_snapshots(tickets, options.at)
+    note_no_interval(tickets, options)
     if not options.plan:
         early.find_level(tickets, select_chains(tickets.study, names), options.level)
     if _do(plan, options):

@@ -35,6 +35,7 @@ from tombola.analysis import (
 )
 from tombola.analysis.accuracy import Row, rows
 from tombola.analysis.claims import Claim
+from tombola.analysis.defaults import MARGIN
 from tombola.analysis.gather import label
 from tombola.analysis.reference import Reference
 from tombola.engine.machine import differences
@@ -138,7 +139,7 @@ def gather(
     *,
     costly: Collection[str] = (),
     level: int | None = None,
-    margin: float = 0.005,
+    margin: float = MARGIN,
 ) -> Contents:
     """Gather what is stored of a study, which may be unfinished or not begun.
 

@@ -50,13 +50,13 @@ def initial(table: pl.DataFrame) -> pl.DataFrame:
     )
 
 
-def similarity(table: pl.DataFrame) -> pl.DataFrame:
+def similarity(means: pl.DataFrame) -> pl.DataFrame:
     """Return how the predictions of each two networks differ; means over seeds, with their 95 % intervals.
 
     Args:
-        table: from `tombola.analysis.similarity`.
+        means: from `tombola.analysis.similarity.summarise`.
     """
-    return similarity_analysis.summarise_outputs(table).select(
+    return similarity_analysis.select_outputs(means).select(
         *(pl.col("kind").alias("what differs"), "tickets"),
         *_with_interval("disagreement", "disagreement %", 100),
         *(each for name in ("kl", "js", "cka") for each in _with_interval(name, name.upper())),
@@ -64,13 +64,13 @@ def similarity(table: pl.DataFrame) -> pl.DataFrame:
     )
 
 
-def calibration(table: pl.DataFrame) -> pl.DataFrame:
+def calibration(means: pl.DataFrame) -> pl.DataFrame:
     """Return how good the predictions of each two networks and of their ensemble are; means over seeds, with intervals.
 
     Args:
-        table: from `tombola.analysis.similarity`.
+        means: from `tombola.analysis.similarity.summarise`.
     """
-    return similarity_analysis.summarise_outputs(table).select(
+    return similarity_analysis.select_outputs(means).select(
         *(pl.col("kind").alias("what differs"), "tickets"),
         *_with_interval("accuracy", "accuracy %", 100),
         *_with_interval("gain", "ensemble gain, points", 100),
@@ -79,14 +79,14 @@ def calibration(table: pl.DataFrame) -> pl.DataFrame:
     )
 
 
-def alignment(table: pl.DataFrame) -> pl.DataFrame:
+def alignment(means: pl.DataFrame) -> pl.DataFrame:
     """Return the linear centred kernel alignment of each layer of each two networks; means over seeds, with intervals.
 
     Args:
-        table: from `tombola.analysis.similarity`.
+        means: from `tombola.analysis.similarity.summarise`.
     """
-    means = similarity_analysis.summarise(table.filter(pl.col("layer") != similarity_analysis.OUTPUTS))
-    return means.select(pl.col("kind").alias("what differs"), "tickets", "layer", *_with_interval("cka", "CKA"))
+    layers = means.filter(pl.col("layer") != similarity_analysis.OUTPUTS)
+    return layers.select(pl.col("kind").alias("what differs"), "tickets", "layer", *_with_interval("cka", "CKA"))
 
 
 def _with_interval(name: str, title: str, scale: float = 1) -> list[pl.Expr]:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 import polars as pl
 
+from tombola.analysis import similarity
 from tombola.analysis.gather import ALL, PRUNABLE
 from tombola.analysis.reference import PAPER, compare, describe
 from tombola.reporting import charts, further, tables
@@ -230,10 +231,11 @@ def _initial(_: Contents, table: pl.DataFrame) -> list[Part]:
 
 
 def _similarity(_: Contents, table: pl.DataFrame) -> list[Part]:
+    means = similarity.summarise(table)
     return [
-        Part("similarity", "Predictions", None, further.similarity(table)),
-        Part("calibration", "Accuracy and calibration", None, further.calibration(table)),
-        Part("alignment", "Alignment of layers", None, further.alignment(table)),
+        Part("similarity", "Predictions", None, further.similarity(means)),
+        Part("calibration", "Accuracy and calibration", None, further.calibration(means)),
+        Part("alignment", "Alignment of layers", None, further.alignment(means)),
     ]
 
 
@@ -395,7 +397,7 @@ def _absent_section(name: str, title: str, reading: str, contents: Contents, ver
         and name
         not in (
             *("layers", "weights", "initial"),
-            *(("matching", "similarity") if len(contents.study.seeds) > 1 else ()),  # they compare seeds, too
+            *(("matching", "similarity") if len(contents.study.seeds) > 1 or contents.study.data_seeds else ()),
         )
     ):
         own = contents.study.importances[0]

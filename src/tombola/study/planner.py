@@ -703,5 +703,10 @@ def select_chains(study: Study, importances: Sequence[str] | None, at_least: int
         if name not in known:
             raise UserError(f"importances: the study has no importance {name!r}; {did_you_mean(name, known)}")
     if len(names) < at_least:
-        raise UserError(f"importances: expected at least {at_least} to compare, got {', '.join(names)}")
+        more = next(name for name in (*known, "magnitude", "l1") if name not in names)
+        whose = "" if more in known else ", and run the study with it"
+        raise UserError(
+            f"importances: expected at least {at_least} to compare, got {', '.join(names) or 'none'}; "
+            f"add another one, such as {more}{whose}"
+        )
     return [Chain(seed, name) for seed in study.seeds for name in names]

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import polars as pl
 
 from tombola.analysis import frontier
+from tombola.analysis.defaults import MARGIN
 from tombola.analysis.winners import FLATTERS
 from tombola.engine.estimate import dense_speed, recorded_speed
 from tombola.engine.here import WorkersHere
@@ -81,7 +82,7 @@ def find(
     study: AnyStudy,
     overrides: Overrides = None,
     *,
-    within: float = 0.005,
+    within: float = MARGIN,
     strategy: str | Strategy = DEFAULT,
     budget: str | float | None = None,
     store: str | Path = STORE,

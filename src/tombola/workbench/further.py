@@ -7,9 +7,8 @@ from pathlib import Path
 import polars as pl
 
 from tombola import analysis
-from tombola.analysis.basins import TOLERANCE
-from tombola.analysis.connectivity import POINTS
-from tombola.analysis.matching import DRAWS, By
+from tombola.analysis.defaults import DRAWS, POINTS, TOLERANCE
+from tombola.analysis.matching import By
 from tombola.store.layout import STORE
 from tombola.threads import one_thread
 from tombola.workbench.studies import AnyStudy, Importances, Overrides, name_importances, open_tickets

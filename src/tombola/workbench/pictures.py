@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tombola.analysis.defaults import MARGIN
 from tombola.errors import NothingStoredError, UserError, as_path, as_texts, did_you_mean
 from tombola.files import check_output, write_output
 from tombola.own.functions import refer
@@ -30,7 +31,7 @@ def charts(
     data: str | Path | None = None,
     costly: Collection[str] = (),
     level: int | None = None,
-    margin: float = 0.005,
+    margin: float = MARGIN,
 ) -> dict[str, Chart]:
     """Return the charts of a study's report by name, as Altair charts, which a notebook shows inline.
 
@@ -72,7 +73,7 @@ def report(
     data: str | Path | None = None,
     costly: Collection[str] = (),
     level: int | None = None,
-    margin: float = 0.005,
+    margin: float = MARGIN,
 ) -> Path:
     """Write a report on a study, one HTML file that needs no network, and return its path.
 
@@ -115,7 +116,7 @@ def gather_stored(
     *,
     costly: Collection[str] = (),
     level: int | None = None,
-    margin: float = 0.005,
+    margin: float = MARGIN,
 ) -> Contents:
     """Gather the stored results of a study, see `tombola.reporting.contents.gather`.
 

@@ -128,6 +128,6 @@ def with_importances(planner: Planner, names: Sequence[str] | None) -> Tickets:
         if not any(len(tickets.progress(chain).tickets) > 1 for chain in chains):
             raise UserError(
                 f"importances: the study has no importance {name!r}, and no result of it is in {planner.store.root}; "
-                f"{did_you_mean(name, known)}"
+                f"run the study with it first, or {did_you_mean(name, known)}"
             )
     return tickets

@@ -10,6 +10,7 @@ import polars as pl
 from tombola import analysis
 from tombola.analysis import accuracy, reference
 from tombola.analysis import claims as claims_analysis
+from tombola.analysis.defaults import MARGIN, POINTS
 from tombola.errors import NothingStoredError, UserError, did_you_mean, expect_flags
 from tombola.store.layout import STORE
 from tombola.study.tickets import Tickets
@@ -175,7 +176,7 @@ def winners(
     store: str | Path = STORE,
     data: str | Path | None = None,
     importances: Importances = None,
-    margin: float = 0.005,
+    margin: float = MARGIN,
     surely: bool = False,
 ) -> pl.DataFrame:
     """Return the sparsest ticket of each importance that keeps the accuracy of the dense network.
@@ -281,7 +282,7 @@ def connectivity(
     data: str | Path | None = None,
     importances: Importances = None,
     levels: Levels = None,
-    points: int = 11,
+    points: int = POINTS,
 ) -> pl.DataFrame:
     """Return the test error on the line between the weights of two tickets.
 
