@@ -109,7 +109,8 @@ def _table(actions: list[argparse.Action]) -> Iterator[str]:
         text = (action.help or "").replace("%(default)s", str(default)).replace("%%", "%")
         value = action.metavar or ("|".join(map(str, action.choices)) if action.choices else "")
         names = html.escape(" ".join([", ".join(action.option_strings), str(value)]).strip(), quote=False)
-        yield f"| <code>{names.replace('|', '&#124;')}</code> | {_escape(text)} |"
+        meaning = _escape(text).replace("|", "\\|")
+        yield f"| <code>{names.replace('|', '&#124;')}</code> | {meaning} |"
     yield ""
 
 
@@ -123,8 +124,6 @@ def _subparsers(parser: Any) -> dict[str, Any]:
 
 
 def _escape(text: str) -> str:
-    return (
-        html.escape(" ".join(text.split()) if "\n\n" not in text else text, quote=False)
-        .replace("|", "\\|")
-        .replace("*", "\\*")
-    )
+    """Return the paragraphs of a text, each on one line, for Markdown."""
+    paragraphs = [" ".join(paragraph.split()) for paragraph in text.split("\n\n")]
+    return html.escape("\n\n".join(paragraphs), quote=False).replace("*", "\\*")
