@@ -1,4 +1,4 @@
-"""What the site needs besides its pages: the command line's help, drawings in its colours, links of root files."""
+"""What the site needs besides its pages: the command line's help, drawings in its colours, links of root files, search."""
 
 from __future__ import annotations
 
@@ -15,13 +15,18 @@ DOCS = Path(__file__).parent
 HERE = {"ARCHITECTURE.md": "inside.md", "CONTRIBUTING.md": "contributing/index.md", "CHANGELOG.md": "changes.md"}
 """The files beside `docs` that the site has as pages."""
 
+LISTS = ("api/", "command-line.md", "changes.md")
+"""The pages to look something up in. A search shows them below those that explain it."""
+
 INDENTED = re.compile(r"(?<=\n\n) {4}tombola .*\n(?: {4}.*\n)*(?=\n|\Z)")
 """Indented commands, as generated pages have them."""
 
 
 def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
-    """Put the files of the root and the command line's help into the pages that ask for them."""
+    """Put the files of the root and the command line's help into the pages that ask for them; say how they are found."""
     up = "../" * page.file.src_uri.count("/")
+    if page.file.src_uri.startswith(LISTS):
+        page.meta["search"] = {"boost": 0.001}  # since a title counts a thousand times as much as text
     markdown = re.sub(r"^--8<-- \"(.+)\"$", lambda found: _root_file(found[1], up), markdown, flags=re.MULTILINE)
     markdown = INDENTED.sub(lambda found: f"```sh\n{textwrap.dedent(found[0])}```\n", markdown)
     if page.file.src_uri == "command-line.md":
@@ -109,7 +114,8 @@ def _table(actions: list[argparse.Action]) -> Iterator[str]:
         text = (action.help or "").replace("%(default)s", str(default)).replace("%%", "%")
         value = action.metavar or ("|".join(map(str, action.choices)) if action.choices else "")
         names = html.escape(" ".join([", ".join(action.option_strings), str(value)]).strip(), quote=False)
-        yield f"| <code>{names.replace('|', '&#124;')}</code> | {_escape(text)} |"
+        meaning = _escape(text).replace("|", "\\|")
+        yield f"| <code>{names.replace('|', '&#124;')}</code> | {meaning} |"
     yield ""
 
 
@@ -123,8 +129,6 @@ def _subparsers(parser: Any) -> dict[str, Any]:
 
 
 def _escape(text: str) -> str:
-    return (
-        html.escape(" ".join(text.split()) if "\n\n" not in text else text, quote=False)
-        .replace("|", "\\|")
-        .replace("*", "\\*")
-    )
+    """Return the paragraphs of a text, each on one line, for Markdown."""
+    paragraphs = [" ".join(paragraph.split()) for paragraph in text.split("\n\n")]
+    return html.escape("\n\n".join(paragraphs), quote=False).replace("*", "\\*")

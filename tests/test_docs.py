@@ -138,12 +138,15 @@ def anchors(page: Path) -> set[str]:
 
 
 def test_the_page_of_the_command_line_has_its_choices_as_they_are_typed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A backslash before a bar would be shown: Markdown leaves what stands in code as it is."""
+    """A backslash before a bar would be shown: Markdown leaves what stands in code as it is. Indented text is code."""
     monkeypatch.syspath_prepend(str(ROOT / "docs"))
-    lines = importlib.import_module("hooks").describe_command_line()
+    lines = list(importlib.import_module("hooks").describe_command_line())
     names = [line.partition(" | ")[0].removeprefix("| ") for line in lines if line.startswith("| <code>")]
     assert "<code>--format table&#124;csv&#124;json</code>" in names
     assert not any("|" in name or "\\" in name for name in names)
+    text = "\n".join(lines)
+    assert "`tombola completion fish | source`" in text
+    assert not re.search(r"^ +\S", text, re.MULTILINE)
 
 
 def test_the_reproduction_is_made_of_what_is_kept_and_a_run_replaces_its_own_part(

@@ -430,6 +430,19 @@ def test_what_random_removes_is_frozen() -> None:
     assert pruned["b"].int().tolist() == [0, 0, 1, 1, 1, 1, 0, 1, 1]
 
 
+def test_a_new_normalisation_is_found_by_the_name_that_its_importance_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A study keeps `magnitude/doubled` as `doubled`."""
+
+    def doubled(scores: Tensor) -> Tensor:
+        return 2 * scores
+
+    monkeypatch.setitem(NORMALISATIONS, "doubled", doubled)
+    importance = find("magnitude/doubled")
+    assert find(importance.name) == importance
+    with pytest.raises(UserError, match="unknown importance 'identity'"):
+        find("identity")
+
+
 def test_any_score_with_any_normalisation() -> None:
     for name in ("magnitude", "l1", "rank", "random", "random/l1", "random/rank", "taylor", "grasp/min_max"):
         assert find(name).name == name

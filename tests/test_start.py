@@ -11,7 +11,7 @@ import pytest
 
 from processes import LONG
 from tombola.cli import main
-from tombola.study.schema import Study, fields, load_study
+from tombola.study.schema import Study, fields, load_study, presets
 
 pytest.importorskip("argcomplete", reason="argcomplete is not installed; to run: make .venv/installed-tests")
 
@@ -83,10 +83,18 @@ def test_each_shell_gets_a_script(shell: str, capsys: pytest.CaptureFixture[str]
 
 
 @pytest.mark.parametrize(
-    ("typed", "expected"), [("tombola wi", "winners"), ("tombola run digits --recipe.warm", "--recipe.warmup")]
+    ("typed", "expected"),
+    [
+        ("tombola wi", {"winners"}),
+        ("tombola run digits --recipe.warm", {"--recipe.warmup"}),
+        ("tombola run ", {*presets(), "mine.toml", "folder/"}),
+    ],
 )
-def test_what_is_typed_is_completed(typed: str, expected: str, tmp_path: Path) -> None:
-    answer = tmp_path / "answer"
+def test_what_is_typed_is_completed(typed: str, expected: set[str], tmp_path: Path) -> None:
+    for name in ("mine.toml", "mine.py"):
+        (tmp_path / name).touch()
+    (tmp_path / "folder").mkdir()
+    answer = tmp_path / "folder" / "answer"
     about = {
         "_ARGCOMPLETE": "1",
         "_ARGCOMPLETE_STDOUT_FILENAME": str(answer),
@@ -96,5 +104,5 @@ def test_what_is_typed_is_completed(typed: str, expected: str, tmp_path: Path) -
         "COMP_TYPE": "9",
     }
     command = [sys.executable, "-c", "from tombola.cli import main; main()"]
-    subprocess.run(command, env=os.environ | about, check=True, timeout=LONG, capture_output=True)
-    assert expected in answer.read_text().split()
+    subprocess.run(command, cwd=tmp_path, env=os.environ | about, check=True, timeout=LONG, capture_output=True)
+    assert set(answer.read_text().split()) == expected

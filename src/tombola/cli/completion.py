@@ -20,7 +20,7 @@ def add_verbs(verbs: Verbs) -> None:
 
 
 def completion(options: argparse.Namespace) -> int:
-    """Print a script that lets a shell complete verbs and options.
+    """Print a script that lets a shell complete verbs, names of presets, and options.
 
     Bash: add the line `eval "$(tombola completion bash)"` to ~/.bashrc. Zsh: add `eval "$(tombola completion zsh)"` to
     ~/.zshrc. Fish: add `tombola completion fish | source` to ~/.config/fish/config.fish.
@@ -40,4 +40,4 @@ def complete(parser: argparse.ArgumentParser) -> None:
             import argcomplete
         except ImportError:
             sys.exit(1)
-        argcomplete.autocomplete(parser)
+        argcomplete.autocomplete(parser, always_complete_options=False)  # else they would hide the names of presets

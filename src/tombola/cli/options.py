@@ -98,9 +98,10 @@ def study_options() -> Parser:
     from tombola.study.schema import is_list
 
     parser = Parser(add_help=False)
-    parser.add_argument(
+    study = parser.add_argument(
         "study", metavar="STUDY", help="the name of a preset (see `tombola presets`), or the path of a TOML file"
     )
+    study.completer = _complete_study  # type: ignore[attr-defined]  # where argcomplete looks for it
     add_store(parser)
     parser.add_argument(
         "--data",
@@ -127,6 +128,15 @@ def study_options() -> Parser:
         flag = f"--{name.replace('_', '-')}"
         overrides.add_argument(flag, dest=name, metavar=metavar(annotation), help=text, **kind)
     return parser
+
+
+def _complete_study(prefix: str, **_: Any) -> list[str]:
+    """Return what can be typed for a study: the presets, the folders and the TOML files here."""
+    from argcomplete.completers import FilesCompleter
+
+    from tombola.study.schema import presets
+
+    return [*presets(), *FilesCompleter(["toml"])(prefix)]
 
 
 def table_options() -> Parser:

@@ -175,7 +175,7 @@ SCORES: dict[str, Score | NetworkScore] = {**LAYER_SCORES, **NETWORK_SCORES}
 def find(name: str) -> Importance:
     """Return the importance with a name of `IMPORTANCES`, a score, or any score with any normalisation.
 
-    The last is written `score/normalisation`.
+    The last is written `score/normalisation`. A normalisation alone is short for that of the magnitude.
 
     Raises:
         UserError: if there is no such importance, score or normalisation.
@@ -187,7 +187,9 @@ def find(name: str) -> Importance:
     if name in IMPORTANCES:
         return IMPORTANCES[name]
     score, slash, normalise = name.partition("/")
-    if not slash:
+    if not slash and name in NORMALISATIONS and name != "identity":
+        score, normalise = "magnitude", name
+    elif not slash:
         if name not in SCORES:
             raise UserError(
                 f"unknown importance {name!r}; {did_you_mean(name, dict.fromkeys([*IMPORTANCES, *SCORES]))}"
