@@ -58,6 +58,13 @@ def test_variance_does_not_cancel_where_nearly_all_is_alive() -> None:
     assert variance == pytest.approx(stats.hypergeom.var(size, size - 1, size - 1), rel=1e-3)
 
 
+def test_interval_of_the_moments_of_a_binomial_is_that_of_the_binomial() -> None:
+    n, p = (each.ravel() for each in np.meshgrid([3, 10, 77, 1000], [0.03, 0.4, 0.5, 0.9]))
+    low, high = interval(n * p, n * p * (1 - p), np.zeros_like(n), n)
+    assert (low == stats.binom.ppf(0.025, n, p)).all()
+    assert (high == stats.binom.ppf(0.975, n, p)).all()
+
+
 @pytest.mark.parametrize("largest", [12, 300, 5000])
 def test_interval_of_two_is_the_hypergeometric_one(largest: int) -> None:
     random = np.random.default_rng(largest)

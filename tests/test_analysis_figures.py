@@ -273,7 +273,10 @@ def test_reinit_by_hand() -> None:
     excess = [3 / 1.5 - 1, 2 / 2 - 1]
     assert x["excess"] == pytest.approx(np.mean(excess))
     assert x["high"] - x["excess"] == pytest.approx(12.7062 * np.std(excess, ddof=1) / math.sqrt(2), rel=1e-4)
+    # by the hypergeometric distribution, 0 to 3 of 4 survive in the first draw, and 1 to 3 in the second
+    assert (x["chance_low"], x["chance_high"]) == ((0 / 1.5 + 1 / 2) / 2 - 1, (3 / 1.5 + 3 / 2) / 2 - 1)
     whole = only(table, layer="(all)")
+    assert whole["chance_low"] < 0 < whole["chance_high"]
     assert whole["survived"] == (3 + 3) / 2
     assert whole["expected"] == pytest.approx((1.5 + 0.25 + 2 + 0.5) / 2)
 

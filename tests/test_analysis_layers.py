@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from itertools import pairwise
 
+import polars as pl
 import pytest
 import torch
 from hypothesis import given, settings
@@ -13,6 +14,7 @@ from torch.nn import functional
 
 from tombola import Mask, UserError
 from tombola.analysis import layers
+from tombola.analysis.gather import after
 from tombola.analysis.paths import Paths
 
 
@@ -32,6 +34,12 @@ def test_layers_by_hand() -> None:
     assert table["ahead"].to_list() == pytest.approx([-0.2, 0.3 - 1 / 6, 0.0])
     assert table["collapsed"].to_list() == [False] * 3
     assert table["effective"].to_list() == [None] * 3
+
+
+def test_seeds_in_which_a_layer_collapsed_are_counted() -> None:
+    table = layers.of_mask(Mask.from_tensors({"a": torch.zeros(2).bool()}))
+    seeds = pl.concat([after(table, level=1, importance="l1", seed=seed) for seed in (0, 1)])
+    assert layers.summarise(seeds)["collapsed"].to_list() == [2, 2]
 
 
 def test_a_dead_end_and_a_source_without_input_are_on_no_path() -> None:

@@ -115,6 +115,12 @@ def test_kappa_of_three_is_congers() -> None:
     assert found["kappa"] == pytest.approx((agree - by_chance) / (1 - by_chance))
 
 
+def test_of_an_incomplete_group_only_pairs_are_compared() -> None:
+    masks = {name: Mask.from_tensors({"w": torch.rand(9) < 0.5}) for name in "abc"}
+    assert set(overlap._compare(masks, (), together=False)["k"]) == {2}
+    assert set(overlap.of_masks(masks)["k"]) == {2, 3}
+
+
 def test_blocks_and_bytes_that_are_not_full_are_counted_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     masks = random_masks(5, 3, (1, 63, 64, 65, 1000))
     whole = overlap.of_masks(masks)

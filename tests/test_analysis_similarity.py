@@ -70,6 +70,8 @@ def test_calibration_by_hand() -> None:
     assert calibration_error(probabilities, labels, 10) == pytest.approx((0.05 + 0.85 + 2 * 0.055) / 4)
     assert calibration_error(probabilities, labels, 1) == pytest.approx(abs(0.5 - (0.95 + 0.85 + 0.55 + 0.56) / 4))
     assert calibration_error(torch.eye(3), torch.arange(3)) == 0.0
+    edge = torch.tensor([[0.75, 0.25], [0.875, 0.125]])  # a bin contains its upper end, so 0.75 has one of its own
+    assert calibration_error(edge, torch.tensor([1, 0]), 4) == (0.75 + 0.125) / 2
 
 
 def test_the_calibration_error_in_another_way() -> None:
@@ -112,6 +114,8 @@ def test_products_of_wide_layers_in_single_precision_are_those_in_double() -> No
     exact, found = compare_examples(wide.double()), compare_examples(wide)
     assert found.equal(found.T)
     assert (found - exact).abs().max() < 1e-5 * exact.abs().max()
+    other_order = compare_examples(wide.double().flatten(1).flip(1))
+    assert (other_order - exact).abs().max() < 1e-9 * exact.abs().max()
 
 
 def test_outputs_of_half_precision_are_multiplied_in_single() -> None:

@@ -47,7 +47,7 @@ from tombola.lottery.ticket_file import Content
 from tombola.pruning.coverage import cover
 from tombola.pruning.eligible import list_shared
 from tombola.pruning.mask import resolve_kept_dense
-from tombola.pruning.start import check_start
+from tombola.pruning.start import check_start, check_step
 from tombola.reporting import tables
 from tombola.study.reinitialisation import plan
 from tombola.study.tickets import Tickets
@@ -566,8 +566,29 @@ def test_zeros_of_an_initialisation_are_no_mask() -> None:
     nn.init.zeros_(model[0].weight)
     nn.init.eye_(model[1].weight)
     with torch.no_grad():
-        model[3].weight[0] = 0  # nine of them
+        model[3].weight.view(-1)[:16] = 0  # as many as are no mask yet
     check_start(model, Mask.ones_like(model, prune=["*.weight"]), ["*.weight"], "model")
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_weights_that_count_only_where_they_are_large_are_not_masked(sign: int) -> None:
+    model, kept = nn.Linear(20, 10), torch.arange(200).reshape(10, 20) % 2
+    model.register_buffer("kept", kept)
+
+    def outputs() -> Tensor:
+        large = (sign * model.weight - 1).relu()  # above all initial weights
+        return nn.functional.linear(torch.ones(1, 20), model.weight * kept + large * (1 - kept))
+
+    outputs().sum().backward()
+    check_step(model, Mask.ones_like(model), {"weight": model.weight.detach().clone()}, outputs, "model")
+
+
+def test_a_sparse_gradient_says_nothing_about_a_mask() -> None:
+    model = nn.Embedding(20, 10, sparse=True)
+    model.register_buffer("kept", torch.arange(200).reshape(20, 10) % 2)
+    start = {"weight": model.weight.detach().clone()}
+    model(torch.arange(20)).sum().backward()
+    check_step(model, Mask.ones_like(model, prune=["*"]), start, lambda: model(torch.arange(20)), "model")
 
 
 def test_a_layer_with_weight_norm_is_left_out_by_a_pattern() -> None:

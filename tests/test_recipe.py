@@ -303,6 +303,18 @@ def test_an_optimizer_that_cannot_be_resumed_is_refused(make: Any, said: str) ->
         check_optimizer(make, 0.1, [weight], "opt")
 
 
+def test_the_state_of_an_own_optimizer_is_copied() -> None:
+    weight = nn.Parameter(torch.ones(3))
+    weight.grad = torch.ones(3)
+    optimizer = OwnOptimizer(torch.optim.RMSprop, 0.1, [weight])
+    optimizer.step(0.1)
+    kept = optimizer.tensors()
+    before = {name: tensor.clone() for name, tensor in kept.items()}
+    optimizer.step(0.1)
+    assert all(kept[name].equal(before[name]) for name in before)
+    assert not optimizer.tensors()["0.square_avg"].equal(kept["0.square_avg"])
+
+
 def test_the_groups_of_an_optimizer_keep_their_proportions() -> None:
     one, other = nn.Parameter(torch.ones(1)), nn.Parameter(torch.ones(1))
     one.grad = other.grad = torch.ones(1)

@@ -9,13 +9,16 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from small_study import OVERRIDES
-from tombola import Planner, Store, load_problem, load_study
-from tombola.analysis.accuracy import Row, rows, table2
+from tombola import Mask, Planner, Store, Ticket, Weights, load_problem, load_study
+from tombola.analysis.accuracy import Row, row_of, rows, table2
 from tombola.cli.results import show_results
 from tombola.cli.tables import size
+from tombola.study.planner import Chain
 from tombola.study.tickets import Tickets
+from tombola.training.history import History, Trained
 from tombola.workbench.text import duration
 
 
@@ -46,6 +49,13 @@ def test_a_cell_of_one_seed_has_no_standard_deviation_and_one_without_results_no
 def test_diverged_trainings_are_counted_and_left_out_of_the_mean() -> None:
     cell = table2(FOUND, ["l1", "l2"]).cells[1, "l1"]
     assert (cell.values, cell.diverged) == ((0.80,), 1)
+
+
+def test_a_training_that_diverged_has_no_training_loss() -> None:
+    mask, weights = Mask.from_tensors({"w": torch.ones(2).bool()}), Weights.of({"w": torch.ones(2)})
+    for at, loss in ((None, 0.5), (3, None)):
+        trained = Trained(weights, History(losses=(1.0, 0.5), diverged_at=at))
+        assert row_of(Chain(0, "l1"), Ticket(0, mask, weights, trained)).train_loss == loss
 
 
 def test_the_best_has_the_highest_mean_of_those_with_the_most_seeds() -> None:

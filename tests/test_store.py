@@ -66,6 +66,58 @@ def test_what_is_put_comes_back_to_the_bit(store: Store) -> None:
     assert store.results.record(KEY) == {"seconds": 1.0}
 
 
+def test_a_result_that_another_run_removes_while_it_is_read_is_not_there(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(store)
+    read = store.results._read
+
+    def remove_first(key: str, name: str) -> bytes:
+        store.results.discard(key)
+        return read(key, name)
+
+    monkeypatch.setattr(store.results, "_read", remove_first)
+    assert store.results.get(KEY) is None
+
+
+def test_a_damaged_behaviour_keeps_its_number(store: Store) -> None:
+    assert store.behaviours.add(KEY, 0, ((1.0,),))
+    (store.root / "behaviours" / f"{KEY}.0.json").write_text("{}")
+    assert store.behaviours.add(MASK_NAME, 1, ((2.0,),))
+    assert store.behaviours.all(KEY) == {0: None}
+    assert not store.behaviours.add(KEY, 0, ((1.0,),))
+
+
+@pytest.mark.parametrize("number", [errno.EPERM, errno.ENOTSUP, errno.EMLINK])
+def test_a_behaviour_is_stored_where_there_are_no_hard_links(
+    store: Store, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def refuse(source: str, target: Path) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "link", refuse)
+    assert store.behaviours.add(KEY, 0, ((1.0,),))
+    assert store.behaviours.all(KEY) == {0: ((1.0,),)}
+
+
+def test_metrics_that_are_added_later_replace_no_others(store: Store) -> None:
+    put(store)
+    for metrics in ({"test": {"f1": 0.5}}, {"validation": {"f1": 0.25}}, {"test": {"r2": 1.0}}):
+        store.results.add_metrics(KEY, metrics)
+    assert store.results.metrics(KEY) == {"test": {"f1": 0.5, "r2": 1.0}, "validation": {"f1": 0.25}}
+
+
+def test_a_store_that_another_process_makes_at_the_same_time_is_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def be_too_late(path: Path, content: bytes) -> None:
+        path.write_bytes(content)
+        raise UserError("the unfinished marker was swept")
+
+    monkeypatch.setattr("tombola.store.store.write_atomically", be_too_late)
+    assert Store(tmp_path / "store").root.is_dir()
+
+
 def test_only_living_weights_are_stored(store: Store) -> None:
     mask = Mask.from_tensors({"w": torch.arange(100_000).reshape(100, 1000) % 100 == 0})
     state = apply_mask({"w": torch.ones(100, 1000)}, mask)
@@ -329,6 +381,14 @@ def test_sweeping_leaves_what_others_write(store: Store) -> None:
 
     store.sweep(alone)
     assert files(store.root) == ["store.json", "tmp/later"]
+
+
+def test_sweeping_leaves_the_checkpoints_of_trainings_that_are_not_done(store: Store) -> None:
+    put(store)
+    for key in (KEY, CHECKPOINT_NAME):
+        store.checkpoints.put(key, checkpoint_to_bytes(Checkpoint(3, {"w": torch.ones(2)})))
+    store.sweep(lambda: True)
+    assert [store.checkpoints.read(key) is None for key in (KEY, CHECKPOINT_NAME)] == [True, False]
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,8 @@ def match_names(names: Collection[str], known: Collection[str]) -> dict[str, str
 
     >>> match_names(["fc.weight", "head.bias"], ["module._orig_mod.fc.weight", "module._orig_mod.fc.bias"])
     {'fc.weight': 'module._orig_mod.fc.weight'}
+    >>> match_names(["fc.weight"], ["module.fc.weight", "fc.weight"])
+    {'fc.weight': 'fc.weight'}
     """
     by_bare: dict[str, list[str]] = {}
     for name in known:

@@ -25,8 +25,8 @@ class Losses:
     >>> losses = Losses(begin=0, end=3, per_epoch=2)
     >>> for loss in (3.0, 1.0, 0.5):
     ...     losses.append(torch.tensor(loss))
-    >>> losses.iteration, losses.epoch_means()
-    (3, (2.0, 0.5))
+    >>> losses.iteration, losses.end_an_epoch, losses.epoch_means()
+    (3, True, (2.0, 0.5))
     """
 
     def __init__(self, begin: int, end: int, per_epoch: int, device: str = "cpu") -> None:
