@@ -245,6 +245,16 @@ def test_workers_end_by_themselves_when_the_parent_is_gone(tmp_path: Path) -> No
         arrival.go()
 
 
+def test_a_worker_says_that_the_store_was_damaged_since_the_run_began(tmp_path: Path) -> None:
+    plan = planner(tmp_path / "store")
+    (tmp_path / "store" / "store.json").write_bytes(b"")
+    with (
+        LocalWorkers(1, TASK, None, tmp_path / "store") as workers,
+        pytest.raises(UserError, match=r"level 0 failed: store .*store\.json"),
+    ):
+        run(plan, workers, lambda *_: None)
+
+
 def test_what_a_user_did_wrong_is_said_by_the_worker(tmp_path: Path) -> None:
     plan = planner(tmp_path / "store")
     with (

@@ -141,8 +141,8 @@ def _check_not_precious(path: Path) -> None:
 def write_output(path: Path, content: bytes) -> None:
     """Write a file that a user has named, atomically if it is a regular file.
 
-    A symbolic link stays, and the file that it names is replaced. A device or a pipe stays and is written to, and so
-    does a file that is open already, such as `/dev/stdout`. A file that users write themselves (.py, .toml, .ipynb) and
+    A symbolic link stays, and the file that it names is replaced. A device or a pipe stays, and is written to, and so
+    is a file that is open already, such as `/dev/stdout`. A file that users write themselves (.py, .toml, .ipynb) and
     what lies in a store is not replaced.
 
     Raises:

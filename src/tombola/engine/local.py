@@ -308,8 +308,8 @@ def _work(connection: Connection, setting: _Setting) -> None:
     os.register_at_fork(after_in_child=connection.close)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(THREADS)
-    store = None if setting.store is None else Store(setting.store, create=False)
     problem: Problem | None = None
+    store: Store | None = None
     try:
         while True:
             job: Job | RoundJob = connection.recv()
@@ -317,6 +317,8 @@ def _work(connection: Connection, setting: _Setting) -> None:
             try:
                 with watch_exits():
                     problem = problem or load_problem(setting.task, setting.directory)
+                    if store is None and setting.store is not None:
+                        store = Store(setting.store, create=False)  # it may have been damaged since the run began
                     event = _perform(job, problem, store, setting.checkpoint_every, connection)
             except BaseException as error:  # a user's code may raise anything
                 event = Failed.by(job.key, error)
