@@ -921,6 +921,15 @@ def test_packed_functions_refuse_targets_that_overlap() -> None:
     for at in ((x, free), (free, x)):
         with pytest.raises(ValueError, match=r"^gradient: expected .*memory of its own"):
             extension.normalise_gradient_packed(size, *at, *both, False, (None, 0), later, three.clone(), three.clone())
+    apart = (torch.zeros(2, 3, 108, block), 1)
+    ends = (three.clone(), three.clone())
+    for name, at in {
+        "gradient": (free, apart, x, later),  # x, delta, y and the gradient
+        "delta": (free, x, later, apart),
+        "delta: expected memory of its own, got that of x": (x, later, free, apart),
+    }.items():
+        with pytest.raises(ValueError, match=rf"^{name}"):
+            extension.normalise_gradient_packed(size, *at[:2], *both, True, *at[2:], *ends)
     for name, call in calls:
         with pytest.raises(ValueError, match=rf"^{name}: expected .*memory of its own"):
             call(x, later)

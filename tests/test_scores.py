@@ -6,6 +6,7 @@ import copy
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -72,6 +73,7 @@ def scores(
     return score_network(
         score,
         mask,
+        removed=20,
         model=model,
         state=model.state_dict(),
         data=images(),
@@ -295,8 +297,8 @@ def test_a_learned_mask_has_the_least_loss_of_all_masks(seed: int) -> None:
         model.weight.copy_(weights)
     batches = 10 * [(torch.eye(5), best[:, None])]
     alive = {"weight": torch.ones(1, 5, dtype=torch.bool)}
-    network = Network(model, alive, batches, functional.mse_loss, torch.Generator().manual_seed(seed), removed=3)
-    learned = NETWORK_SCORES["concrete"](network)["weight"].flatten()
+    network = Network(model, alive, batches, functional.mse_loss, torch.Generator().manual_seed(seed))
+    learned = NETWORK_SCORES["concrete"](replace(network, removed=3))["weight"].flatten()
 
     def loss_of(pair: Sequence[int]) -> float:
         mask = torch.zeros(5).index_fill(0, torch.tensor(pair), 1)
@@ -314,21 +316,46 @@ def test_masks_are_drawn_from_the_concrete_distribution(quantile: float) -> None
     assert float((drawn < quantile).float().mean()) == pytest.approx(expected, abs=4 * (0.25 / count) ** 0.5)
 
 
-@pytest.mark.parametrize("removed", [10, 50, 90])
+@pytest.mark.parametrize("removed", [10, 30, 50])
 def test_learned_probabilities_have_the_density_that_is_left(removed: int) -> None:
     model = build()
     mask = half(model)
     arguments = {"model": model, "state": model.state_dict(), "data": images(), "loss": functional.cross_entropy}
-    found = score_network(NETWORK_SCORES["concrete"], mask, removed, **arguments, seed=3, batch_size=BATCH)  # type: ignore[arg-type]
-    kept = sum(float(found[layer][mask[layer]].sum()) for layer in mask)
-    assert kept == pytest.approx(mask.alive - removed, rel=0.1)
-    assert all(0 <= float(each.min()) <= float(each.max()) <= 1 for each in found.values())
+    for kept_dense in (set(), {"fc.weight", "conv3.weight"}):
+        layers = mask.keys() - kept_dense
+        found = score_network(NETWORK_SCORES["concrete"], mask, layers, removed, **arguments, seed=3, batch_size=BATCH)  # type: ignore[arg-type]
+        kept, alive = (sum(float(each[layer][mask[layer]].sum()) for layer in layers) for each in (found, mask))
+        assert kept == pytest.approx(alive - removed, rel=0.1)
+        assert all(0 <= float(each.min()) <= float(each.max()) <= 1 for each in found.values())
+        assert all(found[layer].eq(1).all() for layer in kept_dense)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_masks_are_learned_for_weights_of_other_types(dtype: torch.dtype) -> None:
+    model = nn.Linear(6, 3).to(dtype)
+    batches = [(torch.randn(4, 6).to(dtype), torch.tensor([0, 1, 2, 0]))]
+    after = loops.prune(
+        model, Mask.ones_like(model), find("concrete"), 0.5, loss=functional.cross_entropy, batches=batches
+    )
+    assert after.counts == {"weight": 9}
+
+
+def test_a_round_that_removes_nothing_asks_no_score() -> None:
+    model = nn.Linear(6, 3)
+    dense, batches = Mask.ones_like(model), [(torch.randn(4, 6), torch.tensor([0, 1, 2, 0]))]
+    after = loops.prune(model, dense, find("concrete"), 0.01, loss=functional.cross_entropy, batches=batches)
+    assert after.counts == dense.counts
+    with pytest.raises(ImportanceError, match="it learns which of 18 connections to keep, and 0 are removed"):
+        NETWORK_SCORES["concrete"](
+            Network(model, dense, batches, functional.cross_entropy, torch.Generator(), prunable=["weight"])
+        )
 
 
 def test_a_score_knows_how_many_connections_a_round_removes() -> None:
     model, asked = build(), []
 
     def note(network: Network) -> Mapping[str, Tensor]:
+        assert set(network.prunable or ()) == dense.keys() - {"fc.weight"}
         asked.append((sum(int(each.sum()) for each in network.alive.values()), network.removed))
         return {layer: weight.detach().abs() for layer, weight in network.weights.items()}
 
@@ -337,13 +364,15 @@ def test_a_score_knows_how_many_connections_a_round_removes() -> None:
     compute = partial(
         score_network, model=model, state=model.state_dict(), data=images(), loss=functional.cross_entropy, seed=3
     )
-    after = prune(dict(model.named_parameters()), dense, importance, 0.36, score_network=compute)
+    after = prune(dict(model.named_parameters()), dense, importance, 0.36, keep_dense=["fc"], score_network=compute)
     (first, removed), (second, rest) = asked
     assert (first, second, second - rest) == (dense.total, first - removed, after.alive)
     assert 0 < removed < dense.total - after.alive
     asked.clear()
     batches = [(images().train_inputs, images().train_labels)]
-    alone = loops.prune(model, dense, importance, 0.36, loss=functional.cross_entropy, batches=batches)
+    alone = loops.prune(
+        model, dense, importance, 0.36, keep_dense=["fc"], loss=functional.cross_entropy, batches=batches
+    )
     assert (alone.counts, asked) == (after.counts, [(first, removed), (second, rest)])
 
 

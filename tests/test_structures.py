@@ -254,8 +254,8 @@ def test_a_step_sees_the_weights_of_a_sparse_network() -> None:
 def test_scores_of_several_inputs_equal_those_of_one(name: str) -> None:
     def score(data: Dataset, model: nn.Module, **options: Any) -> dict[str, Tensor]:
         found = score_network(
-            NETWORK_SCORES[name], Mask.ones_like(model), model=model, state=model.state_dict(), data=data, seed=0,
-            loss=functional.cross_entropy, **options,
+            NETWORK_SCORES[name], Mask.ones_like(model), removed=2, model=model, state=model.state_dict(), data=data,
+            seed=0, loss=functional.cross_entropy, **options,
         )  # fmt: skip
         return dict(found)
 

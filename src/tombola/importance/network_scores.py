@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -50,9 +50,10 @@ class Network:
             `tombola.inputs`.
         loss: a function (outputs, labels) -> scalar, the mean over the batch.
         generator: the random stream of this round of pruning.
-        removed: the number of connections that are removed by these scores.
         forward: a function (model, inputs) -> outputs.
         step: a function (model, inputs, labels) -> loss, instead of `forward` and `loss`; None for these.
+        prunable: the layers whose connections may be removed; None for all.
+        removed: the number of connections that are removed by these scores.
     """
 
     model: nn.Module
@@ -60,9 +61,10 @@ class Network:
     batches: Sequence[tuple[Any, Any]]
     loss: Callable[[Tensor, Any], Tensor]
     generator: torch.Generator
-    removed: int = 1
     forward: Forward = call
     step: OwnStep | None = None
+    prunable: Collection[str] | None = None
+    removed: int = 0
 
     def outputs(self, inputs: Tensors) -> Tensor:
         """Return the outputs for the inputs of a batch."""
@@ -282,35 +284,42 @@ def concrete(network: Network) -> dict[str, Tensor]:
     a number a for each connection. In each step, the weight is multiplied by a sample of the Concrete distribution
     (Maddison et al., arXiv 1611.00712): sigmoid((a + log u - log(1 - u)) / T), with u uniform in (0, 1) and T = 2/3.
     Two things are minimised: the loss, and the distance of the mean of sigmoid(a) from the density that the round of
-    pruning leaves. The gradient of this mean is scaled to the norm of the loss's gradient, times four times the
-    relative distance (1 at most), so that no factor has to be chosen. The source balances gradients too; its best
-    objective is not the loss, but the divergence from the outputs of the dense network.
+    pruning leaves in the layers that it prunes. The gradient of this mean is scaled to the norm of the loss's gradient,
+    times four times the relative distance (1 at most), so that no factor has to be chosen. The source balances
+    gradients too; its best objective is not the loss, but the divergence from the outputs of the dense network.
 
-    Learning passes over the examples 20 times, so it takes more than 20 times as long as other scores of the network.
+    Learning passes over the examples 20 times. Layers that the round does not prune are left as they are, and have 1.
 
-    >>> scores = concrete(_example(loss=lambda outputs, labels: (outputs - 6).square().mean()))["weight"]
-    >>> scores[0, 0] > scores[0, 1]  # the outputs, 6 x_1 m_1 - 2 x_2 m_2 for x = 1, are 6 if the mask is (1, 0)
+    >>> network = _example(loss=lambda outputs, labels: (outputs - 6).square().mean())
+    >>> scores = concrete(replace(network, removed=1))["weight"]
+    >>> scores[0, 0] > scores[0, 1]  # the outputs, 6 m_1 - 2 m_2, are 6 if the mask m is (1, 0)
     tensor(True)
     """
-    weights = {layer: weight.detach() for layer, weight in network.weights.items()}
-    alive = sum(int(each.sum()) for each in network.alive.values())
-    density = max(alive - network.removed, 1) / max(alive, 2)
-    learned = {layer: torch.full_like(weight, math.log(density / (1 - density))) for layer, weight in weights.items()}
-    learned = {layer: each.requires_grad_() for layer, each in learned.items()}
-    optimizer = torch.optim.Adam(learned.values(), lr=_LEARNING_RATE)
+    layers = [layer for layer in network.alive if network.prunable is None or layer in network.prunable]
+    weights = {layer: network.weights[layer].detach() for layer in layers}
+    alive = {layer: network.alive[layer].float() for layer in layers}
+    total = int(sum(each.sum() for each in alive.values()))
+    if not 0 < network.removed < total:
+        raise ImportanceError(f"it learns which of {total} connections to keep, and {network.removed} are removed")
+    density = 1 - network.removed / total
+    logits = {layer: torch.full_like(alive[layer], math.log(density / (1 - density))) for layer in layers}
+    logits = {layer: each.requires_grad_() for layer, each in logits.items()}
+    optimizer = torch.optim.Adam(logits.values(), lr=_LEARNING_RATE)
     loss_of = _LossOf(network)
-    for number in range(_PASSES * len(network.batches)):
-        inputs, labels = network.batches[number % len(network.batches)]
-        masked = {f"model.{layer}": weights[layer] * _sample(learned[layer], network.generator) for layer in weights}
-        slopes = _gradient_of(_finite(functional_call(loss_of, masked, (inputs, labels))), learned)
-        kept = _sum_all(each.sigmoid() * network.alive[layer] for layer, each in learned.items()) / alive
-        towards = _gradient_of(kept, learned)
-        distance = max(-1.0, min(1.0, _STRENGTH * (kept.item() / density - 1)))
+    for inputs, labels in _PASSES * tuple(network.batches):
+        samples = {layer: _sample(logits[layer], network.generator) for layer in layers}
+        masked = {f"model.{layer}": weights[layer] * samples[layer].to(weights[layer].dtype) for layer in layers}
+        slopes = _gradient_of(_finite(functional_call(loss_of, masked, (inputs, labels))), logits)
+        kept = {layer: logits[layer].detach().sigmoid() for layer in layers}
+        towards = {layer: kept[layer] * (1 - kept[layer]) * alive[layer] / total for layer in layers}
+        mean = float(_sum_all(kept[layer] * alive[layer] for layer in layers)) / total
+        distance = max(-1.0, min(1.0, _STRENGTH * (mean / density - 1)))
         factor = distance * _norm(slopes) / _norm(towards).clamp_min(torch.finfo(torch.float32).tiny)
-        for layer, each in learned.items():
-            each.grad = slopes[layer] + factor * towards[layer]
+        for layer in layers:
+            logits[layer].grad = slopes[layer] + factor * towards[layer]
         optimizer.step()
-    return {layer: each.detach().double().sigmoid() for layer, each in learned.items()}
+    others = {layer: torch.ones_like(each, dtype=torch.float64) for layer, each in network.alive.items()}
+    return others | {layer: each.detach().double().sigmoid() for layer, each in logits.items()}
 
 
 NETWORK_SCORES: dict[str, NetworkScore] = {

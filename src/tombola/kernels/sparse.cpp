@@ -928,6 +928,11 @@ void normalise_gradient_packed(Size4 size, Bordered x, Bordered delta, nb::handl
     const auto out = images.at_or_none("y", y.first, y.second);
     check_apart("gradient", to.memory, "x", from.memory);
     check_apart_or_same("gradient", to, "delta", d);
+    check_apart("delta", d.memory, "x", from.memory);  // which the gate of y changes
+    if (out) {
+        check_apart_or_same("gradient", to, "y", *out);
+        check_apart_or_same("delta", d, "y", *out);
+    }
     const float *w = Tensor<float>("weight", weight).contiguous({channels}),
                 *b = Tensor<float>("bias", bias).contiguous({channels}),
                 *mean = Tensor<float>("statistics", statistics).contiguous({3, channels});

@@ -185,12 +185,13 @@ def _prepare_scoring(
     if any(map(is_sharded, model.parameters())):
         raise UserError(f"{what}, which needs all weights in one process, and the weights of this model are sharded")
 
-    def score_network(score: NetworkScore, mask: Mask, removed: int) -> Mapping[str, Tensor]:
+    def score_network(score: NetworkScore, mask: Mask, layers: Collection[str], removed: int) -> Mapping[str, Tensor]:
         network = copy.deepcopy(unwrap(model))
         zero_pruned(network, mask)
         names = match_names(mask, dict(network.named_parameters()))
         own = Mask.from_tensors({known: mask[name] for name, known in names.items()})
-        found = score_batches(score, own, removed, network=network, batches=batches, loss=loss, seed=seed)
+        prunable = {names[layer] for layer in layers}
+        found = score_batches(score, own, prunable, removed, network=network, batches=batches, loss=loss, seed=seed)
         if not isinstance(found, Mapping):
             return found  # `tombola.prune` says what is wrong
         return {name: found[known] for name, known in names.items() if known in found}

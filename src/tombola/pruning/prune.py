@@ -21,8 +21,12 @@ from tombola.pruning.selection import apportion, select
 from tombola.streams import generator
 from tombola.threads import one_thread
 
-ScoreNetwork: TypeAlias = Callable[[NetworkScore, Mask, int], Mapping[str, Tensor]]
-"""A function (score, mask) -> {layer: scores of the weight's shape}, which knows the network, the loss and the data."""
+ScoreNetwork: TypeAlias = Callable[[NetworkScore, Mask, Collection[str], int], Mapping[str, Tensor]]
+"""A function (score, mask, prunable, removed) -> {layer: scores of the weight's shape}.
+
+It knows the network, the loss and the data. `prunable` are the layers whose connections may be removed, and `removed`
+is the number of connections that are removed by these scores.
+"""
 
 
 def prune(
@@ -59,8 +63,8 @@ def prune(
             `tombola.pruning.selection.apportion`.
         shares: the shares of layers for the selection `shares`, by parameter name.
         rewound: the weights at the rewind point, by parameter name; a score such as `movement` needs them.
-        score_network: a function that computes the scores of a whole network, such as `taylor`, see
-            `tombola.training.scoring`.
+        score_network: a function (score, mask, prunable, removed) that computes the scores of a whole network, such as
+            `taylor`, see `tombola.training.scoring.score_network`.
         seed: the seed of the random numbers that the importance may draw; every layer has its own stream.
 
     Raises:
@@ -86,7 +90,7 @@ def prune(
     counted = {layer: count for layer, count in mask.counts.items() if layer not in left_out}
     layers = [layer for layer in counted if layer not in kept_dense]
     for layer in layers:
-        _check_weights(layer, weights, rewound or {})
+        _check_weights(layer, weights, rewound if rewound and importance.reads_rewind_point else {})
     count = count_to_remove(sum(counted.values()), fraction)
     prunable = sum(counted[layer] for layer in layers)
     if count > prunable:
@@ -115,11 +119,16 @@ def _check_weights(layer: str, *of_networks: Mapping[str, Tensor]) -> None:
 
 
 def _split(count: int, importance: Importance, alive: int) -> list[int]:
-    """Return the number of connections to remove in each step of a round; each step removes about the same fraction."""
-    steps = importance.score.steps if isinstance(importance.score, NetworkScore) else 1
+    """Return the number of connections to remove in each step of a round; each step removes about the same fraction.
+
+    A score of the whole network is not asked for a step that removes nothing.
+    """
+    if not isinstance(importance.score, NetworkScore):
+        return [count]
+    steps = importance.score.steps
     left = [alive * ((alive - count) / alive) ** (step / steps) if alive else 0.0 for step in range(1, steps)]
     ends = [0, *(alive - round(each) for each in left), count]
-    return [end - begin for begin, end in pairwise(ends)]
+    return [end - begin for begin, end in pairwise(ends) if end > begin]
 
 
 def _importance_of_layer(
@@ -139,7 +148,7 @@ def _importance_of_layer(
     if isinstance(score, NetworkScore):
         if score_network is None:
             raise UserError(f"importance {importance.name!r} needs the network, its loss and data, not weights alone")
-        found = _score_layers(score_network, importance, mask, removed, sizes)
+        found = _score_layers(score_network, importance, mask, sizes, removed)
 
     def compute(layer: str) -> Tensor:
         magnitudes = _read_magnitudes(weights, mask, layer, memory[: sizes[layer]])
@@ -163,12 +172,12 @@ def _importance_of_layer(
 
 
 def _score_layers(
-    score_network: ScoreNetwork, importance: Importance, mask: Mask, removed: int, layers: Collection[str]
+    score_network: ScoreNetwork, importance: Importance, mask: Mask, layers: Collection[str], removed: int
 ) -> Mapping[str, Tensor]:
     """Return the scores of a whole network, with a tensor of the weight's shape for each of these layers."""
     assert isinstance(importance.score, NetworkScore)
     with _attribute_failure(importance):
-        found = score_network(importance.score, mask, removed)
+        found = score_network(importance.score, mask, layers, removed)
         if not isinstance(found, Mapping):
             raise ImportanceError(f"expected a dict, layer -> scores, got {type(found).__name__}")
     for layer in layers:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +30,8 @@ TRIED = 8
 def score_network(
     score: NetworkScore,
     mask: Mask,
-    removed: int = 1,
+    prunable: Collection[str] | None = None,
+    removed: int = 0,
     *,
     model: nn.Module,
     state: State,
@@ -51,7 +52,8 @@ def score_network(
     Args:
         score: the score, see `tombola.importance.network_scores`.
         mask: the connections that are alive; the weights of the others are set to 0.
-        removed: the number of connections that are removed by the scores.
+        prunable: the layers whose connections may be removed; None for all.
+        removed: the number of connections that are removed by the scores; `concrete` needs it.
         model: the network; it is copied, and its own weights are ignored.
         state: the state to score.
         data: the data set from whose training set the examples come.
@@ -90,14 +92,24 @@ def score_network(
         for part in chosen.tensor_split(math.ceil(count / batch_size))
     ]
     return score_batches(
-        score, mask, removed, network=network, batches=batches, loss=loss, seed=seed, forward=forward, step=step
+        score,
+        mask,
+        prunable,
+        removed,
+        network=network,
+        batches=batches,
+        loss=loss,
+        seed=seed,
+        forward=forward,
+        step=step,
     )
 
 
 def score_batches(
     score: NetworkScore,
     mask: Mask,
-    removed: int = 1,
+    prunable: Collection[str] | None = None,
+    removed: int = 0,
     *,
     network: nn.Module,
     batches: Sequence[Batch],
@@ -111,7 +123,8 @@ def score_batches(
     Args:
         score: the score.
         mask: the connections that are alive, by the parameter names of `network`.
-        removed: the number of connections that are removed by the scores.
+        prunable: the layers whose connections may be removed; None for all.
+        removed: the number of connections that are removed by the scores; `concrete` needs it.
         network: the network with the weights to score, those of pruned connections 0; its mode and gradients change.
         batches: pairs (inputs, labels), on the device of the network.
         loss: a function of outputs and labels that returns the mean over the batch.
@@ -129,7 +142,9 @@ def score_batches(
     built_in = score in NETWORK_SCORES.values()
     before = None if built_in else state_hash(network.state_dict())
     with ambient(seed), torch.enable_grad(), flush_denormals(), deterministic_algorithms(device.type):
-        found = score(Network(network, alive, batches, loss, generator(seed, "score"), removed, forward, step))
+        found = score(
+            Network(network, alive, batches, loss, generator(seed, "score"), forward, step, prunable, removed)
+        )
     if before is not None and state_hash(network.state_dict()) != before:
         raise ImportanceError("it changed the network; a score has to leave weights and buffers as they are")
     return found
