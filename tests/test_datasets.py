@@ -202,7 +202,7 @@ class WithoutData(torch.Tensor):
         ({"std": (10**400,)}, "std: expected one finite number per channel, got (1000000"),
         ({"name": None}, "data set None: its name must be a text of at most 200 characters"),
         ({"name": "x" * 10**6}, "its name must be a text of at most 200 characters"),
-        ({"classes": 2}, "classes must be the names of the classes, got 2"),
+        ({"classes": 2}, "classes must be a list of the names of the classes, got 2"),
         ({"train_inputs": torch.tensor(1.0)}, "its inputs are a single number: the first dimension counts"),
         ({"train_inputs": torch.zeros(2, 0)}, "an example of shape (0,) holds no number"),
         ({"train_inputs": torch.zeros(2, 3, device="meta")}, "its inputs are on the device 'meta', where tensors"),
@@ -214,18 +214,32 @@ class WithoutData(torch.Tensor):
         ({"test_inputs": torch.zeros(2, 3).to_sparse()}, "test set: its inputs are sparse or nested: make them dense"),
         ({"train_labels": torch.tensor([0, 1]).to_sparse()}, "its labels are sparse or nested: make them dense"),
         ({"train_inputs": torch.zeros(2, 3, requires_grad=True)}, "its inputs require gradients: give tensor.detach()"),
-        ({"train_inputs": torch.zeros(2, 3).to(torch.float8_e5m2)}, "inputs are torch.float8_e5m2, a type with which"),
+        ({"train_inputs": torch.zeros(2, 3).to(torch.float8_e5m2)}, "inputs are torch.float8_e5m2, a type in which"),
         (
             {"train_inputs": torch.zeros(2, 3).as_subclass(WithoutData)},
             "its inputs have no data that can be read, as within FakeTensorMode",
         ),
-        ({"classes": {"a", "b"}}, "classes must be the names of the classes, got {"),
+        ({"classes": {"a", "b"}}, "classes must be a list of the names of the classes, got {"),
+        ({"classes": {0: "a", 1: "b"}}, "classes must be a list of the names of the classes, got {0: 'a'"),
+        ({"classes": np.array(2)}, "classes must be a list of the names of the classes, got array"),
+        ({"classes": "ab"}, "classes must be a list of the names of the classes, got 'ab'"),
     ],
 )
 def test_parts_that_do_not_fit_together_are_refused(changes, said):
     with pytest.raises(UserError) as caught:
         small(**changes)
     assert said in str(caught.value)
+
+
+def test_one_example_has_a_fingerprint_however_it_is_stored():
+    columns = torch.arange(16.0).view(1, 8, 2)
+    one, other = (
+        Dataset("one", inputs, torch.tensor([1]), inputs, torch.tensor([0]), ("a", "b"))
+        for inputs in (columns[:, :1, 0], columns[:, :1, 0].clone())
+    )
+    assert one.fingerprint == other.fingerprint
+    targets = Dataset("target", inputs := torch.rand(4, 2), inputs[:, 0], inputs[:1], inputs[:1, 1])
+    assert len(targets.fingerprint) == 64
 
 
 def test_classes_may_be_an_array_and_inputs_conjugate_views():

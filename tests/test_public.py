@@ -275,7 +275,7 @@ def test_what_is_of_a_wrong_type_is_told_in_a_sentence() -> None:
         ("find tickets", "metrics", "accuracy", "metrics: expected a list of names of .*; write \\['accuracy'\\]"),
         ("find tickets", "fraction", torch.tensor(0.2), "fraction: expected a number between 0 and 1, .* got Tensor"),
         ("save", "path", _BytesPath(), "Ticket.save: expected a path, got _BytesPath"),
-        ("save", "path", "x" * 5000, "^Ticket.save: 'x+ ... is no path, because it has more than 4096 characters$"),
+        ("save", "path", "x" * 5000, "^Ticket.save: 'x+ ... is no path, because it has more than 4095 bytes$"),
         ("Weights.of", "state", np.int64(3), "got 3$"),
     ],
 )

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 _LONGEST = 500  # characters of the message of a user's exception
-_LONGEST_PATH = 4096  # characters, as on Linux
+_LONGEST_PATH = 4095  # bytes, as on Linux
 
 
 class UserError(ValueError):
@@ -206,8 +206,8 @@ def as_path(value: object, what: str) -> Path:
         raise UserError(f"{what}: expected a path, got {kind_of(value)}")
     if "\0" in text:
         raise UserError(f"{what}: {short(text)} is no path, because it has a null character")
-    if len(text) > _LONGEST_PATH:
-        raise UserError(f"{what}: {short(text)} is no path, because it has more than {_LONGEST_PATH} characters")
+    if len(os.fsencode(text)) > _LONGEST_PATH:
+        raise UserError(f"{what}: {short(text)} is no path, because it has more than {_LONGEST_PATH} bytes")
     return Path(text)
 
 

@@ -133,7 +133,7 @@ def overlap(options: argparse.Namespace) -> int:
     tickets, names = open_compared(options)
     with warnings_as_notes(Warning):
         table = overlap.of_study(tickets, names, options.level)
-    note_no_floor(tickets, options, there=bool((table["kind"] == "data order").any()))
+    note_no_floor(tickets, options, there=has_data_orders(table))
     if options.level is not None:
         show_view(table, options.format, _overlap_at_levels)
         return 0
@@ -286,6 +286,11 @@ def note_no_floor(tickets: Tickets, options: argparse.Namespace, *, there: bool)
         )
         none = "the study has one data order; find the tickets of others with `tombola run --data-seeds`"
         print_note(f"no noise floor: {missing if tickets.planner.repeats else none}")
+
+
+def has_data_orders(table: pl.DataFrame) -> bool:
+    """Return whether a table compares two data orders at its last level; level 0 is the same for all importances."""
+    return bool((table.filter(table["level"] == table["level"].max())["kind"] == "data order").any())
 
 
 def show_view(table: pl.DataFrame, form: str, view: Callable[[pl.DataFrame], pl.DataFrame]) -> None:

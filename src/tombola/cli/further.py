@@ -6,7 +6,7 @@ import argparse
 from typing import TYPE_CHECKING
 
 from tombola.analysis.defaults import DRAWS, POINTS
-from tombola.cli.analysis import note_no_floor, note_no_interval, open_compared, show_view
+from tombola.cli.analysis import has_data_orders, note_no_floor, note_no_interval, open_compared, show_view
 from tombola.cli.options import Verbs, add_margin, add_tolerance, print_note, warnings_as_notes, whole_number
 from tombola.terminal import say
 
@@ -61,7 +61,7 @@ def matching(options: argparse.Namespace) -> int:
             "tickets of different initialisations are not compared: the study has one seed; "
             "find the tickets of others with `tombola run --seeds`"
         )
-    note_no_floor(tickets, options, there=bool((table["kind"] == "data order").any()))
+    note_no_floor(tickets, options, there=has_data_orders(table))
     show_view(table, options.format, _matching)
     return 0
 
@@ -88,9 +88,8 @@ def similarity(options: argparse.Namespace) -> int:
     if options.format != "table":
         show_view(table, options.format, _predictions)
         return 0
-    last = table.filter(table["level"] == table["level"].max())
     note_no_interval(tickets, options)
-    note_no_floor(tickets, options, there=bool((last["kind"] == "data order").any()))
+    note_no_floor(tickets, options, there=has_data_orders(table))
     means = similarity.summarise(table)
     show_view(means, options.format, _predictions)
     say("\nAccuracy and calibration, of two networks and of the mean of their predicted probabilities:")

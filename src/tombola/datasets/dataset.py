@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -75,9 +76,7 @@ class Dataset:
                 f"data set {short(self.name)}: its name must be a text of at most {_LONGEST_NAME} characters"
             )
         expect(self.drawn, Drawn | None, f"data set {self.name!r}: drawn", "batches that a function draws, or None")
-        if not hasattr(self.classes, "__len__") or isinstance(self.classes, set | frozenset):  # sets have no order
-            raise UserError(f"data set {self.name!r}: classes must be the names of the classes, got {self.classes!r}")
-        object.__setattr__(self, "classes", tuple(map(str, self.classes)))
+        object.__setattr__(self, "classes", _read_classes(f"data set {self.name!r}", self.classes))
         for split in self.splits:
             inputs, labels = getattr(self, f"{split}_inputs"), getattr(self, f"{split}_labels")
             where = f"data set {self.name!r}, {split} set"
@@ -264,7 +263,11 @@ def rank_in_class(labels: Tensor) -> Tensor:
 
 def digest_of(tensor: Tensor) -> list[str]:
     """Return what identifies a tensor: its type, its shape and the SHA-256 of its bytes."""
-    content = tensor.cpu().resolve_conj().resolve_neg().contiguous().view(-1).view(torch.uint8).numpy().data
+    whole = tensor.cpu().resolve_conj().resolve_neg().contiguous()
+    row = whole.as_strided(
+        (whole.numel(),), (1,)
+    )  # the step of a dimension of one number may be another, as of x[:1, 0]
+    content = row.view(torch.uint8).numpy().data
     return [str(tensor.dtype), str(tuple(tensor.shape)), hashlib.sha256(content).hexdigest()]
 
 
@@ -296,7 +299,7 @@ def _peculiarity(tensor: Tensor) -> str | None:
     if tensor.ndim == 0:
         return "are a single number: the first dimension counts the examples"
     if tensor.is_floating_point() and tensor.element_size() == 1:
-        return f"are {tensor.dtype}, a type with which torch hardly computes: make them float16 or float32"
+        return f"are {tensor.dtype}, a type in which torch can do few computations: make them float16 or float32"
     try:
         digest_of(tensor[:1])
     except RuntimeError:
@@ -349,6 +352,14 @@ def _name_tensors(inputs: Tensors, labels: Tensors) -> list[tuple[str, Tensor]]:
     """Return all tensors of a split, each with its name in messages."""
     parts = (("inputs", inputs), ("labels", labels))
     return [(f"{what}{name}", tensor) for what, part in parts for name, tensor in list_tensors(part).items()]
+
+
+def _read_classes(where: str, classes: object) -> tuple[str, ...]:
+    """Return the names of classes as texts; they have an order, as a list, a tuple or an array has."""
+    listed = classes.tolist() if isinstance(classes, np.ndarray | Tensor) else classes
+    if not isinstance(listed, Iterable) or isinstance(listed, str | Mapping | set | frozenset):
+        raise UserError(f"{where}: classes must be a list of the names of the classes, got {short(classes)}")
+    return tuple(map(str, listed))
 
 
 def _check_classes(where: str, inputs: Tensors, labels: Tensors, classes: int) -> None:

@@ -262,7 +262,7 @@ def _list_zip(path: Path) -> Iterator[tuple[str, int, None]]:
             file.seek(info.header_offset)
             if file.read(_NAME_AT + len(name))[_NAME_AT:] != name:  # no checksum protects the names of the directory
                 raise zipfile.BadZipFile(f"the name {info.filename[:200]!r} is not the one before that file")
-            if b"\0" in name:  # zipfile would end the name there, so that an image would be none
+            if b"\0" in name:  # zipfile would end the name there, so that an image would not be counted as one
                 raise _refusal(path, f"the name {info.orig_filename[:200]!r} in it has a null character")
             yield info.filename, info.file_size, None
 

@@ -163,7 +163,7 @@ def find_tickets(
     check_start(model, dense, prune, "model")
     shared = list_shared(model)
     kept = resolve_kept_dense(dense, keep_dense, prunable(model, prune).keys() - dense.keys(), shared)
-    rule = Rule(fraction, kept, selection, resolve_shares(dense, {} if shares is None else shares))
+    rule = Rule(fraction, kept, selection, resolve_shares(dense, shares))
     check_rule(rule, dense, levels)
     setting = _Setting(
         model=model, data=data, recipe=recipe, importance=importance, rule=rule, dense=dense, seed=seed,
@@ -181,7 +181,7 @@ def find_tickets(
         "exclude": exclude,
         "keep_dense": keep_dense,
         "selection": selection,
-        "shares": {name: share if isinstance(share, int) else float(share) for name, share in (shares or {}).items()},
+        "shares": {name: share if isinstance(share, int) else float(share) for name, share in shares.items()},
         "score_at": score_at,
         "device": device,
         "kernels": kernels,
