@@ -20,6 +20,7 @@ from torch import nn
 from tombola import Planner, Store, UserError, load_problem, load_study, train
 from tombola.analysis import claims, connectivity, functions, layers, overlap, reinit, stability, weights, winners
 from tombola.cli import main
+from tombola.cli.analysis import has_data_orders
 from tombola.pruning.mask import Mask
 from tombola.study.planner import Chain
 from tombola.study.reinitialisation import plan
@@ -385,6 +386,12 @@ def test_without_other_data_orders_a_note_says_how_to_get_the_noise_floor(
 ) -> None:
     assert command(folder, "overlap", "--data-seeds") == 0
     assert "no noise floor: the study has one data order; find the tickets of" in capsys.readouterr().err
+
+
+def test_two_data_orders_of_the_dense_network_alone_are_no_noise_floor() -> None:
+    table = pl.DataFrame({"level": [0, 0, 2], "kind": ["importances", "data order", "importances"]})
+    assert not has_data_orders(table)
+    assert has_data_orders(table.with_columns(kind=pl.lit("data order")))
 
 
 @pytest.mark.parametrize(
