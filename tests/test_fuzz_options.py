@@ -110,7 +110,7 @@ def test_no_value_of_an_option_raises(words: list[str]) -> None:
         (["plan", "--seeds", "1" + 30 * "0"], "seeds.0: expected a number up to 9.22337e+18, got 1000"),
         (["plan", "--recipe.gamma", "1e200", "--recipe.schedule", "milestones", "--recipe.milestones", "1", "2"],
          "recipe: gamma: at the last milestone, the learning rate would be more than e^88"),
-        (["plan", "--recipe.iterations", "1" + 12 * "0"], "a training of 1000000000000 iterations; at most 1000000000 are"),
+        (["plan", "--recipe.iterations", "1" + 12 * "0"], "a training would have 1000000000000 iterations; at most 1000000000 are"),
         (["plan", "--recipe.epochs", "1" + 17 * "0"], "iterations; at most 1000000000 are possible"),
         (["plan", "--recipe.augmentation.crop", "1" + 12 * "0"], "recipe.augmentation.crop: 1000000000000 is more than the 8 pixels of a side"),
         (["plan", "--task.model-arguments", "inputs=1000000000000"], "inputs: expected a whole number from 1 to 1000000000, got 1000000000000"),
