@@ -40,7 +40,8 @@ explains scores, normalisations and selections, and says what these tables show.
 Test accuracy is in %, the mean over two seeds. *Overlap* is the share of a ticket's connections that the ticket of
 `magnitude` has too, at {sparsity} % sparsity, the mean over both seeds. *Chance* is the same for random masks with the
 same layer densities. The *noise floor* is the overlap of two tickets of `magnitude` that differ only in the order of
-the training data. *Seconds* is the time of one round of pruning of the dense network, on one thread.
+the training data. *Seconds* is the time of one round of pruning of the dense network, on one thread. A dash is what
+has not been run.
 """
 
 
