@@ -21,7 +21,7 @@ from torch import Tensor, nn
 import golden
 from tombola import Augmentation, Checkpoint, Dataset, History, Mask, Recipe, Trained, UserError, kernels, train
 from tombola.streams import derive, generator
-from tombola.training.batches import Changes, batches, normalisation
+from tombola.training.batches import Changes, batches, iterations, normalisation
 from tombola.training.evaluation import evaluate, predict
 from tombola.training.train import initial_state
 from tombola.training.weights import apply_mask
@@ -506,6 +506,20 @@ def _number_examples(examples: int) -> Dataset:
     return Dataset(
         "numbered", inputs.to(torch.uint8), labels, inputs[:1].to(torch.uint8), labels[:1], names, (0.0,), (1.0,)
     )
+
+
+@pytest.mark.parametrize("accumulate", [1, 2, 3])
+def test_an_epoch_has_each_example_once_also_where_gradients_of_batches_are_summed(accumulate: int) -> None:
+    numbers = torch.arange(14)
+    data = Dataset("rows", numbers[:, None].float(), numbers, numbers[:1, None].float(), numbers[:1], ())
+    recipe = Recipe(batch_size=2, accumulate=accumulate, epochs=2)
+    for epoch in range(2):
+        begin = epoch * recipe.iterations_per_epoch(14)
+        steps = list(iterations(data, recipe, 3, begin, begin + recipe.iterations_per_epoch(14)))
+        labels = [label.tolist() for step in steps for _, label in step]
+        assert [len(each) for each in labels] == 7 * [2]
+        assert [len(step) for step in steps[:-1]] == (len(steps) - 1) * [accumulate]
+        assert sorted(itertools.chain(*labels)) == numbers.tolist()
 
 
 def test_an_epoch_is_a_permutation_and_its_last_batch_may_be_smaller() -> None:
