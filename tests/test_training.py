@@ -23,6 +23,7 @@ from tombola import Augmentation, Checkpoint, Dataset, History, Mask, Recipe, Tr
 from tombola.streams import derive, generator
 from tombola.training.batches import Changes, batches, iterations, normalisation
 from tombola.training.evaluation import evaluate, predict
+from tombola.training.losses import Losses
 from tombola.training.train import initial_state
 from tombola.training.weights import apply_mask
 from training_cases import (
@@ -427,6 +428,13 @@ def test_losses_are_means_over_the_batches_of_an_epoch() -> None:
         each = [float(nn.functional.cross_entropy(model(x), y)) for x, y in batches(VECTORS, recipe, 0, 0, 8)]
     assert history.losses == pytest.approx([sum(each[:5]) / 5, sum(each[5:]) / 3], rel=1e-6)
     assert history.test_accuracy == evaluate(model, VECTORS)[0]
+
+
+def test_an_epoch_that_is_not_over_has_no_mean() -> None:
+    losses = Losses(begin=0, end=6, per_epoch=3, device="cpu")
+    for loss in (1.0, 2.0, 6.0, 5.0):
+        losses.append(torch.tensor(loss))
+    assert losses.epoch_means() == (3.0,)
 
 
 def test_a_loss_of_ones_own() -> None:
