@@ -87,6 +87,7 @@ def test_effect_is_cliffs_delta_counted_pair_by_pair(shared: list[int], other: l
 def test_stability_where_everything_or_nothing_is_shared() -> None:
     (start,) = states([1.0, 2.0])
     table = stability.of_ticket(states([1.0, 2.0]), start, start, mask(w="11"), mask(w="11"))
+    assert table.schema["effect"] == table.schema["other_mean"] == pl.Float64, "else it does not stack on other tables"
     found = only(table, measure="sd", layer="w")
     assert (found["other"], found["other_mean"], found["effect"], found["p"]) == (0, None, None, None)
 

@@ -152,7 +152,9 @@ def of_ticket(
             lines.append({"layer": name, "measure": measure} | _compare(values, is_shared[name]))
         together = np.concatenate([by_layer[name] for name in pruned])
         lines.append({"layer": ALL, "measure": measure} | _compare(together, whole))
-    return pl.DataFrame(lines, infer_schema_length=None)
+    texts, counts = ("layer", "measure"), ("shared", "other")
+    figures = {name: pl.Float64 for name in lines[0] if name not in (*texts, *counts)}  # also where all are null
+    return pl.DataFrame(lines, schema_overrides=figures, infer_schema_length=None)
 
 
 def _compare(values: Values, is_shared: npt.NDArray[np.bool_]) -> dict[str, float | None]:
