@@ -172,6 +172,18 @@ def test_outputs_of_each_token_are_not_kept_and_a_loss_of_rows_is_computed_at_on
     assert seen == [(1200, 4)]
 
 
+@pytest.mark.parametrize("outputs", [(600, 2, 3), (600, 3)])
+def test_a_loss_that_writes_to_its_targets_leaves_those_of_the_data(outputs: tuple[int, ...]) -> None:
+    def overwrite(outputs: Tensor, targets: Tensor) -> Tensor:
+        targets.zero_()
+        return outputs.mean()
+
+    inputs, targets = torch.randn(outputs), torch.randint(1, 3, outputs[:-1])
+    data = Dataset("small", inputs, targets, inputs, targets.clone(), ())
+    measure(nn.Identity(), data, overwrite, [find("accuracy")])
+    assert data.test_labels.equal(targets)
+
+
 # histories
 
 
