@@ -264,9 +264,8 @@ def rank_in_class(labels: Tensor) -> Tensor:
 def digest_of(tensor: Tensor) -> list[str]:
     """Return what identifies a tensor: its type, its shape and the SHA-256 of its bytes."""
     whole = tensor.cpu().resolve_conj().resolve_neg().contiguous()
-    row = whole.as_strided(
-        (whole.numel(),), (1,)
-    )  # the step of a dimension of one number may be another, as of x[:1, 0]
+    # As strides, because the step of a dimension of one number may be more than 1, as that of x[:1, 0].
+    row = whole.as_strided((whole.numel(),), (1,))
     content = row.view(torch.uint8).numpy().data
     return [str(tensor.dtype), str(tuple(tensor.shape)), hashlib.sha256(content).hexdigest()]
 
