@@ -3,7 +3,8 @@
 A block with a title, such as ```` ```python title="mine.py" ````, is written into that file. A command about a study
 that the page has written is run, with fewer epochs; of all others the options and the study are read, because they take
 minutes, or a cluster. For the same reason a block `py`, which needs results of a preset or another library, is compiled
-and not run.
+and not run. Every command about `digits`, in a sentence or a table too, is run with fewer levels and epochs, and so are
+the analyses of `lenet-mnist`, of `digits`.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import importlib
 import json
 import re
 import shlex
+import shutil
 import sys
 import tomllib
 from collections.abc import Iterator
@@ -89,6 +91,66 @@ def test_the_commands_of_a_page_are_understood(page: Path, tmp_path: Path, monke
         study = getattr(options, "study", None)
         if study is not None and not study.endswith(".toml") and not study.isupper():
             load_study(study)
+
+
+ABOUT = re.compile(r"^ {0,4}tombola (.+)$|`tombola ([^`\n]+)`", re.MULTILINE)
+ADDED = {"normalisation.md", "score.md"}  # their commands use what the reader has added to the code
+LONG = {"scores.md"}  # its runs have all scores, which tests/test_scores.py computes
+FEWER = {"--levels": ["2"], "--level": ["2"], "--recipe.epochs": ["1"], "--seeds": ["0", "1"], "--points": ["3"]}
+
+
+def of_digits() -> dict[str, list[list[str]]]:
+    """Return the commands about `digits` of each page, once, without those that need a user's code or a server.
+
+    Nor is a reference compared with a run of fewer epochs.
+    """
+    found: dict[str, list[list[str]]] = {}
+    for page in PAGES:
+        for block, inline in (
+            ABOUT.findall(page.read_text().replace("\\\n", " ")) if page.name not in ADDED | LONG else ()
+        ):
+            verb, *study = shlex.split((block or inline).partition(" ...")[0], comments=True)
+            if study[:1] == ["lenet-mnist"] and verb not in FAST:
+                study[0] = "digits"
+            command = [verb, *study]
+            known = any(command in commands for commands in found.values())
+            if study[:1] == ["digits"] and "--against" not in study and not any(":" in part for part in study):
+                found.setdefault(page.stem, []).extend([] if known else [command])
+    return found
+
+
+@pytest.mark.parametrize(("page", "about"), of_digits().items())
+def test_the_commands_of_a_page_about_digits_run(
+    page: str,
+    about: list[list[str]],
+    finished: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    workers_here: None,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(finished, tmp_path / "tombola-store")
+    if any("other.toml" in command for command in about):
+        text = presets()["digits"].read_text().replace("lr = 0.1", "lr = 0.05")
+        for field, few in {"levels": 2, "epochs": 1, "importances": '["magnitude", "l1"]', "data_seeds": "[]"}.items():
+            text = re.sub(rf"^{field} = .*$", f"{field} = {few}", text, flags=re.MULTILINE)
+        Path("other.toml").write_text(text)
+        assert main(["run", "other.toml"]) == 0
+    for command in about:
+        assert main(command if "--reference" in command else fewer(command)) == 0, command
+
+
+def fewer(command: list[str]) -> list[str]:
+    """Return a command about `STUDY` or a part of it instead of `digits`; options that come later count."""
+    own = "--importances" in command or command[0] == "rewind-point"  # which tries one importance, the first
+    importances = [] if own else ["--importances", "magnitude", "l1"]
+    few = [
+        part
+        for option in FEWER
+        if option in command or option in {"--levels", "--recipe.epochs"}
+        for part in (option, *FEWER[option])
+    ]
+    return [*command, *importances, *few, *([] if "--data-seeds" in command else ["--data-seeds"])]
 
 
 @pytest.mark.parametrize("name", ["first-ticket", "compare-importances", "own-loop"])
