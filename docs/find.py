@@ -105,10 +105,13 @@ def define(name: str) -> tuple[Study, float]:
         task = tombola.Task(dataset=rows, model=Reader, validation=0.3)
         recipe = tombola.Recipe(optimizer="adam", lr=1e-2, clip_norm=1.0, epochs=10, batch_size=50)
         return Study(task=task, recipe=recipe, importances=["magnitude", "l2"], seeds=[0, 1, 2], levels=16), 0.01
+    if name == "lenet-fashion-complete":
+        few = {"importances": ["magnitude", "l1"], "data_seeds": [], "data_seeds_for": []}
+        return load_study("lenet-fashion", few), 0.01
     return load_study(name, SMALL_LENET), 0.01
 
 
-STUDIES = ("digits", "lenet-mnist", "lenet-fashion", "diabetes", "lstm")
+STUDIES = ("digits", "lenet-mnist", "lenet-fashion", "lenet-fashion-complete", "diabetes", "lstm")
 
 CHECKED = {
     "importances": ["magnitude"],
