@@ -133,6 +133,7 @@ def test_claims_say_up_to_what_tickets_are_unique(
     assert "are connected" in told or "no level is connected" in told
     assert command(folder, "basins", "--tolerance", "0", "--margin", "100") == 0
     own = " ".join(capsys.readouterr().out.split())
+    assert "and differ from iteration 0 on; `tombola rewind-point` compares orders that share the first 2" in own
     limits = ("--tolerance", "0", "--margin", "100")
     assert command(folder, "claims", "--level", "2", "--with", "basins", *limits) == 0
     limited = " ".join(capsys.readouterr().out.partition("Unique up to what?")[2].replace("- ", "").split())
