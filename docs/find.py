@@ -130,7 +130,7 @@ def measure_strategies(study: Study, margin: float, **where: Any) -> None:
     """Run the whole study, then search with each strategy, and print a line for each."""
     tombola.run(study, progress=False, workers=1, **where)
     best = tombola.winners(study, margin=margin, **where).sort("level").row(-1, named=True)
-    whole = work_of_rounds(study)
+    whole = work_of_rounds(open_planner(study, **where))
     print(
         f"all rounds: {best['importance']}, level {best['level']}, difference {100 * best['difference']:+.2f}, {whole}"
     )

@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import re
+import shlex
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,6 +20,7 @@ import tombola
 from tombola import Planner, Store, UserError, load_problem, load_study
 from tombola.analysis import functions, initial, matching, overlap, similarity, uniqueness
 from tombola.cli import main
+from tombola.cli.main import make_parser
 from tombola.engine.here import WorkersHere
 from tombola.engine.run import run
 from tombola.pruning.mask import Mask
@@ -103,11 +105,25 @@ def test_matching_compares_within_a_seed_the_data_orders_and_across_seeds(ticket
     assert set(kept["matched_jaccard"]) == set(kept["chance_jaccard"]) == {1.0}
 
 
+def _commands(printed: str) -> list[list[str]]:
+    """Return the commands in what was printed, each at the end of a line."""
+    return [shlex.split(text) for text in re.findall(r"^ .*?(tombola .*)$", printed, re.MULTILINE)]
+
+
 def test_claims_say_up_to_what_tickets_are_unique(
     folder: Path, tickets: Tickets, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert command(folder, "claims", "--level", "2", "--with", "matching", "basins") == 0
-    told = " ".join(capsys.readouterr().out.partition("Unique up to what?")[2].split())
+    judged, _, told = capsys.readouterr().out.partition("Unique up to what?")
+    commands = {name: text for text in _commands(told) for name in ["controls", "rewind-point"] if name in text}
+    study, store = str(folder / "study.toml"), ["--store", str(folder / "store")]
+    assert commands["controls"] == ["tombola", "controls", study, "--level", "2", *store]
+    assert commands["rewind-point"] == ["tombola", "rewind-point", study, *store]
+    asked = _commands(judged)
+    assert ["tombola", "run", study, "--importances", "magnitude", "l1", "softmax", "min_max", *store] in asked
+    for each in (*commands.values(), *asked):
+        assert make_parser().parse_args(each[1:]).study == study
+    told = " ".join(told.split())
     means = matching.summarise(matching.of_study(tickets, levels=[2]))
     assert means["pairs"].to_list() == [2, 2, 1, 1]
     for kind, words in [("seeds", "seeds"), ("importances", "importances")]:
@@ -117,6 +133,7 @@ def test_claims_say_up_to_what_tickets_are_unique(
     assert "are connected" in told or "no level is connected" in told
     assert command(folder, "basins", "--tolerance", "0", "--margin", "100") == 0
     own = " ".join(capsys.readouterr().out.split())
+    assert "and differ from iteration 0 on; `tombola rewind-point` compares orders that share the first 2" in own
     limits = ("--tolerance", "0", "--margin", "100")
     assert command(folder, "claims", "--level", "2", "--with", "basins", *limits) == 0
     limited = " ".join(capsys.readouterr().out.partition("Unique up to what?")[2].replace("- ", "").split())

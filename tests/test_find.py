@@ -48,7 +48,7 @@ from tombola.study.schema import Study
 from tombola.study.searches import list_chains, list_planners, shorten_study
 from tombola.study.task import load_problem
 from tombola.study.tickets import Tickets
-from tombola.workbench.find import conclude, read_budget
+from tombola.workbench.find import conclude, read_budget, work_of_rounds
 
 pytestmark = pytest.mark.xdist_group("find")  # one study for all
 
@@ -439,6 +439,21 @@ def test_an_estimate_counts_an_early_training_as_the_part_that_it_is(tmp_path: P
     # the judge has no need of level 2 at once
     assert [part.trainings for part in seen.parts] == pytest.approx([(10 + 2 + 3 * 8 + 2) / 10, (10 + 2 + 16 + 2) / 10])
     assert seen.work == pytest.approx(sum(part.trainings for part in seen.parts))
+
+
+@pytest.mark.usefixtures("timed")
+def test_a_learned_mask_counts_as_the_training_that_sees_as_many_examples(tmp_path: Path) -> None:
+    of = study(["concrete"], levels=2, rewind=0, iterations=10).model_copy(update={"score_examples": 32})
+    own = planner(tmp_path / "s", of)  # it learns in 20 batches of 32 examples, which is twice a training
+    expected = estimate_search([(own, 0)], bisect, 1)
+    assert (expected.work, expected.seconds) == (work_of_rounds(own), 0.5 + 10 * 7)
+    how: dict[str, Any] = {"strategy": "bisect", "of": of, "margin": 1.0}
+    with pytest.raises(UserError, match=r"3 is not enough; the dense .* need 4 trainings of 10 iterations"):
+        walk(tmp_path / "s", budget=Budget(trainings=3, text="3"), **how)
+    part = walk(tmp_path / "s", budget=Budget(trainings=6, text="6"), **how)
+    whole = walk(tmp_path / "s", **how)
+    assert [each.work for each in whole.tried] == [4, 7], "levels 1 and 2"
+    assert (part.done, whole.done, whole.work, walk(tmp_path / "s", **how).done) == (4, 3, 7, 0)
 
 
 # verdicts

@@ -77,10 +77,15 @@ def measure_barrier(of: Planner, one: Any, other: Any) -> float:
 # Basins.
 
 
-def test_barriers_to_the_next_level_and_to_the_dense_network_in_another_way(root: Path) -> None:
+def test_barriers_to_the_next_level_and_to_the_dense_network_in_another_way(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, evaluate = list[object](), connectivity.evaluate
+    monkeypatch.setattr(connectivity, "evaluate", lambda *given: asked.append(given) or evaluate(*given))
     tickets = open_tickets(root)
     table = basins.of_study(tickets, ["l1"], points=3, tolerance=0.1)
     assert table.select("importance", "seed", "level").rows() == [("l1", s, n) for s in (0, 1) for n in (0, 1, 2)]
+    assert len(asked) == 2 * (3 + 3), "of each seed, three tickets and the middle of each of three lines"
     dense, first, second = tickets.progress(Chain(1, "l1")).tickets
     of = tickets.planner
     (line,) = table.filter(seed=1, level=1).to_dicts()

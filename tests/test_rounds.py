@@ -244,6 +244,30 @@ def test_a_second_run_computes_no_score_again_and_a_lost_mask_is_computed_again(
     assert content(root) == before
 
 
+def test_a_round_whose_worker_is_killed_while_it_scores_is_done_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    killed = tmp_path / "killed"
+    (tmp_path / "fatal_score.py").write_text(
+        "import multiprocessing, os, pathlib, signal\n"
+        "from tombola.importance import NetworkScore\n"
+        "from tombola.importance.network_scores import taylor\n"
+        f"KILLED = pathlib.Path({str(killed)!r})\n"
+        "def score(network):\n"
+        "    if multiprocessing.parent_process() and not KILLED.exists():\n"
+        "        KILLED.touch()\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    return taylor(network)\n"
+        "own = NetworkScore(score)\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    of = study(("fatal_score:own",), rewind=0, iterations=5)
+    run_study(tmp_path / "resumed", of, workers=1)
+    assert killed.exists()
+    run_study(tmp_path / "undisturbed", of, workers=1)
+    assert content(tmp_path / "resumed") == content(tmp_path / "undisturbed")
+
+
 def test_masks_from_scores_are_verified_like_all_others(tmp_path: Path) -> None:
     root, of = tmp_path / "store", variant(("taylor",), levels=1)
     finish(planner(root, of))

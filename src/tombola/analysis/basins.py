@@ -12,7 +12,7 @@ from typing import Any
 import polars as pl
 
 from tombola.analysis.accuracy import rows
-from tombola.analysis.connectivity import Measure, along_line, build_measure
+from tombola.analysis.connectivity import Lines
 from tombola.analysis.defaults import MARGIN, POINTS, TOLERANCE
 from tombola.analysis.gather import repeats
 from tombola.analysis.values import over_seeds
@@ -34,7 +34,9 @@ def of_study(
     - next: the barrier between the trained ticket and that of the next level, see
       `tombola.analysis.connectivity.along_line`; null for the last stored level. dense: that between the dense network
       and the ticket; null at level 0. other_order: that between the ticket and the ticket of another data order, which
-      is how far noise alone carries; null where the store has none, the mean if it has several.
+      is how far noise alone carries; null where the store has none, the mean if it has several. The two share their
+      initialisation alone: their orders differ from iteration 0 on, before a later rewind point too, whereas those of
+      `tombola.analysis.rewind_point` share the iterations before it.
     - connected: whether `next` is at most the tolerance; null where it is.
 
     The statistics of batch norm are computed again at every point, as for `tombola.analysis.connectivity`. Networks
@@ -56,15 +58,15 @@ def of_study(
     chains = select_chains(tickets.study, importances)
     if not any(len(tickets.progress(chain).tickets) > 1 for chain in chains):
         raise NothingStoredError(f"no level from 1 on is in {tickets.planner.store.root}")
-    measure = build_measure(tickets.planner)
+    between = Lines(tickets.planner, points)
     others = repeats(tickets.study, importances)
     lines: list[dict[str, Any]] = []
     for chain in chains:
         own = [ticket for ticket in tickets.progress(chain).tickets if _is_trained(ticket)]
         orders = [other for other in others if (other.seed, other.importance) == (chain.seed, chain.importance)]
         for level, ticket in enumerate(own):
-            following = _barrier(ticket, own[level + 1], measure, points) if level + 1 < len(own) else None
-            noise = [_barrier(ticket, other, measure, points) for other in _at(tickets, orders, level)]
+            following = _barrier(ticket, own[level + 1], between) if level + 1 < len(own) else None
+            noise = [_barrier(ticket, other, between) for other in _at(tickets, orders, level)]
             lines.append(
                 {
                     "importance": chain.importance,
@@ -72,7 +74,7 @@ def of_study(
                     "level": level,
                     "density": ticket.mask.density,
                     "next": following,
-                    "dense": _barrier(own[0], ticket, measure, points) if level else None,
+                    "dense": _barrier(own[0], ticket, between) if level else None,
                     "other_order": sum(noise) / len(noise) if noise else None,
                     "connected": None if following is None else following <= tolerance,
                 }
@@ -139,8 +141,8 @@ def _run(answers: Sequence[bool | None]) -> int:
     return next((number for number, answer in enumerate(answers) if not answer), len(answers))
 
 
-def _barrier(first: Ticket, second: Ticket, measure: Measure, points: int) -> float:
-    return float(along_line(first.load_trained(), second.load_trained(), measure, points)["barrier"][0])
+def _barrier(first: Ticket, second: Ticket, between: Lines) -> float:
+    return float(between(first, second)["barrier"][0])
 
 
 def _at(tickets: Tickets, chains: Sequence[Chain], level: int) -> list[Ticket]:

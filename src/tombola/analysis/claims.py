@@ -64,6 +64,8 @@ class Claim:
         value: the number that decides, a mean over seeds. low, high: its 95 % interval; None where there is none.
         chance: what chance would give. noise: the noise floor, what another data order alone gives.
         seeds: the number of seeds.
+        needs: what is missing for a verdict: a field of the study and the values with which the claim may be testable,
+            such as "levels 20", or "reinit" and the level; empty where no further training would give a verdict.
     """
 
     number: str
@@ -78,6 +80,7 @@ class Claim:
     chance: float | None = None
     noise: float | None = None
     seeds: int = 0
+    needs: str = ""
 
     def add_measure(self, measure: str, values: Sequence[float], within: Bounds = UNBOUNDED) -> Claim:
         """Add the number that decides: the mean of these values, one for each seed, with its interval.
@@ -96,9 +99,9 @@ class Claim:
         """Add what chance and another data order give."""
         return replace(self, chance=chance, noise=noise)
 
-    def decide(self, verdict: Verdict, reason: str) -> Claim:
-        """Return the claim with its verdict."""
-        return replace(self, verdict=verdict, reason=reason)
+    def decide(self, verdict: Verdict, reason: str, needs: str = "") -> Claim:
+        """Return the claim with its verdict, and with what is missing if it is not testable."""
+        return replace(self, verdict=verdict, reason=reason, needs=needs if verdict == "not testable" else "")
 
 
 @dataclass(frozen=True)
@@ -167,6 +170,34 @@ class Evidence:
     def seeds(self) -> list[int]:
         """The seeds that have a result at the compared level, in order."""
         return sorted({row.seed for row in self.results if row.level == self.level})
+
+    @property
+    def more_seeds(self) -> str:
+        """The seeds that would give narrower intervals: those of the study, and as many as make three or one more."""
+        seeds, following = self.seeds, max(self.seeds, default=-1) + 1
+        return _need("seeds", *seeds, *range(following, following + max(1, 3 - len(seeds))))
+
+    @property
+    def no_floor(self) -> tuple[Verdict, str, str]:
+        """The verdict on a claim that lacks the noise floor, with what would give it."""
+        names = ", ".join(self.compared)
+        reason = f"there is no second data order of {names}, which gives the noise floor"
+        return "not testable", reason, _need("data_seeds_for", self.compared[0])
+
+    def more_importances(self, *names: str) -> str:
+        """Return the importances of the study and those of these names that it lacks."""
+        return _need("importances", *dict.fromkeys((*self.importances, *names)))
+
+    def more_levels(self, sparsity: float) -> str:
+        """Return the number of levels with which all importances reach a sparsity; empty if that is not known."""
+        if (last := _common_level(self)) < 1:
+            return ""
+        before, reached = (
+            statistics.fmean(row.density for row in self.results if row.level == level) for level in (last - 1, last)
+        )
+        if not 0 < reached < before:
+            return ""
+        return _need("levels", last + max(1, math.ceil(math.log((1 - sparsity) / reached, reached / before))))
 
     @property
     def convolutional(self) -> bool:
@@ -350,7 +381,7 @@ def perform_alike(evidence: Evidence) -> Claim:
         return claim.decide("not testable", "a training at these levels diverged")
     noise = [100 * floor for _, floor in found if floor is not None]
     if len(noise) < len(seeds):
-        return claim.decide("not testable", _NO_FLOOR.format(names=", ".join(evidence.compared)))
+        return claim.decide(*evidence.no_floor)
     exceeds = "the difference of two importances exceeds that of two data orders by"
     excess = {
         name: [100 * (two - floor) for two, floor in each if two is not None and floor is not None]
@@ -362,10 +393,11 @@ def perform_alike(evidence: Evidence) -> Claim:
     parts = {f"{name} {_mean(values, '+.2f')} points": _is_below(values, MARGIN) for name, values in excess.items()}
     measured = claim.add_measure("points more than two data orders differ by", next(iter(excess.values())))
     measured = measured.add_baselines(noise=statistics.fmean(noise))
-    verdict, reason = _conclude(parts)
+    verdict, reason, needs = _conclude(evidence, parts)
     if verdict == "holds in part":  # alike on the whole, but not where it counts
         verdict = "does not hold" if list(parts.values())[-1] is False else "not testable"
-    return measured.decide(verdict, reason)
+        needs = evidence.more_seeds
+    return measured.decide(verdict, reason, needs)
 
 
 def _accuracy_differences(evidence: Evidence, seed: int, levels: Collection[int]) -> tuple[float | None, float | None]:
@@ -406,13 +438,13 @@ def fall_behind(evidence: Evidence) -> Claim:
         return claim.decide("not testable", other)
     names = [name for name in evidence.importances if name in ("softmax", "min_max")]
     if not names:
-        return claim.decide("not testable", "softmax and min_max are not among the importances")
+        needs = evidence.more_importances("softmax", "min_max")
+        return claim.decide("not testable", "softmax and min_max are not among the importances", needs)
     at = _rows_at(evidence, 0.995, (*names, *evidence.compared))
     density = statistics.fmean(row.density for row in at.values())
     if 1 - density < DEEP:
-        return claim.decide(
-            "not testable", f"all of them have levels up to a sparsity of {100 * (1 - density):.2f} % only"
-        )
+        reason = f"all of them have levels up to a sparsity of {100 * (1 - density):.2f} % only"
+        return claim.decide("not testable", reason, evidence.more_levels(DEEP))
     accuracy = {key: evidence.guess if row.value is None else row.value for key, row in at.items()}
     others = [statistics.fmean(accuracy[name, seed] for name in evidence.compared) for seed in evidence.seeds]
     if statistics.fmean(others) < 2 * evidence.guess:
@@ -427,7 +459,7 @@ def fall_behind(evidence: Evidence) -> Claim:
     measured = claim.add_measure(
         "points from the compared importances", [statistics.fmean(each) for each in zip(*behind.values(), strict=True)]
     )
-    return measured.decide(*_conclude(parts, f"points at a sparsity of {100 * (1 - density):.2f} %"))
+    return measured.decide(*_conclude(evidence, parts, f"points at a sparsity of {100 * (1 - density):.2f} %"))
 
 
 def _rows_at(evidence: Evidence, sparsity: float, importances: Collection[str]) -> dict[tuple[str, int], Row]:
@@ -458,7 +490,8 @@ def collapse(evidence: Evidence) -> Claim:
     expected = {"magnitude": True, "softmax": True, "l1": False, "l2": False}
     lost = {name: [level is not None for level in chains[name].values()] for name in chains if name in expected}
     if "magnitude" not in lost or len(lost) < 2:
-        return claim.decide("not testable", f"it compares magnitude with l1, l2 or softmax; {text}")
+        needs = evidence.more_importances("magnitude", "l1")
+        return claim.decide("not testable", f"it compares magnitude with l1, l2 or softmax; {text}", needs)
     agree = {name: any(each) == expected[name] for name, each in lost.items()} | {"magnitude": all(lost["magnitude"])}
     measured = claim.add_measure(
         "as the share of seeds in which magnitude loses a layer", [*map(float, lost["magnitude"])]
@@ -471,7 +504,7 @@ def collapse(evidence: Evidence) -> Claim:
     needed = DEEP if evidence.groups["1x1 shortcuts"] else DEEP_WITHOUT_SHORTCUTS
     if ends_at < needed:
         ends = f"magnitude ends at a sparsity of {100 * ends_at:.2f} %, and at least {100 * needed:.4g} % are needed"
-        return measured.decide("not testable", f"{ends}; {text}")
+        return measured.decide("not testable", f"{ends}; {text}", evidence.more_levels(needed))
     if len(evidence.seeds) < 2:
         text += "; from one seed"
     return measured.decide(
@@ -481,9 +514,6 @@ def collapse(evidence: Evidence) -> Claim:
 
 def _sparsest(evidence: Evidence, importance: str, seed: int) -> float:
     return min(row.density for row in evidence.results if (row.importance, row.seed) == (importance, seed))
-
-
-_NO_FLOOR = "there is no second data order of {names}, which gives the noise floor"
 
 
 def _describe_collapse(levels: Collection[int | None]) -> str:
@@ -518,7 +548,9 @@ def special_layers(evidence: Evidence) -> Claim:
     if not ratios:
         return claim.decide("not testable", "none of these layers is counted and pruned")
     measured = claim.add_measure("density of the input layer / of the other layers", ratios.get("input layer", []))
-    return measured.decide(*_conclude(_compare(ratios, 1, ".2f"), "density, divided by that of the other layers"))
+    return measured.decide(
+        *_conclude(evidence, _compare(ratios, 1, ".2f"), "density, divided by that of the other layers")
+    )
 
 
 def deeper_layers(evidence: Evidence) -> Claim:
@@ -537,7 +569,10 @@ def deeper_layers(evidence: Evidence) -> Claim:
     ]
     measured = claim.add_measure("rank correlation of depth and density", correlations, (-1.0, 1.0))
     return measured.add_baselines(chance=0.0).decide(
-        *_conclude({f"the rank correlation is {_mean(correlations, '+.2f', (-1.0, 1.0))}": _is_below(correlations, 0)})
+        *_conclude(
+            evidence,
+            {f"the rank correlation is {_mean(correlations, '+.2f', (-1.0, 1.0))}": _is_below(correlations, 0)},
+        )
     )
 
 
@@ -549,14 +584,16 @@ def spikes(evidence: Evidence) -> Claim:
     """
     claim = Claim("3c", "softmax prunes a layer in spikes.", "softmax alone")
     if "softmax" not in evidence.importances or len(evidence.importances) < 2:
-        return claim.decide("not testable", "softmax and another importance are needed")
+        needs = evidence.more_importances("softmax", "magnitude")
+        return claim.decide("not testable", "softmax and another importance are needed", needs)
     last = _common_level(evidence)
     found = {
         name: [_unevenness(evidence, name, seed, last) for seed in evidence.seeds] for name in evidence.importances
     }
     known = {name: [value for value in values if value is not None] for name, values in found.items()}
     if not all(len(values) == len(evidence.seeds) for values in known.values()):
-        return claim.decide("not testable", "fewer than three levels of some importance are stored")
+        reason = "fewer than three levels of some importance are stored"
+        return claim.decide("not testable", reason, _need("levels", max(3, last)))
     others = {name: values for name, values in known.items() if name != "softmax"}
     largest = [max(values[number] for values in others.values()) for number in range(len(evidence.seeds))]
     agree = [own >= 1.5 * other for own, other in zip(known["softmax"], largest, strict=True)]
@@ -572,7 +609,8 @@ def follows(evidence: Evidence) -> Claim:
     """
     claim = Claim("3d", "min_max follows the sparsity of the network best.", "best of five importances")
     if "min_max" not in evidence.importances or len(evidence.importances) < 2:
-        return claim.decide("not testable", "min_max and another importance are needed")
+        needs = evidence.more_importances("min_max", "magnitude")
+        return claim.decide("not testable", "min_max and another importance are needed", needs)
     last = _common_level(evidence)
     table = evidence.layers.filter(pl.col("layer").is_in(evidence.prunable) & pl.col("level").is_between(1, last))
     means = table.group_by("importance", "seed").agg(pl.col("ahead").abs().mean() * 100).sort("seed")
@@ -600,12 +638,13 @@ def overlap_little(evidence: Evidence) -> Claim:
     k = len(evidence.compared)
     table = _overlap_of(evidence, IMPORTANCES, k)
     if not len(table):
-        return claim.decide("not testable", "the tickets of one seed are not all stored")
+        reason = "the tickets of one seed are not all stored"
+        return claim.decide("not testable", reason, _need("levels", evidence.level))
     values, chance = table["shared"].to_list(), statistics.fmean(table["chance"].to_list())
     measured = claim.add_measure("% of a ticket shared by all", values)
     measured = measured.add_baselines(chance=chance, noise=_shares(evidence, DATA_ORDER)[1] if k == 2 else None)
     text = f"they share {measured.value:.1f} %{_bracket(measured.low, measured.high, '.1f')}, chance {chance:.1f} %"
-    return measured.decide(*_conclude({text: _is_below(values, 50)}))
+    return measured.decide(*_conclude(evidence, {text: _is_below(values, 50)}))
 
 
 def distinct_beyond_noise(evidence: Evidence) -> Claim:
@@ -619,14 +658,14 @@ def distinct_beyond_noise(evidence: Evidence) -> Claim:
     noise, mean_noise = _shares(evidence, DATA_ORDER)
     both = [seed for seed in two if seed in noise]
     if not both or mean_two is None or mean_noise is None:
-        return claim.decide("not testable", _NO_FLOOR.format(names=", ".join(evidence.compared)))
+        return claim.decide(*evidence.no_floor)
     lower = [noise[seed] - two[seed] for seed in both]
     chance = statistics.fmean(_overlap_of(evidence, IMPORTANCES, 2)["chance"].to_list())
     measured = claim.add_measure("points between noise floor and overlap", lower)
     measured = measured.add_baselines(chance=chance, noise=mean_noise)
     shares = f"two importances share {mean_two:.1f} % of a ticket and two data orders {mean_noise:.1f} %"
     difference = f"{shares}; the difference is {_mean(lower, '+.1f')} points"
-    return measured.decide(*_conclude({difference: _is_above(lower, 0)}))
+    return measured.decide(*_conclude(evidence, {difference: _is_above(lower, 0)}))
 
 
 def ends_share_more(evidence: Evidence) -> Claim:
@@ -650,7 +689,9 @@ def ends_share_more(evidence: Evidence) -> Claim:
     if not shares:
         return claim.decide("not testable", "neither layer has connections that all tickets share")
     measured = claim.add_measure("points more in the input layer", shares.get("input layer", []))
-    return measured.decide(*_conclude(_compare(shares, 0, "+.1f"), "points beyond chance, more than in all layers"))
+    return measured.decide(
+        *_conclude(evidence, _compare(shares, 0, "+.1f"), "points beyond chance, more than in all layers")
+    )
 
 
 # 5. Stability.
@@ -707,7 +748,7 @@ def _judge_effect(
     values = by_seed["effect"].to_list()
     agrees = _is_below(values, 0) if below else _is_above(values, 0)
     measured = claim.add_measure("Cliff's delta, shared against others", values, _DELTA).add_baselines(chance=0.0)
-    return measured.decide(*_conclude({f"Cliff's delta is {_mean(values, '+.3f', _DELTA)}": agrees}))
+    return measured.decide(*_conclude(evidence, {f"Cliff's delta is {_mean(values, '+.3f', _DELTA)}": agrees}))
 
 
 # 6. Partial reinitialisation.
@@ -725,9 +766,8 @@ def found_again(evidence: Evidence) -> Claim:
     )
     if evidence.reinit is None:
         compared = ", ".join(evidence.compared)
-        return claim.decide(
-            "not testable", f"no partial reinitialisation of exactly these importances ({compared}) is stored"
-        )
+        reason = f"no partial reinitialisation of exactly these importances ({compared}) is stored"
+        return claim.decide("not testable", reason, _need("reinit", evidence.level))
     found: dict[str, list[float]] = {}
     for group in ("input layer", "output layer", "1x1 shortcuts"):
         names = evidence.groups[group]
@@ -740,7 +780,7 @@ def found_again(evidence: Evidence) -> Claim:
     level, draws = evidence.reinit["level"][0], evidence.reinit["draws"][0]
     measured = claim.add_measure("% more often than by chance, input layer", found.get("input layer", []))
     about = f"level {level}, {draws} {'draw' if draws == 1 else 'draws'}, % more often than by chance"
-    return measured.add_baselines(chance=0.0).decide(*_conclude(_compare(found, 0, "+.1f"), about))
+    return measured.add_baselines(chance=0.0).decide(*_conclude(evidence, _compare(found, 0, "+.1f"), about))
 
 
 # 7. Ranges of weights.
@@ -767,7 +807,7 @@ def ranges_widen(evidence: Evidence) -> Claim:
     measured = measured.add_baselines(chance=1.0)
     factors = {"in the layer that widens least": least, "in the geometric mean of all layers": mean}
     return measured.decide(
-        *_conclude(_compare(factors, 1, ".2f", _FACTOR), "range after training, divided by the initial range")
+        *_conclude(evidence, _compare(factors, 1, ".2f", _FACTOR), "range after training, divided by the initial range")
     )
 
 
@@ -848,6 +888,10 @@ def _is_below(values: Sequence[float], limit: float) -> bool | None:
     return _is_above([-value for value in values], -limit)
 
 
+def _need(field: str, *values: object) -> str:
+    return " ".join(map(str, (field, *values)))
+
+
 def _not(answer: bool | None) -> bool | None:
     return None if answer is None else not answer
 
@@ -859,8 +903,11 @@ def _compare(
     return {f"{name} {_mean(values, form, within)}": _is_above(values, limit) for name, values in parts.items()}
 
 
-def _conclude(parts: Mapping[str, bool | None], about: str = "") -> tuple[Verdict, str]:
-    """Return verdict and reason from the parts of a claim: each in words, and whether it agrees with the claim."""
+def _conclude(evidence: Evidence, parts: Mapping[str, bool | None], about: str = "") -> tuple[Verdict, str, str]:
+    """Return what `Claim.decide` takes from the parts of a claim: each in words, and whether it agrees with the claim.
+
+    Where an interval is missing or contains both answers, more seeds are needed.
+    """
     answers = list(parts.values())
     text = f"{about}: {', '.join(parts)}" if about else ", ".join(parts)
     if None in answers:
@@ -869,8 +916,8 @@ def _conclude(parts: Mapping[str, bool | None], about: str = "") -> tuple[Verdic
         else:
             text += f"; {'the interval contains' if len(answers) == 1 else 'some intervals contain'} both answers"
     if True in answers:
-        return "holds" if all(answers) else "holds in part", text
-    return "not testable" if None in answers else "does not hold", text
+        return "holds" if all(answers) else "holds in part", text, ""
+    return "not testable" if None in answers else "does not hold", text, evidence.more_seeds
 
 
 def _count(agree: Sequence[bool], text: str) -> tuple[Verdict, str]:

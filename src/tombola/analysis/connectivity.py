@@ -14,6 +14,7 @@ from tombola.analysis.gather import after, groups, last_level
 from tombola.datasets.dataset import Dataset
 from tombola.errors import NothingStoredError, UserError
 from tombola.inputs import Forward, call, select
+from tombola.lottery.ticket import Ticket
 from tombola.streams import ambient
 from tombola.study.planner import Planner, select_chains
 from tombola.study.tickets import Tickets
@@ -56,12 +57,11 @@ def of_study(
         NothingStoredError: if they are not stored yet.
     """
     wanted = set(levels) if levels is not None else {last_level(tickets, select_chains(tickets.study, importances))}
-    measure = build_measure(tickets.planner)
+    line = Lines(tickets.planner, points)
     tables = []
     for group in groups(tickets, importances, wanted):
         for pair in combinations(group.tickets, 2):
-            first, second = (group.tickets[name].load_trained() for name in pair)
-            table = along_line(first, second, measure, points)
+            table = line(*(group.tickets[name] for name in pair))
             named = table.select(pl.Series("tickets", [list(pair)] * len(table)), pl.all())
             tables.append(after(named, level=group.level, seed=group.seed, kind=group.kind))
     if not tables:
@@ -69,7 +69,47 @@ def of_study(
     return pl.concat(tables)
 
 
-def along_line(first: State, second: State, measure: Measure, points: int = POINTS) -> pl.DataFrame:
+class Lines:
+    """The lines between trained tickets of a study, see `along_line`.
+
+    A ticket is evaluated once, on however many lines it is, and each line is computed once.
+
+    Args:
+        planner: the planner of the study.
+        points: number of points on each line, including both ends.
+
+    Raises:
+        UserError: if labels are no classes, or there are fewer than two points.
+    """
+
+    def __init__(self, planner: Planner, points: int = POINTS) -> None:
+        _check_points(points)
+        self._measure, self._points = build_measure(planner), points
+        self._ends: dict[str, tuple[float, float | None]] = {}
+        self._lines: dict[tuple[str, str], pl.DataFrame] = {}
+
+    def __call__(self, first: Ticket, second: Ticket) -> pl.DataFrame:
+        """Return the error at the points between two trained tickets."""
+        assert first.trained is not None
+        assert second.trained is not None
+        names = first.trained.weights.hash, second.trained.weights.hash
+        if names not in self._lines:
+            states = first.load_trained(), second.load_trained()
+            for name, state in zip(names, states, strict=True):
+                if name not in self._ends:
+                    self._ends[name] = self._measure(state)
+            ends = [self._ends[name] for name in names]
+            self._lines[names] = along_line(*states, self._measure, self._points, ends)
+        return self._lines[names]
+
+
+def along_line(
+    first: State,
+    second: State,
+    measure: Measure,
+    points: int = POINTS,
+    ends: Sequence[tuple[float, float | None]] = (),
+) -> pl.DataFrame:
     """Return the error at the points (1 - alpha) first + alpha second.
 
     One row for each point, with the columns
@@ -83,6 +123,7 @@ def along_line(first: State, second: State, measure: Measure, points: int = POIN
         first, second: states of one network. Tensors that are not floating point are taken from `first`.
         measure: returns error and loss of a state.
         points: number of points, including both ends.
+        ends: error and loss of the two states, if they are known.
 
     Raises:
         UserError: if the states belong to different networks, or there are fewer than two points.
@@ -91,17 +132,19 @@ def along_line(first: State, second: State, measure: Measure, points: int = POIN
     >>> along_line(one, other, lambda state: (float(state["w"] * (1 - state["w"])), 0.0), points=3)["barrier"].to_list()
     [0.25, 0.25, 0.25]
     """
-    if points < 2:
-        raise UserError(f"points: expected 2 or more, got {points}")
+    _check_points(points)
     if {name: t.shape for name, t in first.items()} != {name: t.shape for name, t in second.items()}:
         raise UserError("connectivity: the two states belong to different networks")
     lines = []
     for number in range(points):
         alpha = number / (points - 1)
-        error, loss = measure({name: _between(tensor, second[name], alpha) for name, tensor in first.items()})
+        if ends and alpha in (0, 1):
+            error, loss = ends[int(alpha)]
+        else:
+            error, loss = measure({name: _between(tensor, second[name], alpha) for name, tensor in first.items()})
         lines.append((alpha, error, loss))
-    ends = lines[0][1], lines[-1][1]
-    barrier = max(error - ((1 - alpha) * ends[0] + alpha * ends[1]) for alpha, error, _ in lines)
+    begin, end = lines[0][1], lines[-1][1]
+    barrier = max(error - ((1 - alpha) * begin + alpha * end) for alpha, error, _ in lines)
     schema = {"alpha": pl.Float64, "error": pl.Float64, "loss": pl.Float64}
     return pl.DataFrame(lines, schema, orient="row").with_columns(barrier=pl.lit(barrier))
 
@@ -158,6 +201,11 @@ def recompute_statistics(model: nn.Module, data: Dataset, forward: Forward = cal
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
     model.eval()
+
+
+def _check_points(points: int) -> None:
+    if points < 2:
+        raise UserError(f"points: expected 2 or more, got {points}")
 
 
 def _between(first: Tensor, second: Tensor, alpha: float) -> Tensor:

@@ -35,6 +35,10 @@ ASKED = ("matching", "basins")
 """Analyses that store nothing, and are computed only if they are asked for."""
 
 
+PARTS = ("matching", "rewind-point", "basins", "controls")
+"""The analyses that say up to what tickets are unique, in the order of their sentences."""
+
+
 def of_study(
     tickets: Tickets,
     importances: Sequence[str] | None = None,
@@ -43,7 +47,20 @@ def of_study(
     tolerance: float = TOLERANCE,
     margin: float = MARGIN,
 ) -> list[str]:
-    """Return sentences on stored controls and rewind points of a study, and on what is asked for besides.
+    """Return the sentences of `describe` on the tables of `collect`, whose arguments it takes."""
+    tables = collect(tickets, importances, asked, level, tolerance, margin)
+    return describe(tables, tickets.planner.problem.measure, tickets.study.recipe.rewind)
+
+
+def collect(
+    tickets: Tickets,
+    importances: Sequence[str] | None = None,
+    asked: Collection[str] = (),
+    level: int | None = None,
+    tolerance: float = TOLERANCE,
+    margin: float = MARGIN,
+) -> dict[str, pl.DataFrame]:
+    """Return the tables of stored controls and rewind points of a study, and of what is asked for besides.
 
     Args:
         tickets: the tickets of the study.
@@ -60,7 +77,8 @@ def of_study(
     names = list(tickets.study.importances if importances is None else importances)
     tables: dict[str, pl.DataFrame] = {}
     with suppress(NothingStoredError):
-        tables["controls"] = controls.of_study(tickets).filter(pl.col("importance").is_in(names))
+        own = controls.of_study(tickets).filter(pl.col("importance").is_in(names))
+        tables |= {"controls": own} if len(own) else {}
     with suppress(NothingStoredError):
         tables["rewind-point"] = rewind_point.of_study(tickets)
     if "matching" in asked:
@@ -68,16 +86,16 @@ def of_study(
     if "basins" in asked:
         barriers = basins.of_study(tickets, importances, tolerance=tolerance)
         tables["basins"] = basins.summarise(barriers, tickets, tolerance, margin)
-    return describe(tables, tickets.planner.problem.measure, tickets.study.recipe.rewind)
+    return tables
 
 
 def describe(tables: Mapping[str, pl.DataFrame], measure: Measure, rewind: int) -> list[str]:
     """Return sentences that say what the tables add to the claim that tickets are unique.
 
     Args:
-        tables: those of `tombola.analysis.matching`, of `tombola.analysis.basins` (the means), of
-            `tombola.analysis.rewind_point` and of `tombola.analysis.controls`, as `matching`, `basins`, `rewind-point`
-            and `controls`; those that are missing are passed over.
+        tables: by the names of `PARTS`, those of `tombola.analysis.matching`, of `tombola.analysis.rewind_point`, of
+            `tombola.analysis.basins` (the means) and of `tombola.analysis.controls`; those that are missing are passed
+            over.
         measure: what tickets are judged by.
         rewind: the rewind point of the study.
     """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
@@ -15,11 +16,13 @@ from tombola.cli.options import (
     add_margin,
     add_tolerance,
     open_planner,
+    overrides,
     print_note,
     warnings_as_notes,
     whole_number,
 )
 from tombola.errors import UserError
+from tombola.store.layout import STORE
 from tombola.terminal import say
 
 if TYPE_CHECKING:
@@ -30,7 +33,15 @@ if TYPE_CHECKING:
     from tombola.training.metrics import Measure
 
 
-_ASKED = {"matching": "the order of units", "basins": "levels that are connected"}
+_ASKED = ("matching", "basins")
+
+_UNKNOWN = {
+    "matching": "whether the order of units makes tickets alike",
+    "rewind-point": "from which iteration on two data orders are connected",
+    "basins": "which levels are connected",
+    "controls": "what of a ticket matters",
+}
+"""What is not known without an analysis that says up to what tickets are unique."""
 
 _OF_BASINS = ("tolerance", "margin")  # options of `claims` that are for basins alone
 
@@ -50,7 +61,7 @@ def add_verbs(verbs: Verbs) -> None:
         "--with",
         dest="asked",
         nargs="+",
-        choices=tuple(_ASKED),
+        choices=_ASKED,
         default=[],
         metavar="NAME",
         help=f"also compute these analyses, which take time, to say up to what tickets are unique: {', '.join(_ASKED)}",
@@ -109,14 +120,17 @@ def claims(options: argparse.Namespace) -> int:
     if limits and "basins" not in options.asked:
         raise UserError(f"--{next(iter(limits))} is for --with basins, which is missing")
     tickets, names = open_compared(options)
+    options.importances = names  # for the commands that are printed
     with warnings_as_notes(Warning):
         evidence = claims.collect(tickets, names, options.level)
     found = claims.judge(evidence)
     if options.format == "table":
-        _print_claims(evidence, found)
+        _print_claims(evidence, found, tickets, options)
         with warnings_as_notes(Warning):
-            sentences = uniqueness.of_study(tickets, names, options.asked, evidence.level, **limits)
-        _print_uniqueness(sentences, options.asked)
+            tables = uniqueness.collect(tickets, names, options.asked, evidence.level, **limits)
+        sentences = uniqueness.describe(tables, tickets.planner.problem.measure, tickets.study.recipe.rewind)
+        missing = [name for name in uniqueness.PARTS if name not in tables]
+        _print_uniqueness(sentences, missing, evidence.level, options)
     else:
         if options.asked:
             print_note(f"--with {' '.join(options.asked)}: only --format table says up to what tickets are unique")
@@ -300,10 +314,14 @@ def show_view(table: pl.DataFrame, form: str, view: Callable[[pl.DataFrame], pl.
     show_frame(view(table) if form == "table" else table, form)
 
 
-def _print_claims(evidence: Evidence, found: Sequence[Claim]) -> None:
-    """Print the three sentences, then each claim with its verdict, ours, chance, noise floor and the paper's number."""
+def _print_claims(evidence: Evidence, found: Sequence[Claim], tickets: Tickets, options: argparse.Namespace) -> None:
+    """Print the three sentences, then each claim with its verdict, ours, chance, noise floor and the paper's number.
+
+    Below a claim that is not testable is the command that makes the missing evidence, if there is one.
+    """
     from tombola.analysis.claims import describe, summarise
     from tombola.cli.tables import wrap
+    from tombola.study.controls import list_orders
 
     say(wrap(" ".join(summarise(found))))
     say()
@@ -312,18 +330,41 @@ def _print_claims(evidence: Evidence, found: Sequence[Claim]) -> None:
         say(f"\n{claim.number:3} {wrap(claim.statement, 4)}")
         for name, text in describe(claim).items():
             say(wrap(f"    {name}: {text}", 6))
+        if claim.needs:
+            field, *values = claim.needs.split()
+            if field == "reinit":
+                command = _name_command(options, "reinit", "--level", *values, importances=evidence.compared)
+            else:
+                known = tickets.study.data_seeds or list_orders(tickets.study, 1)
+                orders = {"data_seeds": known} if field == "data_seeds_for" else {}
+                command = _name_command(options, "run", **orders, **{field: values})
+            say(f"    to test it: {command}")  # in one line, which can be copied
+    if any(claim.needs for claim in found):
+        say("\nGive `claims` the options of such a command, too.")
 
 
-def _print_uniqueness(sentences: Sequence[str], asked: Sequence[str]) -> None:
-    """Print up to what tickets are unique, and which analyses ask the rest."""
+def _print_uniqueness(
+    sentences: Sequence[str], missing: Sequence[str], level: int, options: argparse.Namespace
+) -> None:
+    """Print up to what tickets are unique, and the commands that tell the rest."""
     from tombola.cli.tables import wrap
 
     say("\nUnique up to what?")
     for sentence in sentences:
         say(wrap(f"  - {sentence}", 4))
-    more = [f"`tombola claims --with {name}` ({words})" for name, words in _ASKED.items() if name not in asked]
-    more.append("`tombola controls` and `rewind-point`, whose results are stored")
-    say(wrap(f"  - More: {', '.join(more)}.", 4))
+    for name in missing:
+        verb, words = ("claims", ("--with", name)) if name in _ASKED else (name, ())
+        words = ("--level", str(level)) if name == "controls" else words
+        say(f"  - Not known is {_UNKNOWN[name]}; run\n    {_name_command(options, verb, *words)}")
+
+
+def _name_command(options: argparse.Namespace, verb: str, *words: str, **fields: Any) -> str:
+    """Return a command for the study of these options, with other values of some of its fields."""
+    from tombola.workbench.pictures import flags
+
+    places = ["--store", str(options.store)] if options.store != STORE else []
+    places += ["--data", str(options.data)] if options.data is not None else []
+    return shlex.join(["tombola", verb, options.study, *words, *flags(overrides(options) | fields), *places])
 
 
 def _overlap_by_level(table: pl.DataFrame, total: str = "(all)") -> pl.DataFrame:

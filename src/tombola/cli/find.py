@@ -135,7 +135,7 @@ def _show_plan(planner: Planner, budget: Budget, options: argparse.Namespace) ->
         return
     said = [
         f"at most {seen.work:.1f} complete trainings, {seen.work - seen.to_do:.1f} of them in {planner.store.root} "
-        f"already; all rounds of the study are {work_of_rounds(planner.study)}"
+        f"already; all rounds of the study are {_number(work_of_rounds(planner))}"
     ]
     if seen.seconds is None:
         said.append(f"time: not known: {seen.source}")
@@ -223,6 +223,11 @@ def _show(table: pl.DataFrame, measure: Measure, form: str) -> None:
     show_frame(shown, "table")
 
 
+def _number(work: float) -> str:
+    """Write work in complete trainings, with one digit after the point unless it is a whole number of them."""
+    return f"{work:.1f}".removesuffix(".0")
+
+
 def _describe(found: Found, measure: Measure) -> list[str]:
     """Return sentences on what was found, how sure it is, and what it took."""
     from tombola.cli.tables import wrap
@@ -268,7 +273,7 @@ def _describe(found: Found, measure: Measure) -> list[str]:
             f"masks were taken after {planner.early_end - rewind} of {planner.end - rewind} iterations; the dense "
             "networks and all tickets of the table were trained in full"
         )
-    rounds = work_of_rounds(study)
+    rounds = _number(work_of_rounds(found.walk.trials[-1][0]))
     lines.append(
         f"work: {seen['work']:.1f} complete trainings, {seen['done']:.1f} of them now; all rounds of the study are "
         f"{rounds}"

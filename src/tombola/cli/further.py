@@ -102,6 +102,7 @@ def similarity(options: argparse.Namespace) -> int:
 def basins(options: argparse.Namespace) -> int:
     """Show up to which level each ticket is connected to the next, and at which level the accuracy begins to fall."""
     from tombola.analysis import basins
+    from tombola.cli.tables import wrap
 
     tickets, names = open_compared(options)
     tolerance = options.tolerance / 100
@@ -112,9 +113,17 @@ def basins(options: argparse.Namespace) -> int:
         return 0
     note_no_interval(tickets, options)
     of_tickets = table.filter(table["level"] > 0)  # level 0 is the same for all importances
-    note_no_floor(tickets, options, there=bool(of_tickets["other_order"].is_not_null().any()))
+    orders = bool(of_tickets["other_order"].is_not_null().any())
+    note_no_floor(tickets, options, there=orders)
     means = basins.summarise(table, tickets, tolerance, options.margin / 100)
     show_view(means, options.format, _basins)
+    if orders and (rewind := tickets.study.recipe.rewind):
+        say(
+            wrap(
+                "Tickets of two data orders share their initialisation alone, and differ from iteration 0 on; "
+                f"`tombola rewind-point` compares orders that share the first {rewind} iterations."
+            )
+        )
     for sentence in basins.describe(means):
         say(sentence)
     return 0

@@ -46,9 +46,12 @@ class Speed:
         seconds = [self.iteration[density] for density in known]
         return cache(lambda density: float(np.interp(density, known, seconds)))  # most trainings share their density
 
-    def training(self, density: float, iterations: int) -> float:
-        """Return the seconds of a training with this density and number of iterations."""
-        return self.beside + iterations * self.iteration_at(density)
+    def training(self, density: float, iterations: int, learning: int = 0) -> float:
+        """Return the seconds of a training with this density and number of iterations.
+
+        Before it, its mask is learned in as many iterations of the dense network as `learning` says.
+        """
+        return self.beside + iterations * self.iteration_at(density) + learning * self.iteration_at(1.0)
 
 
 @dataclass(frozen=True)
@@ -113,7 +116,10 @@ def refine(speed: Speed, timings: Iterable[Timing]) -> Speed:
 
 @dataclass(frozen=True)
 class Step:
-    """A training that is still to be done; `name` is the same in all chains that share it."""
+    """A training that is still to be done, after the learning of its mask, if that is learned and not known yet.
+
+    Its `name` is the same in all chains that share it.
+    """
 
     name: tuple[str, int]
     seconds: float
@@ -136,7 +142,8 @@ def steps_ahead(planner: Planner, chain: Chain, progress: Progress, speed: Speed
         dense = f"{progress.waits_for.key} {length}"  # shared by several chains, after the rewind point
         name = (named if level else dense, level)
         density = (1 - planner.study.fraction) ** level
-        steps.append(Step(name, speed.training(density, length), density))
+        learning = planner.learning_length(chain.importance) if level > 0 else 0
+        steps.append(Step(name, speed.training(density, length, learning), density))
     return steps
 
 

@@ -35,6 +35,7 @@ class Status:
         notes: sentences for the user.
         losses: the mean losses of the epochs so far, by the key of a running training, if epochs are told.
         to_halt: the chains that end where they are, and why; whoever is shown the status may add to them.
+        pruned: the importances of the rounds of pruning that workers have done in this run, by key.
     """
 
     total: int
@@ -45,6 +46,7 @@ class Status:
     notes: list[str] = field(default_factory=list)
     losses: dict[str, tuple[float, ...]] = field(default_factory=dict)
     to_halt: dict[Chain, str] = field(default_factory=dict)
+    pruned: dict[str, str] = field(default_factory=dict)
 
 
 Show: TypeAlias = Callable[[Status, Training | None], None]
@@ -215,6 +217,8 @@ def _handle(
         case Failed(_, reason):
             raise UserError(f"{_describe(need, status)} failed: {reason}")
         case Pruned(key) as pruned:
+            assert isinstance(need, Round)
+            status.pruned[key] = need.importance
             if isinstance(mask := pruned.mask, str):
                 planner.fail(key, mask)
             else:

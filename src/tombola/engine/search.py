@@ -76,7 +76,7 @@ class Walk:
         trials: the planner and the seed of each trial; the first is that of the search.
         tried: the tickets tried in each trial, in the order in which they became known.
         end: the ticket that was found and the reason why the search ended.
-        work: the work of all trainings of the search, in complete trainings.
+        work: the work of all trainings of the search, and of the learning of masks, in complete trainings.
         done: the work of those that the store did not have.
         unknown: sentences on what the search would have trained next, if the budget ended it.
         notes: sentences for the user.
@@ -154,6 +154,7 @@ class _Search:
         self._speed, self._clock, self._began = speed, clock, clock()
         self._whole = walk.trials[-1][0].end
         self._work: dict[str, float] = {}
+        self._learned: set[str] = set()
         self._seen: dict[str, tuple[Planner, Progress]] = {}
 
     def run(self, strategy: Strategy) -> Walk:
@@ -249,10 +250,17 @@ class _Search:
     def _watch(self, status: Status, finished: Training | None) -> None:
         if finished is not None:
             self._walk.done += (finished.end - finished.begin) / self._whole
+        for key in status.pruned.keys() - self._learned:
+            self._learned.add(key)
+            self._walk.done += self._measure_learning(status.pruned[key])
         self._show(status, finished)
         seconds = self._budget.seconds
         if seconds is not None and status.done < status.total and self._clock() - self._began > seconds:
             raise _TimeIsUp
+
+    def _measure_learning(self, importance: str) -> float:
+        """Return the work in which a round of an importance learns its mask, in complete trainings."""
+        return self._walk.trials[-1][0].learning_length(importance) / self._whole
 
     def _note(self, trial: int, candidate: Candidate) -> None:
         """Note the results of a ticket, and of the tickets on its path that are not known yet."""
@@ -263,6 +271,9 @@ class _Search:
             self._seen[f"{planner.end} {chain}"] = planner, progress
             for training in progress.trainings:
                 self._work[training.key] = (training.end - training.begin) / self._whole
+            if learning := self._measure_learning(chain.importance):
+                masks = planner.name_masks(chain, progress.tickets[:-1])
+                self._work |= dict.fromkeys(masks, learning)
         self._walk.work = sum(self._work.values())
         measure = planner.problem.measure
         found = read_tickets(tickets, candidate, seed)

@@ -13,9 +13,9 @@ from tombola.lottery.search import Ask, Strategy, imagine
 from tombola.study.planner import Chain, Planner
 from tombola.study.searches import list_chains
 
-Stage = tuple[int, str, int, int]
+Stage = tuple[int, str, int, int, int]
 """A training of a search: the number of its trial, the path to it with its importance, its level, -1 for the rewind
-point, and its iterations."""
+point, its iterations, and those in which its mask is learned before."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,8 @@ class Part:
     Args:
         seed: the seed.
         iterations: the iterations of a complete training.
-        trainings: all of them at most, in complete trainings: one that ends early counts as the part that it is.
+        trainings: all of them at most, in complete trainings: one that ends early counts as the part that it is, and a
+            mask that is learned as the training that sees as many examples.
         there: those that the store has, in complete trainings.
     """
 
@@ -86,7 +87,7 @@ def estimate_search(
         stored = [stage for stage in mine if stage in there]
         parts.append(Part(seed, own.end, *(_sum_iterations(some) / own.end for some in (mine, stored))))
     work, to_do = (_sum_iterations(some) / planner.end for some in (stages, missing))
-    densities = [(1 - study.fraction) ** max(0, level) for _, _, level, _ in missing]
+    densities = [(1 - study.fraction) ** max(0, level) for _, _, level, *_ in missing]
     size = sum(result_bytes(trials[stage[0]][0], density) for stage, density in zip(missing, densities, strict=True))
     if not missing:
         return Outlook(tuple(parts), work, 0.0, 0.0, "nothing to do", 0)
@@ -111,10 +112,11 @@ def _list_chains(trials: Sequence[tuple[Planner, int]], ask: Ask) -> list[tuple[
 def _list_path(planner: Planner, trial: int, chain: Chain) -> list[Stage]:
     """Return the trainings of a chain; all importances share the dense network."""
     levels = planner.levels(chain)
-    stages = [(trial, "", -1, planner.length(chain, -1))] if planner.study.recipe.rewind else []
+    stages = [(trial, "", -1, planner.length(chain, -1), 0)] if planner.study.recipe.rewind else []
     for number, level in enumerate(levels):
         name = f"{chain.importance} {list(levels[1 : number + 1])} {chain.early}" if level else ""
-        stages.append((trial, name, level, planner.length(chain, level)))
+        learning = planner.learning_length(chain.importance) if level else 0
+        stages.append((trial, name, level, planner.length(chain, level), learning))
     return stages
 
 
@@ -141,7 +143,7 @@ def _list_stored(trials: Sequence[tuple[Planner, int]], asks: Sequence[Ask]) -> 
 
 
 def _sum_iterations(stages: Sequence[Stage]) -> int:
-    return sum(iterations for *_, iterations in stages)
+    return sum(iterations + learning for *_, iterations, learning in stages)
 
 
 def _measure_time(
@@ -157,11 +159,11 @@ def _measure_time(
                 [
                     Step(
                         (f"{trial} {name} {iterations}", level),
-                        speed.training((1 - planner.study.fraction) ** max(0, level), iterations),
+                        speed.training((1 - planner.study.fraction) ** max(0, level), iterations, learning),
                     )
                     for stage in _list_path(planner, trial, chain)
                     if stage not in done
-                    for _, name, level, iterations in [stage]
+                    for _, name, level, iterations, learning in [stage]
                 ]
             )
         seconds += makespan(paths, workers)

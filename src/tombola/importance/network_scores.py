@@ -96,6 +96,8 @@ class NetworkScore:
         function: a function network -> {layer: scores of the weight's shape}. It must not change the network.
         steps: the number of steps in which a round of pruning removes its connections; the score is computed again
             before each step.
+        passes: how often each computation passes over the examples to learn. Such passes count as training, see
+            `tombola.study.planner.Planner.learning_length`; those of scores that learn nothing do not.
 
     >>> def taylor_squared(network):
     ...     return {layer: scores**2 for layer, scores in taylor(network).items()}
@@ -105,6 +107,7 @@ class NetworkScore:
 
     function: Callable[[Network], Mapping[str, Tensor]]
     steps: int = 1
+    passes: int = 0
 
     def __call__(self, network: Network) -> Mapping[str, Tensor]:
         """Return the scores of each layer, of the weight's shape."""
@@ -323,7 +326,8 @@ def concrete(network: Network) -> dict[str, Tensor]:
 
 
 NETWORK_SCORES: dict[str, NetworkScore] = {
-    **{each.__name__: NetworkScore(each) for each in (taylor, snip, grasp, hessian, fisher, wanda, concrete)},
+    **{each.__name__: NetworkScore(each) for each in (taylor, snip, grasp, hessian, fisher, wanda)},
+    "concrete": NetworkScore(concrete, passes=_PASSES),
     "synflow": NetworkScore(synflow, steps=5),
 }
 """The scores of whole networks by name."""

@@ -8,6 +8,7 @@ once.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -369,6 +370,17 @@ class Planner:
         if level < 0:
             return begin
         return (self.early_end if chain.early and level < self.levels(chain)[-1] else self.end) - begin
+
+    def learning_length(self, importance: str) -> int:
+        """Return the iterations of training that see as many examples as a round of an importance does to learn a mask.
+
+        It is 0 for importances that learn nothing, see `tombola.importance.NetworkScore.passes`.
+        """
+        score, recipe = self._importances[importance].score, self.study.recipe
+        if not isinstance(score, NetworkScore):
+            return 0
+        examples = min(self.study.score_examples, self.problem.data.held_examples)
+        return math.ceil(score.steps * score.passes * examples / (recipe.batch_size * recipe.accumulate))
 
     def is_rewind_point(self, training: Training) -> bool:
         """Return whether a training of a chain is that of the rewind point, with which it begins if there is one."""

@@ -25,7 +25,6 @@ from tombola.lottery.search import DEFAULT, SHARES, Strategy, find_strategy
 from tombola.lottery.ticket import Ticket
 from tombola.store.layout import STORE
 from tombola.study.planner import Planner
-from tombola.study.schema import Study
 from tombola.study.searches import shorten_study
 from tombola.study.tickets import Tickets
 from tombola.threads import one_thread
@@ -296,11 +295,12 @@ def _list_unknown(walk: Walk) -> Sequence[str]:
     return []
 
 
-def work_of_rounds(study: Study) -> int:
-    """Return the complete trainings that the study's own rounds take, without those that chains share by chance.
+def work_of_rounds(planner: Planner) -> float:
+    """Return the work of the study's own rounds, in complete trainings, without those that chains share by chance.
 
-    >>> from tombola import load_study
-    >>> work_of_rounds(load_study("digits", {"importances": ["l1", "l2"], "seeds": [0, 1], "levels": 3}))
-    14
+    Args:
+        planner: the planner of the study.
     """
-    return len(study.seeds) * (1 + len(study.importances) * study.levels)
+    study = planner.study
+    learning = sum(map(planner.learning_length, study.importances)) / planner.end
+    return len(study.seeds) * (1 + study.levels * (len(study.importances) + learning))
