@@ -653,6 +653,18 @@ def test_code_that_asks_for_the_type_of_a_tensor_keeps_its_own_layers() -> None:
     assert kernels.find_difference(Own(by_state), lambda model: model(x).square().mean()) is None
 
 
+def test_a_torch_that_does_not_say_who_watches_saved_tensors_computes_layer_by_layer(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Torch 2.6 does not."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(2, 2, 3), nn.ReLU(), nn.Conv2d(2, 2, 3))
+    assert packed.can_pack(model)
+    monkeypatch.setattr(packed, "_top_hooks", None)
+    assert not packed.can_pack(model)
+    assert_equal_steps(model, torch.randn(4, 2, 9, 9), packs=False)
+
+
 def test_where_saved_tensors_are_watched_layers_compute_at_once() -> None:
     """As in a checkpoint, which computes again what autograd saved."""
     torch.manual_seed(0)

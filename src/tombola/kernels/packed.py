@@ -708,7 +708,10 @@ def _are_readable(*tensors: Tensor | None) -> bool:
 
 def _are_saved_tensors_watched() -> bool:
     """Return whether code wants to know what autograd saves, such as checkpoints that compute it again."""
-    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+    return _top_hooks is None or _top_hooks(True) is not None
+
+
+_top_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)  # torch 2.6 has none
 
 
 class _Tracer(fx.Tracer):
@@ -725,9 +728,10 @@ def can_pack(model: nn.Module) -> bool:
 
     All networks of PyTorch's own modules without hooks may be. One with modules of the user must be one that `torch.fx`
     can trace, with gradients throughout, and whose graph consists of PyTorch's modules, of parameters and of the
-    functions in `_KNOWN`: others could read or change a tensor unnoticed, or ask for gradients in between.
+    functions in `_KNOWN`: others could read or change a tensor unnoticed, or ask for gradients in between. None may be
+    where torch does not say whether code watches what autograd saves.
     """
-    if not all(map(is_plain, model.modules())):
+    if _top_hooks is None or not all(map(is_plain, model.modules())):
         return False
     if all(type(module).__module__.startswith(("torch.nn.", "tombola.")) for module in model.modules()):
         return True
