@@ -20,7 +20,7 @@ FRACTION, LEVELS, ITERATIONS = 0.2, 20, 1000
 def planner(levels: int = LEVELS) -> Planner:
     """What a forecast reads of a planner."""
     study = SimpleNamespace(levels=levels, fraction=FRACTION, recipe=SimpleNamespace(rewind=0), score_at="end")
-    of_chain = {"levels": lambda chain: range(levels + 1), "length": lambda chain, level: ITERATIONS}
+    of_chain = {"levels": lambda _: range(levels + 1), "length": lambda *_: ITERATIONS, "learning_length": lambda _: 0}
     return cast(Planner, SimpleNamespace(study=study, end=ITERATIONS, **of_chain))
 
 

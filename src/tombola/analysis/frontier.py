@@ -27,7 +27,8 @@ def of_walk(walk: Walk) -> pl.DataFrame:
 
     - importance. path: the levels at which it was trained on the way, as text. level: its own. density: in 0..1; null
       if it was not reached.
-    - work: the work of the search until the ticket was known, in complete trainings, whether or not the store had them.
+    - work: the work of the search until the ticket was known, in complete trainings, whether or not the store had them;
+      masks that are learned count, see `tombola.study.planner.Planner.learning_length`.
     - dense_accuracy, accuracy: of the first trial, which decides where the search goes; null where a training diverged.
       For another metric the columns have its name.
     - difference: accuracy - dense_accuracy.

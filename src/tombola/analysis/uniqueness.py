@@ -31,8 +31,8 @@ _WORDS = {
 
 _KINDS = {IMPORTANCES: "importances", DATA_ORDER: "data orders", SEEDS: "seeds"}
 
-ASKED = ("matching", "basins")
-"""Analyses that store nothing, and are computed only if they are asked for."""
+ASKED = ("matching", "basins", "rewind-point")
+"""Analyses that take time even where all trainings are stored, and are computed only if they are asked for."""
 
 
 PARTS = ("matching", "rewind-point", "basins", "controls")
@@ -60,7 +60,9 @@ def collect(
     tolerance: float = TOLERANCE,
     margin: float = MARGIN,
 ) -> dict[str, pl.DataFrame]:
-    """Return the tables of stored controls and rewind points of a study, and of what is asked for besides.
+    """Return the table of the stored controls of a study, and those of what is asked for besides.
+
+    Rewind points are left out if none are stored.
 
     Args:
         tickets: the tickets of the study.
@@ -79,8 +81,9 @@ def collect(
     with suppress(NothingStoredError):
         own = controls.of_study(tickets).filter(pl.col("importance").is_in(names))
         tables |= {"controls": own} if len(own) else {}
-    with suppress(NothingStoredError):
-        tables["rewind-point"] = rewind_point.of_study(tickets)
+    if "rewind-point" in asked:
+        with suppress(NothingStoredError):
+            tables["rewind-point"] = rewind_point.of_study(tickets)
     if "matching" in asked:
         tables["matching"] = matching.of_study(tickets, importances, None if level is None else [level])
     if "basins" in asked:

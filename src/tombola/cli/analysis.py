@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from tombola.training.metrics import Measure
 
 
-_ASKED = ("matching", "basins")
+_ASKED = ("matching", "basins", "rewind-point")
 
 _UNKNOWN = {
     "matching": "whether the order of units makes tickets alike",
@@ -115,6 +115,7 @@ def add_verbs(verbs: Verbs) -> None:
 def claims(options: argparse.Namespace) -> int:
     """Show whether each claim of the paper holds for the tickets of the study, with intervals over seeds."""
     from tombola.analysis import claims, uniqueness
+    from tombola.study.rewind_point import list_rewind_points
 
     limits = {name: value / 100 for name in _OF_BASINS if (value := getattr(options, name)) is not None}
     if limits and "basins" not in options.asked:
@@ -130,7 +131,8 @@ def claims(options: argparse.Namespace) -> int:
             tables = uniqueness.collect(tickets, names, options.asked, evidence.level, **limits)
         sentences = uniqueness.describe(tables, tickets.planner.problem.measure, tickets.study.recipe.rewind)
         missing = [name for name in uniqueness.PARTS if name not in tables]
-        _print_uniqueness(sentences, missing, evidence.level, options)
+        trained = [name for name in _ASKED if name != "rewind-point" or list_rewind_points(tickets)]
+        _print_uniqueness(sentences, missing, trained, evidence.level, options)
     else:
         if options.asked:
             print_note(f"--with {' '.join(options.asked)}: only --format table says up to what tickets are unique")
@@ -344,16 +346,28 @@ def _print_claims(evidence: Evidence, found: Sequence[Claim], tickets: Tickets, 
 
 
 def _print_uniqueness(
-    sentences: Sequence[str], missing: Sequence[str], level: int, options: argparse.Namespace
+    sentences: Sequence[str],
+    missing: Sequence[str],
+    trained: Sequence[str],
+    level: int,
+    options: argparse.Namespace,
 ) -> None:
-    """Print up to what tickets are unique, and the commands that tell the rest."""
+    """Print up to what tickets are unique, and the commands that tell the rest.
+
+    Args:
+        sentences: what is known.
+        missing: the names of the analyses that tell the rest.
+        trained: the names of those that `claims` can do without further trainings.
+        level: the level whose tickets are compared.
+        options: of the verb.
+    """
     from tombola.cli.tables import wrap
 
     say("\nUnique up to what?")
     for sentence in sentences:
         say(wrap(f"  - {sentence}", 4))
     for name in missing:
-        verb, words = ("claims", ("--with", name)) if name in _ASKED else (name, ())
+        verb, words = ("claims", ("--with", name)) if name in trained else (name, ())
         words = ("--level", str(level)) if name == "controls" else words
         say(f"  - Not known is {_UNKNOWN[name]}; run\n    {_name_command(options, verb, *words)}")
 
