@@ -19,6 +19,8 @@ from torch import nn
 
 from tombola import Planner, Store, UserError, load_problem, load_study, train
 from tombola.analysis import claims, connectivity, functions, layers, overlap, reinit, stability, weights, winners
+from tombola.analysis.evidence import collect
+from tombola.analysis.verdict import Claim
 from tombola.cli import main
 from tombola.cli.analysis import has_data_orders
 from tombola.pruning.mask import Mask
@@ -473,7 +475,7 @@ def test_reinit_plans_runs_and_tells(folder: Path, capsys: pytest.CaptureFixture
 def test_claims_of_a_study(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tickets = Tickets(open_planner(folder))
     table = claims.of_study(tickets)
-    assert table.columns == [field.name for field in dataclasses.fields(claims.Claim)]
+    assert table.columns == [field.name for field in dataclasses.fields(Claim)]
     assert table["number"].to_list() == [
         "1a",
         "1b",
@@ -491,13 +493,13 @@ def test_claims_of_a_study(folder: Path, capsys: pytest.CaptureFixture[str]) -> 
         "6",
         "7",
     ]
-    evidence = claims.collect(tickets)
+    evidence = collect(tickets)
     assert evidence.describe() == ("Tickets of magnitude, l1 are compared at level 3 (sparsity 87.50 %), from 2 seeds.")
-    assert claims.collect(tickets, ["l1", "min_max"], 1).level == 1
+    assert collect(tickets, ["l1", "min_max"], 1).level == 1
     with pytest.raises(UserError, match=r"level 9: expected a level from 1 to 3, which all of magnitude, l1 have"):
-        claims.collect(tickets, level=9)
+        collect(tickets, level=9)
     with pytest.raises(UserError, match="expected at least 2 to compare"):
-        claims.collect(tickets, ["l1"])
+        collect(tickets, ["l1"])
     arguments = [str(folder / "study.toml"), "--store", str(folder / "store")]
     assert main(["claims", *arguments]) == 0
     printed = capsys.readouterr().out

@@ -25,7 +25,8 @@ from tombola.terminal import say
 if TYPE_CHECKING:
     import polars as pl
 
-    from tombola.analysis.claims import Claim, Evidence
+    from tombola.analysis.evidence import Evidence
+    from tombola.analysis.verdict import Claim
     from tombola.study.tickets import Tickets
     from tombola.training.metrics import Measure
 
@@ -103,14 +104,15 @@ def add_verbs(verbs: Verbs) -> None:
 
 def claims(options: argparse.Namespace) -> int:
     """Show whether each claim of the paper holds for the tickets of the study, with intervals over seeds."""
-    from tombola.analysis import claims, uniqueness
+    from tombola.analysis import claims, uniqueness, verdict
+    from tombola.analysis.evidence import collect
 
     limits = {name: value / 100 for name in _OF_BASINS if (value := getattr(options, name)) is not None}
     if limits and "basins" not in options.asked:
         raise UserError(f"--{next(iter(limits))} is for --with basins, which is missing")
     tickets, names = open_compared(options)
     with warnings_as_notes(Warning):
-        evidence = claims.collect(tickets, names, options.level)
+        evidence = collect(tickets, names, options.level)
     found = claims.judge(evidence)
     if options.format == "table":
         _print_claims(evidence, found)
@@ -120,7 +122,7 @@ def claims(options: argparse.Namespace) -> int:
     else:
         if options.asked:
             print_note(f"--with {' '.join(options.asked)}: only --format table says up to what tickets are unique")
-        show_view(claims.to_frame(found), options.format, lambda table: table)
+        show_view(verdict.to_frame(found), options.format, lambda table: table)
     return 0
 
 
@@ -302,7 +304,8 @@ def show_view(table: pl.DataFrame, form: str, view: Callable[[pl.DataFrame], pl.
 
 def _print_claims(evidence: Evidence, found: Sequence[Claim]) -> None:
     """Print the three sentences, then each claim with its verdict, ours, chance, noise floor and the paper's number."""
-    from tombola.analysis.claims import describe, summarise
+    from tombola.analysis.claims import summarise
+    from tombola.analysis.verdict import describe
     from tombola.cli.tables import wrap
 
     say(wrap(" ".join(summarise(found))))
