@@ -24,7 +24,7 @@ from tombola.analysis.verdict import Claim
 from tombola.cli import main
 from tombola.cli.analysis import has_data_orders
 from tombola.pruning.mask import Mask
-from tombola.study.planner import Chain
+from tombola.study.chains import Chain
 from tombola.study.reinitialisation import plan
 from tombola.study.tickets import Tickets
 from tombola.training.evaluation import predict

@@ -30,7 +30,7 @@ from tombola.engine.verify import first_in_histories
 from tombola.importance import magnitude
 from tombola.own.code import own_modules
 from tombola.store.results import Results
-from tombola.study.planner import Chain
+from tombola.study.chains import Chain
 from tombola.study.task import load_problem, try_out
 from tombola.study.tickets import Tickets
 from tombola.training.evaluation import evaluate, measure, predict

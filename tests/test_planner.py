@@ -26,8 +26,9 @@ from tombola.store.names import name_of
 from tombola.store.store import Store
 from tombola.study import planner as planning
 from tombola.study import reinitialisation
+from tombola.study.chains import Chain, Diverged, Finished, Stopped, Waiting, select_chains
 from tombola.study.needs import list_chain_needs, list_needs
-from tombola.study.planner import Chain, Diverged, Finished, Planner, Stopped, Waiting, select_chains
+from tombola.study.planner import Planner
 from tombola.study.reinitialisation import plan
 from tombola.study.tickets import Tickets
 from tombola.study.trainings import Training

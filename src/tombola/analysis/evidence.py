@@ -13,7 +13,7 @@ from tombola.analysis.accuracy import Row, rows
 from tombola.analysis.ends import Ends, of_network
 from tombola.analysis.gather import DATA_ORDER, last_level
 from tombola.errors import NothingStoredError, UserError
-from tombola.study.planner import Chain, select_chains
+from tombola.study.chains import Chain, select_chains
 from tombola.study.tickets import Tickets
 
 ALIKE = ("magnitude", "l1", "l2")

@@ -43,7 +43,8 @@ from tombola.engine.machine import differences
 from tombola.engine.run import count_remaining
 from tombola.errors import UserError, expect
 from tombola.pruning.coverage import Coverage
-from tombola.study.planner import Planner, select_chains
+from tombola.study.chains import select_chains
+from tombola.study.planner import Planner
 from tombola.study.schema import Study
 from tombola.study.tickets import Tickets, check_level
 from tombola.training.metrics import TEST_ACCURACY, Measure
