@@ -241,6 +241,11 @@ def test_weights_of_a_study(planner: Planner) -> None:
     assert initial["mean"] != rewind["mean"]  # the rewind point is at iteration 2
 
 
+def test_weights_of_a_study_have_no_scores_where_the_whole_network_is_scored(folder: Path) -> None:
+    table = weights.of_study(Tickets(open_planner(folder, importances=["taylor"])))  # its dense network is that of all
+    assert set(table["quantity"]) == {"initial", "rewind", "end"}
+
+
 # stability, functions, connectivity
 
 

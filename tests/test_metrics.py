@@ -184,6 +184,24 @@ def test_a_loss_that_writes_to_its_targets_leaves_those_of_the_data(outputs: tup
     assert data.test_labels.equal(targets)
 
 
+def test_metrics_are_computed_in_float32_whatever_the_network_is() -> None:
+    kinds: list[torch.dtype] = []
+
+    def multiply(_: object, outputs: Tensor, targets: Tensor) -> Tensor:
+        kinds.append((outputs.T @ outputs).dtype)
+        return outputs
+
+    def square(outputs: Tensor) -> float:
+        kinds.append((outputs.T @ outputs).dtype)
+        return 0.0
+
+    inputs, targets = torch.randn(8, 3), torch.randint(3, (8,))
+    with torch.autocast("cpu", torch.bfloat16):
+        noted = replace(ACCURACY, key="noted", add=multiply, value=square)
+        measure(nn.Identity(), Dataset("small", inputs, targets, inputs, targets), functional.cross_entropy, [noted])
+    assert kinds == [torch.float32, torch.float32]
+
+
 # histories
 
 
