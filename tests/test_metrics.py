@@ -164,6 +164,9 @@ def test_outputs_of_each_token_are_not_kept_and_a_loss_of_rows_is_computed_at_on
     data = Dataset("tokens", inputs, targets, inputs, targets, ())
     values, mean = measure(nn.Identity(), data, loss, [find("perplexity"), find("loss")])
     assert seen == [(500, 3, 4), (500, 3, 4), (200, 3, 4)]
+    seen.clear()
+    measure(nn.Flatten(0, 1), data, lambda outputs, targets: loss(outputs, targets.flatten()), [])
+    assert seen == [(1500, 4), (1500, 4), (600, 4)], "one row for each token"
     assert mean == values["loss"] == pytest.approx(functional.cross_entropy(inputs.movedim(2, 1), targets).item())
     assert values["perplexity"] == pytest.approx(math.exp(mean), rel=1e-5)
     seen.clear()

@@ -107,6 +107,18 @@ def test_a_run_sees_a_collection_and_the_other_way_round(tmp_path: Path) -> None
         assert running.collector() is None
 
 
+def test_a_run_that_begins_during_a_collection_is_told_of_it(tmp_path: Path) -> None:
+    told: list[str | None] = []
+
+    def needs() -> set[str]:
+        with Claims(tmp_path) as running:
+            told.append(running.collector())
+        return set()
+
+    collect(Store(tmp_path), needs)
+    assert told == [f"process {os.getpid()} on {os.uname().nodename}"]
+
+
 def test_a_run_says_that_it_has_waited_for_a_collection(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     answers = iter(["process 1 on a", "process 1 on a", None])
     monkeypatch.setattr(Claims, "collector", lambda _: next(answers))
