@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 
 from tombola.errors import DamagedResultError, UserError
@@ -21,7 +22,7 @@ from tombola.store.checkpoints import checkpoint_from_bytes, checkpoint_to_bytes
 from tombola.store.names import canonical, name_of
 from tombola.store.store import Store
 from tombola.training.history import Checkpoint, History, Trained
-from tombola.training.weights import Weights, apply_mask
+from tombola.training.weights import Weights, apply_mask, state_hash
 
 IDENTITY = {"some": "training"}
 KEY = name_of(IDENTITY)
@@ -320,6 +321,9 @@ def test_masks_come_back_and_damaged_ones_do_not(store: Store) -> None:
     assert store.masks.get(MASK_NAME) is None
     path.write_bytes(whole[: len(whole) // 2])
     assert store.masks.get(MASK_NAME) is None
+    shutil.rmtree(store.root)
+    assert not store.masks.put(MASK_NAME, MASK)
+    assert not store.root.exists(), "a store that was removed stays removed"
 
 
 CHECKPOINT = Checkpoint(17, STATE, {"0.momentum_buffer": torch.randn(5, 7)}, torch.tensor([0.1, 1 / 3, 2 / 3]))
@@ -351,6 +355,9 @@ def test_a_cut_or_changed_checkpoint_is_none() -> None:
     assert third in whole, "a loss"
     assert checkpoint_from_bytes(whole.replace(third, other)) is None
     assert checkpoint_from_bytes(whole[:-1] + bytes([whole[-1] ^ 1])) is None
+    about, state = {"iteration": 17}, {"state.w": torch.ones(2)}
+    named = {"checkpoint": json.dumps(about), "checksum": name_of([about, state_hash(state)])}
+    assert checkpoint_from_bytes(safetensors.torch.save(state, named)) is None, "no losses"
 
 
 def test_a_checkpoint_of_another_kind_of_machine_is_not_resumed() -> None:

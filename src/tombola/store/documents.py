@@ -46,6 +46,11 @@ def parse_json(content: bytes | str) -> Any:
     Raises:
         ValueError: if it is no JSON, or nested more than `DEEPEST` levels deep.
 
+    >>> parse_json("[" * 100 + "1" + "]" * 100) is None
+    False
+    >>> parse_json("[" * 101 + "1" + "]" * 101)
+    Traceback (most recent call last):
+    ValueError: it is nested more than 100 levels deep
     >>> parse_json("[" * 100_000)
     Traceback (most recent call last):
     ValueError: it is nested more than 100 levels deep
