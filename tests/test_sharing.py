@@ -23,6 +23,7 @@ from tombola.store import claims as claims_module
 from tombola.store import store as store_module
 from tombola.store.claims import Claims
 from tombola.store.collection import collect
+from tombola.store.layout import temporary_folder
 from tombola.store.store import Entry, Store
 
 
@@ -115,7 +116,10 @@ def test_a_run_that_begins_during_a_collection_is_told_of_it(tmp_path: Path) -> 
             told.append(running.collector())
         return set()
 
-    collect(Store(tmp_path), needs)
+    store = Store(tmp_path)
+    temporary_folder(tmp_path).joinpath("half").write_text("x")
+    collect(store, needs)
+    assert not temporary_folder(tmp_path).joinpath("half").exists()
     assert told == [f"process {os.getpid()} on {os.uname().nodename}"]
 
 

@@ -51,6 +51,9 @@ def parse_json(content: bytes | str) -> Any:
     >>> parse_json("[" * 101 + "1" + "]" * 101)
     Traceback (most recent call last):
     ValueError: it is nested more than 100 levels deep
+    >>> parse_json("[NaN]")
+    Traceback (most recent call last):
+    ValueError: NaN is no number in JSON
     >>> parse_json("[" * 100_000)
     Traceback (most recent call last):
     ValueError: it is nested more than 100 levels deep

@@ -259,6 +259,8 @@ def shorten(recipe: Recipe, share: float) -> Recipe:
     >>> short = shorten(Recipe(epochs=20, schedule="milestones", milestones=(10, 15), rewind=100), 0.25)
     >>> short.epochs, short.milestones, short.rewind
     (5, (2, 4), 25)
+    >>> shorten(Recipe(iterations=4), 0.1).iterations
+    1
     """
     fields = recipe.model_dump()
     for name in ("epochs", "iterations"):

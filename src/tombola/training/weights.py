@@ -48,7 +48,14 @@ class Weights:
 
 
 def state_hash(state: Mapping[str, Tensor]) -> str:
-    """Return the SHA-256 over the names, types, shapes and bytes of the entries, sorted by name."""
+    """Return the SHA-256 over the names, types, shapes and bytes of the entries, sorted by name.
+
+    >>> strided = {"b": torch.zeros(2), "a": torch.tensor([1.0, 0.0, 2.0])[::2]}
+    >>> state_hash(strided) == state_hash({"a": torch.tensor([1.0, 2.0]), "b": torch.zeros(2)})
+    True
+    >>> state_hash({"a": torch.zeros(2)}) == state_hash({"a": torch.zeros(2, dtype=torch.int32)})
+    False
+    """
     digest = hashlib.sha256()
     for name in sorted(state):
         tensor = state[name].detach().cpu().contiguous()
