@@ -18,6 +18,7 @@ import torch
 from tombola.errors import DamagedResultError, UserError
 from tombola.files import write_atomically
 from tombola.pruning.mask import Mask
+from tombola.store.check import list_damage
 from tombola.store.checkpoints import checkpoint_from_bytes, checkpoint_to_bytes
 from tombola.store.names import canonical, name_of
 from tombola.store.store import Store
@@ -324,6 +325,13 @@ def test_masks_come_back_and_damaged_ones_do_not(store: Store) -> None:
     shutil.rmtree(store.root)
     assert not store.masks.put(MASK_NAME, MASK)
     assert not store.root.exists(), "a store that was removed stays removed"
+
+
+def test_a_file_in_the_place_of_a_result_is_one_damage(store: Store) -> None:
+    folder = store.results.folder(KEY)
+    folder.parent.mkdir(parents=True)
+    folder.write_text("x")
+    assert [(damage.kind, damage.name) for damage in list_damage(store)] == [("result", KEY)]
 
 
 CHECKPOINT = Checkpoint(17, STATE, {"0.momentum_buffer": torch.randn(5, 7)}, torch.tensor([0.1, 1 / 3, 2 / 3]))

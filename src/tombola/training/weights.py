@@ -77,8 +77,10 @@ def apply_mask(state: Mapping[str, Tensor], mask: Mask, shared: Shared = Mapping
         shared: the other names of the mask's layers, under which the state has them too.
 
     >>> mask = Mask.from_tensors({"w": torch.tensor([True, False])})
-    >>> apply_mask({"w": torch.tensor([1.0, 2.0]), "b": torch.tensor([3.0])}, mask)
-    {'w': tensor([1., 0.]), 'b': tensor([3.])}
+    >>> state = {"w": torch.tensor([1.0, 2.0]), "b": torch.tensor([3.0])}
+    >>> found = apply_mask(state, mask)
+    >>> found, found["b"] is state["b"]
+    ({'w': tensor([1., 0.]), 'b': tensor([3.])}, False)
     """
     layers = {name: name for name in mask} | {other: name for name in mask for other in shared.get(name, ())}
     return {
