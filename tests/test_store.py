@@ -34,6 +34,7 @@ STATE = apply_mask(
         "a.weight": torch.randn(5, 7, generator=torch.Generator().manual_seed(1)),
         "a.bias": torch.tensor([-0.0, 1e-42, 3.0]),
         "count": torch.tensor(7),
+        "turned": torch.arange(6.0).view(2, 3).T,
     },
     MASK,
 )
@@ -56,6 +57,7 @@ def files(root: Path) -> list[str]:
 def test_what_is_put_comes_back_to_the_bit(store: Store) -> None:
     assert store.results.get(KEY) is None
     put(store)
+    assert store.results.folder(KEY).stat().st_mode & 0o777 == 0o755, "others may read it"
     found = Store(store.root, create=False).results.get(KEY)
     assert found is not None
     assert found.history == TRAINED.history
@@ -334,7 +336,7 @@ def test_a_file_in_the_place_of_a_result_is_one_damage(store: Store) -> None:
     assert [(damage.kind, damage.name) for damage in list_damage(store)] == [("result", KEY)]
 
 
-CHECKPOINT = Checkpoint(17, STATE, {"0.momentum_buffer": torch.randn(5, 7)}, torch.tensor([0.1, 1 / 3, 2 / 3]))
+CHECKPOINT = Checkpoint(17, STATE, {"0.momentum_buffer": torch.randn(7, 5).T}, torch.tensor([0.1, 1 / 3, 2 / 3]))
 
 
 def test_checkpoints_come_back_to_the_bit(store: Store) -> None:
