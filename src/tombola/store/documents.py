@@ -115,6 +115,9 @@ def read_metadata(content: bytes) -> dict[str, Any]:
     >>> import numpy, safetensors.numpy
     >>> read_metadata(safetensors.numpy.save({"w": numpy.zeros(2)}, {"name": "x"}))
     {'name': 'x'}
+    >>> read_metadata(safetensors.numpy.save({"w": numpy.zeros(2)}))
+    Traceback (most recent call last):
+    ValueError: it has no metadata
     """
     length = int.from_bytes(content[:8], "little")
     header = parse_json(content[8 : 8 + length])
