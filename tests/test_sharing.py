@@ -104,6 +104,8 @@ def test_a_run_sees_a_collection_and_the_other_way_round(tmp_path: Path) -> None
             assert not collecting.alone()
             assert collecting.collector() is None
         assert collecting.alone()
+        dead = collecting._file.with_name(f"dead.1.{'0' * 8}")
+        dead.write_bytes(collecting._file.read_bytes())
     with Claims(tmp_path) as running:
         assert running.collector() is None
 

@@ -384,6 +384,9 @@ def test_a_checkpoint_that_cannot_be_written_stops_nothing(store: Store, monkeyp
     failing(monkeypatch, "fsync", 1, OSError(errno.ENOSPC, "full"))
     store.checkpoints.put(KEY, checkpoint_to_bytes(CHECKPOINT))
     assert store.checkpoints.get(KEY) is None
+    (store.root / "checkpoints").rmdir()
+    (store.root / "checkpoints").write_text("no folder")
+    store.checkpoints.put(KEY, checkpoint_to_bytes(CHECKPOINT))
 
 
 def test_sweeping_leaves_what_others_write(store: Store) -> None:

@@ -35,6 +35,7 @@ from tombola.reporting.contents import gather
 from tombola.store.check import list_damage
 from tombola.store.checkpoints import checkpoint_from_bytes, checkpoint_to_bytes
 from tombola.store.claims import Claims, _this_host
+from tombola.store.documents import read_tensors
 from tombola.store.names import canonical, name_of
 from tombola.store.store import Store
 from tombola.training.history import Checkpoint
@@ -723,3 +724,9 @@ def test_only_regular_files_are_opened(tmp_path: Path) -> None:
     path.touch()
     with pytest.raises(IrregularFileError):
         open_regular(path / "inner")
+
+
+def test_a_file_of_tensors_may_have_none(tmp_path: Path) -> None:
+    path, content = tmp_path / "none.safetensors", safetensors.numpy.save({})
+    path.write_bytes(content)
+    assert read_tensors(path) == content
