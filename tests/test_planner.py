@@ -228,7 +228,7 @@ def test_a_mask_that_is_no_longer_remembered_is_read_from_the_result(tmp_path: P
     path = of.store.results.folder(of.progress(CHAIN).trainings[-1].key) / "weights.safetensors"
     shutil.rmtree(tmp_path / "store" / "masks")
     path.write_bytes(path.read_bytes()[: len(path.read_bytes()) // 2])
-    with pytest.raises(DamagedResultError, match="its mask cannot be read"):
+    with pytest.raises(DamagedResultError, match=r"its mask cannot be read: it has \d+ bytes, its header says \d+"):
         ticket.mask.load()
 
 
