@@ -103,7 +103,9 @@ def test_a_run_sees_a_collection_and_the_other_way_round(tmp_path: Path) -> None
             assert running.collector() == f"process {os.getpid()} on {os.uname().nodename}"
             assert not collecting.alone()
             assert collecting.collector() is None
+        assert collecting.take(key := "0" * 64)
         assert collecting.alone()
+        assert collecting.owner(key), "what is its own is no claim of a dead run"
         dead = collecting._file.with_name(f"dead.1.{'0' * 8}")
         dead.write_bytes(collecting._file.read_bytes())
     with Claims(tmp_path) as running:
@@ -123,6 +125,14 @@ def test_a_run_that_begins_during_a_collection_is_told_of_it(tmp_path: Path) -> 
     collect(store, needs)
     assert not temporary_folder(tmp_path).joinpath("half").exists()
     assert told == [f"process {os.getpid()} on {os.uname().nodename}"]
+
+
+def test_a_claim_that_cannot_be_opened_is_left_to_its_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Store(tmp_path)
+    with Claims(tmp_path) as ours, Claims(tmp_path) as theirs:
+        assert theirs.take("key")
+        monkeypatch.setattr(claims_module, "open_regular", lambda path: forbid(path, path))
+        assert not ours.take("key")
 
 
 def test_a_run_says_that_it_has_waited_for_a_collection(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -319,6 +319,12 @@ def describe(error: OSError | ValueError) -> str:
 
     >>> describe(FileNotFoundError(2, "No such file or directory"))
     'No such file or directory'
+    >>> from pydantic import TypeAdapter
+    >>> try:
+    ...     TypeAdapter(int).validate_python("x", strict=True)
+    ... except ValueError as error:
+    ...     print(describe(error))
+    Input should be a valid integer
     """
     if isinstance(error, ValidationError):
         first = error.errors()[0]
