@@ -334,6 +334,9 @@ def test_a_file_in_the_place_of_a_result_is_one_damage(store: Store) -> None:
     folder.parent.mkdir(parents=True)
     folder.write_text("x")
     assert [(damage.kind, damage.name) for damage in list_damage(store)] == [("result", KEY)]
+    folder.unlink()
+    folder.symlink_to("nothing")
+    assert KEY in store.results, "a damaged result is there"
 
 
 CHECKPOINT = Checkpoint(17, STATE, {"0.momentum_buffer": torch.randn(7, 5).T}, torch.tensor([0.1, 1 / 3, 2 / 3]))
