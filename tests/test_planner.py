@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 
 from stores import InTurn, content, planner, problem, results, study
@@ -229,6 +230,9 @@ def test_a_mask_that_is_no_longer_remembered_is_read_from_the_result(tmp_path: P
     shutil.rmtree(tmp_path / "store" / "masks")
     path.write_bytes(path.read_bytes()[: len(path.read_bytes()) // 2])
     with pytest.raises(DamagedResultError, match=r"its mask cannot be read: it has \d+ bytes, its header says \d+"):
+        ticket.mask.load()
+    path.write_bytes(safetensors.torch.save({"another": torch.ones(1)}))
+    with pytest.raises(DamagedResultError, match=r"its mask cannot be read: File does not contain tensor"):
         ticket.mask.load()
 
 

@@ -127,10 +127,14 @@ def test_a_run_that_begins_during_a_collection_is_told_of_it(tmp_path: Path) -> 
     assert told == [f"process {os.getpid()} on {os.uname().nodename}"]
 
 
-def test_a_claim_that_cannot_be_opened_is_left_to_its_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_claim_is_left_to_its_run_also_if_it_cannot_be_opened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     Store(tmp_path)
     with Claims(tmp_path) as ours, Claims(tmp_path) as theirs:
         assert theirs.take("key")
+        ours._bury(tmp_path / "claims" / "key")  # it took the claim for that of a dead run
+        assert not ours.take("key")
         monkeypatch.setattr(claims_module, "open_regular", lambda path: forbid(path, path))
         assert not ours.take("key")
 
@@ -248,6 +252,11 @@ def forge(path: Path, change: Callable[[dict[str, Any]], dict[str, Any]], change
         ({"host": "boot before"}, 1001.0, False),  # it has been touched since
         ({"host": "another", "machine": "another"}, 999.0, False),
         ({"host": "another", "name": "another"}, 999.0, False),
+        (
+            {"locked": False},
+            999.0,
+            False,
+        ),  # since the boot, on a file system without locks, by a clock that was set back
         ({"host": "boot before", "machine": None}, 999.0, False),  # of a container, or of an earlier version
     ],
 )
