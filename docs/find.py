@@ -33,8 +33,9 @@ from tombola.engine.search import Budget, measure_gain, search
 from tombola.lottery.search import Candidate, Known, find_strategy
 from tombola.pruning.mask import Mask
 from tombola.store.store import Store
+from tombola.study.chains import Chain, Start
 from tombola.study.early import prune_at_once
-from tombola.study.planner import Chain, Planner, Start
+from tombola.study.planner import Planner
 from tombola.study.schema import Study, load_study
 from tombola.study.searches import shorten_study
 from tombola.study.singles import plan_singles

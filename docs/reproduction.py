@@ -22,7 +22,9 @@ from typing import Any
 from tombola import UserError, load_study
 from tombola.analysis import claims, reference
 from tombola.analysis.accuracy import rows, table2
-from tombola.analysis.claims import Claim, Evidence
+from tombola.analysis.evidence import Evidence, collect
+from tombola.analysis.verdict import Claim
+from tombola.analysis.verdict import describe as describe_claim
 from tombola.cli.options import open_planner, study_options
 from tombola.engine.machine import count_kinds
 from tombola.engine.run import count_remaining
@@ -76,7 +78,7 @@ def describe(system: str, store: Path, data: Path | None) -> dict[str, Any] | No
         lines of the system's section.
     """
     tickets = open_tickets(system, store, data)
-    evidence = None if tickets is None else collect(system, tickets)
+    evidence = None if tickets is None else collect_evidence(system, tickets)
     if tickets is None or evidence is None:
         return None
     found = claims.judge(evidence)
@@ -106,10 +108,10 @@ def open_tickets(system: str, store: Path, data: Path | None) -> Tickets | None:
         return None
 
 
-def collect(name: str, tickets: Tickets) -> Evidence | None:
+def collect_evidence(name: str, tickets: Tickets) -> Evidence | None:
     """Return what the claims are judged by; None, with a note, if two importances have no level from 1 on."""
     try:
-        return claims.collect(tickets)
+        return collect(tickets)
     except UserError as error:
         print(f"{name}: {error}", file=sys.stderr)
         return None
@@ -167,7 +169,7 @@ def section(name: str, tickets: Tickets, evidence: Evidence, found: Sequence[Cla
     yield "\n| claim | verdict | ours | chance | noise floor | paper |"
     yield "|---|---|---|--:|--:|---|"
     for claim in found:
-        about: dict[str, str] = claims.describe(claim)
+        about: dict[str, str] = describe_claim(claim)
         cells = [about.get(part, "") for part in ("verdict", "ours", "chance", "noise floor", "paper")]
         yield f"| {claim.number} {claim.statement.rstrip('.')} | {' | '.join(cells)} |"
 

@@ -17,7 +17,7 @@ from tombola.analysis.gather import ALL
 from tombola.analysis.overlap import of_masks, relative_to_ticket
 from tombola.importance import SCORES
 from tombola.lottery.ticket import Ticket
-from tombola.study.planner import Chain
+from tombola.study.chains import Chain
 from tombola.study.rounds import compute_mask
 from tombola.study.schema import Study
 from tombola.study.task import resolve_importance

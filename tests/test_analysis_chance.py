@@ -115,5 +115,7 @@ def test_intervals_by_simulation() -> None:
 def test_no_chance_is_left_where_one_set_has_everything() -> None:
     low, high = interval_of_two(10, [10, 4])
     assert (int(low), int(high)) == (4, 4)
+    some = np.arange(97)
+    assert not moments(np.full(97, 97), np.stack([np.full(97, 97), some]))[1].any(), "not even by rounding"
     mean, variance = moments(np.array([10]), np.array([[10], [10], [4]]))
     assert [int(b[0]) for b in interval(mean, variance, *support([10], np.array([[10], [10], [4]])))] == [4, 4]

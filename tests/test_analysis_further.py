@@ -27,7 +27,7 @@ from tombola.pruning.mask import Mask
 from tombola.reporting.contents import gather
 from tombola.reporting.page import page
 from tombola.reporting.sections import sections
-from tombola.study.planner import Chain
+from tombola.study.chains import Chain
 from tombola.study.tickets import Tickets
 
 pytestmark = pytest.mark.xdist_group("analysis_further")  # one study for all

@@ -19,10 +19,12 @@ from torch import nn
 
 from tombola import Planner, Store, UserError, load_problem, load_study, train
 from tombola.analysis import claims, connectivity, functions, layers, overlap, reinit, stability, weights, winners
+from tombola.analysis.evidence import collect
+from tombola.analysis.verdict import Claim
 from tombola.cli import main
 from tombola.cli.analysis import has_data_orders
 from tombola.pruning.mask import Mask
-from tombola.study.planner import Chain
+from tombola.study.chains import Chain
 from tombola.study.reinitialisation import plan
 from tombola.study.tickets import Tickets
 from tombola.training.evaluation import predict
@@ -237,6 +239,11 @@ def test_weights_of_a_study(planner: Planner) -> None:
     (initial,) = figures(table, level=2, seed=1, quantity="initial", layer="fc2.weight")
     (rewind,) = figures(table, level=2, seed=1, quantity="rewind", layer="fc2.weight")
     assert initial["mean"] != rewind["mean"]  # the rewind point is at iteration 2
+
+
+def test_weights_of_a_study_have_no_scores_where_the_whole_network_is_scored(folder: Path) -> None:
+    table = weights.of_study(Tickets(open_planner(folder, importances=["taylor"])))  # its dense network is that of all
+    assert set(table["quantity"]) == {"initial", "rewind", "end"}
 
 
 # stability, functions, connectivity
@@ -473,7 +480,7 @@ def test_reinit_plans_runs_and_tells(folder: Path, capsys: pytest.CaptureFixture
 def test_claims_of_a_study(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tickets = Tickets(open_planner(folder))
     table = claims.of_study(tickets)
-    assert table.columns == [field.name for field in dataclasses.fields(claims.Claim)]
+    assert table.columns == [field.name for field in dataclasses.fields(Claim)]
     assert table["number"].to_list() == [
         "1a",
         "1b",
@@ -491,13 +498,13 @@ def test_claims_of_a_study(folder: Path, capsys: pytest.CaptureFixture[str]) -> 
         "6",
         "7",
     ]
-    evidence = claims.collect(tickets)
+    evidence = collect(tickets)
     assert evidence.describe() == ("Tickets of magnitude, l1 are compared at level 3 (sparsity 87.50 %), from 2 seeds.")
-    assert claims.collect(tickets, ["l1", "min_max"], 1).level == 1
+    assert collect(tickets, ["l1", "min_max"], 1).level == 1
     with pytest.raises(UserError, match=r"level 9: expected a level from 1 to 3, which all of magnitude, l1 have"):
-        claims.collect(tickets, level=9)
+        collect(tickets, level=9)
     with pytest.raises(UserError, match="expected at least 2 to compare"):
-        claims.collect(tickets, ["l1"])
+        collect(tickets, ["l1"])
     arguments = [str(folder / "study.toml"), "--store", str(folder / "store")]
     assert main(["claims", *arguments]) == 0
     printed = capsys.readouterr().out

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 
 from tombola.analysis import claims
 from tombola.analysis.accuracy import Row
-from tombola.analysis.claims import Claim, Evidence
 from tombola.analysis.ends import Ends
+from tombola.analysis.evidence import Evidence
+from tombola.analysis.verdict import Claim
 
 THREE = ("magnitude", "l1", "l2")
 FIVE = (*THREE, "softmax", "min_max")

@@ -36,8 +36,8 @@ from tombola.engine.run import Status
 from tombola.errors import UserError
 from tombola.importance import IMPORTANCES, SCORES
 from tombola.lottery import search
+from tombola.study.chains import Chain, Progress, Waiting
 from tombola.study.controls import KINDS
-from tombola.study.planner import Chain, Progress, Waiting
 from tombola.study.schema import presets
 from tombola.training.train import initial_state
 from tombola.workbench.runs import count_workers

@@ -28,6 +28,7 @@ from tombola.lottery.controls import keep_signs, shuffle
 from tombola.pruning.mask import Mask
 from tombola.reporting.contents import gather
 from tombola.reporting.sections import sections
+from tombola.study.chains import Chain
 from tombola.study.controls import (
     KINDS,
     Plan,
@@ -39,7 +40,7 @@ from tombola.study.controls import (
     plan_transfers,
 )
 from tombola.study.needs import list_needs
-from tombola.study.planner import Chain, Planner
+from tombola.study.planner import Planner
 from tombola.study.schema import Study
 from tombola.study.tickets import Tickets
 from tombola.training.weights import Weights

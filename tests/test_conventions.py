@@ -21,7 +21,8 @@ from tombola.lottery.rule import check_levels
 from tombola.models import resnet18, resnet20, vgg16
 from tombola.pruning.mask import resolve_kept_dense
 from tombola.store.store import Store
-from tombola.study.planner import Chain, Planner
+from tombola.study.chains import Chain
+from tombola.study.planner import Planner
 from tombola.study.schema import presets
 
 

@@ -42,8 +42,9 @@ from tombola.lottery.search import (
     step,
 )
 from tombola.store.store import Store
+from tombola.study.chains import Chain
 from tombola.study.needs import list_needs
-from tombola.study.planner import Chain, Planner
+from tombola.study.planner import Planner
 from tombola.study.schema import Study
 from tombola.study.searches import list_chains, list_planners, shorten_study
 from tombola.study.task import load_problem

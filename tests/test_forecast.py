@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tombola.engine.forecast import Forecast, Speed, Step, Timing, makespan, refine
-from tombola.study.planner import Chain, Finished, Planner, Progress, Waiting
+from tombola.study.chains import Chain, Finished, Progress, Waiting
+from tombola.study.planner import Planner
 from tombola.study.trainings import Training
 
 FRACTION, LEVELS, ITERATIONS = 0.2, 20, 1000

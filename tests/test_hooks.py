@@ -17,7 +17,7 @@ from tombola.cli.run import open_writer
 from tombola.engine.here import WorkersHere
 from tombola.engine.job import Job
 from tombola.hooks import Report, StopTraining, writers
-from tombola.study.planner import Chain
+from tombola.study.chains import Chain
 from tombola.study.trainings import Training
 from tombola.workbench.studies import open_planner
 

@@ -18,7 +18,7 @@ from tombola.engine.verify import list_places, verify_trainings
 from tombola.reporting import findings
 from tombola.reporting.contents import gather
 from tombola.reporting.provenance import machines
-from tombola.study.planner import Chain
+from tombola.study.chains import Chain
 from tombola.study.tickets import Tickets
 
 

@@ -30,7 +30,7 @@ from tombola.engine.verify import first_in_histories
 from tombola.importance import magnitude
 from tombola.own.code import own_modules
 from tombola.store.results import Results
-from tombola.study.planner import Chain
+from tombola.study.chains import Chain
 from tombola.study.task import load_problem, try_out
 from tombola.study.tickets import Tickets
 from tombola.training.evaluation import evaluate, measure, predict
@@ -164,6 +164,9 @@ def test_outputs_of_each_token_are_not_kept_and_a_loss_of_rows_is_computed_at_on
     data = Dataset("tokens", inputs, targets, inputs, targets, ())
     values, mean = measure(nn.Identity(), data, loss, [find("perplexity"), find("loss")])
     assert seen == [(500, 3, 4), (500, 3, 4), (200, 3, 4)]
+    seen.clear()
+    measure(nn.Flatten(0, 1), data, lambda outputs, targets: loss(outputs, targets.flatten()), [])
+    assert seen == [(1500, 4), (1500, 4), (600, 4)], "one row for each token"
     assert mean == values["loss"] == pytest.approx(functional.cross_entropy(inputs.movedim(2, 1), targets).item())
     assert values["perplexity"] == pytest.approx(math.exp(mean), rel=1e-5)
     seen.clear()
@@ -182,6 +185,24 @@ def test_a_loss_that_writes_to_its_targets_leaves_those_of_the_data(outputs: tup
     data = Dataset("small", inputs, targets, inputs, targets.clone(), ())
     measure(nn.Identity(), data, overwrite, [find("accuracy")])
     assert data.test_labels.equal(targets)
+
+
+def test_metrics_are_computed_in_float32_whatever_the_network_is() -> None:
+    kinds: list[torch.dtype] = []
+
+    def multiply(_: object, outputs: Tensor, targets: Tensor) -> Tensor:
+        kinds.append((outputs.T @ outputs).dtype)
+        return outputs
+
+    def square(outputs: Tensor) -> float:
+        kinds.append((outputs.T @ outputs).dtype)
+        return 0.0
+
+    inputs, targets = torch.randn(8, 3), torch.randint(3, (8,))
+    with torch.autocast("cpu", torch.bfloat16):
+        noted = replace(ACCURACY, key="noted", add=multiply, value=square)
+        measure(nn.Identity(), Dataset("small", inputs, targets, inputs, targets), functional.cross_entropy, [noted])
+    assert kinds == [torch.float32, torch.float32]
 
 
 # histories

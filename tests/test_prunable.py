@@ -463,8 +463,9 @@ def test_such_a_network_is_trained_with_its_own_layers(tmp_path: Path) -> None:
     mask = loops.prune(model, Mask.ones_like(model), magnitude, 0.9)
     with pytest.warns(
         OwnLayersWarning, match="Own is trained with its own layers, at dense speed, because it does not"
-    ):
+    ) as said:
         found = train(model, model.state_dict(), mask, data, recipe, 0)
+    assert said[0].filename == __file__
     dense = train(model, model.state_dict(), mask, data, recipe, 0, kernels="off")
     assert found.weights.hash == dense.weights.hash
     with pytest.warns(OwnLayersWarning):

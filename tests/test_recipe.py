@@ -236,6 +236,7 @@ def test_torchs_optimizer_gives_the_bits_of_tombolas() -> None:
 def test_the_schedule_decides_each_learning_rate() -> None:
     recipe = Recipe(iterations=4, lr=2.0, schedule="mine:half", warmup=2)
     assert [recipe.lr_at(iteration, 100, half) for iteration in range(6)] == [1.0, 2.0, 1.0, 1.0, 1.0, 1.0]
+    assert recipe.lr_at(0, 100, lambda iteration, total: 0) == 0
     for wrong in (float("nan"), -1, "1", None, True, torch.tensor(1.0)):
         with pytest.raises(UserError, match=r"recipe.schedule 'mine:half': expected a finite number from 0, got"):
             recipe.lr_at(0, 100, lambda iteration, total, wrong=wrong: wrong)  # type: ignore[misc]

@@ -16,7 +16,7 @@ from tombola import Mask, Planner, Store, Ticket, Weights, load_problem, load_st
 from tombola.analysis.accuracy import Row, row_of, rows, table2
 from tombola.cli.results import show_results
 from tombola.cli.tables import size
-from tombola.study.planner import Chain
+from tombola.study.chains import Chain
 from tombola.study.tickets import Tickets
 from tombola.training.history import History, Trained
 from tombola.workbench.text import duration

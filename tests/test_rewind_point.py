@@ -22,10 +22,11 @@ from tombola.errors import NothingStoredError, UserError
 from tombola.pruning.mask import Mask
 from tombola.reporting.contents import FURTHER, gather
 from tombola.reporting.sections import sections
+from tombola.study.chains import Chain
 from tombola.study.controls import list_combinations, list_controls, list_transfers
 from tombola.study.early import list_snapshots, plan_snapshots, prune_at_once
 from tombola.study.needs import list_needs
-from tombola.study.planner import Chain, Planner
+from tombola.study.planner import Planner
 from tombola.study.rewind_point import list_planners, list_rewind_points, plan_rewind_points
 from tombola.study.schema import Study
 from tombola.study.singles import name_dense

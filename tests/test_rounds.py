@@ -28,8 +28,9 @@ from tombola.importance import Network, NetworkScore, magnitude
 from tombola.lottery.rule import Rule, check_rule, resolve_shares
 from tombola.pruning.selection import SELECTIONS, apportion
 from tombola.streams import ambient
+from tombola.study.chains import Chain, Diverged, Finished, Stopped, Waiting
 from tombola.study.needs import list_chain_needs
-from tombola.study.planner import Chain, Diverged, Finished, Planner, Stopped, Waiting
+from tombola.study.planner import Planner
 from tombola.study.repeatable import check_repeatable
 from tombola.study.schema import Study
 from tombola.study.task import resolve_importance

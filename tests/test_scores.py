@@ -68,7 +68,12 @@ def half(model: nn.Module) -> Mask:
 
 
 def scores(
-    score: NetworkScore, model: nn.Module, mask: Mask, *, loss: Callable[[Tensor, Tensor], Tensor] | None = None
+    score: NetworkScore,
+    model: nn.Module,
+    mask: Mask,
+    *,
+    loss: Callable[[Tensor, Tensor], Tensor] | None = None,
+    examples: int = EXAMPLES,
 ) -> Mapping[str, Tensor]:
     return score_network(
         score,
@@ -79,6 +84,7 @@ def scores(
         data=images(),
         loss=loss or functional.cross_entropy,
         seed=3,
+        examples=examples,
         batch_size=BATCH,
     )
 
@@ -151,6 +157,17 @@ def test_examples_are_drawn_once_in_batches_of_about_equal_size(
     assert sorted(places) == list(range(EXAMPLES))
     assert places != list(range(EXAMPLES))
     assert torch.cat([labels for _, labels in seen]).equal(data.train_labels[torch.tensor(places)])
+
+
+def test_as_many_examples_are_drawn_as_are_asked_for() -> None:
+    counts: list[int] = []
+
+    def look(network: Network) -> Mapping[str, Tensor]:
+        counts.extend(len(network.outputs(inputs)) for inputs, _ in network.batches)  # no running statistics change
+        return {}
+
+    scores(NetworkScore(look), model := build(), half(model), examples=7)
+    assert counts == [4, 3]
 
 
 @pytest.mark.parametrize("name", ["taylor", "snip"])

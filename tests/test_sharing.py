@@ -23,6 +23,7 @@ from tombola.store import claims as claims_module
 from tombola.store import store as store_module
 from tombola.store.claims import Claims
 from tombola.store.collection import collect
+from tombola.store.layout import temporary_folder
 from tombola.store.store import Entry, Store
 
 
@@ -102,9 +103,40 @@ def test_a_run_sees_a_collection_and_the_other_way_round(tmp_path: Path) -> None
             assert running.collector() == f"process {os.getpid()} on {os.uname().nodename}"
             assert not collecting.alone()
             assert collecting.collector() is None
+        assert collecting.take(key := "0" * 64)
         assert collecting.alone()
+        assert collecting.owner(key), "what is its own is no claim of a dead run"
+        dead = collecting._file.with_name(f"dead.1.{'0' * 8}")
+        dead.write_bytes(collecting._file.read_bytes())
     with Claims(tmp_path) as running:
         assert running.collector() is None
+
+
+def test_a_run_that_begins_during_a_collection_is_told_of_it(tmp_path: Path) -> None:
+    told: list[str | None] = []
+
+    def needs() -> set[str]:
+        with Claims(tmp_path) as running:
+            told.append(running.collector())
+        return set()
+
+    store = Store(tmp_path)
+    temporary_folder(tmp_path).joinpath("half").write_text("x")
+    collect(store, needs)
+    assert not temporary_folder(tmp_path).joinpath("half").exists()
+    assert told == [f"process {os.getpid()} on {os.uname().nodename}"]
+
+
+def test_a_claim_is_left_to_its_run_also_if_it_cannot_be_opened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Store(tmp_path)
+    with Claims(tmp_path) as ours, Claims(tmp_path) as theirs:
+        assert theirs.take("key")
+        ours._bury(tmp_path / "claims" / "key")  # it took the claim for that of a dead run
+        assert not ours.take("key")
+        monkeypatch.setattr(claims_module, "open_regular", lambda path: forbid(path, path))
+        assert not ours.take("key")
 
 
 def test_a_run_says_that_it_has_waited_for_a_collection(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -220,6 +252,11 @@ def forge(path: Path, change: Callable[[dict[str, Any]], dict[str, Any]], change
         ({"host": "boot before"}, 1001.0, False),  # it has been touched since
         ({"host": "another", "machine": "another"}, 999.0, False),
         ({"host": "another", "name": "another"}, 999.0, False),
+        (
+            {"locked": False},
+            999.0,
+            False,
+        ),  # since the boot, on a file system without locks, by a clock that was set back
         ({"host": "boot before", "machine": None}, 999.0, False),  # of a container, or of an earlier version
     ],
 )

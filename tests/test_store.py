@@ -12,16 +12,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 
 from tombola.errors import DamagedResultError, UserError
 from tombola.files import write_atomically
 from tombola.pruning.mask import Mask
+from tombola.store.check import list_damage
 from tombola.store.checkpoints import checkpoint_from_bytes, checkpoint_to_bytes
 from tombola.store.names import canonical, name_of
 from tombola.store.store import Store
 from tombola.training.history import Checkpoint, History, Trained
-from tombola.training.weights import Weights, apply_mask
+from tombola.training.weights import Weights, apply_mask, state_hash
 
 IDENTITY = {"some": "training"}
 KEY = name_of(IDENTITY)
@@ -32,6 +34,7 @@ STATE = apply_mask(
         "a.weight": torch.randn(5, 7, generator=torch.Generator().manual_seed(1)),
         "a.bias": torch.tensor([-0.0, 1e-42, 3.0]),
         "count": torch.tensor(7),
+        "turned": torch.arange(6.0).view(2, 3).T,
     },
     MASK,
 )
@@ -54,6 +57,7 @@ def files(root: Path) -> list[str]:
 def test_what_is_put_comes_back_to_the_bit(store: Store) -> None:
     assert store.results.get(KEY) is None
     put(store)
+    assert store.results.folder(KEY).stat().st_mode & 0o777 == 0o755, "others may read it"
     found = Store(store.root, create=False).results.get(KEY)
     assert found is not None
     assert found.history == TRAINED.history
@@ -320,9 +324,22 @@ def test_masks_come_back_and_damaged_ones_do_not(store: Store) -> None:
     assert store.masks.get(MASK_NAME) is None
     path.write_bytes(whole[: len(whole) // 2])
     assert store.masks.get(MASK_NAME) is None
+    shutil.rmtree(store.root)
+    assert not store.masks.put(MASK_NAME, MASK)
+    assert not store.root.exists(), "a store that was removed stays removed"
 
 
-CHECKPOINT = Checkpoint(17, STATE, {"0.momentum_buffer": torch.randn(5, 7)}, torch.tensor([0.1, 1 / 3, 2 / 3]))
+def test_a_file_in_the_place_of_a_result_is_one_damage(store: Store) -> None:
+    folder = store.results.folder(KEY)
+    folder.parent.mkdir(parents=True)
+    folder.write_text("x")
+    assert [(damage.kind, damage.name) for damage in list_damage(store)] == [("result", KEY)]
+    folder.unlink()
+    folder.symlink_to("nothing")
+    assert KEY in store.results, "a damaged result is there"
+
+
+CHECKPOINT = Checkpoint(17, STATE, {"0.momentum_buffer": torch.randn(7, 5).T}, torch.tensor([0.1, 1 / 3, 2 / 3]))
 
 
 def test_checkpoints_come_back_to_the_bit(store: Store) -> None:
@@ -351,6 +368,9 @@ def test_a_cut_or_changed_checkpoint_is_none() -> None:
     assert third in whole, "a loss"
     assert checkpoint_from_bytes(whole.replace(third, other)) is None
     assert checkpoint_from_bytes(whole[:-1] + bytes([whole[-1] ^ 1])) is None
+    about, state = {"iteration": 17}, {"state.w": torch.ones(2)}
+    named = {"checkpoint": json.dumps(about), "checksum": name_of([about, state_hash(state)])}
+    assert checkpoint_from_bytes(safetensors.torch.save(state, named)) is None, "no losses"
 
 
 def test_a_checkpoint_of_another_kind_of_machine_is_not_resumed() -> None:
@@ -367,6 +387,9 @@ def test_a_checkpoint_that_cannot_be_written_stops_nothing(store: Store, monkeyp
     failing(monkeypatch, "fsync", 1, OSError(errno.ENOSPC, "full"))
     store.checkpoints.put(KEY, checkpoint_to_bytes(CHECKPOINT))
     assert store.checkpoints.get(KEY) is None
+    (store.root / "checkpoints").rmdir()
+    (store.root / "checkpoints").write_text("no folder")
+    store.checkpoints.put(KEY, checkpoint_to_bytes(CHECKPOINT))
 
 
 def test_sweeping_leaves_what_others_write(store: Store) -> None:

@@ -35,6 +35,7 @@ from tombola.reporting.contents import gather
 from tombola.store.check import list_damage
 from tombola.store.checkpoints import checkpoint_from_bytes, checkpoint_to_bytes
 from tombola.store.claims import Claims, _this_host
+from tombola.store.documents import read_tensors
 from tombola.store.names import canonical, name_of
 from tombola.store.store import Store
 from tombola.training.history import Checkpoint
@@ -613,6 +614,8 @@ def test_stray_files_are_told_and_left_alone(root: Path, say: Say, numbers: dict
     for path in strays:
         path.parent.mkdir(exist_ok=True, parents=True)
         path.write_bytes(b"\0\0\0\1Bud1")
+    (root / "tmp").mkdir(exist_ok=True)
+    (root / "tmp" / "unfinished").write_bytes(b"")  # what is being written has its place
     for verb in (("results",), ("winners",)):
         assert say(*verb).out == numbers[verb]
     assert gather(planner(root, STUDY), "s", ["s"]).trainings_left == 0
@@ -721,3 +724,9 @@ def test_only_regular_files_are_opened(tmp_path: Path) -> None:
     path.touch()
     with pytest.raises(IrregularFileError):
         open_regular(path / "inner")
+
+
+def test_a_file_of_tensors_may_have_none(tmp_path: Path) -> None:
+    path, content = tmp_path / "none.safetensors", safetensors.numpy.save({})
+    path.write_bytes(content)
+    assert read_tensors(path) == content

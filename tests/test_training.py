@@ -437,6 +437,14 @@ def test_an_epoch_that_is_not_over_has_no_mean() -> None:
     assert losses.epoch_means() == (3.0,)
 
 
+def test_divergence_is_seen_within_a_long_epoch() -> None:
+    losses, seen = Losses(begin=0, end=200, per_epoch=120), []
+    for iteration in range(130):
+        losses.append(torch.tensor(math.nan if iteration == 60 else 1.0))
+        seen += [losses.iteration] * losses.have_diverged()
+    assert seen == [100, 120]
+
+
 def test_a_loss_of_ones_own() -> None:
     model, initial, mask = setting_of(small)
 

@@ -32,7 +32,8 @@ from tombola.pruning.mask import Mask
 from tombola.store.names import canonical
 from tombola.store.results import unpack_state
 from tombola.store.store import Store
-from tombola.study.planner import Chain, Planner
+from tombola.study.chains import Chain
+from tombola.study.planner import Planner
 from tombola.training.history import History
 from tombola.training.weights import state_hash
 

@@ -37,7 +37,8 @@ from tombola.importance import Importance, Network, NetworkScore, Survivors, l1,
 from tombola.importance.network_scores import taylor
 from tombola.own.functions import ComputedNameWarning, is_here, refer, resolve, source_hash
 from tombola.store.store import Store
-from tombola.study.planner import Chain, Planner
+from tombola.study.chains import Chain
+from tombola.study.planner import Planner
 from tombola.study.schema import override
 from tombola.study.task import load_importance, load_problem
 from tombola.workbench import runs

@@ -10,7 +10,7 @@ from typing import Any
 import polars as pl
 
 from tombola.lottery.ticket import Ticket
-from tombola.study.planner import Chain
+from tombola.study.chains import Chain
 from tombola.study.tickets import Tickets
 from tombola.training.metrics import TEST_ACCURACY, Measure
 

@@ -19,7 +19,7 @@ from tombola.analysis.values import over_seeds
 from tombola.analysis.winners import by_level
 from tombola.errors import NothingStoredError, UserError
 from tombola.lottery.ticket import Ticket
-from tombola.study.planner import Chain, select_chains
+from tombola.study.chains import Chain, select_chains
 from tombola.study.tickets import Tickets
 
 

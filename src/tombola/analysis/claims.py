@@ -9,36 +9,37 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import replace
 from itertools import combinations, pairwise
-from typing import Literal
 
 import polars as pl
 from scipy import stats
 
-from tombola.analysis import layers, overlap, reinit, stability, weights
-from tombola.analysis.accuracy import Row, rows
-from tombola.analysis.ends import Ends, of_network
-from tombola.analysis.gather import ALL, DATA_ORDER, IMPORTANCES, PRUNABLE, last_level
-from tombola.analysis.winners import UNBOUNDED, Bounds, mean_with_interval
-from tombola.errors import NothingStoredError, UserError
-from tombola.study.planner import Chain, select_chains
+from tombola.analysis.accuracy import Row
+from tombola.analysis.ends import Ends
+from tombola.analysis.evidence import Evidence, collect, distance
+from tombola.analysis.gather import ALL, DATA_ORDER, IMPORTANCES, PRUNABLE
+from tombola.analysis.verdict import (
+    Claim,
+    compare,
+    conclude,
+    count_seeds,
+    format_interval,
+    format_mean,
+    is_above,
+    is_below,
+    need,
+    to_frame,
+)
+from tombola.analysis.winners import Bounds
 from tombola.study.tickets import Tickets
-
-Verdict = Literal["holds", "holds in part", "does not hold", "not testable"]
-
-ALIKE = ("magnitude", "l1", "l2")
-"""The importances that the paper's claims compare."""
 
 _DELTA: Bounds = (-1.0, 1.0)
 """The possible values of Cliff's delta."""
 
 _FACTOR: Bounds = (0.0, math.inf)
 """The possible values of a quotient of two lengths."""
-
-SPARSITY = 0.9648
-"""The sparsity at which the paper compares tickets: that of level 15, after rounds of 20 %."""
 
 MARGIN = 0.5
 """Accuracies that differ by at most this many percentage points are alike."""
@@ -48,179 +49,6 @@ DEEP = 0.988
 
 DEEP_WITHOUT_SHORTCUTS = 0.9987
 """The same for the collapse of a network without 1x1 shortcuts: the paper's VGG-16 lives at 99.62 %, not at 99.88 %."""
-
-
-@dataclass(frozen=True)
-class Claim:
-    """A claim with its evidence and verdict; it is "not testable" until `decide` gives another verdict and the reason.
-
-    Args:
-        number: the number of the claim and a letter for its part, such as "4b".
-        statement: what is claimed.
-        paper: what the paper measured, in words.
-        verdict: what the study's tickets say about it.
-        reason: why, in one sentence.
-        measure: what `value` is.
-        value: the number that decides, a mean over seeds. low, high: its 95 % interval; None where there is none.
-        chance: what chance would give. noise: the noise floor, what another data order alone gives.
-        seeds: the number of seeds.
-        needs: what is missing for a verdict: a field of the study and the values with which the claim may be testable,
-            such as "levels 20", or "reinit" and the level; empty where no further training would give a verdict.
-    """
-
-    number: str
-    statement: str
-    paper: str
-    verdict: Verdict = "not testable"
-    reason: str = ""
-    measure: str = ""
-    value: float | None = None
-    low: float | None = None
-    high: float | None = None
-    chance: float | None = None
-    noise: float | None = None
-    seeds: int = 0
-    needs: str = ""
-
-    def add_measure(self, measure: str, values: Sequence[float], within: Bounds = UNBOUNDED) -> Claim:
-        """Add the number that decides: the mean of these values, one for each seed, with its interval.
-
-        Args:
-            measure: what the number is.
-            values: the value of each seed.
-            within: the smallest and the largest possible value.
-        """
-        if not values:
-            return self
-        mean, low, high = mean_with_interval(values, within)
-        return replace(self, measure=measure, value=mean, low=low, high=high, seeds=len(values))
-
-    def add_baselines(self, *, chance: float | None = None, noise: float | None = None) -> Claim:
-        """Add what chance and another data order give."""
-        return replace(self, chance=chance, noise=noise)
-
-    def decide(self, verdict: Verdict, reason: str, needs: str = "") -> Claim:
-        """Return the claim with its verdict, and with what is missing if it is not testable."""
-        return replace(self, verdict=verdict, reason=reason, needs=needs if verdict == "not testable" else "")
-
-
-@dataclass(frozen=True)
-class Evidence:
-    """The tables of a study that decide on its claims.
-
-    Args:
-        compared: the importances whose tickets are compared.
-        importances: the importances of the study that have tickets from level 1 on.
-        level: the level at which tickets are compared.
-        results: the result of each ticket of these importances.
-        order_results: the results of tickets with other data orders.
-        shapes: the shapes of the layers, in order, by parameter name.
-        kept_dense: the layers that are counted and never pruned.
-        guess: the accuracy of a random guess, in 0..1.
-        layers, overlap, stability, reinit: tables of the analyses with these names; None if they are not stored.
-        ends: the layers that touch the inputs and the outputs; None for the first and the last by order.
-        ranges: the ranges of the dense network's weights, see `tombola.analysis.weights.ranges`; None if not known.
-    """
-
-    compared: tuple[str, ...]
-    importances: tuple[str, ...]
-    level: int
-    results: tuple[Row, ...]
-    order_results: tuple[Row, ...]
-    shapes: Mapping[str, tuple[int, ...]]
-    kept_dense: frozenset[str]
-    guess: float
-    layers: pl.DataFrame
-    overlap: pl.DataFrame
-    stability: pl.DataFrame
-    reinit: pl.DataFrame | None = None
-    ends: Ends | None = None
-    ranges: pl.DataFrame | None = None
-
-    def describe(self) -> str:
-        """Return a sentence on what was compared."""
-        density = statistics.fmean(row.density for row in self.results if row.level == self.level)
-        seeds = f"{len(self.seeds)} seeds" if len(self.seeds) > 1 else "one seed, so that there are no intervals"
-        return (
-            f"Tickets of {', '.join(self.compared)} are compared at level {self.level} (sparsity "
-            f"{100 * (1 - density):.2f} %), from {seeds}.{self._describe_ends()}"
-        )
-
-    def _describe_ends(self) -> str:
-        """Return what is to be said of the input and the output layers, with a space before each sentence."""
-        if self.ends is None:
-            return ""
-        found = {"input": self.ends.inputs, "output": self.ends.outputs}
-        uncounted = [
-            f"Density does not count the {end} layer ({', '.join(names)}), so that no claim is judged by it."
-            for end, names in found.items()
-            if names and not self.shapes.keys() & set(names)
-        ]
-        return "".join(f" {sentence}" for sentence in (self.ends.fault, *uncounted) if sentence)
-
-    @property
-    def other_metric(self) -> str | None:
-        """Why a claim about accuracy cannot be judged, if tickets are judged by another metric; else None."""
-        measure = self.results[0].measure
-        if measure.name == "accuracy":
-            return None
-        return f"the paper says this of accuracy, and these tickets are judged by {measure.label}"
-
-    @property
-    def seeds(self) -> list[int]:
-        """The seeds that have a result at the compared level, in order."""
-        return sorted({row.seed for row in self.results if row.level == self.level})
-
-    @property
-    def more_seeds(self) -> str:
-        """The seeds that would give narrower intervals: those of the study, and as many as make three or one more."""
-        seeds, following = self.seeds, max(self.seeds, default=-1) + 1
-        return _need("seeds", *seeds, *range(following, following + max(1, 3 - len(seeds))))
-
-    @property
-    def no_floor(self) -> tuple[Verdict, str, str]:
-        """The verdict on a claim that lacks the noise floor, with what would give it."""
-        names = ", ".join(self.compared)
-        reason = f"there is no second data order of {names}, which gives the noise floor"
-        return "not testable", reason, _need("data_seeds_for", self.compared[0])
-
-    def more_importances(self, *names: str) -> str:
-        """Return the importances of the study and those of these names that it lacks."""
-        return _need("importances", *dict.fromkeys((*self.importances, *names)))
-
-    def more_levels(self, sparsity: float) -> str:
-        """Return the number of levels with which all importances reach a sparsity; empty if that is not known."""
-        if (last := _common_level(self)) < 1:
-            return ""
-        before, reached = (
-            statistics.fmean(row.density for row in self.results if row.level == level) for level in (last - 1, last)
-        )
-        if not 0 < reached < before:
-            return ""
-        return _need("levels", last + max(1, math.ceil(math.log((1 - sparsity) / reached, reached / before))))
-
-    @property
-    def convolutional(self) -> bool:
-        """Whether the network has convolutions."""
-        return any(len(shape) > 2 for shape in self.shapes.values())
-
-    @property
-    def prunable(self) -> list[str]:
-        """The layers of all `groups`."""
-        return [name for name in self.shapes if any(name in names for names in self.groups.values())]
-
-    @property
-    def groups(self) -> dict[str, list[str]]:
-        """The layers that may be pruned: the input layer, the output layer, 1x1 shortcuts, and the other layers."""
-        if len(self.shapes) < 2:
-            return {"input layer": [], "output layer": [], "1x1 shortcuts": [], "other layers": []}
-        ends = self.ends or Ends.by_order(self.shapes)
-        inputs, outputs = ([name for name in self.shapes if name in end] for end in (ends.inputs, ends.outputs))
-        inner = [name for name in self.shapes if name not in (*inputs, *outputs)]
-        shortcuts = [name for name in inner if self.shapes[name][2:] in {(1, 1), (1,)}]
-        others = [name for name in inner if name not in shortcuts]
-        found = {"input layer": inputs, "output layer": outputs, "1x1 shortcuts": shortcuts, "other layers": others}
-        return {group: [name for name in names if name not in self.kept_dense] for group, names in found.items()}
 
 
 def of_study(tickets: Tickets, importances: Sequence[str] | None = None, level: int | None = None) -> pl.DataFrame:
@@ -240,117 +68,6 @@ def of_study(tickets: Tickets, importances: Sequence[str] | None = None, level: 
         NothingStoredError: if they are not stored yet.
     """
     return to_frame(judge(collect(tickets, importances, level)))
-
-
-def to_frame(claims: Iterable[Claim]) -> pl.DataFrame:
-    """Return claims as a table whose columns are the fields of `Claim`."""
-    kinds = {"value": pl.Float64, "low": pl.Float64, "high": pl.Float64, "chance": pl.Float64, "noise": pl.Float64}
-    names = [each.name for each in fields(Claim)]
-    return pl.DataFrame(
-        [[getattr(claim, name) for name in names] for claim in claims],
-        {name: kinds.get(name, pl.Int64 if name == "seeds" else pl.String) for name in names},
-        orient="row",
-    )
-
-
-def collect(
-    tickets: Tickets,
-    importances: Sequence[str] | None = None,
-    level: int | None = None,
-    *,
-    tables: Mapping[str, pl.DataFrame] | None = None,
-) -> Evidence:
-    """Collect the tables that decide on the claims; see `of_study`.
-
-    Args:
-        tickets, importances, level: the arguments of `of_study`.
-        tables: by default, the tables "layers" and "reinit" are computed. If tables are given, those are used, and a
-            partial reinitialisation that is not among them is taken as not stored.
-    """
-    study, planner = tickets.study, tickets.planner
-    if importances is None:
-        known = [name for name in ALIKE if name in study.importances]
-        importances = known if len(known) > 1 else study.importances
-    chains = select_chains(study, importances, at_least=2)
-    compared = tuple(dict.fromkeys(chain.importance for chain in chains))
-    last = _last_sound_level(tickets, chains)
-    if last < 1:
-        for chain in chains:
-            for ticket in tickets.progress(chain).tickets:
-                if ticket.trained is not None and ticket.trained.history.diverged_at is not None:
-                    raise UserError(f"nothing can be compared: {chain} diverged at level {ticket.level}")
-        raise NothingStoredError(f"no level from 1 on is in {planner.store.root} for {', '.join(compared)}")
-    results = _with_pruned(rows(tickets))
-    if level is None:
-        own = [row for row in results if row.importance in compared]
-        level = min(range(1, last + 1), key=lambda each: _distance(own, each, SPARSITY))
-    elif not 1 <= level <= last:
-        if 1 <= level <= study.levels:
-            tickets.require([level], chains)  # raises an error that says which level is not stored
-        raise UserError(f"level {level}: expected a level from 1 to {last}, which all of {', '.join(compared)} have")
-    return Evidence(
-        compared=compared,
-        importances=tuple(name for name in study.importances if any(row.importance == name for row in results)),
-        level=level,
-        results=tuple(results),
-        order_results=tuple(rows(tickets, planner.repeats)),
-        shapes=planner.dense.shapes,
-        kept_dense=planner.kept_dense,
-        guess=1 / max(1, len(planner.problem.data.classes)),
-        layers=layers.of_study(tickets) if tables is None else tables["layers"],
-        overlap=_drop_other_floors(overlap.of_study(tickets, compared, [level]), compared),
-        stability=stability.of_study(tickets, compared, [level]),
-        reinit=_select_reinit(_find_reinit(tickets) if tables is None else tables.get("reinit"), compared),
-        ends=of_network(planner),
-        ranges=weights.ranges(tickets, compared[0]),
-    )
-
-
-def _with_pruned(results: Sequence[Row]) -> list[Row]:
-    """Return the results of the chains that have pruned; the dense network of a seed is that of all importances.
-
-    >>> chains = [("l1", 0, 0), ("l1", 0, 1), ("l1", 1, 0), ("l2", 0, 0)]
-    >>> results = [Row(name, seed, level, 0.8**level, 0.9, 8, 0.1, False) for name, seed, level in chains]
-    >>> [(row.importance, row.seed, row.level) for row in _with_pruned(results)]
-    [('l1', 0, 0), ('l1', 0, 1)]
-    """
-    pruned = {(row.importance, row.seed) for row in results if row.level}
-    return [row for row in results if (row.importance, row.seed) in pruned]
-
-
-def _last_sound_level(tickets: Tickets, chains: Sequence[Chain]) -> int:
-    """Return the last level that all chains have, and at which no training diverged."""
-    last_level(tickets, chains)  # raises an error if there is none
-    lengths = []
-    for chain in chains:
-        histories = [ticket.trained.history for ticket in tickets.progress(chain).tickets if ticket.trained]
-        lengths.append(sum(history.diverged_at is None for history in histories))
-    return min(lengths) - 1
-
-
-def _distance(results: Sequence[Row], level: int, sparsity: float) -> float:
-    return abs(1 - sparsity - statistics.fmean(row.density for row in results if row.level == level))
-
-
-def _drop_other_floors(table: pl.DataFrame, compared: Collection[str]) -> pl.DataFrame:
-    """Return a table of overlap without the data orders of importances that are not compared."""
-    importance = pl.col("tickets").list.first().str.split("@").list.first()
-    return table.filter((pl.col("kind") != DATA_ORDER) | importance.is_in(compared))
-
-
-def _find_reinit(tickets: Tickets) -> pl.DataFrame | None:
-    try:
-        return reinit.of_study(tickets)
-    except NothingStoredError:
-        return None
-
-
-def _select_reinit(table: pl.DataFrame | None, compared: Collection[str]) -> pl.DataFrame | None:
-    """Return the sparsest partial reinitialisation of these importances; None if there is none."""
-    if table is None:
-        return None
-    own = table.filter((pl.col("compared").list.sort() == pl.lit(sorted(compared))) & (pl.col("draws") > 0))
-    return own.filter(pl.col("level") == pl.col("level").max()) if len(own) else None
 
 
 def judge(evidence: Evidence) -> list[Claim]:
@@ -390,10 +107,12 @@ def perform_alike(evidence: Evidence) -> Claim:
             (f"and at level {evidence.level} by", last),
         )
     }
-    parts = {f"{name} {_mean(values, '+.2f')} points": _is_below(values, MARGIN) for name, values in excess.items()}
+    parts = {
+        f"{name} {format_mean(values, '+.2f')} points": is_below(values, MARGIN) for name, values in excess.items()
+    }
     measured = claim.add_measure("points more than two data orders differ by", next(iter(excess.values())))
     measured = measured.add_baselines(noise=statistics.fmean(noise))
-    verdict, reason, needs = _conclude(evidence, parts)
+    verdict, reason, needs = conclude(evidence.more_seeds, parts)
     if verdict == "holds in part":  # alike on the whole, but not where it counts
         verdict = "does not hold" if list(parts.values())[-1] is False else "not testable"
         needs = evidence.more_seeds
@@ -454,19 +173,21 @@ def fall_behind(evidence: Evidence) -> Claim:
         for name in names
     }
     parts = {
-        text: _not(keeps_up) if expected else keeps_up for text, keeps_up in _compare(behind, -MARGIN, "+.2f").items()
+        text: _not(keeps_up) if expected else keeps_up for text, keeps_up in compare(behind, -MARGIN, "+.2f").items()
     }
     measured = claim.add_measure(
         "points from the compared importances", [statistics.fmean(each) for each in zip(*behind.values(), strict=True)]
     )
-    return measured.decide(*_conclude(evidence, parts, f"points at a sparsity of {100 * (1 - density):.2f} %"))
+    return measured.decide(
+        *conclude(evidence.more_seeds, parts, f"points at a sparsity of {100 * (1 - density):.2f} %")
+    )
 
 
 def _rows_at(evidence: Evidence, sparsity: float, importances: Collection[str]) -> dict[tuple[str, int], Row]:
     """Return the results by importance and seed, at the level nearest to a sparsity among those that all have."""
-    last = min(_last_level(evidence, name) for name in importances)
+    last = min(evidence.last_level(name) for name in importances)
     own = [row for row in evidence.results if row.importance in importances and row.level <= last]
-    level = min({row.level for row in own}, key=lambda each: _distance(own, each, sparsity))
+    level = min({row.level for row in own}, key=lambda each: distance(own, each, sparsity))
     return {(row.importance, row.seed): row for row in own if row.level == level}
 
 
@@ -549,7 +270,7 @@ def special_layers(evidence: Evidence) -> Claim:
         return claim.decide("not testable", "none of these layers is counted and pruned")
     measured = claim.add_measure("density of the input layer / of the other layers", ratios.get("input layer", []))
     return measured.decide(
-        *_conclude(evidence, _compare(ratios, 1, ".2f"), "density, divided by that of the other layers")
+        *conclude(evidence.more_seeds, compare(ratios, 1, ".2f"), "density, divided by that of the other layers")
     )
 
 
@@ -568,12 +289,8 @@ def deeper_layers(evidence: Evidence) -> Claim:
         _correlate_with_position([_density(evidence, seed, [name]) for name in body]) for seed in evidence.seeds
     ]
     measured = claim.add_measure("rank correlation of depth and density", correlations, (-1.0, 1.0))
-    return measured.add_baselines(chance=0.0).decide(
-        *_conclude(
-            evidence,
-            {f"the rank correlation is {_mean(correlations, '+.2f', (-1.0, 1.0))}": _is_below(correlations, 0)},
-        )
-    )
+    text = f"the rank correlation is {format_mean(correlations, '+.2f', (-1.0, 1.0))}"
+    return measured.add_baselines(chance=0.0).decide(*conclude(evidence.more_seeds, {text: is_below(correlations, 0)}))
 
 
 def spikes(evidence: Evidence) -> Claim:
@@ -586,20 +303,20 @@ def spikes(evidence: Evidence) -> Claim:
     if "softmax" not in evidence.importances or len(evidence.importances) < 2:
         needs = evidence.more_importances("softmax", "magnitude")
         return claim.decide("not testable", "softmax and another importance are needed", needs)
-    last = _common_level(evidence)
+    last = evidence.common_level
     found = {
         name: [_unevenness(evidence, name, seed, last) for seed in evidence.seeds] for name in evidence.importances
     }
     known = {name: [value for value in values if value is not None] for name, values in found.items()}
     if not all(len(values) == len(evidence.seeds) for values in known.values()):
         reason = "fewer than three levels of some importance are stored"
-        return claim.decide("not testable", reason, _need("levels", max(3, last)))
+        return claim.decide("not testable", reason, need("levels", max(3, last)))
     others = {name: values for name, values in known.items() if name != "softmax"}
     largest = [max(values[number] for values in others.values()) for number in range(len(evidence.seeds))]
     agree = [own >= 1.5 * other for own, other in zip(known["softmax"], largest, strict=True)]
     text = ", ".join(f"{name} {statistics.fmean(values):.3f}" for name, values in known.items())
     measured = claim.add_measure("standard deviation over rounds of the share pruned", known["softmax"])
-    return measured.decide(*_count(agree, text))
+    return measured.decide(*count_seeds(agree, text))
 
 
 def follows(evidence: Evidence) -> Claim:
@@ -611,7 +328,7 @@ def follows(evidence: Evidence) -> Claim:
     if "min_max" not in evidence.importances or len(evidence.importances) < 2:
         needs = evidence.more_importances("min_max", "magnitude")
         return claim.decide("not testable", "min_max and another importance are needed", needs)
-    last = _common_level(evidence)
+    last = evidence.common_level
     table = evidence.layers.filter(pl.col("layer").is_in(evidence.prunable) & pl.col("level").is_between(1, last))
     means = table.group_by("importance", "seed").agg(pl.col("ahead").abs().mean() * 100).sort("seed")
     found = {name: means.filter(pl.col("importance") == name)["ahead"].to_list() for name in evidence.importances}
@@ -620,9 +337,8 @@ def follows(evidence: Evidence) -> Claim:
     agree = [all(own <= other for other in seed) for own, *seed in zip(found["min_max"], *found.values(), strict=True)]
     average = sorted((statistics.fmean(values), name) for name, values in found.items())
     measured = claim.add_measure("points of density from the network's", found["min_max"], (0.0, 100.0))
-    return measured.decide(
-        *_count(agree, f"in points, levels 1 to {last}: {', '.join(f'{name} {mean:.2f}' for mean, name in average)}")
-    )
+    text = ", ".join(f"{name} {mean:.2f}" for mean, name in average)
+    return measured.decide(*count_seeds(agree, f"in points, levels 1 to {last}: {text}"))
 
 
 # 4. Overlap.
@@ -639,12 +355,13 @@ def overlap_little(evidence: Evidence) -> Claim:
     table = _overlap_of(evidence, IMPORTANCES, k)
     if not len(table):
         reason = "the tickets of one seed are not all stored"
-        return claim.decide("not testable", reason, _need("levels", evidence.level))
+        return claim.decide("not testable", reason, need("levels", evidence.level))
     values, chance = table["shared"].to_list(), statistics.fmean(table["chance"].to_list())
     measured = claim.add_measure("% of a ticket shared by all", values)
     measured = measured.add_baselines(chance=chance, noise=_shares(evidence, DATA_ORDER)[1] if k == 2 else None)
-    text = f"they share {measured.value:.1f} %{_bracket(measured.low, measured.high, '.1f')}, chance {chance:.1f} %"
-    return measured.decide(*_conclude(evidence, {text: _is_below(values, 50)}))
+    interval = format_interval(measured.low, measured.high, ".1f")
+    text = f"they share {measured.value:.1f} %{interval}, chance {chance:.1f} %"
+    return measured.decide(*conclude(evidence.more_seeds, {text: is_below(values, 50)}))
 
 
 def distinct_beyond_noise(evidence: Evidence) -> Claim:
@@ -664,8 +381,8 @@ def distinct_beyond_noise(evidence: Evidence) -> Claim:
     measured = claim.add_measure("points between noise floor and overlap", lower)
     measured = measured.add_baselines(chance=chance, noise=mean_noise)
     shares = f"two importances share {mean_two:.1f} % of a ticket and two data orders {mean_noise:.1f} %"
-    difference = f"{shares}; the difference is {_mean(lower, '+.1f')} points"
-    return measured.decide(*_conclude(evidence, {difference: _is_above(lower, 0)}))
+    difference = f"{shares}; the difference is {format_mean(lower, '+.1f')} points"
+    return measured.decide(*conclude(evidence.more_seeds, {difference: is_above(lower, 0)}))
 
 
 def ends_share_more(evidence: Evidence) -> Claim:
@@ -690,7 +407,7 @@ def ends_share_more(evidence: Evidence) -> Claim:
         return claim.decide("not testable", "neither layer has connections that all tickets share")
     measured = claim.add_measure("points more in the input layer", shares.get("input layer", []))
     return measured.decide(
-        *_conclude(evidence, _compare(shares, 0, "+.1f"), "points beyond chance, more than in all layers")
+        *conclude(evidence.more_seeds, compare(shares, 0, "+.1f"), "points beyond chance, more than in all layers")
     )
 
 
@@ -746,9 +463,11 @@ def _judge_effect(
     if not len(by_seed):
         return claim.decide("not testable", "there are no shared connections, or no others")
     values = by_seed["effect"].to_list()
-    agrees = _is_below(values, 0) if below else _is_above(values, 0)
+    agrees = is_below(values, 0) if below else is_above(values, 0)
     measured = claim.add_measure("Cliff's delta, shared against others", values, _DELTA).add_baselines(chance=0.0)
-    return measured.decide(*_conclude(evidence, {f"Cliff's delta is {_mean(values, '+.3f', _DELTA)}": agrees}))
+    return measured.decide(
+        *conclude(evidence.more_seeds, {f"Cliff's delta is {format_mean(values, '+.3f', _DELTA)}": agrees})
+    )
 
 
 # 6. Partial reinitialisation.
@@ -767,7 +486,7 @@ def found_again(evidence: Evidence) -> Claim:
     if evidence.reinit is None:
         compared = ", ".join(evidence.compared)
         reason = f"no partial reinitialisation of exactly these importances ({compared}) is stored"
-        return claim.decide("not testable", reason, _need("reinit", evidence.level))
+        return claim.decide("not testable", reason, need("reinit", evidence.level))
     found: dict[str, list[float]] = {}
     for group in ("input layer", "output layer", "1x1 shortcuts"):
         names = evidence.groups[group]
@@ -780,7 +499,7 @@ def found_again(evidence: Evidence) -> Claim:
     level, draws = evidence.reinit["level"][0], evidence.reinit["draws"][0]
     measured = claim.add_measure("% more often than by chance, input layer", found.get("input layer", []))
     about = f"level {level}, {draws} {'draw' if draws == 1 else 'draws'}, % more often than by chance"
-    return measured.add_baselines(chance=0.0).decide(*_conclude(evidence, _compare(found, 0, "+.1f"), about))
+    return measured.add_baselines(chance=0.0).decide(*conclude(evidence.more_seeds, compare(found, 0, "+.1f"), about))
 
 
 # 7. Ranges of weights.
@@ -807,7 +526,11 @@ def ranges_widen(evidence: Evidence) -> Claim:
     measured = measured.add_baselines(chance=1.0)
     factors = {"in the layer that widens least": least, "in the geometric mean of all layers": mean}
     return measured.decide(
-        *_conclude(evidence, _compare(factors, 1, ".2f", _FACTOR), "range after training, divided by the initial range")
+        *conclude(
+            evidence.more_seeds,
+            compare(factors, 1, ".2f", _FACTOR),
+            "range after training, divided by the initial range",
+        )
     )
 
 
@@ -856,101 +579,13 @@ def summarise(claims: Sequence[Claim]) -> tuple[str, str, str]:
     )
 
 
-def describe(claim: Claim) -> dict[str, str]:
-    """Return the evidence of a claim in words: verdict, ours, chance, noise floor and the paper's number, where known.
-
-    >>> claim = Claim("4b", "They differ.", "not measured", "holds", "they do", "points", 2.0, 1.0, 3.0, 0.0, 61.0, 3)
-    >>> describe(claim)["ours"]
-    '2 (95 % 1 to 3) points; 3 seeds'
-    """
-    found = {"verdict": f"{claim.verdict}; {claim.reason}."}
-    if claim.value is not None:
-        seeds = f"{claim.seeds} seed{'s' if claim.seeds != 1 else ''}"
-        interval = _bracket(claim.low, claim.high, ".4g")
-        found["ours"] = f"{claim.value:.4g}{interval} {claim.measure}; {seeds}"
-    if claim.chance is not None:
-        found["chance"] = f"{claim.chance:.4g}"
-    if claim.noise is not None:
-        found["noise floor"] = f"{claim.noise:.4g}"
-    return found | {"paper": claim.paper}
-
-
-def _is_above(values: Sequence[float], limit: float) -> bool | None:
-    """Return whether the interval of a mean lies above a limit; None if there is none, or if it contains the limit."""
-    _, low, high = mean_with_interval(values)
-    if low is None or high is None:
-        return None
-    return True if low > limit else False if high <= limit else None
-
-
-def _is_below(values: Sequence[float], limit: float) -> bool | None:
-    """Return whether the interval of a mean lies below a limit, as `_is_above` does."""
-    return _is_above([-value for value in values], -limit)
-
-
-def _need(field: str, *values: object) -> str:
-    return " ".join(map(str, (field, *values)))
-
-
 def _not(answer: bool | None) -> bool | None:
     return None if answer is None else not answer
-
-
-def _compare(
-    parts: Mapping[str, Sequence[float]], limit: float, form: str, within: Bounds = UNBOUNDED
-) -> dict[str, bool | None]:
-    """Return for each part, in words with its mean and interval, whether it is above a limit; None if that is open."""
-    return {f"{name} {_mean(values, form, within)}": _is_above(values, limit) for name, values in parts.items()}
-
-
-def _conclude(evidence: Evidence, parts: Mapping[str, bool | None], about: str = "") -> tuple[Verdict, str, str]:
-    """Return what `Claim.decide` takes from the parts of a claim: each in words, and whether it agrees with the claim.
-
-    Where an interval is missing or contains both answers, more seeds are needed.
-    """
-    answers = list(parts.values())
-    text = f"{about}: {', '.join(parts)}" if about else ", ".join(parts)
-    if None in answers:
-        if not any("(95 %" in part for part in parts):
-            text += "; one seed gives no interval"
-        else:
-            text += f"; {'the interval contains' if len(answers) == 1 else 'some intervals contain'} both answers"
-    if True in answers:
-        return "holds" if all(answers) else "holds in part", text, ""
-    return "not testable" if None in answers else "does not hold", text, evidence.more_seeds
-
-
-def _count(agree: Sequence[bool], text: str) -> tuple[Verdict, str]:
-    """Return verdict and reason of a claim that each seed agrees with or not."""
-    found: Verdict = "holds" if all(agree) else "holds in part" if any(agree) else "does not hold"
-    return found, f"{text}; in {sum(agree)} of {len(agree)} {'seeds' if len(agree) > 1 else 'seed'}"
-
-
-def _bracket(low: float | None, high: float | None, form: str) -> str:
-    return "" if low is None or high is None else f" (95 % {_number(low, form)} to {_number(high, form)})"
-
-
-def _number(value: float, form: str) -> str:
-    """Format a number; a number that is rounded to zero has no minus.
-
-    >>> _number(-0.001, "+.2f"), _number(-0.01, ".2f")
-    ('+0.00', '-0.01')
-    """
-    text = f"{value:{form}}"
-    return f"{0:{form}}" if float(text) == 0 else text
 
 
 def _mean_difference(pairs: Iterable[tuple[float | None, float | None]]) -> float | None:
     differences = [abs(one - other) for one, other in pairs if one is not None and other is not None]
     return statistics.fmean(differences) if differences else None
-
-
-def _last_level(evidence: Evidence, importance: str) -> int:
-    """Return the last level that every seed has."""
-    return min(
-        max((row.level for row in evidence.results if (row.importance, row.seed) == (importance, seed)), default=0)
-        for seed in evidence.seeds
-    )
 
 
 def _correlate_with_position(values: Sequence[float]) -> float:
@@ -970,11 +605,6 @@ def _density(evidence: Evidence, seed: int, names: Sequence[str]) -> float:
     return float(alive / connections)
 
 
-def _common_level(evidence: Evidence) -> int:
-    """Return the last level that all importances have for every seed."""
-    return min(_last_level(evidence, name) for name in evidence.importances)
-
-
 def _unevenness(evidence: Evidence, importance: str, seed: int, last: int) -> float | None:
     """Return the standard deviation over rounds of the share of a layer that a round prunes, mean over layers."""
     found = []
@@ -990,11 +620,6 @@ def _unevenness(evidence: Evidence, importance: str, seed: int, last: int) -> fl
         if len(shares) > 1:
             found.append(statistics.stdev(shares))
     return statistics.fmean(found) if found else None
-
-
-def _mean(values: Sequence[float], form: str, within: Bounds = UNBOUNDED) -> str:
-    mean, low, high = mean_with_interval(values, within)
-    return f"{_number(mean, form)}{_bracket(low, high, form)}"
 
 
 def _total(evidence: Evidence) -> str:

@@ -16,7 +16,8 @@ from tombola.errors import NothingStoredError, UserError
 from tombola.inputs import Forward, call, select
 from tombola.lottery.ticket import Ticket
 from tombola.streams import ambient
-from tombola.study.planner import Planner, select_chains
+from tombola.study.chains import select_chains
+from tombola.study.planner import Planner
 from tombola.study.tickets import Tickets
 from tombola.training.batches import normalisation
 from tombola.training.evaluation import evaluate

@@ -9,6 +9,7 @@ import polars as pl
 
 from tombola.analysis.values import mean_or_none, over_seeds, value_at, value_at_density
 from tombola.errors import NothingStoredError
+from tombola.study.chains import Chain, select_chains
 from tombola.study.controls import (
     Part,
     Plan,
@@ -18,7 +19,6 @@ from tombola.study.controls import (
     plan_combinations,
     plan_controls,
 )
-from tombola.study.planner import Chain, select_chains
 from tombola.study.tickets import Tickets
 from tombola.training.metrics import Measure
 

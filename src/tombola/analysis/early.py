@@ -11,8 +11,8 @@ from tombola.analysis import overlap
 from tombola.analysis.gather import ALL, PRUNABLE
 from tombola.analysis.values import over_seeds
 from tombola.errors import NothingStoredError, UserError
+from tombola.study.chains import Chain, select_chains
 from tombola.study.early import Snapshots, list_snapshots, plan_snapshots, prune_at_once
-from tombola.study.planner import Chain, select_chains
 from tombola.study.tickets import Tickets, check_level
 from tombola.training.weights import Weights
 

@@ -16,7 +16,7 @@ from tombola.engine.search import Walk
 from tombola.lottery.search import Candidate
 from tombola.lottery.ticket import Ticket
 from tombola.study import searches
-from tombola.study.planner import Chain
+from tombola.study.chains import Chain
 from tombola.study.tickets import Tickets
 
 

@@ -16,7 +16,8 @@ from tombola.analysis.gather import DATA_ORDER, IMPORTANCES, SEEDS, after, group
 from tombola.errors import UserError
 from tombola.lottery.ticket import Ticket
 from tombola.streams import ambient
-from tombola.study.planner import Planner, select_chains
+from tombola.study.chains import select_chains
+from tombola.study.planner import Planner
 from tombola.study.tickets import Tickets
 from tombola.training.evaluation import predict
 from tombola.training.metrics import flatten_classes, list_classes

@@ -11,7 +11,7 @@ import polars as pl
 
 from tombola.errors import NothingStoredError
 from tombola.lottery.ticket import Ticket
-from tombola.study.planner import Chain, select_chains
+from tombola.study.chains import Chain, select_chains
 from tombola.study.schema import Study
 from tombola.study.tickets import Tickets
 

@@ -12,7 +12,7 @@ from tombola.analysis import overlap
 from tombola.analysis.gather import after, by_level, last_level
 from tombola.analysis.values import intervals
 from tombola.pruning.mask import Mask
-from tombola.study.planner import select_chains
+from tombola.study.chains import select_chains
 from tombola.study.tickets import Tickets
 from tombola.training.weights import State
 

@@ -13,7 +13,8 @@ from tombola.errors import UserError
 from tombola.inputs import select
 from tombola.pruning.mask import Mask
 from tombola.streams import ambient
-from tombola.study.planner import Planner, select_chains
+from tombola.study.chains import select_chains
+from tombola.study.planner import Planner
 from tombola.study.tickets import Tickets
 from tombola.training.batches import normalisation
 

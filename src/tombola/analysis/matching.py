@@ -26,7 +26,8 @@ from tombola.errors import UserError, did_you_mean
 from tombola.lottery.ticket import Ticket
 from tombola.pruning.mask import Mask
 from tombola.streams import ambient, generator
-from tombola.study.planner import Planner, select_chains
+from tombola.study.chains import select_chains
+from tombola.study.planner import Planner
 from tombola.study.tickets import Tickets
 from tombola.training.batches import normalisation
 from tombola.training.weights import State

@@ -13,8 +13,8 @@ from tombola.analysis.defaults import POINTS, TOLERANCE
 from tombola.analysis.gather import ALL, PRUNABLE
 from tombola.analysis.values import over_seeds
 from tombola.errors import NothingStoredError
+from tombola.study.chains import Chain
 from tombola.study.early import prune_at_once
-from tombola.study.planner import Chain
 from tombola.study.rewind_point import Point, list_rewind_points, plan_rewind_points
 from tombola.study.tickets import Tickets
 from tombola.training.weights import Weights

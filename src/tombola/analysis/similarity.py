@@ -20,7 +20,8 @@ from tombola.errors import UserError
 from tombola.inputs import convert, count_examples, select
 from tombola.lottery.ticket import Ticket
 from tombola.streams import ambient
-from tombola.study.planner import Planner, select_chains
+from tombola.study.chains import select_chains
+from tombola.study.planner import Planner
 from tombola.study.tickets import Tickets
 from tombola.training.batches import normalisation
 from tombola.training.evaluation import predict

@@ -15,7 +15,7 @@ from torch import Tensor
 from tombola.analysis.gather import ALL, after, by_level, last_level
 from tombola.errors import UserError, as_texts
 from tombola.pruning.mask import Mask
-from tombola.study.planner import select_chains
+from tombola.study.chains import select_chains
 from tombola.study.tickets import Tickets
 from tombola.training.weights import State
 

@@ -9,7 +9,7 @@ import numpy as np
 import polars as pl
 
 from tombola.analysis.winners import UNBOUNDED, Bounds, mean_with_interval
-from tombola.study.planner import Chain
+from tombola.study.chains import Chain
 from tombola.study.tickets import Tickets
 
 

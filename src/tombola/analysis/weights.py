@@ -13,7 +13,7 @@ from tombola.importance import Importance, NetworkScore, Normalisation, Survivor
 from tombola.lottery.rule import pruning_seed
 from tombola.pruning.mask import Mask
 from tombola.streams import generator
-from tombola.study.planner import select_chains
+from tombola.study.chains import select_chains
 from tombola.study.task import resolve_importance
 from tombola.study.tickets import Tickets
 from tombola.training.weights import State

@@ -13,7 +13,7 @@ from scipy import special
 from tombola.analysis.accuracy import Row, rows
 from tombola.analysis.defaults import MARGIN
 from tombola.errors import NothingStoredError, UserError, kind_of
-from tombola.study.planner import select_chains
+from tombola.study.chains import select_chains
 from tombola.study.tickets import Tickets
 from tombola.training.metrics import TEST_ACCURACY, Measure
 

@@ -28,7 +28,8 @@ from tombola.terminal import say
 if TYPE_CHECKING:
     import polars as pl
 
-    from tombola.analysis.claims import Claim, Evidence
+    from tombola.analysis.evidence import Evidence
+    from tombola.analysis.verdict import Claim
     from tombola.study.tickets import Tickets
     from tombola.training.metrics import Measure
 
@@ -114,7 +115,8 @@ def add_verbs(verbs: Verbs) -> None:
 
 def claims(options: argparse.Namespace) -> int:
     """Show whether each claim of the paper holds for the tickets of the study, with intervals over seeds."""
-    from tombola.analysis import claims, uniqueness
+    from tombola.analysis import claims, uniqueness, verdict
+    from tombola.analysis.evidence import collect
     from tombola.study.rewind_point import list_rewind_points
 
     limits = {name: value / 100 for name in _OF_BASINS if (value := getattr(options, name)) is not None}
@@ -123,7 +125,7 @@ def claims(options: argparse.Namespace) -> int:
     tickets, names = open_compared(options)
     options.importances = names  # for the commands that are printed
     with warnings_as_notes(Warning):
-        evidence = claims.collect(tickets, names, options.level)
+        evidence = collect(tickets, names, options.level)
     found = claims.judge(evidence)
     if options.format == "table":
         _print_claims(evidence, found, tickets, options)
@@ -136,7 +138,7 @@ def claims(options: argparse.Namespace) -> int:
     else:
         if options.asked:
             print_note(f"--with {' '.join(options.asked)}: only --format table says up to what tickets are unique")
-        show_view(claims.to_frame(found), options.format, lambda table: table)
+        show_view(verdict.to_frame(found), options.format, lambda table: table)
     return 0
 
 
@@ -321,7 +323,8 @@ def _print_claims(evidence: Evidence, found: Sequence[Claim], tickets: Tickets, 
 
     Below a claim that is not testable is the command that makes the missing evidence, if there is one.
     """
-    from tombola.analysis.claims import describe, summarise
+    from tombola.analysis.claims import summarise
+    from tombola.analysis.verdict import describe
     from tombola.cli.tables import wrap
     from tombola.study.controls import list_orders
 

@@ -62,7 +62,7 @@ def results(options: argparse.Namespace) -> int:
 def export(options: argparse.Namespace) -> int:
     """Write one ticket to a safetensors file: its mask, its rewound weights, and the study that it is from."""
     from tombola.files import check_output
-    from tombola.study.planner import Chain
+    from tombola.study.chains import Chain
     from tombola.workbench.tickets import ticket_of
 
     with _begin_with("--output "):

@@ -180,8 +180,8 @@ def rewind_point(options: argparse.Namespace) -> int:
 def early(options: argparse.Namespace) -> int:
     """Show how early in training the final mask is known, and how much of the ticket is in it."""
     from tombola.analysis import early
+    from tombola.study.chains import select_chains
     from tombola.study.early import plan_snapshots
-    from tombola.study.planner import select_chains
 
     tickets, names = open_compared(options)
     with warnings_as_notes(Warning):

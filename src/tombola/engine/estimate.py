@@ -21,7 +21,8 @@ from tombola.engine.workers import At, Failed, Workers
 from tombola.errors import DamagedResultError, UserError
 from tombola.inputs import select
 from tombola.pruning.mask import Mask
-from tombola.study.planner import Chain, Planner, Progress
+from tombola.study.chains import Chain, Progress
+from tombola.study.planner import Planner
 from tombola.study.rewind_point import Point
 from tombola.study.tickets import Tickets
 from tombola.training.evaluation import predict

@@ -15,7 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from tombola.study.planner import Chain, Need, Planner, Progress
+from tombola.study.chains import Chain, Need, Progress
+from tombola.study.planner import Planner
 from tombola.study.trainings import Training
 
 _RECOMPUTED_EVERY = 1.0  # seconds

@@ -13,7 +13,8 @@ from tombola.engine.machine import Kind, kind, kind_here
 from tombola.engine.workers import At, Event, Failed, Workers
 from tombola.errors import DamagedResultError, UserError
 from tombola.store.claims import Claims
-from tombola.study.planner import Chain, Halted, Need, Planner, Progress, Waiting
+from tombola.study.chains import Chain, Halted, Need, Progress, Waiting
+from tombola.study.planner import Planner
 from tombola.study.trainings import Round, Training
 
 _WAIT = 0.2  # seconds between two checks whether another process still removes results

@@ -14,7 +14,8 @@ from tombola.engine.run import Status, run
 from tombola.engine.workers import Workers
 from tombola.errors import BudgetError, DamagedResultError, UserError
 from tombola.lottery.search import Ask, Candidate, End, Known, Strategy, plan
-from tombola.study.planner import Chain, Planner, Progress
+from tombola.study.chains import Chain, Progress
+from tombola.study.planner import Planner
 from tombola.study.searches import list_chains, read_tickets
 from tombola.study.tickets import Tickets
 from tombola.study.trainings import Training

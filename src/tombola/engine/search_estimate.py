@@ -10,7 +10,8 @@ from tombola.engine.estimate import DivergedError, measure_speed, result_bytes
 from tombola.engine.forecast import Speed, Step, makespan
 from tombola.engine.search import follow
 from tombola.lottery.search import Ask, Strategy, imagine
-from tombola.study.planner import Chain, Planner
+from tombola.study.chains import Chain
+from tombola.study.planner import Planner
 from tombola.study.searches import list_chains
 
 Stage = tuple[int, str, int, int, int]

@@ -21,7 +21,8 @@ from tombola.engine.workers import Failed, Workers
 from tombola.errors import DamagedResultError, NothingStoredError, UserError
 from tombola.pruning.mask import Mask
 from tombola.store.store import Store
-from tombola.study.planner import Chain, Planner, Progress
+from tombola.study.chains import Chain, Progress
+from tombola.study.planner import Planner
 from tombola.study.tickets import Tickets
 from tombola.study.trainings import Training
 from tombola.training.history import History, Trained

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
-from tombola.study.planner import Chain
+from tombola.study.chains import Chain
 
 
 class StopTraining(Exception):  # noqa: N818 (it is no error)

@@ -10,7 +10,8 @@ from tombola.engine.run import Show, Status
 from tombola.engine.workers import Workers
 from tombola.errors import UserError
 from tombola.hooks.hook import Hook, Report, StopTraining
-from tombola.study.planner import Chain, Planner, Progress
+from tombola.study.chains import Chain, Progress
+from tombola.study.planner import Planner
 from tombola.study.trainings import Training
 from tombola.training.history import History
 

@@ -15,7 +15,7 @@ from tombola.errors import UserError, as_path, describe_exception, expect
 
 if TYPE_CHECKING:
     from tombola.hooks.hook import Report
-    from tombola.study.planner import Chain
+    from tombola.study.chains import Chain
 
 
 def tensorboard(folder: str | Path) -> _Writer:

@@ -34,15 +34,17 @@ from tombola.analysis import (
     winners,
 )
 from tombola.analysis.accuracy import Row, rows
-from tombola.analysis.claims import Claim
 from tombola.analysis.defaults import MARGIN
+from tombola.analysis.evidence import Evidence, collect
 from tombola.analysis.gather import label
 from tombola.analysis.reference import Reference
+from tombola.analysis.verdict import Claim
 from tombola.engine.machine import differences
 from tombola.engine.run import count_remaining
 from tombola.errors import UserError, expect
 from tombola.pruning.coverage import Coverage
-from tombola.study.planner import Planner, select_chains
+from tombola.study.chains import select_chains
+from tombola.study.planner import Planner
 from tombola.study.schema import Study
 from tombola.study.tickets import Tickets, check_level
 from tombola.training.metrics import TEST_ACCURACY, Measure
@@ -268,10 +270,10 @@ def summarise_verification(records: Sequence[Mapping[str, Any]]) -> Verification
     return Verification(len(records), confirmed, contradicted, max(times, default=None), elsewhere)
 
 
-def _collect_evidence(tickets: Tickets, tables: Mapping[str, pl.DataFrame]) -> claims.Evidence | None:
+def _collect_evidence(tickets: Tickets, tables: Mapping[str, pl.DataFrame]) -> Evidence | None:
     """Return what decides on the paper's claims; None where fewer than two importances have a level from 1 on."""
     try:
-        return claims.collect(tickets, tables=tables) if "layers" in tables else None
+        return collect(tickets, tables=tables) if "layers" in tables else None
     except UserError:
         return None
 

@@ -12,8 +12,8 @@ import polars as pl
 
 from tombola import analysis
 from tombola.analysis.accuracy import Row, summarise
-from tombola.analysis.claims import Claim, describe
 from tombola.analysis.gather import ALL, DATA_ORDER, IMPORTANCES, PRUNABLE
+from tombola.analysis.verdict import Claim, describe
 from tombola.pruning.coverage import Coverage
 from tombola.training.metrics import TEST_ACCURACY
 

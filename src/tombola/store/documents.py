@@ -46,6 +46,14 @@ def parse_json(content: bytes | str) -> Any:
     Raises:
         ValueError: if it is no JSON, or nested more than `DEEPEST` levels deep.
 
+    >>> parse_json("[" * 100 + "1" + "]" * 100) is None
+    False
+    >>> parse_json("[" * 101 + "1" + "]" * 101)
+    Traceback (most recent call last):
+    ValueError: it is nested more than 100 levels deep
+    >>> parse_json("[NaN]")
+    Traceback (most recent call last):
+    ValueError: NaN is no number in JSON
     >>> parse_json("[" * 100_000)
     Traceback (most recent call last):
     ValueError: it is nested more than 100 levels deep
@@ -107,6 +115,9 @@ def read_metadata(content: bytes) -> dict[str, Any]:
     >>> import numpy, safetensors.numpy
     >>> read_metadata(safetensors.numpy.save({"w": numpy.zeros(2)}, {"name": "x"}))
     {'name': 'x'}
+    >>> read_metadata(safetensors.numpy.save({"w": numpy.zeros(2)}))
+    Traceback (most recent call last):
+    ValueError: it has no metadata
     """
     length = int.from_bytes(content[:8], "little")
     header = parse_json(content[8 : 8 + length])
@@ -308,6 +319,12 @@ def describe(error: OSError | ValueError) -> str:
 
     >>> describe(FileNotFoundError(2, "No such file or directory"))
     'No such file or directory'
+    >>> from pydantic import TypeAdapter
+    >>> try:
+    ...     TypeAdapter(int).validate_python("x", strict=True)
+    ... except ValueError as error:
+    ...     print(describe(error))
+    Input should be a valid integer
     """
     if isinstance(error, ValidationError):
         first = error.errors()[0]

@@ -19,7 +19,8 @@ from tombola.pruning.mask import Mask
 from tombola.store.documents import MOST_DRAWS
 from tombola.store.names import name_of
 from tombola.streams import derive
-from tombola.study.planner import Chain, Planner, Start, select_chains
+from tombola.study.chains import Chain, Start, select_chains
+from tombola.study.planner import Planner
 from tombola.study.schema import Study
 from tombola.study.singles import (
     NOTE,

@@ -10,7 +10,8 @@ from dataclasses import dataclass, replace
 
 from tombola.errors import UserError
 from tombola.pruning.mask import Mask
-from tombola.study.planner import Chain, Planner, Start
+from tombola.study.chains import Chain, Start
+from tombola.study.planner import Planner
 from tombola.study.rounds import compute_mask
 from tombola.study.singles import find_training, list_notes, plan_singles
 from tombola.study.task import load_importance

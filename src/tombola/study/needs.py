@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tombola.store.names import name_of
-from tombola.study.planner import Chain
+from tombola.study.chains import Chain
 from tombola.study.reinitialisation import Plan, list_notes, plan_again
 from tombola.study.searches import list_planners
 from tombola.study.singles import list_single_needs

@@ -15,7 +15,8 @@ from tombola.errors import UserError
 from tombola.pruning.mask import Mask
 from tombola.store.documents import MOST_DRAWS
 from tombola.streams import derive
-from tombola.study.planner import Chain, Planner, select_chains
+from tombola.study.chains import Chain, select_chains
+from tombola.study.planner import Planner
 from tombola.study.tickets import Tickets, check_level
 from tombola.training.train import initial_state
 from tombola.training.weights import Shared, State, Weights

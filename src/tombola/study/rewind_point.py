@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from tombola.errors import UserError
+from tombola.study.chains import Chain, Start
 from tombola.study.controls import list_orders
-from tombola.study.planner import Chain, Planner, Start
+from tombola.study.planner import Planner
 from tombola.study.singles import NOTE, find_training, list_notes, name_dense, plan_singles
 from tombola.study.tickets import Tickets, check_level
 

@@ -6,7 +6,8 @@ from dataclasses import replace
 
 from tombola.lottery.search import SHARES, Candidate
 from tombola.lottery.ticket import Ticket
-from tombola.study.planner import Chain, Planner, can_prune_early
+from tombola.study.chains import Chain
+from tombola.study.planner import Planner, can_prune_early
 from tombola.study.schema import Study
 from tombola.study.tickets import Tickets
 from tombola.training.recipe import shorten

@@ -12,7 +12,8 @@ from typing import Any
 
 from tombola.errors import UserError
 from tombola.lottery.ticket import Ticket
-from tombola.study.planner import Chain, Planner, Start
+from tombola.study.chains import Chain, Start
+from tombola.study.planner import Planner
 from tombola.study.tickets import Tickets
 from tombola.study.trainings import Training
 

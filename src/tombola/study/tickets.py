@@ -10,7 +10,8 @@ from typing import Any
 from tombola.errors import NothingStoredError, UserError, kind_of
 from tombola.lottery.ticket import Ticket
 from tombola.streams import ambient
-from tombola.study.planner import Chain, Planner, Progress
+from tombola.study.chains import Chain, Progress
+from tombola.study.planner import Planner
 from tombola.study.schema import Study
 from tombola.training.history import History, Trained
 from tombola.training.train import check_device, evaluate_state

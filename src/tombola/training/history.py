@@ -51,7 +51,7 @@ class History:
     def value(self, measure: Measure) -> float | None:
         """Return a metric on a split; None if it is not known or not finite, or if the training diverged.
 
-        >>> History(metrics={"validation": {"r2": 0.5}}).value(Measure("r2", split="validation"))
+        >>> History(metrics={"validation": {"loss": 0.5}}, test_loss=0.6).value(Measure("loss", split="validation"))
         0.5
         """
         own: dict[str, float | None] = {"loss": self.test_loss} if measure.split == "test" else {}

@@ -129,6 +129,8 @@ def describe_misfit(loss: Loss, targets: Tensor) -> str | None:
     >>> import torch
     >>> describe_misfit(binary_cross_entropy, torch.tensor([0.0, 2.0]))
     'it needs targets in 0..1, got 0..2'
+    >>> describe_misfit(binary_cross_entropy, torch.tensor([-1.0, 1.0]))
+    'it needs targets in 0..1, got -1..1'
     """
     if loss in LOSSES.values() and targets.is_floating_point() and not targets.isfinite().all():
         first = int((~targets.isfinite()).flatten(1).any(1).nonzero()[0]) if targets.ndim > 1 else None

@@ -41,8 +41,8 @@ class Losses:
         self._recorded[: iteration - self.begin] = batch_losses
 
     def append(self, loss: Tensor) -> None:
-        """Record the loss of the next iteration, a tensor of one element."""
-        self._latest.append(loss.detach() if loss.requires_grad else loss)
+        """Record the loss of the next iteration, a tensor of one element without a graph."""
+        self._latest.append(loss)
         self.iteration += 1
 
     def values(self) -> Tensor:

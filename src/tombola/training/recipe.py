@@ -256,9 +256,11 @@ class Recipe(Fields):
 def shorten(recipe: Recipe, share: float) -> Recipe:
     """Return a recipe whose trainings have a share of the length, with its milestones, warm-up and rewind point.
 
-    >>> short = shorten(Recipe(epochs=20, schedule="milestones", milestones=(10, 15), rewind=100), 0.25)
-    >>> short.epochs, short.milestones, short.rewind
-    (5, (2, 4), 25)
+    >>> short = shorten(Recipe(epochs=20, schedule="milestones", milestones=(10, 15), warmup=8, rewind=100), 0.25)
+    >>> short.epochs, short.milestones, short.warmup, short.rewind
+    (5, (2, 4), 2, 25)
+    >>> shorten(Recipe(iterations=4), 0.1).iterations
+    1
     """
     fields = recipe.model_dump()
     for name in ("epochs", "iterations"):

@@ -28,7 +28,7 @@ from tombola.errors import (
     short,
 )
 from tombola.inputs import Forward, OwnStep, Tensors, call, convert, count_examples
-from tombola.kernels import Step, accelerate, dense_names
+from tombola.kernels import accelerate, dense_names
 from tombola.pruning.eligible import list_shared
 from tombola.pruning.mask import Mask
 from tombola.streams import ambient
@@ -144,7 +144,22 @@ def train(
     data = move_data(data, device)
     model = load_model(model, start.state, mask, device)
     kernels = read_kernels(kernels)
-    fast = _accelerate(model, initial, mask, data, recipe, loss, forward, step, device, kernels, packed)
+    among = (
+        _list_replaceable(model, initial, mask, data, recipe, loss, forward, device, kernels) if step is None else []
+    )
+    fast = accelerate(
+        model,
+        mask,
+        batch_size=recipe.batch_size,
+        precision=recipe.precision,
+        device=device,
+        loss=training_loss(recipe, loss, step),
+        forward=forward,
+        step=step,
+        among=among,
+        packed=packed,
+        stacklevel=2,
+    )
     plain = forward is call and step is None and not recipe.label_smoothing
     recorded = device == "cuda" and plain and can_be_recorded(model, loss)
     positions = counts_positions(recipe, data, loss, step)
@@ -233,35 +248,6 @@ def _check_types(
         expect_flags(packed=packed)
 
 
-def _accelerate(
-    model: nn.Module,
-    initial: State,
-    mask: Mask,
-    data: Dataset,
-    recipe: Recipe,
-    loss: Loss,
-    forward: Forward,
-    step: OwnStep | None,
-    device: str,
-    kernels: Kernels,
-    packed: bool | None,
-) -> Step:
-    """Return a fast step of a training, see `tombola.kernels.accelerate`; warnings name the caller of `train`."""
-    return accelerate(
-        model,
-        mask,
-        batch_size=recipe.batch_size,
-        precision=recipe.precision,
-        device=device,
-        loss=training_loss(recipe, loss, step),
-        forward=forward,
-        step=step,
-        among=_list_replaceable(model, initial, mask, data, recipe, loss, forward, step, device, kernels),
-        packed=packed,
-        stacklevel=3,
-    )
-
-
 def _list_replaceable(
     model: nn.Module,
     initial: State,
@@ -270,16 +256,15 @@ def _list_replaceable(
     recipe: Recipe,
     loss: Loss,
     forward: Forward,
-    step: OwnStep | None,
     device: str,
     kernels: Kernels,
 ) -> Collection[str] | None:
-    """Return the weights whose layers may be replaced by sparse ones; None for all. Code of the user allows none.
+    """Return the weights whose layers may be replaced by sparse ones; None for all.
 
     Warns:
         OwnLayersWarning: in the name of the caller of `train`, if the network reaches into its own layers.
     """
-    if kernels == "off" or step is not None or ":" in recipe.optimizer:
+    if kernels == "off" or ":" in recipe.optimizer:
         return []
     if kernels != "auto":
         return kernels
@@ -287,7 +272,7 @@ def _list_replaceable(
         network = copy.deepcopy(model)
         load_state(network, initial, "the state")
         if fault := find_fault(network, data, recipe, loss, device, forward=forward):
-            warnings.warn(fault, OwnLayersWarning, stacklevel=4)
+            warnings.warn(fault, OwnLayersWarning, stacklevel=3)
             return []
     return None
 

@@ -48,7 +48,14 @@ class Weights:
 
 
 def state_hash(state: Mapping[str, Tensor]) -> str:
-    """Return the SHA-256 over the names, types, shapes and bytes of the entries, sorted by name."""
+    """Return the SHA-256 over the names, types, shapes and bytes of the entries, sorted by name.
+
+    >>> strided = {"b": torch.zeros(2), "a": torch.tensor([1.0, 0.0, 2.0])[::2]}
+    >>> state_hash(strided) == state_hash({"a": torch.tensor([1.0, 2.0]), "b": torch.zeros(2)})
+    True
+    >>> state_hash({"a": torch.zeros(2)}) == state_hash({"a": torch.zeros(2, dtype=torch.int32)})
+    False
+    """
     digest = hashlib.sha256()
     for name in sorted(state):
         tensor = state[name].detach().cpu().contiguous()
@@ -70,8 +77,10 @@ def apply_mask(state: Mapping[str, Tensor], mask: Mask, shared: Shared = Mapping
         shared: the other names of the mask's layers, under which the state has them too.
 
     >>> mask = Mask.from_tensors({"w": torch.tensor([True, False])})
-    >>> apply_mask({"w": torch.tensor([1.0, 2.0]), "b": torch.tensor([3.0])}, mask)
-    {'w': tensor([1., 0.]), 'b': tensor([3.])}
+    >>> state = {"w": torch.tensor([1.0, 2.0]), "b": torch.tensor([3.0])}
+    >>> found = apply_mask(state, mask)
+    >>> found, found["b"] is state["b"]
+    ({'w': tensor([1., 0.]), 'b': tensor([3.])}, False)
     """
     layers = {name: name for name in mask} | {other: name for name in mask for other in shared.get(name, ())}
     return {

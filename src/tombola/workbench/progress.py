@@ -14,7 +14,8 @@ from rich.table import Table
 
 from tombola.engine.run import Show, Status
 from tombola.lottery.ticket import Ticket
-from tombola.study.planner import Chain, Planner
+from tombola.study.chains import Chain
+from tombola.study.planner import Planner
 from tombola.study.trainings import Training
 from tombola.terminal import say, visible
 from tombola.workbench.text import count, duration, empty_table, open_console

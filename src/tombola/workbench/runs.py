@@ -24,7 +24,8 @@ from tombola.lottery.ticket import Ticket
 from tombola.own.functions import is_here
 from tombola.store.layout import STORE
 from tombola.store.store import Store
-from tombola.study.planner import Chain, Planner
+from tombola.study.chains import Chain
+from tombola.study.planner import Planner
 from tombola.study.reinitialisation import plan
 from tombola.study.repeatable import check_repeatable
 from tombola.study.schema import Task

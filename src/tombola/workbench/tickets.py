@@ -10,7 +10,8 @@ from tombola.errors import NothingStoredError, UserError, short
 from tombola.lottery.ticket import Ticket
 from tombola.own.functions import refer
 from tombola.store.layout import STORE
-from tombola.study.planner import Chain, Planner
+from tombola.study.chains import Chain
+from tombola.study.planner import Planner
 from tombola.study.tickets import check_level
 from tombola.threads import one_thread
 from tombola.workbench.studies import AnyImportance, AnyStudy, Overrides, open_planner

@@ -13,9 +13,9 @@ from tombola.analysis import rewind_point as rewind_analysis
 from tombola.errors import expect_flags
 from tombola.exits import watch_exits
 from tombola.store.layout import STORE
+from tombola.study.chains import select_chains
 from tombola.study.controls import Over, Plan, plan_combinations, plan_controls, plan_transfers
 from tombola.study.early import plan_snapshots
-from tombola.study.planner import select_chains
 from tombola.study.rewind_point import list_planners, plan_rewind_points
 from tombola.study.tickets import Tickets
 from tombola.threads import one_thread
