@@ -15,7 +15,7 @@ from itertools import combinations, pairwise
 from typing import Literal
 
 import polars as pl
-from scipy import stats
+import scipy  # loads scipy.stats when it is first used
 
 from tombola.analysis import layers, overlap, reinit, stability, weights
 from tombola.analysis.accuracy import Row, rows
@@ -908,7 +908,7 @@ def _last_level(evidence: Evidence, importance: str) -> int:
 
 def _correlate_with_position(values: Sequence[float]) -> float:
     """Return Spearman's rank correlation of values and their position; 0 if all are equal."""
-    return 0.0 if len(set(values)) == 1 else float(stats.spearmanr(range(len(values)), values).statistic)
+    return 0.0 if len(set(values)) == 1 else float(scipy.stats.spearmanr(range(len(values)), values).statistic)
 
 
 def _density(evidence: Evidence, seed: int, names: Sequence[str]) -> float:
