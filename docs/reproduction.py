@@ -61,6 +61,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--data", type=Path)
     parser.add_argument("systems", nargs="*", default=SYSTEMS)
     options = parser.parse_intermixed_args(arguments)
+    names = [_name(system) for system in options.systems]
+    for name in names:
+        if names.count(name) > 1:
+            parser.error(f"two systems are named {name}, by which they are kept; give one of them, or rename a file")
     for system in options.systems:
         about = describe(system, options.store, options.data)
         if about is not None:

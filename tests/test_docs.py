@@ -237,6 +237,9 @@ def test_the_reproduction_is_made_of_what_is_kept_and_a_run_replaces_its_own_par
     assert reproduction.main([store, shlex.join([str(own), *STUDY[1:]])]) == 0
     assert f"## own.toml\n\n    tombola run own.toml {shlex.join(STUDY[1:])}\n" in capsys.readouterr().out
     assert [path.name for path in own.parent.iterdir()] == ["own.toml"], "kept beside the others, not beside the file"
+    with pytest.raises(SystemExit):
+        reproduction.main([store, str(own), "another/own.toml"])
+    assert "two systems are named own.toml" in capsys.readouterr().err
 
 
 def test_the_comparison_of_scores_times_a_round_and_has_a_line_for_each_importance(

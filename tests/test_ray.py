@@ -13,10 +13,10 @@ import pytest
 
 from gate import Arrival, Gate
 from processes import LONG, run_command
-from stores import content, planner, results, run_study, study, write_study
+from stores import TASK, content, planner, results, run_study, study, write_study
 from tombola.engine.local import LocalWorkers
 from tombola.engine.run import Status, run
-from tombola.errors import UserError
+from tombola.errors import ClusterError, UserError
 from tombola.hooks import Hook, Report, StopTraining
 from tombola.hooks.tell import tell_hooks
 from tombola.store.store import Store
@@ -224,4 +224,30 @@ def test_the_command_line_runs_a_study_on_the_cluster(
     assert content(tmp_path / "tombola-store") == undisturbed
     wrong = run_command(tmp_path, [*command, "127.0.0.1:1"])
     assert wrong.returncode == 2
-    assert "--address: the Ray cluster cannot be reached" in wrong.stderr
+    assert "--address: the Ray cluster 127.0.0.1:1 cannot be reached" in wrong.stderr
+
+
+def test_a_variable_that_names_no_cluster_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray would end the process after a minute."""
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", pytest.fail)
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    of = planner(tmp_path / "store", STUDY)
+    with pytest.raises(ClusterError, match=r"the Ray cluster 127\.0\.0\.1:1 cannot be reached"):
+        RayWorkers(1, of.problem, of.study, of.store)
+
+
+def test_code_that_cannot_be_sent_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before Ray is asked, which prints pages about it."""
+    (tmp_path / "locked_loss.py").write_text(
+        "import threading\nfrom torch.nn import functional\nlock = threading.Lock()\n"
+        "def loss(outputs, labels):\n    with lock:\n        return functional.cross_entropy(outputs, labels)\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(ray, "is_initialized", lambda: True)
+    monkeypatch.setattr(ray, "cluster_resources", dict)
+    monkeypatch.setattr(ray, "put", pytest.fail)
+    task = TASK.model_copy(update={"loss": "locked_loss:loss"})
+    of = planner(tmp_path / "store", STUDY.model_copy(update={"task": task}))
+    with pytest.raises(UserError, match=r"cannot be sent to other processes: TypeError: cannot pickle '_thread\.lock'"):
+        RayWorkers(1, of.problem, of.study, of.store)

@@ -13,8 +13,8 @@ import tomllib
 import urllib.error
 import urllib.request
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Iterator, Sequence
-from itertools import combinations
+from collections.abc import Callable, Iterator, Sequence
+from itertools import combinations, count
 from pathlib import Path
 from typing import Any
 
@@ -665,6 +665,27 @@ def test_watching_serves_the_loopback_alone_and_ends_by_ctrl_c(study_file: list[
         process.join(LONG)
         assert process.exitcode == 0
         assert "Traceback" not in errors.read_text()
+
+
+def test_a_record_may_go_away_while_it_is_watched(study_file: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another process has removed it since the last look."""
+    stat, looks, states = Path.stat, count(), []
+
+    def stat_once(path: Path, **how: bool) -> os.stat_result:
+        if path.name == "record.json" and next(looks):
+            raise FileNotFoundError(path)
+        return stat(path, **how)
+
+    def look(state: Callable[[], Any], *_: object, **how: float) -> None:
+        monkeypatch.setattr(Path, "stat", stat_once)
+        states.append(state())
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("tombola.cli.report._gather", lambda *_: None)
+    monkeypatch.setattr("tombola.reporting.page.page", lambda *_, **how: "")
+    monkeypatch.setattr("tombola.reporting.watch.keep_fresh", look)
+    assert main(["watch", *study_file]) == 0
+    assert [time is None for _, time in states[0]] == [False, *[True] * (len(states[0]) - 1)]
 
 
 def test_the_server_answers_under_its_own_name_alone() -> None:

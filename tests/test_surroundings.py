@@ -88,6 +88,20 @@ def test_a_file_system_that_goes_away_is_said(
     assert capsys.readouterr().err == "tombola: /net/store cannot be written or read: Stale file handle\n"
 
 
+@pytest.mark.parametrize(
+    "error", [BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN)), RuntimeError("can't start new thread")]
+)
+def test_a_limit_of_processes_is_said(
+    error: Exception, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fork(*_: object, **how: bool) -> int:
+        raise error
+
+    monkeypatch.setattr(sys.modules["tombola.cli.main"], "_call", fork)
+    assert main(["presets"]) == 2
+    assert "tombola: the system allows no more processes" in capsys.readouterr().err
+
+
 def test_a_mistake_is_no_failure_where_standard_error_is_on_a_full_disk(monkeypatch: pytest.MonkeyPatch) -> None:
     with open("/dev/full", "w", buffering=1) as full:
         monkeypatch.setattr(sys, "stderr", full)

@@ -33,6 +33,9 @@ def ambient(seed: int, *name: str | int) -> Iterator[None]:
 
     This is for code that takes no generator, such as the constructors of modules.
     """
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        torch.manual_seed(derive(seed, *name))
+    number, gpus = derive(seed, *name), torch.cuda.device_count()
+    with torch.random.fork_rng(devices=range(gpus)):
+        torch.default_generator.manual_seed(number)  # torch.manual_seed formats its stack for each kind of device
+        if gpus:
+            torch.cuda.manual_seed_all(number)
         yield

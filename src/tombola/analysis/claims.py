@@ -14,7 +14,7 @@ from dataclasses import replace
 from itertools import combinations, pairwise
 
 import polars as pl
-from scipy import stats
+import scipy  # loads scipy.stats when it is first used
 
 from tombola.analysis.accuracy import Row
 from tombola.analysis.ends import Ends
@@ -590,7 +590,7 @@ def _mean_difference(pairs: Iterable[tuple[float | None, float | None]]) -> floa
 
 def _correlate_with_position(values: Sequence[float]) -> float:
     """Return Spearman's rank correlation of values and their position; 0 if all are equal."""
-    return 0.0 if len(set(values)) == 1 else float(stats.spearmanr(range(len(values)), values).statistic)
+    return 0.0 if len(set(values)) == 1 else float(scipy.stats.spearmanr(range(len(values)), values).statistic)
 
 
 def _density(evidence: Evidence, seed: int, names: Sequence[str]) -> float:

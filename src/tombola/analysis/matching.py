@@ -13,9 +13,9 @@ from typing import Literal, TypeAlias, cast, get_args
 import numpy as np
 import numpy.typing as npt
 import polars as pl
+import scipy  # loads scipy.optimize when it is first used
 import torch
-from scipy import stats
-from scipy.optimize import linear_sum_assignment
+from scipy import special
 from torch import Tensor, nn
 
 from tombola.analysis import overlap
@@ -189,7 +189,7 @@ def summarise(table: pl.DataFrame, *by: str) -> pl.DataFrame:
             (draws - 1).sum().alias("freedom"),
         )
     )
-    student = pl.lit(pl.Series(stats.t.ppf(0.975, means["freedom"].to_numpy())))
+    student = pl.lit(pl.Series(special.stdtrit(means["freedom"].to_numpy(), 0.975)))
     half = pl.when(pl.col("chance_sd").is_not_null()).then(student * pl.col("spread"))
     return (
         means.with_columns(
@@ -257,7 +257,7 @@ def _assign(
         for number in own:  # of a tensor with several such axes, the others stay as they are now
             beside = _reorder(second[name], units.axes[name], {**others, group: now}, number)
             gains += (_rows(weights, number, size) @ _rows(beside, number, size).T).numpy()
-    found = linear_sum_assignment(gains, maximize=True)[1]
+    found = scipy.optimize.linear_sum_assignment(gains, maximize=True)[1]
     if several:  # the sum of products is quadratic in the order, and has to be computed
 
         def total(order: npt.NDArray[np.int64]) -> float:
@@ -308,7 +308,7 @@ def match_activations(
     orders = {}
     for group, gain in gains.items():
         same = np.arange(len(gain))
-        found = linear_sum_assignment(gain, maximize=True)[1]
+        found = scipy.optimize.linear_sum_assignment(gain, maximize=True)[1]
         better = gain[same, found].sum() > gain[same, same].sum()
         orders[group] = found if better else same
     return orders

@@ -9,7 +9,7 @@ from operator import and_
 import numpy as np
 import numpy.typing as npt
 import polars as pl
-from scipy import stats
+import scipy  # loads scipy.stats when it is first used
 from torch import Tensor
 
 from tombola.analysis.gather import ALL, after, by_level, last_level
@@ -166,7 +166,7 @@ def _compare(values: Values, is_shared: npt.NDArray[np.bool_]) -> dict[str, floa
         line |= {f"{name}_q{100 * q:02.0f}": v for q, v in zip(QUANTILES, quantiles, strict=True)}
     effect = p = None
     if all(len(group) for group in groups.values()):
-        test = stats.mannwhitneyu(*groups.values())
+        test = scipy.stats.mannwhitneyu(*groups.values())
         effect = float(2 * test.statistic / (len(groups["shared"]) * len(groups["other"])) - 1)
         p = float(test.pvalue) if np.isfinite(test.pvalue) else 1.0  # all values are equal
     return line | {"effect": effect, "p": p}

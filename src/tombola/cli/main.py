@@ -95,11 +95,12 @@ def _run(arguments: Sequence[str] | None) -> int:
     except BrokenPipeError:  # for example `head` has exited
         _discard(sys.stdout)
         return 141
-    except OSError as error:
-        if error.errno not in _LIMITS:
+    except (OSError, RuntimeError) as error:
+        limit = _describe_limit(error)
+        if limit is None:
             raise
         _discard(sys.stdout)
-        _tell(f"tombola: {error.filename or 'the output'} cannot be written or read: {error.strerror}")
+        _tell(f"tombola: {limit}")
         return 2
     except KeyboardInterrupt:
         again = "; finished trainings are kept, continue with: " + shlex.join(["tombola", *given])
@@ -115,6 +116,17 @@ def _run(arguments: Sequence[str] | None) -> int:
             raise
         _tell("tombola: the code of the study closed the standard output; leave it open")
         return 2
+
+
+def _describe_limit(error: OSError | RuntimeError) -> str | None:
+    """Return a sentence on the limit of the system that an exception is about; None if it is about something else."""
+    number = error.errno if isinstance(error, OSError) else None
+    of_fork = number == errno.EAGAIN and not hasattr(error, "characters_written")  # which that of an output has
+    if of_fork or str(error) == "can't start new thread":
+        return "the system allows no more processes and threads; raise the limit (ulimit -u) or end other programs"
+    if isinstance(error, OSError) and number in _LIMITS:
+        return f"{error.filename or 'the output'} cannot be written or read: {error.strerror}"
+    return None
 
 
 def _is_closed(stream: TextIO | None) -> bool:

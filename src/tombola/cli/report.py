@@ -117,8 +117,7 @@ def watch(options: argparse.Namespace) -> int:
         """Return the names of the study's results, and of whatever else has been written about them."""
         found = Tickets(planner).all().values()
         keys = sorted({training.key for progress in found for training in progress.trainings})
-        records = [planner.store.results.folder(key) / "record.json" for key in keys]
-        return [(path.parent.name, path.stat().st_mtime_ns) for path in records if path.exists()]
+        return [(key, _changed_at(planner.store.results.folder(key) / "record.json")) for key in keys]
 
     def make() -> str:
         return page(_gather(options, planner), refreshed=ADDRESS)
@@ -131,6 +130,14 @@ def watch(options: argparse.Namespace) -> int:
         except KeyboardInterrupt:
             say(file=sys.stderr)
     return 0
+
+
+def _changed_at(path: Path) -> int | None:
+    """Return when a file was changed; None if it is not there, as another process may remove it at any moment."""
+    try:
+        return path.stat().st_mtime_ns
+    except OSError:
+        return None
 
 
 def _gather(options: argparse.Namespace, planner: Planner) -> Contents:

@@ -15,6 +15,7 @@ from contextlib import contextmanager, redirect_stdout, suppress
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, TextIO
 
+from rich.cells import cell_len
 from rich.measure import Measurement
 from rich.table import Table
 
@@ -111,23 +112,28 @@ def show_table(header: Sequence[str], lines: Sequence[Sequence[Any]], form: str)
         csv.writer(out, lineterminator="\n").writerows([keys, *([_in_csv(value) for value in line] for line in lines)])
         emit(out.getvalue().removesuffix("\n"))
     else:
-        columns = list(zip(*lines, strict=True)) if lines else [()] * len(header)
+        columns = list(zip(header, *lines, strict=True))
+        to_right = [all(isinstance(value, int) for value in values) for _, *values in columns]
         cells = [[visible(str(value)) for value in values] for values in columns]
-        table = _empty_table(header, columns)
-        table.add_row(*map("\n".join, cells))  # rich takes a minute for ten thousand rows, and a moment for one
-        if too_wide(table):  # its cells are wrapped, so that each line is a row
-            table = _empty_table(header, columns)
-            for row in zip(*cells, strict=True):
+        table = empty_table()
+        first, *others = map("  ".join, zip(*map(_align, cells, to_right), strict=True))
+        table.add_column(first)
+        table.add_row("\n".join(others))  # rich takes a minute for ten thousand rows, and a moment for one
+        if too_wide(table):  # its cells are wrapped
+            table = empty_table()
+            for (title, *_), right in zip(cells, to_right, strict=True):
+                table.add_column(title, justify="right" if right else "left")
+            for row in zip(*(values[1:] for values in cells), strict=True):
                 table.add_row(*row)
         print_table(table)
 
 
-def _empty_table(header: Sequence[str], columns: Sequence[Sequence[Any]]) -> Table:
-    table = empty_table()
-    for title, values in zip(header, columns, strict=True):
-        whole = all(isinstance(value, int) for value in values)
-        table.add_column(visible(title), justify="right" if whole else "left")
-    return table
+def _align(cells: Sequence[str], to_right: bool) -> list[str]:
+    """Fill the cells of a column with spaces so that all are equally wide."""
+    widths = [cell_len(cell) for cell in cells]
+    widest = max(widths)
+    spaces = [" " * (widest - width) for width in widths]
+    return [space + cell if to_right else cell + space for cell, space in zip(cells, spaces, strict=True)]
 
 
 def _in_csv(value: Any) -> Any:

@@ -306,7 +306,7 @@ def _work(connection: Connection, setting: _Setting) -> None:
     _restore_safe_path(setting.environment)
     # What a user's code forks must not keep the connection open: the end of this process would go unnoticed.
     os.register_at_fork(after_in_child=connection.close)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    watch = threading.Thread(target=_end_with_parent, daemon=True)
     torch.set_num_threads(THREADS)
     problem: Problem | None = None
     store: Store | None = None
@@ -316,6 +316,8 @@ def _work(connection: Connection, setting: _Setting) -> None:
             event: Event
             try:
                 with watch_exits():
+                    if watch.ident is None:
+                        watch.start()
                     problem = problem or load_problem(setting.task, setting.directory)
                     if store is None and setting.store is not None:
                         store = Store(setting.store, create=False)  # it may have been damaged since the run began

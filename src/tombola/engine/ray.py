@@ -12,6 +12,7 @@ import contextlib
 import functools
 import hashlib
 import logging
+import os
 import socket
 import sys
 import time
@@ -27,7 +28,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from tombola.engine.job import Job, Loaded, LoadedRecipe, Outcome, Pruned, RoundJob, perform, perform_round
 from tombola.engine.machine import differences, kind_here, machine
 from tombola.engine.workers import CHECKPOINT_EVERY, TRIES, At, Event, Failed, make_watch
-from tombola.errors import ClusterError
+from tombola.errors import ClusterError, UserError, describe_exception
 from tombola.exits import watch_exits
 from tombola.own.code import own_modules
 from tombola.store.checkpoints import checkpoint_from_bytes
@@ -62,6 +63,7 @@ class RayWorkers:
 
     Raises:
         ClusterError: if the cluster cannot be reached.
+        UserError: if the code of the study cannot be sent to other processes.
     """
 
     def __init__(
@@ -77,11 +79,13 @@ class RayWorkers:
     ) -> None:
         self._started = not ray.is_initialized()
         if self._started:
+            given = address or os.environ.get("RAY_ADDRESS", "")
             try:
-                _reach(address)
+                _reach(given)
                 ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
             except (OSError, ValueError, RuntimeError) as error:
-                raise ClusterError(f"the Ray cluster cannot be reached: {' '.join(str(error).split())}") from error
+                text = f"the Ray cluster {given} cannot be reached: {error}"
+                raise ClusterError(" ".join(text.split())) from error
         self._store = store
         self._every = checkpoint_every
         gpu = study.device == "cuda"
@@ -92,7 +96,7 @@ class RayWorkers:
         for name in _own_modules(study) & set(sys.modules):
             ray.cloudpickle.register_pickle_by_value(sys.modules[name])
         importances = {name: load_importance(name) for name in study.importances}
-        self._problem = ray.put((problem, importances, load_recipe(study.recipe)))
+        self._problem = ray.put(_pack((problem, importances, load_recipe(study.recipe))))
         self._post = self._new_post()
         self._initial: dict[str, Any] = {}
         self._running: dict[Any, Job | RoundJob] = {}
@@ -195,11 +199,23 @@ class RayWorkers:
         return self._initial[name]
 
 
-def _reach(address: str | None) -> None:
-    """Raise OSError if nothing listens at HOST:PORT. Without this check, Ray would retry for minutes."""
-    host, colon, port = (address or "").rpartition(":")
+def _reach(address: str) -> None:
+    """Raise OSError if nothing listens at HOST:PORT. Without this check, Ray would retry, and then end the process."""
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
     if colon and port.isdecimal():
-        socket.create_connection((host.removeprefix("ray://"), int(port)), timeout=10).close()
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+
+
+def _pack(content: tuple[Problem, dict[str, Loaded], LoadedRecipe]) -> bytes:
+    """Return what workers need of a study as bytes. Ray would print pages about what cannot be."""
+    try:
+        packed: bytes = ray.cloudpickle.dumps(content)
+    except Exception as error:  # a user's objects may raise any
+        raise UserError(
+            f"the code of the study cannot be sent to other processes: {describe_exception(error)}; create such an "
+            "object when it is needed, not when the module is imported"
+        ) from error
+    return packed
 
 
 def _own_modules(study: Study) -> set[str]:
@@ -268,5 +284,5 @@ def _train(
 @functools.lru_cache(maxsize=1)
 def _load(reference: Any) -> tuple[Problem, dict[str, Loaded], LoadedRecipe]:
     """Return the problem, the importances and the recipe's own functions; each process fetches them only once."""
-    found: tuple[Problem, dict[str, Loaded], LoadedRecipe] = ray.get(reference)
+    found: tuple[Problem, dict[str, Loaded], LoadedRecipe] = ray.cloudpickle.loads(ray.get(reference))
     return found

@@ -5,10 +5,10 @@ All begin with the mask of a stored ticket, or with several of them, and are tra
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from functools import reduce
 from itertools import product
 from operator import and_, or_
 from typing import Any, Literal, TypeAlias
@@ -133,6 +133,7 @@ def plan_controls(
     chains = select_chains(study, importances)
     _require(tickets, level, chains, "controls")
     orders = list_orders(study, draws)
+    drawn = functools.cache(functools.partial(_draw_weights, tickets.planner))
     starts: dict[Chain, Start] = {}
     parts = []
     for kind in chosen:
@@ -142,7 +143,9 @@ def plan_controls(
                 weights, mask = ticket.rewind, ticket.mask
                 source, order = chain, orders[draw - 1] if kind == "new-order" else None
                 if kind in ("signs", "new-weights", "random"):
-                    weights = _draw_weights(tickets.planner, weights, mask, chain.seed, draw, signs=kind == "signs")
+                    weights = drawn(chain.seed, draw)
+                if kind == "signs":
+                    weights = _keep_signs(tickets.planner, ticket.rewind, weights, mask)
                 if kind in ("shuffled", "random"):
                     mask = shuffle(mask, derive(chain.seed, "control", draw))
                 if kind == "other-seed":
@@ -215,7 +218,7 @@ def plan_combinations(
             ticket, training = find_training(tickets, Chain(seed, name or names[0]), level)
             masks = [find_training(tickets, chain, level)[0].mask for chain in of]
             for kind, combine in COMBINED.items():
-                mask = reduce(combine, masks)
+                mask = functools.reduce(combine, masks)
                 if not mask.alive:
                     raise UserError(f"combinations: tickets of seed {seed} share no connection at level {level}")
                 chain = Chain(seed, f"{kind} of {f'{name} over seeds' if name else 'importances'}")
@@ -406,11 +409,19 @@ def _require(tickets: Tickets, level: int, chains: Sequence[Chain], what: str) -
     tickets.require([level], chains)
 
 
-def _draw_weights(planner: Planner, own: Weights, mask: Mask, seed: int, draw: int, *, signs: bool) -> Weights:
-    """Return newly drawn weights, with the signs of a ticket's weights if `signs`; they are drawn each time."""
+def _draw_weights(planner: Planner, seed: int, draw: int) -> Weights:
+    """Return newly drawn weights; they are drawn each time that they are loaded."""
 
     def load() -> State:
-        drawn = initial_state(planner.problem.build, derive(seed, "control", draw))
-        return keep_signs(own.load(), drawn, mask, planner.shared) if signs else drawn
+        return initial_state(planner.problem.build, derive(seed, "control", draw))
+
+    return Weights(state_hash(load()), load)
+
+
+def _keep_signs(planner: Planner, own: Weights, drawn: Weights, mask: Mask) -> Weights:
+    """Return drawn weights with the signs of a ticket's own weights."""
+
+    def load() -> State:
+        return keep_signs(own.load(), drawn.load(), mask, planner.shared)
 
     return Weights(state_hash(load()), load)
