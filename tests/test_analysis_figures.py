@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -262,6 +263,15 @@ def test_statistics_of_batch_norm_become_those_of_the_training_set() -> None:
 
 
 # reinit
+
+
+def test_a_draw_counts_if_all_its_chains_are_finished() -> None:
+    stored = {"a": 3, "b": 3, "c": 3, "d": 1, "e": 3}
+    plan = SimpleNamespace(draws=lambda: iter([["a", "b"], ["c", "d"], ["e"]]))
+    tickets = SimpleNamespace(
+        study=SimpleNamespace(levels=2), progress=lambda chain: SimpleNamespace(tickets=range(stored[chain]))
+    )
+    assert reinit.count_draws(plan, tickets) == 1  # type: ignore[arg-type]
 
 
 def test_reinit_by_hand() -> None:

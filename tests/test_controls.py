@@ -8,6 +8,7 @@ import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -288,7 +289,7 @@ def test_unions_and_intersections_are_tickets_of_their_own(
     assert {folder.name for folder in results(store)} <= list_needs(open_tickets(store))
 
 
-def test_a_value_between_two_levels_by_hand(root: Path) -> None:
+def test_a_value_between_two_levels_by_hand(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tickets = open_tickets(root)
     first, second = tickets.progress(Chain(0, "l1")).tickets[:2]
     a, b = (each.trained and each.trained.history.test_accuracy for each in (first, second))
@@ -298,6 +299,11 @@ def test_a_value_between_two_levels_by_hand(root: Path) -> None:
     assert value_at_density(tickets, Chain(0, "l1"), density) == pytest.approx((a + b) / 2)
     assert value_at_density(tickets, Chain(0, "l1"), 1.0) == a
     assert value_at_density(tickets, Chain(0, "l1"), 0.01) is None
+    assert value_at_density(tickets, Chain(0, "l1"), 0.0) is None
+    empty = SimpleNamespace(mask=SimpleNamespace(density=0.0), level=1)
+    known = [*tickets.measure(Chain(0, "l1")), empty]
+    monkeypatch.setattr(Tickets, "measure", lambda *_: known)
+    assert value_at_density(tickets, Chain(0, "l1"), 1.0) == a, "a ticket without connections has no logarithm"
 
 
 def test_no_value_lies_beside_a_ticket_that_diverged(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -512,6 +512,8 @@ def test_a_verdict_takes_the_step_of_a_share_from_the_number_of_examples(root: P
     judged = sum(map(same.known.judged, same.known.gains))
     assert stated["outside"] == chance_outside([step, step], 0.0, step) > 0.1
     assert stated["outside_most"] == most_outside([step, step], 0.0, step, judged) > 0.5
+    alone = replace(seen, known=replace(seen.known, gains={**seen.known.gains, seen.end.found: {0: step}}))
+    assert frontier.verdict(alone, 0.0)["judges"] == [], "nobody has judged what the first seed alone has tried"
 
 
 def test_the_ticket_is_of_the_first_seed_that_keeps_the_metric_itself(root: Path) -> None:

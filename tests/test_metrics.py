@@ -36,7 +36,7 @@ from tombola.study.tickets import Tickets
 from tombola.training.evaluation import evaluate, measure, predict
 from tombola.training.history import HistoryDocument
 from tombola.training.loss_functions import LOSSES, binary_cross_entropy, mse
-from tombola.training.metrics import ACCURACY, METRICS, Measure, as_metric, check_names, compute, find
+from tombola.training.metrics import ACCURACY, LOSS, METRICS, Measure, as_metric, check_names, compute, find
 from tombola.training.trial import try_network
 from tombola.workbench.studies import open_planner
 
@@ -203,6 +203,12 @@ def test_metrics_are_computed_in_float32_whatever_the_network_is() -> None:
         noted = replace(ACCURACY, key="noted", add=multiply, value=square)
         measure(nn.Identity(), Dataset("small", inputs, targets, inputs, targets), functional.cross_entropy, [noted])
     assert kinds == [torch.float32, torch.float32]
+
+
+def test_a_loss_that_is_not_finite_is_none() -> None:
+    inputs, targets = torch.randn(8, 3), torch.randint(3, (8,))
+    data = Dataset("small", inputs, targets, inputs, targets)
+    assert measure(nn.Identity(), data, lambda *_: torch.tensor(math.inf), [LOSS]) == ({"loss": None}, None)
 
 
 # histories

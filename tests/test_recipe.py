@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import re
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -274,6 +275,17 @@ class Forgetful(torch.optim.SGD):
         super().step()
 
 
+class Anchored(torch.optim.SGD):
+    """An optimizer that remembers its first learning rate outside its state."""
+
+    first = 0.0
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        self.first = self.first or self.param_groups[0]["lr"]
+        self.param_groups[0]["lr"] = self.first
+        super().step()
+
+
 class Listing(torch.optim.SGD):
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         super().step()
@@ -290,6 +302,7 @@ class Huge(torch.optim.SGD):
     ("make", "said"),
     [
         (Forgetful, "opt: from a copy of its state it does not go on with the same bits"),
+        (Anchored, "opt: from a copy of its state it does not go on with the same bits"),
         (Listing, "opt: its state has 'old' of type list; an optimizer whose trainings can be resumed keeps only"),
         (Huge, "opt: its state has 'count' of type int; an optimizer whose trainings can be resumed keeps only"),
         (torch.optim.LBFGS, "opt: its step raised TypeError"),
@@ -302,6 +315,12 @@ def test_an_optimizer_that_cannot_be_resumed_is_refused(make: Any, said: str) ->
     weight.grad = torch.ones(3)
     with pytest.raises(UserError, match=said):
         check_optimizer(make, 0.1, [weight], "opt")
+
+
+def test_an_optimizer_that_goes_on_with_nan_is_not_refused() -> None:
+    weight = nn.Parameter(torch.ones(3))
+    weight.grad = torch.full((3,), math.nan)
+    check_optimizer(torch.optim.SGD, 0.1, [weight], "opt")
 
 
 def test_the_state_of_an_own_optimizer_is_copied() -> None:

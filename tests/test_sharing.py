@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import tempfile
@@ -137,6 +138,24 @@ def test_a_claim_is_left_to_its_run_also_if_it_cannot_be_opened(
         assert not ours.take("key")
         monkeypatch.setattr(claims_module, "open_regular", lambda path: forbid(path, path))
         assert not ours.take("key")
+
+
+def test_looking_at_a_claim_disturbs_nobody_else_who_looks(tmp_path: Path) -> None:
+    (tmp_path / "claim").touch()
+    with (tmp_path / "claim").open() as one, (tmp_path / "claim").open() as other:
+        fcntl.flock(one, fcntl.LOCK_SH)
+        assert not claims_module._is_locked(other.fileno())
+
+
+def test_a_run_that_ends_while_claims_are_checked_is_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def remove_and_read(path: Path) -> None:
+        path.unlink()
+        path.read_bytes()
+
+    monkeypatch.setattr(claims_module, "read_document", remove_and_read)
+    Store(tmp_path)
+    with Claims(tmp_path):
+        assert list(claims_module.check_claims(tmp_path)) == []
 
 
 def test_a_run_says_that_it_has_waited_for_a_collection(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -80,8 +80,8 @@ def interval(mean: Numbers, variance: Numbers, least: Counts, largest: Counts) -
 
     def below_or_at(x: Numbers, rows: npt.NDArray[np.intp]) -> Numbers:
         a = n[rows] - x
-        inside = special.betainc(np.maximum(a, 1e-300), np.maximum(x, 0) + 1, 1 - p[rows])
-        return np.where(x < 0, 0.0, np.where(a <= 0, 1.0, inside))
+        inside = special.betainc(np.maximum(a, 1e-300), x + 1, 1 - p[rows])
+        return np.where(a <= 0, 1.0, inside)
 
     whole = np.rint(mean).astype(np.int64)
     settled = (variance == 0) | (least == largest)

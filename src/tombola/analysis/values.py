@@ -46,7 +46,11 @@ def value_at_density(tickets: Tickets, chain: Chain, density: float) -> float | 
 
 
 def mean_or_none(values: Sequence[float | None]) -> float | None:
-    """Return the mean of values; None if there are none, or if one of them is None."""
+    """Return the mean of values; None if there are none, or if one of them is None.
+
+    >>> mean_or_none([1.0, 2.0]), mean_or_none([1.0, None]), mean_or_none([])
+    (1.5, None, None)
+    """
     known = [value for value in values if value is not None]
     return sum(known) / len(known) if known and len(known) == len(values) else None
 

@@ -131,6 +131,10 @@ def describe_misfit(loss: Loss, targets: Tensor) -> str | None:
     'it needs targets in 0..1, got 0..2'
     >>> describe_misfit(binary_cross_entropy, torch.tensor([-1.0, 1.0]))
     'it needs targets in 0..1, got -1..1'
+    >>> describe_misfit(functional.cross_entropy, torch.tensor([[0.0, 1.0]])) is None
+    True
+    >>> describe_misfit(mse, torch.tensor([[1.0, 2.0], [1.0, float("nan")]]))
+    'the target of example 1 is NaN or infinite; leave the example out, or give a loss of your own'
     """
     if loss in LOSSES.values() and targets.is_floating_point() and not targets.isfinite().all():
         first = int((~targets.isfinite()).flatten(1).any(1).nonzero()[0]) if targets.ndim > 1 else None

@@ -81,6 +81,8 @@ def apply_mask(state: Mapping[str, Tensor], mask: Mask, shared: Shared = Mapping
     >>> found = apply_mask(state, mask)
     >>> found, found["b"] is state["b"]
     ({'w': tensor([1., 0.]), 'b': tensor([3.])}, False)
+    >>> apply_mask({"w": torch.ones(2), "v": torch.ones(2)}, mask, {"w": ("v",)})["v"]
+    tensor([1., 0.])
     """
     layers = {name: name for name in mask} | {other: name for name in mask for other in shared.get(name, ())}
     return {
