@@ -28,7 +28,7 @@ from tombola.errors import (
     short,
 )
 from tombola.inputs import Forward, OwnStep, Tensors, call, convert, count_examples
-from tombola.kernels import Step, accelerate, dense_names
+from tombola.kernels import Step, accelerate, are_packed, dense_names
 from tombola.pruning.eligible import list_shared
 from tombola.pruning.mask import Mask
 from tombola.streams import ambient
@@ -247,6 +247,8 @@ def _accelerate(
     packed: bool | None,
 ) -> Step:
     """Return a fast step of a training, see `tombola.kernels.accelerate`; warnings name the caller of `train`."""
+    if packed is None:
+        packed = forward is call and step is None and are_packed(model, mask, mask)
     return accelerate(
         model,
         mask,
@@ -256,7 +258,7 @@ def _accelerate(
         loss=training_loss(recipe, loss, step),
         forward=forward,
         step=step,
-        among=_list_replaceable(model, initial, mask, data, recipe, loss, forward, step, device, kernels),
+        among=_list_replaceable(model, initial, mask, data, recipe, loss, forward, step, device, kernels, packed),
         packed=packed,
         stacklevel=3,
     )
@@ -273,6 +275,7 @@ def _list_replaceable(
     step: OwnStep | None,
     device: str,
     kernels: Kernels,
+    packed: bool,
 ) -> Collection[str] | None:
     """Return the weights whose layers may be replaced by sparse ones; None for all. Code of the user allows none.
 
@@ -283,7 +286,7 @@ def _list_replaceable(
         return []
     if kernels != "auto":
         return kernels
-    if choose_layers(model, mask, recipe, device, kernels):
+    if choose_layers(model, mask, recipe, device, kernels, packed=packed):
         network = copy.deepcopy(model)
         load_state(network, initial, "the state")
         if fault := find_fault(network, data, recipe, loss, device, forward=forward):
