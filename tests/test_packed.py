@@ -828,6 +828,13 @@ def test_only_networks_with_sparse_convolutions_are_packed(network: nn.Module) -
     assert not kernels.are_packed(network, mask, [])
 
 
+def test_a_network_that_stays_packed_has_more_sparse_layers(network: nn.Module) -> None:
+    mask = Mask.from_tensors({"0.weight": torch.arange(72).reshape(4, 2, 3, 3) < 50})
+    assert kernels.accelerate(copy.deepcopy(network), mask, batch_size=64).sparse == ["0.weight"]
+    for way in ({"packed": False}, {"forward": lambda model, x: model(x)}, {"batch_size": 63}):
+        assert kernels.accelerate(copy.deepcopy(network), mask, **{"batch_size": 64, **way}).sparse == []
+
+
 # Wrong arguments.
 
 

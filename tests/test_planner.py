@@ -379,9 +379,9 @@ def test_each_chain_is_followed_once_for_what_a_study_needs(root: Path, monkeypa
         followed.append(chain)
         return progress(self, chain, *find)
 
-    def choose_layers(model: Any, mask: Mask, *others: Any) -> list[str]:
+    def choose_layers(model: Any, mask: Mask, *others: Any, packed: bool) -> list[str]:
         chosen.append(mask.hash)
-        return choose(model, mask, *others)
+        return choose(model, mask, *others, packed=packed)
 
     monkeypatch.setattr(Planner, "progress", follow)
     monkeypatch.setattr(planning, "choose_layers", choose_layers)

@@ -47,7 +47,9 @@ def instruction_set() -> str | None:
     return fastest
 
 
-def choose(shape: Sequence[int], density: float, batch_size: int = 128, *, beside: bool = False) -> bool:
+def choose(
+    shape: Sequence[int], density: float, batch_size: int = 128, *, beside: bool = False, packed: bool = False
+) -> bool:
     """Return whether a layer of this weight shape and density trains faster sparse, by one rule for all machines.
 
     Args:
@@ -55,6 +57,7 @@ def choose(shape: Sequence[int], density: float, batch_size: int = 128, *, besid
         density: alive / all connections of the layer, in 0..1.
         batch_size: the number of examples in a training step.
         beside: whether the previous or the next layer among those that the kernels support is sparse.
+        packed: whether activations may stay packed between sparse convolutions, see `tombola.kernels.can_pack`.
 
     """
     # Time of the forward pass and of both gradients relative to a dense layer, by density. Each is the minimum of
@@ -79,17 +82,39 @@ def choose(shape: Sequence[int], density: float, batch_size: int = 128, *, besid
     # A sparse convolution beside a sparse neighbour also saves the change of layout. The first layer and the shortcuts
     # of ResNet-20 are small and stay the densest; with these sparse too, a step at density .1 took .7 of the time. A
     # step of VGG-16 took .85 of the time with all layers up to density .4 sparse instead of up to .3.
+    #
+    # Packed convolutions, without the changes of layout at both ends of a packed part (batch 128):
+    #
+    #   layer                         .4    .5    .6   .65    .7   .75    .8   .85    .9
+    #   3 -> 16, 32 x 32                                                       .66
+    #   16 -> 16, 32 x 32                  .75               .93
+    #   16 -> 32, 1 x 1, 16 x 16                                                     .90
+    #   32 -> 32, 16 x 16            .54         .89               .95   .91
+    #   64 -> 64, 8 x 8                          .79               .95  1.03
+    #   64 -> 64, 32 x 32                  .45         .58
+    #   64 -> 128, 1 x 1, 16 x 16                                        .73
+    #   128 -> 128, 16 x 16                .61         .77
+    #   128 -> 256, 1 x 1, 8 x 8                                  1.17
+    #   256 -> 256, 8 x 8                        .86
+    #
+    # Batch norm and ReLU between packed convolutions also take a fifth to two thirds of their time between dense ones.
     if batch_size < 16:
         return False
     if len(shape) == 2:
         return density < 1 and density <= next(most for size, most in _LINEAR if math.prod(shape) <= size)
     if batch_size < 64:
         return density <= 0.1
-    return density <= (0.85 if beside and math.prod(shape) <= 2**11 else 0.4)
+    small = beside and math.prod(shape) <= 2**11
+    if packed:
+        return small or density <= next(most for size, most in _PACKED if math.prod(shape) <= size)
+    return density <= (0.85 if small else 0.4)
 
 
 # (number of weights up to which the limit holds, highest density of a sparse linear layer)
 _LINEAR = ((2**12, 1.0), (2**15, 0.75), (2**18, 0.55), (2**20, 0.45), (math.inf, 0.3))
+
+# The same for a sparse convolution in a network whose activations may stay packed.
+_PACKED = ((2**14, 0.75), (math.inf, 0.65))
 
 
 def choose_to_infer(shape: Sequence[int], density: float, batch_size: int) -> bool:
@@ -179,17 +204,19 @@ def list_eligible(model: nn.Module, names: Collection[str]) -> list[str]:
     return found
 
 
-def choices(model: nn.Module, mask: Mapping[str, Tensor], batch_size: int = 128) -> dict[str, str]:
+def choices(
+    model: nn.Module, mask: Mapping[str, Tensor], batch_size: int = 128, *, packed: bool = False
+) -> dict[str, str]:
     """Return parameter name -> "dense" or "sparse" for each layer of `mask`: the layers that `sparsify` will replace.
 
     The choice affects rounding, so it is a part of the identity of a training. It depends only on the arguments and on
-    whether the kernels are installed.
+    whether the kernels are installed. `packed` says whether activations may stay packed, see `can_pack`.
     """
     densities = {name: float(mask[name].count_nonzero()) / mask[name].numel() for name in list_eligible(model, mask)}
-    alone = [choose(mask[name].shape, density, batch_size) for name, density in densities.items()]
+    alone = [choose(mask[name].shape, density, batch_size, packed=packed) for name, density in densities.items()]
     chosen = dict.fromkeys(mask, "dense")
     for number, (name, density) in enumerate(densities.items()):
         beside = any(alone[max(0, number - 1) : number + 2])
-        if choose(mask[name].shape, density, batch_size, beside=beside):
+        if choose(mask[name].shape, density, batch_size, beside=beside, packed=packed):
             chosen[name] = "sparse"
     return chosen

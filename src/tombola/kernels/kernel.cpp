@@ -579,9 +579,11 @@ struct Ahead {
     }
 };
 
+// A function of its own, which takes its pixels by value: the loops around it and the numbers that it stores to memory
+// must not take the registers of the loop over the taps.
 template <int P>
-void gather_pixels(const Pass& pass, const int32_t* offset, const float* values, const float* bias, const float* lanes,
-                   const Pixels<P>& pixels, Packed source, Packed target, bool add) {
+[[gnu::noinline]] void gather_pixels(const Pass& pass, const int32_t* offset, const float* values, const float* bias,
+                                     const float* lanes, const Pixels<P> pixels, Packed source, Packed target, bool add) {
     const int32_t* split = pass.split + pixels.tile;
     const ptrdiff_t channel = target.channel;
     const Ahead<P> ahead(pass, pixels, source, target);
@@ -621,8 +623,11 @@ struct Sums {
     vec totals[L];
     int first = 0, count = 0;
 
-    void add(int tap, vec total) {
+    void move_to(int tap) {
         if (first + count != tap) flush(), first = tap;
+    }
+
+    void add(vec total) {
         totals[count++] = total;
         if (count == L) flush();
     }
@@ -640,9 +645,9 @@ struct Sums {
     }
 };
 
-template <int P>
-void correlate_pixels(const Pass& pass, const int32_t* offset, const Pixels<P>& pixels, Packed source, Packed delta,
-                      float* gradient) {
+template <int P>  // like gather_pixels
+[[gnu::noinline]] void correlate_pixels(const Pass& pass, const int32_t* offset, const Pixels<P> pixels, Packed source,
+                                        Packed delta, float* gradient) {
     const int32_t* split = pass.split + pixels.tile;
     const ptrdiff_t channel = delta.channel;
     const Ahead<P> ahead(pass, pixels, source, delta);
@@ -655,12 +660,13 @@ void correlate_pixels(const Pass& pass, const int32_t* offset, const Pixels<P>& 
         vec d[P][conv_vectors];
         for (int p = 0; p < P; ++p)
             for (int v = 0; v < conv_vectors; ++v) d[p][v] = load(pixels.target[p] + r * channel + v * L);
+        kept.move_to(begin);
         for (int k = begin; k < end; ++k) {
             const ptrdiff_t from = offset[k];
             vec total[conv_vectors] = {};
             for (int p = 0; p < P; ++p)
                 for (int v = 0; v < conv_vectors; ++v) total[v] += d[p][v] * load(pixels.source[p] + from + v * L);
-            kept.add(k, total[0] + total[1]);
+            kept.add(total[0] + total[1]);
         }
     }
     kept.flush();

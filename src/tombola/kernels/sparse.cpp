@@ -162,6 +162,8 @@ constexpr Sizes of_pixels{24 << 10, 12}, of_one_pixel{32 << 10, 40};
 const size_t second_cache = 256 << 10;
 // Of packed images: what a strip reads at once, and what a band of one writes if tiles read it again.
 const size_t strip_cache = 192 << 10, band_cache = 96 << 10;
+// Taps that are worth a piece of a row of packed images, whose sums are stored far apart.
+const size_t least_packed_taps = 30;
 
 struct Tap {
     int channel, y, x;
@@ -252,7 +254,8 @@ struct Structure {
         p.strip = (p.grid_width + 3) / 4 * 4;
         while (p.strip > 4 && std::min<size_t>(worth, p.channels) * lines(p.strip) * line > strip_cache)
             p.strip = (p.strip / 2 + 3) / 4 * 4;
-        const size_t channels = std::min(worth, std::max<size_t>(1, 2 * strip_cache / (lines(p.strip) * line)));
+        const size_t worth_a_piece = std::max(worth, least_packed_taps * p.rows * p.channels / (taps.size() + 1));
+        const size_t channels = std::min(worth_a_piece, std::max<size_t>(1, 2 * strip_cache / (lines(p.strip) * line)));
         p.tiles = static_cast<int>((p.channels + channels - 1) / channels);
         p.tile_channels = (p.channels + p.tiles - 1) / p.tiles;
         p.tiles = (p.channels + p.tile_channels - 1) / p.tile_channels;

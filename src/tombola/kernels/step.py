@@ -139,10 +139,11 @@ def accelerate(
     """
     if device == "cpu" and mask.alive < mask.total and (among is None or among):
         warn_if_missing(stacklevel + 2)
-    sparse = sparse_layers(model, mask, batch_size=batch_size, precision=precision, device=device)
-    sparse = [name for name in sparse if among is None or name in among]
     if packed is None:
-        packed = forward is call and step is None and are_packed(model, mask, sparse)
+        packed = forward is call and step is None and are_packed(model, mask, mask)
+    sparse = sparse_layers(model, mask, batch_size=batch_size, precision=precision, device=device, packed=packed)
+    sparse = [name for name in sparse if among is None or name in among]
+    packed = packed and have_convolutions(mask, sparse)
     if sparse:
         replace_layers(model, mask, sparse)
     plain = loss is functional.cross_entropy and forward is call and step is None
@@ -159,7 +160,7 @@ def are_packed(model: nn.Module, mask: Mapping[str, Tensor], sparse: Collection[
     Args:
         model: the model, with its own layers.
         mask: the connections that are alive.
-        sparse: the names of the weights whose layers are sparse, see `sparse_layers`.
+        sparse: the names of the weights whose layers are sparse, see `sparse_layers`; all, for whether they may be.
 
     >>> model = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 2))
     >>> are_packed(model, Mask.ones_like(model), ["0.weight"])
@@ -174,13 +175,19 @@ def have_convolutions(mask: Mapping[str, Tensor], sparse: Collection[str]) -> bo
 
 
 def sparse_layers(
-    model: nn.Module, mask: Mask, *, batch_size: int = 128, precision: Precision = "float32", device: str = "cpu"
+    model: nn.Module,
+    mask: Mask,
+    *,
+    batch_size: int = 128,
+    precision: Precision = "float32",
+    device: str = "cpu",
+    packed: bool = False,
 ) -> list[str]:
     """Return the names of the weights whose layers `accelerate` makes sparse.
 
     Sparse layers sum in another order than dense layers, so these names are a part of the identity of a training. They
-    depend on shapes, densities and the batch size (see `choose`). The list is empty on a GPU, in bfloat16, or if the
-    package was installed without its compiled kernels.
+    depend on shapes, densities, the batch size, and on whether activations may stay packed (`packed`, see `choose`).
+    The list is empty on a GPU, in bfloat16, or if the package was installed without its compiled kernels.
 
     >>> model = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 2))
     >>> sparse_layers(model, Mask.ones_like(model))
@@ -188,4 +195,4 @@ def sparse_layers(
     """
     if device != "cpu" or precision != "float32":
         return []
-    return [name for name, choice in choices(model, mask, batch_size).items() if choice == "sparse"]
+    return [name for name, choice in choices(model, mask, batch_size, packed=packed).items() if choice == "sparse"]

@@ -71,7 +71,9 @@ def read_kernels(kernels: Kernels) -> Kernels:
     return kernels
 
 
-def choose_layers(model: nn.Module, mask: Mask, recipe: Recipe, device: str, allowed: Kernels) -> list[str]:
+def choose_layers(
+    model: nn.Module, mask: Mask, recipe: Recipe, device: str, allowed: Kernels, *, packed: bool
+) -> list[str]:
     """Return the names of the weights whose layers a training replaces by sparse ones.
 
     Args:
@@ -81,8 +83,11 @@ def choose_layers(model: nn.Module, mask: Mask, recipe: Recipe, device: str, all
         device: the device to train on.
         allowed: "auto" for the layers that are faster, see `tombola.kernels.choose`; "off" for none; or the names of
             weights among which to choose. An optimizer of the user gets the network's own parameters: it allows none.
+        packed: whether activations may stay packed between sparse convolutions, see `tombola.kernels.are_packed`.
     """
     if allowed == "off" or ":" in recipe.optimizer:
         return []
-    found = kernels.sparse_layers(model, mask, batch_size=recipe.batch_size, precision=recipe.precision, device=device)
+    found = kernels.sparse_layers(
+        model, mask, batch_size=recipe.batch_size, precision=recipe.precision, device=device, packed=packed
+    )
     return found if allowed == "auto" else [name for name in found if name in allowed]

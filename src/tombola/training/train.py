@@ -28,7 +28,7 @@ from tombola.errors import (
     short,
 )
 from tombola.inputs import Forward, OwnStep, Tensors, call, convert, count_examples
-from tombola.kernels import accelerate, dense_names
+from tombola.kernels import accelerate, are_packed, dense_names
 from tombola.pruning.eligible import list_shared
 from tombola.pruning.mask import Mask
 from tombola.streams import ambient
@@ -144,9 +144,11 @@ def train(
     data = move_data(data, device)
     model = load_model(model, start.state, mask, device)
     kernels = read_kernels(kernels)
-    among = (
-        _list_replaceable(model, initial, mask, data, recipe, loss, forward, device, kernels) if step is None else []
-    )
+    if packed is None:
+        packed = forward is call and step is None and are_packed(model, mask, mask)
+    among: Collection[str] | None = []
+    if step is None:
+        among = _list_replaceable(model, initial, mask, data, recipe, loss, forward, device, kernels, packed)
     fast = accelerate(
         model,
         mask,
@@ -258,6 +260,7 @@ def _list_replaceable(
     forward: Forward,
     device: str,
     kernels: Kernels,
+    packed: bool,
 ) -> Collection[str] | None:
     """Return the weights whose layers may be replaced by sparse ones; None for all.
 
@@ -268,7 +271,7 @@ def _list_replaceable(
         return []
     if kernels != "auto":
         return kernels
-    if choose_layers(model, mask, recipe, device, kernels):
+    if choose_layers(model, mask, recipe, device, kernels, packed=packed):
         network = copy.deepcopy(model)
         load_state(network, initial, "the state")
         if fault := find_fault(network, data, recipe, loss, device, forward=forward):
