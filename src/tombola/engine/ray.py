@@ -16,7 +16,7 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -206,7 +206,7 @@ def _reach(address: str) -> None:
         socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
 
 
-def _pack(content: tuple[Problem, dict[str, Loaded], LoadedRecipe]) -> bytes:
+def _pack(content: tuple[Problem, Mapping[str, Loaded], LoadedRecipe]) -> bytes:
     """Return what workers need of a study as bytes. Ray would print pages about what cannot be."""
     try:
         packed: bytes = ray.cloudpickle.dumps(content)
