@@ -16,7 +16,7 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -96,7 +96,8 @@ class RayWorkers:
         for name in _own_modules(study) & set(sys.modules):
             ray.cloudpickle.register_pickle_by_value(sys.modules[name])
         importances = {name: load_importance(name) for name in study.importances}
-        self._problem = ray.put(_pack((problem, importances, load_recipe(study.recipe))))
+        alone = replace(problem)  # without what this process has computed of it: workers compare what they compute
+        self._problem = ray.put(_pack((alone, importances, load_recipe(study.recipe))))
         self._post = self._new_post()
         self._initial: dict[str, Any] = {}
         self._running: dict[Any, Job | RoundJob] = {}
@@ -206,7 +207,7 @@ def _reach(address: str) -> None:
         socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
 
 
-def _pack(content: tuple[Problem, dict[str, Loaded], LoadedRecipe]) -> bytes:
+def _pack(content: tuple[Problem, Mapping[str, Loaded], LoadedRecipe]) -> bytes:
     """Return what workers need of a study as bytes. Ray would print pages about what cannot be."""
     try:
         packed: bytes = ray.cloudpickle.dumps(content)
