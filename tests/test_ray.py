@@ -251,3 +251,26 @@ def test_code_that_cannot_be_sent_is_said(tmp_path: Path, monkeypatch: pytest.Mo
     of = planner(tmp_path / "store", STUDY.model_copy(update={"task": task}))
     with pytest.raises(UserError, match=r"cannot be sent to other processes: TypeError: cannot pickle '_thread\.lock'"):
         RayWorkers(1, of.problem, of.study, of.store)
+
+
+def test_what_the_command_has_computed_is_not_sent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker compares what its network computes with that; it would compare it with itself."""
+    (tmp_path / "far_model.py").write_text(
+        "import os\nfrom torch import nn\nimport tiny_task\n"
+        "def model():\n"
+        "    there = nn.Tanh() if 'FAR' in os.environ else nn.Identity()\n"
+        "    return nn.Sequential(*tiny_task.model(), there)\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    sent: list[bytes] = []
+    monkeypatch.setattr(ray, "is_initialized", lambda: True)
+    monkeypatch.setattr(ray, "cluster_resources", dict)
+    monkeypatch.setattr(ray, "put", sent.append)
+    monkeypatch.setattr(RayWorkers, "_new_post", lambda _: None)
+    task = TASK.model_copy(update={"model": "far_model:model"})
+    of = planner(tmp_path / "store", study(["l1"]).model_copy(update={"task": task}))
+    here = of.problem.behaviour
+    RayWorkers(1, of.problem, of.study, of.store)
+    monkeypatch.setenv("FAR", "there")
+    there, *_ = ray.cloudpickle.loads(sent[0])
+    assert there.behaviour != here

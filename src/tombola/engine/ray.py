@@ -96,7 +96,8 @@ class RayWorkers:
         for name in _own_modules(study) & set(sys.modules):
             ray.cloudpickle.register_pickle_by_value(sys.modules[name])
         importances = {name: load_importance(name) for name in study.importances}
-        self._problem = ray.put(_pack((problem, importances, load_recipe(study.recipe))))
+        alone = replace(problem)  # without what this process has computed of it: workers compare what they compute
+        self._problem = ray.put(_pack((alone, importances, load_recipe(study.recipe))))
         self._post = self._new_post()
         self._initial: dict[str, Any] = {}
         self._running: dict[Any, Job | RoundJob] = {}
