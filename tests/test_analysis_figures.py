@@ -237,6 +237,8 @@ def test_no_barrier_where_the_error_falls_on_the_way() -> None:
 def test_integers_are_those_of_the_first_state() -> None:
     one, other = ({"w": torch.tensor(0.0), "batches": torch.tensor(n)} for n in (4, 8))
     seen = []
+    with pytest.raises(UserError, match="points: expected 2 or more, got 1"):
+        connectivity.along_line(one, other, lambda state: (0.0, 0.0), points=1)
     connectivity.along_line(one, other, lambda state: (float(seen.append(int(state["batches"])) or 0), 0.0), points=3)
     assert seen == [4, 4, 4]
 
