@@ -305,6 +305,8 @@ def test_reinit_of_masks_drawn_at_random_lies_within_chance() -> None:
 
 
 def test_one_draw_has_no_interval_and_an_empty_layer_no_excess() -> None:
+    table = reinit.of_masks(mask(x="11", y="11"), [mask(x="10", y="00"), mask(x="10", y="11")])
+    assert only(table, layer="y")["excess"] is None, "in one of the draws, nothing is expected"
     table = reinit.of_masks(mask(x="10", y="00"), [mask(x="11", y="11")])
     x, y = only(table, layer="x"), only(table, layer="y")
     assert (x["excess"], x["low"], x["high"], x["chance_low"], x["chance_high"]) == (0, None, None, 0, 0)

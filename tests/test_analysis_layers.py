@@ -328,3 +328,15 @@ class Scaled(nn.Module):
 def test_inputs_that_are_scaled_by_a_constant_are_still_inputs() -> None:
     found = find_ends(Scaled(), torch.ones(1, 2), ["fc1.weight", "fc2.weight"])
     assert found == Ends(("fc1.weight",), ("fc2.weight",), "")
+
+
+class Gated(Scaled):
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        outputs: torch.Tensor = self.fc2(self.fc1(inputs) * inputs)
+        return outputs
+
+
+def test_a_layer_behind_a_product_of_inputs_and_a_layer_does_not_touch_the_inputs() -> None:
+    model = Gated()
+    model.fc1, model.fc2 = nn.Linear(2, 2), nn.Linear(2, 1)
+    assert find_ends(model, torch.ones(1, 2), ["fc1.weight", "fc2.weight"]).inputs == ("fc1.weight",)
