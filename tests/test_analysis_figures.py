@@ -237,6 +237,8 @@ def test_no_barrier_where_the_error_falls_on_the_way() -> None:
 def test_integers_are_those_of_the_first_state() -> None:
     one, other = ({"w": torch.tensor(0.0), "batches": torch.tensor(n)} for n in (4, 8))
     seen = []
+    with pytest.raises(UserError, match="points: expected 2 or more, got 1"):
+        connectivity.along_line(one, other, lambda state: (0.0, 0.0), points=1)
     connectivity.along_line(one, other, lambda state: (float(seen.append(int(state["batches"])) or 0), 0.0), points=3)
     assert seen == [4, 4, 4]
 
@@ -303,6 +305,8 @@ def test_reinit_of_masks_drawn_at_random_lies_within_chance() -> None:
 
 
 def test_one_draw_has_no_interval_and_an_empty_layer_no_excess() -> None:
+    table = reinit.of_masks(mask(x="11", y="11"), [mask(x="10", y="00"), mask(x="10", y="11")])
+    assert only(table, layer="y")["excess"] is None, "in one of the draws, nothing is expected"
     table = reinit.of_masks(mask(x="10", y="00"), [mask(x="11", y="11")])
     x, y = only(table, layer="x"), only(table, layer="y")
     assert (x["excess"], x["low"], x["high"], x["chance_low"], x["chance_high"]) == (0, None, None, 0, 0)

@@ -14,6 +14,7 @@ from torch.nn import functional
 
 from tombola import Mask, UserError
 from tombola.analysis import layers
+from tombola.analysis.ends import Ends, find_ends
 from tombola.analysis.gather import after
 from tombola.analysis.paths import Paths
 
@@ -311,3 +312,31 @@ class Sorting(nn.Module):
 def test_a_clear_word_where_paths_cannot_be_followed(model: nn.Module, words: str) -> None:
     with pytest.raises(UserError, match=words):
         Paths(model, torch.ones(1, 2))
+
+
+class Scaled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("scale", torch.ones(2))
+        self.fc1, self.fc2 = nn.Linear(2, 3), nn.Linear(3, 1)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        outputs: torch.Tensor = self.fc2(self.fc1(inputs * self.scale))
+        return outputs
+
+
+def test_inputs_that_are_scaled_by_a_constant_are_still_inputs() -> None:
+    found = find_ends(Scaled(), torch.ones(1, 2), ["fc1.weight", "fc2.weight"])
+    assert found == Ends(("fc1.weight",), ("fc2.weight",), "")
+
+
+class Gated(Scaled):
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        outputs: torch.Tensor = self.fc2(self.fc1(inputs) * inputs)
+        return outputs
+
+
+def test_a_layer_behind_a_product_of_inputs_and_a_layer_does_not_touch_the_inputs() -> None:
+    model = Gated()
+    model.fc1, model.fc2 = nn.Linear(2, 2), nn.Linear(2, 1)
+    assert find_ends(model, torch.ones(1, 2), ["fc1.weight", "fc2.weight"]).inputs == ("fc1.weight",)

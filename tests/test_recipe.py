@@ -333,6 +333,8 @@ def test_the_state_of_an_own_optimizer_is_copied() -> None:
     optimizer.step(0.1)
     assert all(kept[name].equal(before[name]) for name in before)
     assert not optimizer.tensors()["0.square_avg"].equal(kept["0.square_avg"])
+    optimizer.groups[0]["centered"] = 0  # False in the beginning
+    assert "group0.centered#int" in optimizer.tensors()
 
 
 def test_the_groups_of_an_optimizer_keep_their_proportions() -> None:

@@ -24,7 +24,7 @@ from tombola.streams import derive, generator
 from tombola.training.batches import Changes, batches, iterations, normalisation
 from tombola.training.evaluation import evaluate, predict
 from tombola.training.losses import Losses
-from tombola.training.train import initial_state
+from tombola.training.train import check_recipe_fits, initial_state
 from tombola.training.weights import apply_mask
 from training_cases import (
     AUGMENTED,
@@ -443,6 +443,31 @@ def test_divergence_is_seen_within_a_long_epoch() -> None:
         losses.append(torch.tensor(math.nan if iteration == 60 else 1.0))
         seen += [losses.iteration] * losses.have_diverged()
     assert seen == [100, 120]
+
+
+def test_each_epoch_is_told_when_it_ends() -> None:
+    model, initial, mask = setting_of(small)
+    told: list[tuple[int, int]] = []
+    recipe = Recipe(batch_size=5, iterations=8)  # an epoch of 5 and a part of another
+    train(model, initial, mask, VECTORS, recipe, 0, on_epoch=lambda at, losses: told.append((at, len(losses))))
+    assert told == [(5, 1), (8, 2)]
+
+
+def test_weights_of_a_layer_without_connections_stay_zero() -> None:
+    model, initial, mask = setting_of(small)
+    mask = Mask.from_tensors({name: mask[name] & (name != "0.weight") for name in mask})
+    seen: list[Tensor] = []
+    recipe = Recipe(batch_size=5, iterations=2)
+    train(model, initial, mask, VECTORS, recipe, 0, watch=lambda _, take: seen.append(take().state["0.weight"]))
+    assert not torch.stack(seen).any()
+
+
+def test_a_batch_may_have_all_examples_and_no_training_more_iterations_than_are_kept() -> None:
+    check_recipe_fits(Recipe(batch_size=EXAMPLES, epochs=1), VECTORS)
+    with pytest.raises(UserError, match=r"recipe.accumulate: 5 batches of 5 are more than the 22 training examples"):
+        check_recipe_fits(Recipe(batch_size=5, accumulate=5, epochs=1), VECTORS)
+    with pytest.raises(UserError, match=r"would have 1000000001 iterations; at most 1000000000 are possible"):
+        check_recipe_fits(Recipe(batch_size=5, iterations=10**9 + 1), VECTORS)
 
 
 def test_a_loss_of_ones_own() -> None:

@@ -122,6 +122,8 @@ def chance_outside(gains: Sequence[float], margin: float, step: float = 0.0) -> 
 
     >>> chance_outside([0.0, 0.01, -0.01], 0.0), chance_outside([0.5, 0.5], 0.0), chance_outside([0.5], 0.0)
     (0.5, 0.0, None)
+    >>> chance_outside([0.5, 0.5], -0.5)
+    0.0
     """
     if len(gains) < 2 or not all(map(math.isfinite, gains)):
         return None

@@ -104,6 +104,8 @@ def by_level(results: Sequence[Row], *, margin: float = MARGIN) -> pl.DataFrame:
     ...            for seed in (0, 1) for level in (0, 1)]
     >>> by_level(results, margin=0.005).select("level", "accuracy", "keeps").row(1)
     (1, 0.88, False)
+    >>> by_level(results[1:], margin=0.005)["seeds"].to_list()  # the dense network of seed 0 is not there
+    [1, 1]
     """
     if not isinstance(margin, int | float) or not 0 <= margin <= 1:
         raise UserError(f"margin: expected a share of the test set, in 0 to 1, got {kind_of(margin)}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from typing import Any, TypeAlias
 
@@ -170,4 +169,4 @@ def _is_same(value: Any, other: Any) -> bool:
     """Return whether an entry of a group is what it was in the beginning."""
     if isinstance(value, Tensor) or type(value) is not type(other):
         return False
-    return bool(value == other) or (isinstance(value, float) and math.isnan(value) and math.isnan(other))
+    return bool(value == other)
