@@ -248,7 +248,8 @@ def _accelerate(
 ) -> Step:
     """Return a fast step of a training, see `tombola.kernels.accelerate`; warnings name the caller of `train`."""
     if packed is None:
-        packed = forward is call and step is None and are_packed(model, mask, mask)
+        may_be_sparse = device == "cpu" and kernels != "off"  # another network is not traced
+        packed = may_be_sparse and forward is call and step is None and are_packed(model, mask, mask)
     return accelerate(
         model,
         mask,
