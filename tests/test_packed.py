@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -123,6 +123,10 @@ def close(ours: Tensor | None, exact: Tensor | None, scale: float = 1) -> None:
     layout=LAYOUTS,
     bias=st.booleans(),
 )
+@example(  # channels of several tiles
+    seed=0, batch=17, channels=(50, 50), kernel=(3, 3), image=(3, 6), stride=1, padding=(1, 1), kind="0.3",
+    layout="contiguous", bias=True,
+)  # fmt: skip
 def test_a_convolution_equals_masked_dense(
     instruction_set: str, seed: int, batch: int, channels: tuple[int, int], kernel: tuple[int, int],
     image: tuple[int, int], stride: int, padding: tuple[int, int], kind: str, layout: str, bias: bool,

@@ -273,7 +273,8 @@ class Planner:
         """Return the names of the weights whose layers a training makes sparse; many chains ask for the same mask."""
         if mask.hash not in self._sparse:
             allowed = "off" if self.problem.step is not None else self.study.kernels
-            packed = have_convolutions(mask, mask) and self._can_pack
+            may_be_sparse = self.study.device == "cpu" and allowed != "off"  # another network is not traced
+            packed = may_be_sparse and have_convolutions(mask, mask) and self._can_pack
             sparse = choose_layers(self.model, mask, self.study.recipe, self.study.device, allowed, packed=packed)
             self._sparse[mask.hash] = [] if sparse and self.kernel_fault else sparse
         return self._sparse[mask.hash]

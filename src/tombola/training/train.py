@@ -145,7 +145,8 @@ def train(
     model = load_model(model, start.state, mask, device)
     kernels = read_kernels(kernels)
     if packed is None:
-        packed = forward is call and step is None and are_packed(model, mask, mask)
+        may_be_sparse = device == "cpu" and kernels != "off"  # another network is not traced
+        packed = may_be_sparse and forward is call and step is None and are_packed(model, mask, mask)
     among: Collection[str] | None = []
     if step is None:
         among = _list_replaceable(model, initial, mask, data, recipe, loss, forward, device, kernels, packed)
