@@ -46,7 +46,8 @@ build/sanitize/installed: $(SOURCES) | .venv/bin/pip
 		--config-settings=cmake.define.TOMBOLA_SANITIZE=ON
 	touch $@
 
-# The optimizers against torch's own, golden bits, and a study, with the oldest and the newest torch that pyproject.toml allows.
+# Packed convolutions, the optimizers against torch's own, golden bits, and a study, with the oldest and the newest torch
+# that pyproject.toml allows.
 # Each is installed into a virtual environment that is removed afterwards, also after a failure: up to 6 GB, of which
 # torch for CUDA is most.
 OLDEST_TORCH = $(shell sed -n 's/^ *"torch>=\(.*\)",/\1/p' pyproject.toml)
@@ -56,7 +57,8 @@ test-torch:
 	    rm -rf .venv-torch && $(PYTHON) -m venv .venv-torch \
 	    && .venv-torch/bin/pip install --quiet --disable-pip-version-check "$$torch" . pytest hypothesis \
 	    && .venv-torch/bin/pip list 2> /dev/null | grep '^torch ' \
-	    && .venv-torch/bin/pytest -rs tests/test_optimizer.py tests/test_training.py -k 'test_optimizer or golden' \
+	    && .venv-torch/bin/pytest -rs tests/test_packed.py tests/test_optimizer.py tests/test_training.py \
+	        -k 'test_packed or test_optimizer or golden' \
 	    && .venv-torch/bin/tombola run digits --store .venv-torch/store --levels 1 --seeds 0 --data-seeds \
 	        --importances magnitude l1 --recipe.epochs 1 \
 	    || exit 1; \

@@ -597,7 +597,7 @@ def double(x: Tensor) -> Tensor:
     return x * 2
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning", "ignore:.*torch.jit:FutureWarning")
 def test_compiled_code_is_never_silently_wrong() -> None:
     compiled = torch.jit.script(double)
     model = Own(lambda model, y: compiled(y))

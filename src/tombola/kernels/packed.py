@@ -10,6 +10,7 @@ pass over memory. The forward pass itself runs in Python at each step, so it may
 from __future__ import annotations
 
 import copy
+import inspect
 import operator
 import sys
 import weakref
@@ -18,7 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from threading import RLock
-from types import FrameType
+from types import CodeType, FrameType, FunctionType
 from typing import Any
 
 import torch
@@ -492,6 +493,8 @@ class Packed(Tensor):
                 return func(*args, **kwargs)
         if (recorded := _RECORDED.get(func)) is not None and (result := recorded(*args, **kwargs)) is not None:
             return result
+        if _apply is None and func is Tensor.view_as and not torch.is_grad_enabled():
+            raise RuntimeError(_READ_BY_FUNCTION)  # by the function that has returned it: no code of it is in a frame
         args, kwargs = tree_map(compute, (args, kwargs))
         return func(*args, **kwargs)
 
@@ -514,7 +517,7 @@ def compute(x: Any) -> Any:
                 x._segment.unpack(x._value, x._plain.detach())
                 x._segment = None
     if x._plain.requires_grad and _is_within_function():
-        raise RuntimeError("a torch.autograd.Function of the network's own reads a tensor that is recorded")
+        raise RuntimeError(_READ_BY_FUNCTION)
     return x._plain
 
 
@@ -526,15 +529,29 @@ def _compute_below_autograd(x: Any) -> Any:
     return plain
 
 
-_APPLY = torch.autograd.Function.apply.__func__.__code__  # type: ignore[attr-defined]
+_READ_BY_FUNCTION = "a torch.autograd.Function of the network's own reads a tensor that is recorded"
+
+
+# The code that applies any function of autograd; None from torch 2.14 on, where it is compiled and so in no frame.
+_apply: FunctionType | None = getattr(torch.autograd.Function.apply, "__func__", None)
 
 
 def _is_within_function() -> bool:
     """Return whether a `torch.autograd.Function` runs, which takes a recorded tensor for one without a gradient."""
+    codes = {_apply.__code__} if _apply is not None else set(_list_forwards(torch.autograd.Function))
     frame: FrameType | None = sys._getframe(2)
-    while frame is not None and frame.f_code is not _APPLY:
+    while frame is not None and frame.f_code not in codes:
         frame = frame.f_back
     return frame is not None
+
+
+def _list_forwards(function: type[torch.autograd.Function]) -> Iterator[CodeType]:
+    """Yield the code of the forward pass of all functions of autograd, those without decorators too."""
+    own: type[torch.autograd.Function]
+    for own in function.__subclasses__():
+        if code := getattr(inspect.unwrap(own.forward), "__code__", None):
+            yield code
+        yield from _list_forwards(own)
 
 
 _DESCRIPTIONS: set[Any] = {
