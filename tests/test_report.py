@@ -14,6 +14,7 @@ import urllib.error
 import urllib.request
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Iterator, Sequence
+from importlib import import_module
 from itertools import combinations, count
 from pathlib import Path
 from typing import Any
@@ -681,9 +682,9 @@ def test_a_record_may_go_away_while_it_is_watched(study_file: list[str], monkeyp
         states.append(state())
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("tombola.cli.report._gather", lambda *_: None)
-    monkeypatch.setattr("tombola.reporting.page.page", lambda *_, **how: "")
-    monkeypatch.setattr("tombola.reporting.watch.keep_fresh", look)
+    monkeypatch.setattr(import_module("tombola.cli.report"), "_gather", lambda *_: None)
+    monkeypatch.setattr(import_module("tombola.reporting.page"), "page", lambda *_, **how: "")
+    monkeypatch.setattr(import_module("tombola.reporting.watch"), "keep_fresh", look)
     assert main(["watch", *study_file]) == 0
     assert [time is None for _, time in states[0]] == [False, *[True] * (len(states[0]) - 1)]
 
