@@ -152,7 +152,7 @@ def verdicts(about: dict[str, Any]) -> Iterator[str]:
         statements = dict.fromkeys(each[0] for each in found if each)
         marks = [MARKS[each[1]] if each else "" for each in found]
         yield f"| {number} {' / '.join(statements)} | {' | '.join(marks)} |"
-    yield "\nA dash means that the system cannot decide; the sections below say why, and what it takes. Where the paper"
+    yield "\nA dash means that the system cannot decide; the sections below say why. Where the paper"
     yield "says something else of convolutional networks than of LeNet, both sentences are given, and each system is"
     yield "judged by its own.\n"
 

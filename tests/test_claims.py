@@ -107,6 +107,23 @@ def judge(claim: Callable[[Evidence], Claim], **changes: object) -> Claim:
     return claim(replace(EVIDENCE, **changes))  # type: ignore[arg-type]
 
 
+def test_what_is_needed_can_be_run() -> None:
+    """A seed must differ from the data orders, and layers that are kept dense bound the sparsity."""
+    assert replace(EVIDENCE, data_seeds=(3, 100)).more_seeds == "seeds 0 1 2 4"
+    assert EVIDENCE.more_levels(0.988) == "levels 7"
+    large = dict.fromkeys(DEEP, (100, 100)) | {"fc.weight": (10, 10)}
+    for shape, needs in (((5, 10), "levels 7"), ((50, 10), "")):  # 0.1 % and 1 % of the connections
+        shapes = large | {"fc.weight": shape}
+        assert replace(EVIDENCE, shapes=shapes, kept_dense=frozenset({"fc.weight"})).more_levels(0.988) == needs
+
+
+def test_an_open_interval_of_claim_6_asks_for_what_a_seed_lacks() -> None:
+    lines = [{"seed": seed, "layer": "conv1.weight", "excess": 0.1 - seed, "level": 2, "draws": 3} for seed in (0, 1)]
+    assert judge(claims.found_again, reinit=pl.DataFrame(lines)).needs == "reinit 2"
+    lines.append({"seed": 2, "layer": "conv1.weight", "excess": 0.3, "level": 2, "draws": 3})
+    assert judge(claims.found_again, reinit=pl.DataFrame(lines)).needs == "seeds 0 1 2 3"
+
+
 # 1.
 
 

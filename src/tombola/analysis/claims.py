@@ -308,6 +308,8 @@ def spikes(evidence: Evidence) -> Claim:
         name: [_unevenness(evidence, name, seed, last) for seed in evidence.seeds] for name in evidence.importances
     }
     known = {name: [value for value in values if value is not None] for name, values in found.items()}
+    if not evidence.prunable:
+        return claim.decide("not testable", "the network has no layers to compare")
     if not all(len(values) == len(evidence.seeds) for values in known.values()):
         reason = "fewer than three levels of some importance are stored"
         return claim.decide("not testable", reason, need("levels", max(3, last)))
@@ -354,8 +356,7 @@ def overlap_little(evidence: Evidence) -> Claim:
     k = len(evidence.compared)
     table = _overlap_of(evidence, IMPORTANCES, k)
     if not len(table):
-        reason = "the tickets of one seed are not all stored"
-        return claim.decide("not testable", reason, need("levels", evidence.level))
+        return claim.decide("not testable", "the tickets of one seed are not all stored, or have no connections")
     values, chance = table["shared"].to_list(), statistics.fmean(table["chance"].to_list())
     measured = claim.add_measure("% of a ticket shared by all", values)
     measured = measured.add_baselines(chance=chance, noise=_shares(evidence, DATA_ORDER)[1] if k == 2 else None)
@@ -499,7 +500,9 @@ def found_again(evidence: Evidence) -> Claim:
     level, draws = evidence.reinit["level"][0], evidence.reinit["draws"][0]
     measured = claim.add_measure("% more often than by chance, input layer", found.get("input layer", []))
     about = f"level {level}, {draws} {'draw' if draws == 1 else 'draws'}, % more often than by chance"
-    return measured.add_baselines(chance=0.0).decide(*conclude(evidence.more_seeds, compare(found, 0, "+.1f"), about))
+    without = set(evidence.seeds) - set(evidence.reinit["seed"].to_list())
+    more = need("reinit", level) if without else evidence.more_seeds
+    return measured.add_baselines(chance=0.0).decide(*conclude(more, compare(found, 0, "+.1f"), about))
 
 
 # 7. Ranges of weights.

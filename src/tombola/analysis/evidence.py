@@ -6,6 +6,7 @@ import math
 import statistics
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import count, islice
 
 import polars as pl
 
@@ -41,6 +42,7 @@ class Evidence:
         layers, overlap, stability, reinit: tables of the analyses with these names; None if they are not stored.
         ends: the layers that touch the inputs and the outputs; None for the first and the last by order.
         ranges: the ranges of the dense network's weights, see `tombola.analysis.weights.ranges`; None if not known.
+        data_seeds: the data orders of the study, which no further seed may have.
     """
 
     compared: tuple[str, ...]
@@ -57,6 +59,7 @@ class Evidence:
     reinit: pl.DataFrame | None = None
     ends: Ends | None = None
     ranges: pl.DataFrame | None = None
+    data_seeds: tuple[int, ...] = ()
 
     def describe(self) -> str:
         """Return a sentence on what was compared."""
@@ -107,8 +110,9 @@ class Evidence:
     @property
     def more_seeds(self) -> str:
         """The seeds that would give narrower intervals: those of the study, and as many as make three or one more."""
-        seeds, following = self.seeds, max(self.seeds, default=-1) + 1
-        return need("seeds", *seeds, *range(following, following + max(1, 3 - len(seeds))))
+        seeds = self.seeds
+        others = (seed for seed in count(max(seeds, default=-1) + 1) if seed not in self.data_seeds)
+        return need("seeds", *seeds, *islice(others, max(1, 3 - len(seeds))))
 
     @property
     def no_floor(self) -> tuple[Verdict, str, str]:
@@ -118,11 +122,14 @@ class Evidence:
         return "not testable", reason, need("data_seeds_for", self.compared[0])
 
     def more_importances(self, *names: str) -> str:
-        """Return the importances of the study and those of these names that it lacks."""
+        """Return the importances of the study that have tickets, and those of these names that it lacks."""
         return need("importances", *dict.fromkeys((*self.importances, *names)))
 
     def more_levels(self, sparsity: float) -> str:
-        """Return the number of levels with which all importances reach a sparsity; empty if that is not known."""
+        """Return the number of levels with which all importances reach a sparsity.
+
+        It is empty if that is not known, or if the layers that are kept dense do not allow it.
+        """
         if (last := self.common_level) < 1:
             return ""
         before, reached = (
@@ -130,7 +137,13 @@ class Evidence:
         )
         if not 0 < reached < before:
             return ""
-        return need("levels", last + max(1, math.ceil(math.log((1 - sparsity) / reached, reached / before))))
+        further = max(1, math.ceil(math.log((1 - sparsity) / reached, reached / before)))
+        sizes = {name: math.prod(shape) for name, shape in self.shapes.items()}
+        if reached * (reached / before) ** further * sum(sizes.values()) <= sum(
+            sizes[name] for name in self.kept_dense
+        ):
+            return ""
+        return need("levels", last + further)
 
     @property
     def convolutional(self) -> bool:
@@ -206,6 +219,7 @@ def collect(
         reinit=_select_reinit(_find_reinit(tickets) if tables is None else tables.get("reinit"), compared),
         ends=of_network(planner),
         ranges=weights.ranges(tickets, compared[0]),
+        data_seeds=study.data_seeds,
     )
 
 

@@ -48,6 +48,8 @@ _OF_BASINS = ("tolerance", "margin")  # options of `claims` that are for basins 
 
 _LEVELS = 10_000  # more levels than any network can have
 
+_FIRST_ORDER = 100  # the data order of the presets, at which no further seed arrives
+
 
 def add_verbs(verbs: Verbs) -> None:
     """Add the verbs to the command line."""
@@ -124,6 +126,8 @@ def claims(options: argparse.Namespace) -> int:
         raise UserError(f"--{next(iter(limits))} is for --with basins, which is missing")
     tickets, names = open_compared(options)
     options.importances = names  # for the commands that are printed
+    if options.data_seeds_for is not None and names is not None:
+        options.data_seeds_for = [name for name in options.data_seeds_for if name in names] or None
     with warnings_as_notes(Warning):
         evidence = collect(tickets, names, options.level)
     found = claims.judge(evidence)
@@ -340,7 +344,7 @@ def _print_claims(evidence: Evidence, found: Sequence[Claim], tickets: Tickets, 
             if field == "reinit":
                 command = _name_command(options, "reinit", "--level", *values, importances=evidence.compared)
             else:
-                known = tickets.study.data_seeds or list_orders(tickets.study, 1)
+                known = tickets.study.data_seeds or [max(_FIRST_ORDER, *list_orders(tickets.study, 1))]
                 orders = {"data_seeds": known} if field == "data_seeds_for" else {}
                 command = _name_command(options, "run", **orders, **{field: values})
             say(f"    to test it: {command}")  # in one line, which can be copied
@@ -369,9 +373,12 @@ def _print_uniqueness(
     say("\nUnique up to what?")
     for sentence in sentences:
         say(wrap(f"  - {sentence}", 4))
+    at = ("--level", str(level))
+    given = {name: getattr(options, name) for name in _OF_BASINS}
+    limits = [word for name, value in given.items() if value is not None for word in (f"--{name}", str(value))]
     for name in missing:
-        verb, words = ("claims", ("--with", name)) if name in trained else (name, ())
-        words = ("--level", str(level)) if name == "controls" else words
+        words = ("--with", *options.asked, name, *at, *limits) if name in trained else at if name == "controls" else ()
+        verb = "claims" if name in trained else name
         say(f"  - Not known is {_UNKNOWN[name]}; run\n    {_name_command(options, verb, *words)}")
 
 
