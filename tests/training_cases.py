@@ -57,6 +57,18 @@ def convolutions() -> nn.Module:
     )
 
 
+def wide_convolutions() -> nn.Module:
+    """So many channels that packed images are read in several bands of rows and pieces of channels."""
+    return nn.Sequential(
+        nn.Conv2d(2, 32, 2, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(32, 64, 3, padding=1),
+        nn.Flatten(),
+        nn.Dropout(0.5),
+        nn.Linear(3136, 3),
+    )
+
+
 def watched_convolutions() -> nn.Module:
     """The same with a hook, which keeps activations from staying packed between sparse convolutions."""
     model = convolutions()
@@ -112,5 +124,6 @@ CASES = {
     "sparse perceptron": Case(perceptron, 0.92, 16, 4, sparse=True),
     "sparse convolutions": Case(watched_convolutions, 0.92, 16, 4, sparse=True),
     "packed convolutions": Case(convolutions, 0.92, 16, 4, sparse=True),
+    "packed wide convolutions": Case(wide_convolutions, 0.92, 16, 4, sparse=True),
 }
 AUGMENTED = Augmentation(flip=True, crop=1)

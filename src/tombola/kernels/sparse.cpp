@@ -255,13 +255,15 @@ struct Structure {
         while (p.strip > 4 && std::min<size_t>(worth, p.channels) * lines(p.strip) * line > strip_cache)
             p.strip = (p.strip / 2 + 3) / 4 * 4;
         const size_t worth_a_piece = std::max(worth, least_packed_taps * p.rows * p.channels / (taps.size() + 1));
-        const size_t channels = std::min(worth_a_piece, std::max<size_t>(1, 2 * strip_cache / (lines(p.strip) * line)));
+        const size_t most = std::max<size_t>(1, 2 * strip_cache / (lines(p.strip) * line));
+        const size_t channels = std::min(worth_a_piece, most);
         p.tiles = static_cast<int>((p.channels + channels - 1) / channels);
         p.tile_channels = (p.channels + p.tiles - 1) / p.tiles;
         p.tiles = (p.channels + p.tile_channels - 1) / p.tile_channels;
+        // Sums over pixels go band by band, so that the bands must not depend on the pieces of rows.
+        const bool bands = size_t(p.channels) > std::min(worth, most);
         p.band = p.grid_height;
-        while (p.tiles > 1 && p.band > 2 && size_t(p.band) * p.strip * p.rows * line > band_cache)
-            p.band = (p.band + 1) / 2;
+        while (bands && p.band > 2 && size_t(p.band) * p.strip * p.rows * line > band_cache) p.band = (p.band + 1) / 2;
         images_split.reserve(size_t(p.rows) * (p.tiles + 1));
         for (int r = 0; r < p.rows; ++r) {
             int32_t k = wanted(r) ? first[r] : first[r + 1];
