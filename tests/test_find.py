@@ -321,7 +321,9 @@ def test_a_budget_of_time_is_kept(tmp_path: Path) -> None:
 
 
 def test_a_budget_below_the_first_ticket_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"budget: 1 training is not enough; .* need 2 trainings of 20 iterations"):
+    with pytest.raises(
+        UserError, match=r"budget: 1 training is not enough; .* need the work of 2 trainings of 20 iterations"
+    ):
         walk(tmp_path / "s", budget=Budget(trainings=1, text="1 training"))
     assert not results(tmp_path / "s")
 
@@ -449,7 +451,7 @@ def test_a_learned_mask_counts_as_the_training_that_sees_as_many_examples(tmp_pa
     expected = estimate_search([(own, 0)], bisect, 1)
     assert (expected.work, expected.seconds) == (work_of_rounds(own), 0.5 + 10 * 7)
     how: dict[str, Any] = {"strategy": "bisect", "of": of, "margin": 1.0}
-    with pytest.raises(UserError, match=r"3 is not enough; the dense .* need 4 trainings of 10 iterations"):
+    with pytest.raises(UserError, match=r"3 is not enough; the dense .* need the work of 4 trainings of 10 iterations"):
         walk(tmp_path / "s", budget=Budget(trainings=3, text="3"), **how)
     part = walk(tmp_path / "s", budget=Budget(trainings=6, text="6"), **how)
     whole = walk(tmp_path / "s", **how)

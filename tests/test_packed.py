@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -27,7 +28,7 @@ from test_kernels import (
     needs_kernels,
     refuse_each,
 )
-from tombola import Mask, kernels
+from tombola import Dataset, Mask, Planner, Recipe, Store, Study, Task, kernels, load_problem, prune, train
 from tombola.kernels import layers, packed
 from tombola.kernels.packed import Memory, Packed, Packing
 from tombola.kernels.recording import record
@@ -999,3 +1000,39 @@ def test_kernels_refuse_packed_images_that_do_not_fit() -> None:
     linear = kernels.SparseConv2d(torch.ones(2, 3, 1, 1), None, torch.ones(2, 3, 1, 1) > 0).kernel((3, 1, 1))
     with pytest.raises(ValueError, match="expected a convolution of images"):
         linear.forward_images(torch.ones(6), None, *x, *y, 7)
+
+
+# The same layers and the same bits, planned or not.
+
+
+def some_images() -> Dataset:
+    draw = torch.Generator().manual_seed(2)
+    inputs, labels = torch.randint(256, (64, 2, 7, 7), generator=draw).to(torch.uint8), torch.arange(64) % 3
+    return Dataset("some images", inputs, labels, inputs[:9], labels[:9], ("a", "b", "c"), (0.4, 0.5), (0.2, 0.3))
+
+
+def two_convolutions() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(2, 8, 3), nn.ReLU(), nn.Conv2d(8, 16, 3), nn.Flatten(), nn.Linear(144, 3))
+
+
+@pytest.mark.parametrize("density", [0.9, 0.7, 0.5, 0.05])
+@pytest.mark.parametrize("batch_size", [32, 64])
+def test_a_plan_and_a_training_without_one_have_the_same_layers_and_bits(
+    density: float, batch_size: int, tmp_path: Path
+) -> None:
+    task, recipe = Task(dataset=some_images, model=two_convolutions), Recipe(batch_size=batch_size, iterations=1)
+    planner = Planner(
+        Study(task=task, recipe=recipe, importances=["magnitude"], seeds=[0], levels=1),
+        load_problem(task),
+        Store(tmp_path),
+    )
+    initial = planner.initial(0)
+    mask = prune(initial.load(), planner.dense, lambda weights: weights.abs(), 1 - density)
+    planned = planner.training(0, initial, mask, 0, 1).identity
+    sparse, stays = planned.get("sparse", []), "packed" in planned
+    assert stays == (density < 0.1 or batch_size == 64)
+    arguments = (planner.model, initial.load(), mask, planner.problem.data, recipe, 0)
+    bits = train(*arguments, kernels=sparse, packed=stays).weights.hash
+    assert bits == train(*arguments).weights.hash
+    if density == 0.5:
+        assert bits != train(*arguments, kernels="off").weights.hash

@@ -670,3 +670,9 @@ def test_a_round_that_asks_for_something_odd_is_refused(how: dict[str, object], 
     arguments: dict[str, object] = {"fraction": 0.5, "selection": "shares"} | how
     with pytest.raises(UserError, match=said):
         prune({"a": torch.ones(4), "b": torch.ones(6)}, mask, find("magnitude"), **arguments)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("numbers", [{"passes": "20"}, {"passes": -20}, {"steps": 0}, {"steps": 1.5}])
+def test_a_score_with_impossible_numbers_is_refused(numbers: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=f"^{next(iter(numbers))}: expected a whole number"):
+        NetworkScore(lambda network: {}, **numbers)

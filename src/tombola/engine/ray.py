@@ -77,9 +77,14 @@ class RayWorkers:
         per_gpu: int = 1,
         checkpoint_every: float = CHECKPOINT_EVERY,
     ) -> None:
+        for name in _own_modules(study) & set(sys.modules):
+            ray.cloudpickle.register_pickle_by_value(sys.modules[name])
+        importances = {name: load_importance(name) for name in study.importances}
+        alone = replace(problem)  # without what this process has computed of it: workers compare what they compute
+        packed = _pack((alone, importances, load_recipe(study.recipe)))
         self._started = not ray.is_initialized()
         if self._started:
-            given = address or os.environ.get("RAY_ADDRESS", "")
+            given = address if address not in (None, "auto") else os.environ.get("RAY_ADDRESS", "")
             try:
                 _reach(given)
                 ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
@@ -93,11 +98,7 @@ class RayWorkers:
         there = ray.cluster_resources()
         fitting = int(there.get("GPU", 0)) * per_gpu if gpu else int(there.get("CPU", 0)) // THREADS
         self.count = count or max(1, fitting)
-        for name in _own_modules(study) & set(sys.modules):
-            ray.cloudpickle.register_pickle_by_value(sys.modules[name])
-        importances = {name: load_importance(name) for name in study.importances}
-        alone = replace(problem)  # without what this process has computed of it: workers compare what they compute
-        self._problem = ray.put(_pack((alone, importances, load_recipe(study.recipe))))
+        self._problem = ray.put(packed)
         self._post = self._new_post()
         self._initial: dict[str, Any] = {}
         self._running: dict[Any, Job | RoundJob] = {}

@@ -273,7 +273,8 @@ class _Search:
             for training in progress.trainings:
                 self._work[training.key] = (training.end - training.begin) / self._whole
             if learning := self._measure_learning(chain.importance):
-                masks = planner.name_masks(chain, progress.tickets[:-1])
+                learned = progress.tickets if progress.stopped else progress.tickets[:-1]  # it learned until it failed
+                masks = planner.name_masks(chain, learned)
                 self._work |= dict.fromkeys(masks, learning)
         self._walk.work = sum(self._work.values())
         measure = planner.problem.measure
@@ -299,7 +300,7 @@ class _Search:
         """Raise `BudgetError`, because the budget does not suffice for the first ticket."""
         chains = self._list_chains(replace(asked, candidates=asked.candidates[:1]))
         work = self._measure_work(chains)
-        needed = f"{work:.3g} training{'s' if work != 1 else ''} of {self._whole} iterations"
+        needed = f"the work of {work:.3g} training{'s' if work != 1 else ''} of {self._whole} iterations"
         if self._budget.seconds is not None:
             needed += f", about {self._measure_time(chains):.3g} seconds"
         raise BudgetError(

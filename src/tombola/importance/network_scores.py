@@ -23,7 +23,7 @@ from torch.func import functional_call
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from tombola.errors import ImportanceError
+from tombola.errors import ImportanceError, expect_whole
 from tombola.inputs import Forward, OwnStep, Tensors, call, convert, count_examples, list_tensors
 
 Convolution: TypeAlias = nn.Conv1d | nn.Conv2d | nn.Conv3d
@@ -99,6 +99,9 @@ class NetworkScore:
         passes: how often each computation passes over the examples to learn. Such passes count as training, see
             `tombola.study.planner.Planner.learning_length`; those of scores that learn nothing do not.
 
+    Raises:
+        UserError: if `steps` is no whole number from 1 on, or `passes` none from 0 on.
+
     >>> def taylor_squared(network):
     ...     return {layer: scores**2 for layer, scores in taylor(network).items()}
     >>> NetworkScore(taylor_squared).steps
@@ -108,6 +111,11 @@ class NetworkScore:
     function: Callable[[Network], Mapping[str, Tensor]]
     steps: int = 1
     passes: int = 0
+
+    def __post_init__(self) -> None:
+        """Raise `UserError` unless the numbers are whole and possible."""
+        expect_whole(self.steps, "steps", 1)
+        expect_whole(self.passes, "passes")
 
     def __call__(self, network: Network) -> Mapping[str, Tensor]:
         """Return the scores of each layer, of the weight's shape."""

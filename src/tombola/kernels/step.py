@@ -140,7 +140,8 @@ def accelerate(
     if device == "cpu" and mask.alive < mask.total and (among is None or among):
         warn_if_missing(stacklevel + 2)
     if packed is None:
-        packed = device == "cpu" and forward is call and step is None and are_packed(model, mask, mask)
+        traced = device == "cpu" and precision == "float32" and forward is call and step is None
+        packed = traced and are_packed(model, mask, mask)
     sparse = sparse_layers(model, mask, batch_size=batch_size, precision=precision, device=device, packed=packed)
     sparse = [name for name in sparse if among is None or name in among]
     packed = packed and have_convolutions(mask, sparse)

@@ -35,7 +35,7 @@ from tombola.study.task import Problem, load_importance, load_recipe
 from tombola.study.trainings import Round, Training, name_mask, name_training
 from tombola.training.accumulation import counts_positions
 from tombola.training.history import Trained
-from tombola.training.replaceable import choose_layers, find_fault
+from tombola.training.replaceable import choose_layers, find_fault, may_be_sparse
 from tombola.training.weights import Weights
 
 _TRIES = 10
@@ -273,8 +273,8 @@ class Planner:
         """Return the names of the weights whose layers a training makes sparse; many chains ask for the same mask."""
         if mask.hash not in self._sparse:
             allowed = "off" if self.problem.step is not None else self.study.kernels
-            may_be_sparse = self.study.device == "cpu" and allowed != "off"  # another network is not traced
-            packed = may_be_sparse and have_convolutions(mask, mask) and self._can_pack
+            traced = may_be_sparse(self.study.recipe, self.study.device, allowed) and have_convolutions(mask, mask)
+            packed = traced and self._can_pack
             sparse = choose_layers(self.model, mask, self.study.recipe, self.study.device, allowed, packed=packed)
             self._sparse[mask.hash] = [] if sparse and self.kernel_fault else sparse
         return self._sparse[mask.hash]

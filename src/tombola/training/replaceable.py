@@ -71,6 +71,16 @@ def read_kernels(kernels: Kernels) -> Kernels:
     return kernels
 
 
+def may_be_sparse(recipe: Recipe, device: str, allowed: Kernels) -> bool:
+    """Return whether any layer of a training may be sparse; if not, its network need not be traced.
+
+    Args:
+        recipe, device, allowed: as for `choose_layers`.
+    """
+    own = ":" in recipe.optimizer
+    return device == "cpu" and recipe.precision == "float32" and bool(allowed) and allowed != "off" and not own
+
+
 def choose_layers(
     model: nn.Module, mask: Mask, recipe: Recipe, device: str, allowed: Kernels, *, packed: bool
 ) -> list[str]:
@@ -85,7 +95,7 @@ def choose_layers(
             weights among which to choose. An optimizer of the user gets the network's own parameters: it allows none.
         packed: whether activations may stay packed between sparse convolutions, see `tombola.kernels.are_packed`.
     """
-    if allowed == "off" or ":" in recipe.optimizer:
+    if not may_be_sparse(recipe, device, allowed):
         return []
     found = kernels.sparse_layers(
         model, mask, batch_size=recipe.batch_size, precision=recipe.precision, device=device, packed=packed

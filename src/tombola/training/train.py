@@ -44,7 +44,14 @@ from tombola.training.metrics import ACCURACY, LOSS, Metric
 from tombola.training.optimizer import Optimizer, find_decayed
 from tombola.training.own_optimizer import MakeOptimizer, OwnOptimizer
 from tombola.training.recipe import Augmentation, Recipe, Schedule
-from tombola.training.replaceable import Kernels, OwnLayersWarning, choose_layers, find_fault, read_kernels
+from tombola.training.replaceable import (
+    Kernels,
+    OwnLayersWarning,
+    choose_layers,
+    find_fault,
+    may_be_sparse,
+    read_kernels,
+)
 from tombola.training.weights import State, Weights, apply_mask, load_state, zero_pruned
 
 MOST_ITERATIONS = 10**9
@@ -145,8 +152,8 @@ def train(
     model = load_model(model, start.state, mask, device)
     kernels = read_kernels(kernels)
     if packed is None:
-        may_be_sparse = device == "cpu" and kernels != "off"  # another network is not traced
-        packed = may_be_sparse and forward is call and step is None and are_packed(model, mask, mask)
+        traced = forward is call and step is None and may_be_sparse(recipe, device, kernels)
+        packed = traced and are_packed(model, mask, mask)
     among: Collection[str] | None = []
     if step is None:
         among = _list_replaceable(model, initial, mask, data, recipe, loss, forward, device, kernels, packed)
