@@ -3,8 +3,8 @@
 A block with a title, such as ```` ```python title="mine.py" ````, is written into that file. A command about a study
 that the page has written is run, with fewer epochs; of all others the options and the study are read, because they take
 minutes, or a cluster. For the same reason a block `py`, which needs results of a preset or another library, is compiled
-and not run. Every command about `digits`, in a sentence or a table too, is run with fewer levels and epochs, and so are
-the analyses of `lenet-mnist`, of `digits`.
+and not run. Nearly every command about `digits` (see `of_digits`), in a sentence or a table too, is run with fewer
+levels and epochs, and so are the analyses of `lenet-mnist`, of `digits`.
 """
 
 from __future__ import annotations

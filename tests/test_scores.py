@@ -673,6 +673,6 @@ def test_a_round_that_asks_for_something_odd_is_refused(how: dict[str, object], 
 
 
 @pytest.mark.parametrize("numbers", [{"passes": "20"}, {"passes": -20}, {"steps": 0}, {"steps": 1.5}])
-def test_a_score_with_impossible_numbers_is_refused(numbers: dict[str, Any]) -> None:
+def test_a_score_with_impossible_numbers_is_refused(numbers: dict[str, object]) -> None:
     with pytest.raises(UserError, match=f"^{next(iter(numbers))}: expected a whole number"):
-        NetworkScore(lambda network: {}, **numbers)
+        NetworkScore(lambda network: {}, **numbers)  # type: ignore[arg-type]

@@ -121,7 +121,7 @@ def along_line(
       is the instability of Frankle et al. (arXiv 1912.05671).
 
     Args:
-        first, second: states of one network. Tensors that are not floating point are taken from `first`.
+        first, second: states of one network. Between the two, tensors that are not floating point are those of `first`.
         measure: returns error and loss of a state.
         points: number of points, including both ends.
         ends: error and loss of the two states, if they are known.
