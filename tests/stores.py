@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from tombola.analysis import uniqueness
 from tombola.engine.job import Job, RoundJob, perform, perform_round
 from tombola.engine.local import LocalWorkers
 from tombola.engine.run import Status, run
@@ -18,6 +19,7 @@ from tombola.store.store import Store
 from tombola.study.planner import Planner
 from tombola.study.schema import Study, Task
 from tombola.study.task import Problem, load_problem
+from tombola.study.tickets import Tickets
 from tombola.training.recipe import Recipe
 
 MANY = 1000
@@ -56,6 +58,12 @@ def study(
 def planner(root: Path, of: Study | None = None) -> Planner:
     of = of or study()
     return Planner(of, problem(of.task), Store(root))
+
+
+def describe_uniqueness(tickets: Tickets, *which: Any, **how: Any) -> list[str]:
+    """Return the sentences on the tables of `tombola.analysis.uniqueness.collect`, whose arguments it takes."""
+    tables, of = uniqueness.collect(tickets, *which, **how), tickets.planner
+    return uniqueness.describe(tables, of.problem.measure, of.study.recipe.rewind)
 
 
 def run_study(root: Path, of: Study | None = None, workers: int = 2, **how: Any) -> Status:

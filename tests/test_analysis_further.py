@@ -17,8 +17,9 @@ import pytest
 import torch
 
 import tombola
+from stores import describe_uniqueness
 from tombola import Planner, Store, UserError, load_problem, load_study
-from tombola.analysis import functions, initial, matching, overlap, similarity, uniqueness
+from tombola.analysis import functions, initial, matching, overlap, similarity
 from tombola.cli import main
 from tombola.cli.main import make_parser
 from tombola.engine.here import WorkersHere
@@ -141,7 +142,7 @@ def test_claims_say_up_to_what_tickets_are_unique(
     assert sentence in limited
     assert sentence not in told
     contents = gather(open_planner(folder), "s", ["s"], level=2, costly=["matching"])
-    assert contents.unique == tuple(uniqueness.of_study(tickets, asked=["matching"], level=2))
+    assert contents.unique == tuple(describe_uniqueness(tickets, asked=["matching"], level=2))
     assert "Unique up to what?" in page(contents)
 
 

@@ -17,8 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tombola
-from stores import InTurn, content, planner, records, results, study
-from tombola.analysis import controls, uniqueness, values
+from stores import InTurn, content, describe_uniqueness, planner, records, results, study
+from tombola.analysis import controls, values
 from tombola.analysis.values import value_at_density
 from tombola.cli import main
 from tombola.engine import estimate as estimates
@@ -392,10 +392,10 @@ def test_stored_controls_and_combinations_are_in_the_report(root: Path, tmp_path
     assert part.table["lost"].to_list() == pytest.approx((100 * means["lost"]).to_list())
     (part,) = found["combinations"].parts
     assert part.table["kind"].to_list() == ["union", "intersection"]
-    (sentence,) = uniqueness.of_study(open_tickets(store))
+    (sentence,) = describe_uniqueness(open_tickets(store))
     assert sentence.startswith("At level 1, a ticket loses with another data order ")
     of_l1 = controls.of_study(open_tickets(store)).filter(importance="l1", kind="signs")["lost"].to_list()
-    (sentence,) = uniqueness.of_study(open_tickets(store), ["l1"])
+    (sentence,) = describe_uniqueness(open_tickets(store), ["l1"])
     assert f"with new magnitudes {100 * sum(of_l1) / 2:+.2f}" in sentence
     without = gather(planner(store, study(seeds=(0,), levels=2, importances=["l1"], **SHORT)), "s", ["s"])
     assert "combinations" not in {section.name for section in sections(without)}

@@ -237,6 +237,13 @@ def test_a_variable_that_names_no_cluster_is_said(tmp_path: Path, monkeypatch: p
         RayWorkers(1, of.problem, of.study, of.store)
 
 
+def take_for_begun(monkeypatch: pytest.MonkeyPatch, put: Callable[..., Any]) -> None:
+    """Let `RayWorkers` find a cluster that has begun, has no nodes, and takes objects by `put`."""
+    monkeypatch.setattr(ray, "is_initialized", lambda: True)
+    monkeypatch.setattr(ray, "cluster_resources", dict)
+    monkeypatch.setattr(ray, "put", put)
+
+
 def test_code_that_cannot_be_sent_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Before Ray is asked, which prints pages about it."""
     (tmp_path / "locked_loss.py").write_text(
@@ -244,9 +251,7 @@ def test_code_that_cannot_be_sent_is_said(tmp_path: Path, monkeypatch: pytest.Mo
         "def loss(outputs, labels):\n    with lock:\n        return functional.cross_entropy(outputs, labels)\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setattr(ray, "is_initialized", lambda: True)
-    monkeypatch.setattr(ray, "cluster_resources", dict)
-    monkeypatch.setattr(ray, "put", pytest.fail)
+    take_for_begun(monkeypatch, pytest.fail)
     task = TASK.model_copy(update={"loss": "locked_loss:loss"})
     of = planner(tmp_path / "store", STUDY.model_copy(update={"task": task}))
     with pytest.raises(UserError, match=r"cannot be sent to other processes: TypeError: cannot pickle '_thread\.lock'"):
@@ -263,9 +268,7 @@ def test_what_the_command_has_computed_is_not_sent(tmp_path: Path, monkeypatch: 
     )
     monkeypatch.syspath_prepend(str(tmp_path))
     sent: list[bytes] = []
-    monkeypatch.setattr(ray, "is_initialized", lambda: True)
-    monkeypatch.setattr(ray, "cluster_resources", dict)
-    monkeypatch.setattr(ray, "put", sent.append)
+    take_for_begun(monkeypatch, sent.append)
     monkeypatch.setattr(RayWorkers, "_new_post", lambda _: None)
     task = TASK.model_copy(update={"model": "far_model:model"})
     of = planner(tmp_path / "store", study(["l1"]).model_copy(update={"task": task}))

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 import tombola
-from stores import InTurn, planner, results, study
-from tombola.analysis import basins, connectivity, early, rewind_point, uniqueness
+from stores import InTurn, describe_uniqueness, planner, results, study
+from tombola.analysis import basins, connectivity, early, rewind_point
 from tombola.cli import main
 from tombola.engine import estimate as estimates
 from tombola.engine.forecast import Speed
@@ -203,8 +203,8 @@ def test_a_report_has_them_on_request(root: Path) -> None:
         assert "high" in part.table.columns
     assert set(found["basins"].parts[0].table["keeps"]) <= {"yes", "no"}
     assert not {section.name for section in sections(gather(planner(root, STUDY), "s", ["s"]))} & set(FURTHER)
-    assert uniqueness.of_study(open_tickets(root)) == [], "rewind points are evaluated where they are asked for"
-    first, second, masks = uniqueness.of_study(open_tickets(root), asked=["rewind-point"])
+    assert describe_uniqueness(open_tickets(root)) == [], "rewind points are evaluated where they are asked for"
+    first, second, masks = describe_uniqueness(open_tickets(root), asked=["rewind-point"])
     assert first.startswith("Two data orders of the dense network are connected from ")
     assert second.startswith("Two data orders of tickets of level 1 are connected from ")
     assert masks.startswith("Masks of two data orders overlap by ")
@@ -255,7 +255,7 @@ def test_an_odd_note_in_a_record_is_passed_over(root: Path, tmp_path: Path, verb
     assert list_snapshots(tickets) == []
     assert list_transfers(tickets) == []
     assert list_rewind_points(tickets) == []
-    assert uniqueness.of_study(tickets, asked=["rewind-point"]) == []
+    assert describe_uniqueness(tickets, asked=["rewind-point"]) == []
 
 
 # Early masks.

@@ -28,28 +28,13 @@ _WORDS = {
     "random": "a shuffled mask with new weights",
 }
 
-
 _KINDS = {IMPORTANCES: "importances", DATA_ORDER: "data orders", SEEDS: "seeds"}
 
 ASKED = ("matching", "basins", "rewind-point")
 """Analyses that take time even where all trainings are stored, and are computed only if they are asked for."""
 
-
 PARTS = ("matching", "rewind-point", "basins", "controls")
 """The analyses that say up to what tickets are unique, in the order of their sentences."""
-
-
-def of_study(
-    tickets: Tickets,
-    importances: Sequence[str] | None = None,
-    asked: Collection[str] = (),
-    level: int | None = None,
-    tolerance: float = TOLERANCE,
-    margin: float = MARGIN,
-) -> list[str]:
-    """Return the sentences of `describe` on the tables of `collect`, whose arguments it takes."""
-    tables = collect(tickets, importances, asked, level, tolerance, margin)
-    return describe(tables, tickets.planner.problem.measure, tickets.study.recipe.rewind)
 
 
 def collect(

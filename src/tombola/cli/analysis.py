@@ -377,8 +377,9 @@ def _print_uniqueness(
     given = {name: getattr(options, name) for name in _OF_BASINS}
     limits = [word for name, value in given.items() if value is not None for word in (f"--{name}", str(value))]
     for name in missing:
-        words = ("--with", *options.asked, name, *at, *limits) if name in trained else at if name == "controls" else ()
-        verb = "claims" if name in trained else name
+        verb, words = name, at if name == "controls" else ()
+        if name in trained:
+            verb, words = "claims", ("--with", *options.asked, name, *at, *limits)
         say(f"  - Not known is {_UNKNOWN[name]}; run\n    {_name_command(options, verb, *words)}")
 
 
