@@ -546,7 +546,7 @@ def _is_within_function() -> bool:
 
 
 def _list_forwards(function: type[torch.autograd.Function]) -> Iterator[CodeType]:
-    """Yield the code of the forward pass of all functions of autograd, those without decorators too."""
+    """Yield the code of the forward pass of each function of autograd, without its decorators."""
     own: type[torch.autograd.Function]
     for own in function.__subclasses__():
         if code := getattr(inspect.unwrap(own.forward), "__code__", None):
@@ -745,8 +745,8 @@ def can_pack(model: nn.Module) -> bool:
 
     All networks of PyTorch's own modules without hooks may be. One with modules of the user must be one that `torch.fx`
     can trace, with gradients throughout, and whose graph consists of PyTorch's modules, of parameters and of the
-    functions in `_KNOWN`: others could read or change a tensor unnoticed, or ask for gradients in between. None may be
-    where torch does not say whether code watches what autograd saves.
+    functions in `_KNOWN`: others could read or change a tensor unnoticed, or ask for gradients in between. No
+    output may be recorded with a torch that does not say whether code watches what autograd saves.
     """
     if _top_hooks is None or not all(map(is_plain, model.modules())):
         return False
