@@ -59,6 +59,24 @@ SMALL_LENET: dict[str, Any] = {
 }
 """The fields of a LeNet preset that are overridden to make it small."""
 
+SMALL_RESNET: dict[str, Any] = {
+    "importances": ["magnitude", "l1"],
+    "seeds": [0, 1, 2],
+    "data_seeds": [],
+    "data_seeds_for": [],
+    "fraction": 0.2,
+    "levels": 12,
+    "task.dataset": "image-folder",
+    "task.dataset_arguments": {
+        "path": "cifar10-images.tar.xz",
+        "train_per_class": 500,
+        "test_per_class": 200,
+        "normalisation": "imagenet",
+    },
+    "task.validation": 0.3,
+}
+"""The fields of resnet20-cifar10-small that are overridden: rounds of 20 %, and the images as files."""
+
 
 def diabetes() -> tombola.Dataset:
     """Return the data of docs/examples/tabular-regression.md."""
@@ -109,10 +127,24 @@ def define(name: str) -> tuple[Study, float]:
     if name == "lenet-fashion-complete":
         few = {"importances": ["magnitude", "l1"], "data_seeds": [], "data_seeds_for": []}
         return load_study("lenet-fashion", few), 0.01
+    if name == "lenet-mnist-complete":
+        few = {"importances": ["magnitude", "l1"], "data_seeds": [], "data_seeds_for": []}
+        return load_study("lenet-mnist", few | {"task.validation": 0.1}), 0.005
+    if name == "resnet20-cifar10-small":
+        return load_study(name, SMALL_RESNET), 0.02
     return load_study(name, SMALL_LENET), 0.01
 
 
-STUDIES = ("digits", "lenet-mnist", "lenet-fashion", "lenet-fashion-complete", "diabetes", "lstm")
+STUDIES = (
+    "digits",
+    "lenet-mnist",
+    "lenet-mnist-complete",
+    "lenet-fashion",
+    "lenet-fashion-complete",
+    "resnet20-cifar10-small",
+    "diabetes",
+    "lstm",
+)
 
 CHECKED = {
     "importances": ["magnitude"],
