@@ -65,7 +65,7 @@ SMALL_RESNET: dict[str, Any] = {
     "data_seeds": [],
     "data_seeds_for": [],
     "fraction": 0.2,
-    "levels": 12,
+    "levels": 20,
     "task.dataset": "image-folder",
     "task.dataset_arguments": {
         "path": "cifar10-images.tar.xz",
