@@ -1,4 +1,4 @@
-"""What the commands of the documentation need to run in seconds: small studies, and data sets of a few random images."""
+"""What lets the commands of the documentation run in seconds: small studies, and data sets of a few random images."""
 
 from __future__ import annotations
 
@@ -14,29 +14,33 @@ from PIL import Image
 from tombola.datasets.cifar10 import CLASSES, NAMES, RECORD, TEST, TRAIN
 from tombola.datasets.idx import FILES
 
+SMALL = {
+    r"importances = \[.*\"l2\".*\]": 'importances = ["magnitude", "l1"]',
+    r"data_seeds_for = \[.*\]": 'data_seeds_for = ["magnitude", "l1"]',
+    r"data_seeds = \[.*\]": "data_seeds = []",
+    r"levels = \d+": "levels = 2",
+    r"epochs = \d+": "epochs = 1",
+    r"(train|test)_per_class = \d+": r"\1_per_class = 2",
+}
+"""The fields of a study that decide how long it takes, and what they are here."""
 
-FEW = '["magnitude", "l1"]'
+REWOUND = {r"batch_size = \d+": "batch_size = 8", r"rewind = \d+": "rewind = 1"}
+"""Those of a study that rewinds to a later iteration than the first: its trainings have three iterations here."""
 
 
 def shrink(study: str) -> str:
     """Return the text of a study with two levels, two importances and a few iterations for each training."""
-    text = re.sub(r"^(importances = )\[\"magnitude\", \"l1\", \"l2\".*\]", rf"\1{FEW}", study, flags=re.MULTILINE)
-    text = re.sub(r"^(data_seeds_for = )\[.*\]", rf"\1{FEW}", text, flags=re.MULTILINE)
-    text = re.sub(r"^(data_seeds = )\[.*\]", r"\1[]", text, flags=re.MULTILINE)
-    text = re.sub(r"^(levels = )\d+", r"\g<1>2", text, flags=re.MULTILINE)
-    text = re.sub(r"^(train_per_class = |test_per_class = )\d+", r"\g<1>2", text, flags=re.MULTILINE)
-    if re.search(r"^rewind = ", text, re.MULTILINE):
-        text = re.sub(r"^(batch_size = )\d+", r"\g<1>8", text, flags=re.MULTILINE)
-        text = re.sub(r"^(rewind = )\d+", r"\g<1>1", text, flags=re.MULTILINE)
-    return re.sub(r"^(epochs = )\d+", r"\g<1>1", text, flags=re.MULTILINE)
+    for field, small in (SMALL | (REWOUND if "\nrewind = " in study else {})).items():
+        study = re.sub(f"^{field}", small, study, flags=re.MULTILINE)
+    return study
 
 
 def write_presets(presets: dict[str, Path], folder: Path) -> dict[str, Path]:
     """Write small editions of presets and return their paths; those of convolutional networks have one seed."""
     folder.mkdir()
-    for name, path in presets.items():
-        text = shrink(path.read_text())
-        seeds = "seeds = [0]" if re.search(r"^rewind = ", text, re.MULTILINE) else "seeds = [0, 1]"
+    for path in presets.values():
+        text = "score_examples = 64\n" + shrink(path.read_text())
+        seeds = "seeds = [0]" if "\nrewind = " in text else "seeds = [0, 1]"
         (folder / path.name).write_text(re.sub(r"^seeds = \[.*\]", seeds, text, flags=re.MULTILINE))
     return {name: folder / path.name for name, path in presets.items()}
 
@@ -47,10 +51,8 @@ def write_data(folder: Path) -> None:
     for name in ("mnist", "fashion-mnist"):
         (folder / name).mkdir(parents=True)
         for file, count in zip(FILES, (300, 300, 40, 40), strict=True):
-            images = "images" in file
-            array = (
-                random.integers(0, 256, (count, 28, 28), np.uint8) if images else np.arange(count, dtype=np.uint8) % 10
-            )
+            labels = np.arange(count, dtype=np.uint8) % 10
+            array = random.integers(0, 256, (count, 28, 28), np.uint8) if "images" in file else labels
             head = bytes((0, 0, 8, array.ndim)) + struct.pack(f">{array.ndim}I", *array.shape)
             (folder / name / file).write_bytes(head + array.tobytes())
     (folder / NAMES[0]).mkdir()
