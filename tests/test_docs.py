@@ -19,7 +19,7 @@ import shutil
 import sys
 import tomllib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -235,13 +235,12 @@ def reduce(arguments: list[str]) -> list[str]:
     ]
 
 
-@dataclass
 class Reader:
-    """Types in what is on a page, in the current folder."""
+    """Types in what is on a page, in the current folder; runs the studies whose results the page takes for granted."""
 
-    presets: dict[str, Path]
-    finished: set[str] = field(default_factory=lambda: {"digits"})
-    """The studies whose results are in the store."""
+    def __init__(self, presets: dict[str, Path]) -> None:
+        self.presets = presets
+        self.to_run = set(presets) - {"digits"}  # whose results are in the store
 
     def type(self, command: str) -> None:
         arguments = arguments_of(command)
@@ -249,16 +248,18 @@ class Reader:
             return
         arguments = reduce(in_place(arguments))
         verb, *words = arguments
-        for name in {word for word in words if word.endswith(".toml")} if verb != "init" else ():
-            if not Path(name).exists():
+        for name in words if verb != "init" else ():
+            if name.endswith(".toml") and not Path(name).exists():
                 Path(name).write_text(self.describe(name))
-        studies = {word for word in words if word in self.presets or word.endswith(".toml")}
-        for study in studies - self.finished if verb not in WITHOUT_RESULTS and "--reference" not in words else ():
-            assert run(["run", study]) == 0, study
+                self.to_run.add(name)
+        studies = self.to_run.intersection(words)
+        if verb not in WITHOUT_RESULTS and "--reference" not in words:
+            assert all(run(["run", study]) == 0 for study in studies), studies
+            self.to_run -= studies
         if "<(command)" in words:
             arguments = [verb, open_pipe(self.presets["digits"].read_text())]
         assert run(arguments) == 0, command
-        self.finished |= studies if verb == "run" else set()
+        self.to_run -= studies if verb == "run" else set()
         for name in words if verb == "init" else ():
             Path(name).write_text(shrink(Path(name).read_text()))
 
