@@ -218,12 +218,13 @@ MOST: dict[str, Callable[[list[str]], list[str]]] = {
     "--points": lambda _: ["3"],
     "--draws": lambda _: ["2"],
 }
-"""What values of an option become in the small world."""
+"""What values of an option become in the small world; a study that a page runs with `--seeds` has one seed there."""
 
 
 def reduce(arguments: list[str]) -> list[str]:
     """Return arguments with values that suit the small world."""
     options: list[list[str]] = [[]]
+    one_seed = arguments[0] == "run"
     for argument in in_place(arguments, HERE):
         if argument.startswith("-"):
             options.append([])
@@ -231,7 +232,7 @@ def reduce(arguments: list[str]) -> list[str]:
     return [
         word
         for option, *values in (option for option in options if option)
-        for word in (option, *MOST.get(option, list)(values))
+        for word in (option, *(["0"] if one_seed and option == "--seeds" else MOST.get(option, list)(values)))
     ]
 
 
