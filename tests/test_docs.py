@@ -224,16 +224,13 @@ MOST: dict[str, Callable[[list[str]], list[str]]] = {
 def reduce(arguments: list[str]) -> list[str]:
     """Return arguments with values that suit the small world."""
     options: list[list[str]] = [[]]
-    one_seed = arguments[0] == "run"
+    one_seed = ["--seeds", "0"] if arguments[0] == "run" and "--seeds" in arguments else []  # the last one counts
     for argument in in_place(arguments, HERE):
         if argument.startswith("-"):
             options.append([])
         options[-1].append(re.sub(r"(_per_class)=\d+", r"\1=2", argument))
-    return [
-        word
-        for option, *values in (option for option in options if option)
-        for word in (option, *(["0"] if one_seed and option == "--seeds" else MOST.get(option, list)(values)))
-    ]
+    few = [word for option, *values in filter(None, options) for word in (option, *MOST.get(option, list)(values))]
+    return few + one_seed
 
 
 class Reader:
