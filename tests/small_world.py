@@ -27,7 +27,6 @@ SMALL = {
 REWOUND = {
     r"batch_size = \d+": "batch_size = 8",
     r"rewind = \d+": "rewind = 1",
-    r"model_arguments = \{ batchnorm_init": "model_arguments = { width = 4, batchnorm_init",
 }
 """Those of a study that rewinds to a later iteration than the first: its trainings have two or three here."""
 
