@@ -18,6 +18,9 @@ HERE = {"ARCHITECTURE.md": "inside.md", "CONTRIBUTING.md": "contributing/index.m
 LISTS = ("api/", "command-line.md", "changes.md")
 """The pages to look something up in. A search shows them below those that explain it."""
 
+INLINE = re.compile(r"<code>[^<]*</code>")
+"""Code within a sentence or a table; blocks have further tags in them."""
+
 INDENTED = re.compile(r"(?<=\n\n) {4}tombola .*\n(?: {4}.*\n)*(?=\n|\Z)")
 """Indented commands, as generated pages have them."""
 
@@ -35,12 +38,16 @@ def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
 
 
 def on_page_content(content: str, *, page: Any, **_: Any) -> str:
-    """Put drawings into the page itself, where they have its colours, light or dark."""
+    """Put drawings into the page itself, where they have its colours; keep the hyphens of an option with its first word."""
 
     def draw(found: re.Match[str]) -> str:
         drawing = (DOCS / page.file.src_uri).parent / found[1]
         return f'<figure class="drawing">{drawing.read_text()}</figure>'
 
+    def keep_together(found: re.Match[str]) -> str:
+        return re.sub(r"--\w+", r'<span class="option">\g<0></span>', found[0])
+
+    content = INLINE.sub(keep_together, content)
     return re.sub(r'<p><img [^>]*src="([^"]+\.svg)"[^>]*></p>', draw, content)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import signal
@@ -138,6 +139,9 @@ def workers_here(monkeypatch: pytest.MonkeyPatch) -> None:
 
         def submit(self, job: Job | RoundJob) -> None:
             self.jobs.append(job)
+
+        def pause(self) -> contextlib.nullcontext[None]:
+            return contextlib.nullcontext()
 
         def events(self, timeout: float) -> Iterator[Outcome | Pruned | Failed]:
             while self.jobs:

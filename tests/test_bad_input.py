@@ -9,6 +9,7 @@ import itertools
 import json
 import os
 import struct
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -506,3 +507,22 @@ def test_a_study_may_come_from_a_pipe_of_the_shell(refused: Refused) -> None:
 def test_results_of_what_is_not_there(refused: Refused, finished: Path) -> None:
     sentence = refused("results", *STUDY, "--recipe.lr", "0.3", "--store", str(finished))
     assert sentence == f"no result of this study is in {finished}; `tombola run` does the trainings that are missing"
+
+
+@pytest.mark.parametrize(
+    ("module", "command", "extra"),
+    [("ray", "run digits --engine ray --store new", "ray"), ("argcomplete", "completion bash", "completion")],
+)
+def test_a_command_names_the_extra_that_it_lacks(
+    module: str,
+    command: str,
+    extra: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, module, None)
+    monkeypatch.delitem(sys.modules, "tombola.engine.ray", raising=False)
+    assert main(command.split()) == 2
+    assert capsys.readouterr().err.strip().endswith(f"install it with: pip install 'tombola[{extra}]'")

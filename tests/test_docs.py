@@ -1,156 +1,373 @@
-"""The documentation: its code runs, page by page from first line to last, its commands are understood, its files exist.
+"""The documentation: its code and its commands run, page by page, from first line to last; its files exist.
 
-A block with a title, such as ```` ```python title="mine.py" ````, is written into that file. A command about a study
-that the page has written is run, with fewer epochs; of all others the options and the study are read, because they take
-minutes, or a cluster. For the same reason a block `py`, which needs results of a preset or another library, is compiled
-and not run. Nearly every command about `digits` (see `of_digits`), in a sentence or a table too, is run with fewer
-levels and epochs, and so are the analyses of `lenet-mnist`, of `digits`.
+A block with a title, such as ```` ```python title="mine.py" ````, is written into that file. Commands run as they are
+written, in a small world (`small_world`): presets of two levels and a few iterations, data sets of a few random images,
+numbers of levels, seeds and epochs that are at most those of it, Ray and a GPU that are this process. Other modules
+stand in for libraries that a page logs to or trains with. What no test can run is in `NOT_TYPED`, with the reason.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import io
 import json
+import os
 import re
 import shlex
 import shutil
 import sys
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
 
 from small_study import OVERRIDES, STUDY
+from small_world import shrink, write_data, write_presets
 from tombola import Planner, Store, load_problem
+from tombola.analysis import reference
 from tombola.cli.main import main, make_parser
-from tombola.cli.options import with_dashes
+from tombola.cli.options import open_study, with_dashes
+from tombola.importance import NORMALISATIONS, importances
+from tombola.study import schema
 from tombola.study.schema import load_study, presets
 from tombola.study.tickets import Tickets
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
-SMALL = ["--levels", "3", "--seeds", "0", "--recipe.epochs", "1"]
-FAST = {"run", "plan", "winners", "results", "export"}
-ELSEWHERE = {"importances.md"}  # its code is a module; tests/test_rounds.py runs it
 
-BLOCK = re.compile(r'^```(\w*)(?: title="([\w.]+)")?\n(.*?)^```$', re.DOTALL | re.MULTILINE)
-COMMAND = re.compile(r"^ {0,4}(?:\.venv/bin/)?tombola ((?:.*\\\n)*.*)$", re.MULTILINE)
+NOT_TYPED = {
+    "it installs packages, as the checks themselves do": (
+        "make demo",
+        "pip install .",
+        "pip install '.[data,report]'",
+        "pip install '.[ray]'",
+        "pip install '.[report]'",
+        "pip install 'tombola[ray]'",
+        "pip install timm",
+        "pip install scikit-learn timm",
+    ),
+    "it runs or publishes the tests, the site or the package, of which this test is a part": (
+        "make dist dist-plain",
+        "make docs",
+        "make golden WHY='...'",
+        "make mutate",
+        "make reference STUDY='PRESET --store DIR'",
+        "make sanitize",
+        "make test",
+        "pytest --hypothesis-profile explore",
+        'pytest --hypothesis-profile explore tests/test_ticket_file.py tests/test_faults.py -k "kills or changed_byte"',
+        "pytest --hypothesis-profile explore tests/test_faults.py -k kills",
+        "pytest tests/test_own_code.py",
+        "pytest tests/test_store_damage.py",
+    ),
+    "it measures times for minutes": (
+        "make bench",
+        "python benchmarks/archives.py",
+        "python benchmarks/gpu.py",
+        "python benchmarks/inference.py --seconds 2",
+    ),
+    "other tests of this module call it, with small stores": (
+        "python docs/reproduction.py STORE SYSTEM ...",
+        "python docs/scores.py STORE --data DIR",
+    ),
+    "it belongs to another program": (
+        "python open_lth.py lottery --default_hparams=mnist_lenet_300_100 --levels=24",
+        "source ~/tombola/.venv/bin/activate",
+        "head=$(hostname)",
+        "sleep 30",
+    ),
+    "it needs a cluster; `tests/test_ray.py` has one of two nodes on this machine": (
+        "ray start --head --port=6379 --num-cpus=16 --num-gpus=4",
+        "srun --nodes=3 --exclude=$head ray start --address=$head:6379 --num-cpus=16 --num-gpus=4 --block &",
+        "ray stop",
+        "ray up",
+        "ray up cluster.yaml",
+        "ray rsync-up cluster.yaml data/ ~/data/",
+        "ray exec cluster.yaml --tmux 'tombola run resnet20-cifar10 --data ~/data --device cuda --workers 8 "
+        "--engine ray --address localhost:6379'",  # but the command in it is run
+        "ray rsync-down cluster.yaml ~/tombola-store/ tombola-store/",
+        "ray down cluster.yaml",
+    ),
+}
+"""The commands of the pages that are not run, by the reason."""
+
+SCORES = "python docs/scores.py tombola-store digits > scores.md"
+PROGRAMS = r"(?:tombola|make|pip|pytest|python|ray)"
+PART = re.compile(
+    r'^```(?P<language>\w*)(?: title="(?P<title>[\w.]+)")?\n(?P<text>(?s:.*?))^```$'
+    r"|(?P<indented>(?:^ {4}.*\n)+)"
+    rf"|`(?P<inline>{PROGRAMS} [^`]+)`",
+    re.MULTILINE,
+)
+BLOCK = re.compile(r"^```(\w*)(?: title=\"([\w.]+)\")?\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 
 
-def commands(text: str) -> Iterator[list[str]]:
-    """Yield the arguments of the commands of a block or of indented lines."""
-    for found in COMMAND.finditer(text):
-        arguments = shlex.split(found[1].replace("\\\n", " ").partition(" ...")[0], comments=True)
-        yield [re.sub(r"\$\w+", "4", argument) for argument in arguments]
+@dataclass(frozen=True)
+class Part:
+    """A part of a page: code in a language, with the file that it is, or a command."""
+
+    language: str
+    text: str
+    title: str | None = None
+
+
+def parts(page: Path) -> Iterator[Part]:
+    """Yield the code and the commands of a page, in its order."""
+    for found in PART.finditer(page.read_text()):
+        lines = found["text"] if found["language"] == "sh" else found["indented"]
+        if found["inline"]:
+            yield Part("command", " ".join(found["inline"].split()))
+        elif found["language"] not in (None, "sh"):
+            yield Part(found["language"], found["text"], found["title"])
+        elif found["language"] or (lines and re.search(rf"^ {{4}}{PROGRAMS} ", lines, re.MULTILINE)):
+            for line in lines.replace("\\\n", " ").splitlines():
+                command = re.sub(r"\s+#.*$", "", f" {line}").strip()
+                if command:
+                    yield Part("command", command)
+
+
+def commands(page: Path) -> list[str]:
+    return [part.text for part in parts(page) if part.language == "command"]
+
+
+EXAMPLES = ROOT / "docs" / "examples"  # tests/test_examples.py types them in
+TYPED = [page for page in PAGES if page.parent != EXAMPLES or page.stem == "README"]
+WITHOUT_STUDY = {"importances", "presets", "--help", "--version"}
+WITHOUT_RESULTS = {"run", "plan", "find", "init"}
+
+
+def is_mention(words: list[str]) -> bool:
+    """Return whether a sentence only names a verb, as `tombola run`, or one of its options."""
+    without = len(words) == 1 or words[1].startswith("--") or words == ["store", "gc"]
+    return without and words[0] not in WITHOUT_STUDY and "--help" not in words
+
+
+def arguments_of(command: str) -> list[str] | None:
+    """Return the arguments of a command of tombola, and None for a mention or another program."""
+    inner = re.search(r"'(tombola .*)'", command)
+    program, *words = shlex.split(inner[1] if inner else command.partition(" ...")[0])
+    return words if program == "tombola" and not is_mention(words) else None
+
+
+def unique_commands() -> dict[Path, list[str]]:
+    """Return the commands of each page, without those about a preset that an earlier page has too."""
+    found: dict[Path, list[str]] = {}
+    for page in TYPED:
+        earlier = {command for each in found.values() for command in each if ".toml" not in command}
+        found[page] = [command for command in commands(page) if command not in earlier and arguments_of(command)]
+    return found
+
+
+UNIQUE = unique_commands()
+
+
+def test_what_is_not_run_is_known() -> None:
+    """Whoever adds a command to a page adds it to what is run, or says here why not."""
+    others = {
+        command
+        for page in PAGES
+        for command in commands(page)
+        if not command.startswith("tombola ") and command != SCORES and not re.fullmatch(r"python \w+\.py", command)
+    }
+    assert others == {command for kind in NOT_TYPED.values() for command in kind}
+    makefile = (ROOT / "Makefile").read_text()
+    for program, *names in map(shlex.split, others):
+        for name in names:
+            assert program != "make" or "=" in name or f"\n{name}:" in makefile, name
+            assert not re.match(r"(benchmarks|docs|tests)/", name) or (ROOT / name).is_file(), name
+
+
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if any(map(arguments_of, commands(page)))], ids=lambda page: page.stem
+)
+def test_the_commands_of_a_page_are_understood(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the presets as they are, and every number as it is written."""
+    monkeypatch.chdir(tmp_path)
+    for arguments in filter(None, map(arguments_of, commands(page))):
+        if {"--version", "--help"} & set(arguments):
+            continue
+        options = make_parser().parse_args([with_dashes(argument) for argument in in_place(arguments)])
+        if getattr(options, "study", None) in presets():
+            open_study(options)
+
+
+PLACES = {"STUDY": "digits", "VERB": "run", "HOST:": "localhost:", "$head": "localhost", "$SLURM_CPUS_PER_TASK": "4"}
+HERE = {"~/": "", "$HOME/": "", "/shared/": "", "cuda": "cpu"}  # every folder is the current one, and no GPU is needed
+
+
+def in_place(arguments: list[str], places: dict[str, str] = PLACES) -> list[str]:
+    """Return arguments with what a reader puts in the place of names."""
+    for name, value in places.items():
+        arguments = [argument.replace(name, value) for argument in arguments]
+    return arguments
+
+
+MOST: dict[str, Callable[[list[str]], list[str]]] = {
+    "--levels": lambda _: ["1"],
+    "--level": lambda levels: sorted({str(min(int(level), 2)) for level in levels}),
+    "--recipe.epochs": lambda _: ["1"],
+    "--seeds": lambda seeds: [str(number) for number, _ in enumerate(seeds[:2])],
+    "--at": lambda iterations: sorted({str(min(number, 2)) for number, _ in enumerate(iterations)}),
+    "--points": lambda _: ["3"],
+    "--draws": lambda _: ["2"],
+}
+"""What values of an option become in the small world; a study that a page runs with `--seeds` has one seed there."""
+
+
+def reduce(arguments: list[str]) -> list[str]:
+    """Return arguments with values that suit the small world."""
+    options: list[list[str]] = [[]]
+    one_seed = ["--seeds", "0"] if arguments[0] == "run" and "--seeds" in arguments else []  # the last one counts
+    for argument in in_place(arguments, HERE):
+        if argument.startswith("-"):
+            options.append([])
+        options[-1].append(re.sub(r"(_per_class)=\d+", r"\1=2", argument))
+    few = [word for option, *values in filter(None, options) for word in (option, *MOST.get(option, list)(values))]
+    return few + one_seed
+
+
+class Reader:
+    """Types in what is on a page, in the current folder; runs the studies whose results the page takes for granted."""
+
+    def __init__(self, presets: dict[str, Path]) -> None:
+        self.presets = presets
+        self.to_run = set(presets) - {"digits"}  # whose results are in the store
+
+    def type(self, command: str) -> None:
+        arguments = arguments_of(command)
+        if arguments is None:
+            return
+        arguments = reduce(in_place(arguments))
+        verb, *words = arguments
+        for name in words if verb != "init" else ():
+            if name.endswith(".toml") and not Path(name).exists():
+                Path(name).write_text(self.describe(name))
+                self.to_run.add(name)
+        studies = self.to_run.intersection(words)
+        if verb not in WITHOUT_RESULTS and "--reference" not in words:
+            assert all(run(["run", study]) == 0 for study in studies), studies
+            self.to_run -= studies
+        if "<(command)" in words:
+            arguments = [verb, open_pipe(self.presets["digits"].read_text())]
+        assert run(arguments) == 0, command
+        self.to_run -= studies if verb == "run" else set()
+        for name in words if verb == "init" else ():
+            Path(name).write_text(shrink(Path(name).read_text()))
+
+    def describe(self, name: str) -> str:
+        """Return the study of a file that a page describes in words."""
+        if name == "adam.toml":
+            own = Path("small-resnet20.toml").read_text().replace("momentum = 0.9\n", "")
+            return own.replace('"sgd"', '"adam"').replace("lr = 0.1", "lr = 0.003")
+        preset = {"short-mnist.toml": "lenet-mnist", "short-fashion.toml": "lenet-fashion"}.get(name, "digits")
+        text = self.presets[preset].read_text()
+        return text.replace("lr = 0.1", "lr = 0.05") if name == "other.toml" else text
+
+
+def run(arguments: list[str]) -> int | str:
+    """Return the exit status of a command; `--help` and `--version` raise it."""
+    try:
+        return main(arguments)
+    except SystemExit as ended:
+        return ended.code or 0
+
+
+def open_pipe(text: str) -> str:
+    """Return the path of a pipe in which a text is, as a shell gives it."""
+    read, write = os.pipe()
+    os.write(write, text.encode())
+    os.close(write)
+    return f"/dev/fd/{read}"
+
+
+@pytest.fixture(scope="module")
+def small_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("small") / "data"
+    write_data(folder)
+    return folder
+
+
+@pytest.fixture
+def reader(
+    tmp_path: Path, small_data: Path, finished: Path, monkeypatch: pytest.MonkeyPatch, workers_here: None
+) -> Reader:
+    """Return a reader in an empty folder with data and a store in which `STUDY` is finished."""
+    small = write_presets(presets(), tmp_path / "presets")
+    published = [replace(each, study=load_study(small[each.preset])) for each in reference._published()]
+    monkeypatch.setattr(schema, "presets", lambda: small)
+    monkeypatch.setattr(reference, "_published", lambda: published)
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(small_data, "data")
+    shutil.copytree(finished, "tombola-store")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for name in ("mine", "stands_in"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))  # so that it is gone afterwards
+        del sys.modules[name]
+    on_ray = ModuleType("tombola.engine.ray")
+    on_ray.RayWorkers = open_on_ray  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, on_ray.__name__, on_ray)
+    for name in ("torch.utils.tensorboard", "mlflow", "lightning", "lightning.pytorch", "transformers"):
+        module = ModuleType(name)
+        for member in ("SummaryWriter", "MlflowClient", "Trainer"):
+            setattr(module, member, MagicMock())
+        for member in ("Callback", "TrainerCallback"):
+            setattr(module, member, type(member, (), {}))
+        monkeypatch.setitem(sys.modules, name, module)
+    return Reader(small)
+
+
+def open_on_ray(count: int | None, problem: Any, study: Any, store: Store, *, address: str | None, per_gpu: int) -> Any:
+    """Return workers of this process in the place of those of Ray."""
+    from tombola.engine import local
+
+    assert address in (None, "localhost:6379")
+    return local.LocalWorkers(count or 1, study.task, None, store.root)
 
 
 @pytest.mark.parametrize(
     "page",
-    [page for page in PAGES if "```" in page.read_text() and page.parent.name != "examples"],  # tests/test_examples.py
+    [page for page in TYPED if UNIQUE[page] or any(part.language == "python" for part in parts(page))],
     ids=lambda page: page.stem,
 )
-def test_the_code_of_a_page_runs(
-    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers_here: None
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setitem(sys.modules, "mine", ModuleType("mine"))  # so that it is gone afterwards
-    del sys.modules["mine"]
-    space: dict[str, object] = {"__name__": "page"}
-    for language, title, text in BLOCK.findall(page.read_text()):
-        if title:
-            Path(title).write_text(text)
-            if title.endswith(".toml"):
-                load_study(Path(title))
-        elif language == "toml":
-            tomllib.loads(text)
-        elif language == "py":
-            compile(text, str(page), "exec")
-        elif language == "python" and page.name not in ELSEWHERE:
-            exec(compile(text, str(page), "exec"), space)
-        for arguments in commands(text) if language == "sh" else ():
-            own = [argument for argument in arguments[1:2] if argument.endswith(".toml") and Path(argument).exists()]
-            if arguments[0] == "init" or (own and arguments[0] in FAST):
-                assert main([*arguments, *(SMALL if own else [])]) == 0, arguments
+def test_a_page_runs(page: Path, reader: Reader, monkeypatch: pytest.MonkeyPatch) -> None:
+    space: dict[str, Any] = {"__name__": "page"}
+    if page.stem == "your-loop":
+        space |= {name: sys.modules[name] for name in ("lightning", "transformers")} | {"module": None, "loader": None}
+        layers = torch.nn.Linear(20, 64), torch.nn.ReLU(), torch.nn.Linear(64, 2)
+        torch.save({"state_dict": torch.nn.Sequential(*layers).state_dict()}, "sparseml.pth")
+    for part in parts(page):
+        if part.title:
+            Path(part.title).write_text(shrink(part.text) if part.title.endswith(".toml") else part.text)
+            if part.title.endswith(".toml"):
+                load_study(Path(part.title))
+        elif part.language == "toml":
+            tomllib.loads(part.text)
+        elif part.language == "python":
+            exec(compile(part.text, str(page), "exec"), space)
+            add_to_the_code(space, monkeypatch)
+        elif part.text == SCORES:
+            monkeypatch.syspath_prepend(str(ROOT / "docs"))
+            printed = io.StringIO()
+            with contextlib.redirect_stdout(printed):
+                assert importlib.import_module("scores").main(["tombola-store", "digits"]) == 0
+            assert "tombola run digits " in printed.getvalue()
+        elif part.text in UNIQUE[page]:
+            reader.type(part.text)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_the_commands_of_a_page_are_understood(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    text, makefile = page.read_text(), (ROOT / "Makefile").read_text()
-    assert all(f"\n{target}:" in makefile for target in re.findall(r"^(?: {4})?make ([\w-]+)", text, re.MULTILINE))
-    assert all((ROOT / path).is_file() for path in re.findall(r"\bpython ((?:benchmarks|docs|tests)/[\w/]+\.py)", text))
-    for arguments in commands(text):
-        if {"--version", "--help"} & set(arguments) or arguments[0].isupper():
-            continue
-        options = make_parser().parse_args([with_dashes(argument) for argument in arguments])
-        study = getattr(options, "study", None)
-        if study is not None and not study.endswith(".toml") and not study.isupper():
-            load_study(study)
-
-
-ABOUT = re.compile(r"^ {0,4}tombola (.+)$|`tombola ([^`\n]+)`", re.MULTILINE)
-ADDED = {"normalisation.md", "score.md"}  # their commands use what the reader has added to the code
-LONG = {"scores.md"}  # its runs have all scores, which tests/test_scores.py computes
-FEWER = {"--levels": ["2"], "--level": ["2"], "--recipe.epochs": ["1"], "--seeds": ["0", "1"], "--points": ["3"]}
-
-
-def of_digits() -> dict[str, list[list[str]]]:
-    """Return the commands about `digits` of each page, once, without those that need a user's code or a server.
-
-    Nor is a reference compared with a run of fewer epochs.
-    """
-    found: dict[str, list[list[str]]] = {}
-    for page in PAGES:
-        for block, inline in (
-            ABOUT.findall(page.read_text().replace("\\\n", " ")) if page.name not in ADDED | LONG else ()
-        ):
-            verb, *study = shlex.split((block or inline).partition(" ...")[0], comments=True)
-            if study[:1] == ["lenet-mnist"] and verb not in FAST:
-                study[0] = "digits"
-            command = [verb, *study]
-            known = any(command in commands for commands in found.values())
-            if study[:1] == ["digits"] and "--against" not in study and not any(":" in part for part in study):
-                found.setdefault(page.stem, []).extend([] if known else [command])
-    return found
-
-
-@pytest.mark.parametrize(("page", "about"), of_digits().items())
-def test_the_commands_of_a_page_about_digits_run(
-    page: str,
-    about: list[list[str]],
-    finished: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    workers_here: None,
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    shutil.copytree(finished, tmp_path / "tombola-store")
-    if any("other.toml" in command for command in about):
-        text = presets()["digits"].read_text().replace("lr = 0.1", "lr = 0.05")
-        for field, few in {"levels": 2, "epochs": 1, "importances": '["magnitude", "l1"]', "data_seeds": "[]"}.items():
-            text = re.sub(rf"^{field} = .*$", f"{field} = {few}", text, flags=re.MULTILINE)
-        Path("other.toml").write_text(text)
-        assert main(["run", "other.toml"]) == 0
-    for command in about:
-        assert main(command if "--reference" in command else fewer(command)) == 0, command
-
-
-def fewer(command: list[str]) -> list[str]:
-    """Return a command about `STUDY` or a part of it instead of `digits`; options that come later count."""
-    own = "--importances" in command or command[0] == "rewind-point"  # which tries one importance, the first
-    importances = [] if own else ["--importances", "magnitude", "l1"]
-    few = [
-        part
-        for option in FEWER
-        if option in command or option in {"--levels", "--recipe.epochs"}
-        for part in (option, *FEWER[option])
-    ]
-    return [*command, *importances, *few, *([] if "--data-seeds" in command else ["--data-seeds"])]
+def add_to_the_code(space: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Put the score and the normalisation of the pages for contributors into their tables."""
+    if "increase" in space:
+        monkeypatch.setitem(importances.SCORES, "increase", space["increase"])
+    if "largest" in space:
+        monkeypatch.setitem(NORMALISATIONS, "largest", space["largest"])
 
 
 @pytest.mark.parametrize("name", ["first-ticket", "compare-importances", "own-loop"])

@@ -429,7 +429,7 @@ def test_a_failure_at_the_rewind_point_leaves_the_levels_before_it(
 
 def test_the_documentation_of_importances_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     page = (Path(__file__).parents[1] / "docs" / "importances.md").read_text()
-    blocks = re.findall(r"^```python\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
+    blocks = re.findall(r'^```python title="mine.py"\n(.*?)^```', page, re.DOTALL | re.MULTILINE)
     assert len(blocks) == 1
     (tmp_path / "mine.py").write_text(blocks[0])
     monkeypatch.syspath_prepend(str(tmp_path))
