@@ -44,6 +44,7 @@ from tombola.study.needs import list_needs
 from tombola.study.planner import Planner
 from tombola.study.schema import Study
 from tombola.study.tickets import Tickets
+from tombola.training.train import initial_state
 from tombola.training.weights import Weights
 
 pytestmark = pytest.mark.xdist_group("controls")  # one study for all
@@ -225,6 +226,22 @@ def test_further_draws_go_on_after_a_stop_with_the_same_bits(root: Path, tmp_pat
     (asked[0] / "record.json").write_text(json.dumps(forged))
     most = max(draws for _, draws in list_controls(open_tickets(store)).values())
     assert most == len(asked), "a report plans no more draws than there are trainings"
+
+
+def test_controls_and_importances_share_what_is_drawn(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shuffled: list[tuple[Any, ...]] = []
+    drawn: list[int] = []
+
+    def draw(build: Any, seed: int) -> Any:
+        drawn.append(seed)
+        return initial_state(build, seed)
+
+    monkeypatch.setattr("tombola.study.controls.shuffle", lambda *given: (shuffled.append(given), shuffle(*given))[1])
+    monkeypatch.setattr("tombola.study.controls.initial_state", draw)
+    plan = plan_controls(open_tickets(root), 1, draws=2)
+    assert len(shuffled) == len(set(shuffled)) == 2 * 2 * 2, "importances x seeds x draws"
+    assert len(drawn) == 2 * len(set(drawn)) == 2 * 2 * 2, "once for the weights, once with other signs"
+    assert len(plan.parts) == 2 * 2 * (2 * 5 + 1)
 
 
 def test_controls_that_cannot_be(root: Path) -> None:
@@ -418,6 +435,8 @@ def test_verbs_plan_train_and_tell(tmp_path: Path, capsys: pytest.CaptureFixture
     assert main(["controls", *asked, "--kinds", "signs"]) == 0
     told = capsys.readouterr().out
     assert "[4/4]" in told
+    assert main(["controls", *asked, "--seeds", *map(str, range(4)), "--draws", "1000", "--plan"]) == 2
+    assert "controls: these are 40024 trainings, expected at most 10000" in capsys.readouterr().err
     assert "only the signs of the weights, and new magnitudes" in told
     assert main(["controls", *asked, "--kinds", "signs", "--format", "csv"]) == 0
     assert capsys.readouterr().out.startswith("level,kind,importance,seed,draws,density,dense,ticket,value,lost\n")

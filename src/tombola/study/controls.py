@@ -21,7 +21,7 @@ from tombola.store.names import name_of
 from tombola.streams import derive
 from tombola.study.chains import Chain, Start, select_chains
 from tombola.study.planner import Planner
-from tombola.study.schema import Study
+from tombola.study.schema import MOST_CHAINS, Study
 from tombola.study.singles import (
     NOTE,
     check_weights_elsewhere,
@@ -133,7 +133,9 @@ def plan_controls(
     chains = select_chains(study, importances)
     _require(tickets, level, chains, "controls")
     orders = list_orders(study, draws)
-    drawn = functools.cache(functools.partial(_draw_weights, tickets.planner))
+    drawn = functools.cache(functools.partial(_draw_weights, tickets.planner))  # controls and importances share draws
+    signed: dict[tuple[str, str], Weights] = {}
+    shuffled = functools.cache(lambda mask, seed, draw: shuffle(mask, derive(seed, "control", draw)))
     starts: dict[Chain, Start] = {}
     parts = []
     for kind in chosen:
@@ -145,9 +147,12 @@ def plan_controls(
                 if kind in ("signs", "new-weights", "random"):
                     weights = drawn(chain.seed, draw)
                 if kind == "signs":
-                    weights = _keep_signs(tickets.planner, ticket.rewind, weights, mask)
+                    pair = ticket.rewind.hash, weights.hash
+                    if pair not in signed:
+                        signed[pair] = _keep_signs(tickets.planner, ticket.rewind, weights)
+                    weights = signed[pair]
                 if kind in ("shuffled", "random"):
-                    mask = shuffle(mask, derive(chain.seed, "control", draw))
+                    mask = shuffled(mask, chain.seed, draw)
                 if kind == "other-seed":
                     source = Chain(seeds[(seeds.index(chain.seed) + draw) % len(seeds)], chain.importance)
                     mask = find_training(tickets, source, level)[0].mask
@@ -158,6 +163,27 @@ def plan_controls(
     names = list(dict.fromkeys(chain.importance for chain in chains))
     note = {"verb": "controls", "level": level, "kinds": list(chosen), "draws": draws, "importances": names}
     return Plan(tickets, level, plan_singles(tickets, starts, note), tuple(parts))
+
+
+def check_size(study: Study, kinds: Collection[str] | None, draws: int, importances: Sequence[str] | None) -> None:
+    """Raise `UserError` if these controls are more trainings than a study may have chains.
+
+    Args:
+        study, kinds, draws, importances: the study and the arguments of `plan_controls`.
+
+    >>> from tombola.study.schema import load_study
+    >>> check_size(load_study("digits"), ["signs", "random"], 1000, None)
+    >>> check_size(load_study("digits"), None, 1000, None)
+    Traceback (most recent call last):
+    tombola.errors.UserError: controls: these are 50010 trainings, expected at most 10000; name fewer importances, kinds or draws, and give several commands
+    """
+    tickets, random = len(select_chains(study, importances)), draws if isinstance(draws, int) else 1
+    counts = [min(random, len(study.seeds) - 1) if k == "other-seed" else random for k in _choose_kinds(kinds, study)]
+    if tickets * sum(counts) > MOST_CHAINS:
+        raise UserError(
+            f"controls: these are {tickets * sum(counts)} trainings, expected at most {MOST_CHAINS}; name fewer "
+            "importances, kinds or draws, and give several commands"
+        )
 
 
 def list_controls(tickets: Tickets) -> dict[tuple[int, tuple[str, ...]], tuple[tuple[str, ...], int]]:
@@ -418,10 +444,10 @@ def _draw_weights(planner: Planner, seed: int, draw: int) -> Weights:
     return Weights(state_hash(load()), load)
 
 
-def _keep_signs(planner: Planner, own: Weights, drawn: Weights, mask: Mask) -> Weights:
+def _keep_signs(planner: Planner, own: Weights, drawn: Weights) -> Weights:
     """Return drawn weights with the signs of a ticket's own weights."""
 
     def load() -> State:
-        return keep_signs(own.load(), drawn.load(), mask, planner.shared)
+        return keep_signs(own.load(), drawn.load(), planner.dense, planner.shared)
 
     return Weights(state_hash(load()), load)
