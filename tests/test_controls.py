@@ -252,6 +252,8 @@ def test_controls_that_cannot_be(root: Path) -> None:
         (lambda: plan_controls(tickets, 0), "controls: expected a level from 1 on; level 0 is the dense network"),
         (lambda: plan_controls(tickets, 1, ["sign"]), "kinds: unknown control 'sign'; did you mean 'signs'?"),
         (lambda: plan_controls(tickets, 1, draws=0), "draws: expected a whole number from 1 to 1000, got 0"),
+        (lambda: plan_controls(tickets, 1, draws=True), "draws: expected a whole number from 1 to 1000, got True"),
+        (lambda: plan_controls(tickets, 1, "signs"), "kinds: expected a list of kinds of controls, got 'signs'; write"),
         (lambda: plan_controls(one, 1, ["other-seed"]), "kinds: 'other-seed' needs the tickets of two seeds, and"),
         (lambda: plan_controls(tickets, 1, importances=["l2"]), "importances: the study has no importance 'l2'"),
         (lambda: plan_controls(open_tickets(root, study(seeds=(7,), **SHORT)), 1), "level 1 is not in"),

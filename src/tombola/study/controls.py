@@ -13,7 +13,7 @@ from itertools import product
 from operator import and_, or_
 from typing import Any, Literal, TypeAlias
 
-from tombola.errors import UserError, did_you_mean
+from tombola.errors import UserError, as_texts, did_you_mean
 from tombola.lottery.controls import keep_signs, shuffle
 from tombola.pruning.mask import Mask
 from tombola.store.documents import MOST_DRAWS
@@ -126,7 +126,7 @@ def plan_controls(
     study = tickets.study
     seeds = study.seeds
     chosen = _choose_kinds(kinds, study)
-    if not isinstance(draws, int) or not 1 <= draws <= MOST_DRAWS:
+    if not isinstance(draws, int) or isinstance(draws, bool) or not 1 <= draws <= MOST_DRAWS:
         raise UserError(f"draws: expected a whole number from 1 to {MOST_DRAWS}, got {draws!r}")
     if {"shuffled", "other-seed"} & set(chosen):
         check_weights_elsewhere(tickets, "controls")
@@ -172,7 +172,7 @@ def check_size(study: Study, kinds: Collection[str] | None, draws: int, importan
         study, kinds, draws, importances: the study and the arguments of `plan_controls`.
 
     >>> from tombola.study.schema import load_study
-    >>> check_size(load_study("digits"), ["signs", "random"], 1000, None)
+    >>> check_size(load_study("digits"), ["signs"], 1000, None)
     >>> check_size(load_study("digits"), None, 1000, None)  # doctest: +ELLIPSIS
     Traceback (most recent call last):
     tombola.errors.UserError: controls: these are 50010 trainings, expected at most 10000; name fewer ...
@@ -419,6 +419,7 @@ def _choose_kinds(kinds: Collection[str] | None, study: Study) -> list[str]:
     one = len(study.seeds) < 2
     if kinds is None:
         return [kind for kind in KINDS if kind != "other-seed" or not one]
+    kinds = as_texts(kinds, "kinds", "kinds of controls")
     for kind in kinds:
         if kind not in KINDS:
             raise UserError(f"kinds: unknown control {kind!r}; {did_you_mean(kind, KINDS)}")

@@ -452,7 +452,9 @@ def as_metric(function: Callable[..., Any], name: str, key: str) -> Metric:
         return _of_torchmetrics(function, name, key)
     higher = getattr(function, "higher_is_better", None)
     if not isinstance(higher, bool):
-        raise UserError(f"it does not say which way is better; set {name}.higher_is_better = True or False")
+        raise UserError(
+            f"metric {name!r}: it does not say which way is better; set {name}.higher_is_better = True or False"
+        )
 
     def add(
         state: tuple[list[Tensor], list[Tensors]] | None, outputs: Tensor, targets: Tensors
