@@ -517,6 +517,8 @@ def _as_number(result: object) -> float:
     if isinstance(result, Tensor) and result.numel() != 1:
         raise UserError(f"expected one number, got a tensor of shape {tuple(result.shape)}")
     try:
+        if isinstance(result, Tensor):
+            return float(result.detach())  # torch warns of a number that has a gradient
         if not isinstance(result, str | bytes):
             return float(result)  # type: ignore[arg-type]
     except (TypeError, ValueError, OverflowError):  # OverflowError: a whole number of hundreds of digits
