@@ -236,7 +236,11 @@ def test_controls_and_importances_share_what_is_drawn(root: Path, monkeypatch: p
         drawn.append(seed)
         return initial_state(build, seed)
 
-    monkeypatch.setattr("tombola.study.controls.shuffle", lambda *given: (shuffled.append(given), shuffle(*given))[1])
+    def move(mask: Mask, seed: int) -> Mask:
+        shuffled.append((mask, seed))
+        return shuffle(mask, seed)
+
+    monkeypatch.setattr("tombola.study.controls.shuffle", move)
     monkeypatch.setattr("tombola.study.controls.initial_state", draw)
     plan = plan_controls(open_tickets(root), 1, draws=2)
     assert len(shuffled) == len(set(shuffled)) == 2 * 2 * 2, "importances x seeds x draws"

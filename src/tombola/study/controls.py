@@ -135,7 +135,7 @@ def plan_controls(
     orders = list_orders(study, draws)
     drawn = functools.cache(functools.partial(_draw_weights, tickets.planner))  # controls and importances share draws
     signed: dict[tuple[str, str], Weights] = {}
-    shuffled = functools.cache(lambda mask, seed, draw: shuffle(mask, derive(seed, "control", draw)))
+    shuffled = functools.cache(_shuffle)
     starts: dict[Chain, Start] = {}
     parts = []
     for kind in chosen:
@@ -434,6 +434,10 @@ def _require(tickets: Tickets, level: int, chains: Sequence[Chain], what: str) -
     if level < 1:
         raise UserError(f"{what}: expected a level from 1 on; level 0 is the dense network")
     tickets.require([level], chains)
+
+
+def _shuffle(mask: Mask, seed: int, draw: int) -> Mask:
+    return shuffle(mask, derive(seed, "control", draw))
 
 
 def _draw_weights(planner: Planner, seed: int, draw: int) -> Weights:
