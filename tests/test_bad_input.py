@@ -410,7 +410,9 @@ def test_labels_out_of_range(refused: Refused, mnist: Path) -> None:
 def test_a_store_that_cannot_be_made(refused: Refused, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     for store in ("file", "file/store", "/proc/none/store"):
-        assert refused("run", study("levels = 1", "levels = 0"), "--store", store).startswith(f"store {store}: ")
+        said = refused("run", study("levels = 1", "levels = 0"), "--store", store)
+        assert said.startswith(f"store {store}: ")
+        assert store != "file" or "it is not a folder; name another one" in said
 
 
 def test_a_store_that_is_another_folder(refused: Refused, tmp_path: Path) -> None:

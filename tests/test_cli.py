@@ -83,13 +83,14 @@ def list_trainings(said: str) -> list[str]:
     return [line for line in said.splitlines() if re.match(r"\[\d+/\d+\]", line)]
 
 
-def test_help_needs_no_torch() -> None:
+@pytest.mark.parametrize("flags", [[], ["-OO"]])
+def test_help_needs_no_torch_and_no_docstrings(flags: list[str]) -> None:
     code = (
         "import sys; from tombola.cli import main\n"
         "try: main(['run', '--help-fields'])\n"
         "except SystemExit: print([name for name in ('torch', 'numpy', 'rich', 'sklearn') if name in sys.modules])"
     )
-    command = [sys.executable, "-c", code]
+    command = [sys.executable, *flags, "-c", code]
     said = subprocess.run(command, capture_output=True, text=True, check=True, timeout=LONG).stdout
     assert "--recipe.batch-size N" in said
     assert said.endswith("[]\n")

@@ -44,6 +44,7 @@ from tombola.study.needs import list_needs
 from tombola.study.planner import Planner
 from tombola.study.schema import Study
 from tombola.study.tickets import Tickets
+from tombola.training.train import initial_state
 from tombola.training.weights import Weights
 
 pytestmark = pytest.mark.xdist_group("controls")  # one study for all
@@ -227,6 +228,26 @@ def test_further_draws_go_on_after_a_stop_with_the_same_bits(root: Path, tmp_pat
     assert most == len(asked), "a report plans no more draws than there are trainings"
 
 
+def test_controls_and_importances_share_what_is_drawn(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shuffled: list[tuple[Any, ...]] = []
+    drawn: list[int] = []
+
+    def draw(build: Any, seed: int) -> Any:
+        drawn.append(seed)
+        return initial_state(build, seed)
+
+    def move(mask: Mask, seed: int) -> Mask:
+        shuffled.append((mask, seed))
+        return shuffle(mask, seed)
+
+    monkeypatch.setattr("tombola.study.controls.shuffle", move)
+    monkeypatch.setattr("tombola.study.controls.initial_state", draw)
+    plan = plan_controls(open_tickets(root), 1, draws=2)
+    assert len(shuffled) == len(set(shuffled)) == 2 * 2 * 2, "importances x seeds x draws"
+    assert len(drawn) == 2 * len(set(drawn)) == 2 * 2 * 2, "once for the weights, once with other signs"
+    assert len(plan.parts) == 2 * 2 * (2 * 5 + 1)
+
+
 def test_controls_that_cannot_be(root: Path) -> None:
     other = study(seeds=(7,), **SHORT)
     tickets, one = open_tickets(root), open_tickets(root, study(seeds=(0,), levels=2, **SHORT))
@@ -235,6 +256,8 @@ def test_controls_that_cannot_be(root: Path) -> None:
         (lambda: plan_controls(tickets, 0), "controls: expected a level from 1 on; level 0 is the dense network"),
         (lambda: plan_controls(tickets, 1, ["sign"]), "kinds: unknown control 'sign'; did you mean 'signs'?"),
         (lambda: plan_controls(tickets, 1, draws=0), "draws: expected a whole number from 1 to 1000, got 0"),
+        (lambda: plan_controls(tickets, 1, draws=True), "draws: expected a whole number from 1 to 1000, got True"),
+        (lambda: plan_controls(tickets, 1, "signs"), "kinds: expected a list of kinds of controls, got 'signs'; write"),
         (lambda: plan_controls(one, 1, ["other-seed"]), "kinds: 'other-seed' needs the tickets of two seeds, and"),
         (lambda: plan_controls(tickets, 1, importances=["l2"]), "importances: the study has no importance 'l2'"),
         (lambda: plan_controls(open_tickets(root, study(seeds=(7,), **SHORT)), 1), "level 1 is not in"),
@@ -418,6 +441,8 @@ def test_verbs_plan_train_and_tell(tmp_path: Path, capsys: pytest.CaptureFixture
     assert main(["controls", *asked, "--kinds", "signs"]) == 0
     told = capsys.readouterr().out
     assert "[4/4]" in told
+    assert main(["controls", *asked, "--seeds", *map(str, range(4)), "--draws", "1000", "--plan"]) == 2
+    assert "controls: these are 40024 trainings, expected at most 10000" in capsys.readouterr().err
     assert "only the signs of the weights, and new magnitudes" in told
     assert main(["controls", *asked, "--kinds", "signs", "--format", "csv"]) == 0
     assert capsys.readouterr().out.startswith("level,kind,importance,seed,draws,density,dense,ticket,value,lost\n")

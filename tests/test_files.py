@@ -39,6 +39,11 @@ def test_a_link_to_a_source_file_is_refused(tmp_path: Path) -> None:
     assert (tmp_path / "study.toml").read_bytes() == b"levels = 1"
 
 
+def test_a_folder_is_not_replaced(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is a folder; name a file in it"):
+        write_output(tmp_path, b"content")
+
+
 def test_a_loop_of_links_is_refused(tmp_path: Path) -> None:
     one, other = tmp_path / "one", tmp_path / "other"
     one.symlink_to(other)

@@ -101,6 +101,11 @@ def test_algebraic_laws(three: list[Layers]) -> None:
     assert a.alive + b.alive == (a & b).alive + (a | b).alive
 
 
+def test_a_mask_without_connections_has_no_density() -> None:
+    with pytest.raises(UserError, match="a mask without connections has no density; expected one layer or more"):
+        _ = Mask.from_tensors({"w": torch.zeros(0, 5, dtype=torch.bool)}).density
+
+
 @often
 @given(networks())
 def test_counts(one: list[Layers]) -> None:

@@ -316,6 +316,14 @@ REGRESSION = {
 }
 
 
+def test_a_metric_may_return_a_number_that_has_a_gradient() -> None:
+    def learned(outputs: Tensor, targets: Tensor) -> Tensor:
+        return torch.tensor(0.5, requires_grad=True)
+
+    learned.higher_is_better = True  # type: ignore[attr-defined]
+    assert compute(as_metric(learned, "learned", "k"), *scores()) == 0.5
+
+
 @pytest.mark.parametrize(
     ("task", "said"),
     [

@@ -151,6 +151,20 @@ def test_a_module_that_is_edited_while_it_is_imported_is_refused(module: Path) -
         import_and_edit()
 
 
+def test_a_module_whose_file_is_removed_is_refused(module: Path) -> None:
+    task = Task(dataset="tiny_task:dataset", model=f"{module.stem}:model")
+    load_problem(task)
+    module.unlink()
+    with pytest.raises(UserError, match="its file was removed after it was imported; put it back, and start again"):
+        load_problem(task)
+
+
+def test_a_function_that_a_library_makes_in_the_place_of_one_is_no_edit(module: Path) -> None:
+    own = "from hypothesis import given, strategies\n\n\n@given(strategies.integers())\ndef check(x):\n    pass\n\n\n"
+    module.write_text(own + MODULE)
+    load_problem(Task(dataset="tiny_task:dataset", model=f"{module.stem}:model"))
+
+
 def test_a_compiled_copy_of_another_source_is_refused(module: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "dont_write_bytecode", False)
     with steady_source([f"{module.stem}:model"]):

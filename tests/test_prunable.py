@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from threading import Lock
 
 import pytest
 import torch
@@ -537,6 +538,10 @@ def add_integers(model: nn.Sequential) -> None:
         (lambda model: model.insert(0, nn.LazyLinear(4)), [], "layer '0.weight' is lazy and has no shape yet"),
         (add_integers, ["*"], "model: its 'steps' is int64, and only floating-point weights can be pruned"),
         (lambda _: None, ["3.*"], "prune: '3.*' is no parameter of the model"),
+        (lambda model: setattr(model, "lock", Lock()), [], "copying it, as copy.deepcopy does, raised TypeError"),
+        (lambda model: setattr(model, "train", lambda mode: 1 / mode), [], "it raised ZeroDivisionError"),
+        (lambda model: setattr(model, "more", [nn.Linear(2, 2)]), [], "model: its 'more' is a list of layers, whose"),
+        (lambda model: model._modules.update({"x.y": nn.Linear(2, 2)}), [], "torch does not find its layer 'x.y'"),
     ],
 )  # fmt: skip
 def test_networks_that_cannot_start_dense_are_refused(

@@ -261,6 +261,8 @@ def did_you_mean(name: str, choices: Iterable[str]) -> str:
     "did you mean 'lenet_300_100'?"
     >>> did_you_mean("xyz", ["magnitude", "l1"])
     "choose from 'magnitude', 'l1'"
+    >>> did_you_mean("xyz", [])
+    'there is none to choose from'
     """
     import difflib
 
@@ -269,6 +271,8 @@ def did_you_mean(name: str, choices: Iterable[str]) -> str:
     near = [choice for choice in known if name and choice.casefold().startswith(name.casefold())]
     near = near or [folded[match] for match in difflib.get_close_matches(name.casefold(), folded, n=3, cutoff=0.6)]
     quoted = ", ".join(repr(choice) for choice in (near or known))
+    if not known:
+        return "there is none to choose from"
     return f"did you mean {quoted}?" if near else f"choose from {quoted}"
 
 

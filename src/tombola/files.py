@@ -155,7 +155,9 @@ def write_output(path: Path, content: bytes) -> None:
             return
         if path.is_symlink():
             path = path.resolve()  # raises an error for a loop of links
-        if path.exists() and not path.is_file() and not path.is_dir():
+        if path.is_dir():
+            raise UserError(f"{path}: is a folder; name a file in it")
+        if path.exists() and not path.is_file():
             with path.open("wb", buffering=0) as special:
                 _write_all(special.fileno(), content)
             return

@@ -249,7 +249,7 @@ def _list_verbs(title: str, verbs: Sequence[tuple[str, str]]) -> str:
     lines = [f"{title}:"]
     for name, text in verbs:
         if " " not in name:
-            first, *others = textwrap.wrap(" ".join(text.split()), 80 - _INDENT)
+            first, *others = textwrap.wrap(" ".join(text.split()), 80 - _INDENT) or [""]  # python -OO has no texts
             lines += [f"  {name}".ljust(_INDENT) + first, *(" " * _INDENT + other for other in others)]
     return "\n".join(lines) + "\n"
 

@@ -92,9 +92,10 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
 def controls(options: argparse.Namespace) -> int:
     """Train tickets of which one thing is changed (weights, mask or signs), and show how much accuracy that costs."""
     from tombola.analysis import controls
-    from tombola.study.controls import plan_controls
+    from tombola.study.controls import check_size, plan_controls
 
     tickets, names = open_compared(options)
+    check_size(tickets.study, options.kinds, options.draws, names)
     with warnings_as_notes(Warning):
         plan = plan_controls(tickets, options.level, options.kinds, options.draws, names)
     if options.format == "table" and len(tickets.study.seeds) < 2:

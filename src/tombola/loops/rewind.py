@@ -20,7 +20,7 @@ from tombola.pruning.fit import find_weights, fit_state, match_names, unwrap
 from tombola.pruning.mask import Mask
 from tombola.training.evaluation import Loss
 from tombola.training.scoring import score_batches
-from tombola.training.weights import load_state, zero_pruned
+from tombola.training.weights import copy_model, load_state, zero_pruned
 
 
 @dataclass(frozen=True)
@@ -186,7 +186,7 @@ def _prepare_scoring(
         raise UserError(f"{what}, which needs all weights in one process, and the weights of this model are sharded")
 
     def score_network(score: NetworkScore, mask: Mask, layers: Collection[str], removed: int) -> Mapping[str, Tensor]:
-        network = copy.deepcopy(unwrap(model))
+        network = copy_model(unwrap(model))
         zero_pruned(network, mask)
         names = match_names(mask, dict(network.named_parameters()))
         own = Mask.from_tensors({known: mask[name] for name, known in names.items()})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -32,7 +31,7 @@ from tombola.lottery.rule import Rule, check_rule, check_score_at, prune_round, 
 from tombola.lottery.ticket import Ticket
 from tombola.pruning.eligible import list_shared, prunable
 from tombola.pruning.mask import Mask, resolve_kept_dense
-from tombola.pruning.start import check_start
+from tombola.pruning.start import check_registered, check_start
 from tombola.training.evaluation import Loss
 from tombola.training.history import Trained
 from tombola.training.loss_functions import find_loss
@@ -43,7 +42,7 @@ from tombola.training.replaceable import OwnLayersWarning, find_fault, read_kern
 from tombola.training.scoring import EXAMPLES, TRIED, score_network
 from tombola.training.train import check_device, check_own_functions, check_recipe_fits, train
 from tombola.training.trial import try_network
-from tombola.training.weights import Weights
+from tombola.training.weights import Weights, copy_model
 
 
 @dataclass(frozen=True)
@@ -159,6 +158,7 @@ def find_tickets(
     prune = as_texts(prune, "prune", "patterns")
     shares = {} if shares is None else shares
 
+    check_registered(model, "model")
     dense = Mask.ones_like(model, exclude, prune)
     check_start(model, dense, prune, "model")
     shared = list_shared(model)
@@ -228,7 +228,7 @@ def _describe(setting: _Setting) -> dict[str, Any]:
 def _try_training(setting: _Setting) -> None:
     """Raise `UserError` if the network, the loss, the metrics and the data set do not work together."""
     try_network(
-        partial(copy.deepcopy, setting.model),
+        partial(copy_model, setting.model),
         setting.loss,
         setting.data,
         setting.recipe,

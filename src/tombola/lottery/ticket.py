@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from numbers import Integral
@@ -17,7 +16,7 @@ from tombola.files import write_output
 from tombola.lottery.ticket_file import Content, encode, read
 from tombola.pruning.mask import Mask
 from tombola.training.history import History, Trained
-from tombola.training.weights import Shared, State, Weights, apply_mask, load_state, zero_pruned
+from tombola.training.weights import Shared, State, Weights, apply_mask, copy_model, load_state, zero_pruned
 
 
 @dataclass(frozen=True)
@@ -110,7 +109,7 @@ class Ticket:
         """
         if isinstance(batch_size, bool) or not isinstance(batch_size, Integral) or batch_size < 1:
             raise UserError(f"batch_size: expected a whole number from 1 on, got {short(batch_size)}")
-        found = copy.deepcopy(model)
+        found = copy_model(model)
         self.apply(found, trained=trained)
         found = found.cpu()
         kernels.warn_if_missing()

@@ -36,7 +36,7 @@ def resolve(reference: str, what: str) -> Callable[..., Any]:
     3.0
     """
     module_name, _, function_name = reference.partition(":")
-    if not module_name or not function_name:
+    if not module_name or module_name.startswith(".") or not function_name:
         raise UserError(f"{what} {reference!r}: expected module:function, such as my_module:my_function")
     with attribute_failure(f"{what} {reference!r}: importing {module_name!r}"), restore_settings():
         try:
@@ -86,13 +86,17 @@ def steady_source(references: Collection[str]) -> Iterator[None]:
         references: the modules and the functions that are imported inside the block.
 
     Raises:
-        UserError: if a file was edited inside the block, or after it was seen in an earlier block; if a function of an
-            imported module is not in its file; or if Python imported the compiled copy of another source.
+        UserError: if a file was edited or removed inside the block, or after it was seen in an earlier block; if a
+            function of an imported module is not in its file; or if Python imported a compiled copy of another source.
     """
     roots = {reference.partition(":")[0] for reference in references}
     before = _hash_own(roots)
     yield
-    for name, (path, digest) in _hash_own(roots).items():
+    found = _hash_own(roots)
+    seen = before.keys() | {root for root in roots if sys.modules.get(root) in _IMPORTED}
+    for name in sorted(seen - found.keys()):  # its source could not be a part of names
+        raise UserError(f"module {name!r}: its file was removed after it was imported; put it back, and start again")
+    for name, (path, digest) in found.items():
         module = sys.modules.get(name)
         imported = digest if module is None else _IMPORTED.setdefault(module, digest)
         if module is not None and _is_stale(name, path):
@@ -149,11 +153,20 @@ def _is_of(module: ModuleType, path: Path) -> bool:
     members = [member for each in (module, *classes) for member in vars(each).values()]
     functions = [each.__func__ if isinstance(each, (staticmethod, classmethod)) else each for each in members]
     running = [each.__code__ for each in functions if isinstance(each, FunctionType)]
+    outermost = {_outermost(each) for each in there}
     return all(
         any(code.co_firstlineno == each.co_firstlineno and _is_same(code, each) for each in there)
         for code in running
-        if code.co_filename == str(path)
+        if code.co_filename == str(path) and not ("<locals>" in code.co_qualname and _outermost(code) not in outermost)
     )
+
+
+def _outermost(code: CodeType) -> str:
+    """Return the name of the outermost function or class around code; that of a library may claim to be in this file.
+
+    For example, `given` of hypothesis gives the file and the line of the function that it wraps to its own code.
+    """
+    return code.co_qualname.partition(".")[0]
 
 
 def list_codes(compiled: CodeType) -> Iterator[CodeType]:

@@ -165,7 +165,13 @@ class Mask(Mapping[str, Tensor]):
 
     @property
     def density(self) -> float:
-        """The density, alive / total, in 0..1."""
+        """The density, alive / total, in 0..1.
+
+        Raises:
+            UserError: if the mask has no connection.
+        """
+        if not self.total:
+            raise UserError("a mask without connections has no density; expected one layer or more")
         return self.alive / self.total
 
     @property

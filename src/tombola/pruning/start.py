@@ -8,12 +8,48 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from tombola.errors import UserError
+from tombola.errors import UserError, short
 from tombola.pruning.eligible import list_computed
 from tombola.pruning.mask import Mask
 
 FEW_ZEROS, SMALL_SHARE = 16, 0.01
 """A weight tensor with more zeros than these, as a number and as a share, starts with a mask, see `check_start`."""
+
+
+def check_registered(model: nn.Module, what: str) -> None:
+    """Raise `UserError` if torch does not find a layer.
+
+    It may be in a list or a dictionary of Python, or under a name with a dot.
+
+    >>> model = nn.Linear(2, 2)
+    >>> model.others = [nn.Linear(2, 2)]
+    >>> check_registered(model, "model")  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+    tombola.errors.UserError: model: its 'others' is a list of layers, whose weights torch neither trains nor ...
+    """
+    registered = {id(module) for module in model.modules()}
+    for path, module in model.named_modules():
+        if not _is_found(model, path, module):
+            raise UserError(
+                f"{what}: torch does not find its layer {short(path)} by this name; add layers as attributes or by "
+                "add_module, with names that are not empty and have no dot"
+            )
+        for name, value in vars(module).items():
+            several = list(value.values()) if isinstance(value, dict) else value
+            if name.startswith("_") or not isinstance(several, list | tuple):
+                continue
+            if any(isinstance(each, nn.Module) and id(each) not in registered for each in several):
+                raise UserError(
+                    f"{what}: its {f'{path}.{name}'.removeprefix('.')!r} is a {type(value).__name__} of layers, whose "
+                    f"weights torch neither trains nor stores; put them into a torch.nn.ModuleList or ModuleDict"
+                )
+
+
+def _is_found(model: nn.Module, path: str, module: nn.Module) -> bool:
+    try:
+        return model.get_submodule(path) is module
+    except AttributeError:
+        return False
 
 
 def check_start(model: nn.Module, dense: Mask, prune: Sequence[str], what: str) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO, NoReturn, TypeAlias
 
@@ -48,7 +47,7 @@ def parse_json(content: bytes | str) -> Any:
 
     >>> parse_json("[" * 100 + "1" + "]" * 100) is None
     False
-    >>> parse_json("[" * 101 + "1" + "]" * 101)
+    >>> parse_json("[" * 101 + "]" * 101)
     Traceback (most recent call last):
     ValueError: it is nested more than 100 levels deep
     >>> parse_json("[NaN]")
@@ -64,9 +63,10 @@ def parse_json(content: bytes | str) -> Any:
         raise _too_deep() from None
     level = [document]
     for _ in range(DEEPEST + 1):
-        level = [part for each in level for part in _parts(each)]
+        level = [each for each in level if isinstance(each, (dict, list))]
         if not level:
             return document
+        level = [part for each in level for part in (each.values() if isinstance(each, dict) else each)]
     raise _too_deep()
 
 
@@ -76,10 +76,6 @@ def _refuse_constant(name: str) -> NoReturn:
 
 def _too_deep() -> ValueError:
     return ValueError(f"it is nested more than {DEEPEST} levels deep")
-
-
-def _parts(document: Any) -> Iterable[Any]:
-    return document.values() if isinstance(document, dict) else document if isinstance(document, list) else ()
 
 
 def read_tensors(path: Path) -> bytes:

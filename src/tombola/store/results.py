@@ -268,7 +268,10 @@ class Results:
 
     def _check_folders(self, key: str) -> None:
         """Raise `UserError` if something else lies in the place of a folder of results, which may have been full."""
-        for folder in (self._root / "results", self.folder(key).parent):
+        of_key = self.folder(key).parent
+        if of_key.is_dir():
+            return
+        for folder in (of_key.parent, of_key):
             if os.path.lexists(folder) and not folder.is_dir():
                 raise UserError(f"store {self._root}: {folder} is not a folder; remove it, or restore the folder")
 

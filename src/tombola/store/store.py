@@ -110,6 +110,8 @@ class Store:
         except FileNotFoundError:
             return None
         except OSError as error:
+            if self.root.exists() and not self.root.is_dir():
+                raise UserError(f"store {self.root}: it is not a folder; name another one") from error
             raise UserError(f"store {self.root}: {self._marker} cannot be read: {describe(error)}") from error
         except ValueError as error:
             message = f"store {self.root}: {self._marker} is damaged, expected {{'store': {VERSION}}}"

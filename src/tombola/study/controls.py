@@ -13,7 +13,7 @@ from itertools import product
 from operator import and_, or_
 from typing import Any, Literal, TypeAlias
 
-from tombola.errors import UserError, did_you_mean
+from tombola.errors import UserError, as_texts, did_you_mean
 from tombola.lottery.controls import keep_signs, shuffle
 from tombola.pruning.mask import Mask
 from tombola.store.documents import MOST_DRAWS
@@ -21,7 +21,7 @@ from tombola.store.names import name_of
 from tombola.streams import derive
 from tombola.study.chains import Chain, Start, select_chains
 from tombola.study.planner import Planner
-from tombola.study.schema import Study
+from tombola.study.schema import MOST_CHAINS, Study
 from tombola.study.singles import (
     NOTE,
     check_weights_elsewhere,
@@ -126,14 +126,16 @@ def plan_controls(
     study = tickets.study
     seeds = study.seeds
     chosen = _choose_kinds(kinds, study)
-    if not isinstance(draws, int) or not 1 <= draws <= MOST_DRAWS:
+    if not isinstance(draws, int) or isinstance(draws, bool) or not 1 <= draws <= MOST_DRAWS:
         raise UserError(f"draws: expected a whole number from 1 to {MOST_DRAWS}, got {draws!r}")
     if {"shuffled", "other-seed"} & set(chosen):
         check_weights_elsewhere(tickets, "controls")
     chains = select_chains(study, importances)
     _require(tickets, level, chains, "controls")
     orders = list_orders(study, draws)
-    drawn = functools.cache(functools.partial(_draw_weights, tickets.planner))
+    drawn = functools.cache(functools.partial(_draw_weights, tickets.planner))  # controls and importances share draws
+    signed: dict[tuple[str, str], Weights] = {}
+    shuffled = functools.cache(_shuffle)
     starts: dict[Chain, Start] = {}
     parts = []
     for kind in chosen:
@@ -145,9 +147,12 @@ def plan_controls(
                 if kind in ("signs", "new-weights", "random"):
                     weights = drawn(chain.seed, draw)
                 if kind == "signs":
-                    weights = _keep_signs(tickets.planner, ticket.rewind, weights, mask)
+                    pair = ticket.rewind.hash, weights.hash
+                    if pair not in signed:
+                        signed[pair] = _keep_signs(tickets.planner, ticket.rewind, weights)
+                    weights = signed[pair]
                 if kind in ("shuffled", "random"):
-                    mask = shuffle(mask, derive(chain.seed, "control", draw))
+                    mask = shuffled(mask, chain.seed, draw)
                 if kind == "other-seed":
                     source = Chain(seeds[(seeds.index(chain.seed) + draw) % len(seeds)], chain.importance)
                     mask = find_training(tickets, source, level)[0].mask
@@ -158,6 +163,27 @@ def plan_controls(
     names = list(dict.fromkeys(chain.importance for chain in chains))
     note = {"verb": "controls", "level": level, "kinds": list(chosen), "draws": draws, "importances": names}
     return Plan(tickets, level, plan_singles(tickets, starts, note), tuple(parts))
+
+
+def check_size(study: Study, kinds: Collection[str] | None, draws: int, importances: Sequence[str] | None) -> None:
+    """Raise `UserError` if these controls are more trainings than a study may have chains.
+
+    Args:
+        study, kinds, draws, importances: the study and the arguments of `plan_controls`.
+
+    >>> from tombola.study.schema import load_study
+    >>> check_size(load_study("digits"), ["signs"], 1000, None)
+    >>> check_size(load_study("digits"), None, 1000, None)  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+    tombola.errors.UserError: controls: these are 50010 trainings, expected at most 10000; name fewer ...
+    """
+    tickets, random = len(select_chains(study, importances)), draws if isinstance(draws, int) else 1
+    counts = [min(random, len(study.seeds) - 1) if k == "other-seed" else random for k in _choose_kinds(kinds, study)]
+    if tickets * sum(counts) > MOST_CHAINS:
+        raise UserError(
+            f"controls: these are {tickets * sum(counts)} trainings, expected at most {MOST_CHAINS}; name fewer "
+            "importances, kinds or draws, and give several commands"
+        )
 
 
 def list_controls(tickets: Tickets) -> dict[tuple[int, tuple[str, ...]], tuple[tuple[str, ...], int]]:
@@ -393,6 +419,7 @@ def _choose_kinds(kinds: Collection[str] | None, study: Study) -> list[str]:
     one = len(study.seeds) < 2
     if kinds is None:
         return [kind for kind in KINDS if kind != "other-seed" or not one]
+    kinds = as_texts(kinds, "kinds", "kinds of controls")
     for kind in kinds:
         if kind not in KINDS:
             raise UserError(f"kinds: unknown control {kind!r}; {did_you_mean(kind, KINDS)}")
@@ -409,6 +436,10 @@ def _require(tickets: Tickets, level: int, chains: Sequence[Chain], what: str) -
     tickets.require([level], chains)
 
 
+def _shuffle(mask: Mask, seed: int, draw: int) -> Mask:
+    return shuffle(mask, derive(seed, "control", draw))
+
+
 def _draw_weights(planner: Planner, seed: int, draw: int) -> Weights:
     """Return newly drawn weights; they are drawn each time that they are loaded."""
 
@@ -418,10 +449,10 @@ def _draw_weights(planner: Planner, seed: int, draw: int) -> Weights:
     return Weights(state_hash(load()), load)
 
 
-def _keep_signs(planner: Planner, own: Weights, drawn: Weights, mask: Mask) -> Weights:
+def _keep_signs(planner: Planner, own: Weights, drawn: Weights) -> Weights:
     """Return drawn weights with the signs of a ticket's own weights."""
 
     def load() -> State:
-        return keep_signs(own.load(), drawn.load(), mask, planner.shared)
+        return keep_signs(own.load(), drawn.load(), planner.dense, planner.shared)
 
     return Weights(state_hash(load()), load)

@@ -119,7 +119,7 @@ class Planner:
         self._sources = {name: sources for name, (_, sources) in loaded.items()}
         _, self._recipe_sources = load_recipe(study.recipe)
         self._computed: dict[str, Mask] = {}
-        self._sparse: dict[str, list[str]] = {}
+        self._sparse: dict[tuple[int, ...], list[str]] = {}
         self._failures: dict[str, str] = {}
         self._remember = remember
         with ambient(0):
@@ -270,14 +270,15 @@ class Planner:
         )
 
     def _choose_layers(self, mask: Mask) -> list[str]:
-        """Return the names of the weights whose layers a training makes sparse; many chains ask for the same mask."""
-        if mask.hash not in self._sparse:
+        """Return the names of the weights whose layers a training makes sparse; many masks have the same densities."""
+        counts = tuple(mask.counts.values())
+        if counts not in self._sparse:
             allowed = "off" if self.problem.step is not None else self.study.kernels
             traced = may_be_sparse(self.study.recipe, self.study.device, allowed) and have_convolutions(mask, mask)
             packed = traced and self._can_pack
             sparse = choose_layers(self.model, mask, self.study.recipe, self.study.device, allowed, packed=packed)
-            self._sparse[mask.hash] = [] if sparse and self.kernel_fault else sparse
-        return self._sparse[mask.hash]
+            self._sparse[counts] = [] if sparse and self.kernel_fault else sparse
+        return self._sparse[counts]
 
     def progress(self, chain: Chain, find: Callable[[str], Trained | None] | None = None) -> Progress:
         """Follow a chain through the store and return its progress.

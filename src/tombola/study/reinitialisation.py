@@ -71,7 +71,7 @@ def plan(
         raise UserError(
             "partial reinitialisation: expected a level from 1 on; tickets of level 0 share all connections"
         )
-    if not isinstance(draws, int) or not 1 <= draws <= MOST_DRAWS:
+    if not isinstance(draws, int) or isinstance(draws, bool) or not 1 <= draws <= MOST_DRAWS:
         raise UserError(f"draws: expected a whole number from 1 to {MOST_DRAWS}, got {draws!r}")
     tickets.require([level], chains)
     found = []

@@ -31,7 +31,7 @@ from tombola.inputs import Forward, OwnStep, call
 from tombola.own.code import steady_source
 from tombola.own.functions import is_here, resolve, source_hash
 from tombola.pruning.mask import Mask
-from tombola.pruning.start import check_start
+from tombola.pruning.start import check_registered, check_start
 from tombola.store.names import name_of
 from tombola.streams import ambient
 from tombola.study.depends import identify_all
@@ -428,7 +428,7 @@ def _checked(what: str, build: Callable[[], object]) -> Callable[[], nn.Module]:
 
     def build_and_check() -> nn.Module:
         model = cast(nn.Module, guard(what, build, nn.Module, "a torch module")())
-        guard(what, partial(_check_registered, model, what))()
+        guard(what, partial(check_registered, model, what))()
         for name, value in guard(what, partial(model.state_dict, keep_vars=True))().items():
             if name != name.encode(errors="replace").decode():
                 raise UserError(f"{what}: the name {name!a} of its state has half of a character (a surrogate)")
@@ -437,36 +437,6 @@ def _checked(what: str, build: Callable[[], object]) -> Callable[[], nn.Module]:
         return model
 
     return build_and_check
-
-
-def _check_registered(model: nn.Module, what: str) -> None:
-    """Raise `UserError` if torch does not find a layer.
-
-    It may be in a list or a dictionary of Python, or under a name with a dot.
-    """
-    registered = {id(module) for module in model.modules()}
-    for path, module in model.named_modules():
-        if not _is_found(model, path, module):
-            raise UserError(
-                f"{what}: torch does not find its layer {short(path)} by this name; add layers as attributes or by "
-                "add_module, with names that are not empty and have no dot"
-            )
-        for name, value in vars(module).items():
-            several = list(value.values()) if isinstance(value, dict) else value
-            if name.startswith("_") or not isinstance(several, list | tuple):
-                continue
-            if any(isinstance(each, nn.Module) and id(each) not in registered for each in several):
-                raise UserError(
-                    f"{what}: its {f'{path}.{name}'.removeprefix('.')!r} is a {type(value).__name__} of layers, whose "
-                    f"weights torch neither trains nor stores; put them into a torch.nn.ModuleList or ModuleDict"
-                )
-
-
-def _is_found(model: nn.Module, path: str, module: nn.Module) -> bool:
-    try:
-        return model.get_submodule(path) is module
-    except AttributeError:
-        return False
 
 
 def _fault_of(value: object) -> str | None:

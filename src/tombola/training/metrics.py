@@ -452,7 +452,9 @@ def as_metric(function: Callable[..., Any], name: str, key: str) -> Metric:
         return _of_torchmetrics(function, name, key)
     higher = getattr(function, "higher_is_better", None)
     if not isinstance(higher, bool):
-        raise UserError(f"it does not say which way is better; set {name}.higher_is_better = True or False")
+        raise UserError(
+            f"metric {name!r}: it does not say which way is better; set {name}.higher_is_better = True or False"
+        )
 
     def add(
         state: tuple[list[Tensor], list[Tensors]] | None, outputs: Tensor, targets: Tensors
@@ -515,6 +517,8 @@ def _as_number(result: object) -> float:
     if isinstance(result, Tensor) and result.numel() != 1:
         raise UserError(f"expected one number, got a tensor of shape {tuple(result.shape)}")
     try:
+        if isinstance(result, Tensor):
+            return float(result.detach())  # torch warns of a number that has a gradient
         if not isinstance(result, str | bytes):
             return float(result)  # type: ignore[arg-type]
     except (TypeError, ValueError, OverflowError):  # OverflowError: a whole number of hundreds of digits

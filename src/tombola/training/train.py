@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import warnings
 from collections.abc import Callable, Collection, Sequence
@@ -52,7 +51,7 @@ from tombola.training.replaceable import (
     may_be_sparse,
     read_kernels,
 )
-from tombola.training.weights import State, Weights, apply_mask, load_state, zero_pruned
+from tombola.training.weights import State, Weights, apply_mask, copy_model, load_state, zero_pruned
 
 MOST_ITERATIONS = 10**9
 """The longest training: the loss of every iteration is kept in memory, 4 bytes each."""
@@ -280,7 +279,7 @@ def _list_replaceable(
     if kernels != "auto":
         return kernels
     if choose_layers(model, mask, recipe, device, kernels, packed=packed):
-        network = copy.deepcopy(model)
+        network = copy_model(model)
         load_state(network, initial, "the state")
         if fault := find_fault(network, data, recipe, loss, device, forward=forward):
             warnings.warn(fault, OwnLayersWarning, stacklevel=3)
@@ -403,7 +402,7 @@ def load_model(model: nn.Module, state: State, mask: Mask, device: str) -> nn.Mo
 
     Convolutional networks are stored channels-last, which is the faster layout on CPUs and GPUs.
     """
-    model = copy.deepcopy(model).to(device)
+    model = copy_model(model).to(device)
     load_state(model, state, "the state")
     if any(isinstance(module, nn.Conv2d) for module in model.modules()):
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

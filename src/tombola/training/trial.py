@@ -221,7 +221,7 @@ def _try_evaluation(
     with torch.no_grad():
         inputs = normalisation(data)(convert(torch.clone, select(getattr(few, f"{split}_inputs"), slice(2))))
         copies = convert(torch.clone, inputs)  # a model may change its inputs
-        outputs = _outputs(partial(forward, model.eval()), copies, data, called["outputs"], of_classes)
+        outputs = _outputs(lambda given: forward(model.eval(), given), copies, data, called["outputs"], of_classes)
         repeated = forward(model, convert(torch.clone, inputs))
     equal = guard(called["outputs"], lambda: torch.equal(outputs.nan_to_num(), repeated.nan_to_num()))
     if not equal():  # outputs of a class of the user may fail here

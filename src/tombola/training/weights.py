@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tombola.errors import UserError, expect, shorten
+from tombola.exits import attribute_failure
 from tombola.pruning.fit import find_weights, fit_state
 from tombola.pruning.mask import Mask
 
@@ -103,6 +105,12 @@ def zero_pruned(model: nn.Module, mask: Mask) -> None:
     for name, weight in find_weights(model, mask).items():
         with torch.no_grad():
             weight.masked_fill_(~mask[name].to(weight.device), 0.0)
+
+
+def copy_model(model: nn.Module) -> nn.Module:
+    """Return a copy of a model; raise `UserError` if something that it holds, such as a lock, cannot be copied."""
+    with attribute_failure(f"{type(model).__name__}: copying it, as copy.deepcopy does,"):
+        return copy.deepcopy(model)
 
 
 def load_state(model: nn.Module, state: Mapping[str, Tensor], what: str) -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import tomllib
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -156,6 +157,8 @@ def flags(fields: dict[str, Any]) -> list[str]:
     ['--levels', '3', '--seeds', '0', '1', '--task.model-arguments', 'width=8']
     >>> flags({"task.model_arguments": {"sizes": (1, 2)}, "recipe.epochs": None})
     ['--task.model-arguments', 'sizes=[1, 2]']
+    >>> flags({"task.model_arguments": {"norm": "batch", "size": "8"}})
+    ['--task.model-arguments', 'norm=batch', 'size="8"']
     """
     words = []
     for field, value in fields.items():
@@ -163,7 +166,7 @@ def flags(fields: dict[str, Any]) -> list[str]:
             continue
         words.append(f"--{field.replace('_', '-')}")
         if isinstance(value, dict):
-            words += [f"{key}={_word(each)}" for key, each in value.items()]
+            words += [f"{key}={_quote(each) if _reads_as_value(each) else _word(each)}" for key, each in value.items()]
         else:
             words += [_word(refer(each, field)) for each in (value if isinstance(value, (list, tuple)) else [value])]
     return words
@@ -173,6 +176,20 @@ def _word(value: Any) -> str:
     if isinstance(value, (list, tuple)):
         return f"[{', '.join(map(_quote, value))}]"
     return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _reads_as_value(value: Any) -> bool:
+    """Return whether the command line would read a text as a number, a list or another value without quotes."""
+    if not isinstance(value, str):
+        return False
+    try:
+        tomllib.loads(f"value = {value}")
+    except (ValueError, RecursionError):
+        with suppress(ValueError):
+            float(value)
+            return True
+        return False
+    return True
 
 
 def _quote(value: Any) -> str:

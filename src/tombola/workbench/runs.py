@@ -15,7 +15,7 @@ from tombola.engine.local import LocalWorkers
 from tombola.engine.run import Show, Status
 from tombola.engine.run import run as run_trainings
 from tombola.engine.workers import Workers
-from tombola.errors import UserError, expect_flags
+from tombola.errors import UserError, expect_flags, expect_whole
 from tombola.exits import watch_exits
 from tombola.hooks.hook import Hook
 from tombola.hooks.tell import check_hooks, tell_hooks
@@ -309,8 +309,8 @@ def count_workers(workers: int | None, device: str) -> int:
     Raises:
         UserError: if the number is not a whole number from 1 on.
     """
-    if workers is not None and (not isinstance(workers, int) or workers < 1):
-        raise UserError(f"workers: expected a whole number from 1 on, got {workers!r}")
+    if workers is not None:
+        expect_whole(workers, "workers", 1)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return workers or (1 if device == "cuda" else cores) or 1
 

@@ -14,7 +14,7 @@ from tombola.errors import expect_flags
 from tombola.exits import watch_exits
 from tombola.store.layout import STORE
 from tombola.study.chains import select_chains
-from tombola.study.controls import Over, Plan, plan_combinations, plan_controls, plan_transfers
+from tombola.study.controls import Over, Plan, check_size, plan_combinations, plan_controls, plan_transfers
 from tombola.study.early import plan_snapshots
 from tombola.study.rewind_point import list_planners, plan_rewind_points
 from tombola.study.tickets import Tickets
@@ -51,7 +51,8 @@ def controls(
         overrides: fields with other values.
         level: the level of the tickets, from 1 on.
         kinds: the controls, see `tombola.study.controls.KINDS`; by default all that the study can have.
-        draws: the number of random draws of each control and seed, 1 to 1000.
+        draws: the number of random draws of each control and seed, 1 to 1000; with all kinds, importances and seeds,
+            these may be up to 10 000 trainings.
         importances: the importances; by default all.
         store: the folder of the store.
         data: the folder of the data sets.
@@ -72,7 +73,9 @@ def controls(
     expect_flags(progress=progress)
     with one_thread(), watch_exits():
         tickets = open_tickets(study, overrides, store=store, data=data, importances=importances)
-        plan = plan_controls(tickets, level, kinds, draws, name_importances(importances))
+        names = name_importances(importances)
+        check_size(tickets.study, kinds, draws, names)
+        plan = plan_controls(tickets, level, kinds, draws, names)
         return controls_analysis.of_controls(_train(plan, workers, data, progress=progress))
 
 
