@@ -119,7 +119,7 @@ class Planner:
         self._sources = {name: sources for name, (_, sources) in loaded.items()}
         _, self._recipe_sources = load_recipe(study.recipe)
         self._computed: dict[str, Mask] = {}
-        self._sparse: dict[tuple[int, ...], list[str]] = {}
+        self._sparse: dict[tuple[tuple[str, int], ...], list[str]] = {}
         self._failures: dict[str, str] = {}
         self._remember = remember
         with ambient(0):
@@ -271,7 +271,7 @@ class Planner:
 
     def _choose_layers(self, mask: Mask) -> list[str]:
         """Return the names of the weights whose layers a training makes sparse; many masks have the same densities."""
-        counts = tuple(mask.counts.values())
+        counts = tuple(sorted(mask.counts.items()))
         if counts not in self._sparse:
             allowed = "off" if self.problem.step is not None else self.study.kernels
             traced = may_be_sparse(self.study.recipe, self.study.device, allowed) and have_convolutions(mask, mask)
