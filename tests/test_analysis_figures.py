@@ -16,10 +16,11 @@ from hypothesis import strategies as st
 from sklearn.metrics import cohen_kappa_score
 from torch import Tensor, nn
 
-from tombola import Dataset, Mask, UserError
-from tombola.analysis import connectivity, functions, reinit, stability, weights, winners
+from tombola import Dataset, Mask, UserError, load_study
+from tombola.analysis import connectivity, functions, gather, reinit, stability, weights, winners
 from tombola.analysis.accuracy import Row
 from tombola.importance import l1, random
+from tombola.study.chains import Chain
 
 
 def mask(**layers: str) -> Mask:
@@ -91,6 +92,13 @@ def test_stability_where_everything_or_nothing_is_shared() -> None:
     assert table.schema["effect"] == table.schema["other_mean"] == pl.Float64, "else it does not stack on other tables"
     found = only(table, measure="sd", layer="w")
     assert (found["other"], found["other_mean"], found["effect"], found["p"]) == (0, None, None, None)
+
+
+def test_all_layers_together_leave_out_those_that_are_kept_dense() -> None:
+    state = {"w": torch.ones(2), "d": torch.ones(3)}
+    alive, shared = mask(w="11", d="111"), mask(w="10", d="111")
+    whole = only(stability.of_ticket([state], state, state, alive, shared, ["d"]), measure="sd", layer="(all)")
+    assert (whole["shared"], whole["other"]) == (1, 1)
 
 
 # winners
@@ -254,6 +262,7 @@ def test_statistics_of_batch_norm_become_those_of_the_training_set() -> None:
     data = Dataset("d", inputs, labels, inputs[:2], labels[:2], ("a",))
     model = nn.Sequential(nn.BatchNorm1d(3), nn.Dropout(0.5), nn.BatchNorm1d(3))
     nn.init.constant_(model[0].running_mean, 99)  # type: ignore[arg-type]
+    nn.init.constant_(model[0].num_batches_tracked, 5)  # type: ignore[arg-type]
     connectivity.recompute_statistics(model, data)
     parts = inputs.chunk(3)
     assert torch.allclose(model[0].running_mean, inputs.mean(0), atol=1e-4)  # type: ignore[arg-type]
@@ -262,6 +271,21 @@ def test_statistics_of_batch_norm_become_those_of_the_training_set() -> None:
     assert model[2].running_mean.abs().max() < 1e-2  # type: ignore[union-attr, operator] # after a norm, without dropout
     assert model[0].momentum == 0.1
     assert not model.training
+
+
+# gather
+
+
+def test_a_group_has_two_tickets_and_says_whether_some_are_missing() -> None:
+    study = load_study("digits", {"importances": ["l1", "l2", "lamp"], "seeds": [0, 1], "levels": 1, "data_seeds": []})
+    chains = [Chain(seed, name) for seed in study.seeds for name in study.importances]
+    stored = {0: chains, 1: [Chain(0, "l1"), Chain(0, "l2"), Chain(1, "l1")]}
+    tickets: Any = SimpleNamespace(
+        study=study, planner=SimpleNamespace(chains=chains), at=lambda level, _: dict.fromkeys(stored[level])
+    )
+    found = [(group.level, group.seed, list(group.tickets), group.complete) for group in gather.groups(tickets)]
+    every = ["l1", "l2", "lamp"]
+    assert found == [(0, 0, every, True), (0, 1, every, True), (1, 0, ["l1", "l2"], False)]
 
 
 # reinit

@@ -340,3 +340,21 @@ def test_a_layer_behind_a_product_of_inputs_and_a_layer_does_not_touch_the_input
     model = Gated()
     model.fc1, model.fc2 = nn.Linear(2, 2), nn.Linear(2, 1)
     assert find_ends(model, torch.ones(1, 2), ["fc1.weight", "fc2.weight"]).inputs == ("fc1.weight",)
+
+
+class Placed(Scaled):
+    """Adds a weight to its inputs, and keeps the hidden units at which they are positive."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.places, self.fc1, self.fc2 = nn.Parameter(torch.ones(2)), nn.Linear(2, 2), nn.Linear(2, 1)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        hidden = torch.where(inputs > 0, self.fc1(inputs + self.places), 0.0)
+        outputs: torch.Tensor = self.fc2(hidden)
+        return outputs
+
+
+def test_a_weight_that_is_added_does_not_stop_the_inputs_and_a_comparison_takes_none_on() -> None:
+    found = find_ends(Placed(), torch.ones(1, 2), ["places", "fc1.weight", "fc2.weight"])
+    assert found == Ends(("places", "fc1.weight"), ("fc2.weight",))

@@ -53,6 +53,13 @@ def test_equal_networks_differ_in_nothing_and_opposite_ones_in_all() -> None:
     assert opposite["js"] == pytest.approx(math.log(2))
 
 
+def test_no_divergence_is_below_zero_by_rounding() -> None:
+    """Of outputs that differ by a constant; for some of them H(m) - (H(p) + H(q)) / 2 is less than 0."""
+    for seed in range(50):
+        one = random(20, 5, seed=seed)
+        assert 0 <= compare(one, one + 1)["js"] < 1e-12
+
+
 def test_predictions_by_hand() -> None:
     labels = torch.tensor([0, 1, 1, 0])
     one = torch.tensor([[2.0, 0.0], [0.0, 2.0], [2.0, 0.0], [2.0, 0.0]])  # predicts 0 1 0 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,6 +20,7 @@ from tombola.cli.tables import size
 from tombola.study.chains import Chain
 from tombola.study.tickets import Tickets
 from tombola.training.history import History, Trained
+from tombola.training.metrics import TEST_ACCURACY
 from tombola.workbench.text import duration
 
 
@@ -62,6 +64,8 @@ def test_the_best_has_the_highest_mean_of_those_with_the_most_seeds() -> None:
     table = table2(FOUND, ["l1", "l2"])
     assert table.best(0) == {"l2"}
     assert table.best(1) == {"l2"}  # l1's higher mean is of one seed of two
+    error = replace(TEST_ACCURACY, label="error", higher_is_better=False)
+    assert replace(table, measure=error).best(0) == {"l1"}
 
 
 def test_none_is_best_where_all_are_alike() -> None:
