@@ -31,9 +31,7 @@ def row(importance: str, seed: int, level: int, accuracy: float, collapsed: Sequ
     return Row(importance, seed, level, 0.5**level, accuracy, 1, 0.1, False, tuple(collapsed))
 
 
-def results(
-    accuracy: Callable[[str, int, int], float], importances: Sequence[str] = THREE, levels: int = 3
-) -> tuple[Row, ...]:
+def results(accuracy: Callable[[str, int, int], float], importances: Sequence[str] = THREE) -> tuple[Row, ...]:
     return tuple(
         row(name, seed, level, accuracy(name, seed, level))
         for name in importances
@@ -61,11 +59,12 @@ def layers(alive: Callable[[str, str, int, int], int], importances: Sequence[str
 def overlap(two: Sequence[float], noise: Sequence[float], layer: str = "(all)") -> pl.DataFrame:
     """Make a table of overlap: of all three and of each two importances by seed, and of two data orders."""
     lines = [
-        {"seed": seed, "kind": kind, "k": k, "layer": layer, "alive": 10.0, "shared_of_ticket": value}
+        {"seed": seed, "kind": kind, "k": k, "layer": layer, "alive": 10.0, "layers_expected": 0.5}
+        | {"shared_of_ticket": value}
         for values, kind, k in ((two, "importances", 2), (two, "importances", 3), (noise, "data order", 2))
         for seed, value in enumerate(values)
     ]
-    return pl.DataFrame(lines).with_columns(layers_expected=pl.lit(0.5))
+    return pl.DataFrame(lines)
 
 
 def stability(effects: Sequence[float | None], measure: str = "sd", layer: str = "(all)") -> pl.DataFrame:
@@ -195,9 +194,7 @@ def test_softmax_and_min_max_fall_behind_on_convolutional_networks_only(convolut
 # 2.
 
 
-def collapsing(
-    *names: str, level: int = 2, deepest: int = 7, importances: Sequence[str] = (*THREE, "softmax")
-) -> tuple[Row, ...]:
+def collapsing(*names: str, deepest: int = 7, importances: Sequence[str] = (*THREE, "softmax")) -> tuple[Row, ...]:
     return tuple(
         row(name, seed, each, 0.9, ["a.weight"] if name in names and each >= 2 else [])
         for name in importances
