@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import polars as pl
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tombola.analysis import claims
+from tombola.analysis import claims, evidence
 from tombola.analysis.accuracy import Row
 from tombola.analysis.ends import Ends
 from tombola.analysis.evidence import Evidence
-from tombola.analysis.verdict import Claim
+from tombola.analysis.verdict import Claim, conclude, count_seeds
 
 THREE = ("magnitude", "l1", "l2")
 FIVE = (*THREE, "softmax", "min_max")
@@ -114,6 +116,8 @@ def test_what_is_needed_can_be_run() -> None:
     for shape, needs in (((5, 10), "levels 7"), ((50, 10), "")):  # 0.1 % and 1 % of the connections
         shapes = large | {"fc.weight": shape}
         assert replace(EVIDENCE, shapes=shapes, kept_dense=frozenset({"fc.weight"})).more_levels(0.988) == needs
+    still = tuple(replace(each, density=0.5) for each in EVIDENCE.results)
+    assert replace(EVIDENCE, results=still).more_levels(0.988) == "", "no round has removed anything"
 
 
 def test_an_open_interval_of_claim_6_asks_for_what_a_seed_lacks() -> None:
@@ -121,6 +125,37 @@ def test_an_open_interval_of_claim_6_asks_for_what_a_seed_lacks() -> None:
     assert judge(claims.found_again, reinit=pl.DataFrame(lines)).needs == "reinit 2"
     lines.append({"seed": 2, "layer": "conv1.weight", "excess": 0.3, "level": 2, "draws": 3})
     assert judge(claims.found_again, reinit=pl.DataFrame(lines)).needs == "seeds 0 1 2 3"
+
+
+def test_a_verdict_follows_from_the_parts_and_says_what_is_open() -> None:
+    shown, hidden = "a (95 % 1 to 2)", "b"
+    assert conclude("seeds 2", {shown: True, hidden: True}) == ("holds", f"{shown}, {hidden}", "")
+    some = conclude("seeds 2", {shown: True, "b (95 % 0 to 1)": None}, "points")
+    assert some == ("holds in part", f"points: {shown}, b (95 % 0 to 1); some intervals contain both answers", "")
+    assert conclude("seeds 2", {hidden: None}) == ("not testable", "b; one seed gives no interval", "seeds 2")
+    assert conclude("seeds 2", {shown: False, hidden: None})[0] == "not testable"
+    assert count_seeds([True, False], "text") == ("holds in part", "text; in 1 of 2 seeds")
+    assert count_seeds([True], "text") == ("holds", "text; in 1 of 1 seed")
+    assert count_seeds([False, False], "text")[0] == "does not hold"
+
+
+def test_a_claim_keeps_what_is_needed_only_if_it_is_not_testable() -> None:
+    claim = Claim("1a", "statement", "paper").add_measure("points", [0.9, 0.9, 1.0], within=(0.0, 1.0))
+    assert (claim.seeds, claim.high, round(claim.low or 0, 3)) == (3, 1.0, 0.79)
+    assert claim.decide("holds", "reason", "seeds 3").needs == ""
+    assert claim.decide("not testable", "reason", "seeds 3").needs == "seeds 3"
+
+
+def test_the_last_level_is_that_of_the_shortest_chain_that_has_not_diverged() -> None:
+    short = tuple(each for each in EVIDENCE.results if (each.importance, each.seed, each.level) != ("l1", 2, 3))
+    assert replace(EVIDENCE, results=short).last_level("l1") == 2
+    diverged = {"a": [None] * 4, "b": [None, None, 7]}  # at which iteration, if it did
+    chains: dict[str, Any] = {
+        name: [SimpleNamespace(trained=SimpleNamespace(history=SimpleNamespace(diverged_at=at))) for at in levels]
+        for name, levels in diverged.items()
+    }
+    tickets: Any = SimpleNamespace(last_level=lambda _: 2, progress=lambda name: SimpleNamespace(tickets=chains[name]))
+    assert evidence._last_sound_level(tickets, list(chains)) == 1  # type: ignore[arg-type]
 
 
 # 1.
@@ -248,6 +283,8 @@ def test_layers_that_are_pruned_less() -> None:
     assert kept.verdict == "holds"
     assert "output layer" not in kept.reason
     assert judge(claims.special_layers, shapes={"a.weight": (2, 2), "b.weight": (2, 2)}).verdict == "not testable"
+    of_sequences = {"conv1.weight": (4, 3, 3), "a.weight": (8, 4, 3), "s.weight": (8, 4, 1), "fc.weight": (2, 8)}
+    assert replace(EVIDENCE, shapes=of_sequences).groups["1x1 shortcuts"] == ["s.weight"]
 
 
 def test_deeper_layers() -> None:
