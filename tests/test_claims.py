@@ -149,6 +149,7 @@ def test_a_claim_keeps_what_is_needed_only_if_it_is_not_testable() -> None:
 def test_the_last_level_is_that_of_the_shortest_chain_that_has_not_diverged() -> None:
     short = tuple(each for each in EVIDENCE.results if (each.importance, each.seed, each.level) != ("l1", 2, 3))
     assert replace(EVIDENCE, results=short).last_level("l1") == 2
+    assert evidence.distance(EVIDENCE.results, 3, 0.875) == 0
     diverged = {"a": [None] * 4, "b": [None, None, 7]}  # at which iteration, if it did
     chains: dict[str, Any] = {
         name: [SimpleNamespace(trained=SimpleNamespace(history=SimpleNamespace(diverged_at=at))) for at in levels]
@@ -156,6 +157,16 @@ def test_the_last_level_is_that_of_the_shortest_chain_that_has_not_diverged() ->
     }
     tickets: Any = SimpleNamespace(last_level=lambda _: 2, progress=lambda name: SimpleNamespace(tickets=chains[name]))
     assert evidence._last_sound_level(tickets, list(chains)) == 1  # type: ignore[arg-type]
+
+
+def test_the_tables_of_other_importances_are_left_out() -> None:
+    lines = [("importances", "l1"), ("data order", "l1"), ("data order", "taylor")]
+    table = pl.DataFrame({"kind": [kind for kind, _ in lines], "tickets": [[name, f"{name}@1"] for _, name in lines]})
+    assert evidence._drop_other_floors(table, THREE).rows() == table[:2].rows()
+    rows = [(["l1", "magnitude", "l2"], 2, 3), ([*THREE], 3, 3), ([*THREE], 4, 0), (["l1", "l2"], 5, 3)]
+    stored = pl.DataFrame(rows, {"compared": pl.List(pl.String), "level": pl.Int64, "draws": pl.Int64}, orient="row")
+    assert evidence._select_reinit(stored, THREE).rows() == stored[1:2].rows()  # type: ignore[union-attr]
+    assert evidence._select_reinit(stored, ["l1", "taylor"]) is None
 
 
 # 1.
@@ -186,6 +197,12 @@ def test_alike_needs_a_data_order_of_what_is_compared_and_no_divergence() -> Non
         assert alone.reason == "there is no second data order of magnitude, l1, l2, which gives the noise floor"
     diverged = tuple(replace(each, value=None) if each.importance == "l1" else each for each in EVIDENCE.results)
     assert judge(claims.perform_alike, results=diverged).reason == "a training at these levels diverged"
+    five = results(lambda *_: 0.9, FIVE)
+    for orders in (results(lambda *_: 0.9, ["softmax"]), tuple(each for each in EVIDENCE.results if each.seed == 0)):
+        assert judge(claims.perform_alike, results=five, order_results=orders).needs == "data_seeds_for magnitude"
+    judged = tuple(replace(each, measure=replace(each.measure, name="r2", label="R2")) for each in EVIDENCE.results)
+    for claim in (claims.perform_alike, claims.fall_behind):
+        assert judge(claim, results=judged).reason.endswith("of accuracy, and these tickets are judged by R2")
 
 
 def test_alike_on_the_whole_and_not_at_the_compared_level_is_not_alike() -> None:
@@ -194,6 +211,10 @@ def test_alike_on_the_whole_and_not_at_the_compared_level_is_not_alike() -> None
     assert found.verdict == "does not hold"
     before = judge(claims.perform_alike, results=late, order_results=late, level=2)
     assert (before.verdict, before.value) == ("holds", 0.0)
+    for level, points, verdict in ((3, 1.5, "does not hold"), (1, 3.0, "not testable"), (3, 1.05, "does not hold")):
+        # two of the three pairs differ: at this level by two thirds of the points, over three levels by two ninths
+        once = results(lambda name, _, at, a=level, p=points: 0.9 - p / 100 * ((name, at) == ("l1", a)))
+        assert judge(claims.perform_alike, results=once, order_results=once).verdict == verdict
     only_dense = results(lambda name, seed, level: 0.9 - (0.3 if name == "l1" and level == 0 else 0))
     assert judge(claims.perform_alike, results=only_dense, order_results=only_dense).value == 0
 
@@ -226,6 +247,20 @@ def test_softmax_and_min_max_fall_behind_on_convolutional_networks_only(convolut
     assert judge(claims.fall_behind).needs == "importances magnitude l1 l2 softmax min_max"
 
 
+def test_falling_behind_is_judged_at_a_level_that_all_have_and_above_a_guess() -> None:
+    accuracy = tuple(
+        row(name, seed, level, 0.9 if name in THREE else 0.7)
+        for name in FIVE
+        for seed in (0, 1, 2)
+        for level in range(8 if name == "min_max" else 9)
+    )
+    found = judge(claims.fall_behind, importances=FIVE, results=accuracy)
+    assert (found.verdict, found.seeds, "at a sparsity of 99.22 %" in found.reason) == ("holds", 3, True)
+    near = tuple(replace(each, value=0.15) for each in accuracy)
+    reason = "the other tickets are near a random guess at this sparsity, too"
+    assert judge(claims.fall_behind, importances=FIVE, results=near).reason == reason
+
+
 # 2.
 
 
@@ -254,6 +289,9 @@ def test_who_collapses() -> None:
     assert judge(claims.collapse, results=collapsing("softmax", deepest=4)).needs == "levels 7"  # 1 - 0.5^7 > 98.8 %
     short = tuple(each for each in collapsing("softmax") if each.importance != "magnitude" or each.level < 3)
     assert judge(claims.collapse, results=short).reason.startswith("magnitude ends at a sparsity of 75.00 %")
+    uneven = tuple(each for each in collapsing("softmax") if (each.importance, each.seed) != ("magnitude", 1))
+    uneven += tuple(row("magnitude", 1, level, 0.9) for level in range(5))
+    assert judge(claims.collapse, results=uneven).reason.startswith("magnitude ends at a sparsity of 93.75 %")
     assert judge(claims.collapse, results=collapsing(importances=("l1", "l2"))).verdict == "not testable"
     perceptron = judge(claims.collapse, results=collapsing("magnitude", "softmax"), shapes={"fc.weight": (2, 2)})
     assert perceptron.verdict == "not testable"
@@ -313,10 +351,21 @@ def test_spikes_and_who_follows() -> None:
     assert judge(claims.spikes, layers=swapped, **five).verdict == "does not hold"
     worse = judge(claims.follows, layers=swapped, **five)
     assert (worse.verdict, "levels 1 to 3" in worse.reason) == ("does not hold", True)
+    from_1 = swapped.filter(pl.col("level") > 0, importance="min_max", seed=0)
+    assert worse.value == pytest.approx(100 * float(from_1["ahead"].abs().mean()))  # type: ignore[arg-type]
     short = tuple(each for each in accuracy if each.importance != "l1" or each.level < 2)
     cut = judge(claims.follows, layers=swapped, importances=FIVE, results=short)
     assert "levels 1 to 1" in cut.reason, "levels that all importances have"
     assert judge(claims.spikes).verdict == judge(claims.follows).verdict == "not testable"
+
+
+@pytest.mark.parametrize(("own", "verdict"), [(1.4, "does not hold"), (1.6, "holds")])
+def test_spikes_are_half_as_much_again_as_those_of_every_other(
+    own: float, verdict: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = {"softmax": own, "l1": 1.0, "magnitude": 0.5}
+    monkeypatch.setattr(claims, "_unevenness", lambda _, name, *__: found[name])
+    assert judge(claims.spikes, importances=tuple(found), results=results(lambda *_: 0.9, [*found])).verdict == verdict
 
 
 # 4.
@@ -346,9 +395,10 @@ def test_what_is_kept_dense_does_not_count_as_shared() -> None:
 
 
 def test_ends_share_more() -> None:
-    parts = [overlap([0.1] * 3, []), overlap([0.5, 0.6, 0.7], [], "conv1.weight"), overlap([0.05] * 3, [], "fc.weight")]
+    first = overlap([0.5, 0.6, 0.7], [], "conv1.weight").with_columns(layers_expected=pl.lit(2.0))
+    parts = [overlap([0.1] * 3, []), first, overlap([0.05] * 3, [], "fc.weight")]
     found = judge(claims.ends_share_more, overlap=pl.concat(parts))
-    assert (found.verdict, found.value) == ("holds in part", pytest.approx(50))
+    assert (found.verdict, found.value) == ("holds in part", pytest.approx(100 * ((0.6 - 0.2) - (0.1 - 0.05))))
 
 
 # 5.
