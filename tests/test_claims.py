@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from types import SimpleNamespace
@@ -317,6 +319,8 @@ def test_layers_that_are_pruned_less() -> None:
     found = judge(claims.special_layers, layers=layers(alive))
     assert (found.verdict, found.value, found.low) == ("holds in part", 2.0, 2.0)
     assert "output layer 0.50 (95 % 0.50 to 0.50)" in found.reason
+    others = layers(lambda name, *where: alive(name, *where) if name in THREE else 1, FIVE)
+    assert judge(claims.special_layers, layers=others, importances=FIVE).value == 2.0
     kept = judge(claims.special_layers, layers=layers(alive), kept_dense=frozenset(["fc.weight"]))
     assert kept.verdict == "holds"
     assert "output layer" not in kept.reason
@@ -331,6 +335,7 @@ def test_deeper_layers() -> None:
     assert (sparser.verdict, sparser.value) == ("holds", -1.0)
     denser = judge(claims.deeper_layers, layers=layers(lambda _, layer, *__: 10 + 10 * depth[layer]))
     assert (denser.verdict, denser.value) == ("does not hold", 1.0)
+    assert judge(claims.deeper_layers).value == 0.0, "all layers are equally dense"
     few = judge(claims.deeper_layers, shapes=DENSE)
     assert few.reason == "the network has 1 layer between input and output, 4 are needed"
 
@@ -357,6 +362,13 @@ def test_spikes_and_who_follows() -> None:
     cut = judge(claims.follows, layers=swapped, importances=FIVE, results=short)
     assert "levels 1 to 1" in cut.reason, "levels that all importances have"
     assert judge(claims.spikes).verdict == judge(claims.follows).verdict == "not testable"
+
+
+def test_spikes_count_the_round_in_which_a_layer_loses_its_last_connection() -> None:
+    table = layers(lambda *where: (100, 50, 20, 0)[where[2]])
+    for last, shares in ((2, [0.5, 0.6]), (3, [0.5, 0.6, 1.0])):
+        found = claims._unevenness(replace(EVIDENCE, layers=table), "l1", 0, last)
+        assert found == pytest.approx(statistics.stdev(shares))
 
 
 @pytest.mark.parametrize(("own", "verdict"), [(1.4, "does not hold"), (1.6, "holds")])
@@ -410,6 +422,7 @@ def test_effects_on_shared_connections() -> None:
     assert judge(claims.vary_less, stability=stability([-0.5, 0.4, 0.6])).needs == "seeds 0 1 2 3"
     assert judge(claims.vary_less, stability=stability([0.0, 0.0])).verdict == "does not hold"
     assert judge(claims.vary_less, stability=stability([None])).verdict == "not testable"
+    assert judge(claims.vary_less, stability=stability([-0.5, math.nan, -0.6])).seeds == 2
     assert judge(claims.flip_less, stability=stability([-0.5, -0.5], "flipped")).verdict == "holds"
     further = stability([0.5, 0.4, 0.6], "movement", "conv1.weight")
     assert judge(claims.move_further, stability=further).verdict == "holds"
@@ -438,6 +451,8 @@ def test_connections_found_again() -> None:
     assert (found.verdict, found.value, found.chance) == ("holds", pytest.approx(21), 0.0)
     assert found.reason.startswith("level 3, 3 draws, % more often than by chance: input layer +21.0 (95 % +18.5")
     assert judge(claims.found_again, reinit=table(conv1=0.2, fc=-0.5)).verdict == "holds in part"
+    two = Ends(("conv1.weight", "b0.weight"), ("fc.weight",))
+    assert judge(claims.found_again, reinit=table(conv1=0.2, b0=0.0), ends=two).value == pytest.approx(11)
 
 
 # 7.
