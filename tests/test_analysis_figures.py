@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from tombola import Dataset, Mask, UserError, load_study
 from tombola.analysis import connectivity, functions, gather, reinit, stability, weights, winners
 from tombola.analysis.accuracy import Row
+from tombola.analysis.values import value_at, value_at_density
 from tombola.importance import l1, random
 from tombola.study.chains import Chain
 
@@ -271,6 +272,26 @@ def test_statistics_of_batch_norm_become_those_of_the_training_set() -> None:
     assert model[2].running_mean.abs().max() < 1e-2  # type: ignore[union-attr, operator] # after a norm, without dropout
     assert model[0].momentum == 0.1
     assert not model.training
+
+
+# values
+
+
+def test_a_value_at_a_density_lies_between_those_of_two_levels() -> None:
+    tickets: Any = SimpleNamespace(planner=SimpleNamespace(problem=SimpleNamespace(measure=None)))
+    chain = [
+        SimpleNamespace(
+            level=level,
+            mask=SimpleNamespace(density=density),
+            trained=SimpleNamespace(history=SimpleNamespace(value=lambda _, found=found: found)),
+        )
+        for level, (density, found) in enumerate([(1.0, 0.9), (0.5, 0.8), (0.25, 0.6), (0.0, 0.1)])
+    ]
+    tickets.measure = lambda _: chain
+    at = {density: value_at_density(tickets, Chain(0, "l1"), density) for density in (1.0, 0.25, 0.2, 0.0)}
+    assert at == {1.0: 0.9, 0.25: 0.6, 0.2: None, 0.0: None}
+    assert value_at_density(tickets, Chain(0, "l1"), math.sqrt(0.125)) == pytest.approx(0.7)
+    assert (value_at(tickets, Chain(0, "l1"), 3), value_at(tickets, Chain(0, "l1"), 4)) == (0.1, None)
 
 
 # gather

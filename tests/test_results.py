@@ -14,7 +14,7 @@ import torch
 
 from small_study import OVERRIDES
 from tombola import Mask, Planner, Store, Ticket, Weights, load_problem, load_study
-from tombola.analysis.accuracy import Row, row_of, rows, table2
+from tombola.analysis.accuracy import Row, row_of, rows, summarise, table2
 from tombola.cli.results import show_results
 from tombola.cli.tables import size
 from tombola.study.chains import Chain
@@ -51,6 +51,8 @@ def test_a_cell_of_one_seed_has_no_standard_deviation_and_one_without_results_no
 def test_diverged_trainings_are_counted_and_left_out_of_the_mean() -> None:
     cell = table2(FOUND, ["l1", "l2"]).cells[1, "l1"]
     assert (cell.values, cell.diverged) == ((0.80,), 1)
+    means = summarise([row("l1", 0, 0, 0.9), row("l1", 1, 0, None)])
+    assert means.select("value", "seeds", "diverged").row(0) == (0.9, 1, 1)
 
 
 def test_a_training_that_diverged_has_no_training_loss() -> None:
