@@ -237,6 +237,12 @@ def test_the_barrier_is_the_rise_above_the_line_between_the_ends() -> None:
     assert table["barrier"].to_list() == pytest.approx([0.35] * 5)
 
 
+def test_a_line_is_summed_up_by_its_ends_its_highest_point_and_its_barrier() -> None:
+    where = {"level": 1, "seed": 0, "kind": "importances", "tickets": [["a", "b"]] * 3}
+    table = pl.DataFrame({**where, "alpha": [0.0, 0.5, 1.0], "error": [0.1, 0.4, 0.2], "barrier": 0.25})
+    assert connectivity.summarise(table).rows() == [(1, 0, "importances", ["a", "b"], 0.1, 0.2, 0.4, 0.25)]
+
+
 def test_no_barrier_where_the_error_falls_on_the_way() -> None:
     one, other = {"w": torch.tensor(0.0)}, {"w": torch.tensor(1.0)}
     table = connectivity.along_line(one, other, lambda state: (abs(float(state["w"]) - 0.5), 0.0))
@@ -271,7 +277,7 @@ def test_statistics_of_batch_norm_become_those_of_the_training_set() -> None:
     assert torch.allclose(model[0].running_var, expected, rtol=1e-4)  # type: ignore[arg-type]
     assert model[2].running_mean.abs().max() < 1e-2  # type: ignore[union-attr, operator] # after a norm, without dropout
     assert model[0].momentum == 0.1
-    assert not model.training
+    assert not any(module.training for module in model.modules())
 
 
 # values
@@ -302,8 +308,12 @@ def test_a_group_has_two_tickets_and_says_whether_some_are_missing() -> None:
     chains = [Chain(seed, name) for seed in study.seeds for name in study.importances]
     stored = {0: chains, 1: [Chain(0, "l1"), Chain(0, "l2"), Chain(1, "l1")]}
     tickets: Any = SimpleNamespace(
-        study=study, planner=SimpleNamespace(chains=chains), at=lambda level, _: dict.fromkeys(stored[level])
+        study=study,
+        planner=SimpleNamespace(chains=chains),
+        at=lambda level, _: dict.fromkeys(stored[level]),
+        require=lambda *_: None,
     )
+    assert [level for level, _ in gather.by_level(tickets, chains, [1, 0, 1])] == [0, 1]
     found = [(group.level, group.seed, list(group.tickets), group.complete) for group in gather.groups(tickets)]
     every = ["l1", "l2", "lamp"]
     assert found == [(0, 0, every, True), (0, 1, every, True), (1, 0, ["l1", "l2"], False)]
