@@ -167,6 +167,14 @@ def test_barriers_of_two_data_orders_in_another_way(root: Path) -> None:
     ]
 
 
+def test_the_advice_is_that_of_the_sparsest_level() -> None:
+    connected = {(0, 5): True, (0, 9): True, (1, 5): False, (1, 9): True}
+    means = pl.DataFrame(
+        [(*where, found) for where, found in connected.items()], ["level", "iteration", "connected"], orient="row"
+    )
+    assert rewind_point.advise(means)[-1] == "write into the study: recipe.rewind = 9"
+
+
 def test_stored_rewind_points_are_found_and_kept(root: Path) -> None:
     tickets = open_tickets(root)
     assert list_rewind_points(tickets) == [(AT, 1, "l1")]
