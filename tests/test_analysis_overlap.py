@@ -81,6 +81,11 @@ def test_intervals_of_two_masks_are_exact() -> None:
         assert (found[f"{chance}_low"], found[f"{chance}_high"]) == (1, 3)
 
 
+def test_a_summary_has_the_least_and_the_greatest_share() -> None:
+    table = overlap.of_masks({"a": mask(x="1100"), "b": mask(x="1100"), "c": mask(x="0110")}).filter(k=2, layer="x")
+    assert overlap.summarise(table, "layer").select("lowest", "highest", "comparisons").row(0) == (0.5, 1.0, 3)
+
+
 def test_a_layer_that_is_kept_dense_is_whole_by_chance_too() -> None:
     half = mask(x="11110000", y="11")
     table = overlap.of_masks({"a": half, "b": half}, kept_dense=["y"])

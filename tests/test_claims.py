@@ -409,7 +409,9 @@ def test_what_is_kept_dense_does_not_count_as_shared() -> None:
 def test_ends_share_more() -> None:
     first = overlap([0.5, 0.6, 0.7], [], "conv1.weight").with_columns(layers_expected=pl.lit(2.0))
     parts = [overlap([0.1] * 3, []), first, overlap([0.05] * 3, [], "fc.weight")]
-    found = judge(claims.ends_share_more, overlap=pl.concat(parts))
+    two = pl.col("k") == 2  # what only two tickets share does not count
+    table = pl.concat(parts).with_columns(shared_of_ticket=pl.when(two).then(0.9).otherwise("shared_of_ticket"))
+    found = judge(claims.ends_share_more, overlap=table)
     assert (found.verdict, found.value) == ("holds in part", pytest.approx(100 * ((0.6 - 0.2) - (0.1 - 0.05))))
 
 
