@@ -16,10 +16,12 @@ from hypothesis import strategies as st
 from sklearn.metrics import cohen_kappa_score
 from torch import Tensor, nn
 
-from tombola import Dataset, Mask, UserError
-from tombola.analysis import connectivity, functions, reinit, stability, weights, winners
+from tombola import Dataset, Mask, UserError, load_study
+from tombola.analysis import connectivity, functions, gather, reinit, stability, weights, winners
 from tombola.analysis.accuracy import Row
+from tombola.analysis.values import value_at, value_at_density
 from tombola.importance import l1, random
+from tombola.study.chains import Chain
 
 
 def mask(**layers: str) -> Mask:
@@ -91,6 +93,13 @@ def test_stability_where_everything_or_nothing_is_shared() -> None:
     assert table.schema["effect"] == table.schema["other_mean"] == pl.Float64, "else it does not stack on other tables"
     found = only(table, measure="sd", layer="w")
     assert (found["other"], found["other_mean"], found["effect"], found["p"]) == (0, None, None, None)
+
+
+def test_all_layers_together_leave_out_those_that_are_kept_dense() -> None:
+    state = {"w": torch.ones(2), "d": torch.ones(3)}
+    alive, shared = mask(w="11", d="111"), mask(w="10", d="111")
+    whole = only(stability.of_ticket([state], state, state, alive, shared, ["d"]), measure="sd", layer="(all)")
+    assert (whole["shared"], whole["other"]) == (1, 1)
 
 
 # winners
@@ -228,6 +237,12 @@ def test_the_barrier_is_the_rise_above_the_line_between_the_ends() -> None:
     assert table["barrier"].to_list() == pytest.approx([0.35] * 5)
 
 
+def test_a_line_is_summed_up_by_its_ends_its_highest_point_and_its_barrier() -> None:
+    where = {"level": 1, "seed": 0, "kind": "importances", "tickets": [["a", "b"]] * 3}
+    table = pl.DataFrame({**where, "alpha": [0.0, 0.5, 1.0], "error": [0.1, 0.4, 0.2], "barrier": 0.25})
+    assert connectivity.summarise(table).rows() == [(1, 0, "importances", ["a", "b"], 0.1, 0.2, 0.4, 0.25)]
+
+
 def test_no_barrier_where_the_error_falls_on_the_way() -> None:
     one, other = {"w": torch.tensor(0.0)}, {"w": torch.tensor(1.0)}
     table = connectivity.along_line(one, other, lambda state: (abs(float(state["w"]) - 0.5), 0.0))
@@ -254,6 +269,7 @@ def test_statistics_of_batch_norm_become_those_of_the_training_set() -> None:
     data = Dataset("d", inputs, labels, inputs[:2], labels[:2], ("a",))
     model = nn.Sequential(nn.BatchNorm1d(3), nn.Dropout(0.5), nn.BatchNorm1d(3))
     nn.init.constant_(model[0].running_mean, 99)  # type: ignore[arg-type]
+    nn.init.constant_(model[0].num_batches_tracked, 5)  # type: ignore[arg-type]
     connectivity.recompute_statistics(model, data)
     parts = inputs.chunk(3)
     assert torch.allclose(model[0].running_mean, inputs.mean(0), atol=1e-4)  # type: ignore[arg-type]
@@ -261,7 +277,46 @@ def test_statistics_of_batch_norm_become_those_of_the_training_set() -> None:
     assert torch.allclose(model[0].running_var, expected, rtol=1e-4)  # type: ignore[arg-type]
     assert model[2].running_mean.abs().max() < 1e-2  # type: ignore[union-attr, operator] # after a norm, without dropout
     assert model[0].momentum == 0.1
-    assert not model.training
+    assert not any(module.training for module in model.modules())
+
+
+# values
+
+
+def test_a_value_at_a_density_lies_between_those_of_two_levels() -> None:
+    tickets: Any = SimpleNamespace(planner=SimpleNamespace(problem=SimpleNamespace(measure=None)))
+    chain = [
+        SimpleNamespace(
+            level=level,
+            mask=SimpleNamespace(density=density),
+            trained=SimpleNamespace(history=SimpleNamespace(value=lambda _, found=found: found)),
+        )
+        for level, (density, found) in enumerate([(1.0, 0.9), (0.5, 0.8), (0.25, 0.6), (0.0, 0.1)])
+    ]
+    tickets.measure = lambda _: chain
+    at = {density: value_at_density(tickets, Chain(0, "l1"), density) for density in (1.0, 0.25, 0.2, 0.0)}
+    assert at == {1.0: 0.9, 0.25: 0.6, 0.2: None, 0.0: None}
+    assert value_at_density(tickets, Chain(0, "l1"), math.sqrt(0.125)) == pytest.approx(0.7)
+    assert (value_at(tickets, Chain(0, "l1"), 3), value_at(tickets, Chain(0, "l1"), 4)) == (0.1, None)
+
+
+# gather
+
+
+def test_a_group_has_two_tickets_and_says_whether_some_are_missing() -> None:
+    study = load_study("digits", {"importances": ["l1", "l2", "lamp"], "seeds": [0, 1], "levels": 1, "data_seeds": []})
+    chains = [Chain(seed, name) for seed in study.seeds for name in study.importances]
+    stored = {0: chains, 1: [Chain(0, "l1"), Chain(0, "l2"), Chain(1, "l1")]}
+    tickets: Any = SimpleNamespace(
+        study=study,
+        planner=SimpleNamespace(chains=chains),
+        at=lambda level, _: dict.fromkeys(stored[level]),
+        require=lambda *_: None,
+    )
+    assert [level for level, _ in gather.by_level(tickets, chains, [1, 0, 1])] == [0, 1]
+    found = [(group.level, group.seed, list(group.tickets), group.complete) for group in gather.groups(tickets)]
+    every = ["l1", "l2", "lamp"]
+    assert found == [(0, 0, every, True), (0, 1, every, True), (1, 0, ["l1", "l2"], False)]
 
 
 # reinit

@@ -340,3 +340,25 @@ def test_a_layer_behind_a_product_of_inputs_and_a_layer_does_not_touch_the_input
     model = Gated()
     model.fc1, model.fc2 = nn.Linear(2, 2), nn.Linear(2, 1)
     assert find_ends(model, torch.ones(1, 2), ["fc1.weight", "fc2.weight"]).inputs == ("fc1.weight",)
+
+
+class Placed(Scaled):
+    """Adds weights to its inputs, which it changes, and to its outputs; keeps hidden units by the signs of inputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.places, self.shift = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(1))
+        self.fc1, self.fc2 = nn.Linear(2, 2), nn.Linear(2, 1)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        inputs -= 0.5
+        hidden = torch.where(inputs > 0, self.fc1(inputs + self.places), 0.0)
+        outputs: torch.Tensor = self.fc2(hidden) + self.shift
+        return outputs
+
+
+def test_a_weight_that_is_added_does_not_stop_the_inputs_and_a_comparison_takes_none_on() -> None:
+    inputs = torch.ones(1, 2)
+    found = find_ends(Placed(), inputs, ["places", "shift", "fc1.weight", "fc2.weight"])
+    assert found == Ends(("places", "fc1.weight"), ("shift", "fc2.weight"))
+    assert inputs.eq(1).all(), "the inputs are a copy"

@@ -72,6 +72,29 @@ def test_equal_masks_share_everything_and_disjoint_ones_nothing() -> None:
     assert (disjoint["shared"], disjoint["jaccard"], disjoint["kappa"]) == (0, 0.0, -1.0)
 
 
+def test_intervals_of_two_masks_are_exact() -> None:
+    half = mask(x="11110000")  # P(0) = P(4) = 1 / 70; the binomial's interval is 0 to 3
+    table = overlap.of_masks({"a": half, "b": half})
+    for layer in ("x", "(all)"):
+        found = row(table, layer, "a", "b")
+        chance = "layers" if layer == "x" else "global"
+        assert (found[f"{chance}_low"], found[f"{chance}_high"]) == (1, 3)
+
+
+def test_a_summary_has_the_least_and_the_greatest_share() -> None:
+    table = overlap.of_masks({"a": mask(x="1100"), "b": mask(x="1100"), "c": mask(x="0110")}).filter(k=2, layer="x")
+    assert overlap.summarise(table, "layer").select("lowest", "highest", "comparisons").row(0) == (0.5, 1.0, 3)
+
+
+def test_a_layer_that_is_kept_dense_is_whole_by_chance_too() -> None:
+    half = mask(x="11110000", y="11")
+    table = overlap.of_masks({"a": half, "b": half}, kept_dense=["y"])
+    expected = {"x": (2, 2 / 6), "y": (2, 1.0), "(all)": (4, 4 / 8), "(prunable)": (2, 2 / 6)}
+    for layer, (shared, jaccard) in expected.items():
+        found = row(table, layer, "a", "b")
+        assert (found["global_expected"], found["global_jaccard"]) == pytest.approx((shared, jaccard)), layer
+
+
 def test_what_is_not_defined_is_null() -> None:
     empty = row(overlap.of_masks({"a": mask(x="000"), "b": mask(x="000")}), "x", "a", "b")
     assert (empty["shared_of_ticket"], empty["jaccard"], empty["kappa"], empty["layers_jaccard"]) == (None,) * 4

@@ -3,14 +3,27 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
+from typing import Any, cast
 
+import polars as pl
 import pytest
 import torch
 from scipy.spatial.distance import jensenshannon
 from scipy.stats import entropy
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 
-from tombola.analysis.similarity import OUTPUTS, Answers, calibration_error, compare_examples, of_pair
+from tombola import Dataset, Planner, Problem
+from tombola.analysis.similarity import (
+    OUTPUTS,
+    Answers,
+    _Networks,
+    calibration_error,
+    compare_examples,
+    of_pair,
+    summarise,
+)
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -53,6 +66,13 @@ def test_equal_networks_differ_in_nothing_and_opposite_ones_in_all() -> None:
     assert opposite["js"] == pytest.approx(math.log(2))
 
 
+def test_no_divergence_is_below_zero_by_rounding() -> None:
+    """Of outputs that differ by a constant; for some of them H(m) - (H(p) + H(q)) / 2 is less than 0."""
+    for seed in range(50):
+        one = random(20, 5, seed=seed)
+        assert 0 <= compare(one, one + 1)["js"] < 1e-12
+
+
 def test_predictions_by_hand() -> None:
     labels = torch.tensor([0, 1, 1, 0])
     one = torch.tensor([[2.0, 0.0], [0.0, 2.0], [2.0, 0.0], [2.0, 0.0]])  # predicts 0 1 0 0
@@ -61,6 +81,27 @@ def test_predictions_by_hand() -> None:
     assert (found["disagreement"], found["accuracy"], found["gain"]) == (0.5, 0.75, 0.25)
     assert found["low"] < 0.5 < found["high"]
     assert found["expected"] == pytest.approx(1 - 2 * 3 / 4 * 1 / 4)
+
+
+def test_a_summary_has_means_over_pairs_and_no_intervals_over_examples() -> None:
+    one, labels = random(20, 5), torch.zeros(20, dtype=torch.int64)
+    pairs = [of_pair(Answers(one, {}), Answers(random(20, 5, seed=seed), {}), labels) for seed in (1, 2)]
+    tickets = pl.Series("tickets", [["l1, seed 0", "l1, seed 1"]])
+    where = [pl.lit(1).alias("level"), pl.lit(None, pl.Int64).alias("seed"), pl.lit("seeds").alias("kind"), tickets]
+    table = pl.concat([pair.select(*where, pl.all()) for pair in pairs])
+    found = summarise(table)
+    assert "low" not in found.columns
+    assert "high" not in found.columns
+    assert found.select("tickets", "pairs", "kl").row(0) == ("l1", 2, pytest.approx(table["kl"].mean()))
+
+
+def test_of_three_examples_no_layer_is_compared() -> None:
+    inputs, labels = random(3, 4).float(), torch.tensor([0, 1, 0])
+    problem = Problem(Dataset("few", inputs, labels, inputs, labels), lambda: nn.Linear(4, 2), cross_entropy, {})
+    ticket: Any = SimpleNamespace(
+        trained=SimpleNamespace(weights=SimpleNamespace(hash="any")), apply=lambda *_, **__: 0
+    )
+    assert _Networks(cast(Planner, SimpleNamespace(problem=problem)))(ticket).layers == {}
 
 
 def test_calibration_by_hand() -> None:

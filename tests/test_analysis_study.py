@@ -501,7 +501,12 @@ def test_claims_of_a_study(folder: Path, capsys: pytest.CaptureFixture[str]) -> 
     ]
     evidence = collect(tickets)
     assert evidence.describe() == ("Tickets of magnitude, l1 are compared at level 3 (sparsity 87.50 %), from 2 seeds.")
+    assert (evidence.guess, {each.importance for each in evidence.order_results}) == (0.1, {"magnitude"})
     assert collect(tickets, ["l1", "min_max"], 1).level == 1
+    without = Tickets(open_planner(folder, importances=["l1", "min_max"]))
+    assert collect(without, tables={"layers": evidence.layers}).compared == ("l1", "min_max")
+    with pytest.raises(UserError, match="level 0: expected a level from 1 to 3"):
+        collect(tickets, level=0)
     with pytest.raises(UserError, match=r"level 9: expected a level from 1 to 3, which all of magnitude, l1 have"):
         collect(tickets, level=9)
     with pytest.raises(UserError, match="expected at least 2 to compare"):

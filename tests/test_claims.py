@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import math
+import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import polars as pl
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tombola.analysis import claims
+from tombola.analysis import claims, evidence
 from tombola.analysis.accuracy import Row
 from tombola.analysis.ends import Ends
 from tombola.analysis.evidence import Evidence
-from tombola.analysis.verdict import Claim
+from tombola.analysis.verdict import Claim, conclude, count_seeds
 
 THREE = ("magnitude", "l1", "l2")
 FIVE = (*THREE, "softmax", "min_max")
@@ -31,9 +35,7 @@ def row(importance: str, seed: int, level: int, accuracy: float, collapsed: Sequ
     return Row(importance, seed, level, 0.5**level, accuracy, 1, 0.1, False, tuple(collapsed))
 
 
-def results(
-    accuracy: Callable[[str, int, int], float], importances: Sequence[str] = THREE, levels: int = 3
-) -> tuple[Row, ...]:
+def results(accuracy: Callable[[str, int, int], float], importances: Sequence[str] = THREE) -> tuple[Row, ...]:
     return tuple(
         row(name, seed, level, accuracy(name, seed, level))
         for name in importances
@@ -61,11 +63,12 @@ def layers(alive: Callable[[str, str, int, int], int], importances: Sequence[str
 def overlap(two: Sequence[float], noise: Sequence[float], layer: str = "(all)") -> pl.DataFrame:
     """Make a table of overlap: of all three and of each two importances by seed, and of two data orders."""
     lines = [
-        {"seed": seed, "kind": kind, "k": k, "layer": layer, "alive": 10.0, "shared_of_ticket": value}
+        {"seed": seed, "kind": kind, "k": k, "layer": layer, "alive": 10.0, "layers_expected": 0.5}
+        | {"shared_of_ticket": value}
         for values, kind, k in ((two, "importances", 2), (two, "importances", 3), (noise, "data order", 2))
         for seed, value in enumerate(values)
     ]
-    return pl.DataFrame(lines).with_columns(layers_expected=pl.lit(0.5))
+    return pl.DataFrame(lines)
 
 
 def stability(effects: Sequence[float | None], measure: str = "sd", layer: str = "(all)") -> pl.DataFrame:
@@ -115,6 +118,8 @@ def test_what_is_needed_can_be_run() -> None:
     for shape, needs in (((5, 10), "levels 7"), ((50, 10), "")):  # 0.1 % and 1 % of the connections
         shapes = large | {"fc.weight": shape}
         assert replace(EVIDENCE, shapes=shapes, kept_dense=frozenset({"fc.weight"})).more_levels(0.988) == needs
+    still = tuple(replace(each, density=0.5) for each in EVIDENCE.results)
+    assert replace(EVIDENCE, results=still).more_levels(0.988) == "", "no round has removed anything"
 
 
 def test_an_open_interval_of_claim_6_asks_for_what_a_seed_lacks() -> None:
@@ -122,6 +127,48 @@ def test_an_open_interval_of_claim_6_asks_for_what_a_seed_lacks() -> None:
     assert judge(claims.found_again, reinit=pl.DataFrame(lines)).needs == "reinit 2"
     lines.append({"seed": 2, "layer": "conv1.weight", "excess": 0.3, "level": 2, "draws": 3})
     assert judge(claims.found_again, reinit=pl.DataFrame(lines)).needs == "seeds 0 1 2 3"
+
+
+def test_a_verdict_follows_from_the_parts_and_says_what_is_open() -> None:
+    shown, hidden = "a (95 % 1 to 2)", "b"
+    assert conclude("seeds 2", {shown: True, hidden: True}) == ("holds", f"{shown}, {hidden}", "")
+    some = conclude("seeds 2", {shown: True, "b (95 % 0 to 1)": None}, "points")
+    assert some == ("holds in part", f"points: {shown}, b (95 % 0 to 1); some intervals contain both answers", "")
+    assert conclude("seeds 2", {hidden: None}) == ("not testable", "b; one seed gives no interval", "seeds 2")
+    assert conclude("seeds 2", {shown: False, hidden: None})[0] == "not testable"
+    assert count_seeds([True, False], "text") == ("holds in part", "text; in 1 of 2 seeds")
+    assert count_seeds([True], "text") == ("holds", "text; in 1 of 1 seed")
+    assert count_seeds([False, False], "text")[0] == "does not hold"
+
+
+def test_a_claim_keeps_what_is_needed_only_if_it_is_not_testable() -> None:
+    claim = Claim("1a", "statement", "paper").add_measure("points", [0.9, 0.9, 1.0], within=(0.0, 1.0))
+    assert (claim.seeds, claim.high, round(claim.low or 0, 3)) == (3, 1.0, 0.79)
+    assert claim.decide("holds", "reason", "seeds 3").needs == ""
+    assert claim.decide("not testable", "reason", "seeds 3").needs == "seeds 3"
+
+
+def test_the_last_level_is_that_of_the_shortest_chain_that_has_not_diverged() -> None:
+    short = tuple(each for each in EVIDENCE.results if (each.importance, each.seed, each.level) != ("l1", 2, 3))
+    assert replace(EVIDENCE, results=short).last_level("l1") == 2
+    assert evidence.distance(EVIDENCE.results, 3, 0.875) == 0
+    diverged = {"a": [None] * 4, "b": [None, None, 7]}  # at which iteration, if it did
+    chains: dict[str, Any] = {
+        name: [SimpleNamespace(trained=SimpleNamespace(history=SimpleNamespace(diverged_at=at))) for at in levels]
+        for name, levels in diverged.items()
+    }
+    tickets: Any = SimpleNamespace(last_level=lambda _: 2, progress=lambda name: SimpleNamespace(tickets=chains[name]))
+    assert evidence._last_sound_level(tickets, list(chains)) == 1  # type: ignore[arg-type]
+
+
+def test_the_tables_of_other_importances_are_left_out() -> None:
+    lines = [("importances", "l1"), ("data order", "l1"), ("data order", "taylor")]
+    table = pl.DataFrame({"kind": [kind for kind, _ in lines], "tickets": [[name, f"{name}@1"] for _, name in lines]})
+    assert evidence._drop_other_floors(table, THREE).rows() == table[:2].rows()
+    rows = [(["l1", "magnitude", "l2"], 2, 3), ([*THREE], 3, 3), ([*THREE], 4, 0), (["l1", "l2"], 5, 3)]
+    stored = pl.DataFrame(rows, {"compared": pl.List(pl.String), "level": pl.Int64, "draws": pl.Int64}, orient="row")
+    assert evidence._select_reinit(stored, THREE).rows() == stored[1:2].rows()  # type: ignore[union-attr]
+    assert evidence._select_reinit(stored, ["l1", "taylor"]) is None
 
 
 # 1.
@@ -152,6 +199,12 @@ def test_alike_needs_a_data_order_of_what_is_compared_and_no_divergence() -> Non
         assert alone.reason == "there is no second data order of magnitude, l1, l2, which gives the noise floor"
     diverged = tuple(replace(each, value=None) if each.importance == "l1" else each for each in EVIDENCE.results)
     assert judge(claims.perform_alike, results=diverged).reason == "a training at these levels diverged"
+    five = results(lambda *_: 0.9, FIVE)
+    for orders in (results(lambda *_: 0.9, ["softmax"]), tuple(each for each in EVIDENCE.results if each.seed == 0)):
+        assert judge(claims.perform_alike, results=five, order_results=orders).needs == "data_seeds_for magnitude"
+    judged = tuple(replace(each, measure=replace(each.measure, name="r2", label="R2")) for each in EVIDENCE.results)
+    for claim in (claims.perform_alike, claims.fall_behind):
+        assert judge(claim, results=judged).reason.endswith("of accuracy, and these tickets are judged by R2")
 
 
 def test_alike_on_the_whole_and_not_at_the_compared_level_is_not_alike() -> None:
@@ -160,6 +213,10 @@ def test_alike_on_the_whole_and_not_at_the_compared_level_is_not_alike() -> None
     assert found.verdict == "does not hold"
     before = judge(claims.perform_alike, results=late, order_results=late, level=2)
     assert (before.verdict, before.value) == ("holds", 0.0)
+    for level, points, verdict in ((3, 1.5, "does not hold"), (1, 3.0, "not testable"), (3, 1.05, "does not hold")):
+        # two of the three pairs differ: at this level by two thirds of the points, over three levels by two ninths
+        once = results(lambda name, _, at, a=level, p=points: 0.9 - p / 100 * ((name, at) == ("l1", a)))
+        assert judge(claims.perform_alike, results=once, order_results=once).verdict == verdict
     only_dense = results(lambda name, seed, level: 0.9 - (0.3 if name == "l1" and level == 0 else 0))
     assert judge(claims.perform_alike, results=only_dense, order_results=only_dense).value == 0
 
@@ -192,12 +249,24 @@ def test_softmax_and_min_max_fall_behind_on_convolutional_networks_only(convolut
     assert judge(claims.fall_behind).needs == "importances magnitude l1 l2 softmax min_max"
 
 
+def test_falling_behind_is_judged_at_a_level_that_all_have_and_above_a_guess() -> None:
+    accuracy = tuple(
+        row(name, seed, level, 0.9 if name in THREE else 0.7)
+        for name in FIVE
+        for seed in (0, 1, 2)
+        for level in range(8 if name == "min_max" else 9)
+    )
+    found = judge(claims.fall_behind, importances=FIVE, results=accuracy)
+    assert (found.verdict, found.seeds, "at a sparsity of 99.22 %" in found.reason) == ("holds", 3, True)
+    near = tuple(replace(each, value=0.15) for each in accuracy)
+    reason = "the other tickets are near a random guess at this sparsity, too"
+    assert judge(claims.fall_behind, importances=FIVE, results=near).reason == reason
+
+
 # 2.
 
 
-def collapsing(
-    *names: str, level: int = 2, deepest: int = 7, importances: Sequence[str] = (*THREE, "softmax")
-) -> tuple[Row, ...]:
+def collapsing(*names: str, deepest: int = 7, importances: Sequence[str] = (*THREE, "softmax")) -> tuple[Row, ...]:
     return tuple(
         row(name, seed, each, 0.9, ["a.weight"] if name in names and each >= 2 else [])
         for name in importances
@@ -222,6 +291,9 @@ def test_who_collapses() -> None:
     assert judge(claims.collapse, results=collapsing("softmax", deepest=4)).needs == "levels 7"  # 1 - 0.5^7 > 98.8 %
     short = tuple(each for each in collapsing("softmax") if each.importance != "magnitude" or each.level < 3)
     assert judge(claims.collapse, results=short).reason.startswith("magnitude ends at a sparsity of 75.00 %")
+    uneven = tuple(each for each in collapsing("softmax") if (each.importance, each.seed) != ("magnitude", 1))
+    uneven += tuple(row("magnitude", 1, level, 0.9) for level in range(5))
+    assert judge(claims.collapse, results=uneven).reason.startswith("magnitude ends at a sparsity of 93.75 %")
     assert judge(claims.collapse, results=collapsing(importances=("l1", "l2"))).verdict == "not testable"
     perceptron = judge(claims.collapse, results=collapsing("magnitude", "softmax"), shapes={"fc.weight": (2, 2)})
     assert perceptron.verdict == "not testable"
@@ -247,10 +319,14 @@ def test_layers_that_are_pruned_less() -> None:
     found = judge(claims.special_layers, layers=layers(alive))
     assert (found.verdict, found.value, found.low) == ("holds in part", 2.0, 2.0)
     assert "output layer 0.50 (95 % 0.50 to 0.50)" in found.reason
+    others = layers(lambda name, *where: alive(name, *where) if name in THREE else 1, FIVE)
+    assert judge(claims.special_layers, layers=others, importances=FIVE).value == 2.0
     kept = judge(claims.special_layers, layers=layers(alive), kept_dense=frozenset(["fc.weight"]))
     assert kept.verdict == "holds"
     assert "output layer" not in kept.reason
     assert judge(claims.special_layers, shapes={"a.weight": (2, 2), "b.weight": (2, 2)}).verdict == "not testable"
+    of_sequences = {"conv1.weight": (4, 3, 3), "a.weight": (8, 4, 3), "s.weight": (8, 4, 1), "fc.weight": (2, 8)}
+    assert replace(EVIDENCE, shapes=of_sequences).groups["1x1 shortcuts"] == ["s.weight"]
 
 
 def test_deeper_layers() -> None:
@@ -259,6 +335,7 @@ def test_deeper_layers() -> None:
     assert (sparser.verdict, sparser.value) == ("holds", -1.0)
     denser = judge(claims.deeper_layers, layers=layers(lambda _, layer, *__: 10 + 10 * depth[layer]))
     assert (denser.verdict, denser.value) == ("does not hold", 1.0)
+    assert judge(claims.deeper_layers).value == 0.0, "all layers are equally dense"
     few = judge(claims.deeper_layers, shapes=DENSE)
     assert few.reason == "the network has 1 layer between input and output, 4 are needed"
 
@@ -279,10 +356,28 @@ def test_spikes_and_who_follows() -> None:
     assert judge(claims.spikes, layers=swapped, **five).verdict == "does not hold"
     worse = judge(claims.follows, layers=swapped, **five)
     assert (worse.verdict, "levels 1 to 3" in worse.reason) == ("does not hold", True)
+    from_1 = swapped.filter(pl.col("level") > 0, importance="min_max", seed=0)
+    assert worse.value == pytest.approx(100 * float(from_1["ahead"].abs().mean()))  # type: ignore[arg-type]
     short = tuple(each for each in accuracy if each.importance != "l1" or each.level < 2)
     cut = judge(claims.follows, layers=swapped, importances=FIVE, results=short)
     assert "levels 1 to 1" in cut.reason, "levels that all importances have"
     assert judge(claims.spikes).verdict == judge(claims.follows).verdict == "not testable"
+
+
+def test_spikes_count_the_round_in_which_a_layer_loses_its_last_connection() -> None:
+    table = layers(lambda *where: (100, 50, 20, 0)[where[2]])
+    for last, shares in ((2, [0.5, 0.6]), (3, [0.5, 0.6, 1.0])):
+        found = claims._unevenness(replace(EVIDENCE, layers=table), "l1", 0, last)
+        assert found == pytest.approx(statistics.stdev(shares))
+
+
+@pytest.mark.parametrize(("own", "verdict"), [(1.4, "does not hold"), (1.6, "holds")])
+def test_spikes_are_half_as_much_again_as_those_of_every_other(
+    own: float, verdict: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = {"softmax": own, "l1": 1.0, "magnitude": 0.5}
+    monkeypatch.setattr(claims, "_unevenness", lambda _, name, *__: found[name])
+    assert judge(claims.spikes, importances=tuple(found), results=results(lambda *_: 0.9, [*found])).verdict == verdict
 
 
 # 4.
@@ -312,9 +407,12 @@ def test_what_is_kept_dense_does_not_count_as_shared() -> None:
 
 
 def test_ends_share_more() -> None:
-    parts = [overlap([0.1] * 3, []), overlap([0.5, 0.6, 0.7], [], "conv1.weight"), overlap([0.05] * 3, [], "fc.weight")]
-    found = judge(claims.ends_share_more, overlap=pl.concat(parts))
-    assert (found.verdict, found.value) == ("holds in part", pytest.approx(50))
+    first = overlap([0.5, 0.6, 0.7], [], "conv1.weight").with_columns(layers_expected=pl.lit(2.0))
+    parts = [overlap([0.1] * 3, []), first, overlap([0.05] * 3, [], "fc.weight")]
+    two = pl.col("k") == 2  # what only two tickets share does not count
+    table = pl.concat(parts).with_columns(shared_of_ticket=pl.when(two).then(0.9).otherwise("shared_of_ticket"))
+    found = judge(claims.ends_share_more, overlap=table)
+    assert (found.verdict, found.value) == ("holds in part", pytest.approx(100 * ((0.6 - 0.2) - (0.1 - 0.05))))
 
 
 # 5.
@@ -326,6 +424,7 @@ def test_effects_on_shared_connections() -> None:
     assert judge(claims.vary_less, stability=stability([-0.5, 0.4, 0.6])).needs == "seeds 0 1 2 3"
     assert judge(claims.vary_less, stability=stability([0.0, 0.0])).verdict == "does not hold"
     assert judge(claims.vary_less, stability=stability([None])).verdict == "not testable"
+    assert judge(claims.vary_less, stability=stability([-0.5, math.nan, -0.6])).seeds == 2
     assert judge(claims.flip_less, stability=stability([-0.5, -0.5], "flipped")).verdict == "holds"
     further = stability([0.5, 0.4, 0.6], "movement", "conv1.weight")
     assert judge(claims.move_further, stability=further).verdict == "holds"
@@ -354,6 +453,8 @@ def test_connections_found_again() -> None:
     assert (found.verdict, found.value, found.chance) == ("holds", pytest.approx(21), 0.0)
     assert found.reason.startswith("level 3, 3 draws, % more often than by chance: input layer +21.0 (95 % +18.5")
     assert judge(claims.found_again, reinit=table(conv1=0.2, fc=-0.5)).verdict == "holds in part"
+    two = Ends(("conv1.weight", "b0.weight"), ("fc.weight",))
+    assert judge(claims.found_again, reinit=table(conv1=0.2, b0=0.0), ends=two).value == pytest.approx(11)
 
 
 # 7.

@@ -462,7 +462,9 @@ def test_a_learned_mask_counts_as_the_training_that_sees_as_many_examples(tmp_pa
 # verdicts
 
 
-def test_the_frontier_has_a_row_for_each_ticket_and_the_mean_of_its_judges(root: Path) -> None:
+def test_the_frontier_has_a_row_for_each_ticket_and_the_mean_of_its_judges(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     seen = walk(root)
     table = frontier.of_walk(seen)
     assert table.height == sum(not each.trial for each in seen.tried)
@@ -473,7 +475,13 @@ def test_the_frontier_has_a_row_for_each_ticket_and_the_mean_of_its_judges(root:
     assert row["mean"] == pytest.approx(verdict["difference"])
     assert row["low"] == pytest.approx(verdict["low"])
     assert verdict["test"] == pytest.approx(verdict["accuracy"])  # there is no validation set
+    assert verdict["dense_test"] == pytest.approx(verdict["dense_accuracy"])
     assert verdict["keeps"]
+    problem = seen.trials[-1][0].problem
+    monkeypatch.setattr(frontier, "chance_outside", lambda gains, margin, step: step)
+    assert frontier.verdict(seen, 0.05)["outside"] == 1 / problem.data.count("test")
+    monkeypatch.setattr(type(problem), "measure", replace(problem.measure, percent=False))
+    assert frontier.verdict(seen, 0.05)["outside"] == 0.0, "only shares are rounded to steps"
 
 
 def test_the_chance_of_a_further_seed_is_that_of_students_distribution() -> None:

@@ -809,6 +809,14 @@ def test_many_connections(monkeypatch: pytest.MonkeyPatch, order: str, fraction:
         assert torch.equal(torch.cat([pruned["a"], pruned["b"]]), expected)
 
 
+def test_as_many_below_the_first_estimate_as_are_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tombola.pruning.selection._SAMPLED", 100)  # of 300, every fourth
+    place = torch.arange(300)
+    scores = torch.where(place % 4 == 0, 2.5, torch.where(place < 240, 1.0, 5.0)).double()
+    found = select_lowest({"w": scores}.__getitem__, {"w": 300}, 180)["w"]
+    assert torch.equal(found, scores == 1)
+
+
 def test_importances_are_computed_once_if_they_are_few_and_twice_if_they_are_many(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

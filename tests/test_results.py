@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,12 +14,13 @@ import torch
 
 from small_study import OVERRIDES
 from tombola import Mask, Planner, Store, Ticket, Weights, load_problem, load_study
-from tombola.analysis.accuracy import Row, row_of, rows, table2
+from tombola.analysis.accuracy import Row, row_of, rows, summarise, table2
 from tombola.cli.results import show_results
 from tombola.cli.tables import size
 from tombola.study.chains import Chain
 from tombola.study.tickets import Tickets
 from tombola.training.history import History, Trained
+from tombola.training.metrics import TEST_ACCURACY
 from tombola.workbench.text import duration
 
 
@@ -49,6 +51,8 @@ def test_a_cell_of_one_seed_has_no_standard_deviation_and_one_without_results_no
 def test_diverged_trainings_are_counted_and_left_out_of_the_mean() -> None:
     cell = table2(FOUND, ["l1", "l2"]).cells[1, "l1"]
     assert (cell.values, cell.diverged) == ((0.80,), 1)
+    means = summarise([row("l1", 0, 0, 0.9), row("l1", 1, 0, None)])
+    assert means.select("value", "seeds", "diverged").row(0) == (0.9, 1, 1)
 
 
 def test_a_training_that_diverged_has_no_training_loss() -> None:
@@ -62,6 +66,8 @@ def test_the_best_has_the_highest_mean_of_those_with_the_most_seeds() -> None:
     table = table2(FOUND, ["l1", "l2"])
     assert table.best(0) == {"l2"}
     assert table.best(1) == {"l2"}  # l1's higher mean is of one seed of two
+    error = replace(TEST_ACCURACY, label="error", higher_is_better=False)
+    assert replace(table, measure=error).best(0) == {"l1"}
 
 
 def test_none_is_best_where_all_are_alike() -> None:

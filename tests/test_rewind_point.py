@@ -158,11 +158,21 @@ def test_barriers_of_two_data_orders_in_another_way(root: Path) -> None:
     means = rewind_point.summarise(table, tolerance=1.0)
     assert rewind_point.find_earliest(means) == {0: 0, 1: 0}
     assert rewind_point.advise(means)[-1] == "write into the study: recipe.rewind = 0"
-    none = rewind_point.advise(rewind_point.summarise(table.with_columns(barrier=pl.lit(0.5))))
+    half = table.with_columns(barrier=pl.lit(0.5))
+    assert rewind_point.summarise(half, tolerance=0.5)["connected"].all()
+    none = rewind_point.advise(rewind_point.summarise(half))
     assert none == [
         f"two data orders of {what} are not connected from iteration 5 on, the last that was tried"
         for what in ("the dense network", "tickets of level 1")
     ]
+
+
+def test_the_advice_is_that_of_the_sparsest_level() -> None:
+    connected = {(0, 5): True, (0, 9): True, (1, 5): False, (1, 9): True}
+    means = pl.DataFrame(
+        [(*where, found) for where, found in connected.items()], ["level", "iteration", "connected"], orient="row"
+    )
+    assert rewind_point.advise(means)[-1] == "write into the study: recipe.rewind = 9"
 
 
 def test_stored_rewind_points_are_found_and_kept(root: Path) -> None:

@@ -108,6 +108,8 @@ def test_shares_are_relative_and_zero_protects_a_layer() -> None:
         apportion("shares", alive, shapes, 130, {"a": 0.0, "b": 1.0, "c": 12.0})
     with pytest.raises(UserError, match="all layers that have connections left have share 0"):
         apportion("shares", alive, shapes, 1, dict.fromkeys("abc", 0.0))
+    assert apportion("shares", alive, shapes, 0, dict.fromkeys("abc", 0.0)) == dict.fromkeys("abc", 0)
+    assert apportion("shares", alive, shapes, 60, dict.fromkeys("abc", 10**400)) == dict.fromkeys("abc", 20)
 
 
 @given(seed=st.integers(0, 99), fraction=st.floats(0.05, 0.9), selection=st.sampled_from(["uniform", "erk"]))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -385,6 +387,9 @@ def test_a_score_knows_how_many_connections_a_round_removes() -> None:
     (first, removed), (second, rest) = asked
     assert (first, second, second - rest) == (dense.total, first - removed, after.alive)
     assert 0 < removed < dense.total - after.alive
+    whole, last = dense.counts["fc.weight"], after.alive
+    assert (last, after.counts["fc.weight"]) == (first - round(0.36 * first), whole)
+    assert second - whole == round(math.sqrt((first - whole) * (last - whole))), "both steps remove the same fraction"
     asked.clear()
     batches = [(images().train_inputs, images().train_labels)]
     alone = loops.prune(
@@ -466,6 +471,8 @@ def test_a_score_of_several_steps_is_computed_again_before_each() -> None:
     stepwise = prune(model.state_dict(), dense, Importance(NetworkScore(count, 4)), 0.5, score_network=scorer(model))
     assert seen == [dense.total, *(round(dense.total * 0.5 ** (step / 4)) for step in (1, 2, 3))]
     assert stepwise == prune(model.state_dict(), dense, find("magnitude"), 0.5), "magnitudes do not depend on the mask"
+    uniform: dict[str, Any] = {"selection": "uniform", "score_network": scorer(model)}
+    assert prune(model.state_dict(), dense, Importance(NetworkScore(count, 4)), 0.5, **uniform).alive == stepwise.alive
 
 
 MISTAKES: dict[str, tuple[Callable[[Network], object], str]] = {
@@ -548,6 +555,28 @@ def test_a_normalisation_may_not_change_the_order() -> None:
             prune(weights, dense, Importance(magnitude, reverse), 0.25)
     assert prune(weights, dense, lambda magnitudes: -magnitudes, 0.25)["w"].tolist() == [True, True, False, True]
     prune(weights, dense, Importance(magnitude, lambda scores: scores**0.5 / 7 + 1e-12), 0.25)
+
+
+@pytest.mark.parametrize(
+    ("weights", "values", "kept"),
+    [([1.0, 2.0, 3.0], [0.0, 0.0, 1.0], True), ([1.0, 1.0, 2.0], [5.0, 4.0, 6.0], True),
+     ([1.0, 2.0, 3.0], [1.0, 2.0, 2 - 1e-12], True), ([1.0, 2.0, 3.0], [1.0, 2.0, 2 - 1e-5], False)],
+    ids=["two equal values", "two equal scores", "rounding", "more than rounding"],
+)  # fmt: skip
+def test_an_order_is_changed_only_by_a_lower_value_for_a_higher_score(
+    weights: list[float], values: list[float], kept: bool
+) -> None:
+    importance = Importance(find("magnitude").score, lambda _: torch.tensor(values, dtype=torch.float64))
+    dense = Mask.from_tensors({"w": torch.ones(3, dtype=torch.bool)})
+    with contextlib.nullcontext() if kept else pytest.raises(ImportanceError, match="it must keep the order"):
+        prune({"w": torch.tensor(weights)}, dense, importance, 0.3)
+
+
+def test_a_score_that_is_not_a_number_is_found_whatever_the_normalisation() -> None:
+    dense = Mask.from_tensors({"w": torch.ones(3, dtype=torch.bool)})
+    importance = Importance(lambda survivors: survivors.weights() * math.nan, NORMALISATIONS["rank"])
+    with pytest.raises(ImportanceError, match="it returned NaN"):
+        prune({"w": torch.ones(3)}, dense, importance, 0.3)
 
 
 def test_a_layer_that_is_called_twice_or_not_at_all_is_refused_by_scores_that_watch_layers() -> None:

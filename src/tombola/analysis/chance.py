@@ -84,7 +84,7 @@ def interval(mean: Numbers, variance: Numbers, least: Counts, largest: Counts) -
         return np.where(a <= 0, 1.0, inside)
 
     whole = np.rint(mean).astype(np.int64)
-    settled = (variance == 0) | (least == largest)
+    settled = variance == 0
     bounds = []
     for q in ((1 - LEVEL) / 2, (1 + LEVEL) / 2):
         guess = _guess(mean, variance, p, q)

@@ -172,7 +172,7 @@ class _Follower(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kwargs = kwargs or {}
         results = func(*args, **kwargs)
         traces = [self.of(each) for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)]
-        weights = frozenset().union(*(each.weights for each in traces if not each.reached))
+        weights = frozenset().union(*(each.weights for each in traces))
         joins = func.overloadpacket.__name__.strip("_") in _JOINS
         reached, passed = any(each.reached for each in traces), any(each.reached and not each.fresh for each in traces)
         fresh = any(each.fresh for each in traces)

@@ -198,8 +198,7 @@ def collect(
         raise NothingStoredError(f"no level from 1 on is in {planner.store.root} for {', '.join(compared)}")
     results = _with_pruned(rows(tickets))
     if level is None:
-        own = [row for row in results if row.importance in compared]
-        level = min(range(1, last + 1), key=lambda each: distance(own, each, SPARSITY))
+        level = min(range(1, last + 1), key=lambda each: distance(results, each, SPARSITY))
     elif not 1 <= level <= last:
         if 1 <= level <= study.levels:
             tickets.require([level], chains)  # raises an error that says which level is not stored

@@ -154,8 +154,8 @@ def mean_with_interval(values: Sequence[float], within: Bounds = UNBOUNDED) -> t
 
     >>> mean_with_interval([1.0, 1.0]), mean_with_interval([0.5])
     ((1.0, 1.0, 1.0), (0.5, None, None))
-    >>> mean_with_interval([0.9, 1.0], within=(0.0, 1.0))[2]
-    1.0
+    >>> mean_with_interval([0.1, 0.9], within=(0.0, 1.0))
+    (0.5, 0.0, 1.0)
     >>> mean_with_interval([1.0, math.nan])
     (nan, None, None)
     """
