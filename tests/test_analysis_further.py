@@ -132,10 +132,10 @@ def test_claims_say_up_to_what_tickets_are_unique(
         expected = f"Tickets of two {words} overlap at level 2 by {raw:.2f} %, and by {matched:.2f} % with"
         assert expected in told
     assert "are connected" in told or "no level is connected" in told
-    assert command(folder, "basins", "--tolerance", "0", "--margin", "100") == 0
+    limits = ("--tolerance", "0", "--margin", "100", "--points", "2")
+    assert command(folder, "basins", *limits) == 0
     own = " ".join(capsys.readouterr().out.split())
     assert "and differ from iteration 0 on; `tombola rewind-point` compares orders that share the first 2" in own
-    limits = ("--tolerance", "0", "--margin", "100")
     assert command(folder, "claims", "--level", "2", "--with", "basins", *limits) == 0
     limited = " ".join(capsys.readouterr().out.partition("Unique up to what?")[2].replace("- ", "").split())
     (sentence,) = re.findall(r"l1: [^:]*: [^:.]*\.", own)

@@ -12,7 +12,7 @@ from contextlib import suppress
 import polars as pl
 
 from tombola.analysis import basins, controls, matching, rewind_point
-from tombola.analysis.defaults import MARGIN, TOLERANCE
+from tombola.analysis.defaults import MARGIN, POINTS, TOLERANCE
 from tombola.analysis.gather import DATA_ORDER, IMPORTANCES, SEEDS
 from tombola.analysis.winners import mean_with_interval
 from tombola.errors import NothingStoredError
@@ -44,6 +44,7 @@ def collect(
     level: int | None = None,
     tolerance: float = TOLERANCE,
     margin: float = MARGIN,
+    points: int = POINTS,
 ) -> dict[str, pl.DataFrame]:
     """Return the table of the stored controls of a study, and those of what is asked for besides.
 
@@ -56,6 +57,7 @@ def collect(
         level: the level whose tickets are matched; by default the last that all have.
         tolerance: the largest barrier of levels that count as connected, in 0..1.
         margin: by how much a ticket may be worse than the dense network and keep the accuracy, in 0..1.
+        points: the number of points on each line between two networks, including both ends.
 
     Raises:
         UserError: if what is asked for cannot be computed.
@@ -72,7 +74,7 @@ def collect(
     if "matching" in asked:
         tables["matching"] = matching.of_study(tickets, importances, None if level is None else [level])
     if "basins" in asked:
-        barriers = basins.of_study(tickets, importances, tolerance=tolerance)
+        barriers = basins.of_study(tickets, importances, points, tolerance)
         tables["basins"] = basins.summarise(barriers, tickets, tolerance, margin)
     return tables
 

@@ -10,10 +10,10 @@ from contextlib import redirect_stdout
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from tombola.analysis.defaults import POINTS
 from tombola.cli.options import (
     Verbs,
     add_margin,
+    add_points,
     add_tolerance,
     open_planner,
     overrides,
@@ -44,7 +44,7 @@ _UNKNOWN = {
 }
 """What is not known without an analysis that says up to what tickets are unique."""
 
-_OF_BASINS = ("tolerance", "margin")  # options of `claims` that are for basins alone
+_OF_BASINS = ("tolerance", "margin", "points")  # options of `claims` that are for basins alone
 
 _LEVELS = 10_000  # more levels than any network can have
 
@@ -71,6 +71,7 @@ def add_verbs(verbs: Verbs) -> None:
     )
     add_tolerance(added, only="with `--with basins`: ")
     add_margin(added, only="with `--with basins`: ")
+    add_points(added, only="with `--with basins`: ")
     added.set_defaults(**dict.fromkeys(_OF_BASINS))
     for verb in (overlap, layers, stability, winners, weights, functions, connectivity, reinit):
         added = verbs.add(verb.__name__, verb, verbs.study, verbs.table)
@@ -106,13 +107,7 @@ def add_verbs(verbs: Verbs) -> None:
         if verb is stability:
             added.add_argument("--layer", nargs="+", metavar="NAME", help="show only these layers (default: all)")
         if verb is connectivity:
-            added.add_argument(
-                "--points",
-                type=whole_number(2, 1001),
-                default=POINTS,
-                metavar="N",
-                help="the number of points on each line (default: %(default)s)",
-            )
+            add_points(added)
 
 
 def claims(options: argparse.Namespace) -> int:
@@ -121,7 +116,8 @@ def claims(options: argparse.Namespace) -> int:
     from tombola.analysis.evidence import collect
     from tombola.study.rewind_point import list_rewind_points
 
-    limits = {name: value / 100 for name in _OF_BASINS if (value := getattr(options, name)) is not None}
+    given = _options_of_basins(options)
+    limits = {name: value if name == "points" else value / 100 for name, value in given.items()}
     if limits and "basins" not in options.asked:
         raise UserError(f"--{next(iter(limits))} is for --with basins, which is missing")
     tickets, names = open_compared(options)
@@ -374,13 +370,17 @@ def _print_uniqueness(
     for sentence in sentences:
         say(wrap(f"  - {sentence}", 4))
     at = ("--level", str(level))
-    given = {name: getattr(options, name) for name in _OF_BASINS}
-    limits = [word for name, value in given.items() if value is not None for word in (f"--{name}", str(value))]
+    limits = [word for name, value in _options_of_basins(options).items() for word in (f"--{name}", str(value))]
     for name in missing:
         verb, words = name, at if name == "controls" else ()
         if name in trained:
             verb, words = "claims", ("--with", *options.asked, name, *at, *limits)
         say(f"  - Not known is {_UNKNOWN[name]}; run\n    {_name_command(options, verb, *words)}")
+
+
+def _options_of_basins(options: argparse.Namespace) -> dict[str, Any]:
+    """Return the options that are given and are for basins alone."""
+    return {name: value for name in _OF_BASINS if (value := getattr(options, name)) is not None}
 
 
 def _name_command(options: argparse.Namespace, verb: str, *words: str, **fields: Any) -> str:

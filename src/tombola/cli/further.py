@@ -5,9 +5,17 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from tombola.analysis.defaults import DRAWS, POINTS
+from tombola.analysis.defaults import DRAWS
 from tombola.cli.analysis import has_data_orders, note_no_floor, note_no_interval, open_compared, show_view
-from tombola.cli.options import Verbs, add_margin, add_tolerance, print_note, warnings_as_notes, whole_number
+from tombola.cli.options import (
+    Verbs,
+    add_margin,
+    add_points,
+    add_tolerance,
+    print_note,
+    warnings_as_notes,
+    whole_number,
+)
 from tombola.terminal import say
 
 if TYPE_CHECKING:
@@ -38,13 +46,7 @@ def add_verbs(verbs: Verbs) -> None:
             )
 
     added = verbs.add("basins", basins, verbs.study, verbs.table)
-    added.add_argument(
-        "--points",
-        type=whole_number(2, 1001),
-        default=POINTS,
-        metavar="N",
-        help="the number of points on each line (default: %(default)s)",
-    )
+    add_points(added)
     add_tolerance(added)
     add_margin(added)
 

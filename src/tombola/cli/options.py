@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, NoReturn, get_args, get_origin
 
-from tombola.analysis.defaults import MARGIN, TOLERANCE
+from tombola.analysis.defaults import MARGIN, POINTS, TOLERANCE
 from tombola.errors import UserError, did_you_mean, shorten
 from tombola.store.layout import STORE
 from tombola.terminal import say
@@ -190,6 +190,17 @@ def add_tolerance(parser: argparse.ArgumentParser, *, only: str = "") -> None:
         metavar="X",
         help=f"{only}networks are connected if the barrier between them is at most X percentage points "
         f"(default: {100 * TOLERANCE})",
+    )
+
+
+def add_points(parser: argparse.ArgumentParser, *, only: str = "") -> None:
+    """Add the option `--points`, and say first of which other option it is a part."""
+    parser.add_argument(
+        "--points",
+        type=whole_number(2, 1001),
+        default=POINTS,
+        metavar="N",
+        help=f"{only}the number of points on each line (default: {POINTS})",
     )
 
 
