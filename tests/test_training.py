@@ -20,11 +20,14 @@ from torch import Tensor, nn
 
 import golden
 from tombola import Augmentation, Checkpoint, Dataset, History, Mask, Recipe, Trained, UserError, kernels, train
+from tombola.importance import SCORES
 from tombola.streams import derive, generator
 from tombola.training.batches import Changes, batches, iterations, normalisation
 from tombola.training.evaluation import evaluate, predict
 from tombola.training.losses import Losses
+from tombola.training.scoring import score_network
 from tombola.training.train import check_recipe_fits, initial_state
+from tombola.training.trial import try_network
 from tombola.training.weights import apply_mask
 from training_cases import (
     AUGMENTED,
@@ -832,3 +835,30 @@ def test_a_state_or_mask_of_another_network() -> None:
     text = r"^the mask does not fit the model: .* '0.weight' of shape \(4, 5\), the model has one of shape \(5, 4\)"
     with pytest.raises(UserError, match=text):
         train(model, apply_mask(initial, mask), other, VECTORS, recipe, 0)
+
+
+@pytest.mark.parametrize("narrow", [True, False])
+def test_convolutions_that_onednn_computes_out_of_bounds_are_computed_without_it(narrow: bool) -> None:
+    seen: list[bool] = []
+
+    class Strided(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.widen = nn.Conv2d(2, 4 if narrow else 16, 3, padding=1)
+            self.shortcut = nn.Conv2d(self.widen.out_channels, 8, 1, stride=2, bias=False)
+            self.out = nn.Linear(72, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            outputs: Tensor = self.out(self.shortcut(self.widen(x)).flatten(1))
+            if outputs.requires_grad:
+                outputs.register_hook(lambda _: seen.append(torch.backends.mkldnn.enabled))  # when gradients begin
+            return outputs
+
+    model, recipe = Strided(), Recipe(epochs=1, batch_size=8)
+    try_network(lambda: model, nn.functional.cross_entropy, IMAGES, recipe, [])
+    mask = Mask.ones_like(model)
+    train(model, model.state_dict(), mask, IMAGES, recipe, seed=0, end=1, metrics=[])
+    arguments: dict[str, Any] = {"model": model, "state": model.state_dict(), "data": IMAGES, "seed": 0}
+    score_network(SCORES["taylor"], mask, loss=nn.functional.cross_entropy, examples=8, **arguments)
+    assert seen == [not narrow] * 3
+    assert torch.backends.mkldnn.enabled

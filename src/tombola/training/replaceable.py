@@ -15,6 +15,7 @@ from tombola.exits import attribute_failure
 from tombola.inputs import Forward, call, convert
 from tombola.pruning.mask import Mask
 from tombola.training.batches import batches
+from tombola.training.convolutions import sound_convolutions
 from tombola.training.evaluation import Loss
 from tombola.training.recipe import Recipe
 
@@ -53,7 +54,8 @@ def find_fault(
         return loss(outputs, convert(torch.clone, labels))  # copies, because both may be changed in place
 
     with attribute_failure(f"{type(model).__name__} or its loss, in a step that is tried out,"):
-        difference = kernels.find_difference(model, compute)
+        with sound_convolutions(model, device):
+            difference = kernels.find_difference(model, compute)
     if difference is None:
         return None
     return (

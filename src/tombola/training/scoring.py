@@ -15,6 +15,7 @@ from tombola.inputs import Forward, OwnStep, call, select
 from tombola.pruning.mask import Mask
 from tombola.streams import ambient, generator
 from tombola.training.batches import Batch, normalisation
+from tombola.training.convolutions import sound_convolutions
 from tombola.training.determinism import deterministic_algorithms, flush_denormals
 from tombola.training.evaluation import Loss
 from tombola.training.train import load_model, move_data
@@ -141,7 +142,13 @@ def score_batches(
     alive = {layer: mask[layer].to(device) for layer in mask}
     built_in = score in NETWORK_SCORES.values()
     before = None if built_in else state_hash(network.state_dict())
-    with ambient(seed), torch.enable_grad(), flush_denormals(), deterministic_algorithms(device.type):
+    with (
+        ambient(seed),
+        torch.enable_grad(),
+        flush_denormals(),
+        deterministic_algorithms(device.type),
+        sound_convolutions(network, device.type),
+    ):
         found = score(
             Network(network, alive, batches, loss, generator(seed, "score"), forward, step, prunable, removed)
         )

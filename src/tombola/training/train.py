@@ -33,6 +33,7 @@ from tombola.pruning.mask import Mask
 from tombola.streams import ambient
 from tombola.training.accumulation import accumulate, counts_positions
 from tombola.training.batches import Batch, iterations
+from tombola.training.convolutions import sound_convolutions
 from tombola.training.determinism import deterministic_algorithms, flush_denormals, seed_random_layers
 from tombola.training.evaluation import Loss, measure
 from tombola.training.graphs import RecordedStep, can_be_recorded
@@ -192,7 +193,7 @@ def train(
         return Checkpoint(losses.iteration, state, updater.tensors(), losses.values().to("cpu", copy=True))
 
     model.train()
-    with ambient(seed), flush_denormals(), deterministic_algorithms(device):
+    with ambient(seed), flush_denormals(), deterministic_algorithms(device), sound_convolutions(model, device):
         for several in iterations(data, recipe, seed, start.iteration, end):
             if draws:
                 seed_random_layers(seed, losses.iteration, device)

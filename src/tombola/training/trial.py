@@ -35,6 +35,7 @@ from tombola.pruning.mask import Mask
 from tombola.pruning.start import check_step
 from tombola.streams import ambient
 from tombola.training.batches import Batch, batches, device_of, normalisation
+from tombola.training.convolutions import sound_convolutions
 from tombola.training.evaluation import Loss, measure, predict
 from tombola.training.loss_functions import LOSSES, describe_misfit, training_loss
 from tombola.training.metrics import ACCURACY, LOSS, Metric, check_names
@@ -96,7 +97,10 @@ def try_network(
         trained = [name for name, each in model.named_parameters() if each.requires_grad]
         find_decayed(trained, recipe.no_decay, list_shared(model))
         start = {name: each.detach().clone() for name, each in model.named_parameters() if dense and name in dense}
-        tried = _try_step(model, loss, data, recipe, forward=forward, step=step, called=called, of_classes=of_classes)
+        with sound_convolutions(model, "cpu"):
+            tried = _try_step(
+                model, loss, data, recipe, forward=forward, step=step, called=called, of_classes=of_classes
+            )
         if dense is not None:
             few = _spread(data, "test", 8)
 
