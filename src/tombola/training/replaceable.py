@@ -53,9 +53,9 @@ def find_fault(
         outputs = forward(network, convert(torch.clone, inputs))
         return loss(outputs, convert(torch.clone, labels))  # copies, because both may be changed in place
 
-    with attribute_failure(f"{type(model).__name__} or its loss, in a step that is tried out,"):
-        with sound_convolutions(model, device):
-            difference = kernels.find_difference(model, compute)
+    failing = f"{type(model).__name__} or its loss, in a step that is tried out,"
+    with attribute_failure(failing), sound_convolutions(model, device):
+        difference = kernels.find_difference(model, compute)
     if difference is None:
         return None
     return (
