@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -25,13 +26,14 @@ def sound_convolutions(model: nn.Module, device: str) -> Iterator[None]:
     ...     torch.backends.mkldnn.enabled
     False
     """
-    before = torch.backends.mkldnn.enabled
+    onednn: Any = torch.backends.mkldnn
+    before = onednn.enabled
     if device == "cpu" and overruns(model):
-        torch.backends.mkldnn.enabled = False
+        onednn.enabled = False
     try:
         yield
     finally:
-        torch.backends.mkldnn.enabled = before
+        onednn.enabled = before
 
 
 def overruns(model: nn.Module) -> bool:
