@@ -462,6 +462,7 @@ def test_a_ticket_is_read_and_an_importance_may_be_named_or_given() -> None:
     [
         ({"importance": "l2"}, "^importance: the study has no importance 'l2', it has magnitude, l1$"),
         ({"seed": 7}, "^seed: the study has no seed 7, it has 0$"),
+        ({"seed": False}, "^seed: the study has no seed False, it has 0$"),
         ({"seed": [0]}, r"^seed: the study has no seed \[0\], it has 0$"),
         ({"level": 2}, "^level: the study has no level 2, it has levels 0 to 1$"),
         ({"level": -1}, "^level: the study has no level -1"),

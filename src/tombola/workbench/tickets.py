@@ -55,7 +55,7 @@ def ticket_of(planner: Planner, importance: str, seed: int, level: int) -> Ticke
     study = planner.study
     known: Sequence[str | int]
     for what, value, known in (("importance", importance, study.importances), ("seed", seed, study.seeds)):
-        if not isinstance(value, str | Integral) or value not in known:
+        if isinstance(value, bool) or not isinstance(value, str | Integral) or value not in known:
             raise UserError(f"{what}: the study has no {what} {short(value)}, it has {', '.join(map(str, known))}")
     check_level(study, level)
     chain = Chain(int(seed), importance)
