@@ -112,6 +112,7 @@ def test_erk_removes_scalars_first_and_no_more_than_are_asked_for(
     assert numbers == dict(zip(shapes, expected, strict=True))
     scalars: dict[str, tuple[int, ...]] = {"scale": (), "shift": ()}
     assert apportion("erk", {"scale": 1, "shift": 1}, scalars, 1) == {"scale": 1, "shift": 0}
+    assert apportion("erk", {}, scalars, 0) == {}, "all layers are kept dense"
 
 
 def test_shares_of_layers_that_are_not_pruned_are_allowed() -> None:
