@@ -697,6 +697,14 @@ def test_mistakes_of_rewinding() -> None:
         rewind(model, start, mask, optimizer)
 
 
+def test_a_lazy_model_gets_its_shapes_from_the_snapshot() -> None:
+    model = network()
+    start, mask = snapshot(model), half(model)
+    model[0] = nn.LazyLinear(10)
+    rewind(model, start, mask)
+    assert model[0].weight.equal(start.state["0.weight"] * mask["0.weight"])
+
+
 def test_a_mask_of_another_model_under_a_wrapper() -> None:
     refuse(r"the mask does not fit the model: it has layer 'module\.weight' of shape \(2, 3\), the model has no such",
            lambda: prune_model(network(), Mask.ones_like(nn.DataParallel(nn.Linear(3, 2))), l1, 0.2))  # fmt: skip

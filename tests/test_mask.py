@@ -211,9 +211,11 @@ def test_nothing_changes_a_mask() -> None:
             mask.bits["w"][0] = 0
         mask.bits.clear()
         mask.sizes.clear()
+        mask.counts.clear()
         with pytest.raises(TypeError):
             mask["w"] = given_tensor  # type: ignore[index]
         assert mask["w"].tolist() == [True, False, True]
+        assert mask.counts == {"w": 2}
         assert Mask.from_tensors(mask).hash == before
         given_tensor.copy_(torch.tensor([True, False, True]))
         given_bits.fill(0b101)
@@ -233,6 +235,15 @@ def test_a_mask_is_made_of_bools() -> None:
 def test_masks_of_different_networks() -> None:
     with pytest.raises(UserError, match="masks of different networks cannot be combined: they differ in b, c"):
         alive(a=[1], b=[1, 0], c=[1]) & alive(a=[1], b=[[1, 0]])
+    with pytest.raises(UserError, match=r"masks of different networks cannot be combined: they differ in b$"):
+        alive(a=[1], b=[1, 0]) | alive(a=[1], b=[[1, 0]])
+
+
+def test_a_mask_on_disk_has_its_counts_and_may_be_read_in_steps() -> None:
+    mask = alive(a=[1, 0], b=[1])
+    on_disk = mask.unload(lambda: mask)
+    assert on_disk.counts == {"a": 1, "b": 1}
+    assert mask.unload(lambda: on_disk)["a"].tolist() == [True, False]
 
 
 # What may be pruned.

@@ -46,7 +46,7 @@ from tombola.importance import IMPORTANCES, find, magnitude
 from tombola.lottery import ticket_file
 from tombola.lottery.ticket_file import Content
 from tombola.pruning.coverage import cover
-from tombola.pruning.eligible import list_shared
+from tombola.pruning.eligible import list_shared, resolve_layers
 from tombola.pruning.mask import resolve_kept_dense
 from tombola.pruning.start import check_start, check_step
 from tombola.reporting import tables
@@ -150,6 +150,12 @@ def examples(name: str) -> Dataset:
 def test_the_weight_matrices_of_layers_are_prunable(model: nn.Module, expected: list[str]) -> None:
     assert list(prunable(model)) == expected
     assert list(Mask.ones_like(model)) == expected
+
+
+def test_a_weight_that_a_parametrization_gives_is_not_prunable_even_if_it_is_a_parameter() -> None:
+    model = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2))
+    nn.utils.parametrize.register_parametrization(model[0], "weight", nn.Identity())
+    assert list(prunable(model)) == ["1.weight"]
 
 
 def test_the_conv1d_of_huggingface_is_recognised_without_its_library() -> None:
@@ -530,6 +536,7 @@ def add_integers(model: nn.Sequential) -> None:
          "model: its '0.weight' has a mask of torch.nn.utils.prune, which level 0 would not keep; make"),
         (lambda model: weight_norm(model[0]), [], "model: its '0.weight' is computed from other parameters, as by"),
         (lambda model: weight_norm(model[0]), ["*"], "model: its '0.weight' is computed from other parameters, as by"),
+        (lambda model: weight_norm(model[0]), ["*.original1"], "its '0.weight' is computed from other parameters, as"),
         (lambda model: [weight_norm(model[0]), weight_norm(model[2])], [], "; its '0.weight' is computed from other"),
         (make_complex, [], "model: its '0.weight' is complex64; expected float32, as model.float() gives"),
         (to_type(torch.bfloat16), [], "model: its '0.weight' is bfloat16; expected float32, as model.float() gives"),
@@ -589,6 +596,46 @@ def test_weights_that_count_only_where_they_are_large_are_not_masked(sign: int) 
     check_step(model, Mask.ones_like(model), {"weight": model.weight.detach().clone()}, outputs, "model")
 
 
+def refuse_large(weight: Tensor) -> Tensor:
+    if weight.abs().max() > 1:
+        raise UserError("a weight is too large")
+    return weight
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda weight, kept: weight + (weight * kept - weight).detach(),  # the gradient of all weights
+        lambda weight, _: 0 * weight,  # the gradient is 0 for all
+        lambda weight, kept: refuse_large(weight) * kept,
+    ],
+    ids=["a gradient reaches all", "a gradient reaches none", "the network refuses large weights"],
+)
+def test_weights_that_a_pass_could_use_are_not_masked(use: Callable[[Tensor, Tensor], Tensor]) -> None:
+    model, kept = nn.Linear(20, 10), torch.arange(200).reshape(10, 20) % 2
+    model.register_buffer("kept", kept)
+    start = {"weight": model.weight.detach().clone()}
+
+    def outputs() -> Tensor:
+        return nn.functional.linear(torch.ones(1, 20), use(model.weight, kept))
+
+    outputs().sum().backward()
+    check_step(model, Mask.ones_like(model), start, outputs, "model")
+    assert model.weight.equal(start["weight"])
+
+
+def test_a_limit_of_weights_at_zero_is_no_mask() -> None:
+    model = nn.Linear(20, 10)
+    start = {"weight": model.weight.detach().clone()}
+    with torch.no_grad():
+        model.weight.clamp_(min=0)
+    check_step(model, Mask.ones_like(model), start, lambda: model.weight, "model")
+    with torch.no_grad():
+        model.weight[0] = 0
+    with pytest.raises(UserError, match=r"a step sets \d+ of the 200 weights of 'weight' to 0"):
+        check_step(model, Mask.ones_like(model), start, lambda: model.weight, "model")
+
+
 def test_a_sparse_gradient_says_nothing_about_a_mask() -> None:
     model = nn.Embedding(20, 10, sparse=True)
     model.register_buffer("kept", torch.arange(200).reshape(20, 10) % 2)
@@ -633,6 +680,13 @@ def test_the_pattern_that_would_add_the_largest_tensors_is_named() -> None:
         assert said.endswith(f"; prune = {expected} would prune it too.")
     everything = Mask.ones_like(model, prune=["default", "0.weight"])
     assert cover(model, everything, prune=["default", "0.weight"]).warn() == ""
+
+
+def test_density_says_enough_from_nine_tenths_of_the_parameters_on() -> None:
+    model = nn.Linear(9, 1)
+    assert cover(model, Mask.ones_like(model)).warn() == ""
+    model.scales = nn.ParameterList(torch.ones(1) for _ in range(110))  # 92 % of the parameters, each less than 1 %
+    assert cover(model, Mask.ones_like(model)).warn().endswith("; the largest others are bias (1, not chosen).")
 
 
 def test_paths_of_other_weights_are_refused() -> None:
@@ -711,6 +765,14 @@ def test_layers_are_named_by_any_name_of_a_shared_weight() -> None:
     assert resolve_kept_dense(Mask.ones_like(model), ["2"], (), list_shared(model)) == {"0.weight"}
 
 
+def test_a_name_means_a_layer_that_is_there() -> None:
+    assert resolve_layers(["a", "a.weight"], ["a"], "exclude") == {"a"}  # the full name before the layer
+    with pytest.raises(UserError, match="exclude: 'c' is no prunable layer"):
+        resolve_layers(["a.weight"], ["c"], "exclude", shared={"b.weight": ["c.weight"]})
+    mask = Mask.ones_like(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)))
+    assert resolve_kept_dense(mask, ["0", "left.out"], ["left.out"]) == {"0.weight"}
+
+
 def test_kernels_is_auto_or_off() -> None:
     with pytest.raises(UserError, match="expected 'auto' or 'off', got 'on'"):
         read_kernels("on")  # type: ignore[arg-type]
@@ -750,4 +812,6 @@ def test_parameters_that_share_memory_are_refused(part: slice | tuple[slice, sli
         check_start(model, Mask.ones_like(model), (), "model")
     both = torch.randn(4, 8)
     model[0].weight, model[1].weight = nn.Parameter(both[:, ::2]), nn.Parameter(both[:, 1::2])
-    check_start(model, Mask.ones_like(model), (), "model")
+    model.register_buffer("mean", both.new_ones(4))
+    model.register_buffer("part", model.mean[part if isinstance(part, slice) else 0])
+    check_start(model, Mask.ones_like(model), (), "model")  # only buffers share memory

@@ -101,6 +101,26 @@ def test_erk_makes_layers_over_one_dense_and_solves_again() -> None:
     assert stay == {"fc1": round(1084 * scale), "fc2": round(400 * scale), "fc": 1000}
 
 
+@pytest.mark.parametrize(
+    ("alive", "count", "expected"),
+    [((10, 1, 1), 0, (0, 0, 0)), ((10, 1, 1), 3, (1, 1, 1)), ((0, 1, 1), 1, (0, 1, 0)), ((0, 0, 1), 0, (0, 0, 0))],
+)
+def test_erk_removes_scalars_first_and_no_more_than_are_asked_for(
+    alive: tuple[int, ...], count: int, expected: tuple[int, ...]
+) -> None:
+    shapes: dict[str, tuple[int, ...]] = {"vector": (10,), "scale": (), "shift": ()}
+    numbers = apportion("erk", dict(zip(shapes, alive, strict=True)), shapes, count)
+    assert numbers == dict(zip(shapes, expected, strict=True))
+    scalars: dict[str, tuple[int, ...]] = {"scale": (), "shift": ()}
+    assert apportion("erk", {"scale": 1, "shift": 1}, scalars, 1) == {"scale": 1, "shift": 0}
+    assert apportion("erk", {}, scalars, 0) == {}, "all layers are kept dense"
+
+
+def test_shares_of_layers_that_are_not_pruned_are_allowed() -> None:
+    shapes = {"a": (4,), "kept dense": (4,)}
+    assert apportion("shares", {"a": 4}, shapes, 2, {"kept dense": 2.0}) == {"a": 2}
+
+
 def test_shares_are_relative_and_zero_protects_a_layer() -> None:
     alive = dict.fromkeys("abc", 100)
     shapes = dict.fromkeys("abc", (10, 10))

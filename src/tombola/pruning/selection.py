@@ -69,7 +69,8 @@ def apportion(
     - `uniform`: the same share of each layer, count / (sum of alive).
     - `erk` (Erdos-Renyi kernel, Evci et al., arXiv 1911.11134): as many stay in each layer as c * (sum of the weight's
       dimensions), at most all that are alive, with the c for which `count` are removed. The density of a layer is then
-      proportional to (inputs + outputs + kernel height + kernel width) / (its number of connections).
+      proportional to (inputs + outputs + kernel height + kernel width) / (its number of connections). Scalars have no
+      dimensions and go first; among themselves they are alike.
     - `shares`: a share of each layer that is proportional to shares[layer].
 
     Whole numbers come from the method of largest remainders; of equal remainders, that of the earlier layer counts.
@@ -116,7 +117,7 @@ def apportion(
                 f"shares: layer {layer!r} would lose {math.ceil(number)} connections in a round and has only "
                 f"{alive[layer]}; give it a smaller share, or use fewer levels"
             )
-    return _round_to_sum(ideal, alive, count)
+    return _round_to_sum(ideal, count)
 
 
 def _erk(alive: Mapping[str, int], shapes: Mapping[str, tuple[int, ...]], count: int) -> dict[str, Fraction]:
@@ -125,25 +126,28 @@ def _erk(alive: Mapping[str, int], shapes: Mapping[str, tuple[int, ...]], count:
     A layer for which more would stay than it has loses none, and the proportion is solved again for the others.
     """
     stay = sum(alive.values()) - count
-    free = {layer: sum(shapes[layer]) for layer in alive}
     full: set[str] = set()
     while True:
-        rest = sum(size for layer, size in free.items() if layer not in full)
+        free = {layer: sum(shapes[layer]) for layer in alive if layer not in full}
+        if not any(free.values()):
+            free = dict.fromkeys(free, 1)  # only scalars, which have no dimensions
         left = stay - sum(alive[layer] for layer in full)
-        scale = Fraction(left, rest) if rest else Fraction(0)
-        over = {layer for layer in alive if layer not in full and scale * free[layer] > alive[layer]}
+        scale = Fraction(left, sum(free.values())) if free else Fraction(0)
+        over = {layer for layer, size in free.items() if scale * size > alive[layer]}
         if not over:
-            return {layer: Fraction(0) if layer in full else alive[layer] - scale * free[layer] for layer in alive}
+            return {layer: alive[layer] - scale * free[layer] if layer in free else Fraction(0) for layer in alive}
         full |= over
 
 
-def _round_to_sum(ideal: Mapping[str, Fraction], limits: Mapping[str, int], count: int) -> dict[str, int]:
-    """Round numbers to whole numbers with the sum `count`, none above its limit: the method of largest remainders."""
-    numbers = {layer: min(limits[layer], math.floor(number)) for layer, number in ideal.items()}
+def _round_to_sum(ideal: Mapping[str, Fraction], count: int) -> dict[str, int]:
+    """Round numbers whose sum is `count` to whole numbers with the same sum: the method of largest remainders.
+
+    Fewer are missing after rounding down than numbers have a remainder, so that none is rounded up that is whole.
+    """
+    numbers = {layer: math.floor(number) for layer, number in ideal.items()}
     by_remainder = sorted(ideal, key=lambda layer: numbers[layer] - ideal[layer])  # the largest remainder first
-    while missing := count - sum(numbers.values()):
-        for layer in [layer for layer in by_remainder if numbers[layer] < limits[layer]][:missing]:
-            numbers[layer] += 1
+    for layer in by_remainder[: count - sum(numbers.values())]:
+        numbers[layer] += 1
     return numbers
 
 
