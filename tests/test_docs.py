@@ -216,6 +216,7 @@ MOST: dict[str, Callable[[list[str]], list[str]]] = {
     "--seeds": lambda seeds: [str(number) for number, _ in enumerate(seeds[:2])],
     "--at": lambda iterations: sorted({str(min(number, 2)) for number, _ in enumerate(iterations)}),
     "--points": lambda _: ["3"],
+    "--within": lambda _: ["99"],
     "--draws": lambda _: ["2"],
 }
 """What values of an option become in the small world; a study that a page runs with `--seeds` has one seed there."""
@@ -307,7 +308,7 @@ def reader(
     shutil.copytree(small_data, "data")
     shutil.copytree(finished, "tombola-store")
     monkeypatch.syspath_prepend(str(tmp_path))
-    for name in ("mine", "stands_in"):
+    for name in ("mine", "stands_in", "scores"):
         monkeypatch.setitem(sys.modules, name, ModuleType(name))  # so that it is gone afterwards
         del sys.modules[name]
     on_ray = ModuleType("tombola.engine.ray")
