@@ -25,7 +25,6 @@ from tombola.engine.job import Job, Outcome
 from tombola.engine.run import run
 from tombola.errors import UserError
 from tombola.importance import Network, NetworkScore, magnitude
-from tombola.importance.network_scores import VERSIONS
 from tombola.lottery.rule import Rule, check_rule, resolve_shares
 from tombola.pruning.selection import SELECTIONS, apportion
 from tombola.streams import ambient
@@ -169,7 +168,7 @@ def test_a_rule_is_checked_for_all_levels_before_any_training(tmp_path: Path) ->
 # Names
 
 
-def test_each_thing_that_decides_a_mask_is_in_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_thing_that_decides_a_mask_is_in_its_name(tmp_path: Path) -> None:
     names = []
     for importance, fields in (
         ("l1", {}),
@@ -185,9 +184,6 @@ def test_each_thing_that_decides_a_mask_is_in_its_name(tmp_path: Path, monkeypat
     ):
         plan = planner(tmp_path, variant((importance,), **fields))
         names.append(plan._name(plan.initial(0), plan.dense, 0, plan.initial(0), Chain(0, importance)))
-    monkeypatch.setitem(VERSIONS, "taylor", 2)
-    plan = planner(tmp_path, variant(("taylor/l1",)))
-    names.append(plan._name(plan.initial(0), plan.dense, 0, plan.initial(0), Chain(0, "taylor/l1")))
     assert len(set(names)) == len(names)
     plan = planner(tmp_path, variant(("l1",), score_examples=5, levels=1, score_at="rewind"))
     same = plan._name(plan.initial(0), plan.dense, 0, plan.initial(0), Chain(0, "l1"))

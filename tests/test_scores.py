@@ -21,7 +21,6 @@ from torch.nn import functional
 from tombola import Dataset, Mask, loops, prune
 from tombola.errors import ImportanceError, UserError
 from tombola.importance import NORMALISATIONS, SCORES, Importance, Network, NetworkScore, find, normalisation
-from tombola.importance.batch_norm import ease_batch_norm
 from tombola.importance.network_scores import NETWORK_SCORES, _sample, taylor
 from tombola.training.scoring import score_network
 
@@ -276,42 +275,6 @@ def test_wanda_multiplies_weights_by_the_norm_of_their_inputs(seen: list[tuple[T
             square = sum(float(alone(inputs).square().sum()) for inputs in heard[name])
         expected = abs(float(reference.weights[name].view(-1)[index])) * square**0.5
         assert float(found[name].flatten()[index]) == pytest.approx(expected, rel=1e-4)
-
-
-@pytest.mark.parametrize("affine", [True, False])
-@pytest.mark.parametrize("dims", [0, 1, 2, 3])
-def test_second_derivatives_of_batch_norm_are_those_of_torch(dims: int, affine: bool) -> None:
-    """In float64; the module computes as before when the block has ended."""
-    torch.manual_seed(dims)
-    norm = (nn.BatchNorm1d, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)[dims](3, affine=affine).double()
-    inputs, weights = (torch.randn(5, 3, *[4] * dims, dtype=torch.float64) for _ in range(2))
-    inputs.requires_grad_()
-    for parameter in norm.parameters():
-        nn.init.normal_(parameter)
-
-    def curve() -> tuple[Tensor, Tensor]:
-        outputs = norm(inputs)
-        (slopes,) = torch.autograd.grad((weights * outputs**2).sum(), inputs, create_graph=True)
-        return outputs, torch.autograd.grad((slopes**3).sum(), inputs)[0]
-
-    expected = curve()
-    with ease_batch_norm(norm, [inputs]):
-        assert "forward" in vars(norm)
-        found = curve()
-    assert "forward" not in vars(norm)
-    torch.testing.assert_close(found, expected)
-
-
-def test_batch_norm_that_cannot_be_eased_is_left_as_it_is() -> None:
-    """If it uses running statistics, is another class, or is scored itself."""
-
-    class Own(nn.BatchNorm1d):
-        pass
-
-    scored = nn.BatchNorm1d(3)
-    for norm in (nn.BatchNorm1d(3).eval(), Own(3), scored):
-        with ease_batch_norm(norm, [scored.weight]):
-            assert "forward" not in vars(norm)
 
 
 def test_hessian_is_its_diagonal_where_the_hessian_is_diagonal() -> None:

@@ -24,7 +24,6 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tombola.errors import ImportanceError, expect_whole
-from tombola.importance.batch_norm import ease_batch_norm
 from tombola.inputs import Forward, OwnStep, Tensors, call, convert, count_examples, list_tensors
 
 Convolution: TypeAlias = nn.Conv1d | nn.Conv2d | nn.Conv3d
@@ -341,9 +340,6 @@ NETWORK_SCORES: dict[str, NetworkScore] = {
 }
 """The scores of whole networks by name."""
 
-VERSIONS = {"grasp": 2, "hessian": 2}
-"""The scores whose bits have changed, each with a number that is part of the names of its masks."""
-
 
 class _LossOf(nn.Module):
     """The mean loss over a batch as a module, whose weights can be replaced during a call."""
@@ -389,8 +385,7 @@ def _hessian_products(
 ) -> Iterator[tuple[Mapping[str, Tensor], dict[str, Tensor]]]:
     """Yield a direction v and the part of the product H v that each batch adds; the parts sum to H v."""
     weights = network.weights
-    # The other implementations of attention have no second derivative.
-    with sdpa_kernel(SDPBackend.MATH), ease_batch_norm(network.model, list(weights.values())):
+    with sdpa_kernel(SDPBackend.MATH):  # the other implementations of attention have no second derivative
         for loss in _losses(network, network.loss_of):
             slopes, along = _gradient_of(loss, weights, create_graph=True), direction()
             slope = torch.stack([(slopes[layer] * along[layer]).sum() for layer in weights]).sum()

@@ -16,7 +16,6 @@ from typing import Any
 
 from tombola.errors import DamagedResultError, RoundError, UserError, expect, expect_flags
 from tombola.importance import NetworkScore, is_built_in
-from tombola.importance.network_scores import VERSIONS
 from tombola.inputs import call
 from tombola.kernels import can_pack, have_convolutions
 from tombola.lottery.rewinding import lottery_ticket_rewinding
@@ -509,8 +508,6 @@ class Planner:
                 "batch_size": study.recipe.batch_size,
                 "device": study.device,
             }
-            if version := VERSIONS.get(name.partition("/")[0]):
-                others["version"] = version
         return others
 
     def _name_mask(self, chain: Chain, ticket: Ticket) -> str:
