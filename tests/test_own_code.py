@@ -159,6 +159,13 @@ def test_a_module_whose_file_is_removed_is_refused(module: Path) -> None:
         load_problem(task)
 
 
+def test_a_module_that_replaces_itself_is_refused(module: Path) -> None:
+    itself = "\nimport sys\nfrom types import SimpleNamespace\n\nsys.modules[__name__] = SimpleNamespace(model=model)\n"
+    module.write_text(MODULE + itself)
+    with pytest.raises(UserError, match=r"it puts another object in its place in sys\.modules"):
+        load_problem(Task(dataset="tiny_task:dataset", model=f"{module.stem}:model"))
+
+
 def test_a_function_that_a_library_makes_in_the_place_of_one_is_no_edit(module: Path) -> None:
     own = "from hypothesis import given, strategies\n\n\n@given(strategies.integers())\ndef check(x):\n    pass\n\n\n"
     module.write_text(own + MODULE)

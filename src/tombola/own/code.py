@@ -95,6 +95,11 @@ def steady_source(references: Collection[str]) -> Iterator[None]:
     found = _hash_own(roots)
     seen = before.keys() | {root for root in roots if sys.modules.get(root) in _IMPORTED}
     for name in sorted(seen - found.keys()):  # its source could not be a part of names
+        if name in before and before[name][0].is_file():
+            raise UserError(
+                f"module {name!r}: it puts another object in its place in sys.modules, so that trainings cannot be "
+                "named after its source; give this object a name in the module, and import that"
+            )
         raise UserError(f"module {name!r}: its file was removed after it was imported; put it back, and start again")
     for name, (path, digest) in found.items():
         module = sys.modules.get(name)

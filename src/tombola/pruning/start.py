@@ -19,9 +19,12 @@ FEW_ZEROS, SMALL_SHARE = 16, 0.01
 def check_registered(model: nn.Module, what: str) -> None:
     """Raise `UserError` if torch does not find a layer.
 
-    It may be in a list or a dictionary of Python, or under a name with a dot.
+    It may be in a list or a dictionary of Python, or under a name with a dot. Layers without weights that are trained
+    may be anywhere.
 
     >>> model = nn.Linear(2, 2)
+    >>> model.activations = [nn.ReLU()]
+    >>> check_registered(model, "model")
     >>> model.others = [nn.Linear(2, 2)]
     >>> check_registered(model, "model")  # doctest: +ELLIPSIS
     Traceback (most recent call last):
@@ -38,11 +41,15 @@ def check_registered(model: nn.Module, what: str) -> None:
             several = list(value.values()) if isinstance(value, dict) else value
             if name.startswith("_") or not isinstance(several, list | tuple):
                 continue
-            if any(isinstance(each, nn.Module) and id(each) not in registered for each in several):
+            if any(id(each) not in registered and _has_weights(each) for each in several):
                 raise UserError(
                     f"{what}: its {f'{path}.{name}'.removeprefix('.')!r} is a {type(value).__name__} of layers, whose "
                     f"weights torch neither trains nor stores; put them into a torch.nn.ModuleList or ModuleDict"
                 )
+
+
+def _has_weights(value: object) -> bool:
+    return isinstance(value, nn.Module) and any(parameter.requires_grad for parameter in value.parameters())
 
 
 def _is_found(model: nn.Module, path: str, module: nn.Module) -> bool:

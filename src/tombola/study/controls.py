@@ -177,7 +177,8 @@ def check_size(study: Study, kinds: Collection[str] | None, draws: int, importan
     Traceback (most recent call last):
     tombola.errors.UserError: controls: these are 50010 trainings, expected at most 10000; name fewer ...
     """
-    tickets, random = len(select_chains(study, importances)), draws if isinstance(draws, int) else 1
+    tickets = len(select_chains(study, importances))
+    random = draws if isinstance(draws, int) and 1 <= draws <= MOST_DRAWS else 1  # others are refused by their range
     counts = [min(random, len(study.seeds) - 1) if k == "other-seed" else random for k in _choose_kinds(kinds, study)]
     if tickets * sum(counts) > MOST_CHAINS:
         raise UserError(

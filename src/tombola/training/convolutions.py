@@ -14,9 +14,10 @@ from torch import nn
 def sound_convolutions(model: nn.Module, device: str) -> Iterator[None]:
     """Inside the block, compute the convolutions of a model without oneDNN if it would write out of bounds.
 
-    For a convolution of 1 x 1 with a stride, channels-last, the gradient of the weight is written past the end of its
-    memory if there are fewer input channels than a vector has numbers (https://github.com/uxlfoundation/oneDNN/issues/
-    6035). Then the process ends, or results are wrong. Torch's own convolutions take about twice as long.
+    For a convolution of 1 x 1 with a stride, channels-last, oneDNN writes past the end of its workspace when it
+    computes the gradient of the weight, if there are fewer input channels than a vector has numbers. Then the process
+    ends, or results are wrong: https://github.com/uxlfoundation/oneDNN/issues/6035. Torch's own convolutions take about
+    twice as long.
 
     Args:
         model: the model; layers whose sparse replacements compute them do not count.
@@ -27,13 +28,14 @@ def sound_convolutions(model: nn.Module, device: str) -> Iterator[None]:
     False
     """
     onednn: Any = torch.backends.mkldnn
-    before = onednn.enabled
-    if device == "cpu" and overruns(model):
-        onednn.enabled = False
+    if device != "cpu" or not onednn.enabled or not overruns(model):
+        yield
+        return
+    onednn.enabled = False
     try:
         yield
     finally:
-        onednn.enabled = before
+        onednn.enabled = True
 
 
 def overruns(model: nn.Module) -> bool:
@@ -42,7 +44,8 @@ def overruns(model: nn.Module) -> bool:
     >>> overruns(nn.Conv2d(4, 8, 1, stride=2)), overruns(nn.Conv2d(16, 8, 1, stride=2)), overruns(nn.Conv2d(4, 8, 1))
     (True, False, False)
     """
-    vector = 8 if torch.backends.cpu.get_cpu_capability() == "AVX2" else 16
+    short = torch.backends.cpu.get_cpu_capability() == "AVX2" and not torch.cpu._is_avx512_supported()
+    vector = 8 if short else 16
     return any(
         isinstance(module, nn.Conv2d)
         and set(module.kernel_size) == {1}
