@@ -78,6 +78,10 @@ def add_verbs(verbs: Verbs) -> None:
     _add_plan(added)
 
 
+_MANY = 100
+"""The number of networks from which on a note says that they are drawn, before anything is trained."""
+
+
 def _add_places(parser: argparse.ArgumentParser, *, at: str, level: str) -> None:
     """Add the options `--at` and `--level` with these help texts."""
     parser.add_argument("--at", type=whole_number(0), nargs="+", metavar="K", help=at)
@@ -96,6 +100,10 @@ def controls(options: argparse.Namespace) -> int:
 
     tickets, names = open_compared(options)
     check_size(tickets.study, options.kinds, options.draws, names)
+    if (networks := options.draws * len(tickets.study.seeds)) > _MANY:
+        print_note(
+            f"the weights of up to {networks} networks are drawn to name the trainings, which takes minutes for large ones"
+        )
     with warnings_as_notes(Warning):
         plan = plan_controls(tickets, options.level, options.kinds, options.draws, names)
     if options.format == "table" and len(tickets.study.seeds) < 2:

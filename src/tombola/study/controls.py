@@ -175,15 +175,15 @@ def check_size(study: Study, kinds: Collection[str] | None, draws: int, importan
     >>> check_size(load_study("digits"), ["signs"], 1000, None)
     >>> check_size(load_study("digits"), None, 1000, None)  # doctest: +ELLIPSIS
     Traceback (most recent call last):
-    tombola.errors.UserError: controls: these are 50010 trainings, expected at most 10000; name fewer ...
+    tombola.errors.UserError: these controls are 50010 trainings, expected at most 10000; ask for fewer ...
     """
     tickets = len(select_chains(study, importances))
     random = draws if isinstance(draws, int) and 1 <= draws <= MOST_DRAWS else 1  # others are refused by their range
     counts = [min(random, len(study.seeds) - 1) if k == "other-seed" else random for k in _choose_kinds(kinds, study)]
     if tickets * sum(counts) > MOST_CHAINS:
         raise UserError(
-            f"controls: these are {tickets * sum(counts)} trainings, expected at most {MOST_CHAINS}; name fewer "
-            "importances, kinds or draws, and give several commands"
+            f"these controls are {tickets * sum(counts)} trainings, expected at most {MOST_CHAINS}; ask for fewer "
+            "importances, kinds or draws at a time"
         )
 
 
