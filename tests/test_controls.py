@@ -443,8 +443,8 @@ def test_verbs_plan_train_and_tell(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "[4/4]" in told
     assert main(["controls", *asked, "--seeds", *map(str, range(4)), "--draws", "1000", "--plan"]) == 2
     assert "these controls are 40024 trainings, expected at most 10000" in capsys.readouterr().err
-    assert main(["controls", *asked, "--kinds", "shuffled", "--draws", "60", "--plan"]) == 0
-    assert "the weights of up to 120 networks are drawn" in " ".join(capsys.readouterr().err.split())
+    assert main(["controls", *asked, "--kinds", "signs", "--draws", "60", "--plan"]) == 0
+    assert "the weights of 120 networks are drawn to name" in " ".join(capsys.readouterr().err.split())
     assert "only the signs of the weights, and new magnitudes" in told
     assert main(["controls", *asked, "--kinds", "signs", "--format", "csv"]) == 0
     assert capsys.readouterr().out.startswith("level,kind,importance,seed,draws,density,dense,ticket,value,lost\n")

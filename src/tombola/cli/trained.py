@@ -100,9 +100,10 @@ def controls(options: argparse.Namespace) -> int:
 
     tickets, names = open_compared(options)
     check_size(tickets.study, options.kinds, options.draws, names)
-    if (networks := options.draws * len(tickets.study.seeds)) > _MANY:
+    networks = options.draws * len(tickets.study.seeds)
+    if networks > _MANY and {"signs", "new-weights", "random"}.intersection(options.kinds or _KINDS):
         print_note(
-            f"the weights of up to {networks} networks are drawn to name the trainings, which takes minutes for large ones"
+            f"the weights of {networks} networks are drawn to name the trainings; this takes minutes for large networks"
         )
     with warnings_as_notes(Warning):
         plan = plan_controls(tickets, options.level, options.kinds, options.draws, names)
