@@ -110,9 +110,9 @@ class Store:
         except FileNotFoundError:
             return None
         except OSError as error:
-            if self.root.exists() and not self.root.is_dir():
+            if os.path.exists(self.root) and not os.path.isdir(self.root):  # both are False for a long name
                 raise UserError(f"store {self.root}: it is not a folder; name another one") from error
-            raise UserError(f"store {self.root}: {self._marker} cannot be read: {describe(error)}") from error
+            raise UserError(f"store {self.root}: {self._marker.name} cannot be read: {describe(error)}") from error
         except ValueError as error:
             message = f"store {self.root}: {self._marker} is damaged, expected {{'store': {VERSION}}}"
             raise StoreError(message) from error
