@@ -270,9 +270,9 @@ def did_you_mean(name: str, choices: Iterable[str]) -> str:
     folded = {choice.casefold(): choice for choice in known}
     near = [choice for choice in known if name and choice.casefold().startswith(name.casefold())]
     near = near or [folded[match] for match in difflib.get_close_matches(name.casefold(), folded, n=3, cutoff=0.6)]
-    quoted = ", ".join(repr(choice) for choice in (near or known))
     if not known:
         return "there is none to choose from"
+    quoted = ", ".join(repr(choice) for choice in (near or known))
     return f"did you mean {quoted}?" if near else f"choose from {quoted}"
 
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 _MOST = 10_000
 _KINDS = ("new-order", "signs", "new-weights", "shuffled", "other-seed", "random")
+_MANY = 100  # more networks than these are announced before they are drawn
 
 
 def add_verbs(verbs: Verbs) -> None:
@@ -78,10 +79,6 @@ def add_verbs(verbs: Verbs) -> None:
     _add_plan(added)
 
 
-_MANY = 100
-"""The number of networks from which on a note says that they are drawn, before anything is trained."""
-
-
 def _add_places(parser: argparse.ArgumentParser, *, at: str, level: str) -> None:
     """Add the options `--at` and `--level` with these help texts."""
     parser.add_argument("--at", type=whole_number(0), nargs="+", metavar="K", help=at)
@@ -96,12 +93,12 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
 def controls(options: argparse.Namespace) -> int:
     """Train tickets of which one thing is changed (weights, mask or signs), and show how much accuracy that costs."""
     from tombola.analysis import controls
-    from tombola.study.controls import check_size, plan_controls
+    from tombola.study.controls import DRAWN, check_size, plan_controls
 
     tickets, names = open_compared(options)
     check_size(tickets.study, options.kinds, options.draws, names)
     networks = options.draws * len(tickets.study.seeds)
-    if networks > _MANY and {"signs", "new-weights", "random"}.intersection(options.kinds or _KINDS):
+    if networks > _MANY and set(DRAWN).intersection(options.kinds or _KINDS):
         print_note(
             f"the weights of {networks} networks are drawn to name the trainings; this takes minutes for large networks"
         )

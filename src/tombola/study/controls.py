@@ -16,7 +16,6 @@ from typing import Any, Literal, TypeAlias
 from tombola.errors import UserError, as_texts, did_you_mean
 from tombola.lottery.controls import keep_signs, shuffle
 from tombola.pruning.mask import Mask
-from tombola.store.documents import MOST_DRAWS
 from tombola.store.names import name_of
 from tombola.streams import derive
 from tombola.study.chains import Chain, Start, select_chains
@@ -31,7 +30,7 @@ from tombola.study.singles import (
     name_dense,
     plan_singles,
 )
-from tombola.study.tickets import Tickets, check_level
+from tombola.study.tickets import Tickets, check_draws, check_level
 from tombola.training.train import initial_state
 from tombola.training.weights import State, Weights, state_hash
 
@@ -44,6 +43,9 @@ KINDS: Mapping[str, str] = {
     "random": "a shuffled mask with new weights",
 }
 """The kinds of controls, with what each trains in the place of the ticket. The first is the noise of a training."""
+
+DRAWN = ("signs", "new-weights", "random")
+"""The kinds of controls whose weights are drawn anew."""
 
 COMBINED: Mapping[str, Callable[[Mask, Mask], Mask]] = {"union": or_, "intersection": and_}
 """The ways in which tickets are combined."""
@@ -126,8 +128,7 @@ def plan_controls(
     study = tickets.study
     seeds = study.seeds
     chosen = _choose_kinds(kinds, study)
-    if not isinstance(draws, int) or isinstance(draws, bool) or not 1 <= draws <= MOST_DRAWS:
-        raise UserError(f"draws: expected a whole number from 1 to {MOST_DRAWS}, got {draws!r}")
+    check_draws(draws)
     if {"shuffled", "other-seed"} & set(chosen):
         check_weights_elsewhere(tickets, "controls")
     chains = select_chains(study, importances)
@@ -144,7 +145,7 @@ def plan_controls(
             for draw in range(1, min(draws, len(seeds) - 1) + 1 if kind == "other-seed" else draws + 1):
                 weights, mask = ticket.rewind, ticket.mask
                 source, order = chain, orders[draw - 1] if kind == "new-order" else None
-                if kind in ("signs", "new-weights", "random"):
+                if kind in DRAWN:
                     weights = drawn(chain.seed, draw)
                 if kind == "signs":
                     pair = ticket.rewind.hash, weights.hash
@@ -177,9 +178,9 @@ def check_size(study: Study, kinds: Collection[str] | None, draws: int, importan
     Traceback (most recent call last):
     tombola.errors.UserError: these controls are 50010 trainings, expected at most 10000; ask for fewer ...
     """
+    check_draws(draws)
     tickets = len(select_chains(study, importances))
-    random = draws if isinstance(draws, int) and 1 <= draws <= MOST_DRAWS else 1  # others are refused by their range
-    counts = [min(random, len(study.seeds) - 1) if k == "other-seed" else random for k in _choose_kinds(kinds, study)]
+    counts = [min(draws, len(study.seeds) - 1) if k == "other-seed" else draws for k in _choose_kinds(kinds, study)]
     if tickets * sum(counts) > MOST_CHAINS:
         raise UserError(
             f"these controls are {tickets * sum(counts)} trainings, expected at most {MOST_CHAINS}; ask for fewer "

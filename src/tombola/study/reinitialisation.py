@@ -13,11 +13,10 @@ import torch
 
 from tombola.errors import UserError
 from tombola.pruning.mask import Mask
-from tombola.store.documents import MOST_DRAWS
 from tombola.streams import derive
 from tombola.study.chains import Chain, select_chains
 from tombola.study.planner import Planner
-from tombola.study.tickets import Tickets, check_level
+from tombola.study.tickets import Tickets, check_draws, check_level
 from tombola.training.train import initial_state
 from tombola.training.weights import Shared, State, Weights
 
@@ -71,8 +70,7 @@ def plan(
         raise UserError(
             "partial reinitialisation: expected a level from 1 on; tickets of level 0 share all connections"
         )
-    if not isinstance(draws, int) or isinstance(draws, bool) or not 1 <= draws <= MOST_DRAWS:
-        raise UserError(f"draws: expected a whole number from 1 to {MOST_DRAWS}, got {draws!r}")
+    check_draws(draws)
     tickets.require([level], chains)
     found = []
     for seed in dict.fromkeys(chain.seed for chain in chains):

@@ -9,12 +9,24 @@ from typing import Any
 
 from tombola.errors import NothingStoredError, UserError, kind_of
 from tombola.lottery.ticket import Ticket
+from tombola.store.documents import MOST_DRAWS
 from tombola.streams import ambient
 from tombola.study.chains import Chain, Progress
 from tombola.study.planner import Planner
 from tombola.study.schema import Study
 from tombola.training.history import History, Trained
 from tombola.training.train import check_device, evaluate_state
+
+
+def check_draws(draws: int) -> None:
+    """Raise `UserError` unless a number of random draws is one that the store takes.
+
+    >>> check_draws(0)
+    Traceback (most recent call last):
+    tombola.errors.UserError: draws: expected a whole number from 1 to 1000, got 0
+    """
+    if not isinstance(draws, int) or isinstance(draws, bool) or not 1 <= draws <= MOST_DRAWS:
+        raise UserError(f"draws: expected a whole number from 1 to {MOST_DRAWS}, got {draws!r}")
 
 
 def check_level(study: Study, level: int) -> None:
