@@ -150,6 +150,7 @@ def test_a_study_that_cannot_be(old: str, new: str, sentence: str, refused: Refu
 def test_mistakes_on_the_command_line(refused: Refused) -> None:
     assert refused() == "VERB is missing (see tombola --help)"
     assert refused("rnu", "digits") == "unknown verb 'rnu'; did you mean 'run'? (see tombola --help)"
+    assert refused("run", "") == "study: expected a path, got an empty text"
     assert refused("run", "digit") == "study 'digit' is neither a preset nor a .toml file; did you mean 'digits'?"
     assert refused("run", "gone.toml") == "gone.toml: cannot be read: No such file or directory"
     assert "STUDY is missing, it comes first, before the options" in refused("run", "--seeds", "0", "digits")
@@ -159,6 +160,7 @@ def test_mistakes_on_the_command_line(refused: Refused) -> None:
     )
     assert refused("plan", "digits", "extra") == "unexpected argument 'extra' (see tombola plan --help)"
     assert refused("run", "digits", "--levels", "many") == "study digits: levels: expected a whole number, got 'many'"
+    assert "--store: expected a path, got an empty text" in refused("run", "digits", "--store", "")
     assert "--workers: expected a whole number from 1 to 10000, got '0'" in refused("run", "digits", "--workers", "0")
     assert "unknown --format 'yaml'; choose from 'table', 'csv', 'json'" in refused(
         "results", "digits", "--format", "yaml"

@@ -196,14 +196,19 @@ def as_path(value: object, what: str) -> Path:
         what: what the user calls it.
 
     Raises:
-        UserError: if it is neither.
+        UserError: if it is neither, or empty: `Path("")` would be the current folder.
 
     >>> as_path(3, "store")
     Traceback (most recent call last):
     tombola.errors.UserError: store: expected a path, got 3
+    >>> as_path("", "store")
+    Traceback (most recent call last):
+    tombola.errors.UserError: store: expected a path, got an empty text
     """
     if not isinstance(value, str | os.PathLike) or not isinstance(text := os.fspath(value), str):
         raise UserError(f"{what}: expected a path, got {kind_of(value)}")
+    if not text:
+        raise UserError(f"{what}: expected a path, got an empty text")
     if "\0" in text:
         raise UserError(f"{what}: {short(text)} is no path, because it has a null character")
     if len(os.fsencode(text)) > _LONGEST_PATH:

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tombola.cli.options import Verbs, add_margin, open_planner, print_note, warnings_as_notes
+from tombola.cli.options import Verbs, add_margin, open_planner, parse_path, print_note, warnings_as_notes
 from tombola.errors import BudgetError, UserError
 from tombola.terminal import say
 
@@ -42,10 +42,10 @@ def add_verbs(verbs: Verbs) -> None:
         metavar="TEXT",
         help="how much the search may train: a time such as 90m or 2h, or a number of trainings (default: no limit)",
     )
-    added.add_argument("-o", "--output", type=Path, metavar="FILE", help="the file that the ticket is written to")
+    added.add_argument("-o", "--output", type=parse_path, metavar="FILE", help="the file that the ticket is written to")
     added.add_argument(
         "--picture",
-        type=Path,
+        type=parse_path,
         metavar="FILE",
         help="the file that a chart of the tickets tried is written to: .svg, .png, .pdf or .html",
     )

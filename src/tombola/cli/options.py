@@ -105,7 +105,7 @@ def study_options() -> Parser:
     add_store(parser)
     parser.add_argument(
         "--data",
-        type=Path,
+        type=parse_path,
         metavar="DIR",
         help="the folder with the data sets (default: data/, then the user's cache folder)",
     )
@@ -162,7 +162,7 @@ def add_store(parser: argparse.ArgumentParser) -> None:
     """Add the option `--store`."""
     parser.add_argument(
         "--store",
-        type=Path,
+        type=parse_path,
         default=STORE,
         metavar="DIR",
         help="the folder of the store, which keeps all results (default: %(default)s)",
@@ -380,6 +380,17 @@ def whole_number(least: int, most: int = MOST) -> Callable[[str], int]:
         return int(text)
 
     return parse
+
+
+def parse_path(text: str) -> Path:
+    """Parse a path; an empty text, as an unset variable of the shell gives, would be the current folder.
+
+    >>> parse_path("store").name
+    'store'
+    """
+    if not text:
+        raise argparse.ArgumentTypeError("expected a path, got an empty text")
+    return Path(text)
 
 
 def percentage_points(text: str) -> float:

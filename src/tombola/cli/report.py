@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tombola.cli.options import Verbs, add_margin, open_planner, overrides, whole_number
+from tombola.cli.options import Verbs, add_margin, open_planner, overrides, parse_path, whole_number
 from tombola.errors import UserError
 from tombola.terminal import say
 
@@ -38,9 +38,13 @@ def add_verbs(verbs: Verbs) -> None:
         )
         add_margin(added)
         if verb is report:
-            added.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="the file to write")
+            added.add_argument(
+                "-o", "--output", type=parse_path, required=True, metavar="FILE", help="the file to write"
+            )
         if verb is figures:
-            added.add_argument("-o", "--output", type=Path, required=True, metavar="DIR", help="the folder to write to")
+            added.add_argument(
+                "-o", "--output", type=parse_path, required=True, metavar="DIR", help="the folder to write to"
+            )
             added.add_argument(
                 "--format",
                 nargs="+",

@@ -7,10 +7,9 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tombola.cli.options import Verbs, open_planner, open_study, whole_number
+from tombola.cli.options import Verbs, open_planner, open_study, parse_path, whole_number
 from tombola.errors import NothingStoredError, UserError
 from tombola.terminal import say, visible
 
@@ -42,7 +41,7 @@ def add_verbs(verbs: Verbs) -> None:
     added.add_argument("--importance", required=True, metavar="NAME", help="the importance of the ticket")
     added.add_argument("--seed", type=whole_number(0), required=True, metavar="N", help="the seed of the ticket")
     added.add_argument("--level", type=whole_number(0), required=True, metavar="N", help="the level of the ticket")
-    added.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="the file to write")
+    added.add_argument("-o", "--output", type=parse_path, required=True, metavar="FILE", help="the file to write")
     added.add_argument("--trained", action="store_true", help="include the trained weights")
 
 

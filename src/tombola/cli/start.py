@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tombola.cli.options import Verbs
+from tombola.cli.options import Verbs, parse_path
 from tombola.errors import UserError, did_you_mean, shorten
 from tombola.terminal import say
 
@@ -36,7 +36,7 @@ def add_verbs(verbs: Verbs) -> None:
         "file",
         metavar="FILE",
         nargs="?",
-        type=Path,
+        type=parse_path,
         default=Path("study.toml"),
         help="the file to write (default: %(default)s)",
     )
