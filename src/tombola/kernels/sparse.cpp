@@ -7,10 +7,12 @@
 #include <nanobind/stl/vector.h>
 
 #include <algorithm>
+#include <chrono>
 #include <climits>
 #include <cstdlib>
 #include <cstring>
 #include <deque>
+#include <functional>
 #include <memory>
 #include <optional>
 #include <stdexcept>
@@ -20,6 +22,7 @@
 #include <vector>
 
 #include "kernel.hpp"
+#include "operators.hpp"
 #include "tensor.hpp"
 
 namespace tombola {
@@ -620,6 +623,14 @@ namespace {
 // `memory` of a forward pass holds source and outputs, one after the other, for the backward pass.
 class Chain {
   public:
+    struct Weights {
+        const float *values, *bias;
+    };
+    struct Gradients {
+        bool wanted;
+        float *values, *bias;
+    };
+
     Chain(nb::tuple layers, std::vector<bool> relus) : owner_(layers), relus_(relus) {
         if (layers.size() == 0 || layers.size() != relus.size())
             throw std::invalid_argument("expected a ReLU or none a layer");
@@ -636,6 +647,7 @@ class Chain {
 
     int inputs() const { return layers_[0]->inputs(); }
     int outputs() const { return layers_.back()->outputs(); }
+    size_t block() const { return layers_[0]->block(); }  // samples that are packed side by side
 
     // Of the memory that a batch takes.
     size_t floats(int batch) const {
@@ -650,13 +662,23 @@ class Chain {
         const std::vector<Weights> parameters = weights_of(weights);
         const auto [from, batch] = batch_of("source", source, {any, inputs()});
         const View to = target_of(target, {batch, outputs()});
-        float* x = memory_of(memory, batch);
+        float* const kept = memory_of(memory, batch);
         check_apart(to.data, "source", from.data);
-        check_apart(to.data, "memory", x);
+        check_apart(to.data, "memory", kept);
         nb::gil_scoped_release unlocked;
+        pack(from, 0, batch, kept);
+        compute(parameters, batch, kept, to);
+    }
+
+    // A forward pass without Python, in parts: pack samples, of which the first is the first of a block, into memory; then
+    // compute. And a backward pass.
+    void pack(View from, int first, int samples, float* memory) const {
+        kernels().pack_features(from, inputs(), samples, memory + ptrdiff_t(first) * inputs());
+    }
+
+    void compute(const std::vector<Weights>& parameters, int batch, float* x, View to) const {
         const size_t width = blocks(batch) * block();
         const int rounded = whole(batch);
-        kernels().pack_features(from, layers_[0]->inputs(), batch, x);
         for (size_t i = 0; i < layers_.size(); ++i) {
             const int outputs = layers_[i]->outputs();
             float* y = x + layers_[i]->inputs() * width;
@@ -681,6 +703,11 @@ class Chain {
         check_apart(to.data, "memory", kept);
         const std::vector<Gradients> found = gradients_of(gradients);
         nb::gil_scoped_release unlocked;
+        differentiate(parameters, from, batch, kept, found, to);
+    }
+
+    void differentiate(const std::vector<Weights>& parameters, View from, int batch, float* kept,
+                       const std::vector<Gradients>& found, View to) const {
         const size_t width = blocks(batch) * block();
         const int rounded = whole(batch);
         float *dy = workspace(scratch_floats(batch)), *dx = dy + delta_floats(batch), *ordered = dx + delta_floats(batch);
@@ -698,15 +725,6 @@ class Chain {
         }
         if (to.data) kernels().unpack_features(dy, layers_[0]->inputs(), batch, to);
     }
-
-  private:
-    struct Weights {
-        const float *values, *bias;
-    };
-    struct Gradients {
-        bool wanted;
-        float *values, *bias;
-    };
 
     std::vector<Weights> weights_of(const nb::tuple& tensors) const {
         check_count("weights", tensors);
@@ -729,6 +747,7 @@ class Chain {
         return all;
     }
 
+  private:
     void check_count(const char* name, const nb::tuple& tensors) const {
         if (tensors.size() != 2 * layers_.size())
             throw std::invalid_argument(std::string(name) + ": expected values and bias of " +
@@ -748,7 +767,6 @@ class Chain {
     }
 
     const Kernels& kernels() const { return layers_[0]->kernels(); }
-    size_t block() const { return layers_[0]->block(); }
     size_t blocks(int batch) const { return (batch + block() - 1) / block(); }
 
     // Of the gradient of the widest activations.
@@ -770,6 +788,14 @@ class Chain {
     std::vector<const Layer*> layers_;
     std::vector<bool> relus_;
 };
+
+}  // namespace
+}  // namespace tombola
+
+#include "stretch.hpp"
+
+namespace tombola {
+namespace {
 
 // The size of images of which the samples lie side by side.
 struct Images {
@@ -1055,6 +1081,17 @@ NB_MODULE(_sparse, m) {
         .def("forward", &Chain::forward, nb::arg("weights"), nb::arg("source"), nb::arg("target"), nb::arg("memory"))
         .def("backward", &Chain::backward, nb::arg("weights"), nb::arg("delta"), nb::arg("memory"),
              nb::arg("gradients"), nb::arg("target").none());
+    m.def("load_operators", [](const std::string& path) { return pytorch().load(path.c_str()); }, nb::arg("path"));
+    nb::class_<Stretch>(m, "Stretch")
+        .def(nb::init<nb::handle, nb::handle, nb::handle, nb::handle, int, nb::tuple>(), nb::arg("inputs"),
+             nb::arg("mean").none(), nb::arg("scale").none(), nb::arg("labels"), nb::arg("batch"), nb::arg("layers"))
+        .def("multiply", &Stretch::multiply, nb::arg("gradients"), nb::arg("masks"))
+        .def("sgd", &Stretch::sgd, nb::arg("parameters"), nb::arg("gradients"), nb::arg("momenta"),
+             nb::arg("weight_decay"), nb::arg("momentum"), nb::arg("nesterov"))
+        .def("adam", &Stretch::adam, nb::arg("parameters"), nb::arg("gradients"), nb::arg("means"), nb::arg("squares"),
+             nb::arg("steps"), nb::arg("beta1"), nb::arg("beta2"), nb::arg("weight_decay"), nb::arg("epsilon"),
+             nb::arg("decoupled"))
+        .def("run", &Stretch::run, nb::arg("order"), nb::arg("rates"), nb::arg("losses"), nb::arg("seconds"));
     m.def("batch_norm", batch_norm, nb::arg("x"), nb::arg("weight"), nb::arg("bias"), nb::arg("epsilon"),
           nb::arg("statistics"), nb::arg("y"), nb::arg("instruction_set") = nb::none());
     m.def("batch_norm_gradient", batch_norm_gradient, nb::arg("x"), nb::arg("delta"), nb::arg("weight"),
