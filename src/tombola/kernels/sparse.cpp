@@ -647,7 +647,6 @@ class Chain {
 
     int inputs() const { return layers_[0]->inputs(); }
     int outputs() const { return layers_.back()->outputs(); }
-    size_t block() const { return layers_[0]->block(); }  // samples that are packed side by side
 
     // Of the memory that a batch takes.
     size_t floats(int batch) const {
@@ -666,19 +665,14 @@ class Chain {
         check_apart(to.data, "source", from.data);
         check_apart(to.data, "memory", kept);
         nb::gil_scoped_release unlocked;
-        pack(from, 0, batch, kept);
-        compute(parameters, batch, kept, to);
+        compute(parameters, from, batch, kept, to);
     }
 
-    // A forward pass without Python, in parts: pack samples, of which the first is the first of a block, into memory; then
-    // compute. And a backward pass.
-    void pack(View from, int first, int samples, float* memory) const {
-        kernels().pack_features(from, inputs(), samples, memory + ptrdiff_t(first) * inputs());
-    }
-
-    void compute(const std::vector<Weights>& parameters, int batch, float* x, View to) const {
+    // The two passes without Python.
+    void compute(const std::vector<Weights>& parameters, View from, int batch, float* x, View to) const {
         const size_t width = blocks(batch) * block();
         const int rounded = whole(batch);
+        kernels().pack_features(from, layers_[0]->inputs(), batch, x);
         for (size_t i = 0; i < layers_.size(); ++i) {
             const int outputs = layers_[i]->outputs();
             float* y = x + layers_[i]->inputs() * width;
@@ -767,6 +761,7 @@ class Chain {
     }
 
     const Kernels& kernels() const { return layers_[0]->kernels(); }
+    size_t block() const { return layers_[0]->block(); }
     size_t blocks(int batch) const { return (batch + block() - 1) / block(); }
 
     // Of the gradient of the widest activations.

@@ -30,7 +30,7 @@ class Stretch {
             throw std::invalid_argument("batch: expected 1 to 2^30 examples, got " + std::to_string(batch));
         labels_ = aligned<int64_t>(batch);
         Features top = mean.is_none() ? floats_of(inputs) : images_of(inputs, mean, scale);
-        gather_labels(hold<const int64_t>("labels", labels, examples_));
+        gather_labels(labels);
         for (size_t i = 0; i < layers.size(); ++i) {
             const nb::tuple layer = nb::cast<nb::tuple>(layers[i]);
             if (layer.size() != 4) throw std::invalid_argument("layers: expected chain, weights, gradients, ReLU");
@@ -143,10 +143,11 @@ class Stretch {
         const uint8_t* const from = hold<const uint8_t>("inputs", inputs, examples_ * features);
         const float *center = hold<float>("mean", mean, channels), *slope = hold<float>("scale", scale, channels);
         const Kernels* const kernels = &kernels_named(std::nullopt);
-        gather_ = [=](const int64_t* chosen, int count, float* to) {
-            kernels->normalise_images(from, chosen, count, channels, pixels, center, slope, to);
-        };
-        return {memory(batch_ * features), features, features, 1, nullptr, 0, 0};
+        float* const x = memory(batch_ * features);
+        forward_.push_back([=] {
+            kernels->normalise_images(from, chosen_, batch_, channels, pixels, center, slope, x);
+        });
+        return {x, features, features, 1, nullptr, 0, 0};
     }
 
     Features floats_of(nb::handle inputs) {
@@ -157,19 +158,20 @@ class Stretch {
         ptrdiff_t features = 1;
         for (int i = 1; i < size.count; ++i) features *= size.at[i];
         const float* const from = hold<float>("inputs", inputs, examples_ * features);
-        gather_ = [=](const int64_t* chosen, int count, float* to) {
-            for (int n = 0; n < count; ++n)
-                std::memcpy(to + n * features, from + chosen[n] * features, features * sizeof(float));
-        };
-        return {memory(batch_ * features), features, features, 1, nullptr, 0, 0};
+        float* const x = memory(batch_ * features);
+        forward_.push_back([=] {
+            for (int n = 0; n < batch_; ++n)
+                std::memcpy(x + n * features, from + chosen_[n] * features, features * sizeof(float));
+        });
+        return {x, features, features, 1, nullptr, 0, 0};
     }
 
-    void gather_labels(const int64_t* from) {
+    void gather_labels(nb::handle labels) {
+        const int64_t* const from = hold<const int64_t>("labels", labels, examples_);
         int64_t* const to = labels_.get();
         forward_.push_back([=] {
             for (int n = 0; n < batch_; ++n) to[n] = from[chosen_[n]];
         });
-        backward_.push_back([] {});
     }
 
     Features sparse(const Features& x, bool first, bool last, nb::object object, const nb::tuple& weights,
@@ -185,18 +187,7 @@ class Stretch {
         owners_.push_back(std::move(object));
         const Features y = outputs(chain->outputs(), last, last);
         float* const kept = memory(chain->floats(batch_));
-        const int block = static_cast<int>(chain->block());
-        forward_.push_back([=] {
-            if (first)  // what is gathered for a block is still in the cache when it is packed
-                for (int n = 0; n < batch_; n += block) {
-                    const int samples = std::min(block, batch_ - n);
-                    gather_(chosen_ + n, samples, x.data);
-                    chain->pack(x.view(), n, samples, kept);
-                }
-            else
-                chain->pack(x.view(), 0, batch_, kept);
-            chain->compute(parameters, batch_, kept, y.view());
-        });
+        forward_.push_back([=] { chain->compute(parameters, x.view(), batch_, kept, y.view()); });
         backward_.push_back([=] {
             chain->differentiate(parameters, y.gradient_view(), batch_, kept, found,
                                  first ? View{} : x.gradient_view());
@@ -223,15 +214,15 @@ class Stretch {
         const Operand bias =
             weights[1].is_none() ? nullptr : floats(hold<float>("bias", weights[1], rows), {rows, 1}, {1, 1});
         forward_.push_back([=] {
-            if (first) gather_(chosen_, batch_, x.data);
             if (bias)
                 succeed(pytorch().addmm(target.get(), bias.get(), weight.get(), features.get(), 1, 1), "addmm");
             else
                 succeed(pytorch().mm(target.get(), weight.get(), features.get()), "mm");
             if (relu) call("aten::relu_", "", 1, given(target));
         });
-        const Operand delta =
-            floats(y.gradient, {rows, batch}, {y.gradient_feature, y.gradient_sample});
+        float* const gated = relu ? memory(rows * batch) : nullptr;
+        const Operand delta = relu ? floats(gated, {rows, batch}, {batch, 1})
+                                   : floats(y.gradient, {rows, batch}, {y.gradient_feature, y.gradient_sample});
         const Operand source_gradient = first ? nullptr : floats(x.gradient, {columns, batch}, {batch, 1});
         const Operand weight_gradient =
             gradients[0].is_none()
@@ -240,7 +231,7 @@ class Stretch {
         const Operand bias_gradient =
             gradients[1].is_none() ? nullptr : floats(hold<float>("bias_gradient", gradients[1], rows), {rows}, {1});
         backward_.push_back([=] {
-            if (relu) gate(y);
+            if (relu) gate(y, gated);
             if (source_gradient)
                 succeed(pytorch().mm(source_gradient.get(), transposed.get(), delta.get()), "mm");
             if (weight_gradient) succeed(pytorch().mm(weight_gradient.get(), delta.get(), source.get()), "mm");
@@ -251,12 +242,13 @@ class Stretch {
         return y;
     }
 
-    // The gradient of a ReLU, as aten::threshold_backward computes it.
-    void gate(const Features& y) const {
+    // The gradient of a ReLU, (features, batch), as aten::threshold_backward computes it.
+    void gate(const Features& y, float* to) const {
         for (ptrdiff_t f = 0; f < y.count; ++f)
             for (ptrdiff_t n = 0; n < batch_; ++n)
-                if (y.data[f * y.feature + n * y.sample] <= 0)
-                    y.gradient[f * y.gradient_feature + n * y.gradient_sample] = 0;
+                *to++ = y.data[f * y.feature + n * y.sample] <= 0
+                            ? 0
+                            : y.gradient[f * y.gradient_feature + n * y.gradient_sample];
     }
 
     void cross_entropy(const Features& y) {
@@ -327,8 +319,7 @@ class Stretch {
     std::vector<nb::object> owners_;
     std::vector<std::function<void()>> checks_;
     const int64_t* chosen_ = nullptr;  // the examples of the iteration
-    std::function<void(const int64_t* chosen, int count, float* to)> gather_;  // of inputs, side by side
-    std::vector<std::function<void()>> forward_, backward_;  // the backward ones in the order of the forward ones
+    std::vector<std::function<void()>> forward_, backward_;  // both in the order of the layers
     std::vector<std::function<void(double)>> update_;
 };
 

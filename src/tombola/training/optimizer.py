@@ -115,8 +115,8 @@ class Optimizer:
                 continue
             means, squares = ([state[name] for _, _, state in updated] for name in ("exp_avg", "exp_avg_sq"))
             steps = [state["step"] for _, _, state in updated]
-            how = *recipe.betas, decay, _EPSILON, recipe.optimizer == "adamw"
-            stretch.adam(parameters, gradients, means, squares, steps, *how)
+            (beta1, beta2), decoupled = recipe.betas, recipe.optimizer == "adamw"
+            stretch.adam(parameters, gradients, means, squares, steps, beta1, beta2, decay, _EPSILON, decoupled)
 
     def tensors(self) -> State:
         """Return a copy of the state on the CPU, by `<number of the parameter>.<name>`."""
