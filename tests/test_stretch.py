@@ -21,12 +21,15 @@ from training_cases import AUGMENTED, IMAGES, VECTORS, ignore, perceptron
 BATCH = 16
 ROWS = torch.randn(3 * BATCH, 72, generator=torch.Generator().manual_seed(0))
 SAME = Dataset("rows", ROWS, torch.arange(3 * BATCH) % 3, ROWS[:3], torch.arange(3))  # batches of one size
-WHICH = {"images, the last batch smaller": IMAGES, "rows, all batches of one size": SAME}
-RECIPES: dict[str, dict[str, Any]] = {
-    "sgd": {},
-    "nesterov": {"momentum": 0.9, "nesterov": True, "weight_decay": 0.1, "no_decay": ["*.bias"], "drop_last": True},
-    "adam": {"optimizer": "adam", "schedule": "cosine"},
-    "adamw": {"optimizer": "adamw", "weight_decay": 0.1, "no_decay": ["1.*"], "warmup": 3},
+TRAININGS: dict[str, tuple[Dataset, dict[str, Any]]] = {  # of the images, the last batch is smaller
+    "sgd": (SAME, {}),
+    "momentum": (IMAGES, {"momentum": 0.9, "weight_decay": 0.1, "schedule": "cosine"}),
+    "nesterov": (
+        IMAGES,
+        {"momentum": 0.9, "nesterov": True, "weight_decay": 0.1, "no_decay": ["*.bias"], "drop_last": True},
+    ),
+    "adam": (IMAGES, {"optimizer": "adam", "schedule": "cosine"}),
+    "adamw": (SAME, {"optimizer": "adamw", "weight_decay": 0.1, "no_decay": ["1.*"], "warmup": 3}),
 }
 
 
@@ -94,8 +97,7 @@ def bits(trained: Trained) -> tuple[object, ...]:
 
 
 @needs_operators
-@pytest.mark.parametrize("fields", RECIPES.values(), ids=list(RECIPES))
-@pytest.mark.parametrize("data", WHICH.values(), ids=list(WHICH))
+@pytest.mark.parametrize(("data", "fields"), TRAININGS.values(), ids=list(TRAININGS))
 @pytest.mark.parametrize(
     ("build", "sparse"),
     [(deep, ()), (deep, (0,)), (deep, (1,)), (deep, (0, 2)), (deep, (0, 1, 2)), (frozen, (0,)), (frozen, (0, 1))],
