@@ -6,7 +6,7 @@ import functools
 import itertools
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -73,7 +73,7 @@ def imagenet_resnet() -> System:
 def ours(system: System, mask: Mask) -> float:
     """Return the seconds of one step of tombola's training."""
     model = system.build()
-    marks: list[float] = []
+    marks: list[tuple[int, float]] = []
     train(
         model,
         model.state_dict(),
@@ -81,7 +81,8 @@ def ours(system: System, mask: Mask) -> float:
         system.data,
         system.recipe,
         seed=0,
-        watch=lambda *_: marks.append(time.perf_counter()),
+        watch=lambda iteration, _: marks.append((iteration, time.perf_counter())),
+        watch_every=0.1,
     )
     return _step(marks)
 
@@ -95,7 +96,7 @@ def by_hand(system: System, mask: Mask, *, channels_last: bool = False) -> float
     optimizer = torch.optim.SGD(model.parameters(), recipe.lr, recipe.momentum, weight_decay=recipe.weight_decay)
     parameters = dict(model.named_parameters())
     pruned = [(parameters[name], alive.float()) for name, alive in mask.items() if not alive.all()]
-    return _step(_trained_by_hand(system, model, optimizer, pruned, channels_last=channels_last))
+    return _step(enumerate(_trained_by_hand(system, model, optimizer, pruned, channels_last=channels_last)))
 
 
 def _trained_by_hand(
@@ -154,7 +155,7 @@ def by_peer(system: System, mask: Mask, replace: Callable[[nn.Linear], nn.Module
         if isinstance(layer, nn.Linear):
             model.set_submodule(name, replace(layer))
     optimizer = torch.optim.SGD(model.parameters(), system.recipe.lr)
-    return _step(_trained_by_hand(system, model, optimizer, []))
+    return _step(enumerate(_trained_by_hand(system, model, optimizer, [])))
 
 
 def chain(levels: int) -> tuple[float, float]:
@@ -277,6 +278,9 @@ def random_images(count: int, shape: tuple[int, int, int]) -> Dataset:
     return Dataset("random", images, labels, images[:10], labels[:10], classes, (0.5,) * channels, (0.25,) * channels)
 
 
-def _step(marks: list[float]) -> float:
-    """Return the median time between marks, after a warm-up."""
-    return statistics.median(after - before for before, after in itertools.pairwise(marks[len(marks) // 10 :]))
+def _step(marks: Iterable[tuple[int, float]]) -> float:
+    """Return the median time of an iteration between two marks, each an iteration and a time, after a warm-up."""
+    pairs = list(itertools.pairwise(marks))
+    return statistics.median(
+        (then - begun) / (end - begin) for (begin, begun), (end, then) in pairs[len(pairs) // 10 :]
+    )

@@ -130,4 +130,6 @@ class WorkersHere:
                 raise _Stopped
             regular(iteration, checkpoint)
 
-        return perform(job, self._problem, checkpoints.get(job.key, kind), watch, tell)
+        return perform(
+            job, self._problem, checkpoints.get(job.key, kind), watch, tell, watch_every=self._checkpoint_every
+        )

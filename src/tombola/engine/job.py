@@ -168,6 +168,8 @@ def perform(
     watch: Watch,
     on_epoch: OnEpoch | None = None,
     own: LoadedRecipe | None = None,
+    *,
+    watch_every: float = 0.0,
 ) -> Outcome:
     """Do the training of a job.
 
@@ -175,9 +177,10 @@ def perform(
         job: the training.
         problem: the data set, model, loss and metrics.
         resume: the checkpoint to resume from; None to start at the beginning.
-        watch: a function that is called after every iteration.
+        watch: a function that is called after every iteration, or after several, see `watch_every` of `train`.
         on_epoch: a function that is called after every epoch, if the job tells epochs.
         own: the recipe's own functions and the hashes of their source; by default they are loaded by their names.
+        watch_every: as for `train`.
 
     Raises:
         UserError: if the problem is not the one that the training is named after, or if the user's code fails.
@@ -214,6 +217,7 @@ def perform(
             packed=job.packed,
             resume=resume,
             watch=clock,
+            watch_every=watch_every,
             on_epoch=on_epoch if job.tells_epochs else None,
         )
     record = {

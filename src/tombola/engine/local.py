@@ -339,10 +339,12 @@ def _perform(
         connection.send(At(job.key, iteration, losses))
 
     if store is None:
-        return perform(job, problem, None, make_watch(tell, None, checkpoint_every), tell)
+        watch = make_watch(tell, None, checkpoint_every)
+        return perform(job, problem, None, watch, tell, watch_every=checkpoint_every)
     keep, kind = partial(store.checkpoints.put, job.key), str(kind_here(job.device))
     watch = make_watch(tell, keep, checkpoint_every, kind=kind, key=job.key)
-    return perform(job, problem, store.checkpoints.get(job.key, kind), watch, tell)
+    resume = store.checkpoints.get(job.key, kind)
+    return perform(job, problem, resume, watch, tell, watch_every=checkpoint_every)
 
 
 def _end_with_parent() -> None:

@@ -278,7 +278,7 @@ def _train(
             kind = str(kind_here(job.device))
             resume = None if stopped is None else checkpoint_from_bytes(stopped, kind, job.key)
             watch = make_watch(tell, keep, checkpoint_every, kind=kind, key=job.key)
-            return perform(job, loaded, resume, watch, tell, own)
+            return perform(job, loaded, resume, watch, tell, own, watch_every=checkpoint_every)
     except BaseException as error:  # a user's code may raise anything
         return Failed.by(job.key, error)
 

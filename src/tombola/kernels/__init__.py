@@ -26,6 +26,7 @@ from tombola.kernels.linear import Perceptron, SparseLinear
 from tombola.kernels.packed import can_pack
 from tombola.kernels.replace import dense_names, dense_state, sparsify, sparsify_to_infer
 from tombola.kernels.step import Loss, Precision, Step, accelerate, are_packed, have_convolutions, sparse_layers
+from tombola.kernels.stretch import Stretch, can_stretch
 
 __all__ = [
     "MISSING",
@@ -38,10 +39,12 @@ __all__ = [
     "SparseConv2d",
     "SparseLinear",
     "Step",
+    "Stretch",
     "accelerate",
     "are_packed",
     "available",
     "can_pack",
+    "can_stretch",
     "choices",
     "choose",
     "dense_names",

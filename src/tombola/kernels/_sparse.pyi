@@ -89,6 +89,46 @@ class Chain:
         target: Tensor | None,
     ) -> None: ...
 
+def load_operators(path: str) -> bool: ...
+
+_Tensors = tuple[Tensor, ...]
+_OrNone = tuple[Tensor | None, ...]
+
+class Stretch:
+    def __init__(
+        self,
+        inputs: Tensor,
+        mean: Tensor | None,
+        scale: Tensor | None,
+        labels: Tensor,
+        batch: int,
+        layers: tuple[tuple[Chain | None, _OrNone, _OrNone, bool], ...],
+    ) -> None: ...
+    def multiply(self, gradients: _Tensors, masks: _Tensors) -> None: ...
+    def sgd(
+        self,
+        parameters: _Tensors,
+        gradients: _Tensors,
+        momenta: _Tensors,
+        weight_decay: float,
+        momentum: float,
+        nesterov: bool,
+    ) -> None: ...
+    def adam(
+        self,
+        parameters: _Tensors,
+        gradients: _Tensors,
+        means: _Tensors,
+        squares: _Tensors,
+        steps: _Tensors,
+        beta1: float,
+        beta2: float,
+        weight_decay: float,
+        epsilon: float,
+        decoupled: bool,
+    ) -> None: ...
+    def run(self, order: Tensor, rates: list[float], losses: Tensor, seconds: float) -> int: ...
+
 def instruction_sets() -> list[str]: ...
 def batch_norm(
     x: Tensor,

@@ -24,7 +24,16 @@ Gradients: TypeAlias = list[Tensor | None]
 
 
 class _Part(Protocol):
-    """A sequence of linear layers with their ReLUs. Weights and biases are passed alternately; a bias may be None."""
+    """A sequence of linear layers with their ReLUs. Weights and biases are passed alternately; a bias may be None.
+
+    Args:
+        chain: the kernels of sparse layers; None for a dense layer.
+        relu: whether a ReLU follows a dense layer.
+
+    """
+
+    chain: Any
+    relu: bool
 
     def forward(self, x: Tensor, weights: Sequence[Any]) -> tuple[Tensor, list[Tensor]]:
         """Return the output for x, (batch, inputs), and the tensors that `backward` needs."""
@@ -46,6 +55,7 @@ class _Surviving:
 
     def __init__(self, kernels: Sequence[Any], relus: Sequence[bool]) -> None:
         self.chain = layers.extension.Chain(tuple(kernels), relus)
+        self.relu = False  # those that follow are in the chain
 
     def forward(self, x: Tensor, weights: Sequence[Any]) -> tuple[Tensor, list[Tensor]]:
         batch = len(x)
@@ -78,6 +88,7 @@ class _Dense:
     """
 
     def __init__(self, *, relu: bool) -> None:
+        self.chain = None
         self.relu = relu
 
     def forward(self, x: Tensor, weights: Sequence[Any]) -> tuple[Tensor, list[Tensor]]:
@@ -213,23 +224,27 @@ class Perceptron:
         linear: the layers in order, each with whether a ReLU follows.
         flattens: whether examples are flattened first, so that they may have any shape.
 
+    Attributes:
+        outputs: the number of outputs.
+        parts: sequences of layers of one kind in order, each with its weights and biases, some of them None.
+
     """
 
     def __init__(self, linear: Sequence[tuple[Linear, bool]], *, flattens: bool) -> None:
-        self._inputs = linear[0][0].in_features
+        self._inputs, self.outputs = linear[0][0].in_features, linear[-1][0].out_features
         self._flattens = flattens
         self._one = torch.ones((), dtype=torch.float32, device="cpu")
-        self._parts: list[tuple[_Part, list[Any]]] = []  # with alternating weights and biases, some of them None
+        self.parts: list[tuple[_Part, list[Any]]] = []
         for (sparse, _), group in groupby(linear, lambda pair: _kind(pair[0])):
             row, relus = zip(*group, strict=True)
             if sparse:
                 weights = [weight for layer in row for weight in (layer.values, layer.bias)]
-                self._parts.append((_Surviving(_kernels(row), relus), weights))
+                self.parts.append((_Surviving(_kernels(row), relus), weights))
             else:
-                self._parts += [
+                self.parts += [
                     (_Dense(relu=relu), [layer.weight, layer.bias]) for layer, relu in zip(row, relus, strict=True)
                 ]
-        self._weights = [weight for _, weights in self._parts for weight in weights]
+        self._weights = [weight for _, weights in self.parts for weight in weights]
 
     @classmethod
     def of(cls, model: nn.Module) -> Perceptron | None:
@@ -270,7 +285,7 @@ class Perceptron:
         This is the computation of autograd, with the same functions.
         """
         y, kept = x.flatten(1), []
-        for part, weights in self._parts:
+        for part, weights in self.parts:
             y, own = part.forward(y, weights)
             kept.append(own)
         mean, ignored = 1, -100
@@ -279,8 +294,8 @@ class Perceptron:
         loss, total = torch.ops.aten.nll_loss_forward.default(log_p, labels, None, mean, ignored)
         dy = torch.ops.aten.nll_loss_backward.default(self._one, log_p, labels, None, mean, ignored, total)
         dy = torch.ops.aten._log_softmax_backward_data.default(dy, log_p, 1, log_p.dtype)
-        for number in reversed(range(len(self._parts))):
-            part, weights = self._parts[number]
+        for number in reversed(range(len(self.parts))):
+            part, weights = self.parts[number]
             needs = [weight is not None and weight.requires_grad for weight in weights]
             dy, gradients = part.backward(dy, weights, kept[number], [number > 0, *needs])
             for weight, gradient, needed in zip(weights, gradients, needs, strict=True):

@@ -7,10 +7,12 @@
 #include <nanobind/stl/vector.h>
 
 #include <algorithm>
+#include <chrono>
 #include <climits>
 #include <cstdlib>
 #include <cstring>
 #include <deque>
+#include <functional>
 #include <memory>
 #include <optional>
 #include <stdexcept>
@@ -20,6 +22,7 @@
 #include <vector>
 
 #include "kernel.hpp"
+#include "operators.hpp"
 #include "tensor.hpp"
 
 namespace tombola {
@@ -620,6 +623,14 @@ namespace {
 // `memory` of a forward pass holds source and outputs, one after the other, for the backward pass.
 class Chain {
   public:
+    struct Weights {
+        const float *values, *bias;
+    };
+    struct Gradients {
+        bool wanted;
+        float *values, *bias;
+    };
+
     Chain(nb::tuple layers, std::vector<bool> relus) : owner_(layers), relus_(relus) {
         if (layers.size() == 0 || layers.size() != relus.size())
             throw std::invalid_argument("expected a ReLU or none a layer");
@@ -650,10 +661,15 @@ class Chain {
         const std::vector<Weights> parameters = weights_of(weights);
         const auto [from, batch] = batch_of("source", source, {any, inputs()});
         const View to = target_of(target, {batch, outputs()});
-        float* x = memory_of(memory, batch);
+        float* const kept = memory_of(memory, batch);
         check_apart(to.data, "source", from.data);
-        check_apart(to.data, "memory", x);
+        check_apart(to.data, "memory", kept);
         nb::gil_scoped_release unlocked;
+        compute(parameters, from, batch, kept, to);
+    }
+
+    // The two passes without Python.
+    void compute(const std::vector<Weights>& parameters, View from, int batch, float* x, View to) const {
         const size_t width = blocks(batch) * block();
         const int rounded = whole(batch);
         kernels().pack_features(from, layers_[0]->inputs(), batch, x);
@@ -681,6 +697,11 @@ class Chain {
         check_apart(to.data, "memory", kept);
         const std::vector<Gradients> found = gradients_of(gradients);
         nb::gil_scoped_release unlocked;
+        differentiate(parameters, from, batch, kept, found, to);
+    }
+
+    void differentiate(const std::vector<Weights>& parameters, View from, int batch, float* kept,
+                       const std::vector<Gradients>& found, View to) const {
         const size_t width = blocks(batch) * block();
         const int rounded = whole(batch);
         float *dy = workspace(scratch_floats(batch)), *dx = dy + delta_floats(batch), *ordered = dx + delta_floats(batch);
@@ -698,15 +719,6 @@ class Chain {
         }
         if (to.data) kernels().unpack_features(dy, layers_[0]->inputs(), batch, to);
     }
-
-  private:
-    struct Weights {
-        const float *values, *bias;
-    };
-    struct Gradients {
-        bool wanted;
-        float *values, *bias;
-    };
 
     std::vector<Weights> weights_of(const nb::tuple& tensors) const {
         check_count("weights", tensors);
@@ -729,6 +741,7 @@ class Chain {
         return all;
     }
 
+  private:
     void check_count(const char* name, const nb::tuple& tensors) const {
         if (tensors.size() != 2 * layers_.size())
             throw std::invalid_argument(std::string(name) + ": expected values and bias of " +
@@ -770,6 +783,14 @@ class Chain {
     std::vector<const Layer*> layers_;
     std::vector<bool> relus_;
 };
+
+}  // namespace
+}  // namespace tombola
+
+#include "stretch.hpp"
+
+namespace tombola {
+namespace {
 
 // The size of images of which the samples lie side by side.
 struct Images {
@@ -1055,6 +1076,17 @@ NB_MODULE(_sparse, m) {
         .def("forward", &Chain::forward, nb::arg("weights"), nb::arg("source"), nb::arg("target"), nb::arg("memory"))
         .def("backward", &Chain::backward, nb::arg("weights"), nb::arg("delta"), nb::arg("memory"),
              nb::arg("gradients"), nb::arg("target").none());
+    m.def("load_operators", [](const std::string& path) { return pytorch().load(path.c_str()); }, nb::arg("path"));
+    nb::class_<Stretch>(m, "Stretch")
+        .def(nb::init<nb::handle, nb::handle, nb::handle, nb::handle, int, nb::tuple>(), nb::arg("inputs"),
+             nb::arg("mean").none(), nb::arg("scale").none(), nb::arg("labels"), nb::arg("batch"), nb::arg("layers"))
+        .def("multiply", &Stretch::multiply, nb::arg("gradients"), nb::arg("masks"))
+        .def("sgd", &Stretch::sgd, nb::arg("parameters"), nb::arg("gradients"), nb::arg("momenta"),
+             nb::arg("weight_decay"), nb::arg("momentum"), nb::arg("nesterov"))
+        .def("adam", &Stretch::adam, nb::arg("parameters"), nb::arg("gradients"), nb::arg("means"), nb::arg("squares"),
+             nb::arg("steps"), nb::arg("beta1"), nb::arg("beta2"), nb::arg("weight_decay"), nb::arg("epsilon"),
+             nb::arg("decoupled"))
+        .def("run", &Stretch::run, nb::arg("order"), nb::arg("rates"), nb::arg("losses"), nb::arg("seconds"));
     m.def("batch_norm", batch_norm, nb::arg("x"), nb::arg("weight"), nb::arg("bias"), nb::arg("epsilon"),
           nb::arg("statistics"), nb::arg("y"), nb::arg("instruction_set") = nb::none());
     m.def("batch_norm_gradient", batch_norm_gradient, nb::arg("x"), nb::arg("delta"), nb::arg("weight"),

@@ -56,16 +56,16 @@ class Step:
         self.sparse = sparse
         self.autocast = autocast
         self._loss = loss
-        self._perceptron = perceptron
+        self.perceptron = perceptron
         self._forward = forward
         self._step = step
         self._memory = Memory() if packed else None
 
     def __call__(self, inputs: Tensors, labels: Tensors) -> Tensor:
         """Return the loss of a batch, a scalar, and set the gradients of the parameters, which must be None before."""
-        if self._perceptron is not None and isinstance(inputs, Tensor) and isinstance(labels, Tensor):  # noqa: SIM102
-            if self._perceptron.takes(inputs, labels):
-                return self._perceptron.cross_entropy(inputs, labels)
+        if self.perceptron is not None and isinstance(inputs, Tensor) and isinstance(labels, Tensor):  # noqa: SIM102
+            if self.perceptron.takes(inputs, labels):
+                return self.perceptron.cross_entropy(inputs, labels)
         with self.autocast:
             if self._step is not None:
                 loss = self._step(self.model, inputs, labels)
@@ -89,7 +89,7 @@ class Step:
     @property
     def draws_random_numbers(self) -> bool:
         """Whether a step may draw random numbers, as dropout does; a sequence of linear layers never does."""
-        return self._perceptron is None
+        return self.perceptron is None
 
     def state(self) -> dict[str, Tensor]:
         """Return the state of the model under the names and shapes it had before: pruned weights are exactly 0.0."""

@@ -125,6 +125,20 @@ class Tensor {
 
     Numbers sizes() const { return numbers(get(torch()->shape)); }
 
+    ptrdiff_t count() const {
+        const Numbers size = sizes();
+        if (size.count > Numbers::most) refuse(", of at most " + std::to_string(Numbers::most) + " dimensions");
+        return product(size);
+    }
+
+    // The address of a contiguous tensor of any shape, of so many elements.
+    T* all(ptrdiff_t expected) const {
+        const ptrdiff_t found = count();
+        if ((expected != any && found != expected) || !call(torch()->is_contiguous).is(Py_True))
+            refuse(", contiguous" + (expected == any ? "" : ", of " + std::to_string(expected) + " elements"));
+        return address(found, true);
+    }
+
     [[noreturn]] void refuse(const std::string& expected) const {
         const auto shown = [](nb::object value) { return std::string(nb::str(value).c_str()); };
         throw std::invalid_argument(

@@ -33,13 +33,14 @@ from tombola.pruning.eligible import list_shared, prunable
 from tombola.pruning.mask import Mask, resolve_kept_dense
 from tombola.pruning.start import check_registered, check_start
 from tombola.training.evaluation import Loss
-from tombola.training.history import Trained
+from tombola.training.history import Checkpoint, Trained
 from tombola.training.loss_functions import find_loss
 from tombola.training.metrics import ACCURACY, Metric, load_metric
 from tombola.training.own_optimizer import MakeOptimizer
 from tombola.training.recipe import Recipe, Schedule
 from tombola.training.replaceable import OwnLayersWarning, find_fault, read_kernels
 from tombola.training.scoring import EXAMPLES, TRIED, score_network
+from tombola.training.stretches import LONGEST
 from tombola.training.train import check_device, check_own_functions, check_recipe_fits, train
 from tombola.training.trial import try_network
 from tombola.training.weights import Weights, copy_model
@@ -263,6 +264,13 @@ def _train_network(
 ) -> Trained:
     """Train a ticket, see `tombola.lottery.rewinding.Train`, with a bar for its iterations."""
     with Bar(f"density {100 * mask.density:.1f} %", total=end - begin, shown=progress) as bar:
+        done = begin
+
+        def advance(iteration: int, _: Callable[[], Checkpoint]) -> None:
+            nonlocal done
+            bar.update(iteration - done)
+            done = iteration
+
         return train(
             setting.model,
             initial.load(),
@@ -280,7 +288,8 @@ def _train_network(
             metrics=setting.metrics,
             device=setting.device,
             kernels=replaceable,
-            watch=lambda iteration, checkpoint: bar.update(1),
+            watch=advance,
+            watch_every=LONGEST,
         )
 
 

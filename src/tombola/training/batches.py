@@ -41,7 +41,7 @@ def iterations(data: Dataset, recipe: Recipe, seed: int, begin: int, end: int) -
     augmented = recipe.augmentation != Augmentation()
     changes: Changes | None = None
     device = device_of(data)
-    mean, scale = _mean_and_scale(data) if data.has_images else (torch.empty(0), torch.empty(0))
+    mean, scale = mean_and_scale(data) if data.has_images else (torch.empty(0), torch.empty(0))
 
     def read(chosen: Tensor) -> Batch:
         labels = select(data.train_labels, chosen)
@@ -56,11 +56,16 @@ def iterations(data: Dataset, recipe: Recipe, seed: int, begin: int, end: int) -
         epoch, step = divmod(iteration, per_epoch)
         if step == 0 or iteration == begin:
             # Both are copied to a GPU once an epoch: a copy in each iteration would wait for the GPU.
-            order = torch.randperm(count, generator=generator(seed, "data order", epoch)).to(device)
+            order = data_order(count, seed, epoch).to(device)
             changes = Changes(seed, epoch, count, recipe.augmentation, device) if augmented else None
         chosen = order[step * examples : (step + 1) * examples]
         parts = [chosen] if recipe.accumulate == 1 else torch.split(chosen, recipe.batch_size)
         yield [read(part) for part in parts]
+
+
+def data_order(examples: int, seed: int, epoch: int) -> Tensor:
+    """Return the order of the examples in an epoch, a permutation of 0..examples-1."""
+    return torch.randperm(examples, generator=generator(seed, "data order", epoch))
 
 
 def _iterations_drawn(
@@ -126,7 +131,7 @@ def normalisation(data: Dataset) -> Callable[[Tensors], Tensors]:
     """
     if not data.has_images:
         return lambda inputs: inputs
-    mean, scale = _mean_and_scale(data)
+    mean, scale = mean_and_scale(data)
     return partial(convert, lambda images: kernels.normalise(images, mean, scale))
 
 
@@ -135,7 +140,7 @@ def device_of(data: Dataset) -> torch.device:
     return next(iter(list_tensors(data.train_inputs).values())).device
 
 
-def _mean_and_scale(data: Dataset) -> tuple[Tensor, Tensor]:
+def mean_and_scale(data: Dataset) -> tuple[Tensor, Tensor]:
     """Return the mean and 1 / std of each channel on the scale 0..255, both of shape (channels, 1, 1)."""
     device = device_of(data)
     mean = torch.tensor(data.mean, dtype=torch.float32, device=device)[:, None, None] * 255

@@ -123,8 +123,8 @@ class Checkpoint:
 
 
 Watch: TypeAlias = Callable[[int, Callable[[], Checkpoint]], None]
-"""A function that is called after every iteration with the number of the next one and a function that returns a
-checkpoint."""
+"""A function that is called after every iteration, or after several (see `watch_every` of `train`), with the number of
+the next one and a function that returns a checkpoint."""
 
 OnEpoch: TypeAlias = Callable[[int, tuple[float, ...]], None]
 """A function that is called after every epoch with the number of the next iteration and the losses of the epochs so

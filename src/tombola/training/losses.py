@@ -40,16 +40,17 @@ class Losses:
         self.iteration = iteration
         self._recorded[: iteration - self.begin] = batch_losses
 
-    def append(self, loss: Tensor) -> None:
-        """Record the loss of the next iteration, a tensor of one element without a graph."""
-        self._latest.append(loss)
-        self.iteration += 1
+    def append(self, losses: Tensor) -> None:
+        """Record the losses of the next iterations, a tensor of one element each without a graph."""
+        self._latest.append(losses)
+        self.iteration += losses.numel()
 
     def values(self) -> Tensor:
         """Return a view of the losses of all iterations so far, float32, on the device."""
         done = self.iteration - self.begin
         if self._latest:
-            self._recorded[done - len(self._latest) : done] = torch.stack([loss.reshape(()) for loss in self._latest])
+            latest = torch.cat([losses.reshape(-1) for losses in self._latest])
+            self._recorded[done - len(latest) : done] = latest
             self._latest.clear()
         return self._recorded[:done]
 
@@ -57,6 +58,12 @@ class Losses:
     def end_an_epoch(self) -> bool:
         """Whether an epoch, or the training, ends before the next iteration."""
         return self.iteration % self.per_epoch == 0 or self.iteration == self.end
+
+    @property
+    def next_check(self) -> int:
+        """The iteration before which `have_diverged` looks at the losses next."""
+        per_epoch = (self.iteration // self.per_epoch + 1) * self.per_epoch
+        return min(per_epoch, (self.iteration // _CHECK_EVERY + 1) * _CHECK_EVERY, self.end)
 
     def have_diverged(self) -> bool:
         """Return whether a loss is not finite; the check is done only after each epoch and every 50 iterations."""

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from tombola.errors import UserError, shorten
+from tombola.kernels.stretch import Stretch
 from tombola.training.recipe import Recipe
 from tombola.training.weights import State
 
@@ -94,6 +95,28 @@ class Optimizer:
         step = self._step_sgd if self.recipe.optimizer == "sgd" else self._step_adam
         for decayed in self._groups:
             step(lr, self.recipe.weight_decay if decayed else 0.0, self._with_gradients(decayed=decayed))
+
+    def prepare(self, stretch: Stretch) -> None:
+        """Let a stretch update the parameters that have a gradient, as `step` does when the state is made.
+
+        Args:
+            stretch: iterations that compute the gradients which the parameters have now.
+        """
+        recipe = self.recipe
+        for decayed in self._groups:
+            updated = self._with_gradients(decayed=decayed)
+            parameters, gradients = [each[0] for each in updated], [each[1] for each in updated]
+            decay = recipe.weight_decay if decayed else 0.0
+            if not updated:
+                continue
+            if recipe.optimizer == "sgd":
+                momenta = [state["momentum_buffer"] for _, _, state in updated] if recipe.momentum else []
+                stretch.sgd(parameters, gradients, momenta, decay, recipe.momentum, recipe.nesterov)
+                continue
+            means, squares = ([state[name] for _, _, state in updated] for name in ("exp_avg", "exp_avg_sq"))
+            steps = [state["step"] for _, _, state in updated]
+            (beta1, beta2), decoupled = recipe.betas, recipe.optimizer == "adamw"
+            stretch.adam(parameters, gradients, means, squares, steps, beta1, beta2, decay, _EPSILON, decoupled)
 
     def tensors(self) -> State:
         """Return a copy of the state on the CPU, by `<number of the parameter>.<name>`."""

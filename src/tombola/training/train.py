@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -52,6 +52,7 @@ from tombola.training.replaceable import (
     may_be_sparse,
     read_kernels,
 )
+from tombola.training.stretches import LONGEST, Stretches, are_stretches
 from tombola.training.weights import State, Weights, apply_mask, copy_model, load_state, zero_pruned
 
 MOST_ITERATIONS = 10**9
@@ -89,6 +90,7 @@ def train(
     packed: bool | None = None,
     resume: Checkpoint | None = None,
     watch: Watch | None = None,
+    watch_every: float = 0.0,
     on_epoch: OnEpoch | None = None,
 ) -> Trained:
     """Train the alive connections from the state `initial`, for the iterations begin..end-1 of the recipe.
@@ -119,6 +121,8 @@ def train(
             decides, see `tombola.kernels.are_packed`.
         resume: the checkpoint to resume from; a training that is stopped and resumed ends with the same bits.
         watch: a function that is called after every iteration, for progress and checkpoints; see `Watch`.
+        watch_every: seconds, 0 or more: iterations that take less together may be followed by one call of `watch`, so
+            that a perceptron can do them in one call, which is faster.
         on_epoch: a function that is called after every epoch with its losses; see `OnEpoch`.
 
     Raises:
@@ -136,7 +140,7 @@ def train(
     True
     """
     metrics = as_list(metrics, "metrics", "tombola.training.metrics.Metric")
-    _check_types(model, data, recipe, seed, metrics, resume, packed)
+    _check_types(model, data, recipe, seed, metrics, resume, watch_every, packed)
     expect_functions(loss=loss, forward=forward)
     expect_functions_or_none(step=step, optimizer=optimizer, schedule=schedule, watch=watch, on_epoch=on_epoch)
     check_device(device)
@@ -176,17 +180,35 @@ def train(
     losses = Losses(begin, end, recipe.iterations_per_epoch(examples), device)
     losses.resume(start.iteration, start.batch_losses)
     updater = _make_updater(model, recipe, optimizer, start.optimizer)
+    masked = _dense_masks(model, mask)
+    lr_at = functools.partial(recipe.lr_at, examples=examples, schedule=schedule)
     update = functools.partial(
         _update,
         compute=RecordedStep(fast, recipe.batch_size) if recorded else fast,
         count=functools.partial(count_positions, loss) if positions else count_examples,
         updater=updater,
-        masked=_dense_masks(model, mask),
+        masked=masked,
         recipe=recipe,
-        lr_at=functools.partial(recipe.lr_at, examples=examples, schedule=schedule),
+        lr_at=lr_at,
     )
+    in_stretches = are_stretches(fast, data, recipe)
+    longest = LONGEST if watch is None else min(watch_every, LONGEST)
     draws = ":" in recipe.optimizer or fast.draws_random_numbers
     diverged = False
+
+    def steps() -> Iterator[Tensor]:
+        """Do the iterations; yield the loss of each, or the losses of several at a time."""
+        for several in iterations(data, recipe, seed, start.iteration, end):
+            if draws:
+                seed_random_layers(seed, losses.iteration, device)
+            yield update(several, losses.iteration)
+            if in_stretches:
+                break
+        if in_stretches:
+            assert isinstance(updater, Optimizer)
+            stretches = Stretches(fast, data, recipe, seed, updater, masked, lr_at)
+            while losses.iteration < end:
+                yield stretches.run(losses.iteration, losses.next_check, longest)
 
     def checkpoint() -> Checkpoint:
         state = {name: tensor.detach().to("cpu", copy=True) for name, tensor in fast.state().items()}
@@ -194,10 +216,8 @@ def train(
 
     model.train()
     with ambient(seed), flush_denormals(), deterministic_algorithms(device), sound_convolutions(model, device):
-        for several in iterations(data, recipe, seed, start.iteration, end):
-            if draws:
-                seed_random_layers(seed, losses.iteration, device)
-            losses.append(update(several, losses.iteration))
+        for computed in steps():
+            losses.append(computed)
             if diverged := losses.have_diverged():
                 break
             if on_epoch is not None and losses.end_an_epoch:
@@ -244,6 +264,7 @@ def _check_types(
     seed: object,
     metrics: Sequence[object],
     resume: object,
+    watch_every: object,
     packed: object,
 ) -> None:
     """Raise `UserError` unless these arguments of `train` have the types that it takes."""
@@ -254,6 +275,7 @@ def _check_types(
     expect(seed, Integral, "seed", "a whole number")
     for metric in metrics:
         expect(metric, Metric, "metrics", "a list of tombola.training.metrics.Metric")
+    expect(watch_every, Real, "watch_every", "a number of seconds")
     if packed is not None:
         expect_flags(packed=packed)
 

@@ -1,0 +1,152 @@
+// Operators of PyTorch, called through its stable C interface. The interface is looked up in PyTorch's own library when
+// the program runs, so that one build of this module is for every PyTorch, those without the interface included.
+#pragma once
+#include <cstdint>
+#include <cstring>
+#include <initializer_list>
+#include <memory>
+#include <stdexcept>
+#include <string>
+#include <type_traits>
+#include <vector>
+
+#if !defined(_WIN32)
+#include <dlfcn.h>
+#endif
+
+namespace tombola {
+namespace {
+
+using Handle = void*;    // of a tensor or a list: who receives one frees it
+using Value = uint64_t;  // an argument or a result of an operator: the bits of a number, or a handle
+
+// Every function but the last four returns 0 if it succeeds.
+struct Interface {
+    int32_t (*call)(const char* name, const char* overload, Value* stack, uint64_t version) = nullptr;
+    int32_t (*make_tensor)(void* data, int64_t dimensions, const int64_t* sizes, const int64_t* strides, int64_t offset,
+                           int32_t dtype, int32_t device, int32_t device_index, Handle* made) = nullptr;
+    int32_t (*refer)(Handle tensor, Handle* made) = nullptr;
+    int32_t (*free_tensor)(Handle tensor) = nullptr;
+    int32_t (*make_list)(size_t reserved, Handle* made) = nullptr;
+    int32_t (*append)(Handle list, Value value) = nullptr;
+    int32_t (*make_optional)(Value** made) = nullptr;
+    int32_t (*mm)(Handle target, Handle a, Handle b) = nullptr;
+    int32_t (*addmm)(Handle target, Handle bias, Handle a, Handle b, double beta, double alpha) = nullptr;
+    int32_t (*float32)() = nullptr;
+    int32_t (*int64)() = nullptr;
+    int32_t (*cpu)() = nullptr;
+    const char* (*message)() = nullptr;  // of the latest error
+
+    // Look the functions up in the library of this path, which the program has loaded; return whether it has them all.
+    bool load(const char* path) {
+#if defined(_WIN32)
+        (void)path;
+        return false;
+#else
+        void* const library = dlopen(path, RTLD_NOLOAD | RTLD_LAZY);
+        if (!library) return false;
+        bool all = true;
+        const auto find = [&](auto& function, const char* name) {
+            function = reinterpret_cast<std::decay_t<decltype(function)>>(dlsym(library, name));
+            all = all && function;
+        };
+        find(call, "torch_call_dispatcher");
+        find(make_tensor, "aoti_torch_create_tensor_from_blob");
+        find(refer, "aoti_torch_new_tensor_handle");
+        find(free_tensor, "aoti_torch_delete_tensor_object");
+        find(make_list, "torch_new_list_reserve_size");
+        find(append, "torch_list_push_back");
+        find(make_optional, "torch_new_stable_ivalue");
+        find(mm, "aoti_torch_cpu_mm_out");
+        find(addmm, "aoti_torch_cpu_addmm_out");
+        find(float32, "aoti_torch_dtype_float32");
+        find(int64, "aoti_torch_dtype_int64");
+        find(cpu, "aoti_torch_device_type_cpu");
+        find(message, "torch_exception_get_what_without_backtrace");
+        dlclose(library);  // which PyTorch itself keeps
+        if (!all) *this = {};
+        return all;
+#endif
+    }
+};
+
+inline Interface& pytorch() {
+    static Interface functions;
+    return functions;
+}
+
+inline void succeed(int32_t status, const char* name) {
+    if (status) throw std::runtime_error(std::string("PyTorch's ") + name + ": " + pytorch().message());
+}
+
+// A tensor over memory that outlives it.
+using Operand = std::shared_ptr<void>;
+
+inline Operand operand(void* data, std::initializer_list<int64_t> sizes, std::initializer_list<int64_t> strides,
+                       int32_t dtype) {
+    const Interface& torch = pytorch();
+    Handle made;
+    succeed(torch.make_tensor(data, static_cast<int64_t>(sizes.size()), sizes.begin(), strides.begin(), 0, dtype,
+                              torch.cpu(), 0, &made),
+            "create_tensor_from_blob");
+    return Operand(made, [](Handle tensor) { pytorch().free_tensor(tensor); });
+}
+
+inline Operand floats(float* data, std::initializer_list<int64_t> sizes, std::initializer_list<int64_t> strides) {
+    return operand(data, sizes, strides, pytorch().float32());
+}
+
+inline Operand one_float(float* data) { return floats(data, {}, {}); }
+
+// Arguments, each of which the operator that receives it frees.
+constexpr Value none = 0;
+
+inline Value given(const Operand& tensor) {
+    Handle made;
+    succeed(pytorch().refer(tensor.get(), &made), "new_tensor_handle");
+    return reinterpret_cast<Value>(made);
+}
+
+inline Value given(double number) {
+    Value value;
+    std::memcpy(&value, &number, sizeof value);
+    return value;
+}
+
+inline Value given(int64_t number) { return static_cast<Value>(number); }
+inline Value given(int32_t number) { return given(int64_t(number)); }
+inline Value given(bool flag) { return flag; }
+
+inline Value list_of(const std::vector<Value>& values) {
+    Handle made;
+    succeed(pytorch().make_list(values.size(), &made), "new_list");
+    for (const Value value : values) succeed(pytorch().append(made, value), "list_push_back");
+    return reinterpret_cast<Value>(made);
+}
+
+inline Value given(const std::vector<Operand>& tensors) {
+    std::vector<Value> values;
+    values.reserve(tensors.size());
+    for (const Operand& tensor : tensors) values.push_back(given(tensor));
+    return list_of(values);
+}
+
+inline Value optional(Value value) {
+    Value* made;
+    succeed(pytorch().make_optional(&made), "new_stable_ivalue");
+    *made = value;
+    return reinterpret_cast<Value>(made);
+}
+
+// Call the operator, which writes to `outputs` of its arguments and returns these again. The arguments are those of the
+// schema, all of them: `tombola.kernels.stretch` compares the schemas.
+template <class... Arguments>
+void call(const char* name, const char* overload, int outputs, const Arguments&... arguments) {
+    constexpr uint64_t version = uint64_t(2) << 56 | uint64_t(13) << 48;  // for which the calls are written
+    Value stack[] = {arguments...};
+    succeed(pytorch().call(name, overload, stack, version), name);
+    for (int i = 0; i < outputs; ++i) pytorch().free_tensor(reinterpret_cast<Handle>(stack[i]));
+}
+
+}  // namespace
+}  // namespace tombola

@@ -1,0 +1,327 @@
+// Several iterations of a perceptron's training in one call. A part of sparse.cpp, with its checks and its layers.
+#pragma once
+
+namespace tombola {
+namespace {
+
+// Memory for so many elements, as PyTorch aligns it: the bits of its matrix products may depend on it.
+template <class T>
+std::shared_ptr<T> aligned(size_t count) {
+    constexpr size_t line = 64;
+    void* const memory = std::aligned_alloc(line, (count * sizeof(T) / line + 1) * line);
+    if (!memory) throw std::bad_alloc();
+    std::memset(memory, 0, count * sizeof(T));
+    return {static_cast<T*>(memory), [](T* data) { std::free(data); }};
+}
+
+// Iterations of stochastic gradient descent on a network of linear layers and ReLUs with cross-entropy. Each iteration is
+// a list of calls, made once, over memory that stays where it is: gather a batch, forward, loss, backward, update. What
+// they compute is what tombola.kernels.linear computes step by step, by the same functions.
+class Stretch {
+  public:
+    // `inputs` are images, (examples, channels, height, width), of which mean and scale are those of the channels; or
+    // floats, (examples, features), whose mean and scale are None. `layers` are those of the network in order: a chain
+    // of sparse layers with the values and biases of all, or None for a dense layer with weight and bias; the tensors
+    // for their gradients; and whether a ReLU follows a dense layer.
+    Stretch(nb::handle inputs, nb::handle mean, nb::handle scale, nb::handle labels, int batch, nb::tuple layers)
+        : batch_(batch) {
+        if (!pytorch().call) throw std::runtime_error("PyTorch's operators are not loaded");
+        if (batch < 1 || batch > INT_MAX / 2)
+            throw std::invalid_argument("batch: expected 1 to 2^30 examples, got " + std::to_string(batch));
+        labels_ = aligned<int64_t>(batch);
+        Features top = mean.is_none() ? floats_of(inputs) : images_of(inputs, mean, scale);
+        gather_labels(labels);
+        for (size_t i = 0; i < layers.size(); ++i) {
+            const nb::tuple layer = nb::cast<nb::tuple>(layers[i]);
+            if (layer.size() != 4) throw std::invalid_argument("layers: expected chain, weights, gradients, ReLU");
+            const nb::tuple weights = nb::cast<nb::tuple>(layer[1]), gradients = nb::cast<nb::tuple>(layer[2]);
+            const bool last = i + 1 == layers.size();
+            top = layer[0].is_none() ? dense(top, i == 0, last, weights, gradients, nb::cast<bool>(layer[3]))
+                                     : sparse(top, i == 0, last, nb::cast<nb::object>(layer[0]), weights, gradients);
+        }
+        if (layers.size() == 0) throw std::invalid_argument("layers: expected one or more");
+        cross_entropy(top);
+    }
+
+    // Multiply each of these gradients by its mask after each backward pass.
+    void multiply(const nb::tuple& gradients, const nb::tuple& masks) {
+        const std::vector<Operand> g = flat("gradients", gradients), m = flat("masks", masks, &gradients);
+        update_.push_back([=](double) { call("aten::_foreach_mul_", "List", 0, given(g), given(m)); });
+    }
+
+    // Update parameters as torch.optim.SGD does; without momentum, there are no `momenta`.
+    void sgd(const nb::tuple& parameters, const nb::tuple& gradients, const nb::tuple& momenta, double weight_decay,
+             double momentum, bool nesterov) {
+        const std::vector<Operand> p = flat("parameters", parameters), g = flat("gradients", gradients, &parameters);
+        const std::vector<Operand> m =
+            momentum ? flat("momenta", momenta, &parameters) : std::vector<Operand>();
+        update_.push_back([=](double rate) {
+            const bool maximize = false, first = false;
+            call("aten::_fused_sgd_", "", 0, given(p), given(g), given(m), given(weight_decay), given(momentum),
+                 given(rate), given(0.0), given(nesterov), given(maximize), given(first), none, none);
+        });
+    }
+
+    // Update parameters as torch.optim.Adam does, or as AdamW (`decoupled`). `steps` are counters.
+    void adam(const nb::tuple& parameters, const nb::tuple& gradients, const nb::tuple& means, const nb::tuple& squares,
+              const nb::tuple& steps, double beta1, double beta2, double weight_decay, double epsilon, bool decoupled) {
+        const std::vector<Operand> p = flat("parameters", parameters), g = flat("gradients", gradients, &parameters),
+                                   m = flat("means", means, &parameters), v = flat("squares", squares, &parameters);
+        if (steps.size() != parameters.size()) throw std::invalid_argument("steps: expected one a parameter");
+        std::vector<Operand> counts;
+        std::vector<float*> counters;
+        for (const nb::handle step : steps) {
+            counters.push_back(hold<float>("steps", step, 1));
+            counts.push_back(one_float(counters.back()));
+        }
+        const char* const name = decoupled ? "aten::_fused_adamw_" : "aten::_fused_adam_";
+        update_.push_back([=](double rate) {
+            const bool amsgrad = false, maximize = false;
+            for (float* counter : counters) *counter += 1;
+            call(name, "", 0, given(p), given(g), given(m), given(v), given(std::vector<Operand>()), given(counts),
+                 given(rate), given(beta1), given(beta2), given(weight_decay), given(epsilon), given(amsgrad),
+                 given(maximize), none, none);
+        });
+    }
+
+    // Do an iteration with each of the learning rates, on the examples that `order` lists, a batch after the other, and
+    // note their losses; return how many there were when the time was over, one at least.
+    int run(nb::handle order, const std::vector<double>& rates, nb::handle losses, double seconds) {
+        const ptrdiff_t count = static_cast<ptrdiff_t>(rates.size());
+        const int64_t* const chosen = Tensor<const int64_t>("order", order).contiguous({count * batch_});
+        float* const noted = Tensor<float>("losses", losses).contiguous({count});
+        for (ptrdiff_t k = 0; k < count * batch_; ++k)
+            if (chosen[k] < 0 || chosen[k] >= examples_)
+                throw nb::index_error(("order: expected numbers of " + std::to_string(examples_) +
+                                       " examples, from 0, got " + std::to_string(chosen[k]) + " at position " +
+                                       std::to_string(k))
+                                          .c_str());
+        for (const auto& check : checks_) check();
+        nb::gil_scoped_release unlocked;
+        const auto start = std::chrono::steady_clock::now();
+        for (ptrdiff_t i = 0; i < count; ++i) {
+            chosen_ = chosen + i * batch_;
+            for (const auto& each : forward_) each();
+            for (size_t k = backward_.size(); k-- > 0;) backward_[k]();
+            for (const auto& each : update_) each(rates[i]);
+            noted[i] = *loss_;
+            if (std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count() > seconds)
+                return static_cast<int>(i + 1);
+        }
+        return static_cast<int>(count);
+    }
+
+  private:
+    // The features of a batch, with the distances between samples and between features, and their gradient.
+    struct Features {
+        float* data;
+        ptrdiff_t count, sample, feature;
+        float* gradient;
+        ptrdiff_t gradient_sample, gradient_feature;
+
+        View view() const { return {data, sample, feature, 0, 0, 0, false}; }
+        View gradient_view() const { return {gradient, gradient_sample, gradient_feature, 0, 0, 0, false}; }
+    };
+
+    // The outputs of a layer. The features of a sample lie far apart, unless those of the last sparse layer, which the
+    // loss reads; so do their gradients, unless those that the loss computes.
+    Features outputs(ptrdiff_t count, bool last, bool adjacent) {
+        float *data = memory(batch_ * count), *gradient = memory(batch_ * count);
+        Features made{data, count, 1, batch_, gradient, 1, batch_};
+        if (adjacent) made.sample = count, made.feature = 1;
+        if (last) made.gradient_sample = count, made.gradient_feature = 1;
+        return made;
+    }
+
+    Features images_of(nb::handle inputs, nb::handle mean, nb::handle scale) {
+        const Numbers size = Tensor<const uint8_t>("inputs", inputs).sizes();
+        if (size.count != 4 || size.at[1] > INT_MAX)
+            Tensor<const uint8_t>("inputs", inputs).refuse(", of shape (examples, channels, height, width)");
+        examples_ = size.at[0];
+        const ptrdiff_t pixels = size.at[2] * size.at[3], features = size.at[1] * pixels;
+        const int channels = static_cast<int>(size.at[1]);
+        const uint8_t* const from = hold<const uint8_t>("inputs", inputs, examples_ * features);
+        const float *center = hold<float>("mean", mean, channels), *slope = hold<float>("scale", scale, channels);
+        const Kernels* const kernels = &kernels_named(std::nullopt);
+        float* const x = memory(batch_ * features);
+        forward_.push_back([=] {
+            kernels->normalise_images(from, chosen_, batch_, channels, pixels, center, slope, x);
+        });
+        return {x, features, features, 1, nullptr, 0, 0};
+    }
+
+    Features floats_of(nb::handle inputs) {
+        const Numbers size = Tensor<float>("inputs", inputs).sizes();
+        if (size.count < 1 || size.count > Numbers::most)
+            Tensor<float>("inputs", inputs).refuse(", of at most " + std::to_string(Numbers::most) + " dimensions");
+        examples_ = size.at[0];
+        ptrdiff_t features = 1;
+        for (int i = 1; i < size.count; ++i) features *= size.at[i];
+        const float* const from = hold<float>("inputs", inputs, examples_ * features);
+        float* const x = memory(batch_ * features);
+        forward_.push_back([=] {
+            for (int n = 0; n < batch_; ++n)
+                std::memcpy(x + n * features, from + chosen_[n] * features, features * sizeof(float));
+        });
+        return {x, features, features, 1, nullptr, 0, 0};
+    }
+
+    void gather_labels(nb::handle labels) {
+        const int64_t* const from = hold<const int64_t>("labels", labels, examples_);
+        int64_t* const to = labels_.get();
+        forward_.push_back([=] {
+            for (int n = 0; n < batch_; ++n) to[n] = from[chosen_[n]];
+        });
+    }
+
+    Features sparse(const Features& x, bool first, bool last, nb::object object, const nb::tuple& weights,
+                    const nb::tuple& gradients) {
+        if (!nb::isinstance<Chain>(object)) throw nb::type_error("layers: expected a chain");
+        const Chain* const chain = nb::cast<const Chain*>(object);
+        expect_features(x, chain->inputs());
+        const auto parameters = chain->weights_of(weights);
+        const auto found = chain->gradients_of(gradients);
+        for (const nb::tuple& each : {weights, gradients})
+            for (const nb::handle tensor : each)
+                if (!tensor.is_none()) hold<float>("weights", tensor, any);
+        owners_.push_back(std::move(object));
+        const Features y = outputs(chain->outputs(), last, last);
+        float* const kept = memory(chain->floats(batch_));
+        forward_.push_back([=] { chain->compute(parameters, x.view(), batch_, kept, y.view()); });
+        backward_.push_back([=] {
+            chain->differentiate(parameters, y.gradient_view(), batch_, kept, found,
+                                 first ? View{} : x.gradient_view());
+        });
+        return y;
+    }
+
+    // y^T = W x^T + b, as in tombola.kernels.linear.
+    Features dense(const Features& x, bool first, bool last, const nb::tuple& weights, const nb::tuple& gradients,
+                   bool relu) {
+        if (weights.size() != 2 || gradients.size() != 2)
+            throw std::invalid_argument("layers: expected weight and bias of a dense layer, and their gradients");
+        const Numbers size = Tensor<float>("weight", weights[0]).sizes();
+        if (size.count != 2) Tensor<float>("weight", weights[0]).refuse(", of shape (outputs, inputs)");
+        const int64_t rows = size.at[0], columns = size.at[1], batch = batch_;
+        expect_features(x, columns);
+        float* const w = hold<float>("weight", weights[0], rows * columns);
+        const Features y = outputs(rows, last, false);
+        const Operand weight = floats(w, {rows, columns}, {columns, 1}),
+                      transposed = floats(w, {columns, rows}, {1, columns}),
+                      source = floats(x.data, {batch, columns}, {x.sample, x.feature}),
+                      features = floats(x.data, {columns, batch}, {x.feature, x.sample}),
+                      target = floats(y.data, {rows, batch}, {batch, 1});
+        const Operand bias =
+            weights[1].is_none() ? nullptr : floats(hold<float>("bias", weights[1], rows), {rows, 1}, {1, 1});
+        forward_.push_back([=] {
+            if (bias)
+                succeed(pytorch().addmm(target.get(), bias.get(), weight.get(), features.get(), 1, 1), "addmm");
+            else
+                succeed(pytorch().mm(target.get(), weight.get(), features.get()), "mm");
+            if (relu) call("aten::relu_", "", 1, given(target));
+        });
+        float* const gated = relu ? memory(rows * batch) : nullptr;
+        const Operand delta = relu ? floats(gated, {rows, batch}, {batch, 1})
+                                   : floats(y.gradient, {rows, batch}, {y.gradient_feature, y.gradient_sample});
+        const Operand source_gradient = first ? nullptr : floats(x.gradient, {columns, batch}, {batch, 1});
+        const Operand weight_gradient =
+            gradients[0].is_none()
+                ? nullptr
+                : floats(hold<float>("gradient", gradients[0], rows * columns), {rows, columns}, {columns, 1});
+        const Operand bias_gradient =
+            gradients[1].is_none() ? nullptr : floats(hold<float>("bias_gradient", gradients[1], rows), {rows}, {1});
+        backward_.push_back([=] {
+            if (relu) gate(y, gated);
+            if (source_gradient)
+                succeed(pytorch().mm(source_gradient.get(), transposed.get(), delta.get()), "mm");
+            if (weight_gradient) succeed(pytorch().mm(weight_gradient.get(), delta.get(), source.get()), "mm");
+            if (bias_gradient)
+                call("aten::sum", "IntList_out", 1, given(delta), optional(list_of({1})), given(false), none,
+                     given(bias_gradient));
+        });
+        return y;
+    }
+
+    // The gradient of a ReLU, (features, batch), as aten::threshold_backward computes it.
+    void gate(const Features& y, float* to) const {
+        for (ptrdiff_t f = 0; f < y.count; ++f)
+            for (ptrdiff_t n = 0; n < batch_; ++n)
+                *to++ = y.data[f * y.feature + n * y.sample] <= 0
+                            ? 0
+                            : y.gradient[f * y.gradient_feature + n * y.gradient_sample];
+    }
+
+    void cross_entropy(const Features& y) {
+        const int64_t batch = batch_, classes = y.count, mean = 1, ignored = -100;
+        loss_ = memory(1);
+        float *count = memory(1), *one = memory(1), *log_p = memory(batch * classes), *delta = memory(batch * classes);
+        *one = 1;
+        const Operand outputs = floats(y.data, {batch, classes}, {y.sample, y.feature}),
+                      p = floats(log_p, {batch, classes}, {classes, 1}), d = floats(delta, {batch, classes}, {classes, 1}),
+                      gradient = floats(y.gradient, {batch, classes}, {classes, 1}), loss = one_float(loss_),
+                      total = one_float(count), unit = one_float(one),
+                      labels = operand(labels_.get(), {batch}, {1}, pytorch().int64());
+        const int32_t dtype = pytorch().float32();
+        forward_.push_back([=] {
+            call("aten::_log_softmax", "out", 1, given(outputs), given(1), given(false), given(p));
+            call("aten::nll_loss_forward", "output", 2, given(p), given(labels), none, given(mean), given(ignored),
+                 given(loss), given(total));
+        });
+        backward_.push_back([=] {
+            call("aten::nll_loss_backward", "grad_input", 1, given(unit), given(p), given(labels), none, given(mean),
+                 given(ignored), given(total), given(d));
+            call("aten::_log_softmax_backward_data", "out", 1, given(d), given(p), given(1), given(dtype),
+                 given(gradient));
+        });
+    }
+
+    void expect_features(const Features& x, ptrdiff_t count) const {
+        if (x.count != count)
+            throw std::invalid_argument("layers: expected one of " + std::to_string(x.count) + " inputs, got " +
+                                        std::to_string(count));
+    }
+
+    float* memory(size_t count) {
+        memory_.push_back(aligned<float>(count));
+        return memory_.back().get();
+    }
+
+    // The address of a contiguous tensor of so many elements, which is checked again before each run.
+    template <class T>
+    T* hold(const char* name, nb::handle handle, ptrdiff_t count) {
+        const nb::object tensor = nb::borrow(handle);
+        T* const data = Tensor<T>(name, tensor).all(count);
+        owners_.push_back(tensor);
+        checks_.push_back([=] {
+            if (Tensor<T>(name, tensor).all(count) != data) Tensor<T>(name, tensor).refuse(", where it was before");
+        });
+        return data;
+    }
+
+    // Tensors as rows of numbers; each has as many as the one of `like`.
+    std::vector<Operand> flat(const char* name, const nb::tuple& tensors, const nb::tuple* like = nullptr) {
+        if (like && tensors.size() != like->size())
+            throw std::invalid_argument(std::string(name) + ": expected " + std::to_string(like->size()) +
+                                        " tensors, got " + std::to_string(tensors.size()));
+        std::vector<Operand> all;
+        for (size_t i = 0; i < tensors.size(); ++i) {
+            const ptrdiff_t count = Tensor<float>(name, like ? (*like)[i] : tensors[i]).count();
+            all.push_back(floats(hold<float>(name, tensors[i], count), {count}, {1}));
+        }
+        return all;
+    }
+
+    int batch_;
+    ptrdiff_t examples_ = 0;
+    std::shared_ptr<int64_t> labels_;
+    float* loss_ = nullptr;
+    std::vector<std::shared_ptr<float>> memory_;
+    std::vector<nb::object> owners_;
+    std::vector<std::function<void()>> checks_;
+    const int64_t* chosen_ = nullptr;  // the examples of the iteration
+    std::vector<std::function<void()>> forward_, backward_;  // both in the order of the layers
+    std::vector<std::function<void(double)>> update_;
+};
+
+}  // namespace
+}  // namespace tombola

@@ -1,0 +1,341 @@
+"""Stretches, many iterations of a perceptron in one call: they have the bits of iterations that are done alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tombola import Dataset, Mask, Recipe, kernels, train
+from tombola.kernels import layers, stretch
+from tombola.kernels.stretch import Stretch
+from tombola.training import stretches
+from tombola.training.history import Checkpoint, Trained
+from tombola.training.train import initial_state
+from training_cases import AUGMENTED, IMAGES, VECTORS, ignore, perceptron
+
+BATCH = 16
+ROWS = torch.randn(3 * BATCH, 72, generator=torch.Generator().manual_seed(0))
+SAME = Dataset("rows", ROWS, torch.arange(3 * BATCH) % 3, ROWS[:3], torch.arange(3))  # batches of one size
+TRAININGS: dict[str, tuple[Dataset, dict[str, Any]]] = {  # of the images, the last batch is smaller
+    "sgd": (SAME, {}),
+    "momentum": (IMAGES, {"momentum": 0.9, "weight_decay": 0.1, "schedule": "cosine"}),
+    "nesterov": (
+        IMAGES,
+        {"momentum": 0.9, "nesterov": True, "weight_decay": 0.1, "no_decay": ["*.bias"], "drop_last": True},
+    ),
+    "adam": (IMAGES, {"optimizer": "adam", "schedule": "cosine"}),
+    "adamw": (SAME, {"optimizer": "adamw", "weight_decay": 0.1, "no_decay": ["1.*"], "warmup": 3}),
+}
+
+
+def deep() -> nn.Module:
+    relu = nn.ReLU
+    last = nn.Linear(32, 3)
+    return nn.Sequential(nn.Flatten(), nn.Linear(72, 32, bias=False), relu(), nn.Linear(32, 32), relu(), last, relu())
+
+
+def frozen() -> nn.Module:
+    """The same, with two layers of which one parameter is trained."""
+    model = deep()
+    for name in ("3.weight", "5.bias"):
+        model.get_parameter(name).requires_grad_(False)
+    return model
+
+
+def masked(build: Callable[[], nn.Module], sparse: tuple[int, ...]) -> tuple[Mask, list[str]]:
+    """Return a mask with few connections in some layers and most in the others, and the names of the former."""
+    model, draw = build(), torch.Generator().manual_seed(0)
+    full = Mask.ones_like(model)
+    densities = [0.08 if number in sparse else 0.95 for number in range(len(full))]
+    drawn = {name: torch.rand(full[name].shape, generator=draw) < d for name, d in zip(full, densities, strict=True)}
+    mask = Mask.from_tensors(drawn)
+    names = [list(full)[number] for number in sparse]
+    assert set(names) <= set(kernels.sparse_layers(model, mask, batch_size=BATCH))
+    return mask, names
+
+
+needs_operators = pytest.mark.skipif(
+    not stretch.can_call_operators(),
+    reason="torch or the kernels lack what stretches need; to run: take torch 2.13 and a C++ compiler",
+)
+
+
+@pytest.fixture
+def runs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Return a list that receives the number of iterations of each call that does some."""
+    done: list[int] = []
+    run = Stretch.run
+
+    def counted(self: Stretch, *arguments: Any) -> Tensor:
+        losses = run(self, *arguments)
+        done.append(len(losses))
+        return losses
+
+    monkeypatch.setattr(Stretch, "run", counted)
+    return done
+
+
+@pytest.fixture
+def alone(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Trained]:
+    """Return a function that trains with each iteration done alone."""
+
+    def trained(run: Callable[..., Trained], **named: Any) -> Trained:
+        with monkeypatch.context() as patched:
+            patched.setattr(stretches, "can_stretch", lambda *_: False)
+            return run(**named)
+
+    return trained
+
+
+def bits(trained: Trained) -> tuple[object, ...]:
+    return trained.weights.hash, trained.history, trained.batch_losses.tolist()
+
+
+@needs_operators
+@pytest.mark.parametrize(("data", "fields"), TRAININGS.values(), ids=list(TRAININGS))
+@pytest.mark.parametrize(
+    ("build", "sparse"),
+    [(deep, ()), (deep, (0,)), (deep, (1,)), (deep, (0, 2)), (deep, (0, 1, 2)), (frozen, (0,)), (frozen, (0, 1))],
+)
+def test_a_stretch_has_the_bits_of_its_iterations(
+    build: Callable[[], nn.Module],
+    sparse: tuple[int, ...],
+    data: Dataset,
+    fields: dict[str, Any],
+    runs: list[int],
+    alone: Callable[..., Trained],
+) -> None:
+    recipe = Recipe(batch_size=BATCH, epochs=4, **fields)
+    mask, names = masked(build, sparse)
+    run = partial(train, build(), initial_state(build, 3), mask, data, recipe, 5, kernels=names)
+    expected: list[Checkpoint] = []
+    stopped: list[Checkpoint] = []
+    by_one = alone(run, watch=lambda _, take: expected.append(take()))
+    assert not runs
+    assert bits(run()) == bits(by_one)
+    assert sum(runs) == len(by_one.batch_losses) - 1  # all but the first
+    assert max(runs) == recipe.iterations_per_epoch(data.train_examples) - (data is IMAGES and not recipe.drop_last)
+    assert bits(run(watch=lambda _, take: stopped.append(take()))) == bits(by_one)
+    torch.testing.assert_close([*map(vars, stopped)], [*map(vars, expected)], rtol=0, atol=0)
+    assert bits(run(resume=expected[len(expected) // 2])) == bits(by_one)
+
+
+@needs_operators
+@pytest.mark.parametrize("lr", [1e4, 1e30])
+def test_divergence_is_seen_at_the_same_iteration(lr: float, runs: list[int], alone: Callable[..., Trained]) -> None:
+    recipe = Recipe(batch_size=4, epochs=30, lr=lr, momentum=0.99, weight_decay=0.1)  # checks within epochs too
+    run = partial(train, perceptron(), initial_state(perceptron, 0), Mask.ones_like(perceptron()), IMAGES, recipe, 0)
+    trained = run()
+    assert runs
+    assert trained.history.diverged_at is not None
+    assert trained.history == alone(run).history
+    assert len(trained.batch_losses) == trained.history.diverged_at + 1
+
+
+@needs_operators
+def test_a_watch_is_called_after_several_iterations_if_it_says_so(runs: list[int]) -> None:
+    recipe = Recipe(batch_size=4, epochs=3)
+    arguments = perceptron(), initial_state(perceptron, 0), Mask.ones_like(perceptron()), SAME, recipe, 0
+    seen: list[int] = []
+    told: list[int] = []
+    watch = lambda iteration, _: seen.append(iteration)  # noqa: E731
+    train(*arguments, watch=watch, watch_every=1e9, on_epoch=lambda iteration, _: told.append(iteration))
+    assert (seen, runs, told) == ([1, 12, 24, 36], [11, 12, 12], [12, 24, 36])
+    seen.clear()
+    train(*arguments, watch=watch)
+    assert seen == list(range(1, 37))
+
+
+@needs_operators
+def test_a_stretch_ends_when_its_time_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[float] = []
+    monkeypatch.setattr(Stretch, "run", lambda self, order, rates, seconds: given.append(seconds) or torch.ones(1))
+    arguments = perceptron(), initial_state(perceptron, 0), Mask.ones_like(perceptron()), SAME
+    train(*arguments, Recipe(batch_size=16, epochs=1), 0, watch=ignore, watch_every=1e9)
+    train(*arguments, Recipe(batch_size=16, epochs=1), 0)
+    assert given == [stretches.LONGEST] * 4
+    monkeypatch.undo()
+    assert len(make().run(torch.arange(8), [0.1] * 4, -1.0)) == 1
+    assert len(make().run(torch.arange(8), [0.1] * 4, 1e9)) == 4
+
+
+UNSERVED: dict[str, dict[str, Any]] = {
+    "accumulate": {"recipe": Recipe(epochs=1, batch_size=4, accumulate=2)},
+    "clip_norm": {"recipe": Recipe(epochs=1, batch_size=4, clip_norm=1.0)},
+    "augmentation": {"recipe": Recipe(epochs=1, batch_size=4, augmentation=AUGMENTED)},
+    "label smoothing": {"recipe": Recipe(epochs=1, batch_size=4, label_smoothing=0.1)},
+    "another loss": {"loss": lambda outputs, labels: nn.functional.cross_entropy(outputs, labels)},
+    "a forward of one's own": {"forward": lambda model, inputs: model(inputs)},
+}
+
+
+@pytest.mark.parametrize("fields", UNSERVED.values(), ids=list(UNSERVED))
+def test_what_stretches_do_not_serve_is_done_iteration_by_iteration(fields: dict[str, Any], runs: list[int]) -> None:
+    fields = {"recipe": Recipe(epochs=1, batch_size=4)} | fields
+    recipe = fields.pop("recipe")
+    model = perceptron()
+    trained = train(model, initial_state(perceptron, 0), Mask.ones_like(model), IMAGES, recipe, 0, **fields)
+    assert len(trained.batch_losses) == recipe.iterations_per_epoch(22)
+    assert not runs
+
+
+@needs_operators
+@pytest.mark.parametrize(
+    ("inputs", "labels", "expected"),
+    [
+        (ROWS, SAME.train_labels, True),
+        (ROWS, SAME.train_labels.masked_fill(SAME.train_labels == 2, -100), True),  # which the loss ignores
+        (IMAGES.train_inputs, IMAGES.train_labels, True),
+        (ROWS, SAME.train_labels + 1, False),
+        (ROWS, SAME.train_labels - 1, False),
+        (ROWS, SAME.train_labels.float(), False),
+        (ROWS, SAME.train_labels[::2], False),
+        (ROWS[:, :71], SAME.train_labels, False),
+        (ROWS.t().contiguous().t(), SAME.train_labels, False),
+        (ROWS.double(), SAME.train_labels, False),
+        ({"rows": ROWS}, SAME.train_labels, False),
+    ],
+)
+def test_which_data_stretches_take(inputs: Any, labels: Any, expected: bool) -> None:
+    network = kernels.Perceptron.of(perceptron())
+    assert network is not None
+    assert kernels.can_stretch(network, inputs, labels) == expected
+
+
+@needs_operators
+def test_a_torch_without_the_operators_trains_iteration_by_iteration(
+    monkeypatch: pytest.MonkeyPatch, runs: list[int]
+) -> None:
+    model, recipe = perceptron(), Recipe(epochs=1, batch_size=4)
+    arguments = model, initial_state(perceptron, 0), Mask.ones_like(model), IMAGES, recipe, 0
+    expected = bits(train(*arguments))
+    assert runs
+    runs.clear()
+    can_call = stretch.can_call_operators
+    for name, changed in (("_SCHEMAS", ("aten::relu_(Tensor(a!) self, int more) -> Tensor(a!)",)), ("torch", None)):
+        if changed is None:  # a torch whose library has none of the functions
+            monkeypatch.setattr(layers, "extension", _Without(layers.extension))
+        else:
+            monkeypatch.setattr(stretch, name, changed)
+        can_call.cache_clear()
+        assert not can_call()
+        assert bits(train(*arguments)) == expected
+        assert not runs
+        monkeypatch.undo()
+    can_call.cache_clear()
+    assert can_call()
+
+
+class _Without:
+    """The extension, where the operators are not found."""
+
+    def __init__(self, extension: Any) -> None:
+        self._extension = extension
+
+    def __getattr__(self, name: str) -> Any:
+        return (lambda path: False) if name == "load_operators" else getattr(self._extension, name)
+
+
+# What Python gives the C++ is checked.
+
+
+def make(weight: Tensor | None = None, **changed: Any) -> Any:
+    """Return a stretch of one dense layer of 4 inputs and 3 outputs on the vectors, in batches of 2."""
+    weight = torch.zeros(3, 4) if weight is None else weight
+    gradient = torch.zeros(3, 4)
+    given = {
+        "inputs": VECTORS.train_inputs,
+        "mean": None,
+        "scale": None,
+        "labels": VECTORS.train_labels,
+        "batch": 2,
+        "layers": ((None, (weight, None), (gradient, None), False),),
+    }
+    made = layers.extension.Stretch(**(given | changed))
+    made.sgd((weight,), (gradient,), (), 0.0, 0.0, nesterov=False)
+    return _Run(made)
+
+
+class _Run:
+    def __init__(self, native: Any) -> None:
+        self.native = native
+
+    def run(self, order: Tensor, rates: list[float], seconds: float) -> Tensor:
+        losses = torch.empty(len(rates))
+        return losses[: self.native.run(order, rates, losses, seconds)]
+
+
+ONE = torch.zeros(3, 4)
+
+
+@needs_operators
+@pytest.mark.parametrize(
+    ("changed", "text"),
+    [
+        ({"inputs": VECTORS.train_inputs.double()}, "inputs: expected a tensor of float32"),
+        ({"inputs": VECTORS.train_inputs.t()}, "inputs: expected .* contiguous"),
+        ({"inputs": IMAGES.train_inputs, "mean": torch.ones(2), "scale": torch.ones(3)}, "scale: .* of 2 elements"),
+        ({"inputs": IMAGES.train_inputs, "mean": torch.ones(2), "scale": torch.ones(2)}, "one of 72 inputs, got 4"),
+        ({"labels": VECTORS.train_labels[:5]}, "labels: .* of 22 elements"),
+        ({"labels": VECTORS.train_labels.int()}, "labels: expected a tensor of int64"),
+        ({"batch": 0}, "batch: expected"),
+        ({"layers": ()}, "layers: expected one or more"),
+        ({"layers": ((None, (ONE, None), (ONE, None)),)}, "layers: expected"),
+        ({"layers": ((None, (ONE[:, :2], None), (ONE, None), False),)}, "layers: expected one of 4 inputs, got 2"),
+        ({"layers": ((None, (ONE, ONE[0]), (ONE, None), False),)}, "bias: .* of 3 elements"),
+        ({"layers": ((None, (ONE, None), (ONE[:2], None), False),)}, "gradient: .* of 12 elements"),
+        ({"layers": ((None, (ONE, None), (ONE, ONE), False),)}, "bias_gradient: .* of 3 elements"),
+        ({"layers": ((None, (ONE,), (ONE,), False),)}, "weight and bias"),
+        ({"layers": (("chain", (ONE, None), (ONE, None), False),)}, "expected a chain"),
+    ],
+)
+def test_what_does_not_fit_is_refused(changed: dict[str, Any], text: str) -> None:
+    with pytest.raises((ValueError, TypeError), match=text):
+        make(**changed)
+
+
+@needs_operators
+def test_updates_and_runs_that_do_not_fit_are_refused() -> None:
+    made, one, two = make(), torch.zeros(3), torch.zeros(2)
+    for update in (
+        partial(made.native.sgd, (one,), (two,), (), 0.0, 0.0, False),
+        partial(made.native.sgd, (one,), (one,), (), 0.0, 0.9, False),
+        partial(made.native.multiply, (one,), (two,)),
+        partial(made.native.adam, (one,), (one,), (one,), (one,), (two,), 0.9, 0.9, 0.0, 1e-8, False),
+        partial(made.native.adam, (one,), (one,), (one,), (one,), (), 0.9, 0.9, 0.0, 1e-8, False),
+    ):
+        with pytest.raises(ValueError, match=r"expected"):
+            update()
+    with pytest.raises(IndexError, match="expected numbers of 22 examples, from 0, got 22 at position 1"):
+        made.run(torch.tensor([0, 22]), [0.1], 1.0)
+    for order, rates in ((torch.arange(3), [0.1]), (torch.arange(2).int(), [0.1]), (torch.arange(4)[::2], [0.1])):
+        with pytest.raises(ValueError, match="order: expected"):
+            made.run(order, rates, 1.0)
+    with pytest.raises(ValueError, match="losses: expected"):
+        made.native.run(torch.arange(2), [0.1], torch.empty(2), 1.0)
+
+
+@needs_operators
+@pytest.mark.parametrize("change", ["resized", "moved"])
+def test_a_weight_that_is_elsewhere_by_now_is_refused(change: str) -> None:
+    weight = torch.zeros(3, 4)
+    made = make(weight)
+    made.run(torch.arange(2), [0.1], 1.0)
+    if change == "resized":
+        weight.untyped_storage().resize_(4)
+    else:
+        weight.set_(torch.zeros(3, 4))
+    with pytest.raises(ValueError, match="weight"):
+        made.run(torch.arange(2), [0.1], 1.0)
+
+
+@needs_operators
+def test_what_an_operator_refuses_is_an_error() -> None:
+    made = make(labels=torch.full((22,), 7))
+    with pytest.raises(RuntimeError, match=r"aten::nll_loss_forward: .*Target 7 is out of bounds"):
+        made.run(torch.arange(2), [0.1], 1.0)
