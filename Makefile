@@ -57,8 +57,8 @@ test-torch:
 	    rm -rf .venv-torch && $(PYTHON) -m venv .venv-torch \
 	    && .venv-torch/bin/pip install --quiet --disable-pip-version-check "$$torch" . pytest hypothesis \
 	    && .venv-torch/bin/pip list 2> /dev/null | grep '^torch ' \
-	    && .venv-torch/bin/pytest -rs tests/test_packed.py tests/test_optimizer.py tests/test_training.py \
-	        -k 'test_packed or test_optimizer or golden' \
+	    && .venv-torch/bin/pytest -rs tests/test_packed.py tests/test_optimizer.py tests/test_stretch.py tests/test_training.py \
+	        -k 'test_packed or test_optimizer or test_stretch or golden' \
 	    && .venv-torch/bin/tombola run digits --store .venv-torch/store --levels 1 --seeds 0 --data-seeds \
 	        --importances magnitude l1 --recipe.epochs 1 \
 	    || exit 1; \
