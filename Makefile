@@ -46,7 +46,7 @@ build/sanitize/installed: $(SOURCES) | .venv/bin/pip
 		--config-settings=cmake.define.TOMBOLA_SANITIZE=ON
 	touch $@
 
-# Packed convolutions, the optimizers against torch's own, golden bits, and a study, with the oldest and the newest torch
+# Packed convolutions, stretches, the optimizers against torch's own, golden bits, and a study, with the oldest and the newest torch
 # that pyproject.toml allows.
 # Each is installed into a virtual environment that is removed afterwards, also after a failure: up to 6 GB, of which
 # torch for CUDA is most.
