@@ -558,24 +558,33 @@ void each_group(const Pass& pass, int batch, Packed from, Packed to, const Body&
 }
 
 // Many channels are read and written at once, too many places for a processor to foresee, so the pixels of the grid's next
-// row are fetched in time.
+// row are fetched in time: of the source some channels with each row of the target, since a processor that waits for many
+// lines at once computes nothing meanwhile.
 template <int P>
 struct Ahead {
-    ptrdiff_t source = 0, target = 0, channel = 0;
-    int pixels = 0, channels = 0;
+    const int32_t *channel, *last;  // of the source, those that are left
+    int share;                      // of them for each row of the target
+    int floats;
+    const float* source;
+    ptrdiff_t source_channel, target_step;
 
-    Ahead(const Pass& pass, const Pixels<P>& group, Packed from, Packed to) {
-        if (P == 1) return;
-        source = pass.tap_height * from.row, target = pass.target_step * to.row, channel = from.channel;
-        pixels = at_most(8, conv_pixels * pass.source_step + (pass.strip == conv_pixels ? pass.tap_width - 1 : 0));
-        channels = at_most(pass.tile_channels, pass.channels - group.tile * pass.tile_channels);
-        const float* row = group.source[0] + source;
-        for (int c = 0; c < channels; ++c, row += channel)
-            for (int i = 0; i < pixels * conv_block; i += 16) __builtin_prefetch(row + i);
+    Ahead(const Pass& pass, const Pixels<P>& group, Packed from, Packed to)
+        : channel(pass.tapped + pass.tapped_split[group.tile]),
+          last(P > 1 ? pass.tapped + pass.tapped_split[group.tile + 1] : channel),
+          share((int(last - channel) + pass.rows - 1) / pass.rows),
+          floats(conv_block *
+                 at_most(8, conv_pixels * pass.source_step + (pass.strip == conv_pixels ? pass.tap_width - 1 : 0))),
+          source(group.source[0] + pass.tap_height * from.row),
+          source_channel(from.channel),
+          target_step(pass.target_step * to.row) {}
+
+    void fetch_source() {
+        for (int i = 0; i < share && channel < last; ++i, ++channel)
+            for (int j = 0; j < floats; j += 16) __builtin_prefetch(source + *channel * source_channel + j);
     }
 
     void fetch_target(const float* pixel) const {
-        for (int i = 0; i < P * conv_block && P > 1; i += 16) __builtin_prefetch(pixel + target + i);
+        for (int i = 0; i < P * conv_block && P > 1; i += 16) __builtin_prefetch(pixel + target_step + i);
     }
 };
 
@@ -586,9 +595,10 @@ template <int P>
                                      const float* lanes, const Pixels<P> pixels, Packed source, Packed target, bool add) {
     const int32_t* split = pass.split + pixels.tile;
     const ptrdiff_t channel = target.channel;
-    const Ahead<P> ahead(pass, pixels, source, target);
+    Ahead<P> ahead(pass, pixels, source, target);
     for (int r = 0; r < pass.rows; ++r, split += pass.tiles + 1) {
         const int begin = split[0], end = split[1];
+        ahead.fetch_source();
         if (add && begin == end) continue;
         ahead.fetch_target(pixels.target[0] + r * channel);
         vec sum[P][conv_vectors];
@@ -650,11 +660,12 @@ template <int P>  // like gather_pixels
                                         Packed delta, float* gradient) {
     const int32_t* split = pass.split + pixels.tile;
     const ptrdiff_t channel = delta.channel;
-    const Ahead<P> ahead(pass, pixels, source, delta);
+    Ahead<P> ahead(pass, pixels, source, delta);
     Sums kept;
     kept.gradient = gradient;
     for (int r = 0; r < pass.rows; ++r, split += pass.tiles + 1) {
         const int begin = split[0], end = split[1];
+        ahead.fetch_source();
         if (begin == end) continue;
         ahead.fetch_target(pixels.target[0] + r * channel);
         vec d[P][conv_vectors];

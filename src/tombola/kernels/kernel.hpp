@@ -38,6 +38,8 @@ struct Pass {
     int tiles, tile_channels;
     const int32_t* split;
     const int32_t* offset;                   // of each tap in the packed tile, in lines of one block
+    // Of packed images: the channels of each tile that taps read, those of tile t from tapped[tapped_split[t]] on.
+    const int32_t *tapped, *tapped_split;
 };
 
 // Where the pixels of a pass go: distances between rows, between pixels of a row, between blocks of samples.

@@ -172,7 +172,7 @@ struct Tap {
 // A Pass and the arrays it points to.
 struct Structure {
     Pass pass{}, images{};  // of any layout, and of packed images
-    std::vector<int32_t> split, offset, images_split;
+    std::vector<int32_t> split, offset, images_split, tapped, tapped_split;
     std::vector<Tap> taps;
     size_t source_floats = 0, target_floats = 0;
 
@@ -275,6 +275,15 @@ struct Structure {
         }
         p.split = images_split.data();
         p.offset = nullptr;
+        std::vector<bool> is_tapped(p.channels);
+        for (int r = 0; r < p.rows; ++r)
+            for (int32_t k = first[r]; k < first[r + 1] && wanted(r); ++k) is_tapped[taps[k].channel] = true;
+        for (int c = 0; c < p.channels; ++c) {
+            if (c % p.tile_channels == 0) tapped_split.push_back(static_cast<int32_t>(tapped.size()));
+            if (is_tapped[c]) tapped.push_back(c % p.tile_channels);
+        }
+        tapped_split.push_back(static_cast<int32_t>(tapped.size()));
+        p.tapped = tapped.data(), p.tapped_split = tapped_split.data();
     }
 };
 
@@ -435,6 +444,7 @@ class Layer {
         int32_t* offset = reinterpret_cast<int32_t*>(ordered + floats);
         for (size_t k = 0; k < order_.size(); ++k) ordered[k] = w[order_[k]];
         for (const Structure& structure : backward_) {
+            if (add && structure.taps.empty()) continue;
             structure.offsets(d, offset);
             kernels_.gather_packed(structure.images, offset, ordered, nullptr, d, batch, dx, add);
             ordered += structure.taps.size();
