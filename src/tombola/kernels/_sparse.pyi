@@ -35,6 +35,7 @@ class Layer:
         target: Tensor,
         target_border: int,
         batch: int,
+        all: bool = True,
     ) -> None: ...
     def input_gradient_images(
         self,
@@ -45,6 +46,7 @@ class Layer:
         target_border: int,
         batch: int,
         add: bool,
+        all: bool = True,
     ) -> None: ...
     def weight_gradient_images(
         self,
@@ -172,6 +174,8 @@ def normalise_packed(
     relu: bool,
     y: _Images,
     instruction_set: str | None = None,
+    source: Layer | None = None,
+    reader: Layer | None = None,
 ) -> None: ...
 def normalise_gradient_packed(
     size: _Size,
@@ -186,6 +190,8 @@ def normalise_gradient_packed(
     weight_gradient: Tensor,
     bias_gradient: Tensor,
     instruction_set: str | None = None,
+    source: Layer | None = None,
+    reader: Layer | None = None,
 ) -> None: ...
 def sum_packed(
     size: _Size,

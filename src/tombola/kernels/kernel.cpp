@@ -516,12 +516,13 @@ void unpack_images(Packed from, ImageSize size, View to) {
     }
 }
 
-// P pixels of a pass: where they are read, and where they lie in the target.
+// P pixels of a pass: where they are read, and where they lie in the target; and the first pixel after them.
 template <int P>
 struct Pixels {
-    const float* source[P];
-    float* target[P];
+    const float *source[P], *next_source;
+    float *target[P], *next_target;
     int tile, samples;
+    bool last_of_row;
 };
 
 // Calls body(P pixels) for all pixels of a pass: for each block of samples strip by strip, in each strip band by band, in
@@ -537,16 +538,24 @@ void each_group(const Pass& pass, int batch, Packed from, Packed to, const Body&
                     const float* const source = at(from, n, tile * pass.tile_channels, -pass.pad_top);
                     float* const target = at(to, n, 0, pass.target_top);
                     int i = 0, j = 0;
+                    const auto source_of = [&] {
+                        return source + ptrdiff_t(top + i) * pass.source_step * from.row +
+                               (ptrdiff_t(left + j) * pass.source_step - pass.pad_left) * conv_block;
+                    };
+                    const auto target_of = [&] {
+                        return target + ptrdiff_t(top + i) * pass.target_step * to.row +
+                               (ptrdiff_t(left + j) * pass.target_step + pass.target_left) * conv_block;
+                    };
                     const auto next = [&](auto pixels) {
                         constexpr int P = sizeof(pixels.source) / sizeof(*pixels.source);
                         for (int p = 0; p < P; ++p) {
-                            const ptrdiff_t y = top + i, x = left + j;
-                            pixels.source[p] = source + y * pass.source_step * from.row +
-                                               (x * pass.source_step - pass.pad_left) * conv_block;
-                            pixels.target[p] = target + y * pass.target_step * to.row +
-                                               (x * pass.target_step + pass.target_left) * conv_block;
+                            pixels.source[p] = source_of();
+                            pixels.target[p] = target_of();
                             if (++j == width) j = 0, ++i;
                         }
+                        pixels.next_source = source_of();
+                        pixels.next_target = target_of();
+                        pixels.last_of_row = j == 0;
                         pixels.tile = tile;
                         pixels.samples = samples_of(batch, n);
                         body(pixels);
@@ -557,25 +566,34 @@ void each_group(const Pass& pass, int batch, Packed from, Packed to, const Body&
                 }
 }
 
-// Many channels are read and written at once, too many places for a processor to foresee, so the pixels of the grid's next
-// row are fetched in time.
+// Many channels are read and written at once, too many places for a processor to foresee, so the next pixels are fetched in
+// time, those of the last row of taps: others were read for the row of pixels above. Some channels of the source go with each
+// row of the target, since a processor that waits for many lines at once computes nothing meanwhile.
 template <int P>
 struct Ahead {
-    ptrdiff_t source = 0, target = 0, channel = 0;
-    int pixels = 0, channels = 0;
+    const int32_t *channel, *last;  // of the source, those that are left
+    int share, floats;              // channels for each row of the target, and what is fetched of each
+    const float *source, *target;
+    ptrdiff_t source_channel;
 
-    Ahead(const Pass& pass, const Pixels<P>& group, Packed from, Packed to) {
-        if (P == 1) return;
-        source = pass.tap_height * from.row, target = pass.target_step * to.row, channel = from.channel;
-        pixels = at_most(8, conv_pixels * pass.source_step + (pass.strip == conv_pixels ? pass.tap_width - 1 : 0));
-        channels = at_most(pass.tile_channels, pass.channels - group.tile * pass.tile_channels);
-        const float* row = group.source[0] + source;
-        for (int c = 0; c < channels; ++c, row += channel)
-            for (int i = 0; i < pixels * conv_block; i += 16) __builtin_prefetch(row + i);
+    Ahead(const Pass& pass, const Pixels<P>& group, Packed from)
+        : channel(pass.tapped + pass.tapped_split[group.tile]),
+          last(P > 1 ? pass.tapped + pass.tapped_split[group.tile + 1] : channel),
+          share((int(last - channel) + pass.rows - 1) / pass.rows),
+          target(group.next_target),
+          source_channel(from.channel) {
+        const int read = group.last_of_row ? 0 : pass.tap_width > pass.source_step ? pass.tap_width - pass.source_step : 0;
+        floats = conv_block * at_most(8, conv_pixels * pass.source_step + (group.last_of_row ? pass.tap_width - 1 : 0));
+        source = group.next_source + (pass.tap_height - 1) * from.row + read * conv_block;
     }
 
-    void fetch_target(const float* pixel) const {
-        for (int i = 0; i < P * conv_block && P > 1; i += 16) __builtin_prefetch(pixel + target + i);
+    void fetch_source() {
+        for (int i = 0; i < share && channel < last; ++i, ++channel)
+            for (int j = 0; j < floats; j += 16) __builtin_prefetch(source + *channel * source_channel + j);
+    }
+
+    void fetch_target(ptrdiff_t row) const {
+        for (int i = 0; i < P * conv_block && P > 1; i += 16) __builtin_prefetch(target + row + i);
     }
 };
 
@@ -583,14 +601,16 @@ struct Ahead {
 // must not take the registers of the loop over the taps.
 template <int P>
 [[gnu::noinline]] void gather_pixels(const Pass& pass, const int32_t* offset, const float* values, const float* bias,
-                                     const float* lanes, const Pixels<P> pixels, Packed source, Packed target, bool add) {
+                                     const float* lanes, const Pixels<P> pixels, Packed source, Packed target, bool add,
+                                     const uint8_t* written) {
     const int32_t* split = pass.split + pixels.tile;
     const ptrdiff_t channel = target.channel;
-    const Ahead<P> ahead(pass, pixels, source, target);
+    Ahead<P> ahead(pass, pixels, source);
     for (int r = 0; r < pass.rows; ++r, split += pass.tiles + 1) {
         const int begin = split[0], end = split[1];
-        if (add && begin == end) continue;
-        ahead.fetch_target(pixels.target[0] + r * channel);
+        ahead.fetch_source();
+        if (begin == end && (add || (written && !written[r]))) continue;
+        ahead.fetch_target(r * channel);
         vec sum[P][conv_vectors];
         for (int p = 0; p < P; ++p)
             for (int v = 0; v < conv_vectors; ++v)
@@ -608,12 +628,12 @@ template <int P>
 }
 
 void gather_packed(const Pass& pass, const int32_t* offset, const float* values, const float* bias, Packed source,
-                   int batch, Packed target, bool add) {
+                   int batch, Packed target, bool add, const uint8_t* written) {
     float lanes[2][conv_block];  // 1 for each sample of a whole block, and of the last
     for (int s = 0; s < conv_block; ++s) lanes[0][s] = 1, lanes[1][s] = s < samples_of(batch, count_blocks(batch) - 1);
     each_group(pass, batch, source, target, [&](const auto& pixels) {
         gather_pixels(pass, offset, values, bias, lanes[pixels.samples < conv_block], pixels, source, target,
-                      add || pixels.tile > 0);
+                      add || pixels.tile > 0, written);
     });
 }
 
@@ -650,13 +670,14 @@ template <int P>  // like gather_pixels
                                         Packed delta, float* gradient) {
     const int32_t* split = pass.split + pixels.tile;
     const ptrdiff_t channel = delta.channel;
-    const Ahead<P> ahead(pass, pixels, source, delta);
+    Ahead<P> ahead(pass, pixels, source);
     Sums kept;
     kept.gradient = gradient;
     for (int r = 0; r < pass.rows; ++r, split += pass.tiles + 1) {
         const int begin = split[0], end = split[1];
+        ahead.fetch_source();
         if (begin == end) continue;
-        ahead.fetch_target(pixels.target[0] + r * channel);
+        ahead.fetch_target(r * channel);
         vec d[P][conv_vectors];
         for (int p = 0; p < P; ++p)
             for (int v = 0; v < conv_vectors; ++v) d[p][v] = load(pixels.target[p] + r * channel + v * L);
@@ -732,42 +753,12 @@ Moments moments(Packed x, ImageSize size, int c) {
     return all;
 }
 
-inline float positive(float x) { return x < 0 ? 0 : x; }
+inline vec positive(vec x) { return x < vec{} ? vec{} : x; }
 
 // What normalisation does to a number.
 struct Line {
     float from, slope, shift;
-    float at(float x) const { return (x - from) * slope + shift; }
 };
-
-void normalise_packed(Packed x, ImageSize size, const float* weight, const float* bias, float epsilon, float* mean,
-                      float* variance, float* scale, const Packed* other, bool relu, Packed y) {
-    const ptrdiff_t length = ptrdiff_t(size.width) * conv_block;
-    for (int c = 0; c < size.channels; ++c) {
-        const Moments found = moments(x, size, c);
-        const double spread = found.squares / found.count;
-        mean[c] = float(found.mean);
-        variance[c] = float(spread);
-        scale[c] = float(1 / __builtin_sqrt(spread + epsilon));
-        const Line line{mean[c], scale[c] * weight[c], bias[c]};
-        each_row({size.batch, 1, size.height, size.width}, [&](int n, int, int i) {
-            const float* __restrict from = at(x, n, c, i);
-            float* __restrict to = at(y, n, c, i);
-            if (other) {
-                const float* __restrict more = at(*other, n, c, i);
-                if (relu)
-                    for (ptrdiff_t k = 0; k < length; ++k) to[k] = positive(line.at(from[k]) + more[k]);
-                else
-                    for (ptrdiff_t k = 0; k < length; ++k) to[k] = line.at(from[k]) + more[k];
-            } else if (relu) {
-                for (ptrdiff_t k = 0; k < length; ++k) to[k] = positive(line.at(from[k]));
-            } else {
-                for (ptrdiff_t k = 0; k < length; ++k) to[k] = line.at(from[k]);
-            }
-            clear_rest(to, size.width, samples_of(size.batch, n));
-        });
-    }
-}
 
 inline vec line_at(Line line, vec x) { return (x - line.from) * line.slope + line.shift; }
 
@@ -778,36 +769,85 @@ inline vec gated(vec delta, vec y) {
     return (vec)((ints)delta & ~off);
 }
 
+inline bool is_in(const uint8_t* channels, int c) { return !channels || channels[c]; }
+
+// Calls body(read), where read(p) are the numbers at p, or zeros that are not there.
+template <class Body>
+void with_numbers(bool there, const Body& body) {
+    if (there)
+        body([](const float* p) { return load(p); });
+    else
+        body([](const float*) { return vec{}; });
+}
+
+void normalise_packed(Packed x, ImageSize size, const float* weight, const float* bias, float epsilon, float* mean,
+                      float* variance, float* scale, const Packed* other, bool relu, Packed y, const uint8_t* connected,
+                      const uint8_t* read) {
+    const ptrdiff_t length = ptrdiff_t(size.width) * conv_block;
+    for (int c = 0; c < size.channels; ++c) {
+        const bool there = is_in(connected, c);
+        const Moments found = there ? moments(x, size, c) : Moments{1, 0, 0};
+        const double spread = found.squares / found.count;
+        mean[c] = float(found.mean);
+        variance[c] = float(spread);
+        scale[c] = float(1 / __builtin_sqrt(spread + epsilon));
+        if (!is_in(read, c)) continue;
+        const Line line{mean[c], scale[c] * weight[c], bias[c]};
+        with_numbers(there, [&](const auto& numbers) {
+            each_row({size.batch, 1, size.height, size.width}, [&](int n, int, int i) {
+                const float *from = at(x, n, c, i), *more = other ? at(*other, n, c, i) : nullptr;
+                float* const to = at(y, n, c, i);
+                for (ptrdiff_t k = 0; k < length; k += L) {
+                    const vec normal = line_at(line, numbers(from + k)), v = more ? normal + load(more + k) : normal;
+                    store(to + k, relu ? positive(v) : v);
+                }
+                clear_rest(to, size.width, samples_of(size.batch, n));
+            });
+        });
+    }
+}
+
 void normalise_gradient_packed(Packed x, Packed delta, ImageSize size, const float* weight, const float* bias,
                                const float* mean, const float* scale, bool relu, const Packed* y, Packed gradient,
-                               float* weight_gradient, float* bias_gradient) {
+                               float* weight_gradient, float* bias_gradient, const uint8_t* connected,
+                               const uint8_t* read) {
     const ptrdiff_t length = ptrdiff_t(size.width) * conv_block;
     const double count = double(size.batch) * size.height * size.width;
     const bool again = relu && !y;  // the gate is found from x
+    const ImageSize channel{size.batch, 1, size.height, size.width};
     for (int c = 0; c < size.channels; ++c) {
+        const bool there = is_in(connected, c);
         const Line line{mean[c], scale[c] * weight[c], bias[c]};
         double total = 0, product = 0;
-        each_row({size.batch, 1, size.height, size.width}, [&](int n, int, int i) {
-            const float* in = at(x, n, c, i);
-            float* d = at(delta, n, c, i);
-            if (relu && y) {
-                const float* out = at(*y, n, c, i);
-                sum_pairs(0, length, total, product, [&](ptrdiff_t k, int) {
-                    const vec g = gated(load(d + k), load(out + k));
-                    store(d + k, g);
-                    return Pair{g, g * (load(in + k) - line.from)};
-                });
-            } else {
-                sum_pairs(0, length, total, product, [&](ptrdiff_t k, int) {
-                    const vec v = load(in + k), g = again ? gated(load(d + k), line_at(line, v)) : load(d + k);
-                    return Pair{g, g * (v - line.from)};
-                });
-            }
-        });
+        const auto add_up = [&](const auto& numbers) {
+            each_row(channel, [&](int n, int, int i) {
+                const float* in = at(x, n, c, i);
+                float* d = at(delta, n, c, i);
+                if (relu && y) {
+                    const float* out = at(*y, n, c, i);
+                    sum_pairs(0, length, total, product, [&](ptrdiff_t k, int) {
+                        const vec g = gated(load(d + k), load(out + k));
+                        store(d + k, g);
+                        return Pair{g, g * (numbers(in + k) - line.from)};
+                    });
+                } else {
+                    sum_pairs(0, length, total, product, [&](ptrdiff_t k, int) {
+                        const vec v = numbers(in + k), g = again ? gated(load(d + k), line_at(line, v)) : load(d + k);
+                        return Pair{g, g * (v - line.from)};
+                    });
+                }
+            });
+        };
+        if (is_in(read, c)) with_numbers(there, add_up);
         weight_gradient[c] = float(product * scale[c]);
         bias_gradient[c] = float(total);
+        if (!there) continue;
+        if (!is_in(read, c)) {
+            each_row(channel, [&](int n, int, int i) { std::memset(at(gradient, n, c, i), 0, sizeof(float) * length); });
+            continue;
+        }
         const float shift = float(total / count), pull = float(product / count * scale[c] * scale[c]);
-        each_row({size.batch, 1, size.height, size.width}, [&](int n, int, int i) {
+        each_row(channel, [&](int n, int, int i) {
             const float *in = at(x, n, c, i), *d = at(delta, n, c, i);
             float* to = at(gradient, n, c, i);
             for (ptrdiff_t k = 0; k < length; k += L) {

@@ -38,6 +38,8 @@ struct Pass {
     int tiles, tile_channels;
     const int32_t* split;
     const int32_t* offset;                   // of each tap in the packed tile, in lines of one block
+    // Of packed images: the channels of each tile that taps read, those of tile t from tapped[tapped_split[t]] on.
+    const int32_t *tapped, *tapped_split;
 };
 
 // Where the pixels of a pass go: distances between rows, between pixels of a row, between blocks of samples.
@@ -99,21 +101,25 @@ struct Kernels {
                              ptrdiff_t pixels, const float* mean, const float* scale, float* target);
 
     // The same for packed images. `offset` is that of each tap from the pixel of its pass, in floats; `add` adds to the
-    // target, without a bias.
+    // target, without a bias. Rows of the target that are not `written` are left as they are; null for all.
     void (*pack_images)(View from, ImageSize size, int border, Packed to);
     void (*unpack_images)(Packed from, ImageSize size, View to);
     void (*gather_packed)(const Pass&, const int32_t* offset, const float* values, const float* bias, Packed source,
-                          int batch, Packed target, bool add);
+                          int batch, Packed target, bool add, const uint8_t* written);
     void (*correlate_packed)(const Pass&, const int32_t* offset, Packed source, Packed delta, int batch,
                              float* gradient, float* bias_gradient);
-    // y = normalised x + other, or of these the positive numbers; `other` may be null.
+    // y = normalised x + other, or of these the positive numbers; `other` may be null. Channels that are not `connected`
+    // are zero, but not read; of those that are not `read`, without `other`, y is not written, and their gradient is zero,
+    // but not read. Gradients of channels that are not `connected` are not written. Both are null for all.
     void (*normalise_packed)(Packed x, ImageSize size, const float* weight, const float* bias, float epsilon, float* mean,
-                             float* variance, float* scale, const Packed* other, bool relu, Packed y);
+                             float* variance, float* scale, const Packed* other, bool relu, Packed y,
+                             const uint8_t* connected, const uint8_t* read);
     // Where `relu`, delta is 0 where y is not above 0: it is overwritten if `y` is given, which must be so with `other`.
     // The gradient of x may be written over delta.
     void (*normalise_gradient_packed)(Packed x, Packed delta, ImageSize size, const float* weight, const float* bias,
                                       const float* mean, const float* scale, bool relu, const Packed* y,
-                                      Packed gradient, float* weight_gradient, float* bias_gradient);
+                                      Packed gradient, float* weight_gradient, float* bias_gradient,
+                                      const uint8_t* connected, const uint8_t* read);
     void (*sum_packed)(Packed a, const Packed* b, ImageSize size, bool relu, Packed y);  // y may be a; no b: 0
     void (*gate_packed)(Packed delta, Packed y, ImageSize size);
     void (*max_pool)(Packed x, ImageSize size, Window window, Packed y);

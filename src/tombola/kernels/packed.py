@@ -162,6 +162,8 @@ class Segment:
         self._statistics: dict[Value, Tensor] = {}
         self._borders: dict[Value, int] = {}
         self._delta_borders: dict[Value, int] = {}
+        self._before: dict[Value, Any] = {}
+        self._behind: dict[Value, Any] = {}
 
     def __del__(self) -> None:
         for value, buffer in self._buffers.items():
@@ -224,7 +226,11 @@ class Segment:
                 tensor.requires_grad_(False)
 
     def _plan(self, outputs: Sequence[Value]) -> None:
-        """Group the values into operations, and decide how many zeros are around each."""
+        """Group the values into operations, and decide how many zeros are around each.
+
+        Where normalisation is the only reader of a convolution without a bias, or a convolution that of normalisation,
+        channels without connections stay out of memory: before the first they are zero, behind the second not read.
+        """
         uses: defaultdict[Value, list[Value]] = defaultdict(list)
         for value in self.values:
             for source in value.of:
@@ -258,6 +264,13 @@ class Segment:
             read = [self._delta_borders[each] for each in (operation.x, operation.other) if each in self._delta_borders]
             passed = max(read, default=0) if operation.first.how in ("norm", "sum", "relu") else 0
             self._delta_borders[operation.result] = kernel.delta_border if convolution else passed
+            if operation.first.how == "norm":
+                x, result = operation.x, operation.result
+                if x.how == "convolution" and x.tensors[1] < 0 and uses[x] == [operation.first] and x not in free:
+                    self._before[x] = x.kernel
+                how = [each.how for each in uses[result]]
+                if how == ["convolution"] and operation.other is None and result not in free:
+                    self._behind[result] = uses[result][0].kernel
 
     def forward(self, outputs: Sequence[Value]) -> list[Tensor]:
         """Compute all operations, and return these values as plain tensors."""
@@ -273,12 +286,22 @@ class Segment:
             other = self._buffers[operation.other].pair if operation.other else _NONE
             parameters = [None if at < 0 else tensors[at] for at in first.tensors]
             if first.how == "convolution":
-                first.kernel.forward_images(*parameters, *x.pair, *y.pair, result.size[0])
+                every = result not in self._before
+                first.kernel.forward_images(*parameters, *x.pair, *y.pair, result.size[0], every)
             elif first.how == "norm":
                 statistics = self._statistics[first] = tensors[0].new_empty((3, result.size[1]))
-                epsilon = first.kernel.epsilon
                 native.normalise_packed(
-                    result.size, x.pair, *parameters, epsilon, statistics, other, operation.relu, y.pair, name
+                    result.size,
+                    x.pair,
+                    *parameters,
+                    first.kernel.epsilon,
+                    statistics,
+                    other,
+                    operation.relu,
+                    y.pair,
+                    name,
+                    self._before.get(operation.x),
+                    self._behind.get(result),
                 )
             elif first.how == "pool":
                 native.max_pool_packed(operation.x.size, first.kernel, x.pair, y.pair, name)
@@ -378,7 +401,8 @@ class _Backward:
             if not add:
                 self.deltas[x] = self.take(x)
             target = self.deltas[x].pair
-            value.kernel.input_gradient_images(self.tensors[values], *delta.pair, *target, batch, add)
+            every = x not in self.segment._behind
+            value.kernel.input_gradient_images(self.tensors[values], *delta.pair, *target, batch, add, every)
         self.memory.give(delta, value.size)
 
     def _norm(self, operation: Operation, delta: Buffer) -> None:
@@ -402,6 +426,8 @@ class _Backward:
             dweight,
             dbias,
             self.memory.instruction_set,
+            self.segment._before.get(x),
+            self.segment._behind.get(result),
         )
         self.accumulate(norm.tensors[0], dweight)
         self.accumulate(norm.tensors[1], dbias)

@@ -175,7 +175,7 @@ struct Tap {
 // A Pass and the arrays it points to.
 struct Structure {
     Pass pass{}, images{};  // of any layout, and of packed images
-    std::vector<int32_t> split, offset, images_split;
+    std::vector<int32_t> split, offset, images_split, tapped, tapped_split;
     std::vector<Tap> taps;
     size_t source_floats = 0, target_floats = 0;
 
@@ -278,6 +278,15 @@ struct Structure {
         }
         p.split = images_split.data();
         p.offset = nullptr;
+        std::vector<bool> is_tapped(p.channels);
+        for (int r = 0; r < p.rows; ++r)
+            for (int32_t k = first[r]; k < first[r + 1] && wanted(r); ++k) is_tapped[taps[k].channel] = true;
+        for (int c = 0; c < p.channels; ++c) {
+            if (c % p.tile_channels == 0) tapped_split.push_back(static_cast<int32_t>(tapped.size()));
+            if (is_tapped[c]) tapped.push_back(c % p.tile_channels);
+        }
+        tapped_split.push_back(static_cast<int32_t>(tapped.size()));
+        p.tapped = tapped.data(), p.tapped_split = tapped_split.data();
     }
 };
 
@@ -330,6 +339,10 @@ class Layer {
         f.grid_width = f.target_width = (width + 2 * padding.second - kernel_width) / stride + 1;
         f.source_step = stride, f.target_step = 1, f.block = block;
         forward_.build(std::move(taps), first, [&](int r) { return read[r]; });
+        connected_outputs_.resize(outputs);
+        connected_inputs_.resize(inputs);
+        for (const Weight& w : weights)
+            if (read[w.output]) connected_outputs_[w.output] = connected_inputs_[w.input] = 1;
 
         // Input pixel (stride * i + a, stride * j + b) is reached by the taps of one phase of the kernel only,
         // and each of these from the output pixel (i, j) plus a constant shift.
@@ -372,6 +385,8 @@ class Layer {
     int block() const { return forward_.pass.block; }
     int outputs() const { return forward_.pass.rows; }
     int inputs() const { return forward_.pass.channels; }
+    const std::vector<uint8_t>& connected_outputs() const { return connected_outputs_; }
+    const std::vector<uint8_t>& connected_inputs() const { return connected_inputs_; }
     const Kernels& kernels() const { return kernels_; }
 
     void forward(nb::handle values, nb::handle bias, nb::handle source, nb::handle target) const {
@@ -413,9 +428,10 @@ class Layer {
         return most;
     }
 
-    // The products of packed images, each with its border; see `Grid`.
+    // The products of packed images, each with its border; see `Grid`. `all` also writes outputs, and gradients of inputs,
+    // that have no connection.
     void forward_images(nb::handle values, nb::handle bias, nb::handle source, int source_border, nb::handle target,
-                        int target_border, int batch) const {
+                        int target_border, int batch, bool all) const {
         const float *w = values_of(values), *b = bias_of(bias);
         const PackedImages x = images("source", source, source_grid(batch, source_border), border()),
                            y = images("target", target, target_grid(batch, target_border), 0);
@@ -423,11 +439,11 @@ class Layer {
         nb::gil_scoped_release unlocked;
         int32_t* const offset = reinterpret_cast<int32_t*>(workspace(count_in_lines(forward_.taps.size())));
         forward_.offsets(x, offset);
-        kernels_.gather_packed(forward_.images, offset, w, b, x, batch, y, false);
+        kernels_.gather_packed(forward_.images, offset, w, b, x, batch, y, false, all ? nullptr : connected_outputs_.data());
     }
 
     void input_gradient_images(nb::handle values, nb::handle delta, int delta_border, nb::handle target,
-                               int target_border, int batch, bool add) const {
+                               int target_border, int batch, bool add, bool all) const {
         const float* w = values_of(values);
         const PackedImages d = images("delta", delta, target_grid(batch, delta_border), this->delta_border()),
                            dx = images("target", target, source_grid(batch, target_border), 0);
@@ -438,8 +454,10 @@ class Layer {
         int32_t* offset = reinterpret_cast<int32_t*>(ordered + floats);
         for (size_t k = 0; k < order_.size(); ++k) ordered[k] = w[order_[k]];
         for (const Structure& structure : backward_) {
+            if (add && structure.taps.empty()) continue;
             structure.offsets(d, offset);
-            kernels_.gather_packed(structure.images, offset, ordered, nullptr, d, batch, dx, add);
+            kernels_.gather_packed(structure.images, offset, ordered, nullptr, d, batch, dx, add,
+                                   all ? nullptr : connected_inputs_.data());
             ordered += structure.taps.size();
             offset += structure.taps.size();
         }
@@ -606,6 +624,7 @@ class Layer {
 
     const Kernels& kernels_;
     int count_ = 0;
+    std::vector<uint8_t> connected_outputs_, connected_inputs_;
     Structure forward_;
     std::deque<Structure> backward_;   // by phase
     std::vector<int32_t> order_;       // of the values in the passes of backward_
@@ -892,6 +911,23 @@ struct Images4 {
 
 inline const Packed* pointer(const std::optional<PackedImages>& packed) { return packed ? &*packed : nullptr; }
 
+// Which channels of images come from connections of `source`, the layer before them, and which lead to some of `reader`, the
+// only one after them; null for all.
+struct Channels {
+    const uint8_t *connected = nullptr, *read = nullptr;
+
+    Channels(const ImageSize& size, const Layer* source, const Layer* reader) {
+        const auto of = [&](const char* name, const std::vector<uint8_t>& channels) {
+            if (channels.size() != size_t(size.channels))
+                throw std::invalid_argument(std::string(name) + ": expected a layer of " + std::to_string(size.channels) +
+                                            " channels, got " + std::to_string(channels.size()));
+            return channels.data();
+        };
+        if (source) connected = of("source", source->connected_outputs());
+        if (reader) read = of("reader", reader->connected_inputs());
+    }
+};
+
 // Packed images with the number of zeros around them, as Python gives them.
 using Bordered = std::pair<nb::object, int>;
 
@@ -929,7 +965,8 @@ void unpack_images(Bordered source, nb::handle target, const Name& instruction_s
 }
 
 void normalise_packed(Size4 size, Bordered x, nb::handle weight, nb::handle bias, float epsilon, nb::handle statistics,
-                      Bordered other, bool relu, Bordered y, const Name& instruction_set) {
+                      Bordered other, bool relu, Bordered y, const Name& instruction_set, const Layer* source,
+                      const Layer* reader) {
     const Images4 images(instruction_set, size);
     const ptrdiff_t channels = images.size.channels;
     const PackedImages from = images.at("x", x.first, x.second), to = images.at("y", y.first, y.second);
@@ -939,14 +976,16 @@ void normalise_packed(Size4 size, Bordered x, nb::handle weight, nb::handle bias
     const float *w = Tensor<float>("weight", weight).contiguous({channels}),
                 *b = Tensor<float>("bias", bias).contiguous({channels});
     float* mean = Tensor<float>("statistics", statistics).contiguous({3, channels});
+    const Channels some(images.size, source, reader);
     nb::gil_scoped_release unlocked;
     images.kernels.normalise_packed(from, images.size, w, b, epsilon, mean, mean + channels, mean + 2 * channels,
-                                    pointer(more), relu, to);
+                                    pointer(more), relu, to, some.connected, some.read);
 }
 
 void normalise_gradient_packed(Size4 size, Bordered x, Bordered delta, nb::handle weight, nb::handle bias,
                                nb::handle statistics, bool relu, Bordered y, Bordered gradient,
-                               nb::handle weight_gradient, nb::handle bias_gradient, const Name& instruction_set) {
+                               nb::handle weight_gradient, nb::handle bias_gradient, const Name& instruction_set,
+                               const Layer* source, const Layer* reader) {
     const Images4 images(instruction_set, size);
     const ptrdiff_t channels = images.size.channels;
     const PackedImages from = images.at("x", x.first, x.second), d = images.at("delta", delta.first, delta.second),
@@ -964,9 +1003,10 @@ void normalise_gradient_packed(Size4 size, Bordered x, Bordered delta, nb::handl
                 *mean = Tensor<float>("statistics", statistics).contiguous({3, channels});
     float *dw = Tensor<float>("weight_gradient", weight_gradient).contiguous({channels}),
           *db = Tensor<float>("bias_gradient", bias_gradient).contiguous({channels});
+    const Channels some(images.size, source, reader);
     nb::gil_scoped_release unlocked;
     images.kernels.normalise_gradient_packed(from, d, images.size, w, b, mean, mean + 2 * channels, relu, pointer(out),
-                                             to, dw, db);
+                                             to, dw, db, some.connected, some.read);
 }
 
 void sum_packed(Size4 size, Bordered a, Bordered b, bool relu, Bordered y, const Name& instruction_set) {
@@ -1055,9 +1095,11 @@ NB_MODULE(_sparse, m) {
         .def_prop_ro("delta_border", &Layer::delta_border)
         .def_prop_ro("block", &Layer::block)
         .def("forward_images", &Layer::forward_images, nb::arg("values"), nb::arg("bias").none(), nb::arg("source"),
-             nb::arg("source_border"), nb::arg("target"), nb::arg("target_border"), nb::arg("batch"))
+             nb::arg("source_border"), nb::arg("target"), nb::arg("target_border"), nb::arg("batch"),
+             nb::arg("all") = true)
         .def("input_gradient_images", &Layer::input_gradient_images, nb::arg("values"), nb::arg("delta"),
-             nb::arg("delta_border"), nb::arg("target"), nb::arg("target_border"), nb::arg("batch"), nb::arg("add"))
+             nb::arg("delta_border"), nb::arg("target"), nb::arg("target_border"), nb::arg("batch"), nb::arg("add"),
+             nb::arg("all") = true)
         .def("weight_gradient_images", &Layer::weight_gradient_images, nb::arg("source"), nb::arg("source_border"),
              nb::arg("delta"), nb::arg("delta_border"), nb::arg("batch"), nb::arg("gradient"),
              nb::arg("bias_gradient").none());
@@ -1101,10 +1143,12 @@ NB_MODULE(_sparse, m) {
           nb::arg("instruction_set") = nb::none());
     m.def("normalise_packed", normalise_packed, nb::arg("size"), nb::arg("x"), nb::arg("weight"), nb::arg("bias"),
           nb::arg("epsilon"), nb::arg("statistics"), nb::arg("other"), nb::arg("relu"), nb::arg("y"),
-          nb::arg("instruction_set") = nb::none());
+          nb::arg("instruction_set") = nb::none(), nb::arg("source").none() = nb::none(),
+          nb::arg("reader").none() = nb::none());
     m.def("normalise_gradient_packed", normalise_gradient_packed, nb::arg("size"), nb::arg("x"), nb::arg("delta"),
           nb::arg("weight"), nb::arg("bias"), nb::arg("statistics"), nb::arg("relu"), nb::arg("y"), nb::arg("gradient"),
-          nb::arg("weight_gradient"), nb::arg("bias_gradient"), nb::arg("instruction_set") = nb::none());
+          nb::arg("weight_gradient"), nb::arg("bias_gradient"), nb::arg("instruction_set") = nb::none(),
+          nb::arg("source").none() = nb::none(), nb::arg("reader").none() = nb::none());
     m.def("sum_packed", sum_packed, nb::arg("size"), nb::arg("a"), nb::arg("b"), nb::arg("relu"), nb::arg("y"),
           nb::arg("instruction_set") = nb::none());
     m.def("gate_packed", gate_packed, nb::arg("size"), nb::arg("delta"), nb::arg("y"),
