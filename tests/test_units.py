@@ -268,6 +268,10 @@ def test_the_range_of_random_tickets_by_hand() -> None:
     assert sentence.endswith(": 15.00 points more than random tickets (15.00 %, 95 % 6.99 to 23.01).")
     (sentence,) = uniqueness.describe_matching(pl.DataFrame(pairs).with_columns(matched_jaccard=0.23))
     assert "no more than random tickets" in sentence  # more than their mean, and within their range
+    within = pl.DataFrame(pairs).with_columns(kind=pl.lit("importances"))  # matching raises random tickets by 5 points
+    for matched, explains in ((0.24, False), (0.26, True)):
+        (sentence,) = uniqueness.describe_matching(within.with_columns(matched_jaccard=matched))
+        assert sentence.endswith("; the order of units does not explain in what they differ.") is not explains
     wide = matching.summarise(pl.DataFrame(pairs).with_columns(draws=2, chance_sd=0.3), "kind").row(0, named=True)
     assert (wide["chance_low"], wide["chance_high"]) == (0.0, 1.0)  # no overlap lies outside
     once = pl.DataFrame(pairs).with_columns(draws=1, chance_sd=pl.lit(None, pl.Float64))
