@@ -4,7 +4,8 @@
 
 Five importances and three seeds, at one level of density 0.1. The networks are trained for one step each, on 64 images
 of 64 x 64 pixels; the test set has 64, too. A store that is given is kept, so that a later call trains nothing. Each
-analysis runs in a process of its own, on one thread, and reads the tickets from the store.
+analysis runs in a process of its own, on one thread, and reads the tickets from the store. The time in which networks
+compute their outputs is part of the whole, and printed too: it grows with the number of images.
 """
 
 from __future__ import annotations
@@ -18,9 +19,11 @@ from pathlib import Path
 
 import polars as pl
 import torch
+from torch import nn
 
 import tombola
 from tombola import Dataset, Study
+from tombola.models.resnet import ResNet
 
 
 def images() -> Dataset:
@@ -75,10 +78,24 @@ def main(root: Path, names: list[str]) -> None:
 
 
 def measure(root: Path, name: str) -> None:
-    """Print how long an analysis takes."""
+    """Print how long an analysis takes, and how long its networks compute their outputs."""
+    begins, outputs = [], 0.0
+
+    def before(module: nn.Module, given: object) -> None:
+        if isinstance(module, ResNet):
+            begins.append(time.process_time())
+
+    def after(module: nn.Module, given: object, output: object) -> None:
+        nonlocal outputs
+        if isinstance(module, ResNet):
+            outputs += time.process_time() - begins.pop()
+
+    nn.modules.module.register_module_forward_pre_hook(before)
+    nn.modules.module.register_module_forward_hook(after)
     begin = time.process_time()
     table = ANALYSES[name](root)
-    print(f"{name}: {time.process_time() - begin:.1f} s of processor time, {len(table)} rows", flush=True)
+    whole = time.process_time() - begin
+    print(f"{name}: {whole:.1f} s of processor time, {outputs:.1f} s in networks, {len(table)} rows", flush=True)
 
 
 if __name__ == "__main__":

@@ -154,8 +154,8 @@ def of_ticket(
     whole = np.concatenate([is_shared[name] for name in pruned])
     lines = []
     for measure, by_layer in measures.items():
-        for name, values in by_layer.items():
-            lines.append({"layer": name, "measure": measure} | _compare(values, is_shared[name]))
+        for name, numbers in by_layer.items():
+            lines.append({"layer": name, "measure": measure} | _compare(numbers, is_shared[name]))
         together = np.concatenate([by_layer[name] for name in pruned])
         lines.append({"layer": ALL, "measure": measure} | _compare(together, whole))
     texts, counts = ("layer", "measure"), ("shared", "other")
