@@ -149,12 +149,15 @@ def test_units_that_are_added_to_the_inputs_keep_their_places() -> None:
 @pytest.mark.parametrize(
     ("forward", "words"),
     [
-        (lambda self, x: self.b(torch.cat([self.a(x), self.a(x)], 1)[:, :4]), "it calls 'cat'"),
+        (
+            lambda self, x: self.b(torch.cat([self.a(x), self.a(x)], 1)[:, :4]),
+            "it calls 'cat', after its layer 'a'; its",
+        ),
         (lambda self, x: self.b(self.a(x)) if x.sum() > 0 else x, "its graph cannot be traced"),
         (lambda self, x: self.b(self.a(x) * self.a.bias), "it uses 'a.bias' outside of a layer"),
         (lambda self, x: self.b(self.a(x).view(-1, 2, 2).flatten(1)), "divides an axis of hidden units"),
         (lambda self, x: self.b(self.c(self.a(x))), "its module 'c' is a Softshrink"),
-        (lambda self, x: self.b(self.a(x).cumsum(1)), "it calls 'cumsum'"),
+        (lambda self, x: self.b(self.a(x).cumsum(1)), "it calls 'cumsum', after its layer 'a'; its"),
     ],
 )
 def test_what_cannot_be_matched_is_named(forward: Callable[[Forward, Tensor], Tensor], words: str) -> None:
