@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 import pytest
+import scipy
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -85,6 +86,29 @@ def test_effect_is_cliffs_delta_counted_pair_by_pair(shared: list[int], other: l
     found = only(table, measure="movement", layer="w")
     assert found["effect"] == pytest.approx(delta)
     assert 0 <= found["p"] <= 1
+
+
+@pytest.mark.parametrize("shared", [3, 20, 39])
+def test_ranks_and_quantiles_are_those_of_scipy_and_numpy(shared: int) -> None:
+    weights = np.random.default_rng(0).integers(-2, 3, (5, 40)).astype(np.float32)
+    (start,) = states([0.0] * 40)
+    is_shared = mask(w="1" * shared + "0" * (40 - shared))
+    table = stability.of_ticket(states(*weights.tolist()), start, start, mask(w="1" * 40), is_shared)
+    changed = np.sign(weights[1:]) != np.sign(weights[:-1])
+    values = {
+        "flipped": changed.any(0),
+        "flips": changed.sum(0),
+        "flips_from_start": (weights != 0).sum(0),
+        "movement": np.abs(weights[-1]),
+    }
+    for measure, each in values.items():
+        groups = each[:shared].astype(float), each[shared:].astype(float)
+        found, expected = only(table, measure=measure, layer="w"), scipy.stats.mannwhitneyu(*groups)
+        assert found["effect"] == pytest.approx(2 * expected.statistic / (shared * (40 - shared)) - 1)
+        assert found["p"] == pytest.approx(expected.pvalue, rel=1e-9)
+        for name, group in zip(("shared", "other"), groups, strict=True):
+            quantiles = [found[f"{name}_{q}"] for q in ("q05", "q25", "q50", "q75", "q95")]
+            assert quantiles == pytest.approx(np.quantile(group, (0.05, 0.25, 0.5, 0.75, 0.95)))
 
 
 def test_stability_where_everything_or_nothing_is_shared() -> None:

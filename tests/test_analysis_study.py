@@ -21,6 +21,7 @@ from torch import nn
 from tombola import Planner, Store, UserError, load_problem, load_study, train
 from tombola.analysis import claims, connectivity, functions, layers, overlap, reinit, stability, weights, winners
 from tombola.analysis.evidence import collect
+from tombola.analysis.paths import Paths
 from tombola.analysis.verdict import Claim
 from tombola.cli import main
 from tombola.cli.analysis import has_data_orders
@@ -29,6 +30,7 @@ from tombola.study.chains import Chain
 from tombola.study.reinitialisation import plan
 from tombola.study.tickets import Tickets
 from tombola.training.evaluation import predict
+from tombola.training.weights import Weights
 
 pytestmark = pytest.mark.xdist_group("analysis_study")  # one study for all
 
@@ -305,6 +307,20 @@ def test_connectivity_ends_at_the_errors_of_the_tickets(planner: Planner) -> Non
     assert [rows[0]["error"], rows[-1]["error"]] == pytest.approx([1 - h.test_accuracy for h in history])  # type: ignore[operator]
     assert [rows[0]["loss"], rows[-1]["loss"]] == pytest.approx([h.test_loss for h in history])
     assert figures(table, seed=1, kind="data order", tickets=["magnitude", "magnitude@100"])
+
+
+def test_connectivity_and_layers_do_nothing_twice(planner: Planner, monkeypatch: pytest.MonkeyPatch) -> None:
+    tickets, read, followed = Tickets(planner), list[str](), list[Mask]()
+    trained = {each.tickets[3].trained.weights.hash for each in tickets.all().values()}  # type: ignore[union-attr]
+    load, effective = Weights.load, Paths.effective
+    monkeypatch.setattr(Weights, "load", lambda self: read.append(self.hash) or load(self))
+    monkeypatch.setattr(Paths, "effective", lambda self, mask: followed.append(mask) or effective(self, mask))
+    connectivity.of_study(tickets, levels=[3], points=2)
+    assert sorted(each for each in read if each in trained) == sorted(trained)
+    layers.of_study(tickets, ["magnitude", "l1"], levels=[0, 1])
+    assert (
+        sum(mask.density == 1 for mask in followed) == 2
+    )  # when the network is followed first, and for all of level 0
 
 
 # reinit

@@ -69,6 +69,7 @@ NOT_TYPED = {
     ),
     "it measures times for minutes": (
         "make bench",
+        "python benchmarks/analyses.py",
         "python benchmarks/archives.py",
         "python benchmarks/gpu.py",
         "python benchmarks/inference.py --seconds 2",

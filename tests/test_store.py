@@ -21,6 +21,7 @@ from tombola.pruning.mask import Mask
 from tombola.store.check import list_damage
 from tombola.store.checkpoints import checkpoint_from_bytes, checkpoint_to_bytes
 from tombola.store.names import canonical, name_of
+from tombola.store.results import pack_state, unpack_state
 from tombola.store.store import Store
 from tombola.training.history import Checkpoint, History, Trained
 from tombola.training.weights import Weights, apply_mask, state_hash
@@ -127,6 +128,14 @@ def test_only_living_weights_are_stored(store: Store) -> None:
     state = apply_mask({"w": torch.ones(100, 1000)}, mask)
     store.results.put(KEY, IDENTITY, mask, Trained(Weights.of(state), History()), {})
     assert (store.results.folder(KEY) / "weights.safetensors").stat().st_size < 4 * 1000 + 100_000 / 8 + 1000
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_state_has_as_many_weights_as_its_mask_has_connections(count: int) -> None:
+    mask = Mask.from_tensors({"w": torch.tensor([[True, False], [False, True]])})
+    packed = pack_state({"w": torch.ones(2, 2)}, mask) | {"alive.w": torch.ones(count)}
+    with pytest.raises(ValueError, match=f"it has {count} weights of w, and 2 of its connections are alive"):
+        unpack_state(packed, mask.shapes)
 
 
 def test_a_result_that_is_there_stays_as_it_is(store: Store) -> None:

@@ -149,12 +149,15 @@ def test_units_that_are_added_to_the_inputs_keep_their_places() -> None:
 @pytest.mark.parametrize(
     ("forward", "words"),
     [
-        (lambda self, x: self.b(torch.cat([self.a(x), self.a(x)], 1)[:, :4]), "it calls 'cat'"),
+        (
+            lambda self, x: self.b(torch.cat([self.a(x), self.a(x)], 1)[:, :4]),
+            "it calls 'cat', after its layer 'a'; its",
+        ),
         (lambda self, x: self.b(self.a(x)) if x.sum() > 0 else x, "its graph cannot be traced"),
         (lambda self, x: self.b(self.a(x) * self.a.bias), "it uses 'a.bias' outside of a layer"),
         (lambda self, x: self.b(self.a(x).view(-1, 2, 2).flatten(1)), "divides an axis of hidden units"),
         (lambda self, x: self.b(self.c(self.a(x))), "its module 'c' is a Softshrink"),
-        (lambda self, x: self.b(self.a(x).cumsum(1)), "it calls 'cumsum'"),
+        (lambda self, x: self.b(self.a(x).cumsum(1)), "it calls 'cumsum', after its layer 'a'; its"),
     ],
 )
 def test_what_cannot_be_matched_is_named(forward: Callable[[Forward, Tensor], Tensor], words: str) -> None:
@@ -268,6 +271,10 @@ def test_the_range_of_random_tickets_by_hand() -> None:
     assert sentence.endswith(": 15.00 points more than random tickets (15.00 %, 95 % 6.99 to 23.01).")
     (sentence,) = uniqueness.describe_matching(pl.DataFrame(pairs).with_columns(matched_jaccard=0.23))
     assert "no more than random tickets" in sentence  # more than their mean, and within their range
+    within = pl.DataFrame(pairs).with_columns(kind=pl.lit("importances"))  # matching raises random tickets by 5 points
+    for matched, explains in ((0.24, False), (0.26, True)):
+        (sentence,) = uniqueness.describe_matching(within.with_columns(matched_jaccard=matched))
+        assert sentence.endswith("; the order of units does not explain in what they differ.") is not explains
     wide = matching.summarise(pl.DataFrame(pairs).with_columns(draws=2, chance_sd=0.3), "kind").row(0, named=True)
     assert (wide["chance_low"], wide["chance_high"]) == (0.0, 1.0)  # no overlap lies outside
     once = pl.DataFrame(pairs).with_columns(draws=1, chance_sd=pl.lit(None, pl.Float64))

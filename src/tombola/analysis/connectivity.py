@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
+from functools import lru_cache
 from itertools import combinations
 
 import polars as pl
@@ -21,10 +22,11 @@ from tombola.study.planner import Planner
 from tombola.study.tickets import Tickets
 from tombola.training.batches import normalisation
 from tombola.training.evaluation import evaluate
-from tombola.training.weights import State
+from tombola.training.weights import State, Weights
 
 _EXAMPLES = 10_000  # number of training examples for the statistics of batch norm
 _AT_ONCE = 500
+_HELD = 4  # states in memory: a ticket, that of the next level, the dense network and another data order
 
 Measure = Callable[[State], tuple[float, float | None]]
 """A function that returns the test error, in 0..1, and the test loss of a state."""
@@ -88,6 +90,7 @@ class Lines:
         self._measure, self._points = build_measure(planner), points
         self._ends: dict[str, tuple[float, float | None]] = {}
         self._lines: dict[tuple[str, str], pl.DataFrame] = {}
+        self._load = lru_cache(maxsize=_HELD)(Weights.load)
 
     def __call__(self, first: Ticket, second: Ticket) -> pl.DataFrame:
         """Return the error at the points between two trained tickets."""
@@ -95,7 +98,7 @@ class Lines:
         assert second.trained is not None
         names = first.trained.weights.hash, second.trained.weights.hash
         if names not in self._lines:
-            states = first.load_trained(), second.load_trained()
+            states = self._load(first.trained.weights), self._load(second.trained.weights)
             for name, state in zip(names, states, strict=True):
                 if name not in self._ends:
                     self._ends[name] = self._measure(state)

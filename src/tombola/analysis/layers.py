@@ -40,9 +40,10 @@ def of_study(
     paths = trace_paths(tickets.planner)
     tables = []
     for level, found in by_level(tickets, chains, levels):
+        masks = {ticket.mask for ticket in found.values()}  # all dense networks have the same
+        of_masks = {mask: of_mask(mask, paths, tickets.planner.kept_dense) for mask in masks}
         for chain, ticket in found.items():
-            table = of_mask(ticket.mask, paths, tickets.planner.kept_dense)
-            tables.append(after(table, level=level, importance=chain.importance, seed=chain.seed))
+            tables.append(after(of_masks[ticket.mask], level=level, importance=chain.importance, seed=chain.seed))
     return pl.concat(tables)
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+import itertools
+import math
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import reduce
 from operator import and_
 
@@ -20,9 +22,11 @@ from tombola.study.tickets import Tickets
 from tombola.training.weights import State
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
+_SMALL = 8  # up to this size of a group, scipy takes the exact distribution of U if there are no ties
 MEASURES = ("sd", "flipped", "flips", "flips_from_start", "movement")
 
 Values = npt.NDArray[np.float64]
+Numbers = Values | npt.NDArray[np.int64]
 
 
 def of_study(
@@ -61,10 +65,11 @@ def of_study(
         for seed in tickets.study.seeds:
             own = [chain for chain in chains if chain.seed == seed]
             shared = reduce(and_, (masks[level, chain] for chain in own))
+            dense = tickets.progress(own[0]).tickets[0].load_trained()  # the same for all importances
             for chain in own:
                 own_tickets = tickets.progress(chain).tickets[: level + 1]
                 table = of_ticket(
-                    (ticket.load_trained() for ticket in own_tickets),
+                    itertools.chain([dense], (ticket.load_trained() for ticket in own_tickets[1:])),
                     own_tickets[0].rewind.load(),
                     tickets.planner.initial(seed).load(),
                     masks[level, chain],
@@ -115,18 +120,19 @@ def of_ticket(
         shared: connections alive in all compared tickets; a subset of the mask.
         kept_dense: the layers that are counted and never pruned, by parameter name.
     """
-    at_first = {name: _select_alive(rewind[name], mask[name]) for name in mask}
+    places = {name: np.flatnonzero(alive.numpy()) for name, alive in mask.items()}
+    at_first = {name: _take(rewind[name], at) for name, at in places.items()}
     before: dict[str, Values] = {}
     mean = {name: np.zeros(len(values)) for name, values in at_first.items()}
     squares = {name: np.zeros(len(values)) for name, values in at_first.items()}
-    flips = {name: np.zeros(len(values)) for name, values in at_first.items()}
-    from_start = {name: np.zeros(len(values)) for name, values in at_first.items()}
-    flipped = {name: np.zeros(len(values)) for name, values in at_first.items()}
+    flips = {name: np.zeros(len(values), np.int64) for name, values in at_first.items()}
+    from_start = {name: np.zeros(len(values), np.int64) for name, values in at_first.items()}
+    flipped = {name: np.zeros(len(values), np.int64) for name, values in at_first.items()}
     count = 0
     for state in trained:
         count += 1
-        for name in mask:
-            values = _select_alive(state[name], mask[name])
+        for name, at in places.items():
+            values = _take(state[name], at)
             delta = values - mean[name]
             mean[name] += delta / count  # Welford's algorithm keeps the weights of one level in memory
             squares[name] += delta * (values - mean[name])
@@ -136,20 +142,20 @@ def of_ticket(
                 flips[name] += changed
                 flipped[name] = np.maximum(flipped[name], changed)
             before[name] = values
-    measures = {
+    measures: dict[str, Mapping[str, Numbers]] = {
         "sd": {name: np.sqrt(each / max(1, count - 1)) for name, each in squares.items()},
         "flipped": flipped,
         "flips": flips,
         "flips_from_start": from_start,
-        "movement": {name: np.abs(each - _select_alive(initial[name], mask[name])) for name, each in before.items()},
+        "movement": {name: np.abs(each - _take(initial[name], places[name])) for name, each in before.items()},
     }
-    is_shared = {name: shared[name][mask[name]].numpy() for name in mask}
+    is_shared = {name: shared[name].numpy().take(at) for name, at in places.items()}
     pruned = [name for name in mask if name not in kept_dense]
     whole = np.concatenate([is_shared[name] for name in pruned])
     lines = []
     for measure, by_layer in measures.items():
-        for name, values in by_layer.items():
-            lines.append({"layer": name, "measure": measure} | _compare(values, is_shared[name]))
+        for name, numbers in by_layer.items():
+            lines.append({"layer": name, "measure": measure} | _compare(numbers, is_shared[name]))
         together = np.concatenate([by_layer[name] for name in pruned])
         lines.append({"layer": ALL, "measure": measure} | _compare(together, whole))
     texts, counts = ("layer", "measure"), ("shared", "other")
@@ -157,21 +163,49 @@ def of_ticket(
     return pl.DataFrame(lines, schema_overrides=figures, infer_schema_length=None)
 
 
-def _compare(values: Values, is_shared: npt.NDArray[np.bool_]) -> dict[str, float | None]:
+def _compare(values: Numbers, is_shared: npt.NDArray[np.bool_]) -> dict[str, float | None]:
     groups = {"shared": values[is_shared], "other": values[~is_shared]}
     line: dict[str, float | None] = {name: len(group) for name, group in groups.items()}
     for name, group in groups.items():
         line[f"{name}_mean"] = float(group.mean()) if len(group) else None
-        quantiles = np.quantile(group, QUANTILES) if len(group) else [None] * len(QUANTILES)
-        line |= {f"{name}_q{100 * q:02.0f}": v for q, v in zip(QUANTILES, quantiles, strict=True)}
+        group.sort()
+        line |= {f"{name}_q{100 * q:02.0f}": _quantile(group, q) if len(group) else None for q in QUANTILES}
     effect = p = None
     if all(len(group) for group in groups.values()):
-        test = scipy.stats.mannwhitneyu(*groups.values())
-        effect = float(2 * test.statistic / (len(groups["shared"]) * len(groups["other"])) - 1)
-        p = float(test.pvalue) if np.isfinite(test.pvalue) else 1.0  # all values are equal
+        statistic, p = _mann_whitney(*groups.values())
+        effect = float(2 * statistic / (len(groups["shared"]) * len(groups["other"])) - 1)
     return line | {"effect": effect, "p": p}
 
 
-def _select_alive(weights: Tensor, alive: Tensor) -> Values:
-    values: Values = weights[alive].double().numpy()
-    return values
+def _quantile(ordered: Numbers, q: float) -> float:
+    """Return a quantile of sorted numbers with the bits of `numpy.quantile`, which would sort them again."""
+    place = q * (len(ordered) - 1)
+    part, below = math.modf(place)
+    low, high = float(ordered[int(below)]), float(ordered[math.ceil(place)])
+    return low + (high - low) * part if part < 0.5 else high - (high - low) * (1 - part)
+
+
+def _mann_whitney(first: Numbers, second: Numbers) -> tuple[float, float]:
+    """Return U of the first group, and the p value of the two-sided test; 1 if all values are equal.
+
+    Args:
+        first, second: sorted numbers, which are ranked by one merge. Whole numbers have few values, so these are
+            counted: the ranks, their ties and the approximation by a normal distribution are those of scipy.
+    """
+    n1, n2 = len(first), len(second)
+    if first.dtype == np.float64 or min(n1, n2) <= _SMALL:
+        test = scipy.stats.mannwhitneyu(first, second)
+        return float(test.statistic), float(test.pvalue) if np.isfinite(test.pvalue) else 1.0
+    size = 1 + int(max(first[-1], second[-1]))
+    one, two = np.bincount(first, minlength=size), np.bincount(second, minlength=size)
+    u = float((one * (two.cumsum() - two / 2)).sum())
+    n, ties = n1 + n2, (one + two).astype(np.float64)
+    spread = math.sqrt(n1 * n2 / 12 * (n + 1 - float((ties**3 - ties).sum()) / (n * (n - 1))))
+    if not spread:
+        return u, 1.0
+    z = (max(u, n1 * n2 - u) - n1 * n2 / 2 - 0.5) / spread
+    return u, min(1.0, 2 * float(scipy.special.ndtr(-z)))
+
+
+def _take(weights: Tensor, places: npt.NDArray[np.intp]) -> Values:
+    return weights.numpy().take(places).astype(np.float64)

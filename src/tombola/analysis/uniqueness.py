@@ -25,7 +25,7 @@ _WORDS = {
     "new-weights": "new weights",
     "other-seed": "the mask of another seed",
     "shuffled": "a shuffled mask",
-    "random": "a shuffled mask with new weights",
+    "random": "a shuffled mask and new weights",
 }
 
 _KINDS = {IMPORTANCES: "importances", DATA_ORDER: "data orders", SEEDS: "seeds"}
@@ -105,7 +105,8 @@ def describe_matching(table: pl.DataFrame) -> list[str]:
     """Return for each level sentences on whether tickets are the same up to the order of their hidden units.
 
     They are compared with the range of random tickets, whose units are matched in the same way, see
-    `tombola.analysis.matching.summarise`.
+    `tombola.analysis.matching.summarise`. Within a seed, the order of units explains nothing if matching raises the
+    overlap by no more than that of random tickets.
 
     Args:
         table: of `tombola.analysis.matching.of_study`.
@@ -129,7 +130,8 @@ def describe_matching(table: pl.DataFrame) -> list[str]:
             verdict = f"no more than {random}, so the order of units does not make them alike"
             if matched > high:
                 verdict = f"{matched - chance:.2f} points more than {random}"
-                if row["kind"] != SEEDS and matched <= raw:
+                raised_by_chance = chance - 100 * row["layers_jaccard"]
+                if row["kind"] != SEEDS and matched - raw <= raised_by_chance:
                     verdict += "; the order of units does not explain in what they differ"
         sentences.append(
             f"Tickets of two {_KINDS[row['kind']]} overlap at level {row['level']} by {raw:.2f} %, and by "

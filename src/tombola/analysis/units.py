@@ -140,8 +140,17 @@ def find_units(model: nn.Module, input_shape: Sequence[int]) -> Units:
         try:
             follower.follow(node)
         except UserError as error:
-            raise UserError(f"the units of {name} cannot be matched: {error}; {_LEFT}") from None
+            raise UserError(f"the units of {name} cannot be matched: {error}{_after(node)}; {_LEFT}") from None
     return follower.units()
+
+
+def _after(node: fx.Node) -> str:
+    """Return which layer an operation follows, for a message; nothing if the operation is a layer."""
+    while node.op != "call_module" and node.all_input_nodes:
+        node = node.all_input_nodes[0]
+        if node.op == "call_module":
+            return f", after its layer {node.target!r}"
+    return ""
 
 
 _LEFT = "its tickets can be compared without matching, by their overlap"

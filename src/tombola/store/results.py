@@ -327,10 +327,11 @@ def unpack_state(packed: State, shapes: Shapes) -> State:
     """Return the state that `pack_state` packed, given the shapes of the mask's layers."""
     mask = unpack_mask(packed, shapes)
     state = {name.removeprefix("state."): t for name, t in packed.items() if name.startswith("state.")}
-    for name, shape in shapes.items():
-        values = packed[f"alive.{name}"]
-        state[name] = torch.zeros(shape, dtype=values.dtype)
-        state[name][mask[name]] = values
+    for name, alive in mask.items():
+        values, count = packed[f"alive.{name}"], mask.counts[name]
+        if values.shape != (count,):
+            raise ValueError(f"it has {values.numel()} weights of {name}, and {count} of its connections are alive")
+        state[name] = torch.zeros(alive.shape, dtype=values.dtype).masked_scatter_(alive, values)
     return state
 
 

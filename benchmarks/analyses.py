@@ -1,0 +1,109 @@
+"""The analyses that train nothing, of 15 tickets of ResNet-18 with 200 classes: seconds of processor time for each.
+
+    python benchmarks/analyses.py [STORE] [ANALYSIS ...]
+
+Five importances and three seeds, at one level of density 0.1. The networks are trained for one step each, on 64 images
+of 64 x 64 pixels; the test set has 64, too. A store that is given is kept, so that a later call trains nothing. Each
+analysis runs in a process of its own, on one thread, and reads the tickets from the store. The time in which networks
+compute their outputs is part of the whole, and printed too: it grows with the number of images.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import polars as pl
+import torch
+from torch import nn
+
+import tombola
+from tombola import Dataset, Study
+from tombola.models.resnet import ResNet
+
+
+def images() -> Dataset:
+    """Return 64 training and 64 test images of random pixels, whose classes are random, too."""
+    random = torch.Generator().manual_seed(0)
+    pixels = torch.randint(256, (128, 3, 64, 64), generator=random, dtype=torch.uint8)
+    labels = torch.randint(200, (128,), generator=random)
+    classes = tuple(f"class {number}" for number in range(200))
+    return Dataset("random", pixels[:64], labels[:64], pixels[64:], labels[64:], classes, (0.5,) * 3, (0.25,) * 3)
+
+
+def study() -> Study:
+    """Return the study of the tickets: 15 of level 1, and the dense networks of three seeds."""
+    return tombola.load_study(
+        "resnet18-tinyimagenet",
+        {
+            "task.dataset": "analyses:images",
+            "task.dataset_arguments": {},
+            "data_seeds": [],
+            "levels": 1,
+            "fraction": 0.9,
+            "recipe.epochs": 1,
+            "recipe.schedule": "constant",
+            "recipe.milestones": [],
+            "recipe.batch_size": 64,
+            "recipe.rewind": 0,
+        },
+    )
+
+
+ANALYSES: dict[str, Callable[[Path], pl.DataFrame]] = {
+    "overlap": lambda store: tombola.overlap(study(), store=store, levels=[1]),
+    "winners": lambda store: tombola.winners(study(), store=store),
+    "initial": lambda store: tombola.initial(study(), store=store),
+    "weights": lambda store: tombola.weights(study(), store=store),
+    "layers": lambda store: tombola.layers(study(), store=store),
+    "functions": lambda store: tombola.functions(study(), store=store),
+    "stability": lambda store: tombola.stability(study(), store=store),
+    "connectivity, 2 points": lambda store: tombola.connectivity(study(), store=store, levels=[1], points=2),
+    "similarity": lambda store: tombola.similarity(study(), store=store),
+    "basins, 2 points": lambda store: tombola.basins(study(), store=store, points=2),
+    "claims": lambda store: tombola.claims(study(), store=store),
+    "matching, 3 pairs": lambda store: tombola.matching(study(), store=store, importances=["magnitude"], draws=1),
+}
+
+
+def main(root: Path, names: list[str]) -> None:
+    """Train what the store does not have, and measure each analysis."""
+    tombola.run(study(), store=root, workers=1)
+    for name in names or ANALYSES:
+        subprocess.run([sys.executable, __file__, str(root), "--only", name], check=True)
+
+
+def measure(root: Path, name: str) -> None:
+    """Print how long an analysis takes, and how long its networks compute their outputs."""
+    begins, outputs = [], 0.0
+
+    def before(module: nn.Module, given: object) -> None:
+        if isinstance(module, ResNet):
+            begins.append(time.process_time())
+
+    def after(module: nn.Module, given: object, output: object) -> None:
+        nonlocal outputs
+        if isinstance(module, ResNet):
+            outputs += time.process_time() - begins.pop()
+
+    nn.modules.module.register_module_forward_pre_hook(before)
+    nn.modules.module.register_module_forward_hook(after)
+    begin = time.process_time()
+    table = ANALYSES[name](root)
+    whole = time.process_time() - begin
+    print(f"{name}: {whole:.1f} s of processor time, {outputs:.1f} s in networks, {len(table)} rows", flush=True)
+
+
+if __name__ == "__main__":
+    given = sys.argv[1:]
+    if "--only" in given:
+        measure(Path(given[0]), given[2])
+    elif given:
+        main(Path(given[0]), given[1:])
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            main(Path(folder) / "store", [])
