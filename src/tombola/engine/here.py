@@ -78,7 +78,7 @@ class WorkersHere:
     def pause(self) -> Iterator[None]:
         """Let nothing that this process does inside the block change what the workers compute.
 
-        A training waits after its current iteration, and torch's global generator is restored: both share it.
+        A training waits where its watch is called next, and torch's global generator is restored: both share it.
         """
         self._pauses = True
         try:

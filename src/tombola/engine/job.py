@@ -338,7 +338,7 @@ class _Clock:
 
     @property
     def seconds_per_iteration(self) -> float | None:
-        """The mean seconds of an iteration; None for a training of one iteration."""
+        """The mean seconds of an iteration; None if this watch was called less than twice."""
         if len(self._marks) < 2 or self._marks[0][0] == self._marks[1][0]:
             return None
         (first, begin), (last, end) = self._marks

@@ -62,8 +62,8 @@ class Losses:
     @property
     def next_check(self) -> int:
         """The iteration before which `have_diverged` looks at the losses next."""
-        per_epoch = (self.iteration // self.per_epoch + 1) * self.per_epoch
-        return min(per_epoch, (self.iteration // _CHECK_EVERY + 1) * _CHECK_EVERY, self.end)
+        epoch_end = (self.iteration // self.per_epoch + 1) * self.per_epoch
+        return min(epoch_end, (self.iteration // _CHECK_EVERY + 1) * _CHECK_EVERY, self.end)
 
     def have_diverged(self) -> bool:
         """Return whether a loss is not finite; the check is done only after each epoch and every 50 iterations."""

@@ -15,7 +15,7 @@ from tombola.training.optimizer import Optimizer
 from tombola.training.recipe import Augmentation, Recipe
 
 LONGEST = 0.1
-"""Seconds of a stretch: what interrupts a training, such as Ctrl-C, is heard between two of them."""
+"""The longest time of a stretch in seconds; a training can only be interrupted, as by Ctrl-C, between two of them."""
 
 
 def are_stretches(step: Step, data: Dataset, recipe: Recipe) -> bool:
