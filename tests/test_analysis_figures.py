@@ -111,6 +111,13 @@ def test_ranks_and_quantiles_are_those_of_scipy_and_numpy(shared: int) -> None:
             assert quantiles == pytest.approx(np.quantile(group, (0.05, 0.25, 0.5, 0.75, 0.95)))
 
 
+def test_numbers_that_are_all_equal_and_numbers_that_are_none_say_nothing() -> None:
+    size = 330_740  # of which rounding makes the variance of equal ranks less than 0
+    zeros = np.zeros(size, np.int64)
+    assert stability._mann_whitney(zeros[: size // 3], zeros[size // 3 :])[1] == 1
+    assert math.isnan(stability._quantile(np.array([1.0, 2.0, math.nan]), 0.25))
+
+
 def test_stability_where_everything_or_nothing_is_shared() -> None:
     (start,) = states([1.0, 2.0])
     table = stability.of_ticket(states([1.0, 2.0]), start, start, mask(w="11"), mask(w="11"))

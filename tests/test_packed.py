@@ -202,7 +202,9 @@ def test_normalisation_equals_torch(
 
     px, py, pd = pack(x, 1), memory.take(shape, 2).pair, pack(delta, 3)
     more, statistics = (pack(other, 0) if added else (None, 0)), torch.empty(3, shape[1])
-    extension.normalise_packed(shape, px, weight, bias, 1e-5, statistics, more, relu, py, instruction_set)
+    extension.normalise_packed(
+        shape, px, weight, bias, 1e-5, statistics, more, relu, py, instruction_set=instruction_set
+    )
     size = 1 + offset
     assert torch.allclose(unpack(py).double(), (exact * gate).detach(), rtol=0, atol=1e-5 * size)
     variance, mean = torch.var_mean(x.double(), (0, 2, 3), correction=0)
@@ -213,7 +215,7 @@ def test_normalisation_equals_torch(
     dx, dw, db = memory.take(shape, 0).pair, torch.empty(shape[1]), torch.empty(shape[1])
     given = py if relu and added else (None, 0)
     extension.normalise_gradient_packed(
-        shape, px, pd, weight, bias, statistics, relu, given, dx, dw, db, instruction_set
+        shape, px, pd, weight, bias, statistics, relu, given, dx, dw, db, instruction_set=instruction_set
     )
     spread = float((variance + 1e-5).rsqrt().max())
     for found, right in zip((unpack(dx), dw, db), gradients, strict=False):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from functools import lru_cache
 from itertools import combinations
 
 import polars as pl
@@ -26,7 +25,7 @@ from tombola.training.weights import State, Weights
 
 _EXAMPLES = 10_000  # number of training examples for the statistics of batch norm
 _AT_ONCE = 500
-_HELD = 4  # states in memory: a ticket, that of the next level, the dense network and another data order
+_HELD = 4  # states in memory: two tickets and, for basins, the dense network and another data order
 
 Measure = Callable[[State], tuple[float, float | None]]
 """A function that returns the test error, in 0..1, and the test loss of a state."""
@@ -90,7 +89,15 @@ class Lines:
         self._measure, self._points = build_measure(planner), points
         self._ends: dict[str, tuple[float, float | None]] = {}
         self._lines: dict[tuple[str, str], pl.DataFrame] = {}
-        self._load = lru_cache(maxsize=_HELD)(Weights.load)
+        self._states: dict[str, State] = {}  # by hash, the one that was used last at the end
+
+    def _load(self, weights: Weights) -> State:
+        """Return the state of a network, and keep the latest ones."""
+        state = self._states.pop(weights.hash, None) or weights.load()
+        while len(self._states) >= _HELD:
+            del self._states[next(iter(self._states))]
+        self._states[weights.hash] = state
+        return state
 
     def __call__(self, first: Ticket, second: Ticket) -> pl.DataFrame:
         """Return the error at the points between two trained tickets."""

@@ -179,6 +179,8 @@ def _compare(values: Numbers, is_shared: npt.NDArray[np.bool_]) -> dict[str, flo
 
 def _quantile(ordered: Numbers, q: float) -> float:
     """Return a quantile of sorted numbers with the bits of `numpy.quantile`, which would sort them again."""
+    if math.isnan(ordered[-1]):  # where sorting puts it
+        return math.nan
     place = q * (len(ordered) - 1)
     part, below = math.modf(place)
     low, high = float(ordered[int(below)]), float(ordered[math.ceil(place)])
@@ -200,9 +202,9 @@ def _mann_whitney(first: Numbers, second: Numbers) -> tuple[float, float]:
     one, two = np.bincount(first, minlength=size), np.bincount(second, minlength=size)
     u = float((one * (two.cumsum() - two / 2)).sum())
     n, ties = n1 + n2, (one + two).astype(np.float64)
-    spread = math.sqrt(n1 * n2 / 12 * (n + 1 - float((ties**3 - ties).sum()) / (n * (n - 1))))
-    if not spread:
+    if ties.max() == n:  # all values are equal
         return u, 1.0
+    spread = math.sqrt(n1 * n2 / 12 * (n + 1 - float((ties**3 - ties).sum()) / (n * (n - 1))))
     z = (max(u, n1 * n2 - u) - n1 * n2 / 2 - 0.5) / spread
     return u, min(1.0, 2 * float(scipy.special.ndtr(-z)))
 

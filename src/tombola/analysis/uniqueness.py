@@ -130,7 +130,7 @@ def describe_matching(table: pl.DataFrame) -> list[str]:
             verdict = f"no more than {random}, so the order of units does not make them alike"
             if matched > high:
                 verdict = f"{matched - chance:.2f} points more than {random}"
-                raised_by_chance = chance - 100 * row["layers_jaccard"]
+                raised_by_chance = max(0.0, chance - 100 * row["layers_jaccard"])
                 if row["kind"] != SEEDS and matched - raw <= raised_by_chance:
                     verdict += "; the order of units does not explain in what they differ"
         sentences.append(

@@ -173,9 +173,9 @@ def normalise_packed(
     other: _Images | _NoImages,
     relu: bool,
     y: _Images,
-    instruction_set: str | None = None,
     source: Layer | None = None,
     reader: Layer | None = None,
+    instruction_set: str | None = None,
 ) -> None: ...
 def normalise_gradient_packed(
     size: _Size,
@@ -189,9 +189,9 @@ def normalise_gradient_packed(
     gradient: _Images,
     weight_gradient: Tensor,
     bias_gradient: Tensor,
-    instruction_set: str | None = None,
     source: Layer | None = None,
     reader: Layer | None = None,
+    instruction_set: str | None = None,
 ) -> None: ...
 def sum_packed(
     size: _Size,

@@ -299,9 +299,9 @@ class Segment:
                     other,
                     operation.relu,
                     y.pair,
-                    name,
                     self._before.get(operation.x),
                     self._behind.get(result),
+                    name,
                 )
             elif first.how == "pool":
                 native.max_pool_packed(operation.x.size, first.kernel, x.pair, y.pair, name)
@@ -425,9 +425,9 @@ class _Backward:
             dx.pair,
             dweight,
             dbias,
-            self.memory.instruction_set,
             self.segment._before.get(x),
             self.segment._behind.get(result),
+            self.memory.instruction_set,
         )
         self.accumulate(norm.tensors[0], dweight)
         self.accumulate(norm.tensors[1], dbias)

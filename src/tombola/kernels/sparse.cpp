@@ -965,8 +965,8 @@ void unpack_images(Bordered source, nb::handle target, const Name& instruction_s
 }
 
 void normalise_packed(Size4 size, Bordered x, nb::handle weight, nb::handle bias, float epsilon, nb::handle statistics,
-                      Bordered other, bool relu, Bordered y, const Name& instruction_set, const Layer* source,
-                      const Layer* reader) {
+                      Bordered other, bool relu, Bordered y, const Layer* source, const Layer* reader,
+                      const Name& instruction_set) {
     const Images4 images(instruction_set, size);
     const ptrdiff_t channels = images.size.channels;
     const PackedImages from = images.at("x", x.first, x.second), to = images.at("y", y.first, y.second);
@@ -984,8 +984,8 @@ void normalise_packed(Size4 size, Bordered x, nb::handle weight, nb::handle bias
 
 void normalise_gradient_packed(Size4 size, Bordered x, Bordered delta, nb::handle weight, nb::handle bias,
                                nb::handle statistics, bool relu, Bordered y, Bordered gradient,
-                               nb::handle weight_gradient, nb::handle bias_gradient, const Name& instruction_set,
-                               const Layer* source, const Layer* reader) {
+                               nb::handle weight_gradient, nb::handle bias_gradient, const Layer* source,
+                               const Layer* reader, const Name& instruction_set) {
     const Images4 images(instruction_set, size);
     const ptrdiff_t channels = images.size.channels;
     const PackedImages from = images.at("x", x.first, x.second), d = images.at("delta", delta.first, delta.second),
@@ -1143,12 +1143,12 @@ NB_MODULE(_sparse, m) {
           nb::arg("instruction_set") = nb::none());
     m.def("normalise_packed", normalise_packed, nb::arg("size"), nb::arg("x"), nb::arg("weight"), nb::arg("bias"),
           nb::arg("epsilon"), nb::arg("statistics"), nb::arg("other"), nb::arg("relu"), nb::arg("y"),
-          nb::arg("instruction_set") = nb::none(), nb::arg("source").none() = nb::none(),
-          nb::arg("reader").none() = nb::none());
+          nb::arg("source").none() = nb::none(), nb::arg("reader").none() = nb::none(),
+          nb::arg("instruction_set") = nb::none());
     m.def("normalise_gradient_packed", normalise_gradient_packed, nb::arg("size"), nb::arg("x"), nb::arg("delta"),
           nb::arg("weight"), nb::arg("bias"), nb::arg("statistics"), nb::arg("relu"), nb::arg("y"), nb::arg("gradient"),
-          nb::arg("weight_gradient"), nb::arg("bias_gradient"), nb::arg("instruction_set") = nb::none(),
-          nb::arg("source").none() = nb::none(), nb::arg("reader").none() = nb::none());
+          nb::arg("weight_gradient"), nb::arg("bias_gradient"), nb::arg("source").none() = nb::none(),
+          nb::arg("reader").none() = nb::none(), nb::arg("instruction_set") = nb::none());
     m.def("sum_packed", sum_packed, nb::arg("size"), nb::arg("a"), nb::arg("b"), nb::arg("relu"), nb::arg("y"),
           nb::arg("instruction_set") = nb::none());
     m.def("gate_packed", gate_packed, nb::arg("size"), nb::arg("delta"), nb::arg("y"),

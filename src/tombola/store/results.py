@@ -330,7 +330,7 @@ def unpack_state(packed: State, shapes: Shapes) -> State:
     for name, alive in mask.items():
         values, count = packed[f"alive.{name}"], mask.counts[name]
         if values.shape != (count,):
-            raise ValueError(f"it has {values.numel()} weights of {name}, and {count} of its connections are alive")
+            raise ValueError(f"weights of {name}: {values.numel()}, but connections that are alive: {count}")
         state[name] = torch.zeros(alive.shape, dtype=values.dtype).masked_scatter_(alive, values)
     return state
 
