@@ -1,6 +1,6 @@
 """The analyses that train nothing, of 15 tickets of ResNet-18 with 200 classes: seconds of processor time for each.
 
-    python benchmarks/analyses.py [STORE] [ANALYSIS ...]
+    python benchmarks/analyses.py [--store DIR] [ANALYSIS ...]
 
 Five importances and three seeds, at one level of density 0.1. The networks are trained for one step each, on 64 images
 of 64 x 64 pixels; the test set has 64, too. A store that is given is kept, so that a later call trains nothing. Each
@@ -10,6 +10,7 @@ compute their outputs is part of the whole, and printed too: it grows with the n
 
 from __future__ import annotations
 
+import argparse
 import subprocess
 import sys
 import tempfile
@@ -74,7 +75,7 @@ def main(root: Path, names: list[str]) -> None:
     """Train what the store does not have, and measure each analysis."""
     tombola.run(study(), store=root, workers=1)
     for name in names or ANALYSES:
-        subprocess.run([sys.executable, __file__, str(root), "--only", name], check=True)
+        subprocess.run([sys.executable, __file__, "--store", str(root), "--here", name], check=True)
 
 
 def measure(root: Path, name: str) -> None:
@@ -99,11 +100,17 @@ def measure(root: Path, name: str) -> None:
 
 
 if __name__ == "__main__":
-    given = sys.argv[1:]
-    if "--only" in given:
-        measure(Path(given[0]), given[2])
-    elif given:
-        main(Path(given[0]), given[1:])
-    else:
-        with tempfile.TemporaryDirectory() as folder:
-            main(Path(folder) / "store", [])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--store", type=Path, help="the folder of a store that is kept")
+    parser.add_argument("--here", action="store_true", help="measure in this process, with the store as it is")
+    parser.add_argument("analyses", nargs="*", metavar="ANALYSIS", help=f"some of: {'; '.join(ANALYSES)}")
+    options = parser.parse_args()
+    if unknown := [name for name in options.analyses if name not in ANALYSES]:
+        parser.error(f"unknown analyses: {'; '.join(unknown)}; choose from: {'; '.join(ANALYSES)}")
+    with tempfile.TemporaryDirectory() as folder:
+        store = options.store or Path(folder) / "store"
+        if options.here:
+            for name in options.analyses:
+                measure(store, name)
+        else:
+            main(store, options.analyses)

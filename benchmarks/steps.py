@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterable
@@ -282,5 +283,5 @@ def _step(marks: Iterable[tuple[int, float]]) -> float:
     """Return the median time of an iteration between two marks, each an iteration and a time, after a warm-up."""
     pairs = list(itertools.pairwise(marks))
     return statistics.median(
-        (then - begun) / (end - begin) for (begin, begun), (end, then) in pairs[len(pairs) // 10 :]
+        (then - begun) / (end - begin) for (begin, begun), (end, then) in pairs[math.ceil(len(pairs) / 10) :]
     )
