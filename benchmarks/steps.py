@@ -283,5 +283,6 @@ def _step(marks: Iterable[tuple[int, float]]) -> float:
     """Return the median time of an iteration between two marks, each an iteration and a time, after a warm-up."""
     pairs = list(itertools.pairwise(marks))
     return statistics.median(
-        (then - begun) / (end - begin) for (begin, begun), (end, then) in pairs[math.ceil(len(pairs) / 10) :]
+        (then - begun) / (end - begin)
+        for (begin, begun), (end, then) in pairs[min(math.ceil(len(pairs) / 10), len(pairs) - 1) :]
     )
