@@ -820,9 +820,18 @@ class Chain {
 // aten::threshold_backward, all of it is computed by the thread that calls: each thread has its own say in whether a
 // number is so small that it counts as 0.
 void gate(const View& delta, const View& y, ptrdiff_t features, ptrdiff_t batch, const View& to) {
-    for (ptrdiff_t f = 0; f < features; ++f)
-        for (ptrdiff_t n = 0; n < batch; ++n)
-            to.data[f * to.c + n * to.n] = y.data[f * y.c + n * y.n] <= 0 ? 0 : delta.data[f * delta.c + n * delta.n];
+    for (ptrdiff_t f = 0; f < features; ++f) {
+        const float *const d = delta.data + f * delta.c, *const out = y.data + f * y.c;
+        float* const __restrict target = to.data + f * to.c;
+        const auto compute = [=](ptrdiff_t n, ptrdiff_t d_step, ptrdiff_t out_step, ptrdiff_t target_step) {
+            const float gradient = d[n * d_step];  // read in any case, which compilers need to compute several at once
+            target[n * target_step] = out[n * out_step] <= 0 ? 0 : gradient;
+        };
+        if (delta.n == 1 && y.n == 1 && to.n == 1)
+            for (ptrdiff_t n = 0; n < batch; ++n) compute(n, 1, 1, 1);
+        else
+            for (ptrdiff_t n = 0; n < batch; ++n) compute(n, delta.n, y.n, to.n);
+    }
 }
 
 }  // namespace
