@@ -49,14 +49,19 @@ _SCHEMAS = (
 """The operators that the C++ calls, with the arguments that it gives them."""
 
 
-@functools.cache
 def can_call_operators() -> bool:
     """Return whether this PyTorch has the C interface, and the operators with the arguments that are known here."""
-    if layers.extension is None or not all(map(_has, _SCHEMAS)):
+    return layers.extension is not None and _load_operators(layers.extension, _SCHEMAS)
+
+
+@functools.cache
+def _load_operators(extension: Any, schemas: Sequence[str]) -> bool:
+    """Let the extension find the operators of these schemas; return whether it does."""
+    if not all(map(_has, schemas)):
         return False
     folder = Path(torch.__file__).parent / "lib"
     paths = [folder / f"libtorch_cpu.{ending}" for ending in ("so", "dylib")]
-    return any(path.exists() and layers.extension.load_operators(str(path)) for path in paths)
+    return any(path.exists() and extension.load_operators(str(path)) for path in paths)
 
 
 def _has(schema: str) -> bool:
