@@ -1064,6 +1064,15 @@ def test_batch_norm_refuses_every_wrong_tensor() -> None:
 
 
 @needs_kernels
+def test_a_gate_refuses_every_wrong_tensor() -> None:
+    delta, y, target = torch.ones(3, 4), torch.ones(3, 4), torch.empty(3, 4)
+    refuse_each(layers.extension.gate, {"delta": delta, "y": y, "target": target}, set(), {"delta", "y", "target"})
+    for wrong in (delta, y, torch.empty(1, 4).expand(3, 4)):
+        with pytest.raises(ValueError, match="target: expected"):
+            layers.extension.gate(delta, y, wrong)
+
+
+@needs_kernels
 def test_normalising_images_refuses_every_wrong_tensor() -> None:
     images, indices = torch.zeros((5, 2, 3, 4), dtype=torch.uint8), torch.tensor([0, 4, 2])
     mean = torch.ones(2, 1, 1)

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tombola import Dataset, Mask, Recipe, kernels, train
+from tombola.datasets.drawn import Drawn
 from tombola.kernels import layers, stretch
 from tombola.kernels.stretch import Stretch
 from tombola.training import stretches
@@ -109,7 +113,9 @@ def test_a_stretch_has_the_bits_of_its_iterations(
     fields: dict[str, Any],
     runs: list[int],
     alone: Callable[..., Trained],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr("tombola.training.train.LONGEST", 1e9)
     recipe = Recipe(batch_size=BATCH, epochs=4, **fields)
     mask, names = masked(build, sparse)
     run = partial(train, build(), initial_state(build, 3), mask, data, recipe, 5, kernels=names)
@@ -126,6 +132,29 @@ def test_a_stretch_has_the_bits_of_its_iterations(
 
 
 @needs_operators
+def test_layers_that_several_threads_compute_have_the_same_bits(alone: Callable[..., Trained]) -> None:
+    """Each thread says whether it takes tiny numbers for 0: those of PyTorch's pool do not."""
+    build = lambda: nn.Sequential(nn.Linear(72, 600, bias=False), nn.ReLU(), nn.Linear(600, 3))  # noqa: E731
+    initial = initial_state(build, 0)
+    initial["0.weight"] *= 1e-38
+    data = Dataset("rows", ROWS.repeat(8, 1), SAME.train_labels.repeat(8), ROWS[:3], torch.arange(3))
+    recipe = Recipe(epochs=1, batch_size=128, lr=1e-44, momentum=0.9)
+    taken: list[Checkpoint] = []
+    watch = lambda _, take: taken.append(take())  # noqa: E731
+    run = partial(train, build(), initial, Mask.ones_like(build()), data, recipe, 0, watch=watch)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        torch.ones(2**18).add_(1)  # begins the other thread, before this one takes tiny numbers for 0
+        run()
+        alone(run)
+    finally:
+        torch.set_num_threads(before)
+    assert len(taken) == 6
+    torch.testing.assert_close(vars(taken[2]), vars(taken[5]), rtol=0, atol=0)
+
+
+@needs_operators
 @pytest.mark.parametrize("lr", [1e4, 1e30])
 def test_divergence_is_seen_at_the_same_iteration(lr: float, runs: list[int], alone: Callable[..., Trained]) -> None:
     recipe = Recipe(batch_size=4, epochs=30, lr=lr, momentum=0.99, weight_decay=0.1)  # checks within epochs too
@@ -138,7 +167,10 @@ def test_divergence_is_seen_at_the_same_iteration(lr: float, runs: list[int], al
 
 
 @needs_operators
-def test_a_watch_is_called_after_several_iterations_if_it_says_so(runs: list[int]) -> None:
+def test_a_watch_is_called_after_several_iterations_if_it_says_so(
+    runs: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tombola.training.train.LONGEST", 1e9)
     recipe = Recipe(batch_size=4, epochs=3)
     arguments = perceptron(), initial_state(perceptron, 0), Mask.ones_like(perceptron()), SAME, recipe, 0
     seen: list[int] = []
@@ -164,6 +196,30 @@ def test_a_stretch_ends_when_its_time_is_over(monkeypatch: pytest.MonkeyPatch) -
     assert len(make().run(torch.arange(8), [0.1] * 4, 1e9)) == 4
 
 
+def hooked() -> nn.Module:
+    model = perceptron()
+    model[1].register_forward_hook(ignore)
+    return model
+
+
+def shared() -> nn.Module:
+    """A network with a bias that two layers share."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(72, 3), nn.ReLU(), nn.Linear(3, 3))
+    model[3].bias = model[1].bias
+    return model
+
+
+def own_step(model: nn.Module, inputs: Tensor, labels: Tensor) -> Tensor:
+    return nn.functional.cross_entropy(model(inputs), labels)
+
+
+def drawn() -> Dataset:
+    """The batches of 4 of the images, drawn by a function."""
+    batches = list(zip(IMAGES.train_inputs.float().split(4), IMAGES.train_labels.split(4), strict=True))
+    train_set = Drawn("drawn", lambda seed, epoch, split: batches, len(batches), 4, 2, "")
+    return replace(IMAGES, drawn=train_set)
+
+
 UNSERVED: dict[str, dict[str, Any]] = {
     "accumulate": {"recipe": Recipe(epochs=1, batch_size=4, accumulate=2)},
     "clip_norm": {"recipe": Recipe(epochs=1, batch_size=4, clip_norm=1.0)},
@@ -171,17 +227,61 @@ UNSERVED: dict[str, dict[str, Any]] = {
     "label smoothing": {"recipe": Recipe(epochs=1, batch_size=4, label_smoothing=0.1)},
     "another loss": {"loss": lambda outputs, labels: nn.functional.cross_entropy(outputs, labels)},
     "a forward of one's own": {"forward": lambda model, inputs: model(inputs)},
+    "a step of one's own": {"step": own_step},
+    "an optimizer of one's own": {
+        "recipe": Recipe(epochs=1, batch_size=4, optimizer="mine:sgd"),
+        "optimizer": torch.optim.SGD,
+    },
+    "bfloat16": {"recipe": Recipe(epochs=1, batch_size=4, precision="bfloat16")},
+    "a bias that is shared": {"build": shared},
+    "a hook": {"build": hooked},
+    "batches that are drawn": {"data": drawn()},
 }
 
 
 @pytest.mark.parametrize("fields", UNSERVED.values(), ids=list(UNSERVED))
 def test_what_stretches_do_not_serve_is_done_iteration_by_iteration(fields: dict[str, Any], runs: list[int]) -> None:
-    fields = {"recipe": Recipe(epochs=1, batch_size=4)} | fields
-    recipe = fields.pop("recipe")
-    model = perceptron()
-    trained = train(model, initial_state(perceptron, 0), Mask.ones_like(model), IMAGES, recipe, 0, **fields)
+    fields = {"recipe": Recipe(epochs=1, batch_size=4), "build": perceptron, "data": IMAGES} | fields
+    recipe, build, data = (fields.pop(name) for name in ("recipe", "build", "data"))
+    model = build()
+    trained = train(model, initial_state(build, 0), Mask.ones_like(model), data, recipe, 0, **fields)
     assert len(trained.batch_losses) == recipe.iterations_per_epoch(22)
     assert not runs
+
+
+def test_a_schedule_of_the_user_is_asked_once_for_each_iteration(runs: list[int]) -> None:
+    asked: list[int] = []
+
+    def schedule(iteration: int, _: int) -> float:
+        asked.append(iteration)
+        return 0.5
+
+    model, recipe = perceptron(), Recipe(epochs=2, batch_size=4, schedule="mine:half")
+    seen: list[list[int]] = []
+    watch = lambda iteration, _: seen.append(list(asked))  # noqa: E731
+    train(model, initial_state(perceptron, 0), Mask.ones_like(model), IMAGES, recipe, 0, schedule=schedule, watch=watch)
+    assert seen == [list(range(iteration)) for iteration in range(1, 13)]
+    assert not runs
+
+
+class _Dispatched(TorchDispatchMode):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
+
+
+class _Called(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("mode", [_Dispatched, _Called, partial(torch.device, "cpu")])
+def test_what_sees_each_operator_is_shown_each_iteration(mode: Callable[[], Any], runs: list[int]) -> None:
+    model, recipe = perceptron(), Recipe(epochs=1, batch_size=4)
+    arguments = model, initial_state(perceptron, 0), Mask.ones_like(model), IMAGES, recipe, 0
+    with mode():
+        seen = bits(train(*arguments))
+    assert not runs
+    assert seen == bits(train(*arguments))
 
 
 @needs_operators
@@ -194,8 +294,9 @@ def test_what_stretches_do_not_serve_is_done_iteration_by_iteration(fields: dict
         (ROWS, SAME.train_labels + 1, False),
         (ROWS, SAME.train_labels - 1, False),
         (ROWS, SAME.train_labels.float(), False),
-        (ROWS, SAME.train_labels[::2], False),
-        (ROWS[:, :71], SAME.train_labels, False),
+        (ROWS, SAME.train_labels[::2].contiguous(), False),
+        (ROWS[:, :71].contiguous(), SAME.train_labels, False),
+        (ROWS, SAME.train_labels.repeat_interleave(2)[::2], False),
         (ROWS.t().contiguous().t(), SAME.train_labels, False),
         (ROWS.double(), SAME.train_labels, False),
         ({"rows": ROWS}, SAME.train_labels, False),
@@ -208,27 +309,24 @@ def test_which_data_stretches_take(inputs: Any, labels: Any, expected: bool) -> 
 
 
 @needs_operators
+@pytest.mark.parametrize("missing", ["an argument", "the library's functions"])
 def test_a_torch_without_the_operators_trains_iteration_by_iteration(
-    monkeypatch: pytest.MonkeyPatch, runs: list[int]
+    missing: str, monkeypatch: pytest.MonkeyPatch, runs: list[int]
 ) -> None:
     model, recipe = perceptron(), Recipe(epochs=1, batch_size=4)
     arguments = model, initial_state(perceptron, 0), Mask.ones_like(model), IMAGES, recipe, 0
     expected = bits(train(*arguments))
     assert runs
     runs.clear()
-    can_call = stretch.can_call_operators
-    for name, changed in (("_SCHEMAS", ("aten::relu_(Tensor(a!) self, int more) -> Tensor(a!)",)), ("torch", None)):
-        if changed is None:  # a torch whose library has none of the functions
-            monkeypatch.setattr(layers, "extension", _Without(layers.extension))
+    with monkeypatch.context() as patched:
+        if missing == "an argument":
+            patched.setattr(stretch, "_SCHEMAS", ("aten::relu_(Tensor(a!) self, int more) -> Tensor(a!)",))
         else:
-            monkeypatch.setattr(stretch, name, changed)
-        can_call.cache_clear()
-        assert not can_call()
+            patched.setattr(layers, "extension", _Without(layers.extension))
+        assert not stretch.can_call_operators()
         assert bits(train(*arguments)) == expected
-        assert not runs
-        monkeypatch.undo()
-    can_call.cache_clear()
-    assert can_call()
+    assert not runs
+    assert stretch.can_call_operators()
 
 
 class _Without:

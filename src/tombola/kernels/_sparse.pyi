@@ -154,6 +154,7 @@ def batch_norm_gradient(
 def normalise_images(
     images: Tensor, indices: Tensor, mean: Tensor, scale: Tensor, target: Tensor, instruction_set: str | None = None
 ) -> None: ...
+def gate(delta: Tensor, y: Tensor, target: Tensor) -> None: ...
 
 _Size = tuple[int, int, int, int]
 _Window = tuple[int, int, int, int, int, int]

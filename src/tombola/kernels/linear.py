@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from tombola.kernels import layers
 from tombola.kernels.choice import MOST_FEW
-from tombola.kernels.layers import Sparse, can_compute, empty, is_plain
+from tombola.kernels.layers import Sparse, can_compute, empty, is_plain, is_readable
 
 Gradients: TypeAlias = list[Tensor | None]
 
@@ -44,6 +44,21 @@ class _Part(Protocol):
         """Return the gradients of x and of the weights, given that of the output; `needs` says which are needed."""
 
 
+def both_of_each_layer(weights: Sequence[Any], gradients: Sequence[Tensor | None]) -> Gradients:
+    """Return gradients of weights and biases with memory for the others that sparse kernels compute together with them.
+
+    The kernels compute both gradients of a layer in one pass, if one of them is needed, which is the one that is given.
+    """
+    both = list(gradients)
+    for first in range(0, len(weights), 2):
+        if gradients[first] is None and gradients[first + 1] is None:
+            continue
+        for number in (first, first + 1):
+            if both[number] is None and weights[number] is not None:
+                both[number] = torch.empty_like(weights[number])
+    return both
+
+
 class _Surviving:
     """A sequence of sparse layers.
 
@@ -66,15 +81,12 @@ class _Surviving:
     def backward(
         self, dy: Tensor, weights: Sequence[Any], kept: Sequence[Tensor], needs: Sequence[bool]
     ) -> tuple[Tensor | None, Gradients]:
-        batch = len(dy)
-        dx = empty((batch, self.chain.inputs)) if needs[0] else None
-        gradients: Gradients = []
-        for first in range(0, len(weights), 2):
-            wanted = needs[1 + first] or needs[2 + first]  # the kernel computes both gradients of a layer in one pass
-            gradients += [
-                torch.empty_like(weight) if wanted and weight is not None else None
-                for weight in weights[first : first + 2]
-            ]
+        dx = empty((len(dy), self.chain.inputs)) if needs[0] else None
+        needed: Gradients = [
+            torch.empty_like(weight) if needs_weight else None
+            for weight, needs_weight in zip(weights, needs[1:], strict=True)
+        ]
+        gradients = both_of_each_layer(weights, needed)
         self.chain.backward(tuple(weights), dy, kept[0], tuple(gradients), dx)
         return dx, gradients
 
@@ -94,16 +106,27 @@ class _Dense:
     def forward(self, x: Tensor, weights: Sequence[Any]) -> tuple[Tensor, list[Tensor]]:
         weight, bias = weights
         y = weight @ x.t() if bias is None else torch.addmm(bias[:, None], weight, x.t())
-        return (y.clamp_min_(0).t(), [x, y]) if self.relu else (y.t(), [x])
+        return (y.relu_().t(), [x, y]) if self.relu else (y.t(), [x])
 
     def backward(
         self, dy: Tensor, weights: Sequence[Any], kept: Sequence[Tensor], needs: Sequence[bool]
     ) -> tuple[Tensor | None, Gradients]:
-        delta, x = dy.t(), kept[0]
-        if self.relu:
-            delta = torch.ops.aten.threshold_backward.default(delta, kept[1], 0)
+        delta, x = (_gate(dy, kept[1].t()) if self.relu else dy).t(), kept[0]
         dx = (weights[0].t() @ delta).t() if needs[0] else None
         return dx, [delta @ x if needs[1] else None, delta.sum(1) if needs[2] else None]
+
+
+def _gate(dy: Tensor, y: Tensor) -> Tensor:
+    """Return the gradient of the input of a ReLU, given that of its output y, both (batch, features).
+
+    The kernel is the one of stretches. Without it, several threads may differ in whether tiny numbers are 0.
+    """
+    if layers.extension is not None and is_readable(dy) and is_readable(y):
+        gated = torch.empty_like(dy)
+        layers.extension.gate(dy, y, gated)
+    else:
+        gated = torch.ops.aten.threshold_backward.default(dy, y, 0)
+    return gated
 
 
 class _Product(torch.autograd.Function):
@@ -282,7 +305,7 @@ class Perceptron:
     def cross_entropy(self, x: Tensor, labels: Tensor) -> Tensor:
         """Return the mean cross-entropy of the outputs for x, (batch, ...), and set the gradients of the weights.
 
-        This is the computation of autograd, with the same functions.
+        This is the computation of autograd, with the same functions, or kernels that do the same.
         """
         y, kept = x.flatten(1), []
         for part, weights in self.parts:

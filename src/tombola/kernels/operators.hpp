@@ -17,7 +17,7 @@
 namespace tombola {
 namespace {
 
-using Handle = void*;    // of a tensor or a list: who receives one frees it
+using Handle = void*;    // of a tensor or a list, which its maker frees; but lists and `call` own what they are given
 using Value = uint64_t;  // an argument or a result of an operator: the bits of a number, or a handle
 
 // Every function but the last four returns 0 if it succeeds.

@@ -114,6 +114,20 @@ float* contiguous_or_null(const char* name, nb::handle tensor, std::initializer_
     return tensor.is_none() ? nullptr : Tensor<float>(name, tensor).contiguous(shape);
 }
 
+// Memory for so many elements, to be freed, from a multiple of `alignment` bytes on; to a sanitizer, not a byte more.
+template <class T>
+T* allocate(size_t count, size_t alignment) {
+    void* memory = nullptr;
+#if defined(__SANITIZE_ADDRESS__)
+    if (posix_memalign(&memory, alignment, count * sizeof(T))) throw std::bad_alloc();
+#else
+    const size_t lines = std::max<size_t>((count * sizeof(T) + alignment - 1) / alignment, 1);
+    memory = std::aligned_alloc(alignment, lines * alignment);
+    if (!memory) throw std::bad_alloc();
+#endif
+    return static_cast<T*>(memory);
+}
+
 // Memory for packed tiles, kept from call to call by each thread.
 float* workspace(size_t floats) {
     struct Release {
@@ -121,15 +135,14 @@ float* workspace(size_t floats) {
     };
     thread_local std::unique_ptr<float, Release> memory;
     [[maybe_unused]] thread_local size_t size = 0;
+    constexpr size_t page = 4096;
 #if defined(__SANITIZE_ADDRESS__)
-    memory.reset(static_cast<float*>(std::malloc(floats * sizeof(float))));  // not a byte more
-    if (!memory) throw std::bad_alloc();
+    memory.reset(allocate<float>(floats, page));
 #else
     if (floats > size) {
         const size_t more = (floats + 1023) / 1024 * 1024;
         size = 0;
-        memory.reset(static_cast<float*>(std::aligned_alloc(4096, more * sizeof(float))));
-        if (!memory) throw std::bad_alloc();
+        memory.reset(allocate<float>(more, page));
         size = more;
     }
 #endif
@@ -803,6 +816,24 @@ class Chain {
     std::vector<bool> relus_;
 };
 
+// The gradient of the input of a ReLU, given the gradient of its output, and the output y. Unlike that of
+// aten::threshold_backward, all of it is computed by the thread that calls: each thread has its own say in whether a
+// number is so small that it counts as 0.
+void gate(const View& delta, const View& y, ptrdiff_t features, ptrdiff_t batch, const View& to) {
+    for (ptrdiff_t f = 0; f < features; ++f) {
+        const float *const d = delta.data + f * delta.c, *const out = y.data + f * y.c;
+        float* const __restrict target = to.data + f * to.c;
+        const auto compute = [=](ptrdiff_t n, ptrdiff_t d_step, ptrdiff_t out_step, ptrdiff_t target_step) {
+            const float gradient = d[n * d_step];  // read in any case, which compilers need to compute several at once
+            target[n * target_step] = out[n * out_step] <= 0 ? 0 : gradient;
+        };
+        if (delta.n == 1 && y.n == 1 && to.n == 1)
+            for (ptrdiff_t n = 0; n < batch; ++n) compute(n, 1, 1, 1);
+        else
+            for (ptrdiff_t n = 0; n < batch; ++n) compute(n, delta.n, y.n, to.n);
+    }
+}
+
 }  // namespace
 }  // namespace tombola
 
@@ -881,6 +912,17 @@ void normalise_images(nb::handle images, nb::handle indices, nb::handle mean, nb
     float* const to = Tensor<float>("target", target).contiguous({count, channels, height, width});
     nb::gil_scoped_release unlocked;
     kernels.normalise_images(from, which, count, static_cast<int>(channels), height * width, center, slope, to);
+}
+
+// The gradient of the input of a ReLU, given the gradient of its output, and the output; all are (batch, features).
+void gate_rows(nb::handle delta, nb::handle y, nb::handle target) {
+    const Batch from = batch_of("delta", delta, {any, any});
+    const ptrdiff_t features = Tensor<float>("delta", delta).sizes().at[1];
+    const View out = batch_of("y", y, {from.samples, features}).view, to = target_of(target, {from.samples, features});
+    check_apart(to.data, "delta", from.view.data);
+    check_apart(to.data, "y", out.data);
+    nb::gil_scoped_release unlocked;
+    gate(from.view, out, features, from.samples, to);
 }
 
 // The size of packed images as Python gives it: batch, channels, height, width.
@@ -1136,6 +1178,7 @@ NB_MODULE(_sparse, m) {
           nb::arg("instruction_set") = nb::none());
     m.def("normalise_images", normalise_images, nb::arg("images"), nb::arg("indices"), nb::arg("mean"),
           nb::arg("scale"), nb::arg("target"), nb::arg("instruction_set") = nb::none());
+    m.def("gate", gate_rows, nb::arg("delta"), nb::arg("y"), nb::arg("target"));
     m.def("block", [](const Name& instruction_set) { return kernels_named(instruction_set).conv_block; },
           nb::arg("instruction_set") = nb::none());
     m.def("pack_images", pack_images, nb::arg("source"), nb::arg("target"), nb::arg("instruction_set") = nb::none());

@@ -7,16 +7,15 @@ namespace {
 // Memory for so many elements, as PyTorch aligns it: the bits of its matrix products may depend on it.
 template <class T>
 std::shared_ptr<T> aligned(size_t count) {
-    constexpr size_t line = 64;
-    void* const memory = std::aligned_alloc(line, (count * sizeof(T) / line + 1) * line);
-    if (!memory) throw std::bad_alloc();
-    std::memset(memory, 0, count * sizeof(T));
-    return {static_cast<T*>(memory), [](T* data) { std::free(data); }};
+    const std::shared_ptr<T> memory(allocate<T>(count, 64), [](T* data) { std::free(data); });
+    std::memset(memory.get(), 0, count * sizeof(T));
+    return memory;
 }
 
 // Iterations of stochastic gradient descent on a network of linear layers and ReLUs with cross-entropy. Each iteration is
 // a list of calls, made once, over memory that stays where it is: gather a batch, forward, loss, backward, update. What
-// they compute is what tombola.kernels.linear computes step by step, by the same functions.
+// they compute is what tombola.kernels.linear and the optimizer compute step by step, by the same functions; only copies
+// and the counts of Adam are made here, whose bits leave no choice.
 class Stretch {
   public:
     // `inputs` are images, (examples, channels, height, width), of which mean and scale are those of the channels; or
@@ -28,6 +27,7 @@ class Stretch {
         if (!pytorch().call) throw std::runtime_error("PyTorch's operators are not loaded");
         if (batch < 1 || batch > INT_MAX / 2)
             throw std::invalid_argument("batch: expected 1 to 2^30 examples, got " + std::to_string(batch));
+        if (layers.size() == 0) throw std::invalid_argument("layers: expected one or more");
         labels_ = aligned<int64_t>(batch);
         Features top = mean.is_none() ? floats_of(inputs) : images_of(inputs, mean, scale);
         gather_labels(labels);
@@ -39,7 +39,6 @@ class Stretch {
             top = layer[0].is_none() ? dense(top, i == 0, last, weights, gradients, nb::cast<bool>(layer[3]))
                                      : sparse(top, i == 0, last, nb::cast<nb::object>(layer[0]), weights, gradients);
         }
-        if (layers.size() == 0) throw std::invalid_argument("layers: expected one or more");
         cross_entropy(top);
     }
 
@@ -77,7 +76,7 @@ class Stretch {
         const char* const name = decoupled ? "aten::_fused_adamw_" : "aten::_fused_adam_";
         update_.push_back([=](double rate) {
             const bool amsgrad = false, maximize = false;
-            for (float* counter : counters) *counter += 1;
+            for (float* counter : counters) *counter += 1;  // rounded once, as by aten::_foreach_add_
             call(name, "", 0, given(p), given(g), given(m), given(v), given(std::vector<Operand>()), given(counts),
                  given(rate), given(beta1), given(beta2), given(weight_decay), given(epsilon), given(amsgrad),
                  given(maximize), none, none);
@@ -221,8 +220,9 @@ class Stretch {
             if (relu) call("aten::relu_", "", 1, given(target));
         });
         float* const gated = relu ? memory(rows * batch) : nullptr;
-        const Operand delta = relu ? floats(gated, {rows, batch}, {batch, 1})
-                                   : floats(y.gradient, {rows, batch}, {y.gradient_feature, y.gradient_sample});
+        // It lies as the gradient of the output does, as in tombola.kernels.linear.
+        const Operand delta = floats(relu ? gated : y.gradient, {rows, batch}, {y.gradient_feature, y.gradient_sample});
+        const View input_gradient{gated, y.gradient_sample, y.gradient_feature, 0, 0, 0, false};
         const Operand source_gradient = first ? nullptr : floats(x.gradient, {columns, batch}, {batch, 1});
         const Operand weight_gradient =
             gradients[0].is_none()
@@ -231,7 +231,7 @@ class Stretch {
         const Operand bias_gradient =
             gradients[1].is_none() ? nullptr : floats(hold<float>("bias_gradient", gradients[1], rows), {rows}, {1});
         backward_.push_back([=] {
-            if (relu) gate(y, gated);
+            if (relu) gate(y.gradient_view(), y.view(), rows, batch, input_gradient);
             if (source_gradient)
                 succeed(pytorch().mm(source_gradient.get(), transposed.get(), delta.get()), "mm");
             if (weight_gradient) succeed(pytorch().mm(weight_gradient.get(), delta.get(), source.get()), "mm");
@@ -240,15 +240,6 @@ class Stretch {
                      given(bias_gradient));
         });
         return y;
-    }
-
-    // The gradient of a ReLU, (features, batch), as aten::threshold_backward computes it.
-    void gate(const Features& y, float* to) const {
-        for (ptrdiff_t f = 0; f < y.count; ++f)
-            for (ptrdiff_t n = 0; n < batch_; ++n)
-                *to++ = y.data[f * y.feature + n * y.sample] <= 0
-                            ? 0
-                            : y.gradient[f * y.gradient_feature + n * y.gradient_sample];
     }
 
     void cross_entropy(const Features& y) {

@@ -2,7 +2,8 @@
 
 A step of a very sparse perceptron spends more time in Python, and in the calls from Python to PyTorch, than in the
 arithmetic. Here C++ repeats the step, and it calls the operators of PyTorch that a step needs through PyTorch's stable
-C interface. The functions are those that `Perceptron` and the optimizers call, so the bits are the same.
+C interface. The operators and kernels are those that `Perceptron` and the optimizers call, over memory of the same
+layout, so the bits are the same.
 """
 
 from __future__ import annotations
@@ -17,9 +18,12 @@ from torch import Tensor, nn
 
 from tombola.kernels import layers
 from tombola.kernels.layers import is_readable
-from tombola.kernels.linear import Perceptron
+from tombola.kernels.linear import Gradients, Perceptron, both_of_each_layer
 
 _SCHEMAS = (
+    "aten::mm.out(Tensor self, Tensor mat2, *, Tensor(a!) out) -> Tensor(a!)",
+    "aten::addmm.out(Tensor self, Tensor mat1, Tensor mat2, *, Scalar beta=1, Scalar alpha=1, Tensor(a!) out)"
+    " -> Tensor(a!)",
     "aten::relu_(Tensor(a!) self) -> Tensor(a!)",
     "aten::sum.IntList_out(Tensor self, int[1]? dim, bool keepdim=False, *, ScalarType? dtype=None, Tensor(a!) out)"
     " -> Tensor(a!)",
@@ -45,14 +49,19 @@ _SCHEMAS = (
 """The operators that the C++ calls, with the arguments that it gives them."""
 
 
-@functools.cache
 def can_call_operators() -> bool:
     """Return whether this PyTorch has the C interface, and the operators with the arguments that are known here."""
-    if layers.extension is None or not all(map(_has, _SCHEMAS)):
+    return layers.extension is not None and _load_operators(layers.extension, _SCHEMAS)
+
+
+@functools.cache
+def _load_operators(extension: Any, schemas: Sequence[str]) -> bool:
+    """Let the extension find the operators of these schemas; return whether it does."""
+    if not all(map(_has, schemas)):
         return False
     folder = Path(torch.__file__).parent / "lib"
     paths = [folder / f"libtorch_cpu.{ending}" for ending in ("so", "dylib")]
-    return any(path.exists() and layers.extension.load_operators(str(path)) for path in paths)
+    return any(path.exists() and extension.load_operators(str(path)) for path in paths)
 
 
 def _has(schema: str) -> bool:
@@ -159,14 +168,7 @@ class Stretch:
         return losses[: self._native.run(order, list(rates), losses, seconds)]
 
 
-def _gradients(weights: Sequence[nn.Parameter | None], chain: Any) -> list[Tensor | None]:
-    """Return the gradients of some weights; sparse kernels compute both of a layer if one of them is needed."""
+def _gradients(weights: Sequence[nn.Parameter | None], chain: Any) -> Gradients:
+    """Return memory for the gradients of some weights: the gradients that they have."""
     gradients = [None if weight is None or not weight.requires_grad else weight.grad for weight in weights]
-    if chain is not None:
-        for first in range(0, len(weights), 2):
-            if gradients[first] is not None or gradients[first + 1] is not None:
-                gradients[first : first + 2] = [
-                    torch.empty_like(weight) if gradient is None and weight is not None else gradient
-                    for weight, gradient in zip(weights[first : first + 2], gradients[first : first + 2], strict=True)
-                ]
-    return gradients
+    return gradients if chain is None else both_of_each_layer(weights, gradients)

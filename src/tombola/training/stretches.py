@@ -22,7 +22,8 @@ def are_stretches(step: Step, data: Dataset, recipe: Recipe) -> bool:
     """Return whether the iterations of a training, except the first, can be done in stretches. The bits are the same.
 
     They can for a perceptron with cross-entropy, if each iteration is one batch of the data set as it is, and if
-    nothing but masks changes gradients before one of our optimizers applies them.
+    nothing but masks changes gradients before one of our optimizers applies them. A schedule of the user is called in
+    each iteration, so it is done alone. Modes of PyTorch, a default device among them, see each operator.
 
     Args:
         step: the training step of the network.
@@ -36,8 +37,15 @@ def are_stretches(step: Step, data: Dataset, recipe: Recipe) -> bool:
         and recipe.accumulate == 1
         and recipe.clip_norm is None
         and ":" not in recipe.optimizer
+        and ":" not in recipe.schedule
+        and not _has_modes()
         and can_stretch(step.perceptron, data.train_inputs, data.train_labels)
     )
+
+
+def _has_modes() -> bool:
+    """Return whether a mode is on that sees the operators, or the functions, of PyTorch that are called."""
+    return torch._C._len_torch_dispatch_stack() > 0 or torch._C._len_torch_function_stack() > 0
 
 
 class Stretches:
