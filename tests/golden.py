@@ -82,19 +82,10 @@ def force_kernels(name: str) -> Iterator[None]:
         *before, _, read = arguments
         return extension.Layer(*before, name, read)
 
-    def force(function: Callable[..., Any], layers_after: int) -> Callable[..., Any]:
-        def forced(*arguments: Any) -> Any:
-            given = list(arguments)
-            given[-1 - layers_after] = name  # in the place of the instruction set
-            return function(*given)
+    def force(function: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *arguments: function(*arguments[:-1], name)  # the last one is the instruction set
 
-        return forced
-
-    packed = {
-        each: force(vars(extension)[each], 2 if each.startswith("normalise") else 0)
-        for each in vars(extension)
-        if each == "block" or "pack" in each
-    }
+    packed = {each: force(vars(extension)[each]) for each in vars(extension) if each == "block" or "pack" in each}
     norms = {each: functools.partial(vars(extension)[each], instruction_set=name) for each in NORMS}
     own = {"instruction_sets": lambda: [name], "Layer": make_layer}
     forced = SimpleNamespace(**(vars(extension) | packed | norms | own))
