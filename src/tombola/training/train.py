@@ -275,7 +275,7 @@ def _check_types(
     expect(seed, Integral, "seed", "a whole number")
     for metric in metrics:
         expect(metric, Metric, "metrics", "a list of tombola.training.metrics.Metric")
-    if not isinstance(watch_every, Real) or not watch_every >= 0:
+    if not isinstance(watch_every, Real) or not float(watch_every) >= 0:
         raise UserError(f"watch_every: expected a number of seconds, 0 or more, got {kind_of(watch_every)}")
     if packed is not None:
         expect_flags(packed=packed)
