@@ -1,5 +1,6 @@
-// Operators of PyTorch, called through its stable C interface. The interface is looked up in PyTorch's own library when
-// the program runs, so that one build of this module is for every PyTorch, those without the interface included.
+// Operators of PyTorch, called through its C interfaces: the stable one, and that of AOTInductor. They are looked up in
+// PyTorch's own library when the program runs, so that one build of this module is for every PyTorch, those without them
+// included.
 #pragma once
 #include <cstdint>
 #include <cstring>
