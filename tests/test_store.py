@@ -134,7 +134,7 @@ def test_only_living_weights_are_stored(store: Store) -> None:
 def test_a_state_has_as_many_weights_as_its_mask_has_connections(count: int) -> None:
     mask = Mask.from_tensors({"w": torch.tensor([[True, False], [False, True]])})
     packed = pack_state({"w": torch.ones(2, 2)}, mask) | {"alive.w": torch.ones(count)}
-    with pytest.raises(ValueError, match=f"it has {count} weights of w, and 2 of its connections are alive"):
+    with pytest.raises(ValueError, match=f"weights of w: {count}, but connections that are alive: 2"):
         unpack_state(packed, mask.shapes)
 
 
