@@ -1,9 +1,9 @@
 """Stretches: several iterations of a perceptron's training in one call, from the batch to the update.
 
 A step of a very sparse perceptron spends more time in Python, and in the calls from Python to PyTorch, than in the
-arithmetic. Here C++ repeats the step, and it calls the operators of PyTorch that a step needs through PyTorch's
-C interfaces, which are found when the program runs. The operators and kernels are those that `Perceptron` and the optimizers call, over memory of the same
-layout, so the bits are the same.
+arithmetic. Here C++ repeats the step, and it calls the operators of PyTorch that a step needs through PyTorch's C
+interfaces, which are found when the program runs. The operators and kernels are those that `Perceptron` and the
+optimizers call, over memory of the same layout, so the bits are the same.
 """
 
 from __future__ import annotations
