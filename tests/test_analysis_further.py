@@ -379,8 +379,8 @@ def test_one_importance_is_compared_with_another_data_order(tickets: Tickets) ->
             "two importances at a level from 1 on; run another",
         ),
         (["initial", "--level", "7"], "the study has no level 7, it has levels 0 to 2"),
-        (["claims", "--tolerance", "2"], "--tolerance is for --with basins, which is missing"),
-        (["claims", "--with", "matching", "--margin", "0.5"], "--margin is for --with basins, which is missing"),
+        (["claims", "--tolerance", "2"], "--tolerance is for --with basins or rewind-point, which is missing"),
+        (["claims", "--with", "rewind-point", "--margin", "0.5"], "--margin is for --with basins, which is missing"),
     ],
 )
 def test_mistakes_are_one_sentence_and_status_2(

@@ -13,7 +13,7 @@ import torch
 
 import tombola
 from stores import InTurn, describe_uniqueness, planner, results, study
-from tombola.analysis import basins, connectivity, early, rewind_point
+from tombola.analysis import basins, connectivity, early, rewind_point, uniqueness
 from tombola.cli import main
 from tombola.engine import estimate as estimates
 from tombola.engine.forecast import Speed
@@ -218,6 +218,11 @@ def test_a_report_has_them_on_request(root: Path) -> None:
     assert first.startswith("Two data orders of the dense network are connected from ")
     assert second.startswith("Two data orders of tickets of level 1 are connected from ")
     assert masks.startswith("Masks of two data orders overlap by ")
+    ends = uniqueness.collect(open_tickets(root), asked=["rewind-point"], points=2, tolerance=0.0)["rewind-point"]
+    assert ends["barrier"].to_list() == [0.0] * 4, "a line of two points has its ends alone"
+    line = uniqueness.collect(open_tickets(root), asked=["rewind-point"], tolerance=0.0)["rewind-point"]
+    assert line["barrier"].to_list() != [0.0] * 4
+    assert line["connected"].to_list() == [barrier == 0 for barrier in line["barrier"]]
 
 
 def test_what_cannot_be(root: Path) -> None:

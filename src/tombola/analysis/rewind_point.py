@@ -20,18 +20,20 @@ from tombola.study.tickets import Tickets
 from tombola.training.weights import Weights
 
 
-def of_study(tickets: Tickets) -> pl.DataFrame:
+def of_study(tickets: Tickets, measure_points: int = POINTS) -> pl.DataFrame:
     """Return the table of `of_points` for all rewind points of a study that its store has.
 
     Args:
         tickets: the tickets of the study.
+        measure_points: the number of points on each line, including both ends.
 
     Raises:
         NothingStoredError: if the store has none.
         DamagedResultError: if a stored result is damaged.
     """
     tables = [
-        of_points(plan_rewind_points(tickets, tried, level, name)) for tried, level, name in list_rewind_points(tickets)
+        of_points(plan_rewind_points(tickets, tried, level, name), measure_points)
+        for tried, level, name in list_rewind_points(tickets)
     ]
     found = [table for table in tables if len(table)]
     if not found:

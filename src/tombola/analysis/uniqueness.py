@@ -55,7 +55,7 @@ def collect(
         importances: the importances whose tickets count; by default all.
         asked: which of `ASKED` are computed, too.
         level: the level whose tickets are matched; by default the last that all have.
-        tolerance: the largest barrier of levels that count as connected, in 0..1.
+        tolerance: the largest barrier of networks that count as connected, in 0..1.
         margin: by how much a ticket may be worse than the dense network and keep the accuracy, in 0..1.
         points: the number of points on each line between two networks, including both ends.
 
@@ -70,7 +70,8 @@ def collect(
         tables |= {"controls": own} if len(own) else {}
     if "rewind-point" in asked:
         with suppress(NothingStoredError):
-            tables["rewind-point"] = rewind_point.of_study(tickets)
+            barriers = rewind_point.of_study(tickets, points)
+            tables["rewind-point"] = rewind_point.summarise(barriers, tolerance)
     if "matching" in asked:
         tables["matching"] = matching.of_study(tickets, importances, None if level is None else [level])
     if "basins" in asked:
@@ -83,9 +84,9 @@ def describe(tables: Mapping[str, pl.DataFrame], measure: Measure, rewind: int) 
     """Return sentences that say what the tables add to the claim that tickets are unique.
 
     Args:
-        tables: by the names of `PARTS`, those of `tombola.analysis.matching`, of `tombola.analysis.rewind_point`, of
-            `tombola.analysis.basins` (the means) and of `tombola.analysis.controls`; those that are missing are passed
-            over.
+        tables: by the names of `PARTS`, those of `tombola.analysis.matching`, of `tombola.analysis.rewind_point` and of
+            `tombola.analysis.basins` (the means of both), and of `tombola.analysis.controls`; those that are missing
+            are passed over.
         measure: what tickets are judged by.
         rewind: the rewind point of the study.
     """
@@ -93,7 +94,7 @@ def describe(tables: Mapping[str, pl.DataFrame], measure: Measure, rewind: int) 
     if "matching" in tables:
         sentences += describe_matching(tables["matching"])
     if "rewind-point" in tables:
-        sentences += describe_points(rewind_point.summarise(tables["rewind-point"]), rewind)
+        sentences += describe_points(tables["rewind-point"], rewind)
     if "basins" in tables:
         sentences += basins.describe(tables["basins"])
     if "controls" in tables:

@@ -44,7 +44,8 @@ _UNKNOWN = {
 }
 """What is not known without an analysis that says up to what tickets are unique."""
 
-_OF_BASINS = ("tolerance", "margin", "points")  # options of `claims` that are for basins alone
+_LIMITS = {"tolerance": ("basins", "rewind-point"), "margin": ("basins",), "points": ("basins", "rewind-point")}
+"""Options of `claims`, and the analyses that they are for."""
 
 _LEVELS = 10_000  # more levels than any network can have
 
@@ -69,10 +70,9 @@ def add_verbs(verbs: Verbs) -> None:
         metavar="NAME",
         help=f"also compute these analyses, which take time, to say up to what tickets are unique: {', '.join(_ASKED)}",
     )
-    add_tolerance(added, only="with `--with basins`: ")
-    add_margin(added, only="with `--with basins`: ")
-    add_points(added, only="with `--with basins`: ")
-    added.set_defaults(**dict.fromkeys(_OF_BASINS))
+    for name, add in {"tolerance": add_tolerance, "margin": add_margin, "points": add_points}.items():
+        add(added, only=f"with `--with {' or '.join(_LIMITS[name])}`: ")
+    added.set_defaults(**dict.fromkeys(_LIMITS))
     for verb in (overlap, layers, stability, winners, weights, functions, connectivity, reinit):
         added = verbs.add(verb.__name__, verb, verbs.study, verbs.table)
         if verb is reinit:
@@ -116,10 +116,11 @@ def claims(options: argparse.Namespace) -> int:
     from tombola.analysis.evidence import collect
     from tombola.study.rewind_point import list_rewind_points
 
-    given = _options_of_basins(options)
+    given = _limits(options)
     limits = {name: value if name == "points" else value / 100 for name, value in given.items()}
-    if limits and "basins" not in options.asked:
-        raise UserError(f"--{next(iter(limits))} is for --with basins, which is missing")
+    for name in limits:
+        if not set(_LIMITS[name]) & set(options.asked):
+            raise UserError(f"--{name} is for --with {' or '.join(_LIMITS[name])}, which is missing")
     tickets, names = open_compared(options)
     options.importances = names  # for the commands that are printed
     if options.data_seeds_for is not None and names is not None:
@@ -370,7 +371,7 @@ def _print_uniqueness(
     for sentence in sentences:
         say(wrap(f"  - {sentence}", 4))
     at = ("--level", str(level))
-    limits = [word for name, value in _options_of_basins(options).items() for word in (f"--{name}", str(value))]
+    limits = [word for name, value in _limits(options).items() for word in (f"--{name}", str(value))]
     for name in missing:
         verb, words = name, at if name == "controls" else ()
         if name in trained:
@@ -378,9 +379,9 @@ def _print_uniqueness(
         say(f"  - Not known is {_UNKNOWN[name]}; run\n    {_name_command(options, verb, *words)}")
 
 
-def _options_of_basins(options: argparse.Namespace) -> dict[str, Any]:
-    """Return the options that are given and are for basins alone."""
-    return {name: value for name in _OF_BASINS if (value := getattr(options, name)) is not None}
+def _limits(options: argparse.Namespace) -> dict[str, Any]:
+    """Return those of `_LIMITS` that are given."""
+    return {name: value for name in _LIMITS if (value := getattr(options, name)) is not None}
 
 
 def _name_command(options: argparse.Namespace, verb: str, *words: str, **fields: Any) -> str:

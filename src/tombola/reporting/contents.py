@@ -233,7 +233,7 @@ def _tabulate(
     add("combinations", lambda: controls.combinations_of_study(tickets))
     add("transfers", lambda: controls.transfers_of_study(tickets))
     add("basins", lambda: basins.summarise(basins.of_study(tickets), tickets, margin=margin))
-    add("rewind-point", lambda: rewind_point.of_study(tickets))
+    add("rewind-point", lambda: rewind_point.summarise(rewind_point.of_study(tickets)))
     add("early", lambda: early.of_study(tickets))
     return tables, absent, shown
 

@@ -8,7 +8,6 @@ from tombola.analysis import controls as controls_analysis
 from tombola.analysis import early as early_analysis
 from tombola.analysis import initial as initial_analysis
 from tombola.analysis import matching as matching_analysis
-from tombola.analysis import rewind_point as rewind_analysis
 from tombola.analysis import similarity as similarity_analysis
 from tombola.study.controls import KINDS
 from tombola.training.metrics import Measure
@@ -173,13 +172,13 @@ def basins(means: pl.DataFrame) -> pl.DataFrame:
     )
 
 
-def rewind_point(table: pl.DataFrame) -> pl.DataFrame:
+def rewind_point(means: pl.DataFrame) -> pl.DataFrame:
     """Return the barrier between two data orders that share the first iterations; means over seeds.
 
     Args:
-        table: from `tombola.analysis.rewind_point`.
+        means: from `tombola.analysis.rewind_point.summarise`.
     """
-    return rewind_analysis.summarise(table).select(
+    return means.select(
         *("level", "iteration"),
         *((100 * pl.col(name)).alias(f"{name} error %") for name in ("first", "second")),
         (100 * pl.col("barrier")).alias("barrier, points"),

@@ -268,8 +268,8 @@ def _basins(_: Contents, means: pl.DataFrame) -> list[Part]:
     return [Part("basins", "Barriers of each level", None, further.basins(means))]
 
 
-def _rewind_point(_: Contents, table: pl.DataFrame) -> list[Part]:
-    return [Part("rewind-point", "Barriers of two data orders", None, further.rewind_point(table))]
+def _rewind_point(_: Contents, means: pl.DataFrame) -> list[Part]:
+    return [Part("rewind-point", "Barriers of two data orders", None, further.rewind_point(means))]
 
 
 def _early(_: Contents, table: pl.DataFrame) -> list[Part]:
