@@ -196,7 +196,7 @@ def as_path(value: object, what: str) -> Path:
         what: what the user calls it.
 
     Raises:
-        UserError: if it is neither, or empty: `Path("")` would be the current folder.
+        UserError: if it is neither, or no path, see `find_fault_of_path`.
 
     >>> as_path(3, "store")
     Traceback (most recent call last):
@@ -207,13 +207,24 @@ def as_path(value: object, what: str) -> Path:
     """
     if not isinstance(value, str | os.PathLike) or not isinstance(text := os.fspath(value), str):
         raise UserError(f"{what}: expected a path, got {kind_of(value)}")
-    if not text:
-        raise UserError(f"{what}: expected a path, got an empty text")
-    if "\0" in text:
-        raise UserError(f"{what}: {short(text)} is no path, because it has a null character")
-    if len(os.fsencode(text)) > _LONGEST_PATH:
-        raise UserError(f"{what}: {short(text)} is no path, because it has more than {_LONGEST_PATH} bytes")
+    if fault := find_fault_of_path(text):
+        raise UserError(f"{what}: {fault}")
     return Path(text)
+
+
+def find_fault_of_path(text: str) -> str:
+    """Return why a text is no path, or an empty text if it is one: `Path("")` would be the current folder.
+
+    >>> find_fault_of_path(""), find_fault_of_path("store")
+    ('expected a path, got an empty text', '')
+    """
+    if not text:
+        return "expected a path, got an empty text"
+    if "\0" in text:
+        return f"{short(text)} is no path, because it has a null character"
+    if len(os.fsencode(text)) > _LONGEST_PATH:
+        return f"{short(text)} is no path, because it has more than {_LONGEST_PATH} bytes"
+    return ""
 
 
 def as_texts(value: object, what: str, each: str) -> list[str]:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, NoReturn, get_args, get_origin
 
 from tombola.analysis.defaults import MARGIN, POINTS, TOLERANCE
-from tombola.errors import UserError, did_you_mean, shorten
+from tombola.errors import UserError, did_you_mean, find_fault_of_path, shorten
 from tombola.store.layout import STORE
 from tombola.terminal import say
 
@@ -383,13 +383,13 @@ def whole_number(least: int, most: int = MOST) -> Callable[[str], int]:
 
 
 def parse_path(text: str) -> Path:
-    """Parse a path; an empty text, as an unset variable of the shell gives, would be the current folder.
+    """Parse a path, which is not empty: an unset variable of the shell gives an empty text.
 
     >>> parse_path("store").name
     'store'
     """
-    if not text:
-        raise argparse.ArgumentTypeError("expected a path, got an empty text")
+    if fault := find_fault_of_path(text):
+        raise argparse.ArgumentTypeError(fault)
     return Path(text)
 
 
