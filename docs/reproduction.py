@@ -3,15 +3,15 @@
 A system is a preset or a TOML file, with options of the command line, for example `'resnet20-cifar10-small --levels 7
 --data DIR'`. By default, the presets are taken on which the paper's claims are tested. What the page says of a system
 is kept in docs/reproduction/, a file each, so that systems may be run at different times and in different stores. The
-file of a system is written anew where the store has a ticket of it from level 1 on. Presets without a file are listed
-as not run.
+file of a system is written anew where the store has a ticket of it from level 1 on; it is not if it is of another TOML
+file of the same name. Presets without a file are listed as not run.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
-import re
 import shlex
 import statistics
 import sys
@@ -65,11 +65,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name in names:
         if names.count(name) > 1:
             parser.error(f"two systems are named {name}, by which they are kept; give one of them, or rename a file")
-    for system in options.systems:
+    for name, system in zip(names, options.systems, strict=True):
+        path = KEPT / f"{name}.json"
+        if path.exists() and json.loads(path.read_text(encoding="utf-8")).get("file") != _hash_file(system):
+            parser.error(f"{name} is kept already, of a file with other contents; rename the file, or delete {path}")
+    for name, system in zip(names, options.systems, strict=True):
         about = describe(system, options.store, options.data)
         if about is not None:
             text = json.dumps(about, ensure_ascii=False, indent=1) + "\n"
-            (KEPT / f"{_name(system)}.json").write_text(text, encoding="utf-8")
+            (KEPT / f"{name}.json").write_text(text, encoding="utf-8")
     print(page({path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(KEPT.glob("*.json"))}))
     return 0
 
@@ -78,15 +82,17 @@ def describe(system: str, store: Path, data: Path | None) -> dict[str, Any] | No
     """Return what the page says of a system; None, with a note, if the store or the data set is not there.
 
     Returns:
-        `run`, the cells of the table of runs; `claims`, the number, statement and verdict of each; and `section`, the
-        lines of the system's section.
+        `run`, the cells of the table of runs; `claims`, the number, statement and verdict of each; `section`, the
+        lines of the system's section; and `file`, the hash of its TOML file, if it is no preset.
     """
     tickets = open_tickets(system, store, data)
     evidence = None if tickets is None else collect_evidence(system, tickets)
     if tickets is None or evidence is None:
         return None
     found = claims.judge(evidence)
+    file = _hash_file(system)
     return {
+        **({} if file is None else {"file": file}),
         "run": describe_run(tickets),
         "claims": [[claim.number, claim.statement.rstrip("."), claim.verdict] for claim in found],
         "section": "\n".join(section(system, tickets, evidence, found)).splitlines(),
@@ -226,6 +232,12 @@ def _list(numbers: Sequence[int]) -> str:
 def _name(system: str) -> str:
     """Return the name of a system: that of the preset, or of the TOML file without its folder."""
     return Path(shlex.split(system)[0]).name
+
+
+def _hash_file(system: str) -> str | None:
+    """Return the hash of the TOML file of a system; None for a preset, and for a file that is not there."""
+    path = Path(shlex.split(system)[0])
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.suffix == ".toml" and path.is_file() else None
 
 
 def _without_folders(system: str) -> str:

@@ -472,6 +472,12 @@ def test_the_reproduction_is_made_of_what_is_kept_and_a_run_replaces_its_own_par
     with pytest.raises(SystemExit):
         reproduction.main([store, str(own), "another/own.toml"])
     assert "two systems are named own.toml" in capsys.readouterr().err
+    before = (tmp_path / "own.toml.json").read_bytes()
+    own.write_text(own.read_text() + "# another study\n")
+    with pytest.raises(SystemExit):
+        reproduction.main([store, shlex.join([str(own), *STUDY[1:]])])
+    assert "own.toml is kept already, of a file with other contents; rename the file, or" in capsys.readouterr().err
+    assert (tmp_path / "own.toml.json").read_bytes() == before
 
 
 def test_the_comparison_of_scores_times_a_round_and_has_a_line_for_each_importance(
