@@ -84,6 +84,8 @@ def test_patterns_name_layers_to_keep_dense() -> None:
         resolve_kept_dense(mask, ["*.fcc"])
     with pytest.raises(UserError, match=r"keep_dense: 'stem', '\*\.fc' match all 3 layers; leave one to prune"):
         resolve_kept_dense(mask, ["stem", "*.fc"])
+    with pytest.raises(UserError, match=r"keep_dense: '\*' matches all 3 layers; leave one to prune"):
+        resolve_kept_dense(mask, ["*"])
 
 
 def test_find_tickets_keeps_layers_dense() -> None:

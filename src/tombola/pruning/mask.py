@@ -249,5 +249,7 @@ def resolve_kept_dense(
     layers = as_texts(layers, "keep_dense", "names of layers")
     kept = resolve_layers([*mask, *left_out], layers, "keep_dense", shared=shared) - set(left_out)
     if kept == set(mask):
-        raise UserError(f"keep_dense: {', '.join(map(repr, layers))} match all {len(mask)} layers; leave one to prune")
+        match = "matches" if len(layers) == 1 else "match"
+        named = ", ".join(map(repr, layers))
+        raise UserError(f"keep_dense: {named} {match} all {len(mask)} layers; leave one to prune")
     return kept
