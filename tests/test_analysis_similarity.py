@@ -24,6 +24,7 @@ from tombola.analysis.similarity import (
     of_pair,
     summarise,
 )
+from tombola.training.weights import Weights
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -98,9 +99,8 @@ def test_a_summary_has_means_over_pairs_and_no_intervals_over_examples() -> None
 def test_of_three_examples_no_layer_is_compared() -> None:
     inputs, labels = random(3, 4).float(), torch.tensor([0, 1, 0])
     problem = Problem(Dataset("few", inputs, labels, inputs, labels), lambda: nn.Linear(4, 2), cross_entropy, {})
-    ticket: Any = SimpleNamespace(
-        trained=SimpleNamespace(weights=SimpleNamespace(hash="any")), apply=lambda *_, **__: 0
-    )
+    weights = Weights.of(nn.Linear(4, 2).state_dict())
+    ticket: Any = SimpleNamespace(trained=SimpleNamespace(weights=weights))
     assert _Networks(cast(Planner, SimpleNamespace(problem=problem)))(ticket).layers == {}
 
 
