@@ -16,6 +16,7 @@ from torch.nn.functional import cross_entropy
 
 from tombola import Dataset, Planner, Problem
 from tombola.analysis.similarity import (
+    EXAMPLES,
     OUTPUTS,
     Answers,
     _Networks,
@@ -188,3 +189,21 @@ def test_independent_layers_of_any_width_are_not_aligned() -> None:
 
 def test_a_constant_layer_has_no_alignment() -> None:
     assert align(torch.zeros(5, 3), random(5, 3)) is None
+
+
+def test_each_example_is_evaluated_once() -> None:
+    seen: list[int] = []
+
+    def forward(model: nn.Module, inputs: Any) -> torch.Tensor:
+        seen.append(len(inputs))
+        return cast(torch.Tensor, model(inputs))
+
+    inputs, network = random(EXAMPLES + 44, 4).float(), nn.Linear(4, 2)
+    labels = torch.arange(len(inputs)) % 2
+    data = Dataset("many", inputs, labels, inputs, labels)
+    problem = Problem(data, lambda: nn.Linear(4, 2), cross_entropy, {}, forward=forward)
+    ticket: Any = SimpleNamespace(trained=SimpleNamespace(weights=Weights.of(network.state_dict())))
+    answers = _Networks(cast(Planner, SimpleNamespace(problem=problem)))(ticket)
+    assert seen == [EXAMPLES, 44]
+    assert torch.allclose(answers.outputs, network(inputs), atol=1e-6)
+    assert {name: len(layer) for name, layer in answers.layers.items()} == {"": EXAMPLES, OUTPUTS: EXAMPLES}
