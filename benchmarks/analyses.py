@@ -1,11 +1,12 @@
-"""The analyses that train nothing, of 15 tickets of ResNet-18 with 200 classes: seconds of processor time for each.
+"""The analyses that train nothing, of 15 tickets of ResNet-18 with 200 classes: the seconds that each takes.
 
     python benchmarks/analyses.py [--store DIR] [ANALYSIS ...]
 
 Five importances and three seeds, at one level of density 0.1. The networks are trained for one step each, on 64 images
 of 64 x 64 pixels; the test set has 64, too. A store that is given is kept, so that a later call trains nothing. Each
-analysis runs in a process of its own, on one thread, and reads the tickets from the store. The time in which networks
-compute their outputs is part of the whole, and printed too: it grows with the number of images.
+analysis runs in a process of its own, as a user runs it, and reads the tickets from the store. Printed are the seconds
+that pass, and the processor time of all its threads. Of the latter, the part in which networks compute their outputs is
+printed too: it grows with the number of images.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import argparse
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -80,23 +82,23 @@ def main(root: Path, names: list[str]) -> None:
 
 def measure(root: Path, name: str) -> None:
     """Print how long an analysis takes, and how long its networks compute their outputs."""
-    begins, outputs = [], 0.0
+    begun, outputs = threading.local(), list[float]()
 
     def before(module: nn.Module, given: object) -> None:
         if isinstance(module, ResNet):
-            begins.append(time.process_time())
+            begun.at = time.thread_time()
 
     def after(module: nn.Module, given: object, output: object) -> None:
-        nonlocal outputs
         if isinstance(module, ResNet):
-            outputs += time.process_time() - begins.pop()
+            outputs.append(time.thread_time() - begun.at)
 
     nn.modules.module.register_module_forward_pre_hook(before)
     nn.modules.module.register_module_forward_hook(after)
-    begin = time.process_time()
+    begin, begin_here = time.process_time(), time.perf_counter()
     table = ANALYSES[name](root)
-    whole = time.process_time() - begin
-    print(f"{name}: {whole:.1f} s of processor time, {outputs:.1f} s in networks, {len(table)} rows", flush=True)
+    whole, passed = time.process_time() - begin, time.perf_counter() - begin_here
+    networks = f"{sum(outputs):.1f} s of it in networks"
+    print(f"{name}: {passed:.1f} s; {whole:.1f} s of processor time, {networks}; {len(table)} rows", flush=True)
 
 
 if __name__ == "__main__":

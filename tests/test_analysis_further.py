@@ -30,6 +30,7 @@ from tombola.reporting.page import page
 from tombola.reporting.sections import sections
 from tombola.study.chains import Chain
 from tombola.study.tickets import Tickets
+from tombola.training.weights import Weights
 
 pytestmark = pytest.mark.xdist_group("analysis_further")  # one study for all
 
@@ -424,7 +425,6 @@ def test_predictions_of_token_classes_are_compared_position_by_position() -> Non
     made = tombola.Problem(data, build, torch.nn.functional.cross_entropy, {})
     assert made.of_classes
     ask = functions._Outputs(cast(Planner, SimpleNamespace(problem=made)))
-    trained = SimpleNamespace(weights=SimpleNamespace(hash="any"))
-    outputs = ask(cast(Any, SimpleNamespace(trained=trained, apply=lambda model, trained: None)))
-    assert outputs.shape == (11, 2)
-    assert ask.compare({"a": outputs, "b": outputs})["examples"].item() == 11
+    ticket = cast(Any, SimpleNamespace(trained=SimpleNamespace(weights=Weights.of(build().state_dict()))))
+    assert ask(ticket).shape == (11, 2)
+    assert ask.compare({"a": ticket, "b": ticket})["examples"].item() == 11

@@ -16,6 +16,7 @@ from torch.nn.functional import cross_entropy
 
 from tombola import Dataset, Planner, Problem
 from tombola.analysis.similarity import (
+    EXAMPLES,
     OUTPUTS,
     Answers,
     _Networks,
@@ -24,6 +25,7 @@ from tombola.analysis.similarity import (
     of_pair,
     summarise,
 )
+from tombola.training.weights import Weights
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -98,9 +100,8 @@ def test_a_summary_has_means_over_pairs_and_no_intervals_over_examples() -> None
 def test_of_three_examples_no_layer_is_compared() -> None:
     inputs, labels = random(3, 4).float(), torch.tensor([0, 1, 0])
     problem = Problem(Dataset("few", inputs, labels, inputs, labels), lambda: nn.Linear(4, 2), cross_entropy, {})
-    ticket: Any = SimpleNamespace(
-        trained=SimpleNamespace(weights=SimpleNamespace(hash="any")), apply=lambda *_, **__: 0
-    )
+    weights = Weights.of(nn.Linear(4, 2).state_dict())
+    ticket: Any = SimpleNamespace(trained=SimpleNamespace(weights=weights))
     assert _Networks(cast(Planner, SimpleNamespace(problem=problem)))(ticket).layers == {}
 
 
@@ -188,3 +189,21 @@ def test_independent_layers_of_any_width_are_not_aligned() -> None:
 
 def test_a_constant_layer_has_no_alignment() -> None:
     assert align(torch.zeros(5, 3), random(5, 3)) is None
+
+
+def test_each_example_is_evaluated_once() -> None:
+    seen: list[int] = []
+
+    def forward(model: nn.Module, inputs: Any) -> torch.Tensor:
+        seen.append(len(inputs))
+        return cast(torch.Tensor, model(inputs))
+
+    inputs, network = random(EXAMPLES + 44, 4).float(), nn.Linear(4, 2)
+    labels = torch.arange(len(inputs)) % 2
+    data = Dataset("many", inputs, labels, inputs, labels)
+    problem = Problem(data, lambda: nn.Linear(4, 2), cross_entropy, {}, forward=forward)
+    ticket: Any = SimpleNamespace(trained=SimpleNamespace(weights=Weights.of(network.state_dict())))
+    answers = _Networks(cast(Planner, SimpleNamespace(problem=problem)))(ticket)
+    assert seen == [EXAMPLES, 44]
+    assert torch.allclose(answers.outputs, network(inputs), atol=1e-6)
+    assert {name: len(layer) for name, layer in answers.layers.items()} == {"": EXAMPLES, OUTPUTS: EXAMPLES}

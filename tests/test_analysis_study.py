@@ -9,7 +9,10 @@ import json
 import os
 import re
 import shutil
+import threading
 import warnings
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +21,20 @@ import pytest
 import torch
 from torch import nn
 
-from tombola import Planner, Store, UserError, load_problem, load_study, train
-from tombola.analysis import claims, connectivity, functions, layers, overlap, reinit, stability, weights, winners
+from tombola import Planner, Store, UserError, load_problem, load_study, threads, train
+from tombola.analysis import (
+    basins,
+    claims,
+    connectivity,
+    functions,
+    layers,
+    overlap,
+    reinit,
+    similarity,
+    stability,
+    weights,
+    winners,
+)
 from tombola.analysis.evidence import collect
 from tombola.analysis.paths import Paths
 from tombola.analysis.verdict import Claim
@@ -320,6 +335,34 @@ def test_connectivity_and_layers_do_nothing_twice(planner: Planner, monkeypatch:
     layers.of_study(tickets, ["magnitude", "l1"], levels=[0, 1])
     # The dense network is followed when the graph is made, and once for all tickets of level 0.
     assert sum(mask.density == 1 for mask in followed) == 2
+
+
+@pytest.mark.parametrize(
+    "of_study",
+    [
+        functions.of_study,
+        partial(connectivity.of_study, points=3),
+        partial(basins.of_study, points=2),
+        similarity.of_study,
+        partial(stability.of_study, levels=[2, 3]),
+        layers.of_study,
+    ],
+    ids=["functions", "connectivity", "basins", "similarity", "stability", "layers"],
+)
+def test_the_number_of_threads_changes_no_table(
+    of_study: Callable[[Tickets], pl.DataFrame], planner: Planner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tables, used = [], set[int]()
+    load = Weights.load
+    effective = Paths.effective
+    monkeypatch.setattr(Weights, "load", lambda self: used.add(threading.get_ident()) or load(self))
+    monkeypatch.setattr(Paths, "effective", lambda self, mask: used.add(threading.get_ident()) or effective(self, mask))
+    for cores in (1, 3):
+        used.clear()
+        monkeypatch.setattr(threads, "count_cores", lambda cores=cores: cores)
+        tables.append(of_study(Tickets(planner)))
+        assert (len(used - {threading.get_ident()}) > 0) == (cores > 1)
+    assert tables[0].equals(tables[1])
 
 
 # reinit

@@ -1,11 +1,25 @@
-"""Threads: the number of threads that torch computes with."""
+"""Threads: how many torch computes with, and independent pieces of work that are done in several."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+import threading
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from typing import Generic, TypeVar
 
 import torch
+
+_Item = TypeVar("_Item")
+_Result = TypeVar("_Result")
+
+MOST = 4
+"""The most pieces of work at the same time; each may hold what a network computes for a batch of examples."""
+
+_LEAST = 4  # results that are kept however large they are
+
+_here = threading.local()
 
 
 @contextmanager
@@ -22,3 +36,99 @@ def one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
+
+
+def count_cores() -> int:
+    """Return the number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def map_in_threads(function: Callable[[_Item], _Result], items: Iterable[_Item]) -> list[_Result]:
+    """Return `function(item)` for each item in order, computed in one thread for each core, and in at most `MOST`.
+
+    Each call computes the same bits as alone, because torch uses one thread in it. Where torch may use several threads
+    (see `one_thread`), and inside another such call, the calls are made one after the other.
+
+    If calls fail, the error of the first of them in order is raised. Then, and after Ctrl-C, calls that have not begun
+    are left out, and calls that have begun end at their next `check_stopped`.
+
+    Args:
+        function: a function that threads may call at the same time.
+        items: its arguments.
+
+    >>> map_in_threads(abs, [-1, 2, -3])
+    [1, 2, 3]
+    """
+    items = list(items)
+    threads = min(count_cores(), MOST, len(items))
+    if threads < 2 or torch.get_num_threads() > 1 or hasattr(_here, "stopped"):
+        return [function(item) for item in items]
+    stopped = threading.Event()
+
+    def begin() -> None:
+        torch.set_num_threads(1)
+        _here.stopped = stopped
+
+    with ThreadPoolExecutor(threads, initializer=begin) as pool:
+        futures = [pool.submit(function, item) for item in items]
+        try:
+            return [future.result() for future in futures]
+        finally:
+            stopped.set()
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def check_stopped() -> None:
+    """End a call of `map_in_threads` whose result is not needed any more; anywhere else, do nothing.
+
+    Raises:
+        CancelledError: to end the call.
+    """
+    if hasattr(_here, "stopped") and _here.stopped.is_set():
+        raise CancelledError
+
+
+class Kept(Generic[_Item, _Result]):
+    """A function whose latest results are kept by name. Several threads that ask for the same one compute it once.
+
+    Args:
+        function: the function of one argument.
+        size: a function that returns the size of a result.
+        room: the sum of the sizes up to which results are kept; the latest four always are.
+
+    >>> squares = Kept(lambda number: print("computing") or number**2)
+    >>> squares("two", 2), squares("two", 2)
+    computing
+    (4, 4)
+    """
+
+    def __init__(
+        self, function: Callable[[_Item], _Result], size: Callable[[_Result], int] = lambda _: 0, room: int = 0
+    ) -> None:
+        self._function, self._size, self._room = function, size, room
+        self._known: dict[Hashable, Future[_Result]] = {}  # the one that was asked for last at the end
+        self._lock = threading.Lock()
+
+    def __call__(self, name: Hashable, item: _Item) -> _Result:
+        """Return the result for an item; items with the same name have the same result."""
+        with self._lock:
+            known = self._known.pop(name, None)
+            future = self._known[name] = known or Future()
+        if known is None:
+            try:
+                future.set_result(self._function(item))
+            except BaseException as error:
+                future.set_exception(error)
+            self._forget()
+        return future.result()
+
+    def _forget(self) -> None:
+        with self._lock:
+            sizes = {
+                name: self._size(each.result())
+                for name, each in self._known.items()
+                if each.done() and each.exception() is None
+            }
+            for name in list(sizes)[: max(0, len(sizes) - _LEAST)]:
+                if sum(sizes.values()) > self._room:
+                    del self._known[name], sizes[name]

@@ -11,21 +11,22 @@ from torch import Tensor, nn
 
 from tombola.analysis.defaults import POINTS
 from tombola.analysis.gather import after, groups, last_level
+from tombola.analysis.networks import Networks
 from tombola.datasets.dataset import Dataset
 from tombola.errors import NothingStoredError, UserError
 from tombola.inputs import Forward, call, select
 from tombola.lottery.ticket import Ticket
-from tombola.streams import ambient
 from tombola.study.chains import select_chains
 from tombola.study.planner import Planner
 from tombola.study.tickets import Tickets
+from tombola.threads import Kept, check_stopped, map_in_threads
 from tombola.training.batches import normalisation
 from tombola.training.evaluation import evaluate
 from tombola.training.weights import State, Weights
 
 _EXAMPLES = 10_000  # number of training examples for the statistics of batch norm
 _AT_ONCE = 500
-_HELD = 4  # states in memory: two tickets and, for basins, the dense network and another data order
+_ROOM = 1 << 29  # bytes of the states in memory
 
 Measure = Callable[[State], tuple[float, float | None]]
 """A function that returns the test error, in 0..1, and the test loss of a state."""
@@ -62,8 +63,8 @@ def of_study(
     line = Lines(tickets.planner, points)
     tables = []
     for group in groups(tickets, importances, wanted):
-        for pair in combinations(group.tickets, 2):
-            table = line(*(group.tickets[name] for name in pair))
+        found = map_in_threads(lambda pair: line(*pair), combinations(group.tickets.values(), 2))
+        for pair, table in zip(combinations(group.tickets, 2), found, strict=True):
             named = table.select(pl.Series("tickets", [list(pair)] * len(table)), pl.all())
             tables.append(after(named, level=group.level, seed=group.seed, kind=group.kind))
     if not tables:
@@ -74,7 +75,8 @@ def of_study(
 class Lines:
     """The lines between trained tickets of a study, see `along_line`.
 
-    A ticket is evaluated once, on however many lines it is, and each line is computed once.
+    A ticket is evaluated once, on however many lines it is, and each line is computed once. Several threads may ask for
+    lines at the same time.
 
     Args:
         planner: the planner of the study.
@@ -87,31 +89,20 @@ class Lines:
     def __init__(self, planner: Planner, points: int = POINTS) -> None:
         _check_points(points)
         self._measure, self._points = build_measure(planner), points
-        self._ends: dict[str, tuple[float, float | None]] = {}
-        self._lines: dict[tuple[str, str], pl.DataFrame] = {}
-        self._states: dict[str, State] = {}  # by hash, the one that was used last at the end
-
-    def _load(self, weights: Weights) -> State:
-        """Return the state of a network, and keep the latest ones."""
-        state = self._states.pop(weights.hash, None) or weights.load()
-        while len(self._states) >= _HELD:
-            del self._states[next(iter(self._states))]
-        self._states[weights.hash] = state
-        return state
+        self._states: Kept[Weights, State] = Kept(lambda weights: weights.load(), _count_bytes, _ROOM)
+        self._ends, self._lines = Kept(self._measure), Kept(self._compute)
 
     def __call__(self, first: Ticket, second: Ticket) -> pl.DataFrame:
         """Return the error at the points between two trained tickets."""
         assert first.trained is not None
         assert second.trained is not None
-        names = first.trained.weights.hash, second.trained.weights.hash
-        if names not in self._lines:
-            states = self._load(first.trained.weights), self._load(second.trained.weights)
-            for name, state in zip(names, states, strict=True):
-                if name not in self._ends:
-                    self._ends[name] = self._measure(state)
-            ends = [self._ends[name] for name in names]
-            self._lines[names] = along_line(*states, self._measure, self._points, ends)
-        return self._lines[names]
+        one, other = first.trained.weights, second.trained.weights
+        return self._lines((one.hash, other.hash), (one, other))
+
+    def _compute(self, pair: tuple[Weights, Weights]) -> pl.DataFrame:
+        first, second = (self._states(weights.hash, weights) for weights in pair)
+        ends = [self._ends(weights.hash, state) for weights, state in zip(pair, (first, second), strict=True)]
+        return along_line(first, second, self._measure, self._points, ends)
 
 
 def along_line(
@@ -175,19 +166,17 @@ def summarise(table: pl.DataFrame) -> pl.DataFrame:
 
 
 def build_measure(planner: Planner) -> Measure:
-    """Return a function that computes the error and the loss of a state on the study's test set."""
+    """Return a function that computes the error and the loss of a state on the study's test set, in any thread."""
     if not planner.problem.of_classes:
         raise UserError(
             "connectivity: its error is that of predicted classes, and the labels of this data are no classes"
         )
-    with ambient(0):
-        model = planner.problem.build()
+    networks, problem = Networks(planner.problem), planner.problem
 
     def measure(state: State) -> tuple[float, float | None]:
-        model.load_state_dict(state)
-        problem = planner.problem
-        recompute_statistics(model, problem.data, problem.forward)
-        accuracy, loss = evaluate(model, problem.data, problem.loss, problem.forward)
+        with networks.holding(state) as model:
+            recompute_statistics(model, problem.data, problem.forward)
+            accuracy, loss = evaluate(model, problem.data, problem.loss, problem.forward)
         return 1 - accuracy, loss
 
     return measure
@@ -207,11 +196,16 @@ def recompute_statistics(model: nn.Module, data: Dataset, forward: Forward = cal
     count, normalise = min(_EXAMPLES, data.held_examples), normalisation(data)
     with torch.inference_mode():
         for part in torch.arange(count).chunk(-(-count // _AT_ONCE)):
+            check_stopped()
             examples = slice(int(part[0]), int(part[-1]) + 1)
             forward(model, normalise(select(data.train_inputs, examples)))
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
     model.eval()
+
+
+def _count_bytes(state: State) -> int:
+    return sum(tensor.nbytes for tensor in state.values())
 
 
 def _check_points(points: int) -> None:

@@ -13,14 +13,16 @@ import torch
 from torch import Tensor
 
 from tombola.analysis.gather import DATA_ORDER, IMPORTANCES, SEEDS, after, groups, last_level
+from tombola.analysis.networks import Networks
 from tombola.errors import UserError
 from tombola.lottery.ticket import Ticket
-from tombola.streams import ambient
 from tombola.study.chains import select_chains
 from tombola.study.planner import Planner
 from tombola.study.tickets import Tickets
+from tombola.threads import Kept, map_in_threads
 from tombola.training.evaluation import predict
 from tombola.training.metrics import flatten_classes, list_classes
+from tombola.training.weights import Weights
 
 _REMEMBERED = 16  # number of networks whose outputs are kept: those of one level
 
@@ -50,14 +52,13 @@ def of_study(
     """
     wanted = set(levels) if levels is not None else {last_level(tickets, select_chains(tickets.study, importances))}
     ask = _Outputs(tickets.planner)
-    dense: dict[str, Tensor] = {}
+    dense: dict[str, Ticket] = {}
     tables = []
     for group in groups(tickets, importances, wanted | {0}):
         if group.level == 0 and group.kind == IMPORTANCES:
-            dense[f"seed {group.seed}"] = ask(next(iter(group.tickets.values())))
+            dense[f"seed {group.seed}"] = next(iter(group.tickets.values()))
         if group.level in wanted or group.kind == DATA_ORDER:
-            outputs = {name: ask(ticket) for name, ticket in group.tickets.items()}
-            tables.append(after(ask.compare(outputs), level=group.level, seed=group.seed, kind=group.kind))
+            tables.append(after(ask.compare(group.tickets), level=group.level, seed=group.seed, kind=group.kind))
     if len(dense) > 1:
         tables.append(after(ask.compare(dense), level=0, seed=None, kind=SEEDS))
     return pl.concat([table.with_columns(pl.col("seed").cast(pl.Int64)) for table in tables]).sort(
@@ -157,21 +158,18 @@ class _Outputs:
             raise UserError("functions: it compares predicted classes, and the labels of this data are no classes")
         self._labels = cast(Tensor, planner.problem.data.test_labels)
         self._data, self._forward = planner.problem.data, planner.problem.forward
-        with ambient(0):
-            self._model = planner.problem.build()
-        self._known: dict[str, Tensor] = {}
+        self._networks = Networks(planner.problem)
+        self._known = Kept(self._compute, lambda _: 1, _REMEMBERED)
 
     def __call__(self, ticket: Ticket) -> Tensor:
         assert ticket.trained is not None
-        name = ticket.trained.weights.hash
-        if name not in self._known:
-            ticket.apply(self._model, trained=True)
-            outputs = predict(self._model, self._data, self._forward)
-            self._known[name] = flatten_classes(outputs, self._labels)[0]
-            for oldest in list(self._known)[:-_REMEMBERED]:
-                del self._known[oldest]
-        return self._known[name]
+        return self._known(ticket.trained.weights.hash, ticket.trained.weights)
 
-    def compare(self, outputs: Mapping[str, Tensor]) -> pl.DataFrame:
-        """Return the table of `of_outputs` for outputs on the test set."""
+    def _compute(self, weights: Weights) -> Tensor:
+        with self._networks.holding(weights.load()) as model:
+            return flatten_classes(predict(model, self._data, self._forward), self._labels)[0]
+
+    def compare(self, tickets: Mapping[str, Ticket]) -> pl.DataFrame:
+        """Return the table of `of_outputs` for the outputs of trained tickets on the test set."""
+        outputs = dict(zip(tickets, map_in_threads(self, tickets.values()), strict=True))
         return of_outputs(outputs, list_classes(self._labels))

@@ -16,6 +16,7 @@ from tombola.streams import ambient
 from tombola.study.chains import select_chains
 from tombola.study.planner import Planner
 from tombola.study.tickets import Tickets
+from tombola.threads import map_in_threads
 from tombola.training.batches import normalisation
 
 
@@ -40,8 +41,11 @@ def of_study(
     paths = trace_paths(tickets.planner)
     tables = []
     for level, found in by_level(tickets, chains, levels):
-        masks = {ticket.mask for ticket in found.values()}  # all dense networks have the same
-        of_masks = {mask: of_mask(mask, paths, tickets.planner.kept_dense) for mask in masks}
+        masks = dict.fromkeys(ticket.mask for ticket in found.values())  # all dense networks have the same
+        with warnings.catch_warnings():  # here too, because threads share the filters that `Paths` sets and resets
+            warnings.simplefilter("ignore")
+            of_each = map_in_threads(lambda mask: of_mask(mask, paths, tickets.planner.kept_dense), masks)
+        of_masks = dict(zip(masks, of_each, strict=True))
         for chain, ticket in found.items():
             tables.append(after(of_masks[ticket.mask], level=level, importance=chain.importance, seed=chain.seed))
     return pl.concat(tables)

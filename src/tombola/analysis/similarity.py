@@ -6,7 +6,7 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import cast
+from typing import Any, cast
 
 import polars as pl
 import torch
@@ -14,18 +14,20 @@ from torch import Tensor, nn
 
 from tombola.analysis.functions import of_probabilities
 from tombola.analysis.gather import NO_PAIRS, SEEDS, after, last_level, pairs
+from tombola.analysis.networks import Networks
 from tombola.analysis.values import intervals
 from tombola.analysis.winners import Bounds
 from tombola.errors import UserError
 from tombola.inputs import convert, count_examples, select
 from tombola.lottery.ticket import Ticket
-from tombola.streams import ambient
 from tombola.study.chains import select_chains
 from tombola.study.planner import Planner
 from tombola.study.tickets import Tickets
+from tombola.threads import Kept, map_in_threads
 from tombola.training.batches import normalisation
 from tombola.training.evaluation import predict
 from tombola.training.metrics import flatten_classes, list_classes
+from tombola.training.weights import Weights
 
 OUTPUTS = "(outputs)"
 """The value of the column `layer` for what the network returns."""
@@ -45,8 +47,7 @@ _WITHIN: dict[str, Bounds] = {
 _LEAST = torch.finfo(torch.float64).min
 _VALUES = 4096  # of an example, whose products are added up in the precision of the outputs
 _ROWS = 64  # examples at once: only one of the two products of two examples in different blocks is computed
-_REMEMBERED = 64  # networks whose answers are kept, at most
-_PROBABILITIES = 1 << 25  # that are kept, each of 20 bytes with its logarithm and the output
+_ROOM = 1 << 30  # bytes of the answers that are kept
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,11 @@ class Answers:
 
     outputs: Tensor
     layers: Mapping[str, Tensor]
+
+    @property
+    def size(self) -> int:
+        """The number of bytes of the outputs, the probabilities, their logarithms, and the similarities."""
+        return 20 * self.outputs.numel() + sum(8 * each.numel() for each in self.layers.values())
 
     @cached_property
     def log_probabilities(self) -> Tensor:
@@ -105,11 +111,14 @@ def of_study(
     tickets.require(wanted, chains)
     ask = _Networks(tickets.planner)
     labels = list_classes(cast(Tensor, tickets.planner.problem.data.test_labels))
-    tables = []
-    for where, (one, other) in pairs(tickets, importances, wanted | {0}):
+
+    def compare(found: tuple[dict[str, Any], tuple[Ticket, Ticket]]) -> pl.DataFrame:
+        where, (one, other) = found
         names = where.pop("tickets")
         table = of_pair(ask(one), ask(other), labels)
-        tables.append(after(table.select(pl.Series("tickets", [names] * len(table)), pl.all()), **where))
+        return after(table.select(pl.Series("tickets", [names] * len(table)), pl.all()), **where)
+
+    tables = map_in_threads(compare, pairs(tickets, importances, wanted | {0}))
     if not tables:
         raise UserError(f"there are no two networks to compare: {NO_PAIRS}")
     found = pl.concat([table.with_columns(pl.col("seed").cast(pl.Int64)) for table in tables])
@@ -273,32 +282,32 @@ class _Networks:
             raise UserError(
                 f"similarity: it compares predicted classes, and the labels of {self._data.name!r} are no classes"
             )
-        with ambient(0):
-            self._model = planner.problem.build()
+        self._networks = Networks(planner.problem)
         few = convert(torch.clone, select(self._data.test_inputs, slice(EXAMPLES)))
         self._inputs = normalisation(self._data)(few)
-        self._known: dict[str, Answers] = {}
+        self._known = Kept(self._compute, lambda answers: answers.size, _ROOM)
 
     def __call__(self, ticket: Ticket) -> Answers:
         assert ticket.trained is not None
-        name = ticket.trained.weights.hash
-        if name not in self._known:
-            ticket.apply(self._model, trained=True)
-            outputs = predict(self._model, self._data, self._forward)
-            scores, _ = flatten_classes(outputs, cast(Tensor, self._data.test_labels))
-            self._known[name] = Answers(scores, self._look())
-            kept = max(2, min(_REMEMBERED, _PROBABILITIES // max(1, scores.numel())))
-            for oldest in list(self._known)[:-kept]:
-                del self._known[oldest]
-        return self._known[name]
+        return self._known(ticket.trained.weights.hash, ticket.trained.weights)
 
-    def _look(self) -> dict[str, Tensor]:
-        """Return the similarities of examples in each layer, in the order in which the layers are called."""
+    def _compute(self, weights: Weights) -> Answers:
+        with self._networks.holding(weights.load()) as model:
+            outputs, layers = self._look(model)
+            if count_examples(self._data.test_inputs) > EXAMPLES:
+                outputs = torch.cat([outputs, predict(model, self._data, self._forward, begin=EXAMPLES)])
+        scores, _ = flatten_classes(outputs, cast(Tensor, self._data.test_labels))
+        return Answers(scores, layers)
+
+    def _look(self, model: nn.Module) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the outputs for the first examples, and their similarities in each layer, in the order of the calls.
+
+        There are no similarities of fewer than four examples.
+        """
         found: dict[str, Tensor] = {}
-        if count_examples(self._inputs) < 4:
-            return found
+        compared = count_examples(self._inputs) >= 4
         hooks = []
-        for name, module in self._model.named_modules():
+        for name, module in model.named_modules() if compared else ():
             if isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)):
 
                 def note(_: nn.Module, __: object, outputs: Tensor, name: str = name) -> None:
@@ -307,8 +316,10 @@ class _Networks:
                 hooks.append(module.register_forward_hook(note))
         try:
             with torch.inference_mode():
-                found[OUTPUTS] = compare_examples(self._forward(self._model.eval(), convert(torch.clone, self._inputs)))
+                outputs = self._forward(model.eval(), convert(torch.clone, self._inputs))
+                if compared:
+                    found[OUTPUTS] = compare_examples(outputs)
         finally:
             for hook in hooks:
                 hook.remove()
-        return found
+        return outputs.float(), found

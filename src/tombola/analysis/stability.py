@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from functools import reduce
+from functools import partial, reduce
 from operator import and_
 
 import numpy as np
@@ -17,8 +17,9 @@ from torch import Tensor
 from tombola.analysis.gather import ALL, after, by_level, last_level
 from tombola.errors import UserError, as_texts
 from tombola.pruning.mask import Mask
-from tombola.study.chains import select_chains
+from tombola.study.chains import Chain, select_chains
 from tombola.study.tickets import Tickets
+from tombola.threads import map_in_threads
 from tombola.training.weights import State
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
@@ -65,20 +66,30 @@ def of_study(
         for seed in tickets.study.seeds:
             own = [chain for chain in chains if chain.seed == seed]
             shared = reduce(and_, (masks[level, chain] for chain in own))
-            dense = tickets.progress(own[0]).tickets[0].load_trained()  # the same for all importances
-            for chain in own:
-                own_tickets = tickets.progress(chain).tickets[: level + 1]
-                table = of_ticket(
-                    itertools.chain([dense], (ticket.load_trained() for ticket in own_tickets[1:])),
-                    own_tickets[0].rewind.load(),
-                    tickets.planner.initial(seed).load(),
-                    masks[level, chain],
-                    shared,
-                    tickets.planner.kept_dense,
-                )
+            first = tickets.progress(own[0]).tickets[0]  # the same for all importances
+            compare = partial(
+                _of_chain,
+                level=level,
+                tickets=tickets,
+                masks={chain: masks[level, chain] for chain in own},
+                shared=shared,
+                dense=first.load_trained(),
+                rewind=first.rewind.load(),
+            )
+            for chain, table in zip(own, map_in_threads(compare, own), strict=True):
                 table = table if layers is None else table.filter(pl.col("layer").is_in(layers))
                 tables.append(after(table, level=level, importance=chain.importance, seed=seed))
     return pl.concat(tables)
+
+
+def _of_chain(
+    chain: Chain, level: int, tickets: Tickets, masks: Mapping[Chain, Mask], shared: Mask, dense: State, rewind: State
+) -> pl.DataFrame:
+    """Return the table of `of_ticket` for the ticket of a chain."""
+    trained = (ticket.load_trained() for ticket in tickets.progress(chain).tickets[1 : level + 1])
+    initial = tickets.planner.initial(chain.seed).load()
+    kept_dense = tickets.planner.kept_dense
+    return of_ticket(itertools.chain([dense], trained), rewind, initial, masks[chain], shared, kept_dense)
 
 
 def of_ticket(
@@ -120,7 +131,11 @@ def of_ticket(
         shared: connections alive in all compared tickets; a subset of the mask.
         kept_dense: the layers that are counted and never pruned, by parameter name.
     """
-    places = {name: np.flatnonzero(alive.numpy()) for name, alive in mask.items()}
+    places, sizes = {}, {}
+    for name, alive in mask.items():  # the places of shared connections come before those of the others
+        at = np.flatnonzero(alive.numpy())
+        is_shared = shared[name].numpy().take(at)
+        places[name], sizes[name] = np.concatenate([at[is_shared], at[~is_shared]]), int(is_shared.sum())
     at_first = {name: _take(rewind[name], at) for name, at in places.items()}
     before: dict[str, Values] = {}
     mean = {name: np.zeros(len(values)) for name, values in at_first.items()}
@@ -149,22 +164,22 @@ def of_ticket(
         "flips_from_start": from_start,
         "movement": {name: np.abs(each - _take(initial[name], places[name])) for name, each in before.items()},
     }
-    is_shared = {name: shared[name].numpy().take(at) for name, at in places.items()}
     pruned = [name for name in mask if name not in kept_dense]
-    whole = np.concatenate([is_shared[name] for name in pruned])
     lines = []
     for measure, by_layer in measures.items():
-        for name, numbers in by_layer.items():
-            lines.append({"layer": name, "measure": measure} | _compare(numbers, is_shared[name]))
-        together = np.concatenate([by_layer[name] for name in pruned])
-        lines.append({"layer": ALL, "measure": measure} | _compare(together, whole))
+        shared_ones = {name: numbers[: sizes[name]] for name, numbers in by_layer.items()}
+        others = {name: numbers[sizes[name] :] for name, numbers in by_layer.items()}
+        for each in (shared_ones, others):
+            each[ALL] = np.concatenate([each[name] for name in pruned])
+        lines += [{"layer": name, "measure": measure} | _compare(shared_ones[name], others[name]) for name in others]
     texts, counts = ("layer", "measure"), ("shared", "other")
     figures = {name: pl.Float64 for name in lines[0] if name not in (*texts, *counts)}  # also where all are null
     return pl.DataFrame(lines, schema_overrides=figures, infer_schema_length=None)
 
 
-def _compare(values: Numbers, is_shared: npt.NDArray[np.bool_]) -> dict[str, float | None]:
-    groups = {"shared": values[is_shared], "other": values[~is_shared]}
+def _compare(shared: Numbers, other: Numbers) -> dict[str, float | None]:
+    """Return the columns that compare two groups of numbers, which are sorted in place."""
+    groups = {"shared": shared, "other": other}
     line: dict[str, float | None] = {name: len(group) for name, group in groups.items()}
     for name, group in groups.items():
         line[f"{name}_mean"] = float(group.mean()) if len(group) else None
@@ -191,19 +206,29 @@ def _mann_whitney(first: Numbers, second: Numbers) -> tuple[float, float]:
     """Return U of the first group, and the p value of the two-sided test; 1 if all values are equal.
 
     Args:
-        first, second: sorted numbers, which are ranked by one merge. Whole numbers have few values, so these are
+        first, second: sorted numbers, so that ranking them takes one merge. Whole numbers have few values, so these are
             counted: the ranks, their ties and the approximation by a normal distribution are those of scipy.
     """
     n1, n2 = len(first), len(second)
-    if first.dtype == np.float64 or min(n1, n2) <= _SMALL:
+    if min(n1, n2) <= _SMALL:
         test = scipy.stats.mannwhitneyu(first, second)
         return float(test.statistic), float(test.pvalue) if np.isfinite(test.pvalue) else 1.0
-    size = 1 + int(max(first[-1], second[-1]))
-    one, two = np.bincount(first, minlength=size), np.bincount(second, minlength=size)
-    u = float((one * (two.cumsum() - two / 2)).sum())
-    n, ties = n1 + n2, (one + two).astype(np.float64)
+    n = n1 + n2
+    if first.dtype == np.float64:
+        if math.isnan(first[-1]) or math.isnan(second[-1]):
+            return math.nan, 1.0
+        u = float(np.searchsorted(second, first, "left").sum() + np.searchsorted(second, first, "right").sum()) / 2
+        both = np.sort(np.concatenate([first, second]), kind="stable")  # a merge
+        begins = np.flatnonzero(np.concatenate([[True], both[1:] != both[:-1], [True]]))
+        ties = np.diff(begins).astype(np.float64)
+    else:
+        size = 1 + int(max(first[-1], second[-1]))
+        one, two = np.bincount(first, minlength=size), np.bincount(second, minlength=size)
+        u = float((one * (two.cumsum() - two / 2)).sum())
+        ties = (one + two).astype(np.float64)
     if ties.max() == n:  # all values are equal
         return u, 1.0
+    ties = ties[ties > 1]
     spread = math.sqrt(n1 * n2 / 12 * (n + 1 - float((ties**3 - ties).sum()) / (n * (n - 1))))
     z = (max(u, n1 * n2 - u) - n1 * n2 / 2 - 0.5) / spread
     return u, min(1.0, 2 * float(scipy.special.ndtr(-z)))

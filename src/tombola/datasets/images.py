@@ -22,6 +22,7 @@ from tombola.datasets.files import require
 from tombola.datasets.progress import Bar
 from tombola.datasets.tree import Tree, open_tree, read_file, stamp
 from tombola.errors import UserError
+from tombola.threads import count_cores
 
 FEW = 500
 """So many images are decoded sooner by this process than others are started."""
@@ -113,7 +114,7 @@ def _form_of_first(tree: Tree, names: Sequence[str], channels: int) -> Form:
 
 def _decode_all(tree: Tree, names: Sequence[str], form: Form, pixels: int) -> None:
     """Decode all images into a file, given by its descriptor; each has the place there that it has in `names`."""
-    processes = min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, MOST)
+    processes = min(count_cores(), MOST)
     with Bar(f"decoding {tree.path.name}", total=len(names)) as bar:
         contents = _Shared(tree, names, bar)
         if len(names) < FEW or processes == 1 or sys.platform == "win32":  # it has no files to hand on

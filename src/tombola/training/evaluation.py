@@ -14,6 +14,7 @@ from tombola import kernels
 from tombola.datasets.dataset import Dataset
 from tombola.errors import UserError
 from tombola.inputs import Forward, Tensors, call, convert, count_examples, select
+from tombola.threads import check_stopped
 from tombola.training.batches import device_of, normalisation
 from tombola.training.loss_functions import are_positions, count_positions
 from tombola.training.metrics import ACCURACY, LOSS, Metric, name_metric
@@ -98,19 +99,20 @@ def _share_that_counts(loss: Loss, targets: Tensors) -> float:
     return count_positions(loss, targets) / targets.numel() if are_positions(targets, loss) else 1.0
 
 
-def predict(model: nn.Module, data: Dataset, forward: Forward = call, split: str = "test") -> Tensor:
-    """Return the model's outputs on a split in evaluation mode, shape (examples, ...)."""
-    return torch.cat([outputs for outputs, _ in list_outputs(model, data, split, forward)])
+def predict(model: nn.Module, data: Dataset, forward: Forward = call, split: str = "test", begin: int = 0) -> Tensor:
+    """Return the model's outputs on a split in evaluation mode, from example `begin` on, shape (examples, ...)."""
+    return torch.cat([outputs for outputs, _ in list_outputs(model, data, split, forward, begin)])
 
 
 def list_outputs(
-    model: nn.Module, data: Dataset, split: str = "test", forward: Forward = call
+    model: nn.Module, data: Dataset, split: str = "test", forward: Forward = call, begin: int = 0
 ) -> Iterator[tuple[Tensor, Tensors]]:
-    """Yield the model's outputs on a split in evaluation mode, and the targets, batch after batch."""
+    """Yield the outputs on a split in evaluation mode, and the targets, batch after batch from example `begin` on."""
     model.eval()
     normalise = normalisation(data)
     inputs, targets = getattr(data, f"{split}_inputs"), getattr(data, f"{split}_labels")
-    for start in range(0, count_examples(inputs), _BATCH_SIZE):
+    for start in range(begin, count_examples(inputs), _BATCH_SIZE):
+        check_stopped()
         chosen = slice(start, start + _BATCH_SIZE)
         with torch.inference_mode():
             # The inputs are copied, because the first layer of a model may change them in place.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -32,7 +31,7 @@ from tombola.study.schema import Task
 from tombola.study.task import resolve_importance, try_out
 from tombola.study.tickets import Tickets
 from tombola.study.trainings import Training
-from tombola.threads import one_thread
+from tombola.threads import count_cores, one_thread
 from tombola.training.replaceable import OwnLayersWarning
 from tombola.workbench import tables
 from tombola.workbench.progress import show_nothing, show_progress
@@ -311,8 +310,7 @@ def count_workers(workers: int | None, device: str) -> int:
     """
     if workers is not None:
         expect_whole(workers, "workers", 1)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return workers or (1 if device == "cuda" else cores) or 1
+    return workers or (1 if device == "cuda" else count_cores())
 
 
 def describe_stopped(status: Status) -> str:

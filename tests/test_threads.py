@@ -1,0 +1,113 @@
+"""Work that is done in several threads: its order, its errors, and results that are kept."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import CancelledError
+
+import pytest
+import torch
+
+from tombola import threads
+from tombola.threads import Kept, check_stopped, map_in_threads, one_thread
+
+LONG = 60.0  # seconds that no thread waits unless something is wrong
+
+
+@pytest.fixture(autouse=True)
+def two_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(threads, "count_cores", lambda: 2)
+
+
+def test_calls_are_made_at_the_same_time_and_their_results_are_in_order() -> None:
+    first_two = threading.Barrier(2)
+
+    def call(number: int) -> tuple[int, int]:
+        if number < 2:
+            first_two.wait(LONG)  # for the other one: it fails where one call follows the other
+        return number, torch.get_num_threads()
+
+    with one_thread():
+        assert map_in_threads(call, range(5)) == [(number, 1) for number in range(5)]
+
+
+@pytest.mark.parametrize("several", ["threads of torch", "calls inside a call"])
+def test_calls_follow_each_other_where_something_else_uses_the_cores(several: str) -> None:
+    def name(_: int) -> str:
+        return threading.current_thread().name
+
+    with one_thread():
+        if several == "threads of torch":
+            torch.set_num_threads(2)
+            assert map_in_threads(name, range(3)) == [name(0)] * 3
+        else:
+            for inner in map_in_threads(lambda _: [name(0), *map_in_threads(name, range(3))], range(2)):
+                assert len(set(inner)) == 1
+
+
+def test_the_first_error_in_order_is_raised_and_ends_the_calls_that_have_begun() -> None:
+    failed, never, ends, begun = threading.Event(), threading.Event(), list[int](), list[int]()
+
+    def call(number: int) -> None:
+        begun.append(number)
+        if number == 0:
+            failed.wait(LONG)
+            raise ValueError("the first")
+        if number == 1:
+            failed.set()
+            raise ValueError("the second")
+        for _ in range(6000):
+            try:
+                check_stopped()
+            except CancelledError:
+                ends.append(number)
+                raise
+            never.wait(LONG / 6000)
+
+    with one_thread(), pytest.raises(ValueError, match="the first"):
+        map_in_threads(call, range(9))
+    assert len(begun) < 9
+    assert sorted(ends) == sorted(number for number in begun if number > 1)
+    check_stopped()  # outside of such calls it does nothing
+
+
+def test_threads_that_ask_for_one_result_compute_it_once() -> None:
+    both, computed = threading.Barrier(2), list[int]()
+    double = Kept(lambda number: computed.append(number) or 2 * number)
+
+    def ask(_: int) -> int:
+        both.wait(LONG)
+        return double("three", 3)
+
+    with one_thread():
+        assert map_in_threads(ask, range(2)) == [6, 6]
+    assert computed == [3]
+
+
+def test_results_are_kept_as_long_as_there_is_room() -> None:
+    computed: list[int] = []
+
+    def keep(size: Callable[[int], int]) -> list[int]:
+        computed.clear()
+        result = Kept(lambda number: computed.append(number) or number, size, room=5)
+        for number in [*range(6), 1, 0, 1, 5]:
+            assert result(number, number) == number
+        return computed
+
+    assert keep(lambda _: 1) == [*range(6), 0], "five fit, of which 1 was asked for again before 0"
+    assert keep(lambda _: 9) == [*range(6), 1, 0], "four are kept however large they are"
+
+
+def test_an_error_is_raised_again_without_another_try() -> None:
+    computed: list[int] = []
+
+    def fail(number: int) -> None:
+        computed.append(number)
+        raise ValueError("no result")
+
+    result = Kept(fail, lambda _: 1, room=1)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="no result"):
+            result("one", 1)
+    assert computed == [1]
