@@ -31,6 +31,9 @@ constexpr int conv_vectors = 2, conv_pixels = 4;  // linear_vectors are of 1 pix
 
 typedef float vec __attribute__((vector_size(4 * L)));
 typedef float unaligned __attribute__((vector_size(4 * L), aligned(4), may_alias));
+typedef float vec4 __attribute__((vector_size(16)));
+
+constexpr bool little_endian = __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__;
 
 inline vec load(const float* p) { return *reinterpret_cast<const unaligned*>(p); }
 inline void store(float* p, vec v) { *reinterpret_cast<unaligned*>(p) = v; }
@@ -147,6 +150,33 @@ void pack(View from, int height, int width, int samples, int block, int channels
     }
 }
 
+// Four neighbouring numbers again and again; and one of these in all lanes, by one shuffle.
+inline vec repeat_four(const float* from) {
+    vec4 v;
+    std::memcpy(&v, from, sizeof v);
+#define TOMBOLA_REPEAT(i) (i) & 3
+    return __builtin_shufflevector(v, v, TOMBOLA_LANE_LIST(TOMBOLA_REPEAT));
+}
+template <int I>
+inline vec spread(vec fours) {
+#define TOMBOLA_SAME(i) ((i) & ~3) + I
+    return __builtin_shufflevector(fours, fours, TOMBOLA_LANE_LIST(TOMBOLA_SAME));
+}
+
+// Four neighbouring offsets, loaded two by two: a sum over taps is limited by the number of its loads.
+struct FourOffsets {
+    int32_t at[4];
+
+    explicit FourOffsets(const int32_t* from) {
+        for (int i = 0; i < 4; i += 2) {
+            uint64_t pair;
+            std::memcpy(&pair, from + i, sizeof pair);
+            at[little_endian ? i : i + 1] = static_cast<int32_t>(pair);
+            at[little_endian ? i + 1 : i] = static_cast<int32_t>(pair >> 32);
+        }
+    }
+};
+
 // P pixels of V vectors of samples: every row of the target, or every tap of every row.
 template <int P, int V>
 struct Tile {
@@ -172,12 +202,22 @@ struct Tile {
                 if (tile && !whole) from = static_cast<float*>(std::memcpy(partial, from, sizeof(float) * samples));
                 for (int v = 0; v < V; ++v) sum[p][v] = tile ? load(from + v * L) : (bias ? bias[r] : 0.f) - vec{};
             }
-            for (int k = begin; k < end; ++k) {
-                const float value = values[k];
-                const ptrdiff_t offset = pass.offset[k] * line;
+            const auto add = [&](vec value, int32_t offset) {
                 for (int p = 0; p < P; ++p)
-                    for (int v = 0; v < V; ++v) sum[p][v] += value * load(source[p] + offset + v * L);
+                    for (int v = 0; v < V; ++v) sum[p][v] += value * load(source[p] + offset * line + v * L);
+            };
+            int k = begin;
+            if constexpr (P == 1) {
+                for (; k + 4 <= end; k += 4) {
+                    const FourOffsets offset(pass.offset + k);
+                    const vec four = repeat_four(values + k);
+                    add(spread<0>(four), offset.at[0]);
+                    add(spread<1>(four), offset.at[1]);
+                    add(spread<2>(four), offset.at[2]);
+                    add(spread<3>(four), offset.at[3]);
+                }
             }
+            for (; k < end; ++k) add(values[k] - vec{}, pass.offset[k]);
             for (int p = 0; p < P; ++p) {
                 if (whole)
                     for (int v = 0; v < V; ++v) store(target[p] + r * row + v * L, sum[p][v]);
