@@ -113,11 +113,13 @@ def scores() -> Iterator[Line]:
 
 
 def whole_chain() -> Iterator[Line]:
-    """A chain of LeNet-300-100 on images of MNIST's shape and number: 24 levels, one epoch each."""
+    """A chain of LeNet-300-100, one epoch a level on as many images as MNIST has, and one of a small ResNet-20."""
     import steps
 
-    ours, theirs = steps.chain(levels=24)
+    ours, theirs = steps.chain(steps.lenet(469, 60_000), 24, 0.2)
     yield line("LeNet-300-100, a chain of 24 levels, against a loop by hand", [ours], [theirs], "s", 0.2)
+    ours, theirs = steps.chain(steps.small_resnet(), 10, 0.5, channels_last=True)
+    yield line("small ResNet-20, a chain of 10 levels, against masked eager", [ours], [theirs], "s", 0.5)
 
 
 PEERS = ("sparseprop==0.1.14", "sparselab==0.2.2")

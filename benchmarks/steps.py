@@ -8,7 +8,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -159,32 +159,40 @@ def by_peer(system: System, mask: Mask, replace: Callable[[nn.Linear], nn.Module
     return _step(enumerate(_trained_by_hand(system, model, optimizer, [])))
 
 
-def chain(levels: int) -> tuple[float, float]:
-    """Return the seconds of lottery ticket rewinding on LeNet-300-100, one epoch a level: ours, and a loop by hand."""
-    system = lenet(469, 60_000)
+def small_resnet() -> System:
+    """ResNet-20 of half the width on batches of 64, as in the preset `resnet20-cifar10-small`, for 40 iterations."""
+    system = convolutional(functools.partial(resnet20, width=8, batchnorm_init="uniform"), 40)
+    return replace(system, recipe=system.recipe.model_copy(update={"batch_size": 64}))
+
+
+def chain(system: System, levels: int, fraction: float, *, channels_last: bool = False) -> tuple[float, float]:
+    """Return the seconds of lottery ticket rewinding: ours, and those of the same in a loop by hand."""
     model = system.build()
     begun = time.perf_counter()
-    tickets = list(find_tickets(model, system.data, system.recipe, magnitude, levels=levels, seed=0))
+    found = find_tickets(model, system.data, system.recipe, magnitude, levels=levels, fraction=fraction, seed=0)
+    assert len(list(found)) == levels + 1
     ours = time.perf_counter() - begun
-    assert len(tickets) == levels + 1
     begun = time.perf_counter()
-    _chain_by_hand(system, levels)
+    _chain_by_hand(system, levels, fraction, channels_last=channels_last)
     return ours, time.perf_counter() - begun
 
 
-def _chain_by_hand(system: System, levels: int) -> None:
-    model = system.build()
+def _chain_by_hand(system: System, levels: int, fraction: float, *, channels_last: bool) -> None:
+    model, recipe = system.build(), system.recipe
+    if channels_last:
+        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     initial = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     weights = [parameter for parameter in model.parameters() if parameter.dim() > 1]
     masks = [torch.ones_like(weight, requires_grad=False) for weight in weights]
-    ready = _ready_batches(system)
+    ready = _ready_batches(system, levels + 1)
     for level in range(levels + 1):
         model.load_state_dict(initial)
-        optimizer = torch.optim.SGD(model.parameters(), system.recipe.lr)
-        _trained_by_hand(system, model, optimizer, list(zip(weights, masks, strict=True)), batches_ready=ready)
+        optimizer = torch.optim.SGD(model.parameters(), recipe.lr, recipe.momentum, weight_decay=recipe.weight_decay)
+        masked = list(zip(weights, masks, strict=True))
+        _trained_by_hand(system, model, optimizer, masked, channels_last=channels_last, batches_ready=ready)
         if level < levels:
             alive = torch.cat([w.detach().abs()[m > 0] for w, m in zip(weights, masks, strict=True)])
-            threshold = alive.kthvalue(round(0.2 * len(alive))).values
+            threshold = alive.kthvalue(round(fraction * len(alive))).values
             masks = [m * (w.detach().abs() > threshold) for w, m in zip(weights, masks, strict=True)]
 
 
@@ -254,11 +262,11 @@ def input_side(system: System) -> float:
     return statistics.median(times[1:])
 
 
-def _ready_batches(system: System) -> Callable[[int], tuple[torch.Tensor, torch.Tensor]]:
+def _ready_batches(system: System, trainings: int = 1) -> Callable[[int], tuple[torch.Tensor, torch.Tensor]]:
     """Return the input side of the loop by hand: normalised in advance where nothing is augmented, else as ours."""
     data = system.data
     if system.recipe.augmentation != Augmentation():
-        made = batches(data, system.recipe, 0, 0, system.recipe.iterations or 0)
+        made = batches(data, system.recipe, 0, 0, trainings * (system.recipe.iterations or 0))
         return lambda _: next(made)
     inputs = normalisation(data)(data.train_inputs)
     order = torch.randperm(len(inputs))

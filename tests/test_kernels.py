@@ -1077,8 +1077,26 @@ def test_normalising_images_refuses_every_wrong_tensor() -> None:
     images, indices = torch.zeros((5, 2, 3, 4), dtype=torch.uint8), torch.tensor([0, 4, 2])
     mean = torch.ones(2, 1, 1)
     target = torch.empty((3, 2, 3, 4))
-    right = {"images": images, "indices": indices, "mean": mean, "scale": mean.clone(), "target": target}
+    right: dict[str, Any] = {
+        "images": images,
+        "indices": indices,
+        "mean": mean,
+        "scale": mean.clone(),
+        "target": target,
+    }
     refuse_each(layers.extension.normalise_images, right, set(), set())
+    offsets, flips, cropped = torch.tensor([[0, 4]] * 5), torch.zeros(5, dtype=torch.bool), torch.empty((3, 3, 4, 2))
+    right |= {"offsets": offsets, "flips": flips, "crop": 2, "target": cropped}
+    augment = layers.extension.augment_images
+    refuse_each(augment, right, set(), set())
+    with pytest.raises(ValueError, match="crop: expected from 0 to 1048576, got -1"):
+        augment(**right | {"crop": -1})
+    for name, wrong in (("indices", -1), ("indices", 5), ("offsets", -1), ("offsets", 5), ("offsets", 2**62)):
+        tensor = right[name].clone()
+        tensor[-1] = wrong
+        others = {"indices": torch.tensor([4, 4, 4])} if name == "offsets" else {}
+        with pytest.raises(IndexError, match=rf"{name}: expected numbers .*, got {wrong} "):
+            augment(**right | others | {name: tensor})
 
 
 @pytest.mark.parametrize("wrong", [-1, 5, 2**40])

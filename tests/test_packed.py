@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -684,6 +685,25 @@ def test_a_function_of_the_users_own_is_never_silently_wrong(
     _, sparse = sparse_of(model)
     with pytest.raises(RuntimeError, match=r"a torch.autograd.Function of the network's own reads a tensor"):
         run(sparse, torch.randn(6, 2, 5, 5))
+
+
+class Training(torch.autograd.Function):
+    """A function in which a network is trained."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, model: nn.Module, losses: list[float]) -> Tensor:
+        with torch.enable_grad():
+            losses.append(float(a_step(model)(x, torch.arange(64) % 3)))
+        return x
+
+
+def test_a_function_that_trains_a_network_leaves_it_packed(network: nn.Module, computed: list[object]) -> None:
+    x, losses = torch.randn(64, 2, 7, 7), list[float]()
+    for trained in (Training.apply, partial(Training.forward, None)):
+        torch.manual_seed(0)
+        trained(x, copy.deepcopy(network), losses)
+    assert computed == [5, 5]
+    assert losses[0] == losses[1]
 
 
 def double(x: Tensor) -> Tensor:

@@ -658,6 +658,21 @@ def test_flips_and_crops() -> None:
         assert (changed[position, 0] // (number + 1)).tolist() == expected[number], number
 
 
+@pytest.mark.parametrize("crop", [0, 1, 3])
+def test_images_that_the_kernels_augment_have_the_bits_and_the_layout_of_others(crop: int) -> None:
+    draw = torch.Generator().manual_seed(0)
+    images = torch.randint(256, (60, 2, 3, 5), generator=draw, dtype=torch.uint8)
+    mean, scale = 255 * torch.rand((2, 1, 1), generator=draw), torch.rand((2, 1, 1), generator=draw)
+    changes, chosen = Changes(0, 0, 60, Augmentation(flip=True, crop=crop)), torch.randperm(60, generator=draw)[:50]
+    expected = kernels.normalise(changes.apply(images[chosen], chosen), mean, scale)
+    others = images.to(memory_format=torch.channels_last)  # which the kernels do not support
+    for found in (changes.read(images, chosen, mean, scale), changes.read(others, chosen, mean, scale)):
+        assert found.equal(expected)
+        assert found.stride() == expected.stride()
+    made = kernels.augment_images(images, chosen, changes.offsets, changes.flips, crop, mean, scale)
+    assert (made is not None) == kernels.available()
+
+
 def test_channels_are_changed_alike() -> None:
     images = torch.arange(2 * 3 * 4 * 4, dtype=torch.uint8).view(2, 3, 4, 4)
     changes = Changes(0, 0, 2, Augmentation(flip=True, crop=0))

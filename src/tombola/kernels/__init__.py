@@ -7,6 +7,8 @@ weights. `dense_state` returns the state under the names and shapes of the origi
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -42,6 +44,7 @@ __all__ = [
     "Stretch",
     "accelerate",
     "are_packed",
+    "augment_images",
     "available",
     "can_pack",
     "can_stretch",
@@ -82,10 +85,47 @@ def normalise_images(images: Tensor, indices: Tensor, mean: Tensor, scale: Tenso
 
     """
     tensors = (images, indices, mean, scale)
-    dtypes = (torch.uint8, torch.int64, torch.float32, torch.float32)
-    readable = all(layers.is_readable(t, dtype) and t.is_contiguous() for t, dtype in zip(tensors, dtypes, strict=True))
-    if layers.extension is None or not readable:
+    if layers.extension is None or not _are_readable(tensors, (torch.uint8, torch.int64, torch.float32, torch.float32)):
         return normalise(images.index_select(0, indices), mean, scale)
     result = mean.new_empty((len(indices), *images.shape[1:]))
     layers.extension.normalise_images(images, indices, mean, scale, result)
     return result
+
+
+def augment_images(
+    images: Tensor, indices: Tensor, offsets: Tensor, flips: Tensor, crop: int, mean: Tensor, scale: Tensor
+) -> Tensor | None:
+    """Return `(changed - mean) * scale` for the images of these indices, changed as an augmentation says.
+
+    An image gets `crop` rows and columns of zeros on each side, is mirrored where `flips` says so, and is cropped to
+    its size from the row and the column on that `offsets` has for it.
+
+    Args:
+        images: uint8, (n, channels, height, width).
+        indices: int64, (m,), each from 0 to n - 1.
+        offsets: int64, (n, 2), each from 0 to 2 * crop.
+        flips: bool, (n,).
+        crop: the number of zeros on each side, 0 or more.
+        mean, scale: float32, (channels, 1, 1).
+
+    Returns:
+        float32, (m, channels, height, width), channels-last; None without kernels, or if they do not support the
+        tensors.
+
+    Raises:
+        IndexError: if an index or an offset is out of range.
+
+    """
+    tensors, floats = (images, indices, offsets, flips, mean, scale), torch.float32
+    dtypes = (torch.uint8, torch.int64, torch.int64, torch.bool, floats, floats)
+    if layers.extension is None or not _are_readable(tensors, dtypes):
+        return None
+    _, channels, height, width = images.shape
+    result = mean.new_empty((len(indices), height, width, channels))
+    layers.extension.augment_images(images, indices, offsets, flips, crop, mean, scale, result)
+    return result.permute(0, 3, 1, 2)
+
+
+def _are_readable(tensors: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> bool:
+    """Return whether tensors have these types and lie in the memory of the CPU, contiguous."""
+    return all(layers.is_readable(t, dtype) and t.is_contiguous() for t, dtype in zip(tensors, dtypes, strict=True))

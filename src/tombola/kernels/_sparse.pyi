@@ -154,6 +154,16 @@ def batch_norm_gradient(
 def normalise_images(
     images: Tensor, indices: Tensor, mean: Tensor, scale: Tensor, target: Tensor, instruction_set: str | None = None
 ) -> None: ...
+def augment_images(
+    images: Tensor,
+    indices: Tensor,
+    offsets: Tensor,
+    flips: Tensor,
+    crop: int,
+    mean: Tensor,
+    scale: Tensor,
+    target: Tensor,
+) -> None: ...
 def gate(delta: Tensor, y: Tensor, target: Tensor) -> None: ...
 
 _Size = tuple[int, int, int, int]

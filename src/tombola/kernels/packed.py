@@ -563,12 +563,18 @@ _apply: FunctionType | None = getattr(torch.autograd.Function.apply, "__func__",
 
 
 def _is_within_function() -> bool:
-    """Return whether a `torch.autograd.Function` runs, which takes a recorded tensor for one without a gradient."""
+    """Return whether a `torch.autograd.Function` runs, which takes a recorded tensor for one without a gradient.
+
+    What has called the network does not count.
+    """
     codes = {_apply.__code__} if _apply is not None else set(_list_forwards(torch.autograd.Function))
+    network = Packing.record.__code__
     frame: FrameType | None = sys._getframe(2)
-    while frame is not None and frame.f_code not in codes:
+    while frame is not None and frame.f_code is not network:
+        if frame.f_code in codes:
+            return True
         frame = frame.f_back
-    return frame is not None
+    return False
 
 
 def _list_forwards(function: type[torch.autograd.Function]) -> Iterator[CodeType]:
@@ -639,6 +645,13 @@ class Packing:
         self.lock = RLock()
         self._segment: Segment | None = None
 
+    def record(self, forward: Callable[..., Any], *arguments: Any) -> Any:
+        """Return what a forward pass returns, tensors that are computed; its operations are recorded on the way."""
+        with recording.record(self):
+            outputs = forward(*arguments)
+        self.compute()
+        return tree_map(compute, outputs)
+
     def compute(self) -> None:
         """Compute what is recorded so far."""
         segment, self._segment = self._segment, None
@@ -649,13 +662,14 @@ class Packing:
         """Record a sparse convolution; return None if the kernels do not support it."""
         if not (self._records(x) and layer.instruction_set == self.memory.instruction_set):
             return None
-        if not _are_readable(layer.values, layer.bias):
+        parameters = layer.values, layer.bias
+        if not _are_readable(*parameters):
             return None
-        kernel = layer.kernel(x.shape[1:])
+        batch, *size = _size_of(x)
+        kernel = layer.kernel(tuple(size))
         if kernel is None or kernel.block != self.memory.block:
             return None
-        size = (x.shape[0], layer.shape[0], *layer.output_size(x.shape[1:]))
-        return self._record(size, "convolution", (x,), kernel, (layer.values, layer.bias))
+        return self._record((batch, layer.shape[0], *layer.output_size(size)), "convolution", (x,), kernel, parameters)
 
     def normalise(self, layer: Any, x: Tensor) -> Tensor | None:
         """Record batch normalisation; return None unless it normalises by the batch and knows how to update."""
@@ -669,13 +683,17 @@ class Packing:
             or not layer.track_running_stats
             or mean is None
             or variance is None
-            or x.shape[1] != layer.num_features
-            or not _are_readable(layer.weight, layer.bias, mean, variance)
-            or x.numel() // x.shape[1] < 2
         ):
             return None
-        norm = Norm(layer.eps, layer.momentum, mean, variance, batches)
-        return self._record(tuple(x.shape), "norm", (x,), norm, (layer.weight, layer.bias))
+        size, parameters = x._value.size, (layer.weight, layer.bias)
+        batch, channels, height, width = size
+        if (
+            channels != layer.num_features
+            or batch * height * width < 2
+            or not _are_readable(*parameters, mean, variance)
+        ):
+            return None
+        return self._record(size, "norm", (x,), Norm(layer.eps, layer.momentum, mean, variance, batches), parameters)
 
     def pool(self, layer: Any, x: Tensor) -> Tensor | None:
         """Record max pooling; return None if the kernels do not support it."""
@@ -685,18 +703,19 @@ class Packing:
             return None
         size, padding = _pair(layer.kernel_size), _pair(layer.padding)
         step = size if layer.stride in ((), []) else _pair(layer.stride)
-        reach = [x.shape[2 + axis] + 2 * padding[axis] - size[axis] for axis in (0, 1)]
+        batch, channels, *image = x._value.size
+        reach = [image[axis] + 2 * padding[axis] - size[axis] for axis in (0, 1)]
         if any(each < 0 for each in reach) or any(2 * padding[axis] > size[axis] for axis in (0, 1)):
             return None
         rows, columns = (reach[axis] // step[axis] + 1 for axis in (0, 1))
-        return self._record((*x.shape[:2], rows, columns), "pool", (x,), (*size, *step, *padding))
+        return self._record((batch, channels, rows, columns), "pool", (x,), (*size, *step, *padding))
 
     def apply(self, how: str, of: tuple[Any, ...], target: Packed | None) -> Tensor | None:
         """Record a ReLU or an addition, in place if there is a target; return None if it cannot be recorded."""
-        fitting = all(self._has_value(x) and self._records(x) and x.shape == of[0].shape for x in of)
+        fitting = all(self._has_value(x) and self._records(x) and _size_of(x) == _size_of(of[0]) for x in of)
         if not fitting or (target is not None and target._plain is not None):
             return None
-        result = self._record(tuple(of[0].shape), how, of)
+        result = self._record(_size_of(of[0]), how, of)
         if target is None:
             return result
         target._value, target._segment = result._value, result._segment
@@ -704,7 +723,7 @@ class Packing:
 
     def _record(
         self,
-        size: Any,
+        size: Size,
         how: str,
         of: tuple[Tensor, ...],
         kernel: Any = None,
@@ -736,9 +755,14 @@ class Packing:
         """Return whether an operation on this tensor can be recorded."""
         if recording.current() is not self or not torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
             return False
-        if x.dim() != 4 or _is_within_function():
+        if _is_within_function() or _are_saved_tensors_watched():
             return False
-        return not _are_saved_tensors_watched() and (type(x) is Packed or can_compute(x))
+        return type(x) is Packed or (x.dim() == 4 and can_compute(x))
+
+
+def _size_of(x: Tensor) -> Size:
+    """Return the size of images; to ask a recorded tensor for its shape takes several times as long."""
+    return x._value.size if type(x) is Packed else (x.shape[0], x.shape[1], x.shape[2], x.shape[3])
 
 
 def _pair(numbers: int | Sequence[int]) -> tuple[int, int]:

@@ -7,6 +7,7 @@
 #include <nanobind/stl/vector.h>
 
 #include <algorithm>
+#include <array>
 #include <chrono>
 #include <climits>
 #include <cstdlib>
@@ -890,28 +891,79 @@ void batch_norm_gradient(nb::handle x, nb::handle delta, nb::handle weight, nb::
     kernels.batch_norm_gradient(from, d, channels, images.count, w, mean, mean + 2 * channels, dx, dw, db);
 }
 
+// Images of bytes, and which of them are read.
+struct Chosen {
+    const uint8_t* images;
+    ptrdiff_t all, channels, height, width;
+    const int64_t* which;
+    ptrdiff_t count;
+
+    Chosen(nb::handle tensor, nb::handle indices) {
+        const Tensor<const uint8_t> pixels("images", tensor);
+        const Numbers size = pixels.sizes();
+        images = pixels.contiguous({any, any, any, any});
+        all = size.at[0], channels = size.at[1], height = size.at[2], width = size.at[3];
+        const Tensor<const int64_t> numbers("indices", indices);
+        count = numbers.strided({any}).size.at[0];
+        which = numbers.contiguous({any});
+        if (channels > INT_MAX) throw std::invalid_argument("images: expected fewer than 2^31 channels");
+        for (ptrdiff_t k = 0; k < count; ++k)
+            if (which[k] < 0 || which[k] >= all)
+                throw nb::index_error(("indices: expected numbers of " + std::to_string(all) + " images, from 0, got " +
+                                       std::to_string(which[k]) + " at position " + std::to_string(k))
+                                          .c_str());
+    }
+};
+
 // The images of these indices, (pixel - mean) * scale for each channel.
 void normalise_images(nb::handle images, nb::handle indices, nb::handle mean, nb::handle scale, nb::handle target,
                       const Name& instruction_set) {
     const Kernels& kernels = kernels_named(instruction_set);
-    const Tensor<const uint8_t> pixels("images", images);
-    const Numbers size = pixels.sizes();
-    const uint8_t* const from = pixels.contiguous({any, any, any, any});
-    const ptrdiff_t all = size.at[0], channels = size.at[1], height = size.at[2], width = size.at[3];
-    const auto [which, sizes, step] = Tensor<const int64_t>("indices", indices).strided({any});
-    Tensor<const int64_t>("indices", indices).contiguous({any});
-    const ptrdiff_t count = sizes.at[0];
-    if (channels > INT_MAX) throw std::invalid_argument("images: expected fewer than 2^31 channels");
-    for (ptrdiff_t k = 0; k < count; ++k)
-        if (which[k] < 0 || which[k] >= all)
-            throw nb::index_error(("indices: expected numbers of " + std::to_string(all) + " images, from 0, got " +
-                                   std::to_string(which[k]) + " at position " + std::to_string(k))
-                                      .c_str());
-    const float *center = Tensor<float>("mean", mean).contiguous({channels, 1, 1}),
-                *slope = Tensor<float>("scale", scale).contiguous({channels, 1, 1});
-    float* const to = Tensor<float>("target", target).contiguous({count, channels, height, width});
+    const Chosen from(images, indices);
+    const float *center = Tensor<float>("mean", mean).contiguous({from.channels, 1, 1}),
+                *slope = Tensor<float>("scale", scale).contiguous({from.channels, 1, 1});
+    float* const to = Tensor<float>("target", target).contiguous({from.count, from.channels, from.height, from.width});
     nb::gil_scoped_release unlocked;
-    kernels.normalise_images(from, which, count, static_cast<int>(channels), height * width, center, slope, to);
+    kernels.normalise_images(from.images, from.which, from.count, static_cast<int>(from.channels),
+                             from.height * from.width, center, slope, to);
+}
+
+// The same of images that are changed first: an image of `crop` more zeros on each side, mirrored where `flips` says so, is
+// cropped from the row and the column on that `offsets` has for it. The target is (count, height, width, channels).
+void augment_images(nb::handle images, nb::handle indices, nb::handle offsets, nb::handle flips, int crop, nb::handle mean,
+                    nb::handle scale, nb::handle target) {
+    const Chosen from(images, indices);
+    Layer::check_sizes({{"crop", crop, 0, Layer::most_pixels}});
+    const int64_t* const starts = Tensor<const int64_t>("offsets", offsets).contiguous({from.all, 2});
+    const bool* const mirrored = Tensor<const bool>("flips", flips).contiguous({from.all});
+    const float *center = Tensor<float>("mean", mean).contiguous({from.channels, 1, 1}),
+                *slope = Tensor<float>("scale", scale).contiguous({from.channels, 1, 1});
+    float* to = Tensor<float>("target", target).contiguous({from.count, from.height, from.width, from.channels});
+    for (ptrdiff_t k = 0; k < from.count; ++k)
+        for (const int64_t start : {starts[2 * from.which[k]], starts[2 * from.which[k] + 1]})
+            if (start < 0 || start > 2 * crop)
+                throw nb::index_error(("offsets: expected numbers from 0 to " + std::to_string(2 * crop) + ", got " +
+                                       std::to_string(start) + " for image " + std::to_string(from.which[k]))
+                                          .c_str());
+    nb::gil_scoped_release unlocked;
+    std::vector<std::array<float, 256>> normal(from.channels);  // of each pixel that there may be
+    for (ptrdiff_t c = 0; c < from.channels; ++c)
+        for (int pixel = 0; pixel < 256; ++pixel) normal[c][pixel] = (float(pixel) - center[c]) * slope[c];
+    const ptrdiff_t plane = from.height * from.width, size = from.channels * plane;
+    for (ptrdiff_t k = 0; k < from.count; ++k) {
+        if (k + 1 < from.count)  // images lie anywhere in memory
+            for (ptrdiff_t i = 0; i < size; i += 64) __builtin_prefetch(from.images + from.which[k + 1] * size + i);
+        const int64_t n = from.which[k], top = starts[2 * n] - crop, left = starts[2 * n + 1] - crop;
+        const ptrdiff_t first = mirrored[n] ? left + from.width - 1 : left, step = mirrored[n] ? -1 : 1;
+        for (ptrdiff_t y = top; y < top + from.height; ++y, to += from.width * from.channels)
+            for (ptrdiff_t c = 0; c < from.channels; ++c) {
+                const uint8_t* const channel = from.images + n * size + c * plane;
+                const uint8_t* const row = 0 <= y && y < from.height ? channel + y * from.width : nullptr;
+                const float* const values = normal[c].data();
+                for (ptrdiff_t j = 0, x = first; j < from.width; ++j, x += step)
+                    to[j * from.channels + c] = values[row && 0 <= x && x < from.width ? row[x] : 0];
+            }
+    }
 }
 
 // The gradient of the input of a ReLU, given the gradient of its output, and the output; all are (batch, features).
@@ -1178,6 +1230,8 @@ NB_MODULE(_sparse, m) {
           nb::arg("instruction_set") = nb::none());
     m.def("normalise_images", normalise_images, nb::arg("images"), nb::arg("indices"), nb::arg("mean"),
           nb::arg("scale"), nb::arg("target"), nb::arg("instruction_set") = nb::none());
+    m.def("augment_images", augment_images, nb::arg("images"), nb::arg("indices"), nb::arg("offsets"), nb::arg("flips"),
+          nb::arg("crop"), nb::arg("mean"), nb::arg("scale"), nb::arg("target"));
     m.def("gate", gate_rows, nb::arg("delta"), nb::arg("y"), nb::arg("target"));
     m.def("block", [](const Name& instruction_set) { return kernels_named(instruction_set).conv_block; },
           nb::arg("instruction_set") = nb::none());

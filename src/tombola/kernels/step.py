@@ -9,14 +9,12 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils._pytree import tree_map
 
 from tombola.inputs import Forward, OwnStep, Tensors, call, list_tensors
 from tombola.kernels.choice import choices, warn_if_missing
 from tombola.kernels.layers import is_plain
 from tombola.kernels.linear import Perceptron, has_global_hooks
-from tombola.kernels.packed import Memory, Packing, can_pack, compute
-from tombola.kernels.recording import record
+from tombola.kernels.packed import Memory, Packing, can_pack
 from tombola.kernels.replace import dense_state, replace_layers
 from tombola.pruning.mask import Mask
 
@@ -79,12 +77,8 @@ class Step:
         if self._memory is None or has_global_hooks() or not all(map(is_plain, self.model.modules())):
             return self._forward(self.model, inputs)
         self._memory.prepare([tensor.shape for tensor in list_tensors(inputs).values()])
-        packing = Packing(self._memory)
-        with record(packing):
-            outputs = self._forward(self.model, inputs)
-        packing.compute()
-        computed: Tensor = tree_map(compute, outputs)
-        return computed
+        outputs: Tensor = Packing(self._memory).record(self._forward, self.model, inputs)
+        return outputs
 
     @property
     def draws_random_numbers(self) -> bool:

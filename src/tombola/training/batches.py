@@ -50,7 +50,7 @@ def iterations(data: Dataset, recipe: Recipe, seed: int, begin: int, end: int) -
         images = cast(Tensor, data.train_inputs)
         if changes is None:
             return kernels.normalise_images(images, chosen, mean, scale), labels
-        return kernels.normalise(changes.apply(images.index_select(0, chosen), chosen), mean, scale), labels
+        return changes.read(images, chosen, mean, scale), labels
 
     for iteration in range(begin, end):
         epoch, step = divmod(iteration, per_epoch)
@@ -110,6 +110,13 @@ class Changes:
         self.flips = torch.randint(2, (examples,), generator=draw).bool().to(device)
         if not augmentation.flip:
             self.flips.zero_()
+
+    def read(self, images: Tensor, chosen: Tensor, mean: Tensor, scale: Tensor) -> Tensor:
+        """Return the images of the `chosen` examples, augmented and normalised; kernels do not change the bits."""
+        made = kernels.augment_images(images, chosen, self.offsets, self.flips, self.crop, mean, scale)
+        if made is not None:
+            return made
+        return kernels.normalise(self.apply(images.index_select(0, chosen), chosen), mean, scale)
 
     def apply(self, images: Tensor, chosen: Tensor) -> Tensor:
         """Return the images of the `chosen` examples, shape (n, channels, height, width), augmented."""

@@ -40,6 +40,7 @@ from tombola.training.graphs import RecordedStep, can_be_recorded
 from tombola.training.history import Checkpoint, History, OnEpoch, Trained, Watch
 from tombola.training.loss_functions import count_positions, training_loss
 from tombola.training.losses import Losses
+from tombola.training.memory import keep_memory
 from tombola.training.metrics import ACCURACY, LOSS, Metric
 from tombola.training.optimizer import Optimizer, find_decayed
 from tombola.training.own_optimizer import MakeOptimizer, OwnOptimizer
@@ -215,7 +216,13 @@ def train(
         return Checkpoint(losses.iteration, state, updater.tensors(), losses.values().to("cpu", copy=True))
 
     model.train()
-    with ambient(seed), flush_denormals(), deterministic_algorithms(device), sound_convolutions(model, device):
+    with (
+        ambient(seed),
+        flush_denormals(),
+        deterministic_algorithms(device),
+        sound_convolutions(model, device),
+        keep_memory(),
+    ):
         for computed in steps():
             losses.append(computed)
             if diverged := losses.have_diverged():
