@@ -44,3 +44,9 @@ def test_a_training_sets_the_thresholds_that_glibc_reaches_by_itself(
         failed = True
     assert failed == (label == 2)
     assert calls == [(-4, 0), (-1, -1), (-4, 65536), (-3, 2**25), (-1, 2**26)]
+
+
+@pytest.mark.parametrize("name", ["MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES"])
+def test_an_allocator_that_the_environment_sets_up_stays_so(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, "1000000")
+    assert memory._find_mallopt()(memory._MMAP_MAX, 65536) == 0

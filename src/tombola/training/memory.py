@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,7 +21,8 @@ def keep_memory() -> Iterator[None]:
     By default, glibc gives a block of more than 32 MB back to the system when it is freed. A network's large
     activations are allocated and freed in each iteration, and the system would set them to zero each time, page by
     page: a fourteenth of a step of VGG-16. After the block, glibc's thresholds are those that it reaches by itself in
-    a process that has freed such blocks. With another C library, this does nothing.
+    a process that has freed such blocks. This does nothing with another C library, or if the environment sets up the
+    allocator (`MALLOC_...` or `GLIBC_TUNABLES`).
 
     >>> with keep_memory():
     ...     print("an iteration")
@@ -38,7 +40,8 @@ def keep_memory() -> Iterator[None]:
 
 
 def _find_mallopt() -> Callable[[int, int], Any]:
-    """Return the function of the C library that sets a parameter of its allocator; one that does nothing without it."""
-    library = ctypes.CDLL(None) if sys.platform == "linux" else None
+    """Return glibc's function that sets a parameter of its allocator, or one that does nothing if it shall not be used."""
+    is_set_up = any(name == "GLIBC_TUNABLES" or name.startswith("MALLOC_") for name in os.environ)
+    library = ctypes.CDLL(None) if sys.platform == "linux" and not is_set_up else None
     found: Callable[[int, int], Any] = getattr(library, "mallopt", lambda _, __: 0)
     return found
