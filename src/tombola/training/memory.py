@@ -40,7 +40,7 @@ def keep_memory() -> Iterator[None]:
 
 
 def _find_mallopt() -> Callable[[int, int], Any]:
-    """Return glibc's function that sets a parameter of its allocator, or one that does nothing if it shall not be used."""
+    """Return glibc's function that sets a parameter of its allocator, or one that does nothing."""
     is_set_up = any(name == "GLIBC_TUNABLES" or name.startswith("MALLOC_") for name in os.environ)
     library = ctypes.CDLL(None) if sys.platform == "linux" and not is_set_up else None
     found: Callable[[int, int], Any] = getattr(library, "mallopt", lambda _, __: 0)
