@@ -19,10 +19,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import polars as pl
+
 from tombola import UserError, load_study
-from tombola.analysis import claims, reference
+from tombola.analysis import claims, overlap, reference
 from tombola.analysis.accuracy import rows, table2
 from tombola.analysis.evidence import Evidence, collect
+from tombola.analysis.gather import DATA_ORDER, IMPORTANCES
 from tombola.analysis.verdict import Claim
 from tombola.analysis.verdict import describe as describe_claim
 from tombola.cli.options import open_planner, study_options
@@ -182,6 +185,46 @@ def section(name: str, tickets: Tickets, evidence: Evidence, found: Sequence[Cla
         about: dict[str, str] = describe_claim(claim)
         cells = [about.get(part, "") for part in ("verdict", "ours", "chance", "noise floor", "paper")]
         yield f"| {claim.number} {claim.statement.rstrip('.')} | {' | '.join(cells)} |"
+    yield from by_layer(evidence)
+
+
+def by_layer(evidence: Evidence) -> Iterator[str]:
+    """Yield the table of the layers at the level of the claims: densities, overlap, and shared connections."""
+    level, names = evidence.level, evidence.compared
+    yield f"\nEach layer at level {level}, in %, means over seeds: density; *overlap*, the share of a ticket that two"
+    yield "importances share (least to greatest), beside chance for masks of the same layer densities and the noise floor,"
+    yield "two data orders; Cliff's delta of shared against other connections, for the standard deviation (*sd*) and for"
+    yield "changes of sign (*flips*), where negative means more stable; and how much more often than by chance shared"
+    yield "connections survive a partial reinitialisation (*survive*, claim 6).\n"
+    yield f"| layer | connections | {' | '.join(names)} | overlap | chance | noise floor | sd | flips | survive |"
+    yield f"|---|--:|{'--:|' * len(names)}---|--:|--:|--:|--:|--:|"
+    pairs = evidence.overlap.filter(level=level, k=2)
+    shared = {(row["kind"], row["layer"]): row for row in overlap.summarise(pairs, "kind", "layer").to_dicts()}
+    density = _means(evidence.layers.filter(level=level), "density", "layer", "importance")
+    effect = _means(evidence.stability.filter(level=level), "effect", "layer", "measure")
+    survive = {} if evidence.reinit is None else _means(evidence.reinit, "excess", "layer")
+    for layer in [*evidence.shapes, "(all)"]:
+        between, orders = (shared.get((kind, layer), {}) for kind in (IMPORTANCES, DATA_ORDER))
+        cells = [layer, str(between["connections"]), *(_percent(density.get((layer, name))) for name in names)]
+        mean, least, most = (_percent(between[part]) for part in ("shared_of_ticket", "lowest", "highest"))
+        cells.append(f"{mean} ({least} to {most})" if mean else "")
+        cells += [_percent(between["layers_expected"]), _percent(orders.get("shared_of_ticket"))]
+        cells += [_signed(effect.get((layer, measure))) for measure in ("sd", "flipped")]
+        cells.append(_percent(survive.get((layer,))))
+        yield f"| {' | '.join(cells)} |"
+
+
+def _means(table: pl.DataFrame, value: str, *by: str) -> dict[tuple[Any, ...], float | None]:
+    """Return the mean of a column for each value of others."""
+    return {tuple(row[:-1]): row[-1] for row in table.group_by(*by).agg(pl.col(value).mean()).select(*by, value).rows()}
+
+
+def _percent(share: float | None) -> str:
+    return "" if share is None else f"{100 * share:.1f}"
+
+
+def _signed(effect: float | None) -> str:
+    return "" if effect is None else f"{effect:+.2f}"
 
 
 def accuracies(tickets: Tickets) -> Iterator[str]:
