@@ -1,8 +1,11 @@
-"""What a training frees stays with the process, and what it has set for this is no longer set afterwards."""
+"""What a training frees stays with the process until the training ends, and then goes back to the system."""
 
 from __future__ import annotations
 
+import ctypes
+import os
 import resource
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,21 +14,54 @@ from tombola import Dataset, Mask, Recipe, train
 from tombola.training import memory
 from tombola.training.memory import keep_memory
 
+SIZE = 2**26  # bytes of a block
+
+
+@pytest.fixture
+def glibc(monkeypatch: pytest.MonkeyPatch) -> ctypes.CDLL:
+    """The C library, if it is glibc and its allocator is not set up by the environment."""
+    for name in os.environ:
+        if name == "GLIBC_TUNABLES" or name.startswith("MALLOC_"):
+            monkeypatch.delenv(name)
+    library: ctypes.CDLL | None = memory._find_glibc()
+    if library is None:
+        pytest.skip("a C library other than glibc")
+    library.malloc.restype, library.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+    library.free.argtypes = [ctypes.c_void_p]
+    return library
+
 
 def _faults() -> int:
     """The pages that the system has given to the process, among others after setting them to zero."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 
 
-@pytest.mark.skipif(memory._find_mallopt()(memory._MMAP_MAX, 65536) != 1, reason="a C library other than glibc")
+def _resident() -> int:
+    """The bytes of the process that are in memory."""
+    with open("/proc/self/statm", encoding="ascii") as file:
+        return int(file.read().split()[1]) * resource.getpagesize()
+
+
+@pytest.mark.usefixtures("glibc")
 def test_a_large_block_is_used_again() -> None:
-    size, faults = 2**26, []
+    faults = []
     with keep_memory():
         for _ in range(5):
             before = _faults()
-            torch.ones(size, dtype=torch.uint8)
+            torch.ones(SIZE, dtype=torch.uint8)
             faults.append(_faults() - before)
     assert min(faults[1:]) < 10
+
+
+def test_what_was_freed_goes_back_to_the_system_at_the_end(glibc: ctypes.CDLL) -> None:
+    with keep_memory():
+        large = glibc.malloc(4 * SIZE)
+        ctypes.memset(large, 1, 4 * SIZE)
+        behind = glibc.malloc(1000)  # above the large block, so that the end of the heap stays in use
+        glibc.free(large)
+        kept = _resident()
+    assert kept - _resident() > 3 * SIZE
+    glibc.free(behind)
 
 
 @pytest.mark.parametrize("label", [0, 2])
@@ -33,8 +69,9 @@ def test_a_training_sets_the_thresholds_that_glibc_reaches_by_itself(
     label: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also if it fails: its second label is none of the two classes of its network."""
-    calls: list[tuple[int, int]] = []
-    monkeypatch.setattr(memory, "_find_mallopt", lambda: lambda *call: calls.append(call))
+    calls: list[tuple[int, ...]] = []
+    library = SimpleNamespace(mallopt=lambda *call: calls.append(call), malloc_trim=lambda *call: calls.append(call))
+    monkeypatch.setattr(memory, "_find_glibc", lambda: library)
     x, y = torch.ones(4, 3), torch.tensor([0, label, 0, 0])
     data, model = Dataset("four", x, y, x, y, ("a", "b", "c")), torch.nn.Sequential(torch.nn.Linear(3, 2))
     failed = False
@@ -43,10 +80,10 @@ def test_a_training_sets_the_thresholds_that_glibc_reaches_by_itself(
     except (IndexError, RuntimeError):
         failed = True
     assert failed == (label == 2)
-    assert calls == [(-4, 0), (-1, -1), (-4, 65536), (-3, 2**25), (-1, 2**26)]
+    assert calls == [(-4, 0), (-1, -1), (-4, 65536), (-3, 2**25), (-1, 2**26), (0,)]
 
 
 @pytest.mark.parametrize("name", ["MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES"])
 def test_an_allocator_that_the_environment_sets_up_stays_so(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(name, "1000000")
-    assert memory._find_mallopt()(memory._MMAP_MAX, 65536) == 0
+    assert memory._find_glibc() is None

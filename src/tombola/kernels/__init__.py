@@ -114,6 +114,7 @@ def augment_images(
 
     Raises:
         IndexError: if an index or an offset is out of range.
+        ValueError: if sizes do not fit, or a crop is negative or larger than 1,048,576 pixels.
 
     """
     tensors, floats = (images, indices, offsets, flips, mean, scale), torch.float32

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import os
+import platform
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,28 +21,34 @@ def keep_memory() -> Iterator[None]:
 
     By default, glibc gives a block of more than 32 MB back to the system when it is freed. A network's large
     activations are allocated and freed in each iteration, and the system would set them to zero each time, page by
-    page: a fourteenth of a step of VGG-16. After the block, glibc's thresholds are those that it reaches by itself in
-    a process that has freed such blocks. This does nothing with another C library, or if the environment sets up the
-    allocator (`MALLOC_...` or `GLIBC_TUNABLES`).
+    page: a fourteenth of a step of VGG-16. After the block, free memory is given back to the system, and glibc's
+    thresholds are those that it reaches by itself in a process that has freed such blocks, also if the process had set
+    others. The setting is that of the whole process: of several blocks at the same time, the first to end ends it for
+    all. This does nothing with another C library, or if the environment sets up the allocator (`MALLOC_...` or
+    `GLIBC_TUNABLES`).
 
     >>> with keep_memory():
     ...     print("an iteration")
     an iteration
     """
-    mallopt = _find_mallopt()
-    mallopt(_MMAP_MAX, 0)
-    mallopt(_TRIM_THRESHOLD, -1)  # no threshold
+    glibc = _find_glibc()
+    if glibc is None:
+        yield
+        return
+    glibc.mallopt(_MMAP_MAX, 0)
+    glibc.mallopt(_TRIM_THRESHOLD, -1)  # no threshold
     try:
         yield
     finally:
-        mallopt(_MMAP_MAX, 65536)
-        mallopt(_MMAP_THRESHOLD, _LARGEST)
-        mallopt(_TRIM_THRESHOLD, 2 * _LARGEST)
+        glibc.mallopt(_MMAP_MAX, 65536)
+        glibc.mallopt(_MMAP_THRESHOLD, _LARGEST)
+        glibc.mallopt(_TRIM_THRESHOLD, 2 * _LARGEST)
+        glibc.malloc_trim(0)
 
 
-def _find_mallopt() -> Callable[[int, int], Any]:
-    """Return glibc's function that sets a parameter of its allocator, or one that does nothing."""
+def _find_glibc() -> Any:
+    """Return glibc, or None if its allocator shall stay as it is."""
     is_set_up = any(name == "GLIBC_TUNABLES" or name.startswith("MALLOC_") for name in os.environ)
-    library = ctypes.CDLL(None) if sys.platform == "linux" and not is_set_up else None
-    found: Callable[[int, int], Any] = getattr(library, "mallopt", lambda _, __: 0)
-    return found
+    if sys.platform != "linux" or is_set_up or platform.libc_ver()[0] != "glibc":
+        return None
+    return ctypes.CDLL(None)
