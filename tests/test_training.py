@@ -659,11 +659,14 @@ def test_flips_and_crops() -> None:
 
 
 @pytest.mark.parametrize("crop", [0, 1, 3])
-def test_images_that_the_kernels_augment_have_the_bits_and_the_layout_of_others(crop: int) -> None:
+@pytest.mark.parametrize(("flip", "channels", "batch"), [(True, 2, 50), (False, 1, 50), (True, 3, 1), (True, 1, 1)])
+def test_images_that_the_kernels_augment_have_the_bits_and_the_layout_of_others(
+    crop: int, flip: bool, channels: int, batch: int
+) -> None:
     draw = torch.Generator().manual_seed(0)
-    images = torch.randint(256, (60, 2, 3, 5), generator=draw, dtype=torch.uint8)
-    mean, scale = 255 * torch.rand((2, 1, 1), generator=draw), torch.rand((2, 1, 1), generator=draw)
-    changes, chosen = Changes(0, 0, 60, Augmentation(flip=True, crop=crop)), torch.randperm(60, generator=draw)[:50]
+    images = torch.randint(256, (60, channels, 3, 5), generator=draw, dtype=torch.uint8)
+    mean, scale = 255 * torch.rand((channels, 1, 1), generator=draw), torch.rand((channels, 1, 1), generator=draw)
+    changes, chosen = Changes(0, 0, 60, Augmentation(flip=flip, crop=crop)), torch.randperm(60, generator=draw)[:batch]
     expected = kernels.normalise(changes.apply(images[chosen], chosen), mean, scale)
     others = images.to(memory_format=torch.channels_last)  # which the kernels do not support
     for found in (changes.read(images, chosen, mean, scale), changes.read(others, chosen, mean, scale)):
