@@ -542,7 +542,7 @@ def compute(x: Any) -> Any:
             if x._segment is not None:
                 x._segment.unpack(x._value, x._plain.detach())
                 x._segment = None
-    if x._plain.requires_grad and _is_within_function():
+    if x._plain.requires_grad and _is_within_function(x._packing):
         raise RuntimeError(_READ_BY_FUNCTION)
     return x._plain
 
@@ -562,15 +562,15 @@ _READ_BY_FUNCTION = "a torch.autograd.Function of the network's own reads a tens
 _apply: FunctionType | None = getattr(torch.autograd.Function.apply, "__func__", None)
 
 
-def _is_within_function() -> bool:
+def _is_within_function(packing: Packing) -> bool:
     """Return whether a `torch.autograd.Function` runs, which takes a recorded tensor for one without a gradient.
 
-    What has called the network does not count.
+    What has called the network of this packing does not count.
     """
     codes = {_apply.__code__} if _apply is not None else set(_list_forwards(torch.autograd.Function))
     network = Packing.record.__code__
     frame: FrameType | None = sys._getframe(2)
-    while frame is not None and frame.f_code is not network:
+    while frame is not None and not (frame.f_code is network and frame.f_locals["self"] is packing):
         if frame.f_code in codes:
             return True
         frame = frame.f_back
@@ -755,7 +755,7 @@ class Packing:
         """Return whether an operation on this tensor can be recorded."""
         if recording.current() is not self or not torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
             return False
-        if _is_within_function() or _are_saved_tensors_watched():
+        if _is_within_function(self) or _are_saved_tensors_watched():
             return False
         return type(x) is Packed or (x.dim() == 4 and can_compute(x))
 
