@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import CancelledError
+from contextlib import suppress
+from contextvars import ContextVar
 
 import pytest
 import torch
@@ -99,7 +102,7 @@ def test_results_are_kept_as_long_as_there_is_room() -> None:
     assert keep(lambda _: 9) == [*range(6), 1, 0], "four are kept however large they are"
 
 
-def test_an_error_is_raised_again_without_another_try() -> None:
+def test_an_error_is_not_kept() -> None:
     computed: list[int] = []
 
     def fail(number: int) -> None:
@@ -110,4 +113,44 @@ def test_an_error_is_raised_again_without_another_try() -> None:
     for _ in range(2):
         with pytest.raises(ValueError, match="no result"):
             result("one", 1)
-    assert computed == [1]
+    assert computed == [1, 1]
+
+
+def test_a_result_whose_computation_was_stopped_is_computed_by_the_thread_that_waits() -> None:
+    asked, computed = threading.Event(), list[str]()
+
+    def compute(name: str) -> str:
+        computed.append(name)
+        if len(computed) == 1:
+            asked.wait(LONG)
+            raise CancelledError
+        return name
+
+    result = Kept(compute)
+
+    def ask_first() -> None:
+        with suppress(CancelledError):
+            result("one", "first")
+
+    first = threading.Thread(target=ask_first)
+    first.start()
+    while not computed:
+        time.sleep(0.001)
+    second = threading.Timer(0.05, asked.set)
+    second.start()
+    assert result("one", "second") == "second"
+    first.join(LONG)
+    assert computed == ["first", "second"]
+
+
+def test_settings_of_a_thread_are_those_of_each_call() -> None:
+    setting = ContextVar("setting", default=0)
+    setting.set(3)
+
+    def call(_: int) -> tuple[int, torch.dtype]:
+        return setting.get(), torch.mm(torch.ones(1, 1), torch.ones(1, 1)).dtype
+
+    with one_thread(), torch.autocast("cpu", torch.bfloat16):
+        assert map_in_threads(call, range(3)) == [(3, torch.bfloat16)] * 3
+    with one_thread():
+        assert map_in_threads(call, range(3)) == [(3, torch.float32)] * 3

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from contextvars import copy_context
 from typing import Generic, TypeVar
 
 import torch
@@ -47,7 +48,8 @@ def map_in_threads(function: Callable[[_Item], _Result], items: Iterable[_Item])
     """Return `function(item)` for each item in order, computed in one thread for each core, and in at most `MOST`.
 
     Each call computes the same bits as alone, because torch uses one thread in it. Where torch may use several threads
-    (see `one_thread`), and inside another such call, the calls are made one after the other.
+    (see `one_thread`), inside another such call, and under autocast or another default device, the calls are made one
+    after the other.
 
     If calls fail, the error of the first of them in order is raised. Then, and after Ctrl-C, calls that have not begun
     are left out, and calls that have begun end at their next `check_stopped`.
@@ -61,17 +63,21 @@ def map_in_threads(function: Callable[[_Item], _Result], items: Iterable[_Item])
     """
     items = list(items)
     threads = min(count_cores(), MOST, len(items))
-    if threads < 2 or torch.get_num_threads() > 1 or hasattr(_here, "stopped"):
+    alone = torch.get_num_threads() > 1 or hasattr(_here, "stopped")
+    # New threads do not have these settings of the thread that calls.
+    alone = alone or torch.is_autocast_enabled("cpu") or torch.get_default_device().type != "cpu"
+    if threads < 2 or alone:
         return [function(item) for item in items]
     stopped = threading.Event()
 
     def begin() -> None:
+        torch.get_num_threads()  # the first call in a thread sets its number, which would undo the next line
         torch.set_num_threads(1)
         _here.stopped = stopped
 
     with ThreadPoolExecutor(threads, initializer=begin) as pool:
-        futures = [pool.submit(function, item) for item in items]
         try:
+            futures = [pool.submit(copy_context().run, function, item) for item in items]
             return [future.result() for future in futures]
         finally:
             stopped.set()
@@ -90,6 +96,8 @@ def check_stopped() -> None:
 
 class Kept(Generic[_Item, _Result]):
     """A function whose latest results are kept by name. Several threads that ask for the same one compute it once.
+
+    An error is raised in each thread that waits for the result, and is not kept.
 
     Args:
         function: the function of one argument.
@@ -118,17 +126,20 @@ class Kept(Generic[_Item, _Result]):
             try:
                 future.set_result(self._function(item))
             except BaseException as error:
+                with self._lock:
+                    self._known.pop(name, None)
                 future.set_exception(error)
+                raise
             self._forget()
-        return future.result()
+        try:
+            return future.result()
+        except CancelledError:  # another thread, which was to compute the result, was stopped
+            check_stopped()
+            return self(name, item)
 
     def _forget(self) -> None:
         with self._lock:
-            sizes = {
-                name: self._size(each.result())
-                for name, each in self._known.items()
-                if each.done() and each.exception() is None
-            }
+            sizes = {name: self._size(each.result()) for name, each in self._known.items() if each.done()}
             for name in list(sizes)[: max(0, len(sizes) - _LEAST)]:
                 if sum(sizes.values()) > self._room:
                     del self._known[name], sizes[name]

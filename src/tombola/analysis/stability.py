@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial, reduce
 from operator import and_
 
@@ -19,7 +18,7 @@ from tombola.errors import UserError, as_texts
 from tombola.pruning.mask import Mask
 from tombola.study.chains import Chain, select_chains
 from tombola.study.tickets import Tickets
-from tombola.threads import map_in_threads
+from tombola.threads import check_stopped, map_in_threads
 from tombola.training.weights import State
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
@@ -86,10 +85,16 @@ def _of_chain(
     chain: Chain, level: int, tickets: Tickets, masks: Mapping[Chain, Mask], shared: Mask, dense: State, rewind: State
 ) -> pl.DataFrame:
     """Return the table of `of_ticket` for the ticket of a chain."""
-    trained = (ticket.load_trained() for ticket in tickets.progress(chain).tickets[1 : level + 1])
+
+    def load() -> Iterator[State]:
+        yield dense
+        for ticket in tickets.progress(chain).tickets[1 : level + 1]:
+            check_stopped()
+            yield ticket.load_trained()
+
     initial = tickets.planner.initial(chain.seed).load()
     kept_dense = tickets.planner.kept_dense
-    return of_ticket(itertools.chain([dense], trained), rewind, initial, masks[chain], shared, kept_dense)
+    return of_ticket(load(), rewind, initial, masks[chain], shared, kept_dense)
 
 
 def of_ticket(
