@@ -6,6 +6,7 @@ Paul et al. (arXiv 2210.03044). This compares that level with the one at which t
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -61,29 +62,30 @@ def of_study(
         raise NothingStoredError(f"no level from 1 on is in {tickets.planner.store.root}")
     between = Lines(tickets.planner, points)
     others = repeats(tickets.study, importances)
-    places = []
-    for chain in chains:
+
+    def compare(chain: Chain) -> list[dict[str, Any]]:
         own = [ticket for ticket in tickets.progress(chain).tickets if _is_trained(ticket)]
         orders = [other for other in others if (other.seed, other.importance) == (chain.seed, chain.importance)]
-        places += [(chain, own, level, _at(tickets, orders, level)) for level in range(len(own))]
+        lines = []
+        for level, ticket in enumerate(own):
+            following = _barrier(ticket, own[level + 1], between) if level + 1 < len(own) else None
+            noise = [_barrier(ticket, other, between) for other in _at(tickets, orders, level)]
+            lines.append(
+                {
+                    "importance": chain.importance,
+                    "seed": chain.seed,
+                    "level": level,
+                    "density": ticket.mask.density,
+                    "next": following,
+                    "dense": _barrier(own[0], ticket, between) if level else None,
+                    "other_order": sum(noise) / len(noise) if noise else None,
+                    "connected": None if following is None else following <= tolerance,
+                }
+            )
+        return lines
 
-    def compare(place: tuple[Chain, list[Ticket], int, list[Ticket]]) -> dict[str, Any]:
-        chain, own, level, repeated = place
-        ticket = own[level]
-        following = _barrier(ticket, own[level + 1], between) if level + 1 < len(own) else None
-        noise = [_barrier(ticket, other, between) for other in repeated]
-        return {
-            "importance": chain.importance,
-            "seed": chain.seed,
-            "level": level,
-            "density": ticket.mask.density,
-            "next": following,
-            "dense": _barrier(own[0], ticket, between) if level else None,
-            "other_order": sum(noise) / len(noise) if noise else None,
-            "connected": None if following is None else following <= tolerance,
-        }
-
-    lines = map_in_threads(compare, places)
+    # Chains in turn in each thread: two levels of one chain need the same lines.
+    lines = list(itertools.chain.from_iterable(map_in_threads(compare, chains)))
     kinds: dict[str, Any] = {"importance": pl.String, "seed": pl.Int64, "level": pl.Int64, "connected": pl.Boolean}
     return pl.DataFrame(lines, {name: kinds.get(name, pl.Float64) for name in lines[0]})
 
