@@ -191,11 +191,11 @@ def section(name: str, tickets: Tickets, evidence: Evidence, found: Sequence[Cla
 def by_layer(evidence: Evidence) -> Iterator[str]:
     """Yield the table of the layers at the level of the claims: densities, overlap, and shared connections."""
     level, names = evidence.level, evidence.compared
-    yield f"\nEach layer at level {level}, in %, means over seeds: density; *overlap*, the share of a ticket that two"
-    yield "importances share (least to greatest), beside chance for masks of the same layer densities and the noise floor,"
-    yield "two data orders; Cliff's delta of shared against other connections, for the standard deviation (*sd*) and for"
-    yield "changes of sign (*flips*), where negative means more stable; and how much more often than by chance shared"
-    yield "connections survive a partial reinitialisation (*survive*, claim 6).\n"
+    yield f"\nEach layer at level {level}, in %, means over seeds. The columns of importances are densities. *Overlap* is the share of a"
+    yield "ticket that two importances share (least to greatest), *chance* that of random masks with the same layer densities, and"
+    yield "*noise floor* that of two data orders. *Sd* and *flips* are Cliff's delta of shared against other connections, for the"
+    yield "standard deviation and for changes of sign; below 0, shared connections are more stable. *Survive* says how much more"
+    yield "often than by chance shared connections survive a partial reinitialisation (claim 6).\n"
     yield f"| layer | connections | {' | '.join(names)} | overlap | chance | noise floor | sd | flips | survive |"
     yield f"|---|--:|{'--:|' * len(names)}---|--:|--:|--:|--:|--:|"
     pairs = evidence.overlap.filter(level=level, k=2)

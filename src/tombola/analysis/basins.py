@@ -84,7 +84,7 @@ def of_study(
             )
         return lines
 
-    # Chains in turn in each thread: two levels of one chain need the same lines.
+    # A thread computes a whole chain, because neighbouring levels of a chain need the same line.
     lines = list(itertools.chain.from_iterable(map_in_threads(compare, chains)))
     kinds: dict[str, Any] = {"importance": pl.String, "seed": pl.Int64, "level": pl.Int64, "connected": pl.Boolean}
     return pl.DataFrame(lines, {name: kinds.get(name, pl.Float64) for name in lines[0]})
