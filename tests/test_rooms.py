@@ -12,7 +12,8 @@ import tombola
 ROOT = Path(tombola.__file__).parent
 
 ROOMS = [
-    "errors", "terminal", "settings", "exits", "files", "inputs", "streams", "threads", "importance", "pruning",
+    "errors", "terminal", "settings", "exits", "files", "inputs", "streams", "cores", "threads",
+    "importance", "pruning",
     "interchange",
     "datasets",
     "models", "kernels", "own", "training", "lottery", "loops", "store", "study", "engine", "hooks", "analysis",

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tombola.cores import count_cores
 from tombola.datasets import decoder
 from tombola.datasets.cache import About, Fill, load_cached
 from tombola.datasets.dataset import Dataset
@@ -22,7 +23,6 @@ from tombola.datasets.files import require
 from tombola.datasets.progress import Bar
 from tombola.datasets.tree import Tree, open_tree, read_file, stamp
 from tombola.errors import UserError
-from tombola.threads import count_cores
 
 FEW = 500
 """So many images are decoded sooner by this process than others are started."""

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
 from tombola import kernels
+from tombola.cores import count_cores
 from tombola.engine.estimate import prior_speed, recorded_speed
 from tombola.engine.here import WorkersHere
 from tombola.engine.local import LocalWorkers
@@ -31,7 +32,7 @@ from tombola.study.schema import Task
 from tombola.study.task import resolve_importance, try_out
 from tombola.study.tickets import Tickets
 from tombola.study.trainings import Training
-from tombola.threads import count_cores, one_thread
+from tombola.threads import one_thread
 from tombola.training.replaceable import OwnLayersWarning
 from tombola.workbench import tables
 from tombola.workbench.progress import show_nothing, show_progress
