@@ -64,14 +64,44 @@ def test_what_was_freed_goes_back_to_the_system_at_the_end(glibc: ctypes.CDLL) -
     glibc.free(behind)
 
 
+class Calls(list[tuple[int, ...]]):
+    """What a C library that does nothing was asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.library = SimpleNamespace(mallopt=self._note, malloc_trim=self._note)
+
+    def _note(self, *call: int) -> None:
+        self.append(call)
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
+    """The calls of the C library."""
+    noted = Calls()
+    monkeypatch.setattr(memory, "_find_glibc", lambda: noted.library)
+    return noted
+
+
+BEGIN, END = [(-4, 0), (-1, -1)], [(-4, 65536), (-3, 2**25), (-1, 2**26), (0,)]
+
+
+def test_the_last_block_that_ends_gives_memory_back(calls: Calls) -> None:
+    first, second, later = keep_memory(), keep_memory(), keep_memory()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert calls == BEGIN
+    second.__exit__(None, None, None)
+    assert calls == BEGIN + END
+    with later:
+        assert calls == BEGIN + END + BEGIN
+    assert calls == 2 * (BEGIN + END)
+
+
 @pytest.mark.parametrize("label", [0, 2])
-def test_a_training_sets_the_thresholds_that_glibc_reaches_by_itself(
-    label: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_training_sets_the_thresholds_that_glibc_reaches_by_itself(label: int, calls: Calls) -> None:
     """Also if it fails: its second label is none of the two classes of its network."""
-    calls: list[tuple[int, ...]] = []
-    library = SimpleNamespace(mallopt=lambda *call: calls.append(call), malloc_trim=lambda *call: calls.append(call))
-    monkeypatch.setattr(memory, "_find_glibc", lambda: library)
     x, y = torch.ones(4, 3), torch.tensor([0, label, 0, 0])
     data, model = Dataset("four", x, y, x, y, ("a", "b", "c")), torch.nn.Sequential(torch.nn.Linear(3, 2))
     failed = False
@@ -80,7 +110,7 @@ def test_a_training_sets_the_thresholds_that_glibc_reaches_by_itself(
     except (IndexError, RuntimeError):
         failed = True
     assert failed == (label == 2)
-    assert calls == [(-4, 0), (-1, -1), (-4, 65536), (-3, 2**25), (-1, 2**26), (0,)]
+    assert calls == BEGIN + END
 
 
 @pytest.mark.parametrize("name", ["MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES"])

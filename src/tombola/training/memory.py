@@ -6,6 +6,7 @@ import ctypes
 import os
 import platform
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -23,9 +24,9 @@ def keep_memory() -> Iterator[None]:
     activations are allocated and freed in each iteration, and the system would set them to zero each time, page by
     page: a fourteenth of a step of VGG-16. After the block, free memory is given back to the system, and glibc's
     thresholds are those that it reaches by itself in a process that has freed such blocks, also if the process had set
-    others. The setting is that of the whole process: of several blocks at the same time, the first to end ends it for
-    all. This does nothing with another C library, or if the environment sets up the allocator (`MALLOC_...` or
-    `GLIBC_TUNABLES`).
+    others. The setting is that of the whole process: of several blocks at the same time, in other threads or inside one
+    another, the last to end ends it. This does nothing with another C library, or if the environment sets up the
+    allocator (`MALLOC_...` or `GLIBC_TUNABLES`).
 
     >>> with keep_memory():
     ...     print("an iteration")
@@ -35,15 +36,38 @@ def keep_memory() -> Iterator[None]:
     if glibc is None:
         yield
         return
-    glibc.mallopt(_MMAP_MAX, 0)
-    glibc.mallopt(_TRIM_THRESHOLD, -1)  # no threshold
+    _blocks.enter(glibc)
     try:
         yield
     finally:
-        glibc.mallopt(_MMAP_MAX, 65536)
-        glibc.mallopt(_MMAP_THRESHOLD, _LARGEST)
-        glibc.mallopt(_TRIM_THRESHOLD, 2 * _LARGEST)
-        glibc.malloc_trim(0)
+        _blocks.leave(glibc)
+
+
+class _Blocks:
+    """The blocks of this process that keep memory at the same time: the first begins it and the last ends it."""
+
+    def __init__(self) -> None:
+        self._count = 0
+        self._lock = threading.Lock()
+
+    def enter(self, glibc: Any) -> None:
+        with self._lock:
+            self._count += 1
+            if self._count == 1:
+                glibc.mallopt(_MMAP_MAX, 0)
+                glibc.mallopt(_TRIM_THRESHOLD, -1)  # no threshold
+
+    def leave(self, glibc: Any) -> None:
+        with self._lock:
+            self._count -= 1
+            if self._count == 0:
+                glibc.mallopt(_MMAP_MAX, 65536)
+                glibc.mallopt(_MMAP_THRESHOLD, _LARGEST)
+                glibc.mallopt(_TRIM_THRESHOLD, 2 * _LARGEST)
+                glibc.malloc_trim(0)
+
+
+_blocks = _Blocks()
 
 
 def _find_glibc() -> Any:
