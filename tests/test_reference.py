@@ -551,6 +551,12 @@ PAPER = "lenet-mnist, resnet20-cifar10, resnet18-tinyimagenet, vgg16-cifar10"
             f"the nearest is digits, with recipe.epochs 20 instead of 2, fraction 0.2 instead of 0.5; {FIELDS}",
         ),
         (
+            ["digits", "--reference", "--recipe.epochs", "2", "--recipe.lr", "3", "--recipe.batch_size", "4",
+             "--fraction", "0.5", "--prune", "1.weight"],
+            "the nearest is digits, with recipe.lr 0.1 instead of 3.0, recipe.batch_size 64 instead of 4, "
+            f"recipe.epochs 20 instead of 2, fraction 0.2 instead of 0.5 and 1 more; {FIELDS}",
+        ),
+        (
             ["digits", "--against", "reference", "--importances", "lamp", "--data-seeds"],
             "--against reference: no accuracy of digits is known for lamp; choose importances from "
             "magnitude, l1, l2, softmax, min_max",

@@ -6,7 +6,7 @@ import functools
 import os
 import sys
 import sysconfig
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from numbers import Integral, Number, Real
 from pathlib import Path
 from typing import Any
@@ -97,6 +97,16 @@ def shorten(text: str, most: int = 100) -> str:
     '0123 ...'
     """
     return text if len(text) <= most else f"{text[:most]} ..."
+
+
+def list_first(texts: Sequence[str], most: int = 3) -> str:
+    """Return the first texts of several, and how many others there are.
+
+    >>> list_first(["a", "b", "c", "d"], 2)
+    'a, b and 2 more'
+    """
+    more = len(texts) - most
+    return ", ".join(texts[:most]) + (f" and {more} more" if more > 0 else "")
 
 
 def short(value: object, most: int = 100) -> str:

@@ -25,7 +25,7 @@ from scipy import special
 from tombola.analysis.accuracy import Row, of_test_accuracy, row_of, rows, summarise
 from tombola.engine.machine import count_kinds
 from tombola.engine.run import count_remaining
-from tombola.errors import NothingStoredError, UserError, describe_exception
+from tombola.errors import NothingStoredError, UserError, describe_exception, list_first
 from tombola.files import read_regular
 from tombola.store.documents import LARGEST, parse_json
 from tombola.store.names import name_of
@@ -49,6 +49,7 @@ DECISIVE = ("task", "recipe", "fraction", "prune", "exclude", "keep_dense")
 WITHIN, DIFFERS = "within", "differs"
 """The verdicts."""
 
+_MOST_NAMED = 4  # of the fields in which studies differ
 _PAPER_SEEDS = 3
 _PAPER_HASH = "523ff7e7e362759faa8bff86e79eb96eadd9722225e404c9e81224ab47039e31"
 """The hash of the lines of `paper.csv`, so that a file that was changed is refused."""
@@ -113,8 +114,8 @@ def _select(whose: str, known: Sequence[Reference], study: Study) -> Reference:
     if fewest:
         raise UserError(
             f"{whose} has no results of this study, only of {', '.join(one.preset for one in known)}; the nearest is "
-            f"{nearest.preset}, with {', '.join(fewest)}; make the study's {', '.join(DECISIVE[:-1])} and "
-            f"{DECISIVE[-1]} equal to those of one of them"
+            f"{nearest.preset}, with {list_first(fewest, _MOST_NAMED)}; make the study's "
+            f"{', '.join(DECISIVE[:-1])} and {DECISIVE[-1]} equal to those of one of them"
         )
     return nearest
 

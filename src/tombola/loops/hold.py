@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.weak import WeakIdKeyDictionary
 
-from tombola.errors import UserError, expect
+from tombola.errors import UserError, expect, list_first
 from tombola.loops.shards import check_equal_masks, is_sharded, own_part, pruned_part
 from tombola.pruning.fit import find_weights, match_names
 from tombola.pruning.mask import Mask
@@ -277,7 +277,7 @@ def _check_optimizers(optimizers: list[Optimizer], weights: dict[str, nn.Paramet
     held = _list_parameters(optimizers)
     missing = [name for name, weight in weights.items() if weight.requires_grad and id(weight) not in held]
     if missing:
-        names = ", ".join(map(repr, missing[:3])) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
+        names = list_first(list(map(repr, missing)))
         raise UserError(
             f"the optimizer does not have the model's weights {names}; make it from the parameters of this model, "
             "after the model was wrapped or moved, or name all optimizers that train it"

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from tombola.errors import list_first
 from tombola.pruning.eligible import DEFAULT, list_frozen, list_names, prunable
 from tombola.pruning.mask import Mask
 
@@ -56,8 +57,7 @@ class Part:
         """
         sizes = self.sizes
         names = [" = ".join(names) for names in sorted(sizes, key=lambda names: -sizes[names])]
-        more = len(names) - most
-        return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")
+        return list_first(names, most)
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ import polars as pl
 
 from tombola.analysis.winners import FLATTERS
 from tombola.engine.machine import count_kinds, describe_kinds
+from tombola.errors import list_first
 from tombola.reporting import tables
 from tombola.reporting.contents import Contents
 from tombola.reporting.tables import NOISE, TWO
@@ -225,8 +226,7 @@ def collapse(contents: Contents) -> Finding | None:
     parts = []
     for name in names:
         ordered = sorted(first[name].items(), key=lambda item: item[1])
-        listed = ", ".join(f"{layer} from level {level}" for layer, level in ordered[:3])
-        parts.append(f"{name}: {listed}" + (f" and {len(ordered) - 3} more" if len(ordered) > 3 else ""))
+        parts.append(f"{name}: {list_first([f'{layer} from level {level}' for layer, level in ordered])}")
     collapsed = {layer for layers in first.values() for layer in layers}
     without = [name for name in contents.study.importances if name not in first]
     text = "Layers that have lost all their connections in at least one seed. " + "; ".join(parts) + "."
