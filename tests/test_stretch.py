@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -12,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from tombola import Dataset, Mask, Recipe, kernels, train
 from tombola.datasets.drawn import Drawn
@@ -430,6 +433,29 @@ def test_a_weight_that_is_elsewhere_by_now_is_refused(change: str) -> None:
         weight.set_(torch.zeros(3, 4))
     with pytest.raises(ValueError, match="weight"):
         made.run(torch.arange(2), [0.1], 1.0)
+
+
+class Operands(TorchDispatchMode):
+    """References to the tensors that operators of PyTorch get."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.all: list[weakref.ref[Tensor]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.all += [weakref.ref(each) for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)]
+        return func(*args, **kwargs or {})
+
+
+@needs_operators
+@pytest.mark.parametrize("fails", [False, True])
+def test_operators_free_their_arguments_also_if_they_fail(*, fails: bool) -> None:
+    made = make(labels=torch.full((22,), 7 if fails else 0))
+    with Operands() as operands, pytest.raises(RuntimeError) if fails else nullcontext():
+        made.run(torch.arange(2), [0.1], 1.0)
+    assert len(operands.all) >= 6
+    del made
+    assert [each() for each in operands.all if each() is not None] == []
 
 
 @needs_operators

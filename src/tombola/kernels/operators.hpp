@@ -140,7 +140,8 @@ inline Value optional(Value value) {
 }
 
 // Call the operator, which writes to `outputs` of its arguments and returns these again. The arguments are those of the
-// schema, all of them: `tombola.kernels.stretch` compares the schemas.
+// schema, all of them: `tombola.kernels.stretch` compares the schemas. An operator that fails has freed its arguments,
+// too, because PyTorch takes all of them over before it calls the operator.
 template <class... Arguments>
 void call(const char* name, const char* overload, int outputs, const Arguments&... arguments) {
     constexpr uint64_t version = uint64_t(2) << 56 | uint64_t(13) << 48;  // for which the calls are written
