@@ -706,6 +706,22 @@ def test_a_function_that_trains_a_network_leaves_it_packed(network: nn.Module, c
     assert losses[0] == losses[1]
 
 
+class Calling(Shift):
+    """A function that calls another network, whose recorder is a different one."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, network: Callable[[Tensor], Tensor]) -> Tensor:  # type: ignore[override]
+        with torch.enable_grad():
+            return Packing(Memory()).record(network, x).detach()  # type: ignore[no-any-return]
+
+
+def test_a_network_that_a_function_calls_does_not_hide_the_function() -> None:
+    """Its outputs would be taken for ones without a gradient."""
+    _, sparse = sparse_of(Own(lambda model, y: Calling.apply(y, lambda x: x * 2)))
+    with pytest.raises(RuntimeError, match=r"a torch.autograd.Function of the network's own reads a tensor"):
+        Packing(Memory()).record(sparse, torch.randn(6, 2, 5, 5))
+
+
 def double(x: Tensor) -> Tensor:
     return x * 2
 
@@ -738,6 +754,38 @@ def asks_for_a_gradient(model: Any, y: Tensor) -> Tensor:
 @pytest.mark.parametrize("code", [keeps_gradient, asks_for_a_gradient])
 def test_networks_that_want_gradients_between_layers_are_not_packed(code: Callable[[Any, Tensor], Tensor]) -> None:
     assert not packed.can_pack(Own(code))
+
+
+def copies_statistics(model: Any, y: Tensor) -> Tensor:
+    model.seen = [buffer.clone() for buffer in model.buffers()]
+    return y
+
+
+def copies_itself(model: Any, y: Tensor) -> Tensor:
+    model.seen = copy.deepcopy(model.bn)
+    return y
+
+
+def decays_weights(model: Any, y: Tensor) -> Tensor:
+    for weight in model.parameters():
+        weight.data.mul_(0.5)
+    return y
+
+
+@pytest.mark.parametrize("code", [copies_statistics, copies_itself, decays_weights])
+def test_networks_whose_code_computes_with_their_own_tensors_are_not_packed(
+    code: Callable[[Any, Tensor], Tensor],
+) -> None:
+    """Running statistics that a copy of them lacks, for example, would be those of the step before."""
+    assert not packed.can_pack(Own(code))
+
+
+def test_networks_whose_code_asks_for_properties_of_their_own_tensors_are_packed() -> None:
+    def makes(model: nn.Module, y: Tensor) -> Tensor:
+        weight = next(model.parameters())
+        return y * float(torch.ones((), dtype=weight.dtype, device=weight.device)) if weight.requires_grad else y
+
+    assert packed.can_pack(Own(makes))
 
 
 def test_networks_that_return_a_class_of_their_own_are_not_packed() -> None:
@@ -912,6 +960,21 @@ def test_without_gradients_layers_compute_at_once(network: nn.Module, computed: 
         close(run(sparse, x), exact(x.double()))
     assert not computed
     close(sparse.get_buffer("1.running_var"), exact.get_buffer("1.running_var"))
+
+
+def test_an_input_that_wants_a_gradient_from_then_on(network: nn.Module) -> None:
+    _, sparse = sparse_of(network)
+    conv = sparse[0]  # type: ignore[index]
+
+    def gradient(packing: Packing | None) -> Tensor | None:
+        x = torch.ones(4, 2, 7, 7)
+        with record(packing):
+            before = conv(x)
+            y = before + conv(x.requires_grad_())
+        torch.autograd.backward(packed.compute(y).sum())
+        return x.grad
+
+    close(gradient(Packing(Memory())), gradient(None))
 
 
 @pytest.mark.parametrize("changed", ["input", "weight"])

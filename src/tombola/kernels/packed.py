@@ -26,7 +26,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
-from torch.utils._pytree import tree_map
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves, tree_map
 
 from tombola.kernels import layers, recording
 from tombola.kernels.layers import STATISTICS, can_compute, empty, is_plain, is_readable
@@ -156,7 +157,7 @@ class Segment:
         self.needs: list[bool] = []
         self.results: list[weakref.ref[Packed]] = []
         self._positions: dict[tuple[int, bool], int] = {}
-        self._sources: dict[int, Value] = {}
+        self._sources: dict[tuple[int, bool], Value] = {}
         self._operations: list[Operation] = []
         self._buffers: dict[Value, Buffer] = {}
         self._statistics: dict[Value, Tensor] = {}
@@ -183,16 +184,17 @@ class Segment:
 
     def knows(self, x: Tensor) -> bool:
         """Return whether a tensor is a source."""
-        return id(x) in self._sources
+        return (id(x), x.requires_grad) in self._sources
 
     def source(self, x: Tensor) -> Value:
         """Return the value of a tensor that is no result of this segment."""
-        if id(x) not in self._sources:
+        key = id(x), x.requires_grad
+        if key not in self._sources:
             batch, channels, height, width = x.shape
             value = Value((batch, channels, height, width), "source", tensors=(self.tensor(x),))
-            self._sources[id(x)] = value
+            self._sources[key] = value
             self.values.append(value)
-        return self._sources[id(x)]
+        return self._sources[key]
 
     def check(self, positions: Iterable[int]) -> None:
         """Raise `RuntimeError` if one of these tensors was changed in place since it was recorded."""
@@ -790,21 +792,39 @@ class _Tracer(fx.Tracer):
         return super().create_node(*args, **kwargs)
 
 
+class _OwnTensors(TorchFunctionMode):
+    """Refuses operations on the parameters and buffers of a network, whose layers may not have been computed yet."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self._own = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func not in _PROPERTIES and any(id(each) in self._own for each in tree_leaves((args, kwargs))):
+            raise RuntimeError("an operation on a parameter or a buffer")
+        return func(*args, **kwargs or {})
+
+
+_PROPERTIES = {*_DESCRIPTIONS, Tensor.__hash__, vars(torch._C.TensorBase)["requires_grad"].__get__}
+
+
 def can_pack(model: nn.Module) -> bool:
     """Return whether outputs of a network's sparse convolutions may be recorded, see `Packing`.
 
     All networks of PyTorch's own modules without hooks may be. One with modules of the user must be one that `torch.fx`
     can trace, with gradients throughout, and whose graph consists of PyTorch's modules, of parameters and of the
-    functions in `_KNOWN`: others could read or change a tensor unnoticed, or ask for gradients in between. No
-    output may be recorded with a torch that does not say whether code watches what autograd saves.
+    functions in `_KNOWN`: others could read or change a tensor unnoticed, or ask for gradients in between. Its own code
+    may not compute with parameters and buffers beside the graph: it could copy running statistics, for example, before
+    they are updated. No output may be recorded with a torch that does not say whether code watches what autograd saves.
     """
     if _top_hooks is None or not all(map(is_plain, model.modules())):
         return False
     if all(type(module).__module__.startswith(("torch.nn.", "tombola.")) for module in model.modules()):
         return True
     try:
-        with torch.random.fork_rng(devices=[]), torch.enable_grad():
-            graph = _Tracer().trace(copy.deepcopy(model))
+        copied = copy.deepcopy(model)
+        with torch.random.fork_rng(devices=[]), torch.enable_grad(), _OwnTensors(copied):
+            graph = _Tracer().trace(copied)
     except Exception:  # code of the user may fail in any way when it gets a symbol for a tensor
         return False
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
