@@ -34,6 +34,7 @@ OTHER = "22 1 8:1 / / rw,relatime - ext4 /dev/sda1 rw,errors=remount-ro"
         ([CPU.format(root="/docker/x")], ["4:cpu,cpuacct:/docker/x/a"], {"cpu,cpuacct/a": (200000, 100000)}, 2),
         ([CPU.format(root="/docker/x")], ["4:cpu,cpuacct:/"], {"cpu,cpuacct": (200000, 100000)}, 2),
         ([MEMORY], ["5:memory:/"], {"memory": (200000, 100000)}, 8),
+        ([UNIFIED, MEMORY], ["4:cpu:/a"], {"a/cpu.max": "3 1", "memory/a": (3, 1)}, 8),
         ([UNIFIED, CPU.format(root="/")], ["4:cpu:/a", "0::/b"], {"cpu,cpuacct/a": (4, 1), "b/cpu.max": "3 1"}, 3),
     ],
 )

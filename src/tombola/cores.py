@@ -30,11 +30,8 @@ def _list_quotas() -> Iterator[float]:
     mounts, groups = (_read(_ROOT / "proc/self" / name).splitlines() for name in ("mountinfo", "cgroup"))
     for root, folder, kind, options in (found.groups() for found in map(_MOUNT.fullmatch, mounts) if found):
         for controllers, path in (found.groups() for found in map(_GROUP.fullmatch, groups) if found):
-            if (
-                controllers == ""
-                if kind == "cgroup2"
-                else "cpu" in set(controllers.split(",")) & set(options.split(","))
-            ):
+            unified = kind == "cgroup2" and not controllers
+            if unified or "cpu" in set(controllers.split(",")) & set(options.split(",")):
                 group = PurePosixPath(path)
                 inside = group.relative_to(root).parts if group.is_relative_to(root) else ()
                 for depth in range(len(inside) + 1):
