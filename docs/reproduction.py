@@ -104,7 +104,7 @@ def describe(system: str, store: Path, data: Path | None) -> dict[str, Any] | No
 
 def page(kept: dict[str, Any]) -> str:
     """Return the page of what is kept of each system: the presets in their order, then the others by name."""
-    names = [*(name for name in SYSTEMS if name in kept), *(name for name in kept if name not in SYSTEMS)]
+    names = [*(name for name in SYSTEMS if name in kept), *sorted(set(kept) - set(SYSTEMS))]
     about = {name: kept[name] for name in names}
     missing = [name for name in SYSTEMS if name not in kept]
     sections = [line for each in about.values() for line in [*each["section"], ""]]
@@ -284,9 +284,10 @@ def _hash_file(system: str) -> str | None:
 
 
 def _without_folders(system: str) -> str:
-    """Return a system without the folders of the machine on which it ran."""
-    parts = iter(shlex.split(system)[1:])
-    kept = [_name(system)]
+    """Return a system without the folders of the machine on which it ran; a relative path of a TOML file is kept."""
+    file, *rest = shlex.split(system)
+    parts = iter(rest)
+    kept = [_name(system) if Path(file).is_absolute() else file]
     for part in parts:
         option, _, value = part.partition("=")
         if option not in ("--data", "--store"):

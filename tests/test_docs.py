@@ -261,6 +261,7 @@ class Reader:
         verb, *words = arguments
         for name in words if verb != "init" else ():
             if name.endswith(".toml") and not Path(name).exists():
+                Path(name).parent.mkdir(parents=True, exist_ok=True)
                 Path(name).write_text(self.describe(name))
                 self.to_run.add(name)
         studies = self.to_run.intersection(words)
@@ -275,7 +276,9 @@ class Reader:
             Path(name).write_text(shrink(Path(name).read_text()))
 
     def describe(self, name: str) -> str:
-        """Return the study of a file that a page describes in words."""
+        """Return the study of a file of the project, or of one that a page describes in words."""
+        if (ROOT / name).is_file():
+            return shrink((ROOT / name).read_text())
         if name == "adam.toml":
             own = Path("small-resnet20.toml").read_text().replace("momentum = 0.9\n", "")
             return own.replace('"sgd"', '"adam"').replace("lr = 0.1", "lr = 0.003")
@@ -469,6 +472,7 @@ def test_the_reproduction_is_made_of_what_is_kept_and_a_run_replaces_its_own_par
     assert reproduction.main([store, shlex.join([str(own), *STUDY[1:]])]) == 0
     assert f"## own.toml\n\n    tombola run own.toml {shlex.join(STUDY[1:])}\n" in capsys.readouterr().out
     assert [path.name for path in own.parent.iterdir()] == ["own.toml"], "kept beside the others, not beside the file"
+    assert reproduction._without_folders("docs/own.toml --data=here --levels 2") == "docs/own.toml --levels 2"
     with pytest.raises(SystemExit):
         reproduction.main([store, str(own), "another/own.toml"])
     assert "two systems are named own.toml" in capsys.readouterr().err
