@@ -222,7 +222,7 @@ def _mann_whitney(first: Numbers, second: Numbers) -> tuple[float, float]:
     if first.dtype == np.float64:
         if math.isnan(first[-1]) or math.isnan(second[-1]):
             return math.nan, 1.0
-        u = float(np.searchsorted(second, first, "left").sum() + np.searchsorted(second, first, "right").sum()) / 2
+        u = _count_above(first, second) if n1 < n2 else n1 * n2 - _count_above(second, first)
         both = np.sort(np.concatenate([first, second]), kind="stable")  # a merge
         begins = np.flatnonzero(np.concatenate([[True], both[1:] != both[:-1], [True]]))
         ties = np.diff(begins).astype(np.float64)
@@ -237,6 +237,18 @@ def _mann_whitney(first: Numbers, second: Numbers) -> tuple[float, float]:
     spread = math.sqrt(n1 * n2 / 12 * (n + 1 - float((ties**3 - ties).sum()) / (n * (n - 1))))
     z = (max(u, n1 * n2 - u) - n1 * n2 / 2 - 0.5) / spread
     return u, min(1.0, 2 * float(scipy.special.ndtr(-z)))
+
+
+def _count_above(few: Numbers, many: Numbers) -> float:
+    """Return in how many pairs the value of the first group is above that of the second; equal values count half.
+
+    Args:
+        few, many: sorted numbers. Each of the first group is looked up in the second, so the first should be smaller.
+    """
+    below = np.searchsorted(many, few)
+    tied = many.take(below, mode="clip") == few
+    equal = np.searchsorted(many, few[tied], "right") - below[tied]
+    return float(below.sum() + equal.sum() / 2)
 
 
 def _take(weights: Tensor, places: npt.NDArray[np.intp]) -> Values:
