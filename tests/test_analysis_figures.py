@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from tombola import Dataset, Mask, UserError, load_study
 from tombola.analysis import connectivity, functions, gather, reinit, stability, weights, winners
 from tombola.analysis.accuracy import Row
-from tombola.analysis.values import value_at, value_at_density
+from tombola.analysis.values import quantile_of_sorted, value_at, value_at_density
 from tombola.importance import l1, random
 from tombola.study.chains import Chain
 
@@ -115,7 +115,7 @@ def test_numbers_that_are_all_equal_and_numbers_that_are_none_say_nothing() -> N
     size = 330_740  # of which rounding makes the variance of equal ranks less than 0
     zeros = np.zeros(size, np.int64)
     assert stability._mann_whitney(zeros[: size // 3], zeros[size // 3 :])[1] == 1
-    assert math.isnan(stability._quantile(np.array([1.0, 2.0, math.nan]), 0.25))
+    assert math.isnan(quantile_of_sorted(np.array([1.0, 2.0, math.nan]), 0.25))
 
 
 def test_stability_where_everything_or_nothing_is_shared() -> None:

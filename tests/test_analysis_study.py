@@ -346,8 +346,9 @@ def test_connectivity_and_layers_do_nothing_twice(planner: Planner, monkeypatch:
         similarity.of_study,
         partial(stability.of_study, levels=[2, 3]),
         layers.of_study,
+        partial(weights.of_study, levels=[2, 3]),
     ],
-    ids=["functions", "connectivity", "basins", "similarity", "stability", "layers"],
+    ids=["functions", "connectivity", "basins", "similarity", "stability", "layers", "weights"],
 )
 def test_the_number_of_threads_changes_no_table(
     of_study: Callable[[Tickets], pl.DataFrame], planner: Planner, monkeypatch: pytest.MonkeyPatch

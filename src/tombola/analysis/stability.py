@@ -14,6 +14,7 @@ import scipy  # loads scipy.stats when it is first used
 from torch import Tensor
 
 from tombola.analysis.gather import ALL, after, by_level, last_level
+from tombola.analysis.values import quantile_of_sorted
 from tombola.errors import UserError, as_texts
 from tombola.pruning.mask import Mask
 from tombola.study.chains import Chain, select_chains
@@ -189,22 +190,12 @@ def _compare(shared: Numbers, other: Numbers) -> dict[str, float | None]:
     for name, group in groups.items():
         line[f"{name}_mean"] = float(group.mean()) if len(group) else None
         group.sort()
-        line |= {f"{name}_q{100 * q:02.0f}": _quantile(group, q) if len(group) else None for q in QUANTILES}
+        line |= {f"{name}_q{100 * q:02.0f}": quantile_of_sorted(group, q) if len(group) else None for q in QUANTILES}
     effect = p = None
     if all(len(group) for group in groups.values()):
         statistic, p = _mann_whitney(*groups.values())
         effect = float(2 * statistic / (len(groups["shared"]) * len(groups["other"])) - 1)
     return line | {"effect": effect, "p": p}
-
-
-def _quantile(ordered: Numbers, q: float) -> float:
-    """Return a quantile of sorted numbers with the bits of `numpy.quantile`, which would sort them again."""
-    if math.isnan(ordered[-1]):  # where sorting puts it
-        return math.nan
-    place = q * (len(ordered) - 1)
-    part, below = math.modf(place)
-    low, high = float(ordered[int(below)]), float(ordered[math.ceil(place)])
-    return low + (high - low) * part if part < 0.5 else high - (high - low) * (1 - part)
 
 
 def _mann_whitney(first: Numbers, second: Numbers) -> tuple[float, float]:
