@@ -28,6 +28,7 @@ from tombola.analysis import (
     connectivity,
     functions,
     layers,
+    matching,
     overlap,
     reinit,
     similarity,
@@ -347,8 +348,9 @@ def test_connectivity_and_layers_do_nothing_twice(planner: Planner, monkeypatch:
         partial(stability.of_study, levels=[2, 3]),
         layers.of_study,
         partial(weights.of_study, levels=[2, 3]),
+        partial(matching.of_study, importances=["l1", "min_max"], by="activations", draws=1),
     ],
-    ids=["functions", "connectivity", "basins", "similarity", "stability", "layers", "weights"],
+    ids=["functions", "connectivity", "basins", "similarity", "stability", "layers", "weights", "matching"],
 )
 def test_the_number_of_threads_changes_no_table(
     of_study: Callable[[Tickets], pl.DataFrame], planner: Planner, monkeypatch: pytest.MonkeyPatch
