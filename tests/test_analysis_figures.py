@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import itertools
 import math
+import threading
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import polars as pl
@@ -17,12 +18,14 @@ from hypothesis import strategies as st
 from sklearn.metrics import cohen_kappa_score
 from torch import Tensor, nn
 
+from processes import LONG
 from tombola import Dataset, Mask, UserError, load_study
 from tombola.analysis import connectivity, functions, gather, reinit, stability, weights, winners
 from tombola.analysis.accuracy import Row
 from tombola.analysis.values import quantile_of_sorted, value_at, value_at_density
 from tombola.importance import l1, random
 from tombola.study.chains import Chain
+from tombola.training.weights import State, Weights
 
 
 def mask(**layers: str) -> Mask:
@@ -272,6 +275,28 @@ def test_a_line_is_summed_up_by_its_ends_its_highest_point_and_its_barrier() -> 
     where = {"level": 1, "seed": 0, "kind": "importances", "tickets": [["a", "b"]] * 3}
     table = pl.DataFrame({**where, "alpha": [0.0, 0.5, 1.0], "error": [0.1, 0.4, 0.2], "barrier": 0.25})
     assert connectivity.summarise(table).rows() == [(1, 0, "importances", ["a", "b"], 0.1, 0.2, 0.4, 0.25)]
+
+
+def test_a_line_begins_with_the_end_that_no_other_thread_evaluates(monkeypatch: pytest.MonkeyPatch) -> None:
+    begun, other = threading.Event(), threading.Event()
+
+    def measure(state: State) -> tuple[float, None]:
+        if state["w"] > 0:
+            other.set()
+        else:
+            begun.set()
+            assert other.wait(LONG)
+        return 0.0, None
+
+    monkeypatch.setattr(connectivity, "build_measure", lambda planner: measure)
+    held = [Weights.of({"w": torch.tensor(float(number))}) for number in range(3)]
+    dense, one, two = (cast("Any", SimpleNamespace(trained=SimpleNamespace(weights=each))) for each in held)
+    line = connectivity.Lines(cast("Any", None), points=2)
+    thread = threading.Thread(target=line, args=(dense, one))
+    thread.start()
+    assert begun.wait(LONG)
+    assert len(line(dense, two)) == 2  # waiting for the dense network first would end neither of the two lines
+    thread.join(LONG)
 
 
 def test_no_barrier_where_the_error_falls_on_the_way() -> None:

@@ -100,9 +100,13 @@ class Lines:
         return self._lines((one.hash, other.hash), (one, other))
 
     def _compute(self, pair: tuple[Weights, Weights]) -> pl.DataFrame:
-        first, second = (self._states(weights.hash, weights) for weights in pair)
-        ends = [self._ends(weights.hash, state) for weights, state in zip(pair, (first, second), strict=True)]
-        return along_line(first, second, self._measure, self._points, ends)
+        states, ends = dict[str, State](), dict[str, tuple[float, float | None]]()
+        # An end that another thread is evaluating comes last, so that this thread does not wait in the meantime.
+        for weights in sorted(pair, key=lambda weights: weights.hash in self._ends):
+            states[weights.hash] = self._states(weights.hash, weights)
+            ends[weights.hash] = self._ends(weights.hash, states[weights.hash])
+        first, second = (weights.hash for weights in pair)
+        return along_line(states[first], states[second], self._measure, self._points, [ends[first], ends[second]])
 
 
 def along_line(
