@@ -27,6 +27,7 @@ from tombola.analysis import (
     claims,
     connectivity,
     functions,
+    initial,
     layers,
     matching,
     overlap,
@@ -366,6 +367,22 @@ def test_the_number_of_threads_changes_no_table(
         tables.append(of_study(Tickets(planner)))
         assert (len(used - {threading.get_ident()}) > 0) == (cores > 1)
     assert tables[0].equals(tables[1])
+
+
+@pytest.mark.parametrize(
+    ("levels", "message"),
+    [
+        (3, r"levels: expected several, such as \[3\], got 3"),
+        ([True], "level: expected a whole number, got True"),
+        ([], "levels: expected one or more, got none"),
+    ],
+)
+@pytest.mark.parametrize(
+    "module", [connectivity, functions, initial, layers, matching, overlap, similarity, stability, weights]
+)
+def test_levels_that_are_none_are_refused(module: Any, levels: Any, message: str, planner: Planner) -> None:
+    with pytest.raises(UserError, match=message):
+        module.of_study(Tickets(planner), levels=levels)
 
 
 # reinit

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tombola.analysis.defaults import POINTS
-from tombola.analysis.gather import after, groups, last_level
+from tombola.analysis.gather import after, choose_levels, groups
 from tombola.analysis.networks import Networks
 from tombola.datasets.dataset import Dataset
 from tombola.errors import NothingStoredError, UserError
@@ -59,7 +59,7 @@ def of_study(
         UserError: if importances or levels are not in the study.
         NothingStoredError: if they are not stored yet.
     """
-    wanted = set(levels) if levels is not None else {last_level(tickets, select_chains(tickets.study, importances))}
+    wanted = choose_levels(tickets, select_chains(tickets.study, importances), levels)
     line = Lines(tickets.planner, points)
     tables = []
     for group in groups(tickets, importances, wanted):

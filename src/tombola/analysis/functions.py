@@ -12,7 +12,7 @@ import polars as pl
 import torch
 from torch import Tensor
 
-from tombola.analysis.gather import DATA_ORDER, IMPORTANCES, SEEDS, after, groups, last_level
+from tombola.analysis.gather import DATA_ORDER, IMPORTANCES, SEEDS, after, choose_levels, groups
 from tombola.analysis.networks import Networks
 from tombola.errors import UserError
 from tombola.lottery.ticket import Ticket
@@ -50,11 +50,11 @@ def of_study(
         UserError: if importances or levels are not in the study.
         NothingStoredError: if they are not stored yet.
     """
-    wanted = set(levels) if levels is not None else {last_level(tickets, select_chains(tickets.study, importances))}
+    wanted = choose_levels(tickets, select_chains(tickets.study, importances), levels)
     ask = _Outputs(tickets.planner)
     dense: dict[str, Ticket] = {}
     tables = []
-    for group in groups(tickets, importances, wanted | {0}):
+    for group in groups(tickets, importances, {0, *wanted}):
         if group.level == 0 and group.kind == IMPORTANCES:
             dense[f"seed {group.seed}"] = next(iter(group.tickets.values()))
         if group.level in wanted or group.kind == DATA_ORDER:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from tombola.analysis import overlap
 from tombola.analysis.defaults import DRAWS
-from tombola.analysis.gather import ALL, NO_PAIRS, PRUNABLE, SEEDS, after, last_level, pairs
+from tombola.analysis.gather import ALL, NO_PAIRS, PRUNABLE, SEEDS, after, choose_levels, pairs
 from tombola.analysis.networks import Copies
 from tombola.analysis.units import Axis, Orders, Units, find_units
 from tombola.errors import UserError, did_you_mean
@@ -83,8 +83,7 @@ def of_study(
     if draws < 1:
         raise UserError(f"draws: expected 1 or more, got {draws}")
     chains = select_chains(tickets.study, importances)
-    wanted = sorted(set(levels)) if levels is not None else [last_level(tickets, chains)]
-    tickets.require(wanted, chains)
+    wanted = choose_levels(tickets, chains, levels)
     network = _Network(tickets.planner)
 
     def compare(found: tuple[dict[str, Any], tuple[Ticket, Ticket]]) -> pl.DataFrame:

@@ -13,7 +13,7 @@ import polars as pl
 import scipy  # loads scipy.stats when it is first used
 from torch import Tensor
 
-from tombola.analysis.gather import ALL, after, by_level, last_level
+from tombola.analysis.gather import ALL, after, by_level, choose_levels
 from tombola.analysis.values import quantile_of_sorted
 from tombola.errors import UserError, as_texts
 from tombola.pruning.mask import Mask
@@ -51,9 +51,7 @@ def of_study(
         UserError: if importances, levels or layers are not in the study, or not stored.
     """
     chains = select_chains(tickets.study, importances, at_least=2)
-    if levels is not None:
-        tickets.require(levels, chains)
-    wanted = sorted(levels) if levels is not None else [last_level(tickets, chains)]
+    wanted = choose_levels(tickets, chains, levels)
     if wanted[0] < 1:
         raise UserError("stability: it compares levels, so it needs a level from 1 on")
     layers = None if layers is None else as_texts(layers, "layers", "names of layers")

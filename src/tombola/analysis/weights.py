@@ -8,7 +8,7 @@ import numpy as np
 import polars as pl
 import torch
 
-from tombola.analysis.gather import after, by_level, last_level
+from tombola.analysis.gather import after, by_level, choose_levels
 from tombola.analysis.values import quantile_of_sorted
 from tombola.importance import Importance, NetworkScore, Normalisation, Survivors, as_importance
 from tombola.lottery.rule import pruning_seed
@@ -46,7 +46,7 @@ def of_study(
         NothingStoredError: if they are not stored yet.
     """
     chains = select_chains(tickets.study, importances)
-    wanted = sorted(levels) if levels is not None else [last_level(tickets, chains)]
+    wanted = choose_levels(tickets, chains, levels)
     tables = []
     for level, at_level in by_level(tickets, chains, wanted):
         found = map_in_threads(lambda item: _of_ticket(tickets, *item), at_level.items())
