@@ -255,6 +255,16 @@ def test_outputs_of_different_shapes_are_refused() -> None:
         functions.of_outputs({"a": torch.zeros(2, 3), "b": torch.zeros(2, 4)}, torch.zeros(2))
 
 
+def test_outputs_that_are_no_numbers_predict_no_class() -> None:
+    labels = torch.tensor([0, 1, 0])
+    one, other = torch.eye(2)[labels], torch.full((3, 2), math.nan)
+    found = functions.of_outputs({"one": one, "other": other, "third": other}, labels)
+    assert (
+        found["agreement"].to_list() == found["expected"].to_list() == found["ensemble_accuracy"].to_list() == [0.0] * 4
+    )
+    assert found["accuracy"].to_list() == [0.5, 0.5, 0.0, pytest.approx(1 / 3)]
+
+
 # connectivity
 
 

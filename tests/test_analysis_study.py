@@ -602,9 +602,13 @@ def test_claims_of_a_study(folder: Path, capsys: pytest.CaptureFixture[str], mon
     assert "no level from 1 on is in" in capsys.readouterr().err
 
 
-def test_claims_about_tickets_that_diverged(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    diverging = open_planner(folder, str(tmp_path / "store"), **{"recipe.lr": 1e30, "seeds": [0], "data_seeds": []})
+def test_claims_and_matching_of_tickets_that_diverged(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    diverging = open_planner(folder, str(tmp_path / "store"), **{"recipe.lr": 1e30, "seeds": [0], "data_seeds": [100]})
     finish(diverging)
-    arguments = [str(folder / "study.toml"), "--store", str(tmp_path / "store"), "--seeds", "0", "--data-seeds"]
+    arguments = [str(folder / "study.toml"), "--store", str(tmp_path / "store"), "--seeds", "0"]
     assert main(["claims", *arguments, "--recipe.lr", "1e30"]) == 2
     assert capsys.readouterr().err == ("tombola: nothing can be compared: magnitude, seed 0 diverged at level 0\n")
+    with pytest.raises(UserError, match="the units of magnitude cannot be matched: its training of level 0 diverged"):
+        matching.of_study(Tickets(diverging), draws=1)

@@ -80,6 +80,8 @@ def of_outputs(outputs: Mapping[str, Tensor], labels: Tensor) -> pl.DataFrame:
     - accuracy: mean of the k accuracies, in 0..1.
     - ensemble_accuracy: accuracy of the mean of the k predicted probabilities (softmax), in 0..1.
 
+    Where an output of an example is NaN, as after a training that diverged, no class is predicted.
+
     Args:
         outputs: name -> outputs before softmax, shape (examples, classes); two or more.
         labels: the true classes, shape (examples,).
@@ -110,17 +112,18 @@ def of_probabilities(probabilities: Mapping[str, Tensor], labels: Tensor) -> pl.
     """
     names = list(probabilities)
     groups = list(combinations(names, 2)) + ([tuple(names)] if len(names) > 2 else [])
-    classes = {name: each.argmax(1) for name, each in probabilities.items()}
+    classes = {name: _predict(each) for name, each in probabilities.items()}
     number = next(iter(probabilities.values())).shape[1]
-    shares = {n: torch.bincount(each, minlength=number).double() / len(labels) for n, each in classes.items()}
+    counts = {name: torch.bincount(each, minlength=number)[:number] for name, each in classes.items()}
+    shares = {name: each.double() / len(labels) for name, each in counts.items()}
     accuracies = {name: float((each == labels).double().mean()) for name, each in classes.items()}
     lines = []
     for group in groups:
         first = classes[group[0]]
-        same = torch.stack([classes[name] == first for name in group]).all(0)
+        same = torch.stack([classes[name] == first for name in group]).all(0) & (first < number)
         agreement = float(same.double().mean())
         expected = float(torch.stack([shares[name] for name in group]).prod(0).sum())
-        ensemble = reduce(torch.add, (probabilities[name] for name in group)).argmax(1)
+        ensemble = _predict(reduce(torch.add, (probabilities[name] for name in group)))
         lines.append(
             {
                 "tickets": list(group),
@@ -135,6 +138,11 @@ def of_probabilities(probabilities: Mapping[str, Tensor], labels: Tensor) -> pl.
             }
         )
     return pl.DataFrame(lines, schema_overrides={"kappa": pl.Float64})
+
+
+def _predict(probabilities: Tensor) -> Tensor:
+    """Return the predicted class of each example; the number of classes, which is none of them, where one is NaN."""
+    return probabilities.argmax(1).masked_fill_(probabilities.isnan().any(1), probabilities.shape[1])
 
 
 def wilson(successes: int, trials: int) -> tuple[float, float]:

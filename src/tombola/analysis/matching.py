@@ -74,8 +74,8 @@ def of_study(
         draws: the number of pairs of random tickets that are matched for each pair of tickets, 1 or more.
 
     Raises:
-        UserError: if importances or levels are not in the study, if the units of the network cannot be matched, or if
-            there are no two tickets to compare.
+        UserError: if importances or levels are not in the study, if the units of the network cannot be matched, if a
+            training diverged, or if there are no two tickets to compare.
         NothingStoredError: if they are not stored yet.
     """
     if by not in get_args(By):
@@ -388,7 +388,17 @@ class _Network:
         self._kept_dense = planner.kept_dense
 
     def compare(self, one: Ticket, other: Ticket, by: By, draws: int, names: Sequence[str]) -> pl.DataFrame:
-        """Return the table of `of_pair` of two tickets, whose names decide on the random ones."""
+        """Return the table of `of_pair` of two tickets, whose names decide on the random ones.
+
+        Raises:
+            UserError: if one of them diverged, or if a network computes something else with its units in another order.
+        """
+        for name, ticket in zip(names, (one, other), strict=True):
+            if ticket.trained is not None and ticket.trained.history.diverged_at is not None:
+                raise UserError(
+                    f"the units of {name} cannot be matched: its training of level {ticket.level} diverged; choose "
+                    "other importances or levels"
+                )
         states, masks = (one.load_trained(), other.load_trained()), (one.mask, other.mask)
         orders = self._match(states, by)
         self._check(states[1], orders)
