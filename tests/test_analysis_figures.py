@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import itertools
 import math
+import threading
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import polars as pl
@@ -17,12 +18,14 @@ from hypothesis import strategies as st
 from sklearn.metrics import cohen_kappa_score
 from torch import Tensor, nn
 
+from processes import LONG
 from tombola import Dataset, Mask, UserError, load_study
 from tombola.analysis import connectivity, functions, gather, reinit, stability, weights, winners
 from tombola.analysis.accuracy import Row
-from tombola.analysis.values import value_at, value_at_density
+from tombola.analysis.values import quantile_of_sorted, value_at, value_at_density
 from tombola.importance import l1, random
 from tombola.study.chains import Chain
+from tombola.training.weights import State, Weights
 
 
 def mask(**layers: str) -> Mask:
@@ -88,7 +91,7 @@ def test_effect_is_cliffs_delta_counted_pair_by_pair(shared: list[int], other: l
     assert 0 <= found["p"] <= 1
 
 
-@pytest.mark.parametrize("shared", [3, 20, 39])
+@pytest.mark.parametrize("shared", [3, 12, 28, 39])
 def test_ranks_and_quantiles_are_those_of_scipy_and_numpy(shared: int) -> None:
     weights = np.random.default_rng(0).integers(-2, 3, (5, 40)).astype(np.float32)
     (start,) = states([0.0] * 40)
@@ -115,7 +118,7 @@ def test_numbers_that_are_all_equal_and_numbers_that_are_none_say_nothing() -> N
     size = 330_740  # of which rounding makes the variance of equal ranks less than 0
     zeros = np.zeros(size, np.int64)
     assert stability._mann_whitney(zeros[: size // 3], zeros[size // 3 :])[1] == 1
-    assert math.isnan(stability._quantile(np.array([1.0, 2.0, math.nan]), 0.25))
+    assert math.isnan(quantile_of_sorted(np.array([1.0, 2.0, math.nan]), 0.25))
 
 
 def test_stability_where_everything_or_nothing_is_shared() -> None:
@@ -252,6 +255,16 @@ def test_outputs_of_different_shapes_are_refused() -> None:
         functions.of_outputs({"a": torch.zeros(2, 3), "b": torch.zeros(2, 4)}, torch.zeros(2))
 
 
+def test_outputs_that_are_no_numbers_predict_no_class() -> None:
+    labels = torch.tensor([0, 1, 0])
+    one, other = torch.eye(2)[labels], torch.full((3, 2), math.nan)
+    found = functions.of_outputs({"one": one, "other": other, "third": other}, labels)
+    assert (
+        found["agreement"].to_list() == found["expected"].to_list() == found["ensemble_accuracy"].to_list() == [0.0] * 4
+    )
+    assert found["accuracy"].to_list() == [0.5, 0.5, 0.0, pytest.approx(1 / 3)]
+
+
 # connectivity
 
 
@@ -272,6 +285,28 @@ def test_a_line_is_summed_up_by_its_ends_its_highest_point_and_its_barrier() -> 
     where = {"level": 1, "seed": 0, "kind": "importances", "tickets": [["a", "b"]] * 3}
     table = pl.DataFrame({**where, "alpha": [0.0, 0.5, 1.0], "error": [0.1, 0.4, 0.2], "barrier": 0.25})
     assert connectivity.summarise(table).rows() == [(1, 0, "importances", ["a", "b"], 0.1, 0.2, 0.4, 0.25)]
+
+
+def test_a_line_begins_with_the_end_that_no_other_thread_evaluates(monkeypatch: pytest.MonkeyPatch) -> None:
+    begun, other = threading.Event(), threading.Event()
+
+    def measure(state: State) -> tuple[float, None]:
+        if state["w"] > 0:
+            other.set()
+        else:
+            begun.set()
+            assert other.wait(LONG)
+        return 0.0, None
+
+    monkeypatch.setattr(connectivity, "build_measure", lambda planner: measure)
+    held = [Weights.of({"w": torch.tensor(float(number))}) for number in range(3)]
+    dense, one, two = (cast("Any", SimpleNamespace(trained=SimpleNamespace(weights=each))) for each in held)
+    line = connectivity.Lines(cast("Any", None), points=2)
+    thread = threading.Thread(target=line, args=(dense, one))
+    thread.start()
+    assert begun.wait(LONG)
+    assert len(line(dense, two)) == 2  # waiting for the dense network first would end neither of the two lines
+    thread.join(LONG)
 
 
 def test_no_barrier_where_the_error_falls_on_the_way() -> None:

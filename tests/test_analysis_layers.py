@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from itertools import pairwise
 
 import polars as pl
@@ -12,6 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional
 
+from processes import LONG
 from tombola import Mask, UserError
 from tombola.analysis import layers
 from tombola.analysis.ends import Ends, find_ends
@@ -362,3 +365,12 @@ def test_a_weight_that_is_added_does_not_stop_the_inputs_and_a_comparison_takes_
     found = find_ends(Placed(), inputs, ["places", "shift", "fc1.weight", "fc2.weight"])
     assert found == Ends(("places", "fc1.weight"), ("shift", "fc2.weight"))
     assert inputs.eq(1).all(), "the inputs are a copy"
+
+
+def test_ends_are_found_without_the_compiler_of_torch() -> None:
+    code = (
+        "import sys, torch; from tombola.analysis.ends import find_ends\n"
+        "print(find_ends(torch.nn.Linear(2, 1), torch.ones(1, 2), ['weight']).fault, 'torch._dynamo' in sys.modules)"
+    )
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=LONG).stdout
+    assert said == " False\n"

@@ -105,6 +105,21 @@ def test_of_three_examples_no_layer_is_compared() -> None:
     assert _Networks(cast(Planner, SimpleNamespace(problem=problem)))(ticket).layers == {}
 
 
+def test_a_layer_that_is_given_positions_first_is_not_compared() -> None:
+    class Turned(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(3, 3), nn.Linear(3, 2)
+
+        def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+            return cast(torch.Tensor, self.last(self.first(inputs.transpose(0, 1)).mean(0)))
+
+    inputs, labels = random(6, 15).float().reshape(6, 5, 3), torch.arange(6) % 2
+    problem = Problem(Dataset("turned", inputs, labels, inputs, labels), Turned, cross_entropy, {})
+    ticket: Any = SimpleNamespace(trained=SimpleNamespace(weights=Weights.of(Turned().state_dict())))
+    assert list(_Networks(cast(Planner, SimpleNamespace(problem=problem)))(ticket).layers) == ["last", OUTPUTS]
+
+
 def test_calibration_by_hand() -> None:
     probabilities = torch.tensor([[0.95, 0.05], [0.15, 0.85], [0.55, 0.45], [0.56, 0.44]])
     labels = torch.tensor([0, 0, 0, 1])

@@ -27,7 +27,9 @@ from tombola.analysis import (
     claims,
     connectivity,
     functions,
+    initial,
     layers,
+    matching,
     overlap,
     reinit,
     similarity,
@@ -346,8 +348,10 @@ def test_connectivity_and_layers_do_nothing_twice(planner: Planner, monkeypatch:
         similarity.of_study,
         partial(stability.of_study, levels=[2, 3]),
         layers.of_study,
+        partial(weights.of_study, levels=[2, 3]),
+        partial(matching.of_study, importances=["l1", "min_max"], by="activations", draws=1),
     ],
-    ids=["functions", "connectivity", "basins", "similarity", "stability", "layers"],
+    ids=["functions", "connectivity", "basins", "similarity", "stability", "layers", "weights", "matching"],
 )
 def test_the_number_of_threads_changes_no_table(
     of_study: Callable[[Tickets], pl.DataFrame], planner: Planner, monkeypatch: pytest.MonkeyPatch
@@ -363,6 +367,22 @@ def test_the_number_of_threads_changes_no_table(
         tables.append(of_study(Tickets(planner)))
         assert (len(used - {threading.get_ident()}) > 0) == (cores > 1)
     assert tables[0].equals(tables[1])
+
+
+@pytest.mark.parametrize(
+    ("levels", "message"),
+    [
+        (3, r"levels: expected several, such as \[3\], got 3"),
+        ([True], "level: expected a whole number, got True"),
+        ([], "levels: expected one or more, got none"),
+    ],
+)
+@pytest.mark.parametrize(
+    "module", [connectivity, functions, initial, layers, matching, overlap, similarity, stability, weights]
+)
+def test_levels_that_are_none_are_refused(module: Any, levels: Any, message: str, planner: Planner) -> None:
+    with pytest.raises(UserError, match=message):
+        module.of_study(Tickets(planner), levels=levels)
 
 
 # reinit
@@ -536,7 +556,8 @@ def test_reinit_plans_runs_and_tells(folder: Path, capsys: pytest.CaptureFixture
     assert "connections kept" in out
 
 
-def test_claims_of_a_study(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_claims_of_a_study(folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Paths, "effective", None)  # no claim is about paths, which take long to follow
     tickets = Tickets(open_planner(folder))
     table = claims.of_study(tickets)
     assert table.columns == [field.name for field in dataclasses.fields(Claim)]
@@ -581,9 +602,13 @@ def test_claims_of_a_study(folder: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert "no level from 1 on is in" in capsys.readouterr().err
 
 
-def test_claims_about_tickets_that_diverged(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    diverging = open_planner(folder, str(tmp_path / "store"), **{"recipe.lr": 1e30, "seeds": [0], "data_seeds": []})
+def test_claims_and_matching_of_tickets_that_diverged(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    diverging = open_planner(folder, str(tmp_path / "store"), **{"recipe.lr": 1e30, "seeds": [0], "data_seeds": [100]})
     finish(diverging)
-    arguments = [str(folder / "study.toml"), "--store", str(tmp_path / "store"), "--seeds", "0", "--data-seeds"]
+    arguments = [str(folder / "study.toml"), "--store", str(tmp_path / "store"), "--seeds", "0"]
     assert main(["claims", *arguments, "--recipe.lr", "1e30"]) == 2
     assert capsys.readouterr().err == ("tombola: nothing can be compared: magnitude, seed 0 diverged at level 0\n")
+    with pytest.raises(UserError, match="the units of magnitude cannot be matched: its training of level 0 diverged"):
+        matching.of_study(Tickets(diverging), draws=1)

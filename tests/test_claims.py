@@ -11,6 +11,7 @@ from typing import Any
 
 import polars as pl
 import pytest
+import scipy.stats
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -497,6 +498,13 @@ def test_from_one_seed_nothing_is_claimed_with_an_interval(number: int) -> None:
     assert claim.low is None
     assert claim.high is None
     assert claim.verdict == "not testable" or "seed" in claim.reason
+
+
+@pytest.mark.parametrize("values", [[0.3, 0.1, 0.2], [0.5, 0.5, 0.1, 0.4, 0.1], [1.0, 2.0, 2.0, 3.0]])
+def test_the_correlation_with_the_position_is_that_of_scipy(values: list[float]) -> None:
+    expected = scipy.stats.spearmanr(range(len(values)), values).statistic
+    assert claims._correlate_with_position(values) == expected
+    assert claims._correlate_with_position([0.5] * 3) == 0
 
 
 def test_three_sentences() -> None:

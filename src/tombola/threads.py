@@ -113,6 +113,10 @@ class Kept(Generic[_Item, _Result]):
         self._known: dict[Hashable, Future[_Result]] = {}  # the one that was asked for last at the end
         self._lock = threading.Lock()
 
+    def __contains__(self, name: Hashable) -> bool:
+        """Return whether a result is kept or is being computed."""
+        return name in self._known
+
     def __call__(self, name: Hashable, item: _Item) -> _Result:
         """Return the result for an item; items with the same name have the same result."""
         with self._lock:

@@ -13,8 +13,8 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import replace
 from itertools import combinations, pairwise
 
+import numpy as np
 import polars as pl
-import scipy  # loads scipy.stats when it is first used
 
 from tombola.analysis.accuracy import Row
 from tombola.analysis.ends import Ends
@@ -593,7 +593,8 @@ def _mean_difference(pairs: Iterable[tuple[float | None, float | None]]) -> floa
 
 def _correlate_with_position(values: Sequence[float]) -> float:
     """Return Spearman's rank correlation of values and their position; 0 if all are equal."""
-    return 0.0 if len(set(values)) == 1 else float(scipy.stats.spearmanr(range(len(values)), values).statistic)
+    ranks = pl.Series(values, dtype=pl.Float64).rank()
+    return 0.0 if len(set(values)) == 1 else float(np.corrcoef(np.arange(len(values)), ranks)[1, 0])
 
 
 def _density(evidence: Evidence, seed: int, names: Sequence[str]) -> float:

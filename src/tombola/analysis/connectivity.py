@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tombola.analysis.defaults import POINTS
-from tombola.analysis.gather import after, groups, last_level
+from tombola.analysis.gather import after, choose_levels, groups
 from tombola.analysis.networks import Networks
 from tombola.datasets.dataset import Dataset
 from tombola.errors import NothingStoredError, UserError
@@ -59,7 +59,7 @@ def of_study(
         UserError: if importances or levels are not in the study.
         NothingStoredError: if they are not stored yet.
     """
-    wanted = set(levels) if levels is not None else {last_level(tickets, select_chains(tickets.study, importances))}
+    wanted = choose_levels(tickets, select_chains(tickets.study, importances), levels)
     line = Lines(tickets.planner, points)
     tables = []
     for group in groups(tickets, importances, wanted):
@@ -100,9 +100,13 @@ class Lines:
         return self._lines((one.hash, other.hash), (one, other))
 
     def _compute(self, pair: tuple[Weights, Weights]) -> pl.DataFrame:
-        first, second = (self._states(weights.hash, weights) for weights in pair)
-        ends = [self._ends(weights.hash, state) for weights, state in zip(pair, (first, second), strict=True)]
-        return along_line(first, second, self._measure, self._points, ends)
+        states, ends = dict[str, State](), dict[str, tuple[float, float | None]]()
+        # An end that another thread is evaluating comes last, so that this thread does not wait in the meantime.
+        for weights in sorted(pair, key=lambda weights: weights.hash in self._ends):
+            states[weights.hash] = self._states(weights.hash, weights)
+            ends[weights.hash] = self._ends(weights.hash, states[weights.hash])
+        first, second = (weights.hash for weights in pair)
+        return along_line(states[first], states[second], self._measure, self._points, [ends[first], ends[second]])
 
 
 def along_line(

@@ -168,6 +168,11 @@ class _Follower(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Return where a tensor comes from."""
         return self.traces.get(_place(tensor), _Trace())
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Return False, so that torch does not load its compiler, which would take longer than all else here."""
+        return False
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         results = func(*args, **kwargs)

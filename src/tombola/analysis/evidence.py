@@ -212,7 +212,7 @@ def collect(
         shapes=planner.dense.shapes,
         kept_dense=planner.kept_dense,
         guess=1 / max(1, len(planner.problem.data.classes)),
-        layers=layers.of_study(tickets) if tables is None else tables["layers"],
+        layers=layers.of_chains(tickets, select_chains(study, None)) if tables is None else tables["layers"],
         overlap=_drop_other_floors(overlap.of_study(tickets, compared, [level]), compared),
         stability=stability.of_study(tickets, compared, [level]),
         reinit=_select_reinit(_find_reinit(tickets) if tables is None else tables.get("reinit"), compared),

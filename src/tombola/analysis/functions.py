@@ -12,7 +12,7 @@ import polars as pl
 import torch
 from torch import Tensor
 
-from tombola.analysis.gather import DATA_ORDER, IMPORTANCES, SEEDS, after, groups, last_level
+from tombola.analysis.gather import DATA_ORDER, IMPORTANCES, SEEDS, after, choose_levels, groups
 from tombola.analysis.networks import Networks
 from tombola.errors import UserError
 from tombola.lottery.ticket import Ticket
@@ -50,11 +50,11 @@ def of_study(
         UserError: if importances or levels are not in the study.
         NothingStoredError: if they are not stored yet.
     """
-    wanted = set(levels) if levels is not None else {last_level(tickets, select_chains(tickets.study, importances))}
+    wanted = choose_levels(tickets, select_chains(tickets.study, importances), levels)
     ask = _Outputs(tickets.planner)
     dense: dict[str, Ticket] = {}
     tables = []
-    for group in groups(tickets, importances, wanted | {0}):
+    for group in groups(tickets, importances, {0, *wanted}):
         if group.level == 0 and group.kind == IMPORTANCES:
             dense[f"seed {group.seed}"] = next(iter(group.tickets.values()))
         if group.level in wanted or group.kind == DATA_ORDER:
@@ -79,6 +79,8 @@ def of_outputs(outputs: Mapping[str, Tensor], labels: Tensor) -> pl.DataFrame:
     - kappa: (agreement - expected) / (1 - expected), Cohen's kappa (1960) for two; null if expected is 1.
     - accuracy: mean of the k accuracies, in 0..1.
     - ensemble_accuracy: accuracy of the mean of the k predicted probabilities (softmax), in 0..1.
+
+    Where an output of an example is NaN, as after a training that diverged, no class is predicted.
 
     Args:
         outputs: name -> outputs before softmax, shape (examples, classes); two or more.
@@ -110,17 +112,18 @@ def of_probabilities(probabilities: Mapping[str, Tensor], labels: Tensor) -> pl.
     """
     names = list(probabilities)
     groups = list(combinations(names, 2)) + ([tuple(names)] if len(names) > 2 else [])
-    classes = {name: each.argmax(1) for name, each in probabilities.items()}
+    classes = {name: _predict(each) for name, each in probabilities.items()}
     number = next(iter(probabilities.values())).shape[1]
-    shares = {n: torch.bincount(each, minlength=number).double() / len(labels) for n, each in classes.items()}
+    counts = {name: torch.bincount(each, minlength=number)[:number] for name, each in classes.items()}
+    shares = {name: each.double() / len(labels) for name, each in counts.items()}
     accuracies = {name: float((each == labels).double().mean()) for name, each in classes.items()}
     lines = []
     for group in groups:
         first = classes[group[0]]
-        same = torch.stack([classes[name] == first for name in group]).all(0)
+        same = torch.stack([classes[name] == first for name in group]).all(0) & (first < number)
         agreement = float(same.double().mean())
         expected = float(torch.stack([shares[name] for name in group]).prod(0).sum())
-        ensemble = reduce(torch.add, (probabilities[name] for name in group)).argmax(1)
+        ensemble = _predict(reduce(torch.add, (probabilities[name] for name in group)))
         lines.append(
             {
                 "tickets": list(group),
@@ -135,6 +138,11 @@ def of_probabilities(probabilities: Mapping[str, Tensor], labels: Tensor) -> pl.
             }
         )
     return pl.DataFrame(lines, schema_overrides={"kappa": pl.Float64})
+
+
+def _predict(probabilities: Tensor) -> Tensor:
+    """Return the predicted class of each example; the number of classes, which is none of them, where one is NaN."""
+    return probabilities.argmax(1).masked_fill_(probabilities.isnan().any(1), probabilities.shape[1])
 
 
 def wilson(successes: int, trials: int) -> tuple[float, float]:

@@ -96,6 +96,19 @@ def last_level(tickets: Tickets, chains: Sequence[Chain]) -> int:
     return last
 
 
+def choose_levels(tickets: Tickets, chains: Sequence[Chain], levels: Collection[int] | None) -> list[int]:
+    """Return these levels in order, each once; by default the sparsest that all of these chains have.
+
+    Raises:
+        UserError: where one of `levels` is not the study's.
+        NothingStoredError: where one of them is missing, or the chains have no level in common.
+    """
+    if levels is None:
+        return [last_level(tickets, chains)]
+    tickets.require(levels, chains)
+    return sorted(set(levels))
+
+
 @dataclass(frozen=True)
 class Group:
     """Tickets of one level and seed that are compared with each other.

@@ -9,7 +9,7 @@ import polars as pl
 import torch
 
 from tombola.analysis import overlap
-from tombola.analysis.gather import after, by_level, last_level
+from tombola.analysis.gather import after, by_level, choose_levels
 from tombola.analysis.values import intervals
 from tombola.pruning.mask import Mask
 from tombola.study.chains import select_chains
@@ -38,7 +38,7 @@ def of_study(
         NothingStoredError: if they are not stored yet.
     """
     chains = select_chains(tickets.study, importances)
-    wanted = sorted(set(levels)) if levels is not None else [last_level(tickets, chains)]
+    wanted = choose_levels(tickets, chains, levels)
     kept = tickets.planner.kept_dense
     tables = []
     for level, found in by_level(tickets, chains, wanted):

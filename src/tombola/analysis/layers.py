@@ -13,7 +13,7 @@ from tombola.errors import UserError
 from tombola.inputs import select
 from tombola.pruning.mask import Mask
 from tombola.streams import ambient
-from tombola.study.chains import select_chains
+from tombola.study.chains import Chain, select_chains
 from tombola.study.planner import Planner
 from tombola.study.tickets import Tickets
 from tombola.threads import map_in_threads
@@ -38,7 +38,24 @@ def of_study(
         NothingStoredError: if they are not stored yet.
     """
     chains = select_chains(tickets.study, importances)
-    paths = trace_paths(tickets.planner)
+    return of_chains(tickets, chains, levels, trace_paths(tickets.planner))
+
+
+def of_chains(
+    tickets: Tickets, chains: Sequence[Chain], levels: Collection[int] | None = None, paths: Paths | None = None
+) -> pl.DataFrame:
+    """Return the table of `of_study` for the tickets of some chains; without paths, the effective counts are null.
+
+    Args:
+        tickets: tickets of the study.
+        chains: whose tickets.
+        levels: the levels; by default all that are stored.
+        paths: the network's paths, see `trace_paths`.
+
+    Raises:
+        UserError: if levels are not in the study.
+        NothingStoredError: if they are not stored yet.
+    """
     tables = []
     for level, found in by_level(tickets, chains, levels):
         masks = dict.fromkeys(ticket.mask for ticket in found.values())  # all dense networks have the same

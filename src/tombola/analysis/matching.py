@@ -8,7 +8,7 @@ ICLR 2023, arXiv 2209.04836). Adnan et al. (arXiv 2505.05143) train a mask that 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from typing import Literal, TypeAlias, cast, get_args
+from typing import Any, Literal, TypeAlias, cast, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from tombola.analysis import overlap
 from tombola.analysis.defaults import DRAWS
-from tombola.analysis.gather import ALL, NO_PAIRS, PRUNABLE, SEEDS, after, last_level, pairs
+from tombola.analysis.gather import ALL, NO_PAIRS, PRUNABLE, SEEDS, after, choose_levels, pairs
+from tombola.analysis.networks import Copies
 from tombola.analysis.units import Axis, Orders, Units, find_units
 from tombola.errors import UserError, did_you_mean
 from tombola.lottery.ticket import Ticket
@@ -29,6 +30,7 @@ from tombola.streams import ambient, generator
 from tombola.study.chains import select_chains
 from tombola.study.planner import Planner
 from tombola.study.tickets import Tickets
+from tombola.threads import check_stopped, map_in_threads
 from tombola.training.batches import normalisation
 from tombola.training.weights import State
 
@@ -72,8 +74,8 @@ def of_study(
         draws: the number of pairs of random tickets that are matched for each pair of tickets, 1 or more.
 
     Raises:
-        UserError: if importances or levels are not in the study, if the units of the network cannot be matched, or if
-            there are no two tickets to compare.
+        UserError: if importances or levels are not in the study, if the units of the network cannot be matched, if a
+            training diverged, or if there are no two tickets to compare.
         NothingStoredError: if they are not stored yet.
     """
     if by not in get_args(By):
@@ -81,14 +83,16 @@ def of_study(
     if draws < 1:
         raise UserError(f"draws: expected 1 or more, got {draws}")
     chains = select_chains(tickets.study, importances)
-    wanted = sorted(set(levels)) if levels is not None else [last_level(tickets, chains)]
-    tickets.require(wanted, chains)
+    wanted = choose_levels(tickets, chains, levels)
     network = _Network(tickets.planner)
-    tables = []
-    for where, (one, other) in pairs(tickets, importances, wanted):
+
+    def compare(found: tuple[dict[str, Any], tuple[Ticket, Ticket]]) -> pl.DataFrame:
+        where, (one, other) = found
         names = where.pop("tickets")
         table = network.compare(one, other, by, draws, names)
-        tables.append(after(table.select(pl.Series("tickets", [names] * len(table)), pl.all()), **where, by=by))
+        return after(table.select(pl.Series("tickets", [names] * len(table)), pl.all()), **where, by=by)
+
+    tables = map_in_threads(compare, pairs(tickets, importances, wanted))
     if not tables:
         raise UserError(f"there are no two tickets to match: {NO_PAIRS}")
     return pl.concat([table.with_columns(pl.col("seed").cast(pl.Int64)) for table in tables])
@@ -234,6 +238,7 @@ def match_weights(units: Units, first: State, second: State) -> dict[int, npt.ND
     for _ in range(_SWEEPS * len(orders)):
         if not waiting:
             break
+        check_stopped()
         group = next(iter(waiting))
         del waiting[group]
         beside = {each: order for each, order in orders.items() if each != group}
@@ -301,6 +306,7 @@ def match_activations(
     gains = {group: np.zeros((size, size)) for group, size in units.sizes.items()}
     with torch.inference_mode():
         for part in torch.split(inputs, _AT_ONCE):
+            check_stopped()
             entered = [_watch(units, network, part) for network in (first, second)]
             for name, (axis, _) in units.inputs.items():
                 for one, other in zip(*(each[name] for each in entered), strict=True):
@@ -358,7 +364,7 @@ def shuffle(state: State, mask: Mask, seed: int, *names: str | int) -> tuple[Sta
 
 
 class _Network:
-    """The network of a study, into which states are loaded, and its units."""
+    """The network of a study, into whose copies states are loaded, and its units."""
 
     def __init__(self, planner: Planner) -> None:
         data = planner.problem.data
@@ -368,38 +374,53 @@ class _Network:
                 f"{data.name!r} are others; its tickets can be compared without matching, by their overlap"
             )
         with ambient(0):
-            self._models = (planner.problem.build(), planner.problem.build())
-        self._units = find_units(self._models[0], data.input_shape)
+            model = planner.problem.build()
+        self._units = find_units(model, data.input_shape)
+        self._name = type(model).__name__
         if not self._units.sizes:
-            name = type(self._models[0]).__name__
             raise UserError(
-                f"the units of {name} cannot be matched: it has no hidden unit that may change its place; "
+                f"the units of {self._name} cannot be matched: it has no hidden unit that may change its place; "
                 "its tickets can be compared without matching, by their overlap"
             )
-        self._parameters = {name for name, _ in self._models[0].named_parameters()}
+        self._parameters = {name for name, _ in model.named_parameters()}
+        self._copies = Copies(model)
         self._inputs = cast(Tensor, normalisation(data)(data.test_inputs[:EXAMPLES].clone()))
         self._kept_dense = planner.kept_dense
 
     def compare(self, one: Ticket, other: Ticket, by: By, draws: int, names: Sequence[str]) -> pl.DataFrame:
-        """Return the table of `of_pair` of two tickets, whose names decide on the random ones."""
+        """Return the table of `of_pair` of two tickets, whose names decide on the random ones.
+
+        Raises:
+            UserError: if one of them diverged, or if a network computes something else with its units in another order.
+        """
+        for name, ticket in zip(names, (one, other), strict=True):
+            if ticket.trained is not None and ticket.trained.history.diverged_at is not None:
+                raise UserError(
+                    f"the units of {name} cannot be matched: its training of level {ticket.level} diverged; choose "
+                    "other importances or levels"
+                )
         states, masks = (one.load_trained(), other.load_trained()), (one.mask, other.mask)
         orders = self._match(states, by)
         self._check(states[1], orders)
-        chance = []
-        for draw in range(draws):
+
+        def match_random(draw: int) -> tuple[tuple[Mask, Mask], Orders]:
             (first, a), (second, b) = (
                 shuffle(state, mask, draw, *names, number)
                 for number, (state, mask) in enumerate(zip(states, masks, strict=True))
             )
-            chance.append(((a, b), self._match((first, second), by)))
+            return (a, b), self._match((first, second), by)
+
+        # Draws are made side by side if this is the only pair; several pairs are.
+        chance = map_in_threads(match_random, range(draws))
         return of_pair(masks, orders, self._units, chance, self._kept_dense)
 
     def _match(self, states: tuple[State, State], by: By) -> dict[int, npt.NDArray[np.int64]]:
         if by == "weights":
             return match_weights(self._units, *({n: state[n] for n in self._parameters} for state in states))
-        for model, state in zip(self._models, states, strict=True):
-            model.float().load_state_dict(state)
-        return match_activations(self._units, *self._models, self._inputs)
+        with self._copies.lending() as one, self._copies.lending() as other:
+            for model, state in zip((one, other), states, strict=True):
+                model.float().load_state_dict(state)
+            return match_activations(self._units, one, other, self._inputs)
 
     def _check(self, state: State, orders: Mapping[int, npt.NDArray[np.int64]]) -> None:
         """Check that a network computes the same when its units are in another order.
@@ -408,14 +429,15 @@ class _Network:
             UserError: if it does not.
         """
         outputs = []
-        for model, loaded in zip(self._models, (state, self._units.permute(state, orders)), strict=True):
-            model.load_state_dict(loaded)
-            with torch.inference_mode():
-                outputs.append(model.double().eval()(self._inputs[:8].double()))
-            model.float()
+        for loaded in (state, self._units.permute(state, orders)):
+            with self._copies.lending() as model:
+                model.load_state_dict(loaded)
+                with torch.inference_mode():
+                    outputs.append(model.double().eval()(self._inputs[:8].double()))
+                model.float()
         expected, found = outputs
         if not torch.allclose(expected, found, rtol=0, atol=_TOLERANCE * float(expected.abs().max())):
             raise UserError(
-                f"the units of {type(self._models[0]).__name__} cannot be matched: with its units in another order it "
+                f"the units of {self._name} cannot be matched: with its units in another order it "
                 "computes something else; its tickets can be compared without matching, by their overlap"
             )

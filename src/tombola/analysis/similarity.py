@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from tombola.analysis.functions import of_probabilities
-from tombola.analysis.gather import NO_PAIRS, SEEDS, after, last_level, pairs
+from tombola.analysis.gather import NO_PAIRS, SEEDS, after, choose_levels, pairs
 from tombola.analysis.networks import Networks
 from tombola.analysis.values import intervals
 from tombola.analysis.winners import Bounds
@@ -107,8 +107,7 @@ def of_study(
         NothingStoredError: if they are not stored yet.
     """
     chains = select_chains(tickets.study, importances)
-    wanted = set(levels) if levels is not None else {last_level(tickets, chains)}
-    tickets.require(wanted, chains)
+    wanted = choose_levels(tickets, chains, levels)
     ask = _Networks(tickets.planner)
     labels = list_classes(cast(Tensor, tickets.planner.problem.data.test_labels))
 
@@ -118,7 +117,7 @@ def of_study(
         table = of_pair(ask(one), ask(other), labels)
         return after(table.select(pl.Series("tickets", [names] * len(table)), pl.all()), **where)
 
-    tables = map_in_threads(compare, pairs(tickets, importances, wanted | {0}))
+    tables = map_in_threads(compare, pairs(tickets, importances, {0, *wanted}))
     if not tables:
         raise UserError(f"there are no two networks to compare: {NO_PAIRS}")
     found = pl.concat([table.with_columns(pl.col("seed").cast(pl.Int64)) for table in tables])
@@ -134,7 +133,8 @@ def of_pair(first: Answers, second: Answers, labels: Tensor) -> pl.DataFrame:
     - cka: linear centred kernel alignment, HSIC(X, Y) / sqrt(HSIC(X, X) HSIC(Y, Y)), of the layer's outputs on the
       first 256 test examples (Kornblith et al., arXiv 1905.00414), with the unbiased estimator of HSIC (Song et al.,
       Journal of Machine Learning Research 13, 2012), which is 0 on average for independent layers of any width; at most
-      1, which it is for outputs that are equal up to a rotation and scale. Null where a layer's outputs are constant.
+      1, which it is for outputs that are equal up to a rotation and scale. Null where a layer's outputs are constant. A
+      layer whose outputs do not have one entry for each example in the first place has no row.
     - disagreement: share of the test examples for which the two predict different classes, in 0..1. low, high: its 95 %
       interval over examples (Wilson). expected: that of independent predictions. kappa: Cohen's, see
       `tombola.analysis.functions.of_outputs`.
@@ -302,22 +302,25 @@ class _Networks:
     def _look(self, model: nn.Module) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the outputs for the first examples, and their similarities in each layer, in the order of the calls.
 
-        There are no similarities of fewer than four examples.
+        There are none of fewer than four examples, and none of outputs that do not have one entry for each example in
+        the first place, such as those of a layer that is given the positions of a sequence first.
         """
         found: dict[str, Tensor] = {}
-        compared = count_examples(self._inputs) >= 4
+        examples = count_examples(self._inputs)
+        compared = examples >= 4
         hooks = []
         for name, module in model.named_modules() if compared else ():
             if isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)):
 
                 def note(_: nn.Module, __: object, outputs: Tensor, name: str = name) -> None:
-                    found[name] = compare_examples(outputs)
+                    if len(outputs) == examples:
+                        found[name] = compare_examples(outputs)
 
                 hooks.append(module.register_forward_hook(note))
         try:
             with torch.inference_mode():
                 outputs = self._forward(model.eval(), convert(torch.clone, self._inputs))
-                if compared:
+                if compared and len(outputs) == examples:
                     found[OUTPUTS] = compare_examples(outputs)
         finally:
             for hook in hooks:

@@ -13,7 +13,8 @@ import polars as pl
 import scipy  # loads scipy.stats when it is first used
 from torch import Tensor
 
-from tombola.analysis.gather import ALL, after, by_level, last_level
+from tombola.analysis.gather import ALL, after, by_level, choose_levels
+from tombola.analysis.values import quantile_of_sorted
 from tombola.errors import UserError, as_texts
 from tombola.pruning.mask import Mask
 from tombola.study.chains import Chain, select_chains
@@ -50,9 +51,7 @@ def of_study(
         UserError: if importances, levels or layers are not in the study, or not stored.
     """
     chains = select_chains(tickets.study, importances, at_least=2)
-    if levels is not None:
-        tickets.require(levels, chains)
-    wanted = sorted(levels) if levels is not None else [last_level(tickets, chains)]
+    wanted = choose_levels(tickets, chains, levels)
     if wanted[0] < 1:
         raise UserError("stability: it compares levels, so it needs a level from 1 on")
     layers = None if layers is None else as_texts(layers, "layers", "names of layers")
@@ -189,22 +188,12 @@ def _compare(shared: Numbers, other: Numbers) -> dict[str, float | None]:
     for name, group in groups.items():
         line[f"{name}_mean"] = float(group.mean()) if len(group) else None
         group.sort()
-        line |= {f"{name}_q{100 * q:02.0f}": _quantile(group, q) if len(group) else None for q in QUANTILES}
+        line |= {f"{name}_q{100 * q:02.0f}": quantile_of_sorted(group, q) if len(group) else None for q in QUANTILES}
     effect = p = None
     if all(len(group) for group in groups.values()):
         statistic, p = _mann_whitney(*groups.values())
         effect = float(2 * statistic / (len(groups["shared"]) * len(groups["other"])) - 1)
     return line | {"effect": effect, "p": p}
-
-
-def _quantile(ordered: Numbers, q: float) -> float:
-    """Return a quantile of sorted numbers with the bits of `numpy.quantile`, which would sort them again."""
-    if math.isnan(ordered[-1]):  # where sorting puts it
-        return math.nan
-    place = q * (len(ordered) - 1)
-    part, below = math.modf(place)
-    low, high = float(ordered[int(below)]), float(ordered[math.ceil(place)])
-    return low + (high - low) * part if part < 0.5 else high - (high - low) * (1 - part)
 
 
 def _mann_whitney(first: Numbers, second: Numbers) -> tuple[float, float]:
@@ -222,7 +211,7 @@ def _mann_whitney(first: Numbers, second: Numbers) -> tuple[float, float]:
     if first.dtype == np.float64:
         if math.isnan(first[-1]) or math.isnan(second[-1]):
             return math.nan, 1.0
-        u = float(np.searchsorted(second, first, "left").sum() + np.searchsorted(second, first, "right").sum()) / 2
+        u = _count_above(first, second) if n1 < n2 else n1 * n2 - _count_above(second, first)
         both = np.sort(np.concatenate([first, second]), kind="stable")  # a merge
         begins = np.flatnonzero(np.concatenate([[True], both[1:] != both[:-1], [True]]))
         ties = np.diff(begins).astype(np.float64)
@@ -237,6 +226,18 @@ def _mann_whitney(first: Numbers, second: Numbers) -> tuple[float, float]:
     spread = math.sqrt(n1 * n2 / 12 * (n + 1 - float((ties**3 - ties).sum()) / (n * (n - 1))))
     z = (max(u, n1 * n2 - u) - n1 * n2 / 2 - 0.5) / spread
     return u, min(1.0, 2 * float(scipy.special.ndtr(-z)))
+
+
+def _count_above(few: Numbers, many: Numbers) -> float:
+    """Return in how many pairs the value of the first group is above that of the second; equal values count half.
+
+    Args:
+        few, many: sorted numbers. Each of the first group is looked up in the second, so the first should be smaller.
+    """
+    below = np.searchsorted(many, few)
+    tied = many.take(below, mode="clip") == few
+    equal = np.searchsorted(many, few[tied], "right") - below[tied]
+    return float(below.sum() + equal.sum() / 2)
 
 
 def _take(weights: Tensor, places: npt.NDArray[np.intp]) -> Values:

@@ -1,11 +1,13 @@
-"""Values: the metric by which tickets are judged, of one ticket or between two, and means over seeds."""
+"""Values: the metric by which tickets are judged, of one ticket or between two; means over seeds, and quantiles."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import polars as pl
 
 from tombola.analysis.winners import UNBOUNDED, Bounds, mean_with_interval
@@ -107,3 +109,17 @@ def intervals(table: pl.DataFrame, by: Sequence[str], columns: Mapping[str, Boun
         schema = dict.fromkeys((name, f"{name}_low", f"{name}_high"), pl.Float64)
         found.append(pl.DataFrame(rows, schema, orient="row"))
     return pl.concat(found, how="horizontal")
+
+
+def quantile_of_sorted(ordered: npt.NDArray[Any], q: float) -> float:
+    """Return a quantile of sorted numbers with the bits of `numpy.quantile`, which would sort them again.
+
+    >>> quantile_of_sorted(np.array([1.0, 2.0, 4.0]), 0.75)
+    3.0
+    """
+    if math.isnan(ordered[-1]):  # where sorting puts it
+        return math.nan
+    place = q * (len(ordered) - 1)
+    part, below = math.modf(place)
+    low, high = float(ordered[int(below)]), float(ordered[math.ceil(place)])
+    return low + (high - low) * part if part < 0.5 else high - (high - low) * (1 - part)

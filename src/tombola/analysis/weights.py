@@ -5,17 +5,20 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 
 import numpy as np
-import numpy.typing as npt
 import polars as pl
+import torch
 
-from tombola.analysis.gather import after, by_level, last_level
+from tombola.analysis.gather import after, by_level, choose_levels
+from tombola.analysis.values import quantile_of_sorted
 from tombola.importance import Importance, NetworkScore, Normalisation, Survivors, as_importance
 from tombola.lottery.rule import pruning_seed
+from tombola.lottery.ticket import Ticket
 from tombola.pruning.mask import Mask
 from tombola.streams import generator
-from tombola.study.chains import select_chains
+from tombola.study.chains import Chain, select_chains
 from tombola.study.task import resolve_importance
 from tombola.study.tickets import Tickets
+from tombola.threads import check_stopped, map_in_threads
 from tombola.training.weights import State
 
 QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
@@ -43,26 +46,38 @@ def of_study(
         NothingStoredError: if they are not stored yet.
     """
     chains = select_chains(tickets.study, importances)
-    wanted = sorted(levels) if levels is not None else [last_level(tickets, chains)]
+    wanted = choose_levels(tickets, chains, levels)
     tables = []
     for level, at_level in by_level(tickets, chains, wanted):
-        for chain, ticket in at_level.items():
-            assert ticket.trained is not None
-            end, rewind = ticket.trained.weights.load(), ticket.rewind.load()
-            found = {
-                "initial": of_state(tickets.planner.initial(chain.seed).load(), ticket.mask),
-                "rewind": of_state(rewind, ticket.mask),
-                "end": of_state(end, ticket.mask),
-            }
-            importance = resolve_importance(chain.importance)
-            if not isinstance(importance.score, NetworkScore):
-                scored = end if tickets.study.score_at == "end" else rewind
-                numbers = pruning_seed(chain.order_seed, level)
-                found["score"] = of_importance(scored, ticket.mask, importance, numbers, rewound=rewind)
-            for quantity, table in found.items():
+        found = map_in_threads(lambda item: _of_ticket(tickets, *item), at_level.items())
+        for chain, of_quantities in zip(at_level, found, strict=True):
+            for quantity, table in of_quantities.items():
                 where = {"level": level, "importance": chain.importance, "seed": chain.seed, "quantity": quantity}
                 tables.append(after(table, **where))
     return pl.concat(tables)
+
+
+def _of_ticket(tickets: Tickets, chain: Chain, ticket: Ticket) -> dict[str, pl.DataFrame]:
+    """Return the distributions of each quantity of a ticket, by its name."""
+    assert ticket.trained is not None
+    weights = {
+        "initial": tickets.planner.initial(chain.seed),
+        "rewind": ticket.rewind,
+        "end": ticket.trained.weights,
+    }
+    places = _find_alive(ticket.mask)
+    alive = {each.hash: _take(each.load(), places) for each in weights.values()}
+    check_stopped()
+    tables = {name: _describe(values) for name, values in alive.items()}
+    found = {quantity: tables[each.hash] for quantity, each in weights.items()}
+    importance = resolve_importance(chain.importance)
+    if not isinstance(importance.score, NetworkScore):
+        at_rewind = alive[ticket.rewind.hash]
+        scored = alive[weights["end"].hash] if tickets.study.score_at == "end" else at_rewind
+        check_stopped()
+        numbers = pruning_seed(chain.order_seed, ticket.level)
+        found["score"] = _describe(_score(scored, importance, numbers, at_rewind))
+    return found
 
 
 def ranges(tickets: Tickets, importance: str) -> pl.DataFrame:
@@ -104,7 +119,7 @@ def of_state(state: State, mask: Mask) -> pl.DataFrame:
     >>> of_state({"w": torch.tensor([1.0, 2.0, 3.0, 9.0])}, mask).select("count", "mean", "q50", "max").rows()
     [(3, 2.0, 2.0, 3.0)]
     """
-    return _table({name: state[name][mask[name]].double().numpy() for name in mask})
+    return _describe(_take(state, _find_alive(mask)))
 
 
 def of_importance(
@@ -130,23 +145,42 @@ def of_importance(
     >>> of_importance({"w": torch.tensor([1.0, -3.0, 9.0])}, mask, l1).select("min", "max").rows()
     [(0.25, 0.75)]
     """
-    importance, scores = as_importance(importance), {}
-    for name in mask:
-        weights = state[name][mask[name]].double()
-        start = {} if rewound is None else {"rewound": rewound[name][mask[name]].double}
+    places = _find_alive(mask)
+    at_rewind = None if rewound is None else _take(rewound, places)
+    return _describe(_score(_take(state, places), as_importance(importance), seed, at_rewind))
+
+
+def _find_alive(mask: Mask) -> State:
+    """Return the places of the alive connections of each layer, in flat order."""
+    return {name: torch.from_numpy(np.flatnonzero(alive.numpy())) for name, alive in mask.items()}
+
+
+def _take(state: State, places: State) -> State:
+    """Return the weights of each layer at some places."""
+    return {name: state[name].take(at) for name, at in places.items()}
+
+
+def _score(alive: State, importance: Importance, seed: int, rewound: State | None) -> State:
+    """Return the importance of each alive connection; see `of_importance`."""
+    scores = {}
+    for name, each in alive.items():
+        weights = each.double()
+        start = {} if rewound is None else {"rewound": rewound[name].double().clone}
         survivors = Survivors(weights.abs(), generator(seed, "importance", name), weights.clone, **start)
-        scores[name] = importance.of(survivors).numpy()
-    return _table(scores)
+        scores[name] = importance.of(survivors)
+    return scores
 
 
-def _table(layers: dict[str, npt.NDArray[np.float64]]) -> pl.DataFrame:
+def _describe(layers: State) -> pl.DataFrame:
+    """Return the distribution of the numbers of each layer; columns as in `of_state`."""
     quantiles = [f"q{100 * q:02.0f}" for q in QUANTILES]
     names = ["layer", "count", "mean", "sd", "min", *quantiles, "max"]
     lines = []
-    for name, values in layers.items():
-        n = len(values)
+    for name, numbers in layers.items():
+        values = numbers.double().numpy()
+        ordered, n = np.sort(values), len(values)
         spread = float(values.std(ddof=1)) if n > 1 else None
-        middle = [None] * len(QUANTILES) if n == 0 else np.quantile(values, QUANTILES).tolist()
+        middle = [quantile_of_sorted(ordered, q) if n else None for q in QUANTILES]
         ends = (None, None) if n == 0 else (float(values.min()), float(values.max()))
         lines.append([name, n, float(values.mean()) if n else None, spread, ends[0], *middle, ends[1]])
     schema = dict.fromkeys(names, pl.Float64) | {"layer": pl.String, "count": pl.Int64}

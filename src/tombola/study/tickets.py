@@ -35,7 +35,7 @@ def check_level(study: Study, level: int) -> None:
     Raises:
         UserError: if the level is no whole number, or if it is not one of the study's levels.
     """
-    if not isinstance(level, Integral):
+    if not isinstance(level, Integral) or isinstance(level, bool):
         raise UserError(f"level: expected a whole number, got {kind_of(level)}")
     if not 0 <= level <= study.levels:
         raise UserError(f"level: the study has no level {level}, it has levels 0 to {study.levels}")
@@ -159,12 +159,14 @@ class Tickets:
         """Check that all levels belong to the study and that all chains have them.
 
         Raises:
-            UserError: if a level does not belong to the study, or if a chain ends before it.
+            UserError: if there is no level, if one does not belong to the study, or if a chain ends before it.
             NothingStoredError: if a chain does not have a level yet.
             DamagedResultError: if a stored result is damaged.
         """
         if not isinstance(levels, Collection):
             raise UserError(f"levels: expected several, such as [{levels!r}], got {levels!r}")
+        if not len(levels):
+            raise UserError("levels: expected one or more, got none")
         for level in levels:
             check_level(self.study, level)
         for chain in chains:
