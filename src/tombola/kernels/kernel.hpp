@@ -37,7 +37,9 @@ struct Pass {
     int strip;                               // columns of the grid that packed images are computed side by side
     int tiles, tile_channels;
     const int32_t* split;
-    const int32_t* offset;                   // of each tap in the packed tile, in lines of one block
+    // Of each tap in the packed tile, in lines of one block: tile by tile, in each row by row, those of tile t from
+    // offset[first_offset[t]] on.
+    const int32_t *offset, *first_offset;
     // Of packed images: the channels of each tile that taps read, those of tile t from tapped[tapped_split[t]] on.
     const int32_t *tapped, *tapped_split;
 };

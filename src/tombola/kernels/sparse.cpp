@@ -189,7 +189,7 @@ struct Tap {
 // A Pass and the arrays it points to.
 struct Structure {
     Pass pass{}, images{};  // of any layout, and of packed images
-    std::vector<int32_t> split, offset, images_split, tapped, tapped_split;
+    std::vector<int32_t> split, offset, first_offset, images_split, tapped, tapped_split;
     std::vector<Tap> taps;
     size_t source_floats = 0, target_floats = 0;
 
@@ -235,26 +235,27 @@ struct Structure {
         source_floats = line / sizeof(float) * height(p.band) * p.tile_channels;
         if (source_floats > INT32_MAX) throw std::invalid_argument("image: the tiles of so large an image are too large");
         target_floats = size_t(p.rows) * p.band * p.grid_width * p.block;
-        offset.resize(taps.size());
         split.reserve(size_t(p.rows) * (p.tiles + 1));
         for (int r = 0; r < p.rows; ++r) {
-            if (!wanted(r)) {
-                split.insert(split.end(), p.tiles + 1, first[r + 1]);
-                continue;
-            }
-            int32_t k = first[r];
+            int32_t k = wanted(r) ? first[r] : first[r + 1];
             for (int tile = 0; tile < p.tiles; ++tile) {
                 split.push_back(k);
-                for (; k < first[r + 1] && taps[k].channel < (tile + 1) * p.tile_channels; ++k) {
-                    const Tap& tap = taps[k];
-                    const int channel = tap.channel - tile * p.tile_channels;
-                    offset[k] = (channel * height(p.band) + tap.y) * columns + tap.x;
-                }
+                while (k < first[r + 1] && taps[k].channel < (tile + 1) * p.tile_channels) ++k;
             }
             split.push_back(k);
         }
+        offset.reserve(taps.size());
+        for (int tile = 0; tile < p.tiles; ++tile) {
+            first_offset.push_back(static_cast<int32_t>(offset.size()));
+            for (int r = 0; r < p.rows; ++r) {
+                const int32_t* const piece = split.data() + ptrdiff_t(r) * (p.tiles + 1) + tile;
+                for (int32_t k = piece[0]; k < piece[1]; ++k)
+                    offset.push_back(((taps[k].channel - tile * p.tile_channels) * height(p.band) + taps[k].y) * columns +
+                                     taps[k].x);
+            }
+        }
         p.split = split.data();
-        p.offset = offset.data();
+        p.offset = offset.data(), p.first_offset = first_offset.data();
         build_images(first, channels_worth_a_tile, wanted);
     }
 
@@ -291,7 +292,7 @@ struct Structure {
             images_split.push_back(k);
         }
         p.split = images_split.data();
-        p.offset = nullptr;
+        p.offset = p.first_offset = nullptr;
         std::vector<bool> is_tapped(p.channels);
         for (int r = 0; r < p.rows; ++r)
             for (int32_t k = first[r]; k < first[r + 1] && wanted(r); ++k) is_tapped[taps[k].channel] = true;
@@ -617,7 +618,7 @@ class Layer {
         float* packed = memory + count_in_lines();
         for (const Structure& structure : backward_) {
             kernels_.gather(structure.pass, ordered, nullptr, delta, batch, target, packed);
-            ordered += structure.offset.size();
+            ordered += structure.taps.size();
         }
     }
 
