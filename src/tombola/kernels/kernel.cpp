@@ -32,6 +32,7 @@ constexpr int conv_vectors = 2, conv_pixels = 4;  // linear_vectors are of 1 pix
 typedef float vec __attribute__((vector_size(4 * L)));
 typedef float unaligned __attribute__((vector_size(4 * L), aligned(4), may_alias));
 typedef float vec4 __attribute__((vector_size(16)));
+typedef int32_t ints __attribute__((vector_size(4 * L), may_alias));
 
 constexpr bool little_endian = __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__;
 
@@ -530,6 +531,51 @@ void normalise_images(const uint8_t* images, const int64_t* indices, ptrdiff_t c
     }
 }
 
+// Four pixels of a sample are one integer: transposed, vectors of these hold four pixels of L samples, which shifts separate.
+void pack_normalised_images(const uint8_t* images, const int64_t* indices, int count, int channels, ptrdiff_t pixels,
+                          const float* mean, const float* scale, float* target) {
+    constexpr int block = linear_vectors * L;
+    constexpr ptrdiff_t piece = 4 * L, ahead = 128;  // pixels
+    const ptrdiff_t size = channels * pixels;
+    for (int n = 0; n < count; n += block, target += size * block) {
+        const int samples = at_most(block, count - n);
+        const uint8_t* image[block];
+        for (int s = 0; s < block; ++s) {
+            image[s] = images + indices[s < samples ? n + s : n] * size;
+            for (ptrdiff_t i = 0; i < ahead && i < size; i += 64) __builtin_prefetch(image[s] + i);
+        }
+        for (int c = 0; c < channels; ++c) {
+            const float center = mean[c], slope = scale[c];
+            const ptrdiff_t first = c * pixels, end = first + pixels;
+            for (ptrdiff_t i = first; i < end; i += piece) {
+                if (pixels < piece) {
+                    for (ptrdiff_t k = i; k < end; ++k)
+                        for (int s = 0; s < block; ++s) target[k * block + s] = (float(image[s][k]) - center) * slope;
+                    break;
+                }
+                const ptrdiff_t from = i + piece < end ? i : end - piece;  // the last may overlap the one before it
+                for (int s = 0; s < block; s += L) {
+                    vec rows[L];
+                    for (int j = 0; j < L; ++j) {
+                        rows[j] = load(reinterpret_cast<const float*>(image[s + j] + from));
+                        if (from + ahead < size) __builtin_prefetch(image[s + j] + from + ahead);
+                    }
+                    transpose(rows);
+                    for (int j = 0; j < L; ++j) {
+                        const ints four = reinterpret_cast<const ints&>(rows[j]);
+                        for (int k = 0; k < 4; ++k) {
+                            const ints one = four >> (8 * (little_endian ? k : 3 - k)) & 255;
+                            store(target + (from + 4 * j + k) * block + s, (__builtin_convertvector(one, vec) - center) * slope);
+                        }
+                    }
+                }
+            }
+        }
+        for (ptrdiff_t k = 0; k < size && samples < block; ++k)
+            for (int s = samples; s < block; ++s) target[k * block + s] = 0;
+    }
+}
+
 constexpr int conv_block = conv_vectors * L;
 static_assert(conv_vectors == 2);
 
@@ -1001,7 +1047,7 @@ namespace tombola {
 
 extern const Kernels TOMBOLA_ISA = {TOMBOLA_NAME(TOMBOLA_ISA), linear_vectors * L, conv_vectors* L, gather, correlate,
                                    pack_features, unpack_features, rectify, gate,
-                                   batch_norm, batch_norm_gradient, normalise_images,
+                                   batch_norm, batch_norm_gradient, normalise_images, pack_normalised_images,
                                    pack_images, unpack_images, gather_packed, correlate_packed, normalise_packed,
                                    normalise_gradient_packed, sum_packed, gate_packed, max_pool, max_pool_gradient,
                                    L, gather_few, gather_one, pack_few};

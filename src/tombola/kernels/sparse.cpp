@@ -681,6 +681,7 @@ class Chain {
 
     int inputs() const { return layers_[0]->inputs(); }
     int outputs() const { return layers_.back()->outputs(); }
+    const Kernels& kernels() const { return layers_[0]->kernels(); }
 
     // Of the memory that a batch takes.
     size_t floats(int batch) const {
@@ -699,14 +700,16 @@ class Chain {
         check_apart(to.data, "source", from.data);
         check_apart(to.data, "memory", kept);
         nb::gil_scoped_release unlocked;
-        compute(parameters, from, batch, kept, to);
+        pack(from, batch, kept);
+        compute(parameters, batch, kept, to);
     }
 
-    // The two passes without Python.
-    void compute(const std::vector<Weights>& parameters, View from, int batch, float* x, View to) const {
+    // The two passes without Python. The first reads what is packed at the begin of the memory `x`.
+    void pack(View from, int batch, float* x) const { kernels().pack_features(from, inputs(), batch, x); }
+
+    void compute(const std::vector<Weights>& parameters, int batch, float* x, View to) const {
         const size_t width = blocks(batch) * block();
         const int rounded = whole(batch);
-        kernels().pack_features(from, layers_[0]->inputs(), batch, x);
         for (size_t i = 0; i < layers_.size(); ++i) {
             const int outputs = layers_[i]->outputs();
             float* y = x + layers_[i]->inputs() * width;
@@ -794,7 +797,6 @@ class Chain {
         return 2 * delta_floats(batch) + values;
     }
 
-    const Kernels& kernels() const { return layers_[0]->kernels(); }
     size_t block() const { return layers_[0]->block(); }
     size_t blocks(int batch) const { return (batch + block() - 1) / block(); }
 
