@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -19,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 from tombola import Dataset, Mask, Recipe, kernels, train
 from tombola.datasets.drawn import Drawn
 from tombola.kernels import layers, stretch
+from tombola.kernels.linear import Perceptron, SparseLinear
 from tombola.kernels.stretch import Stretch
 from tombola.training import stretches
 from tombola.training.history import Checkpoint, Trained
@@ -132,6 +134,29 @@ def test_a_stretch_has_the_bits_of_its_iterations(
     assert bits(run(watch=lambda _, take: stopped.append(take()))) == bits(by_one)
     torch.testing.assert_close([*map(vars, stopped)], [*map(vars, expected)], rtol=0, atol=0)
     assert bits(run(resume=expected[len(expected) // 2])) == bits(by_one)
+
+
+@needs_operators
+@pytest.mark.parametrize("shape", [(3, 3, 3), (2, 9, 11)])
+def test_images_are_packed_with_the_bits_of_normalised_ones(shape: tuple[int, int, int]) -> None:
+    """Images of few pixels, and of many; 70 of them fill a block of samples and begin another."""
+    draw, features = torch.Generator().manual_seed(0), math.prod(shape)
+    images = torch.randint(256, (90, *shape), dtype=torch.uint8, generator=draw)
+    labels, order = torch.arange(90) % 3, torch.randperm(90, generator=draw)[:70]
+    mean, scale = 255 * torch.rand(shape[0], 1, 1, generator=draw), torch.rand(shape[0], 1, 1, generator=draw)
+    weight, alive = torch.randn(3, features, generator=draw), torch.rand(3, features, generator=draw) < 0.5
+    for instruction_set in layers.extension.instruction_sets():
+        layer = SparseLinear(weight, torch.zeros(3), alive, instruction_set)
+        network = Perceptron.of(nn.Sequential(nn.Flatten(), layer))
+        assert network is not None
+        loss = network.cross_entropy(kernels.normalise_images(images, order, mean, scale), labels[order])
+        gradients = [parameter.grad for parameter in layer.parameters()]
+        for parameter in layer.parameters():
+            parameter.grad = torch.full_like(parameter, math.nan)
+        losses = Stretch(network, images, labels, (mean, scale), len(order)).run(order, [0.1], 1.0)
+        assert losses.tolist() == [loss.item()]
+        for parameter, gradient in zip(layer.parameters(), gradients, strict=True):
+            torch.testing.assert_close(parameter.grad, gradient, rtol=0, atol=0)
 
 
 @needs_operators

@@ -32,11 +32,16 @@ constexpr int conv_vectors = 2, conv_pixels = 4;  // linear_vectors are of 1 pix
 typedef float vec __attribute__((vector_size(4 * L)));
 typedef float unaligned __attribute__((vector_size(4 * L), aligned(4), may_alias));
 typedef float vec4 __attribute__((vector_size(16)));
+typedef int32_t ints __attribute__((vector_size(4 * L), may_alias));
 
 constexpr bool little_endian = __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__;
 
 inline vec load(const float* p) { return *reinterpret_cast<const unaligned*>(p); }
 inline void store(float* p, vec v) { *reinterpret_cast<unaligned*>(p) = v; }
+
+struct Vectors {
+    vec at[4];
+};
 
 // Neighbouring groups of G lanes are swapped between a and b: (a0 b0 a2 b2 ..) and (a1 b1 a3 b3 ..).
 #if TOMBOLA_LANES == 4
@@ -77,14 +82,16 @@ inline vec sum_halves(vec a, vec b) {
            __builtin_shufflevector(a, b, TOMBOLA_LANE_LIST(TOMBOLA_HIGH));
 }
 
-// Lane i of the result is the sum of the lanes of vector(first + i), for i < 2 G at G = L / 2.
-template <int G, class Vector>
-inline vec sums(const Vector& vector, int first) {
-    if constexpr (G == 0) {
-        return vector(first);
+// Lane i of the result is the sum of the lanes of vector first + i, for i < 2 G at G = L / 2; four(i) are vectors i to i + 3.
+template <int G, class Four>
+inline vec sums(const Four& four, int first) {
+    if constexpr (G == 2) {
+        const auto v = four(first);
+        const vec a = sum_halves(v.at[0], v.at[1]), b = sum_halves(v.at[2], v.at[3]);
+        return evens<G>(a, b) + odds<G>(a, b);
     } else {
-        const vec a = sums<G / 2>(vector, first), b = sums<G / 2>(vector, first + G);
-        return G == 1 ? sum_halves(a, b) : evens<G>(a, b) + odds<G>(a, b);
+        const vec a = sums<G / 2>(four, first), b = sums<G / 2>(four, first + G);
+        return evens<G>(a, b) + odds<G>(a, b);
     }
 }
 
@@ -185,15 +192,23 @@ struct Tile {
     ptrdiff_t line;  // from one pixel or feature of the source to the next
     const float* source[P];
 
+    // Calls body(row, first tap, end, offsets of these taps). Numbers of the taps lie row by row, so that those of a tile are
+    // pieces far apart, which a processor does not foresee: the next piece is fetched in time.
     template <class Body>
-    void each_row(const Body& body) const {
-        const int32_t* split = pass.split + tile;
-        for (int r = 0; r < pass.rows; ++r, split += pass.tiles + 1) body(r, split[0], split[1]);
+    void each_row(const float* numbers, const Body& body) const {
+        const int32_t *split = pass.split + tile, *offset = pass.offset + pass.first_offset[tile];
+        for (int r = 0; r < pass.rows; ++r) {
+            const int begin = split[0], end = split[1];
+            split += pass.tiles + 1;
+            for (int k = split[0]; r + 1 < pass.rows && k < split[1] + 15; k += 16) __builtin_prefetch(numbers + k);
+            body(r, begin, end, offset);
+            offset += end - begin;
+        }
     }
 
     void gather(const float* values, const float* bias, float* const (&target)[P], ptrdiff_t row) const {
         const bool whole = samples == V * L;
-        each_row([&](int r, int begin, int end) {
+        each_row(values, [&](int r, int begin, int end, const int32_t* offset) {
             vec sum[P][V];
             if (tile && begin == end) return;
             for (int p = 0; p < P; ++p) {
@@ -202,22 +217,23 @@ struct Tile {
                 if (tile && !whole) from = static_cast<float*>(std::memcpy(partial, from, sizeof(float) * samples));
                 for (int v = 0; v < V; ++v) sum[p][v] = tile ? load(from + v * L) : (bias ? bias[r] : 0.f) - vec{};
             }
-            const auto add = [&](vec value, int32_t offset) {
+            const auto add = [&](vec value, int32_t place) {
                 for (int p = 0; p < P; ++p)
-                    for (int v = 0; v < V; ++v) sum[p][v] += value * load(source[p] + offset * line + v * L);
+                    for (int v = 0; v < V; ++v) sum[p][v] += value * load(source[p] + place * line + v * L);
             };
-            int k = begin;
+            const float* value = values + begin;
+            const float* const last = values + end;
             if constexpr (P == 1) {
-                for (; k + 4 <= end; k += 4) {
-                    const FourOffsets offset(pass.offset + k);
-                    const vec four = repeat_four(values + k);
-                    add(spread<0>(four), offset.at[0]);
-                    add(spread<1>(four), offset.at[1]);
-                    add(spread<2>(four), offset.at[2]);
-                    add(spread<3>(four), offset.at[3]);
+                for (; value + 4 <= last; value += 4, offset += 4) {
+                    const FourOffsets place(offset);
+                    const vec four = repeat_four(value);
+                    add(spread<0>(four), place.at[0]);
+                    add(spread<1>(four), place.at[1]);
+                    add(spread<2>(four), place.at[2]);
+                    add(spread<3>(four), place.at[3]);
                 }
             }
-            for (; k < end; ++k) add(values[k] - vec{}, pass.offset[k]);
+            for (; value < last; ++value, ++offset) add(*value - vec{}, *offset);
             for (int p = 0; p < P; ++p) {
                 if (whole)
                     for (int v = 0; v < V; ++v) store(target[p] + r * row + v * L, sum[p][v]);
@@ -230,22 +246,32 @@ struct Tile {
         });
     }
 
+    // Four taps side by side, since the sum over the samples of one is a row of additions that wait for each other.
     void correlate(const float* const (&delta)[P], ptrdiff_t row, float* gradient) const {
-        each_row([&](int r, int begin, int end) {
+        each_row(gradient, [&](int r, int begin, int end, const int32_t* offset) {
             vec d[P][V];
             if (begin == end) return;
             for (int p = 0; p < P; ++p)
                 for (int v = 0; v < V; ++v) d[p][v] = load(delta[p] + r * row + v * L);
-            const auto product = [&](int k) {
-                const ptrdiff_t offset = pass.offset[k] * line;
-                vec total = {};
+            const auto four = [&](int i) {
+                ptrdiff_t place[4];
+                Vectors total = {};
+                for (int j = 0; j < 4; ++j) place[j] = offset[i + j] * line;
                 for (int p = 0; p < P; ++p)
-                    for (int v = 0; v < V; ++v) total += d[p][v] * load(source[p] + offset + v * L);
+                    for (int v = 0; v < V; ++v)
+                        for (int j = 0; j < 4; ++j) total.at[j] += d[p][v] * load(source[p] + place[j] + v * L);
                 return total;
             };
-            int k = begin;
-            for (; k + L <= end; k += L) store(gradient + k, load(gradient + k) + sums<L / 2>(product, k));
-            for (; k < end; ++k) gradient[k] += sum(product(k));
+            const auto product = [&](int i) {
+                vec total = {};
+                for (int p = 0; p < P; ++p)
+                    for (int v = 0; v < V; ++v) total += d[p][v] * load(source[p] + offset[i] * line + v * L);
+                return total;
+            };
+            float* const to = gradient + begin;
+            int i = 0;
+            for (; i + L <= end - begin; i += L) store(to + i, load(to + i) + sums<L / 2>(four, i));
+            for (; i < end - begin; ++i) to[i] += sum(product(i));
         });
     }
 };
@@ -505,6 +531,51 @@ void normalise_images(const uint8_t* images, const int64_t* indices, ptrdiff_t c
     }
 }
 
+// Four pixels of a sample are one integer: transposed, vectors of these hold four pixels of L samples, which shifts separate.
+void pack_normalised_images(const uint8_t* images, const int64_t* indices, int count, int channels, ptrdiff_t pixels,
+                          const float* mean, const float* scale, float* target) {
+    constexpr int block = linear_vectors * L;
+    constexpr ptrdiff_t piece = 4 * L, ahead = 128;  // pixels
+    const ptrdiff_t size = channels * pixels;
+    for (int n = 0; n < count; n += block, target += size * block) {
+        const int samples = at_most(block, count - n);
+        const uint8_t* image[block];
+        for (int s = 0; s < block; ++s) {
+            image[s] = images + indices[s < samples ? n + s : n] * size;
+            for (ptrdiff_t i = 0; i < ahead && i < size; i += 64) __builtin_prefetch(image[s] + i);
+        }
+        for (int c = 0; c < channels; ++c) {
+            const float center = mean[c], slope = scale[c];
+            const ptrdiff_t first = c * pixels, end = first + pixels;
+            for (ptrdiff_t i = first; i < end; i += piece) {
+                if (pixels < piece) {
+                    for (ptrdiff_t k = i; k < end; ++k)
+                        for (int s = 0; s < block; ++s) target[k * block + s] = (float(image[s][k]) - center) * slope;
+                    break;
+                }
+                const ptrdiff_t from = i + piece < end ? i : end - piece;  // the last may overlap the one before it
+                for (int s = 0; s < block; s += L) {
+                    vec rows[L];
+                    for (int j = 0; j < L; ++j) {
+                        rows[j] = load(reinterpret_cast<const float*>(image[s + j] + from));
+                        if (from + ahead < size) __builtin_prefetch(image[s + j] + from + ahead);
+                    }
+                    transpose(rows);
+                    for (int j = 0; j < L; ++j) {
+                        const ints four = reinterpret_cast<const ints&>(rows[j]);
+                        for (int k = 0; k < 4; ++k) {
+                            const ints one = four >> (8 * (little_endian ? k : 3 - k)) & 255;
+                            store(target + (from + 4 * j + k) * block + s, (__builtin_convertvector(one, vec) - center) * slope);
+                        }
+                    }
+                }
+            }
+        }
+        for (ptrdiff_t k = 0; k < size && samples < block; ++k)
+            for (int s = samples; s < block; ++s) target[k * block + s] = 0;
+    }
+}
+
 constexpr int conv_block = conv_vectors * L;
 static_assert(conv_vectors == 2);
 
@@ -695,7 +766,8 @@ struct Sums {
     void flush() {
         if (count == 0) return;
         for (int i = count; i < L; ++i) totals[i] = vec{};
-        const vec all = sums<L / 2>([&](int i) { return totals[i]; }, 0);
+        const auto four = [&](int i) { return Vectors{{totals[i], totals[i + 1], totals[i + 2], totals[i + 3]}}; };
+        const vec all = sums<L / 2>(four, 0);
         if (count == L)
             store(gradient + first, load(gradient + first) + all);
         else
@@ -975,7 +1047,7 @@ namespace tombola {
 
 extern const Kernels TOMBOLA_ISA = {TOMBOLA_NAME(TOMBOLA_ISA), linear_vectors * L, conv_vectors* L, gather, correlate,
                                    pack_features, unpack_features, rectify, gate,
-                                   batch_norm, batch_norm_gradient, normalise_images,
+                                   batch_norm, batch_norm_gradient, normalise_images, pack_normalised_images,
                                    pack_images, unpack_images, gather_packed, correlate_packed, normalise_packed,
                                    normalise_gradient_packed, sum_packed, gate_packed, max_pool, max_pool_gradient,
                                    L, gather_few, gather_one, pack_few};

@@ -37,7 +37,9 @@ struct Pass {
     int strip;                               // columns of the grid that packed images are computed side by side
     int tiles, tile_channels;
     const int32_t* split;
-    const int32_t* offset;                   // of each tap in the packed tile, in lines of one block
+    // Of each tap in the packed tile, in lines of one block: tile by tile, in each row by row, those of tile t from
+    // offset[first_offset[t]] on.
+    const int32_t *offset, *first_offset;
     // Of packed images: the channels of each tile that taps read, those of tile t from tapped[tapped_split[t]] on.
     const int32_t *tapped, *tapped_split;
 };
@@ -99,8 +101,11 @@ struct Kernels {
     // target[n] = (images[indices[n]] - mean) * scale, images of (channels, pixels).
     void (*normalise_images)(const uint8_t* images, const int64_t* indices, ptrdiff_t count, int channels,
                              ptrdiff_t pixels, const float* mean, const float* scale, float* target);
+    // The same, packed as features: (blocks, channels * pixels, block), zero beyond the last sample.
+    void (*pack_normalised_images)(const uint8_t* images, const int64_t* indices, int count, int channels,
+                                   ptrdiff_t pixels, const float* mean, const float* scale, float* target);
 
-    // The same for packed images. `offset` is that of each tap from the pixel of its pass, in floats; `add` adds to the
+    // The products for packed images. `offset` is that of each tap from the pixel of its pass, in floats; `add` adds to the
     // target, without a bias. Rows of the target that are not `written` are left as they are; null for all.
     void (*pack_images)(View from, ImageSize size, int border, Packed to);
     void (*unpack_images)(Packed from, ImageSize size, View to);

@@ -189,7 +189,7 @@ struct Tap {
 // A Pass and the arrays it points to.
 struct Structure {
     Pass pass{}, images{};  // of any layout, and of packed images
-    std::vector<int32_t> split, offset, images_split, tapped, tapped_split;
+    std::vector<int32_t> split, offset, first_offset, images_split, tapped, tapped_split;
     std::vector<Tap> taps;
     size_t source_floats = 0, target_floats = 0;
 
@@ -235,26 +235,27 @@ struct Structure {
         source_floats = line / sizeof(float) * height(p.band) * p.tile_channels;
         if (source_floats > INT32_MAX) throw std::invalid_argument("image: the tiles of so large an image are too large");
         target_floats = size_t(p.rows) * p.band * p.grid_width * p.block;
-        offset.resize(taps.size());
         split.reserve(size_t(p.rows) * (p.tiles + 1));
         for (int r = 0; r < p.rows; ++r) {
-            if (!wanted(r)) {
-                split.insert(split.end(), p.tiles + 1, first[r + 1]);
-                continue;
-            }
-            int32_t k = first[r];
+            int32_t k = wanted(r) ? first[r] : first[r + 1];
             for (int tile = 0; tile < p.tiles; ++tile) {
                 split.push_back(k);
-                for (; k < first[r + 1] && taps[k].channel < (tile + 1) * p.tile_channels; ++k) {
-                    const Tap& tap = taps[k];
-                    const int channel = tap.channel - tile * p.tile_channels;
-                    offset[k] = (channel * height(p.band) + tap.y) * columns + tap.x;
-                }
+                while (k < first[r + 1] && taps[k].channel < (tile + 1) * p.tile_channels) ++k;
             }
             split.push_back(k);
         }
+        offset.reserve(taps.size());
+        for (int tile = 0; tile < p.tiles; ++tile) {
+            first_offset.push_back(static_cast<int32_t>(offset.size()));
+            for (int r = 0; r < p.rows; ++r) {
+                const int32_t* const piece = split.data() + ptrdiff_t(r) * (p.tiles + 1) + tile;
+                for (int32_t k = piece[0]; k < piece[1]; ++k)
+                    offset.push_back(((taps[k].channel - tile * p.tile_channels) * height(p.band) + taps[k].y) * columns +
+                                     taps[k].x);
+            }
+        }
         p.split = split.data();
-        p.offset = offset.data();
+        p.offset = offset.data(), p.first_offset = first_offset.data();
         build_images(first, channels_worth_a_tile, wanted);
     }
 
@@ -291,7 +292,7 @@ struct Structure {
             images_split.push_back(k);
         }
         p.split = images_split.data();
-        p.offset = nullptr;
+        p.offset = p.first_offset = nullptr;
         std::vector<bool> is_tapped(p.channels);
         for (int r = 0; r < p.rows; ++r)
             for (int32_t k = first[r]; k < first[r + 1] && wanted(r); ++k) is_tapped[taps[k].channel] = true;
@@ -617,7 +618,7 @@ class Layer {
         float* packed = memory + count_in_lines();
         for (const Structure& structure : backward_) {
             kernels_.gather(structure.pass, ordered, nullptr, delta, batch, target, packed);
-            ordered += structure.offset.size();
+            ordered += structure.taps.size();
         }
     }
 
@@ -680,6 +681,7 @@ class Chain {
 
     int inputs() const { return layers_[0]->inputs(); }
     int outputs() const { return layers_.back()->outputs(); }
+    const Kernels& kernels() const { return layers_[0]->kernels(); }
 
     // Of the memory that a batch takes.
     size_t floats(int batch) const {
@@ -698,14 +700,16 @@ class Chain {
         check_apart(to.data, "source", from.data);
         check_apart(to.data, "memory", kept);
         nb::gil_scoped_release unlocked;
-        compute(parameters, from, batch, kept, to);
+        pack(from, batch, kept);
+        compute(parameters, batch, kept, to);
     }
 
-    // The two passes without Python.
-    void compute(const std::vector<Weights>& parameters, View from, int batch, float* x, View to) const {
+    // The two passes without Python. The first reads what is packed at the begin of the memory `x`.
+    void pack(View from, int batch, float* x) const { kernels().pack_features(from, inputs(), batch, x); }
+
+    void compute(const std::vector<Weights>& parameters, int batch, float* x, View to) const {
         const size_t width = blocks(batch) * block();
         const int rounded = whole(batch);
-        kernels().pack_features(from, layers_[0]->inputs(), batch, x);
         for (size_t i = 0; i < layers_.size(); ++i) {
             const int outputs = layers_[i]->outputs();
             float* y = x + layers_[i]->inputs() * width;
@@ -793,7 +797,6 @@ class Chain {
         return 2 * delta_floats(batch) + values;
     }
 
-    const Kernels& kernels() const { return layers_[0]->kernels(); }
     size_t block() const { return layers_[0]->block(); }
     size_t blocks(int batch) const { return (batch + block() - 1) / block(); }
 

@@ -111,7 +111,8 @@ class Stretch {
     }
 
   private:
-    // The features of a batch, with the distances between samples and between features, and their gradient.
+    // The features of a batch, with the distances between samples and between features, and their gradient. Images have no
+    // data until the first layer has them normalised as it reads them.
     struct Features {
         float* data;
         ptrdiff_t count, sample, feature;
@@ -141,12 +142,13 @@ class Stretch {
         const int channels = static_cast<int>(size.at[1]);
         const uint8_t* const from = hold<const uint8_t>("inputs", inputs, examples_ * features);
         const float *center = hold<float>("mean", mean, channels), *slope = hold<float>("scale", scale, channels);
-        const Kernels* const kernels = &kernels_named(std::nullopt);
-        float* const x = memory(batch_ * features);
-        forward_.push_back([=] {
-            kernels->normalise_images(from, chosen_, batch_, channels, pixels, center, slope, x);
-        });
-        return {x, features, features, 1, nullptr, 0, 0};
+        pack_images_ = [=](const Kernels& kernels, float* to) {
+            kernels.pack_normalised_images(from, chosen_, batch_, channels, pixels, center, slope, to);
+        };
+        normalise_images_ = [=](float* to) {
+            kernels_named(std::nullopt).normalise_images(from, chosen_, batch_, channels, pixels, center, slope, to);
+        };
+        return {nullptr, features, features, 1, nullptr, 0, 0};
     }
 
     Features floats_of(nb::handle inputs) {
@@ -186,7 +188,11 @@ class Stretch {
         owners_.push_back(std::move(object));
         const Features y = outputs(chain->outputs(), last, last);
         float* const kept = memory(chain->floats(batch_));
-        forward_.push_back([=] { chain->compute(parameters, x.view(), batch_, kept, y.view()); });
+        if (x.data)
+            forward_.push_back([=] { chain->pack(x.view(), batch_, kept); });
+        else
+            forward_.push_back([=] { pack_images_(chain->kernels(), kept); });
+        forward_.push_back([=] { chain->compute(parameters, batch_, kept, y.view()); });
         backward_.push_back([=] {
             chain->differentiate(parameters, y.gradient_view(), batch_, kept, found,
                                  first ? View{} : x.gradient_view());
@@ -195,14 +201,17 @@ class Stretch {
     }
 
     // y^T = W x^T + b, as in tombola.kernels.linear.
-    Features dense(const Features& x, bool first, bool last, const nb::tuple& weights, const nb::tuple& gradients,
-                   bool relu) {
+    Features dense(Features x, bool first, bool last, const nb::tuple& weights, const nb::tuple& gradients, bool relu) {
         if (weights.size() != 2 || gradients.size() != 2)
             throw std::invalid_argument("layers: expected weight and bias of a dense layer, and their gradients");
         const Numbers size = Tensor<float>("weight", weights[0]).sizes();
         if (size.count != 2) Tensor<float>("weight", weights[0]).refuse(", of shape (outputs, inputs)");
         const int64_t rows = size.at[0], columns = size.at[1], batch = batch_;
         expect_features(x, columns);
+        if (!x.data) {
+            float* const data = x.data = memory(batch_ * columns);
+            forward_.push_back([=] { normalise_images_(data); });
+        }
         float* const w = hold<float>("weight", weights[0], rows * columns);
         const Features y = outputs(rows, last, false);
         const Operand weight = floats(w, {rows, columns}, {columns, 1}),
@@ -310,6 +319,8 @@ class Stretch {
     std::vector<nb::object> owners_;
     std::vector<std::function<void()>> checks_;
     const int64_t* chosen_ = nullptr;  // the examples of the iteration
+    std::function<void(float*)> normalise_images_;
+    std::function<void(const Kernels&, float*)> pack_images_;
     std::vector<std::function<void()>> forward_, backward_;  // both in the order of the layers
     std::vector<std::function<void(double)>> update_;
 };
