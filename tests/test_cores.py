@@ -38,7 +38,9 @@ OTHER = "22 1 8:1 / /\udcff rw,relatime - ext4 /dev/sda1 rw,errors=remount-ro"  
         ([UNIFIED.replace("cgroup ", r"cgroup/a\040b ", 1)], ["0::/"], {"a b/cpu.max": "200000 100000\n"}, 2),
         ([MEMORY], ["5:memory:/"], {"memory": (200000, 100000)}, 8),
         ([UNIFIED, MEMORY], ["4:cpu:/a"], {"a/cpu.max": "3 1", "memory/a": (3, 1)}, 8),
+        ([CPU.format(root="/docker/x")], ["4:cpu:/y"], {"cpu,cpuacct": (2, 1), "cpu,cpuacct/y": (1, 1)}, 2),
         ([UNIFIED, CPU.format(root="/")], ["4:cpu:/a", "0::/b"], {"cpu,cpuacct/a": (4, 1), "b/cpu.max": "3 1"}, 3),
+        ([UNIFIED, CPU.format(root="/")], ["4:cpu:/a", "0::/b"], {"cpu,cpuacct/b": (2, 1), "a/cpu.max": "3 1"}, 8),
     ],
 )
 def test_cores_are_those_of_the_smallest_quota(
