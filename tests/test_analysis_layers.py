@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from itertools import pairwise
+from typing import NoReturn
 
 import polars as pl
 import pytest
@@ -374,3 +375,12 @@ def test_ends_are_found_without_the_compiler_of_torch() -> None:
     )
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=LONG).stdout
     assert said == " False\n"
+
+
+def test_compiled_layers_are_followed_as_they_are_written() -> None:
+    def refuse(graph: object, examples: object) -> NoReturn:
+        raise AssertionError("compiled")
+
+    model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1))
+    model.compile(backend=refuse)
+    assert find_ends(model, torch.ones(1, 2), ["0.weight", "1.weight"]) == Ends(("0.weight",), ("1.weight",))

@@ -42,6 +42,7 @@ from tombola.analysis.paths import Paths
 from tombola.analysis.verdict import Claim
 from tombola.cli import main
 from tombola.cli.analysis import has_data_orders
+from tombola.importance import l1
 from tombola.pruning.mask import Mask
 from tombola.study.chains import Chain
 from tombola.study.reinitialisation import plan
@@ -259,6 +260,18 @@ def test_weights_of_a_study(planner: Planner) -> None:
     (initial,) = figures(table, level=2, seed=1, quantity="initial", layer="fc2.weight")
     (rewind,) = figures(table, level=2, seed=1, quantity="rewind", layer="fc2.weight")
     assert initial["mean"] != rewind["mean"]  # the rewind point is at iteration 2
+
+
+@pytest.mark.parametrize("score_at", ["end", "rewind"])
+def test_weights_of_a_study_are_those_of_its_states(folder: Path, score_at: str) -> None:
+    planner = open_planner(folder, score_at=score_at)  # its dense networks are those of the study
+    ticket = planner.progress(Chain(0, "l1")).tickets[0]
+    states = {"initial": planner.initial(0).load(), "rewind": ticket.rewind.load(), "end": ticket.load_trained()}
+    expected = {name: weights.of_state(state, ticket.mask) for name, state in states.items()}
+    expected["score"] = weights.of_importance(states[score_at], ticket.mask, l1)
+    found = weights.of_study(Tickets(planner), ["l1"], [0]).filter(pl.col("seed") == 0)
+    for quantity, table in expected.items():
+        assert found.filter(pl.col("quantity") == quantity).select(table.columns).equals(table)
 
 
 def test_weights_of_a_study_have_no_scores_where_the_whole_network_is_scored(folder: Path) -> None:

@@ -12,7 +12,7 @@ from tombola import cores
 UNIFIED = "31 23 0:28 / /sys/fs/cgroup rw,nosuid - cgroup2 cgroup2 rw,nsdelegate"
 CPU = "33 31 0:31 {root} /sys/fs/cgroup/cpu,cpuacct rw,relatime shared:9 - cgroup cgroup rw,cpu,cpuacct"
 MEMORY = "34 31 0:32 / /sys/fs/cgroup/memory rw,relatime - cgroup cgroup rw,memory"
-OTHER = "22 1 8:1 / / rw,relatime - ext4 /dev/sda1 rw,errors=remount-ro"
+OTHER = "22 1 8:1 / /\udcff rw,relatime - ext4 /dev/sda1 rw,errors=remount-ro"  # its name is no text
 
 
 @pytest.mark.parametrize(
@@ -25,6 +25,7 @@ OTHER = "22 1 8:1 / / rw,relatime - ext4 /dev/sda1 rw,errors=remount-ro"
         ([UNIFIED], ["0::/"], {"cpu.max": "1000 100000\n"}, 1),
         ([UNIFIED], ["0::/"], {"cpu.max": "6400000 100000\n"}, 8),
         ([UNIFIED], ["0::/"], {"cpu.max": "unknown\n"}, 8),
+        ([UNIFIED], ["0::/"], {"cpu.max": "0 100000\n"}, 8),
         ([UNIFIED], ["0::/a/b"], {"a/cpu.max": "300000 100000\n", "a/b/cpu.max": "500000 100000\n"}, 3),
         ([UNIFIED], ["0::/a/b"], {"a/cpu.max": "500000 100000\n", "a/b/cpu.max": "max 100000\n"}, 5),
         ([UNIFIED], ["0::/a"], {"b/cpu.max": "100000 100000\n"}, 8),
@@ -33,9 +34,13 @@ OTHER = "22 1 8:1 / / rw,relatime - ext4 /dev/sda1 rw,errors=remount-ro"
         ([CPU.format(root="/")], ["4:cpu,cpuacct:/a"], {"cpu,cpuacct": (100000, 50000)}, 2),
         ([CPU.format(root="/docker/x")], ["4:cpu,cpuacct:/docker/x/a"], {"cpu,cpuacct/a": (200000, 100000)}, 2),
         ([CPU.format(root="/docker/x")], ["4:cpu,cpuacct:/"], {"cpu,cpuacct": (200000, 100000)}, 2),
+        ([CPU.format(root=r"/a\134x2d")], [r"4:cpu:/a\x2d/b"], {"cpu,cpuacct/b": (200000, 100000)}, 2),
+        ([UNIFIED.replace("cgroup ", r"cgroup/a\040b ", 1)], ["0::/"], {"a b/cpu.max": "200000 100000\n"}, 2),
         ([MEMORY], ["5:memory:/"], {"memory": (200000, 100000)}, 8),
         ([UNIFIED, MEMORY], ["4:cpu:/a"], {"a/cpu.max": "3 1", "memory/a": (3, 1)}, 8),
+        ([CPU.format(root="/docker/x")], ["4:cpu:/y"], {"cpu,cpuacct": (2, 1), "cpu,cpuacct/y": (1, 1)}, 2),
         ([UNIFIED, CPU.format(root="/")], ["4:cpu:/a", "0::/b"], {"cpu,cpuacct/a": (4, 1), "b/cpu.max": "3 1"}, 3),
+        ([UNIFIED, CPU.format(root="/")], ["4:cpu:/a", "0::/b"], {"cpu,cpuacct/b": (2, 1), "a/cpu.max": "3 1"}, 8),
     ],
 )
 def test_cores_are_those_of_the_smallest_quota(
@@ -56,7 +61,7 @@ def test_cores_are_those_of_the_smallest_quota(
                 every[f"sys/fs/cgroup/{name}/cpu.cfs_{of}_us"] = f"{number}\n"
     for name, text in every.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text(text)
+        (tmp_path / name).write_bytes(os.fsencode(text))
     monkeypatch.setattr(cores, "_ROOT", tmp_path)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
     assert cores.count_cores() == expected

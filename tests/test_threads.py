@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
 import time
 from collections.abc import Callable
@@ -73,6 +75,30 @@ def test_the_first_error_in_order_is_raised_and_ends_the_calls_that_have_begun()
     assert len(begun) < 9
     assert sorted(ends) == sorted(number for number in begun if number > 1)
     check_stopped()  # outside of such calls it does nothing
+
+
+def test_ctrl_c_ends_the_calls_also_where_the_system_resumes_waits() -> None:
+    never, ends = threading.Event(), list[int]()
+
+    def call(number: int) -> None:
+        never.wait(0.3)  # the main thread waits by now
+        if number == 0:
+            os.kill(os.getpid(), signal.SIGINT)
+        for _ in range(600):
+            try:
+                check_stopped()
+            except CancelledError:
+                ends.append(number)
+                raise
+            never.wait(LONG / 600)
+
+    signal.siginterrupt(signal.SIGINT, False)  # as the import of polars does
+    try:
+        with one_thread(), pytest.raises(KeyboardInterrupt):
+            map_in_threads(call, range(2))
+    finally:
+        signal.siginterrupt(signal.SIGINT, True)
+    assert sorted(ends) == [0, 1], "the calls have not ended by themselves"
 
 
 def test_threads_that_ask_for_one_result_compute_it_once() -> None:

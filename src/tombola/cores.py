@@ -28,7 +28,8 @@ def count_cores() -> int:
 def _list_quotas() -> Iterator[float]:
     """Yield the quotas, in cores, of the control groups of this process and of the groups that these are in."""
     mounts, groups = (_read(_ROOT / "proc/self" / name).splitlines() for name in ("mountinfo", "cgroup"))
-    for root, folder, kind, options in (found.groups() for found in map(_MOUNT.fullmatch, mounts) if found):
+    for fields in (found.groups() for found in map(_MOUNT.fullmatch, mounts) if found):
+        root, folder, kind, options = map(_unescape, fields)
         for controllers, path in (found.groups() for found in map(_GROUP.fullmatch, groups) if found):
             unified = kind == "cgroup2" and not controllers
             if unified or "cpu" in set(controllers.split(",")) & set(options.split(",")):
@@ -42,13 +43,18 @@ def _read_quota(group: Path) -> Iterator[float]:
     """Yield the quota of a control group in cores, if it has one."""
     of_version_1 = f"{_read(group / 'cpu.cfs_quota_us')} {_read(group / 'cpu.cfs_period_us')}"
     for text in (_read(group / "cpu.max"), of_version_1):
-        if found := re.fullmatch(r"(\d+)\s+([1-9]\d*)\s*", text):  # not "max" or "-1", which mean that there is none
+        if found := re.fullmatch(r"([1-9]\d*)\s+([1-9]\d*)\s*", text):  # "max" and "-1" mean that there is none
             yield int(found[1]) / int(found[2])
 
 
+def _unescape(field: str) -> str:
+    """Return a field of mountinfo, in which blanks and backslashes are octal numbers, as it was."""
+    return re.sub(r"\\([0-7]{3})", lambda found: chr(int(found[1], 8)), field)
+
+
 def _read(path: Path) -> str:
-    """Return what is in a file; nothing if it is not there."""
+    """Return the text of a file, in which paths may have any bytes; nothing if it is not there."""
     try:
-        return path.read_text()
-    except (OSError, UnicodeDecodeError):
+        return os.fsdecode(path.read_bytes())
+    except OSError:
         return ""

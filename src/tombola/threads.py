@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Hashable, Iterable, Iterator
-from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from contextvars import copy_context
 from typing import Generic, TypeVar
@@ -19,6 +19,7 @@ _Result = TypeVar("_Result")
 MOST = 4
 """The most pieces of work at the same time; each may hold what a network computes for a batch of examples."""
 
+_WAIT = 0.2  # seconds
 _LEAST = 4  # results that are kept however large they are
 
 _here = threading.local()
@@ -74,10 +75,21 @@ def map_in_threads(function: Callable[[_Item], _Result], items: Iterable[_Item])
     with ThreadPoolExecutor(threads, initializer=begin) as pool:
         try:
             futures = [pool.submit(copy_context().run, function, item) for item in items]
-            return [future.result() for future in futures]
+            return [_result_of(future) for future in futures]
         finally:
             stopped.set()
             pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _result_of(future: Future[_Result]) -> _Result:
+    """Return the result of a future.
+
+    Each wait for it is short, so that Python answers Ctrl-C after it: the import of polars sets SA_RESTART for the
+    signal of Ctrl-C, with which the system resumes a wait.
+    """
+    while not wait([future], timeout=_WAIT).done:
+        pass
+    return future.result()
 
 
 def check_stopped() -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Collection, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -95,6 +97,7 @@ def find_ends(model: nn.Module, inputs: Tensors, layers: Collection[str], forwar
             ambient(0),
             torch.enable_grad(),
             warnings.catch_warnings(),
+            _uncompiled(),
             follower,
         ):  # without gradients, layers are fused
             warnings.simplefilter("ignore")
@@ -112,6 +115,17 @@ def find_ends(model: nn.Module, inputs: Tensors, layers: Collection[str], forwar
     end, place = ("outputs", "last") if inputs_at else ("inputs", "first")
     fault = f"No layer was found that touches the {end}: the {place} layer by order stands for it."
     return Ends(inputs_at or known.inputs, outputs_at or known.outputs, fault)
+
+
+def _uncompiled() -> AbstractContextManager[object]:
+    """Return a context in which compiled parts of a network run as they are written, which can be followed.
+
+    Where nothing is compiled, it does not load the compiler of torch, which would take longer than all else here.
+    """
+    if "torch._dynamo" not in sys.modules:
+        return nullcontext()
+    eager: AbstractContextManager[object] = torch.compiler.set_stance("force_eager")
+    return eager
 
 
 @dataclass(frozen=True)
@@ -170,7 +184,7 @@ class _Follower(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        """Return False, so that torch does not load its compiler, which would take longer than all else here."""
+        """Return False, so that torch does not load its compiler to keep it from this class, see `_uncompiled`."""
         return False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -171,7 +171,7 @@ class Tickets:
             check_level(self.study, level)
         for chain in chains:
             end = self.progress(chain)
-            if end.waits_for is None and len(end.tickets) <= max(levels, default=-1):
+            if end.waits_for is None and len(end.tickets) <= max(levels):
                 why = end.stopped or "its training diverged"
                 raise UserError(f"{chain} has no level {max(levels)}: it ends at level {len(end.tickets) - 1} ({why})")
         have = {chain: len(self.progress(chain).tickets) for chain in chains}
