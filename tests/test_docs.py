@@ -240,9 +240,7 @@ def reduce(arguments: list[str]) -> list[str]:
     return few + one_seed
 
 
-DESCRIBED = {"short-mnist.toml": "lenet-mnist", "short-fashion.toml": "lenet-fashion"} | dict.fromkeys(
-    ("mine.toml", "other.toml", "study.toml"), "digits"
-)
+DESCRIBED = dict.fromkeys(("mine.toml", "other.toml", "study.toml"), "digits")
 """The presets of which the files of studies are made that pages only mention."""
 
 
