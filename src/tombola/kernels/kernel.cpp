@@ -200,7 +200,8 @@ struct Tile {
         for (int r = 0; r < pass.rows; ++r) {
             const int begin = split[0], end = split[1];
             split += pass.tiles + 1;
-            for (int k = split[0]; r + 1 < pass.rows && k < split[1] + 15; k += 16) __builtin_prefetch(numbers + k);
+            if (r + 1 < pass.rows)
+                for (int k = split[0]; k < split[1] + 15; k += 16) __builtin_prefetch(numbers + k);
             body(r, begin, end, offset);
             offset += end - begin;
         }
