@@ -558,7 +558,7 @@ void pack_normalised_images(const uint8_t* images, const int64_t* indices, int c
                 for (int s = 0; s < block; s += L) {
                     vec rows[L];
                     for (int j = 0; j < L; ++j) {
-                        rows[j] = load(reinterpret_cast<const float*>(image[s + j] + from));
+                        std::memcpy(rows + j, image[s + j] + from, sizeof *rows);  // at any address
                         if (from + ahead < size) __builtin_prefetch(image[s + j] + from + ahead);
                     }
                     transpose(rows);
