@@ -37,7 +37,8 @@ SANITIZED = LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-n
 
 sanitize: .venv/installed-tests build/sanitize/installed
 	$(SANITIZED) -c 'from tombola.kernels import _sparse; assert "build/sanitize" in _sparse.__file__, _sparse.__file__'
-	$(SANITIZED) -m pytest --capture=sys -p no:cacheprovider -n auto tests/test_kernels.py tests/test_packed.py \
+	$(SANITIZED) -m pytest --capture=sys -p no:cacheprovider -n auto \
+		tests/test_kernels.py tests/test_packed.py tests/test_stretch.py \
 		--deselect tests/test_kernels.py::test_missing_kernels_are_told_by_a_run
 
 build/sanitize/installed: $(SOURCES) | .venv/bin/pip

@@ -200,7 +200,8 @@ struct Tile {
         for (int r = 0; r < pass.rows; ++r) {
             const int begin = split[0], end = split[1];
             split += pass.tiles + 1;
-            for (int k = split[0]; r + 1 < pass.rows && k < split[1] + 15; k += 16) __builtin_prefetch(numbers + k);
+            if (r + 1 < pass.rows)
+                for (int k = split[0]; k < split[1] + 15; k += 16) __builtin_prefetch(numbers + k);
             body(r, begin, end, offset);
             offset += end - begin;
         }
@@ -557,7 +558,7 @@ void pack_normalised_images(const uint8_t* images, const int64_t* indices, int c
                 for (int s = 0; s < block; s += L) {
                     vec rows[L];
                     for (int j = 0; j < L; ++j) {
-                        rows[j] = load(reinterpret_cast<const float*>(image[s + j] + from));
+                        std::memcpy(rows + j, image[s + j] + from, sizeof *rows);  // at any address
                         if (from + ahead < size) __builtin_prefetch(image[s + j] + from + ahead);
                     }
                     transpose(rows);
