@@ -1,7 +1,8 @@
 """All benchmarks: prints a table and writes `results.json` beside this file.
 
 Each line is our time (or memory) against what it replaces, in the same run, the two in turn; the ratio is of the
-medians, smaller is better. Steps are timed in one process pinned to one processor and one thread.
+medians, smaller is better. Steps are timed in one process pinned to one processor and one thread. With `--avx2`, both
+use AVX2 at most, also on a processor that has AVX-512.
 """
 
 from __future__ import annotations
@@ -20,6 +21,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 HERE = Path(__file__).parent
+
+AVX2 = {
+    "ATEN_CPU_CAPABILITY": "avx2",
+    "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+    "ONEDNN_MAX_CPU_ISA": "AVX2",
+    "BENCHMARK_KERNELS": "avx2",  # which steps.py reads
+}
+"""The limits of torch, MKL, oneDNN and the kernels for `--avx2`."""
 
 
 @dataclass(frozen=True)
@@ -201,7 +210,7 @@ def _machine() -> str:
     command = [sys.executable, "-c", measure]
     printed = subprocess.run(command, check=True, capture_output=True, text=True, cwd=HERE).stdout
     products, memory = map(float, printed.split())
-    return f"one thread of this machine: {products:.0f} Gflop/s in a matrix product, {memory:.1f} GB/s in a copy"
+    return f"one thread of this machine: {products:.0f} Gflop/s in products, {memory:.1f} GB/s in a copy"
 
 
 PINNED = {"dense": dense_steps, "sparse": sparse_steps, "scores": scores, "chain": whole_chain}
@@ -212,7 +221,11 @@ def main() -> None:
     """Run the benchmarks that are named, or all."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="*", choices=[[], *PINNED, *FREE], help="which to run; all by default")
-    chosen = parser.parse_args().names or [*FREE, *PINNED]
+    parser.add_argument("--avx2", action="store_true", help="use AVX2 at most, on both sides")
+    options = parser.parse_args()
+    chosen = options.names or [*FREE, *PINNED]
+    if options.avx2:
+        os.environ |= AVX2  # before torch is loaded, which reads them then
     lines: list[Line] = []
     if set(chosen) & set(PINNED):
         print(_machine(), flush=True)

@@ -24,7 +24,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType
 from typing import Any, TypeAlias
 from unittest import mock
 
@@ -88,7 +88,8 @@ def force_kernels(name: str) -> Iterator[None]:
     packed = {each: force(vars(extension)[each]) for each in vars(extension) if each == "block" or "pack" in each}
     norms = {each: functools.partial(vars(extension)[each], instruction_set=name) for each in NORMS}
     own = {"instruction_sets": lambda: [name], "Layer": make_layer}
-    forced = SimpleNamespace(**(vars(extension) | packed | norms | own))
+    forced = ModuleType(extension.__name__)
+    vars(forced).update(vars(extension) | packed | norms | own)
     with mock.patch.object(layers, "extension", forced):
         yield
 

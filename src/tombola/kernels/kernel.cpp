@@ -6,6 +6,9 @@
 #include "kernel.hpp"
 
 #include <cstring>
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
 
 #ifndef TOMBOLA_ISA
 #define TOMBOLA_ISA plain
@@ -28,6 +31,7 @@ namespace {
 
 constexpr int L = TOMBOLA_LANES;
 constexpr int conv_vectors = 2, conv_pixels = 4;  // linear_vectors are of 1 pixel
+constexpr int most_pixels = L < 16 ? 4 : 8;       // of sums over packed images: AVX-512 has registers for them
 
 typedef float vec __attribute__((vector_size(4 * L)));
 typedef float unaligned __attribute__((vector_size(4 * L), aligned(4), may_alias));
@@ -159,10 +163,14 @@ void pack(View from, int height, int width, int samples, int block, int channels
 
 // Four neighbouring numbers again and again; and one of these in all lanes, by one shuffle.
 inline vec repeat_four(const float* from) {
+#if defined(__AVX512F__)  // the general code writes the four to memory, and waits until it can read sixteen there
+    return (vec)_mm512_maskz_broadcast_f32x4(0xffff, _mm_loadu_ps(from));
+#else
     vec4 v;
     std::memcpy(&v, from, sizeof v);
 #define TOMBOLA_REPEAT(i) (i) & 3
     return __builtin_shufflevector(v, v, TOMBOLA_LANE_LIST(TOMBOLA_REPEAT));
+#endif
 }
 template <int I>
 inline vec spread(vec fours) {
@@ -270,9 +278,21 @@ struct Tile {
                 return total;
             };
             float* const to = gradient + begin;
+            const int count = end - begin;
             int i = 0;
-            for (; i + L <= end - begin; i += L) store(to + i, load(to + i) + sums<L / 2>(four, i));
-            for (; i < end - begin; ++i) to[i] += sum(product(i));
+            for (; i + L <= count; i += L) store(to + i, load(to + i) + sums<L / 2>(four, i));
+            if constexpr (L < 16) {
+                for (; i < count; ++i) to[i] += sum(product(i));
+            } else if (i < count) {  // sixteen sums one by one would take as long as all other work
+                const auto rest = [&](int k) {
+                    Vectors total = {};
+                    if (k + 4 <= count) return four(k);
+                    for (int j = 0; k + j < count; ++j) total.at[j] = product(k + j);
+                    return total;
+                };
+                const vec all = sums<L / 2>(rest, i);
+                for (int k = 0; i + k < count; ++k) to[i + k] += all[k];
+            }
         });
     }
 };
@@ -628,18 +648,24 @@ void unpack_images(Packed from, ImageSize size, View to) {
     }
 }
 
-// P pixels of a pass: where they are read, and where they lie in the target; and the first pixel after them.
+// P pixels of a pass: where they are read, and where they lie in the target; and the first pixel after them. Of more than
+// four, each four are neighbours in a row, so that a loop over taps needs few addresses.
 template <int P>
 struct Pixels {
-    const float *source[P], *next_source;
-    float *target[P], *next_target;
+    static constexpr int count = P, run = P > 4 ? 4 : 1, runs = P / run;
+    const float *source[runs], *next_source;
+    float *target[runs], *next_target;
+    ptrdiff_t target_step;
     int tile, samples;
     bool last_of_row;
+
+    const float* source_of(int p) const { return source[p / run] + p % run * conv_block; }
+    float* target_of(int p) const { return target[p / run] + p % run * target_step; }
 };
 
 // Calls body(P pixels) for all pixels of a pass: for each block of samples strip by strip, in each strip band by band, in
 // each band tile by tile, so that what is read at random stays in the cache.
-template <class Body>
+template <int most, class Body>
 void each_group(const Pass& pass, int batch, Packed from, Packed to, const Body& body) {
     for (int n = 0; n < count_blocks(batch); ++n)
         for (int left = 0; left < pass.grid_width; left += pass.strip)
@@ -659,12 +685,13 @@ void each_group(const Pass& pass, int batch, Packed from, Packed to, const Body&
                                (ptrdiff_t(left + j) * pass.target_step + pass.target_left) * conv_block;
                     };
                     const auto next = [&](auto pixels) {
-                        constexpr int P = sizeof(pixels.source) / sizeof(*pixels.source);
-                        for (int p = 0; p < P; ++p) {
+                        for (int p = 0; p < pixels.runs; ++p) {
                             pixels.source[p] = source_of();
                             pixels.target[p] = target_of();
-                            if (++j == width) j = 0, ++i;
+                            j += pixels.run;
+                            if (j == width) j = 0, ++i;
                         }
+                        pixels.target_step = ptrdiff_t(pass.target_step) * conv_block;
                         pixels.next_source = source_of();
                         pixels.next_target = target_of();
                         pixels.last_of_row = j == 0;
@@ -673,6 +700,8 @@ void each_group(const Pass& pass, int batch, Packed from, Packed to, const Body&
                         body(pixels);
                     };
                     int first = 0;
+                    if (most > conv_pixels && pass.source_step == 1 && width % 4 == 0)
+                        for (; first + most <= end; first += most) next(Pixels<most>{});
                     for (; first + conv_pixels <= end; first += conv_pixels) next(Pixels<conv_pixels>{});
                     for (; first < end; ++first) next(Pixels<1>{});
                 }
@@ -695,7 +724,7 @@ struct Ahead {
           target(group.next_target),
           source_channel(from.channel) {
         const int read = group.last_of_row ? 0 : pass.tap_width > pass.source_step ? pass.tap_width - pass.source_step : 0;
-        floats = conv_block * at_most(8, conv_pixels * pass.source_step + (group.last_of_row ? pass.tap_width - 1 : 0));
+        floats = conv_block * at_most(P + 4, P * pass.source_step + (group.last_of_row ? pass.tap_width - 1 : 0));
         source = group.next_source + (pass.tap_height - 1) * from.row + read * conv_block;
     }
 
@@ -726,16 +755,24 @@ template <int P>
         vec sum[P][conv_vectors];
         for (int p = 0; p < P; ++p)
             for (int v = 0; v < conv_vectors; ++v)
-                sum[p][v] = add ? load(pixels.target[p] + r * channel + v * L)
+                sum[p][v] = add ? load(pixels.target_of(p) + r * channel + v * L)
                                 : (bias ? bias[r] * load(lanes + v * L) : vec{});
-        for (int k = begin; k < end; ++k) {
-            const float value = values[k];
-            const ptrdiff_t from = offset[k];
+        const auto add_tap = [&](vec value, ptrdiff_t from) {
             for (int p = 0; p < P; ++p)
-                for (int v = 0; v < conv_vectors; ++v) sum[p][v] += value * load(pixels.source[p] + from + v * L);
+                for (int v = 0; v < conv_vectors; ++v) sum[p][v] += value * load(pixels.source_of(p) + from + v * L);
+        };
+        int k = begin;
+        for (; k + 4 <= end; k += 4) {
+            const FourOffsets place(offset + k);
+            const vec four = repeat_four(values + k);
+            add_tap(spread<0>(four), place.at[0]);
+            add_tap(spread<1>(four), place.at[1]);
+            add_tap(spread<2>(four), place.at[2]);
+            add_tap(spread<3>(four), place.at[3]);
         }
+        for (; k < end; ++k) add_tap(values[k] - vec{}, offset[k]);
         for (int p = 0; p < P; ++p)
-            for (int v = 0; v < conv_vectors; ++v) store(pixels.target[p] + r * channel + v * L, sum[p][v]);
+            for (int v = 0; v < conv_vectors; ++v) store(pixels.target_of(p) + r * channel + v * L, sum[p][v]);
     }
 }
 
@@ -743,7 +780,7 @@ void gather_packed(const Pass& pass, const int32_t* offset, const float* values,
                    int batch, Packed target, bool add, const uint8_t* written) {
     float lanes[2][conv_block];  // 1 for each sample of a whole block, and of the last
     for (int s = 0; s < conv_block; ++s) lanes[0][s] = 1, lanes[1][s] = s < samples_of(batch, count_blocks(batch) - 1);
-    each_group(pass, batch, source, target, [&](const auto& pixels) {
+    each_group<conv_pixels>(pass, batch, source, target, [&](const auto& pixels) {
         gather_pixels(pass, offset, values, bias, lanes[pixels.samples < conv_block], pixels, source, target,
                       add || pixels.tile > 0, written);
     });
@@ -793,13 +830,13 @@ template <int P>  // like gather_pixels
         ahead.fetch_target(r * channel);
         vec d[P][conv_vectors];
         for (int p = 0; p < P; ++p)
-            for (int v = 0; v < conv_vectors; ++v) d[p][v] = load(pixels.target[p] + r * channel + v * L);
+            for (int v = 0; v < conv_vectors; ++v) d[p][v] = load(pixels.target_of(p) + r * channel + v * L);
         kept.move_to(begin);
         for (int k = begin; k < end; ++k) {
             const ptrdiff_t from = offset[k];
             vec total[conv_vectors] = {};
             for (int p = 0; p < P; ++p)
-                for (int v = 0; v < conv_vectors; ++v) total[v] += d[p][v] * load(pixels.source[p] + from + v * L);
+                for (int v = 0; v < conv_vectors; ++v) total[v] += d[p][v] * load(pixels.source_of(p) + from + v * L);
             kept.add(total[0] + total[1]);
         }
     }
@@ -810,7 +847,7 @@ void correlate_packed(const Pass& pass, const int32_t* offset, Packed source, Pa
                       float* bias_gradient) {
     const int32_t taps = pass.split[ptrdiff_t(pass.rows) * (pass.tiles + 1) - 1];
     if (taps) std::memset(gradient, 0, sizeof(float) * taps);
-    each_group(pass, batch, source, delta, [&](const auto& pixels) {
+    each_group<most_pixels>(pass, batch, source, delta, [&](const auto& pixels) {
         correlate_pixels(pass, offset, pixels, source, delta, gradient);
     });
     for (int r = 0; bias_gradient && r < pass.rows; ++r) {
