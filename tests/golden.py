@@ -45,7 +45,7 @@ SETTINGS: dict[str, dict[str, str]] = {
 """The limits of torch, oneDNN and MKL: none, AVX2, or code that gives the same bits on all processors."""
 
 KERNELS = ("plain", "avx2", "avx512")
-NORMS = ("batch_norm", "batch_norm_gradient")  # they take an instruction set by name, and else the best
+NAMED = ("batch_norm", "batch_norm_gradient", "normalise_images")  # they take the name of an instruction set
 
 Bits: TypeAlias = dict[str, Any]
 """`losses`: of each epoch, hexadecimal; `weights`: SHA-256 of the trained state."""
@@ -86,10 +86,10 @@ def force_kernels(name: str) -> Iterator[None]:
         return lambda *arguments: function(*arguments[:-1], name)  # the last one is the instruction set
 
     packed = {each: force(vars(extension)[each]) for each in vars(extension) if each == "block" or "pack" in each}
-    norms = {each: functools.partial(vars(extension)[each], instruction_set=name) for each in NORMS}
+    named = {each: functools.partial(vars(extension)[each], instruction_set=name) for each in NAMED}
     own = {"instruction_sets": lambda: [name], "Layer": make_layer}
-    forced = ModuleType(extension.__name__)
-    vars(forced).update(vars(extension) | packed | norms | own)
+    forced = ModuleType(extension.__name__)  # which can be hashed, as a namespace cannot
+    vars(forced).update(vars(extension) | packed | named | own)
     with mock.patch.object(layers, "extension", forced):
         yield
 

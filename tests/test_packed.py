@@ -134,6 +134,22 @@ def close(ours: Tensor | None, exact: Tensor | None, scale: float = 1) -> None:
     seed=0, batch=17, channels=(50, 50), kernel=(3, 3), image=(3, 6), stride=1, padding=(1, 1), kind="0.3",
     layout="contiguous", bias=True,
 )  # fmt: skip
+@example(  # eight pixels are two rows, and four are left
+    seed=0, batch=33, channels=(3, 4), kernel=(3, 3), image=(3, 4), stride=1, padding=(1, 1), kind="0.3",
+    layout="contiguous", bias=True,
+)  # fmt: skip
+@example(  # eight pixels lie in two rows
+    seed=0, batch=33, channels=(3, 4), kernel=(3, 3), image=(3, 12), stride=1, padding=(1, 1), kind="0.3",
+    layout="contiguous", bias=True,
+)  # fmt: skip
+@example(  # bands of rows
+    seed=0, batch=33, channels=(64, 40), kernel=(3, 3), image=(6, 20), stride=1, padding=(1, 1), kind="0.3",
+    layout="contiguous", bias=True,
+)  # fmt: skip
+@example(  # strips of columns, and bands
+    seed=0, batch=33, channels=(160, 96), kernel=(3, 3), image=(16, 20), stride=1, padding=(1, 1), kind="0.05",
+    layout="contiguous", bias=True,
+)  # fmt: skip
 def test_a_convolution_equals_masked_dense(
     instruction_set: str, seed: int, batch: int, channels: tuple[int, int], kernel: tuple[int, int],
     image: tuple[int, int], stride: int, padding: tuple[int, int], kind: str, layout: str, bias: bool,

@@ -23,6 +23,7 @@ from tombola import Augmentation, Checkpoint, Dataset, History, Mask, Recipe, Tr
 from tombola.importance import SCORES
 from tombola.streams import derive, generator
 from tombola.training.batches import Changes, batches, iterations, normalisation
+from tombola.training.convolutions import sound_convolutions
 from tombola.training.evaluation import evaluate, predict
 from tombola.training.losses import Losses
 from tombola.training.scoring import score_network
@@ -856,8 +857,8 @@ def test_a_state_or_mask_of_another_network() -> None:
 
 
 @pytest.mark.parametrize("narrow", [True, False])
-def test_convolutions_that_onednn_computes_out_of_bounds_are_computed_without_it(narrow: bool) -> None:
-    seen: list[bool] = []
+def test_convolutions_that_onednn_computes_out_of_bounds_have_no_stride(narrow: bool) -> None:
+    seen: list[tuple[int, ...]] = []
 
     class Strided(nn.Module):
         def __init__(self) -> None:
@@ -867,9 +868,10 @@ def test_convolutions_that_onednn_computes_out_of_bounds_are_computed_without_it
             self.out = nn.Linear(72, 3)
 
         def forward(self, x: Tensor) -> Tensor:
-            outputs: Tensor = self.out(self.shortcut(self.widen(x)).flatten(1))
-            if outputs.requires_grad:
-                outputs.register_hook(lambda _: seen.append(torch.backends.mkldnn.enabled))  # when gradients begin
+            y = self.shortcut(self.widen(x))
+            if isinstance(y, Tensor) and y.grad_fn is not None:  # not while it is traced
+                seen.append(y.grad_fn._saved_stride)
+            outputs: Tensor = self.out(y.flatten(1))
             return outputs
 
     model, recipe = Strided(), Recipe(epochs=1, batch_size=8)
@@ -878,5 +880,19 @@ def test_convolutions_that_onednn_computes_out_of_bounds_are_computed_without_it
     train(model, model.state_dict(), mask, IMAGES, recipe, seed=0, end=1, metrics=[])
     arguments: dict[str, Any] = {"model": model, "state": model.state_dict(), "data": IMAGES, "seed": 0}
     score_network(SCORES["taylor"], mask, loss=nn.functional.cross_entropy, examples=8, **arguments)
-    assert seen == [not narrow] * 3
-    assert torch.backends.mkldnn.enabled
+    assert seen == [(1, 1) if narrow else (2, 2)] * 3
+
+
+@pytest.mark.parametrize("dims", [3, 4])
+@pytest.mark.parametrize("how", [{"stride": 2}, {"stride": (1, 3)}, {"stride": 3, "padding": (2, 1), "groups": 2}])
+def test_sound_convolutions_are_those_of_torch(how: dict[str, Any], dims: int) -> None:
+    layer = nn.Conv2d(4, 6, 1, **how, dtype=torch.float64)
+    x = torch.randn((2, 4, 7, 6)[4 - dims :], dtype=torch.float64, requires_grad=True)
+    exact = layer(x)
+    with sound_convolutions(layer, "cpu"):
+        sound = layer(x)
+    assert torch.allclose(sound, exact, rtol=1e-12, atol=1e-12)
+    delta = torch.randn_like(exact)
+    needed = (x, *layer.parameters())
+    for a, b in zip(*(torch.autograd.grad(y, needed, delta) for y in (sound, exact)), strict=True):
+        assert torch.allclose(a, b, rtol=1e-12, atol=1e-12)

@@ -99,10 +99,10 @@ def choose(
     #
     # Batch norm and ReLU between packed convolutions also take a fifth to two thirds of their time between dense ones.
     #
-    # A dense convolution between packed ones needs copies of its inputs, its outputs and both gradients in another
-    # layout: with 64 channels of 16 x 16 pixels, each takes 130 us for an image. A shortcut, 64 -> 128, 1 x 1 with
+    # A dense convolution between packed ones reads and writes another layout: PyTorch copies 64 channels of 16 x 16
+    # pixels in 130 us for an image, the inputs and the gradient of the outputs. A shortcut, 64 -> 128, 1 x 1 with
     # stride 2, at density .9 takes 53 us sparse and 42 us dense (67 and 51 us with AVX2). With two shortcuts sparse, a
-    # step of ResNet-18 at density .1 took .85 of the time.
+    # step of ResNet-18 at density .1 took .85 of the time (AVX-512).
     #
     # A step of ResNet-20 with all convolutions packed, relative to a dense one (channels-last):
     #

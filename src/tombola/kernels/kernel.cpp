@@ -31,7 +31,7 @@ namespace {
 
 constexpr int L = TOMBOLA_LANES;
 constexpr int conv_vectors = 2, conv_pixels = 4;  // linear_vectors are of 1 pixel
-constexpr int most_pixels = L < 16 ? 4 : 8;       // of sums over packed images: AVX-512 has registers for them
+constexpr int most_pixels = L < 16 ? conv_pixels : 8;  // of packed images, for gradients of weights: AVX-512 has the registers
 
 typedef float vec __attribute__((vector_size(4 * L)));
 typedef float unaligned __attribute__((vector_size(4 * L), aligned(4), may_alias));
@@ -163,7 +163,9 @@ void pack(View from, int height, int width, int samples, int block, int channels
 
 // Four neighbouring numbers again and again; and one of these in all lanes, by one shuffle.
 inline vec repeat_four(const float* from) {
-#if defined(__AVX512F__)  // the general code writes the four to memory, and waits until it can read sixteen there
+#if defined(__AVX512F__) && TOMBOLA_LANES == 16
+    // The general code writes the four to memory, and waits until it can read sixteen there. All lanes are in the mask, without
+    // which GCC warns of its own header.
     return (vec)_mm512_maskz_broadcast_f32x4(0xffff, _mm_loadu_ps(from));
 #else
     vec4 v;
@@ -283,7 +285,7 @@ struct Tile {
             for (; i + L <= count; i += L) store(to + i, load(to + i) + sums<L / 2>(four, i));
             if constexpr (L < 16) {
                 for (; i < count; ++i) to[i] += sum(product(i));
-            } else if (i < count) {  // sixteen sums one by one would take as long as all other work
+            } else if (i < count) {  // to add up sixteen lanes one by one would take as long as all other work
                 const auto rest = [&](int k) {
                     Vectors total = {};
                     if (k + 4 <= count) return four(k);
@@ -649,18 +651,17 @@ void unpack_images(Packed from, ImageSize size, View to) {
 }
 
 // P pixels of a pass: where they are read, and where they lie in the target; and the first pixel after them. Of more than
-// four, each four are neighbours in a row, so that a loop over taps needs few addresses.
+// four, each four are neighbours in a row of both, so that a loop over taps needs few addresses.
 template <int P>
 struct Pixels {
-    static constexpr int count = P, run = P > 4 ? 4 : 1, runs = P / run;
+    static constexpr int run = P > 4 ? 4 : 1, runs = P / run;
     const float *source[runs], *next_source;
     float *target[runs], *next_target;
-    ptrdiff_t target_step;
     int tile, samples;
     bool last_of_row;
 
     const float* source_of(int p) const { return source[p / run] + p % run * conv_block; }
-    float* target_of(int p) const { return target[p / run] + p % run * target_step; }
+    float* target_of(int p) const { return target[p / run] + p % run * conv_block; }
 };
 
 // Calls body(P pixels) for all pixels of a pass: for each block of samples strip by strip, in each strip band by band, in
@@ -691,7 +692,6 @@ void each_group(const Pass& pass, int batch, Packed from, Packed to, const Body&
                             j += pixels.run;
                             if (j == width) j = 0, ++i;
                         }
-                        pixels.target_step = ptrdiff_t(pass.target_step) * conv_block;
                         pixels.next_source = source_of();
                         pixels.next_target = target_of();
                         pixels.last_of_row = j == 0;
@@ -700,7 +700,7 @@ void each_group(const Pass& pass, int batch, Packed from, Packed to, const Body&
                         body(pixels);
                     };
                     int first = 0;
-                    if (most > conv_pixels && pass.source_step == 1 && width % 4 == 0)
+                    if (most > conv_pixels && pass.source_step == 1 && pass.target_step == 1 && width % 4 == 0)
                         for (; first + most <= end; first += most) next(Pixels<most>{});
                     for (; first + conv_pixels <= end; first += conv_pixels) next(Pixels<conv_pixels>{});
                     for (; first < end; ++first) next(Pixels<1>{});
@@ -724,6 +724,7 @@ struct Ahead {
           target(group.next_target),
           source_channel(from.channel) {
         const int read = group.last_of_row ? 0 : pass.tap_width > pass.source_step ? pass.tap_width - pass.source_step : 0;
+        // Rows of four pixels are fetched as if eight were neighbours.
         floats = conv_block * at_most(P + 4, P * pass.source_step + (group.last_of_row ? pass.tap_width - 1 : 0));
         source = group.next_source + (pass.tap_height - 1) * from.row + read * conv_block;
     }

@@ -175,7 +175,7 @@ struct Grid {
 struct Sizes {
     size_t first_cache, least_taps;
 };
-constexpr Sizes of_pixels{24 << 10, 12}, of_one_pixel{32 << 10, 40}, of_one_wide_pixel{32 << 10, 20};  // wide: AVX-512
+constexpr Sizes of_pixels{24 << 10, 12}, of_one_pixel{32 << 10, 40}, of_one_pixel_of_avx512{32 << 10, 20};
 const size_t second_cache = 256 << 10;
 // Of packed images: what a strip reads at once, and what a band of one writes if tiles read it again.
 const size_t strip_cache = 192 << 10, band_cache = 96 << 10;
@@ -220,7 +220,8 @@ struct Structure {
         // a store of the accumulators, so it should have some taps; the packed tile should fit the second cache.
         const size_t window = sizeof(float) * p.block * p.tap_height * (p.tap_width + (p.grid_width > 1 ? 3 : 0));
         const bool one_pixel = p.grid_height == 1 && p.grid_width == 1;
-        const Sizes sizes = !one_pixel ? of_pixels : p.block > 64 ? of_one_wide_pixel : of_one_pixel;
+        const bool avx512 = p.block == 16 * linear_vectors;
+        const Sizes sizes = !one_pixel ? of_pixels : avx512 ? of_one_pixel_of_avx512 : of_one_pixel;
         const size_t fitting = sizes.first_cache / window;
         const size_t worth = sizes.least_taps * p.rows * p.channels / (taps.size() + 1);
         size_t channels = std::max({fitting, worth, size_t(1)});
