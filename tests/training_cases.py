@@ -77,6 +77,7 @@ def even_convolutions() -> nn.Module:
         nn.ReLU(),
         nn.Conv2d(16, 16, 3, padding=1),
         nn.Flatten(),
+        nn.Dropout(0.5),
         nn.Linear(1024, 3),
     )
 
