@@ -72,7 +72,7 @@ NOT_TYPED = {
         "python benchmarks/analyses.py",
         "python benchmarks/archives.py",
         "python benchmarks/gpu.py",
-        "python benchmarks/run.py sparse chain",
+        "python benchmarks/run.py --avx2",
         "python benchmarks/inference.py --seconds 2",
     ),
     "other tests of this module call it, with small stores": (

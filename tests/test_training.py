@@ -17,6 +17,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint as compute_again
 
 import golden
 from tombola import Augmentation, Checkpoint, Dataset, History, Mask, Recipe, Trained, UserError, kernels, train
@@ -884,15 +885,71 @@ def test_convolutions_that_onednn_computes_out_of_bounds_have_no_stride(narrow: 
 
 
 @pytest.mark.parametrize("dims", [3, 4])
-@pytest.mark.parametrize("how", [{"stride": 2}, {"stride": (1, 3)}, {"stride": 3, "padding": (2, 1), "groups": 2}])
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"stride": 2},
+        {"stride": (1, 3)},
+        {"stride": 3, "padding": (2, 1), "groups": 2},
+        {"stride": 2, "padding": "valid"},
+    ],
+)
 def test_sound_convolutions_are_those_of_torch(how: dict[str, Any], dims: int) -> None:
     layer = nn.Conv2d(4, 6, 1, **how, dtype=torch.float64)
     x = torch.randn((2, 4, 7, 6)[4 - dims :], dtype=torch.float64, requires_grad=True)
     exact = layer(x)
-    with sound_convolutions(layer, "cpu"):
+    with sound_convolutions(layer, "cpu"), sound_convolutions(layer, "cpu"):
         sound = layer(x)
     assert torch.allclose(sound, exact, rtol=1e-12, atol=1e-12)
     delta = torch.randn_like(exact)
     needed = (x, *layer.parameters())
     for a, b in zip(*(torch.autograd.grad(y, needed, delta) for y in (sound, exact)), strict=True):
         assert torch.allclose(a, b, rtol=1e-12, atol=1e-12)
+    with pytest.raises(KeyError), sound_convolutions(layer, "cpu"):
+        raise KeyError
+    assert nn.functional.conv2d is torch.conv2d
+
+
+@pytest.mark.parametrize("arguments", [{"stride": [2]}, {"stride": (2,), "padding": [1]}, {"padding": "same"}])
+def test_sound_convolutions_take_what_those_of_torch_take(arguments: dict[str, Any]) -> None:
+    x, weight = torch.randn(2, 4, 5, 5), torch.randn(3, 4, 1, 1)
+    with sound_convolutions(nn.Conv2d(4, 8, 1, stride=2), "cpu"):
+        sound = nn.functional.conv2d(x, weight, **arguments)
+        for wrong in (
+            {"stride": 2, "padding": "same"},
+            {"stride": 0},
+            {"stride": 2, "padding": -1},
+            {"stride": (2, 2, 2)},
+        ):
+            with pytest.raises(RuntimeError):
+                nn.functional.conv2d(x, weight, **wrong)  # type: ignore[arg-type]
+    assert torch.allclose(sound, torch.conv2d(x, weight, **arguments), atol=1e-5)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_part_that_is_computed_again_for_its_gradient_has_sound_convolutions(reentrant: bool) -> None:
+    strides = []
+
+    class Recomputed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.widen = nn.Conv2d(2, 4, 3, padding=1)
+            self.shortcut = nn.Conv2d(4, 8, 1, stride=2)
+            self.out = nn.Linear(72, 3)
+
+        def compute(self, x: Tensor) -> Tensor:
+            y: Tensor = self.shortcut(x)
+            if isinstance(y, Tensor) and y.grad_fn is not None:
+                strides.append(y.grad_fn._saved_stride)
+            return y.relu()
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Any = self.widen(x)
+            y = compute_again(self.compute, y, use_reentrant=reentrant) if torch.is_grad_enabled() else self.compute(y)
+            outputs: Tensor = self.out(y.flatten(1))
+            return outputs
+
+    model, recipe = Recomputed(), Recipe(epochs=1, batch_size=8)
+    train(model, model.state_dict(), Mask.ones_like(model), IMAGES, recipe, seed=0, end=1, metrics=[])
+    assert strides
+    assert set(strides) == {(1, 1)}

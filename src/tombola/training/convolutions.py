@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.overrides import TorchFunctionMode
 
 
 @contextmanager
@@ -19,7 +19,9 @@ def sound_convolutions(model: nn.Module, device: str) -> Iterator[None]:
     For a convolution of 1 x 1 with a stride, channels-last, oneDNN writes past the end of its workspace when it
     computes the gradient of the weight, if there are fewer input channels than a vector has numbers. Then the process
     ends, or results are wrong: https://github.com/uxlfoundation/oneDNN/issues/6035. The pixels that such a convolution
-    reads are therefore taken first, and convolved without a stride, which is the same.
+    reads are therefore taken first, and convolved without a stride, which is the same. Inside the block,
+    `torch.nn.functional.conv2d`, which layers call, does so in all threads, and in parts of a forward pass that are
+    computed again for the gradient.
 
     Args:
         model: the model; layers whose sparse replacements compute them do not count.
@@ -33,8 +35,11 @@ def sound_convolutions(model: nn.Module, device: str) -> Iterator[None]:
     if device != "cpu" or not torch.backends.mkldnn.enabled or not overruns(model):
         yield
         return
-    with _PixelsFirst():
+    _replacement.begin()
+    try:
         yield
+    finally:
+        _replacement.end()
 
 
 def overruns(model: nn.Module) -> bool:
@@ -50,38 +55,61 @@ def overruns(model: nn.Module) -> bool:
     )
 
 
-def _overruns(channels: int, kernel: tuple[int, ...], stride: tuple[int, ...]) -> bool:
+def _overruns(channels: int, kernel: Sequence[int], stride: Sequence[int]) -> bool:
     short = torch.backends.cpu.get_cpu_capability() == "AVX2" and not torch.cpu._is_avx512_supported()
     return set(kernel) == {1} and set(stride) != {1} and channels < (8 if short else 16)
 
 
-class _PixelsFirst(TorchFunctionMode):
-    """Takes the pixels that a convolution of 1 x 1 with a stride reads, and convolves them without a stride."""
+class _Replacement:
+    """What stands in the place of `torch.nn.functional.conv2d` as long as a block of any thread needs it."""
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.conv2d:
-            return _convolve(*args, **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
+    def __init__(self) -> None:
+        self._blocks = 0
+        self._lock = threading.Lock()
+        self._replaced: Any = functional.conv2d
+
+    def begin(self) -> None:
+        with self._lock:
+            self._blocks += 1
+            if self._blocks == 1:
+                self._replaced = functional.conv2d
+                functional.conv2d = self._convolve  # type: ignore[assignment]
+
+    def end(self) -> None:
+        with self._lock:
+            self._blocks -= 1
+            if self._blocks == 0:
+                functional.conv2d = self._replaced
+
+    def _convolve(
+        self,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        stride: Any = 1,
+        padding: Any = 0,
+        dilation: Any = 1,
+        groups: int = 1,
+    ) -> Tensor:
+        """Return `torch.nn.functional.conv2d` of the arguments."""
+        (down, right), (rows, columns) = _pair(stride), (0, 0) if padding == "valid" else _pair(padding)
+        if (
+            min(down, right) < 1
+            or min(rows, columns) < 0
+            or not _overruns(weight.shape[1], weight.shape[2:], (down, right))
+        ):
+            convolved: Tensor = self._replaced(input, weight, bias, stride, padding, dilation, groups)
+        else:
+            padded = functional.pad(input, (columns, columns, rows, rows)) if rows or columns else input
+            convolved = self._replaced(padded[..., ::down, ::right], weight, bias, groups=groups)
+        return convolved
 
 
-def _convolve(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    stride: Any = 1,
-    padding: Any = 0,
-    dilation: Any = 1,
-    groups: int = 1,
-) -> Tensor:
-    """Return `torch.conv2d` of the arguments."""
-    steps = _both(stride)
-    if not _overruns(weight.shape[1], tuple(weight.shape[2:]), steps):
-        return torch.conv2d(input, weight, bias, stride, padding, dilation, groups)
-    rows, columns = (0, 0) if padding == "valid" else _both(padding)
-    padded = functional.pad(input, (columns, columns, rows, rows)) if rows or columns else input
-    return torch.conv2d(padded[..., :: steps[0], :: steps[1]], weight, bias, groups=groups)
+def _pair(number: Any) -> tuple[int, int]:
+    """Return the numbers for rows and columns, which may be given as one; numbers that are refused for all others."""
+    numbers = (number,) if isinstance(number, int) else tuple(number)
+    pairs = {1: numbers * 2, 2: numbers}
+    return pairs[len(numbers)] if len(numbers) in pairs and all(isinstance(each, int) for each in numbers) else (-1, -1)
 
 
-def _both(number: Any) -> tuple[int, ...]:
-    """Return the numbers for rows and columns, which may be given as one."""
-    return (number, number) if isinstance(number, int) else tuple(number)
+_replacement = _Replacement()
