@@ -483,6 +483,19 @@ def test_rule() -> None:
     assert not kernels.choose((128, 256, 1, 1), 0.41, beside=True)
     assert kernels.choose((16, 16, 3, 3), 0.75, 32, packed=True)
     assert not kernels.choose((16, 16, 3, 3), 0.11, 31, packed=True)
+    for batch_size, most in (
+        (33, 0.1),
+        (47, 0.1),
+        (48, 0.3),
+        (51, 0.3),
+        (52, 0.75),
+        (71, 0.1),
+        (72, 0.75),
+        (100, 0.75),
+    ):
+        assert kernels.choose((16, 16, 3, 3), most, batch_size, packed=True)
+        assert not kernels.choose((16, 16, 3, 3), most + 0.01, batch_size, packed=True)
+    assert kernels.choose((300, 784), 0.55, 33, packed=True)
     assert kernels.choose((300, 784), 0.55, 16)
     assert not kernels.choose((300, 784), 0.01, 15)
     assert kernels.choose((16, 16, 3, 3), 0.1, 63)

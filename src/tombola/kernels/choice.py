@@ -104,19 +104,24 @@ def choose(
     # stride 2, at density .9 takes 53 us sparse and 42 us dense (67 and 51 us with AVX2). With two shortcuts sparse, a
     # step of ResNet-18 at density .1 took .85 of the time (AVX-512).
     #
-    # A step of ResNet-20 with all convolutions packed, relative to a dense one (channels-last):
+    # A step of ResNet-20 with all convolutions packed, relative to a dense one (channels-last). With AVX-512, a block
+    # has 32 samples, and what is beyond the last sample is computed, too:
     #
-    #   batch                .1    .3    .5
-    #      16               .42   .62   .72
-    #      32               .34   .54   .69
-    #
-    # With AVX-512, a block has 32 samples, so that half of its work would be for nothing with batches of 16.
+    #   batch     AVX2   .1    .3    .5   AVX-512   .1    .3    .5
+    #      16           .42   .62   .72           1.04  1.42  1.69
+    #      24                                      .78  1.05  1.25
+    #      32           .34   .54   .69            .46   .66   .82
+    #      40                                      .74  1.05  1.28
+    #      48                                      .65   .91  1.11
     if batch_size < 16:
         return False
     if len(shape) == 2:
         return density < 1 and density <= next(most for size, most in _LINEAR if math.prod(shape) <= size)
-    if batch_size < (32 if packed else 64):
+    used = batch_size / (32 * math.ceil(batch_size / 32)) if packed else 1.0  # of blocks of 32 samples
+    if batch_size < (32 if packed else 64) or used < 0.75:
         return density <= 0.1
+    if batch_size < 64 and used < 0.8:
+        return density <= 0.3
     small = beside and math.prod(shape) <= (2**15 if packed and math.prod(shape[2:]) == 1 else 2**11)
     if packed:
         return small or density <= next(most for size, most in _PACKED if math.prod(shape) <= size)
