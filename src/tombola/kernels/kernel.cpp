@@ -194,6 +194,21 @@ struct FourOffsets {
     }
 };
 
+// Calls add(value in all lanes, offset) for each of `count` taps, in order.
+template <class Add>
+inline void each_tap(const float* values, const int32_t* offsets, int count, const Add& add) {
+    int k = 0;
+    for (; k + 4 <= count; k += 4) {
+        const FourOffsets offset(offsets + k);
+        const vec four = repeat_four(values + k);
+        add(spread<0>(four), offset.at[0]);
+        add(spread<1>(four), offset.at[1]);
+        add(spread<2>(four), offset.at[2]);
+        add(spread<3>(four), offset.at[3]);
+    }
+    for (; k < count; ++k) add(values[k] - vec{}, offsets[k]);
+}
+
 // P pixels of V vectors of samples: every row of the target, or every tap of every row.
 template <int P, int V>
 struct Tile {
@@ -228,23 +243,10 @@ struct Tile {
                 if (tile && !whole) from = static_cast<float*>(std::memcpy(partial, from, sizeof(float) * samples));
                 for (int v = 0; v < V; ++v) sum[p][v] = tile ? load(from + v * L) : (bias ? bias[r] : 0.f) - vec{};
             }
-            const auto add = [&](vec value, int32_t place) {
+            each_tap(values + begin, offset, end - begin, [&](vec value, ptrdiff_t place) {
                 for (int p = 0; p < P; ++p)
                     for (int v = 0; v < V; ++v) sum[p][v] += value * load(source[p] + place * line + v * L);
-            };
-            const float* value = values + begin;
-            const float* const last = values + end;
-            if constexpr (P == 1) {
-                for (; value + 4 <= last; value += 4, offset += 4) {
-                    const FourOffsets place(offset);
-                    const vec four = repeat_four(value);
-                    add(spread<0>(four), place.at[0]);
-                    add(spread<1>(four), place.at[1]);
-                    add(spread<2>(four), place.at[2]);
-                    add(spread<3>(four), place.at[3]);
-                }
-            }
-            for (; value < last; ++value, ++offset) add(*value - vec{}, *offset);
+            });
             for (int p = 0; p < P; ++p) {
                 if (whole)
                     for (int v = 0; v < V; ++v) store(target[p] + r * row + v * L, sum[p][v]);
@@ -758,20 +760,10 @@ template <int P>
             for (int v = 0; v < conv_vectors; ++v)
                 sum[p][v] = add ? load(pixels.target_of(p) + r * channel + v * L)
                                 : (bias ? bias[r] * load(lanes + v * L) : vec{});
-        const auto add_tap = [&](vec value, ptrdiff_t from) {
+        each_tap(values + begin, offset + begin, end - begin, [&](vec value, ptrdiff_t from) {
             for (int p = 0; p < P; ++p)
                 for (int v = 0; v < conv_vectors; ++v) sum[p][v] += value * load(pixels.source_of(p) + from + v * L);
-        };
-        int k = begin;
-        for (; k + 4 <= end; k += 4) {
-            const FourOffsets place(offset + k);
-            const vec four = repeat_four(values + k);
-            add_tap(spread<0>(four), place.at[0]);
-            add_tap(spread<1>(four), place.at[1]);
-            add_tap(spread<2>(four), place.at[2]);
-            add_tap(spread<3>(four), place.at[3]);
-        }
-        for (; k < end; ++k) add_tap(values[k] - vec{}, offset[k]);
+        });
         for (int p = 0; p < P; ++p)
             for (int v = 0; v < conv_vectors; ++v) store(pixels.target_of(p) + r * channel + v * L, sum[p][v]);
     }
