@@ -1,11 +1,11 @@
-"""Threads: how many torch computes with, and independent pieces of work that are done in several."""
+"""Threads: how many torch computes with, independent pieces of work in several, and what they have in common."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from contextvars import copy_context
 from typing import Generic, TypeVar
 
@@ -100,6 +100,47 @@ def check_stopped() -> None:
     """
     if hasattr(_here, "stopped") and _here.stopped.is_set():
         raise CancelledError
+
+
+class Shared:
+    """A context of the whole process for several blocks at the same time, in other threads or inside one another.
+
+    The first block enters the context, and the last one leaves it.
+
+    Args:
+        make: a function that returns the context.
+
+    >>> from contextlib import closing
+    >>> class Setting:
+    ...     def close(self): print("as before")
+    >>> shared = Shared(lambda: closing(Setting()))
+    >>> with shared.block():
+    ...     with shared.block():
+    ...         print("inner")
+    ...     print("outer")
+    inner
+    outer
+    as before
+    """
+
+    def __init__(self, make: Callable[[], AbstractContextManager[object]]) -> None:
+        self._make, self._entered = make, ExitStack()
+        self._blocks, self._lock = 0, threading.Lock()
+
+    @contextmanager
+    def block(self) -> Iterator[None]:
+        """Be in the context inside the block."""
+        with self._lock:
+            if self._blocks == 0:
+                self._entered.enter_context(self._make())
+            self._blocks += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._blocks -= 1
+                if self._blocks == 0:
+                    self._entered.close()
 
 
 class Kept(Generic[_Item, _Result]):

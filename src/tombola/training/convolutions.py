@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+
+from tombola.threads import Shared
 
 
 @contextmanager
@@ -35,11 +37,8 @@ def sound_convolutions(model: nn.Module, device: str) -> Iterator[None]:
     if device != "cpu" or not torch.backends.mkldnn.enabled or not overruns(model):
         yield
         return
-    _replacement.begin()
-    try:
+    with _sound.block():
         yield
-    finally:
-        _replacement.end()
 
 
 def overruns(model: nn.Module) -> bool:
@@ -60,56 +59,41 @@ def _overruns(channels: int, kernel: Sequence[int], stride: Sequence[int]) -> bo
     return set(kernel) == {1} and set(stride) != {1} and channels < (8 if short else 16)
 
 
-class _Replacement:
-    """What stands in the place of `torch.nn.functional.conv2d` as long as a block of any thread needs it."""
+@contextmanager
+def _replace_convolutions() -> Iterator[None]:
+    """Let `_convolve` stand in the place of `torch.nn.functional.conv2d` inside the block."""
+    replaced = functional.conv2d
+    functional.conv2d = partial(_convolve, replaced)
+    try:
+        yield
+    finally:
+        functional.conv2d = replaced
 
-    def __init__(self) -> None:
-        self._blocks = 0
-        self._lock = threading.Lock()
-        self._replaced: Any = functional.conv2d
 
-    def begin(self) -> None:
-        with self._lock:
-            self._blocks += 1
-            if self._blocks == 1:
-                self._replaced = functional.conv2d
-                functional.conv2d = self._convolve  # type: ignore[assignment]
+_sound = Shared(_replace_convolutions)
 
-    def end(self) -> None:
-        with self._lock:
-            self._blocks -= 1
-            if self._blocks == 0:
-                functional.conv2d = self._replaced
 
-    def _convolve(
-        self,
-        input: Tensor,
-        weight: Tensor,
-        bias: Tensor | None = None,
-        stride: Any = 1,
-        padding: Any = 0,
-        dilation: Any = 1,
-        groups: int = 1,
-    ) -> Tensor:
-        """Return `torch.nn.functional.conv2d` of the arguments."""
-        (down, right), (rows, columns) = _pair(stride), (0, 0) if padding == "valid" else _pair(padding)
-        if (
-            min(down, right) < 1
-            or min(rows, columns) < 0
-            or not _overruns(weight.shape[1], weight.shape[2:], (down, right))
-        ):
-            convolved: Tensor = self._replaced(input, weight, bias, stride, padding, dilation, groups)
-        else:
-            padded = functional.pad(input, (columns, columns, rows, rows)) if rows or columns else input
-            convolved = self._replaced(padded[..., ::down, ::right], weight, bias, groups=groups)
-        return convolved
+def _convolve(
+    conv2d: Callable[..., Tensor],
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> Tensor:
+    """Return `conv2d` of the other arguments, without a stride where it would be out of bounds with it."""
+    (down, right), (rows, columns) = _pair(stride), (0, 0) if padding == "valid" else _pair(padding)
+    refused = min(down, right) < 1 or min(rows, columns) < 0
+    if refused or not _overruns(weight.shape[1], weight.shape[2:], (down, right)):
+        return conv2d(input, weight, bias, stride, padding, dilation, groups)
+    padded = functional.pad(input, (columns, columns, rows, rows)) if rows or columns else input
+    return conv2d(padded[..., ::down, ::right], weight, bias, groups=groups)
 
 
 def _pair(number: Any) -> tuple[int, int]:
-    """Return the numbers for rows and columns, which may be given as one; numbers that are refused for all others."""
+    """Return the numbers for rows and columns, which may be given as one; (-1, -1) for what is neither."""
     numbers = (number,) if isinstance(number, int) else tuple(number)
     pairs = {1: numbers * 2, 2: numbers}
     return pairs[len(numbers)] if len(numbers) in pairs and all(isinstance(each, int) for each in numbers) else (-1, -1)
-
-
-_replacement = _Replacement()

@@ -6,10 +6,11 @@ import ctypes
 import os
 import platform
 import sys
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+
+from tombola.threads import Shared
 
 # Parameters of glibc's `mallopt`.
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4
@@ -32,42 +33,29 @@ def keep_memory() -> Iterator[None]:
     ...     print("an iteration")
     an iteration
     """
+    with _kept.block():
+        yield
+
+
+@contextmanager
+def _keep() -> Iterator[None]:
+    """Let glibc keep what is freed inside the block; do nothing where its allocator shall stay as it is."""
     glibc = _find_glibc()
     if glibc is None:
         yield
         return
-    _blocks.enter(glibc)
+    glibc.mallopt(_MMAP_MAX, 0)
+    glibc.mallopt(_TRIM_THRESHOLD, -1)  # no threshold
     try:
         yield
     finally:
-        _blocks.leave(glibc)
+        glibc.mallopt(_MMAP_MAX, 65536)
+        glibc.mallopt(_MMAP_THRESHOLD, _LARGEST)
+        glibc.mallopt(_TRIM_THRESHOLD, 2 * _LARGEST)
+        glibc.malloc_trim(0)
 
 
-class _Blocks:
-    """The blocks of this process that keep memory at the same time: the first begins it and the last ends it."""
-
-    def __init__(self) -> None:
-        self._count = 0
-        self._lock = threading.Lock()
-
-    def enter(self, glibc: Any) -> None:
-        with self._lock:
-            self._count += 1
-            if self._count == 1:
-                glibc.mallopt(_MMAP_MAX, 0)
-                glibc.mallopt(_TRIM_THRESHOLD, -1)  # no threshold
-
-    def leave(self, glibc: Any) -> None:
-        with self._lock:
-            self._count -= 1
-            if self._count == 0:
-                glibc.mallopt(_MMAP_MAX, 65536)
-                glibc.mallopt(_MMAP_THRESHOLD, _LARGEST)
-                glibc.mallopt(_TRIM_THRESHOLD, 2 * _LARGEST)
-                glibc.malloc_trim(0)
-
-
-_blocks = _Blocks()
+_kept = Shared(_keep)
 
 
 def _find_glibc() -> Any:
