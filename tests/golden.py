@@ -5,9 +5,10 @@
 computes the bits of this machine and writes them to the file, with the sentence; bits of other machines stay there.
 
 What decides the bits of a training: the version of torch; the instructions that torch itself uses; the code that MKL
-(linear layers) and oneDNN (convolutions) choose for the processor; and, for sparse layers, the instruction set of the
-kernels. MKL and oneDNN are not used where all layers are sparse. All of these can be limited to less than the processor
-has. The variables that limit torch's are read when it is loaded, so each setting is computed in a process of its own.
+(linear layers) and oneDNN (convolutions, and linear layers of many weights) choose for the processor; and, for sparse
+layers, the instruction set of the kernels. MKL and oneDNN are not used where all layers are sparse. All of these can be
+limited to less than the processor has. The variables that limit torch's are read when it is loaded, so each setting is
+computed in a process of its own.
 The kernels for AVX-512 are there in two forms, one of which needs AVX2 alone (`avx512_in_halves`, see CMakeLists.txt):
 both have the same bits, under one key, so that a processor without AVX-512 tests them too.
 """

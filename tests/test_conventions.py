@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
-from torch import nn
+from torch import Tensor, nn
 
 from tombola import Mask, Recipe, Study, UserError, datasets, find_tickets, load_problem, load_study, prune
 from tombola.analysis import layers, overlap
@@ -169,10 +169,45 @@ def test_packed_networks_have_names_of_their_own(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr("tombola.study.planner.can_pack", can_pack)
     for _ in range(2):
         after = plan.training(0, initial, mask, 0, plan.end)
-        assert after.identity == before.identity | {"packed": 1}
+        assert after.identity == before.identity | {"packed": 2}
         assert after.key != before.key
     assert asked == [plan.model], "the network is traced once"
     assert (Job.of(before, plan.study).packed, Job.of(after, plan.study).packed) == (False, True)
+
+
+def two_layers() -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.Tanh(), nn.Linear(8, 10))
+
+
+def own_loss(outputs: Tensor, labels: Tensor) -> Tensor:
+    return nn.functional.cross_entropy(outputs, labels)
+
+
+def own_forward(model: nn.Module, inputs: Tensor) -> Tensor:
+    outputs: Tensor = model(inputs)
+    return outputs
+
+
+def own_step(model: nn.Module, inputs: Tensor, labels: Tensor) -> Tensor:
+    return nn.functional.cross_entropy(model(inputs), labels)
+
+
+def test_perceptrons_have_names_of_their_own(tmp_path: Path) -> None:
+    """Others are trained by autograd, with the bits that they had in earlier versions."""
+    changes: list[dict[str, object]] = [
+        {},
+        {"recipe.label_smoothing": 0.1},
+        {"recipe.precision": "bfloat16"},
+        {"task.model": f"{__name__}:two_layers", "task.model_arguments": {}, "keep_dense": []},
+        {"task.loss": f"{__name__}:own_loss"},
+        {"task.forward": f"{__name__}:own_forward"},
+        {"task.step": f"{__name__}:own_step"},
+    ]
+    found = []
+    for number, changed in enumerate(changes):
+        plan = planner(tmp_path / str(number), **changed)
+        found.append(plan.training(0, plan.initial(0), plan.dense, 0, plan.end).identity.get("perceptron"))
+    assert found == [1, *[None] * (len(changes) - 1)]
 
 
 # What the tables count.

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import os
 import pickle
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -234,10 +237,11 @@ def a_row(widths: list[int], relu_at_end: bool, flatten: bool, frozen: int | Non
     frozen=st.sampled_from([None, 0, 1]),
     ignored=st.sampled_from(["none", "first"]),
     layout=LAYOUTS,
+    by_onednn=st.booleans(),
 )
 def test_row_equals_autograd(
     sets: list[str], seed: int, batch: int, widths: list[int], classes: int, kinds: list[str], relu_at_end: bool,
-    flatten: bool, frozen: int | None, ignored: str, layout: str,
+    flatten: bool, frozen: int | None, ignored: str, layout: str, by_onednn: bool,
 ) -> None:  # fmt: skip
     """Loss and gradients of a row, dense and sparse layers mixed, against autograd in float64."""
     torch.manual_seed(seed)
@@ -255,7 +259,8 @@ def test_row_equals_autograd(
     x, labels = in_layout(torch.randn(batch, widths[0]), layout), torch.randint(classes, (batch,))
     if ignored == "first" and batch > 1:
         labels[0] = -100
-    row = Perceptron.of(model)
+    with mock.patch.object(linear, "_ONEDNN_FROM", 0 if by_onednn else math.inf):
+        row = Perceptron.of(model)
     assert row is not None
     assert row.takes(x, labels)
     loss = row.cross_entropy(x, labels)
@@ -325,6 +330,22 @@ def test_what_no_path_leads_from_is_left_out() -> None:
     assert all(gradient.isfinite().all() for gradient in gradients)
     assert gradients[2].tolist()[2:] == [0, 0]
     assert gradients[3].tolist()[1] == 0
+
+
+@pytest.mark.skipif(not linear.has_onednn(), reason="torch has no oneDNN; to run: take torch for x86-64")
+def test_large_dense_layers_are_multiplied_by_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 4))
+    x, labels = torch.randn(32, 256), torch.randint(4, (32,))
+    found = []
+    for enabled in (True, False):
+        monkeypatch.setattr(torch.backends.mkldnn, "enabled", enabled)
+        row = Perceptron.of(model)
+        assert row is not None
+        assert [part.by_onednn for part, _ in row.parts] == [enabled, False]
+        loss = row.cross_entropy(x, labels)
+        found.append([loss, *(p.grad for p in model.parameters() if p.grad is not None)])
+    torch.testing.assert_close(*found)
 
 
 @needs_kernels
@@ -1078,6 +1099,21 @@ def test_batch_norm_refuses_every_wrong_tensor() -> None:
     right = {"x": x, "delta": y, "weight": three, "statistics": statistics, "gradient": layers.empty(x.shape)}
     right |= {"weight_gradient": torch.empty(3), "bias_gradient": torch.empty(3)}
     refuse_each(layers.extension.batch_norm_gradient, right, set(), set())
+
+
+@needs_kernels
+def test_the_sum_with_a_bias_refuses_every_wrong_tensor() -> None:
+    outputs, bias = torch.ones(3, 4), torch.tensor([1.0, 2.0, 3.0])
+    layers.extension.add_bias(outputs, bias)
+    assert outputs.tolist() == [[2.0] * 4, [3.0] * 4, [4.0] * 4]
+    refuse_each(partial(layers.extension.add_bias, outputs), {"bias": bias}, set(), set())
+    for wrong in (outputs.double(), outputs.t(), outputs[0], outputs[:, ::2], outputs.to("meta")):
+        with pytest.raises(ValueError, match="outputs: expected"):
+            layers.extension.add_bias(wrong, bias)
+    with pytest.raises(ValueError, match=r"bias: .* of shape \(2,\)"):
+        layers.extension.add_bias(outputs[:2], bias)
+    with pytest.raises(ValueError, match="expected memory of its own"):
+        layers.extension.add_bias(outputs, outputs[0, :3])
 
 
 @needs_kernels

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -276,6 +277,94 @@ def test_max_pooling_has_the_bits_of_torch(
     delta = torch.randn(expected.shape).round()  # so that sums are exact
     torch.autograd.backward((ours, expected), (delta, delta))
     assert torch.equal(ours_in.grad, expected_in.grad)
+
+
+MEANS: dict[str, tuple[Callable[[Tensor], Tensor], bool]] = {  # with whether it is recorded
+    "mean": (lambda x: x.mean((2, 3)), True),
+    "mean from the end": (lambda x: torch.mean(x, [-1, -2], keepdim=True), True),
+    "mean from both ends": (lambda x: x.mean((3, -2)) + x.mean((2, -1)), True),
+    "pooling": (lambda x: F.adaptive_avg_pool2d(x, 1), True),
+    "pooling of both sides": (lambda x: F.adaptive_avg_pool2d(x, (1, 1)).flatten(1), True),
+    "mean with NumPy's names": (lambda x: x.mean(axis=(2, 3), keepdims=True), False),
+    "mean with another name": (lambda x: torch.mean(a=x, dim=(2, 3)), False),  # type: ignore[call-overload]
+    "pooling with numbers of NumPy": (lambda x: F.adaptive_avg_pool2d(x, np.array([1, 1])), False),  # type: ignore[arg-type]
+    "pooling to two": (lambda x: F.adaptive_avg_pool2d(x, 2), False),
+    "mean over channels": (lambda x: x.mean((1, 2)), False),
+    "mean of another type": (lambda x: x.mean((2, 3), dtype=torch.float64), False),
+    "mean of all": (lambda x: x.mean(), False),
+}
+
+
+class Averaged(nn.Module):
+    """A convolution, and a mean of its outputs."""
+
+    def __init__(self, mean: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.convolution = nn.Conv2d(2, 3, 1)
+        self.mean = mean
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.mean(self.convolution(x))
+
+
+@pytest.mark.parametrize(("mean", "recorded"), MEANS.values(), ids=list(MEANS))
+@pytest.mark.parametrize("shape", [(5, 2, 3, 4), (33, 2, 9, 2), (40, 2, 1, 2), (3, 2, 130, 40)])
+def test_means_over_pixels_equal_torch(
+    mean: Callable[[Tensor], Tensor], recorded: bool, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    done: list[str] = []
+    compute = packed.Segment.forward
+
+    def note(segment: packed.Segment, outputs: Any) -> Any:
+        done.extend(each.first.how for each in segment.operations)
+        return compute(segment, outputs)
+
+    monkeypatch.setattr(packed.Segment, "forward", note)
+    assert_equal_steps(Averaged(mean), torch.randn(shape) + 3, "1")
+    assert ("average" in done) == recorded
+
+
+def test_a_mean_that_torch_refuses_is_refused() -> None:
+    refused: list[tuple[Callable[[Any], Tensor], str]] = [
+        (lambda x: x.mean((2, 2)), "multiple times"),
+        (lambda x: x.mean((2, 7)), "out of range"),
+        (lambda x: x.mean((2, "W")), "must be"),
+        (lambda x: F.adaptive_avg_pool2d(x, (1.0, 1.0)), "must be"),  # type: ignore[arg-type]
+    ]
+    for mean, text in refused:
+        _, sparse = sparse_of(Averaged(mean))
+        with pytest.raises((RuntimeError, IndexError, TypeError), match=text):
+            run(sparse, torch.randn(3, 2, 4, 4))
+
+
+def test_what_was_averaged_may_be_changed() -> None:
+    """Unlike most operations, a mean needs its input for no gradient, so that PyTorch allows this."""
+
+    def mean(x: Tensor) -> Tensor:
+        read = torch.sigmoid(x)
+        average = F.adaptive_avg_pool2d(x, 1)
+        changed = F.relu(x, inplace=True)
+        return read + average + changed
+
+    assert_equal_steps(Averaged(mean), torch.randn(5, 2, 3, 4), "1")
+
+
+@pytest.mark.parametrize("momenta", [(0.1, 0.5, 0.1), (0.5, 0.1, 0.5)])
+def test_layers_that_share_running_statistics_update_them_in_order(momenta: tuple[float, ...]) -> None:
+    torch.manual_seed(0)
+    norms = [nn.BatchNorm2d(3, momentum=momentum) for momentum in momenta]
+    for norm in norms[1:]:
+        for name in layers.STATISTICS:
+            norm.register_buffer(name, norms[0].get_buffer(name))
+    model = nn.Sequential(nn.Conv2d(2, 3, 3), norms[0], nn.ReLU(), norms[1], nn.ReLU(), norms[2])
+    dense, x = copy.deepcopy(model), torch.randn(5, 2, 7, 7)
+    sparse = replace_layers(model, {"0.weight": torch.ones(3, 2, 3, 3) > 0}, ["0.weight"])
+    assert is_packed(run(sparse, x))
+    dense(x)
+    for name in layers.STATISTICS:
+        torch.testing.assert_close(sparse.get_buffer(f"1.{name}"), dense.get_buffer(f"1.{name}"))
+        assert sparse.get_buffer(f"5.{name}") is sparse.get_buffer(f"1.{name}")
 
 
 # Networks.
@@ -1073,6 +1162,10 @@ def test_packed_functions_refuse_every_wrong_tensor() -> None:
     refuse_each(pairs(extension.max_pool_packed, size, window), {"x": x, "y": py}, set(), {"x", "y"})
     right = {"x": x, "y": py, "delta": pd, "gradient": g}
     refuse_each(pairs(extension.max_pool_gradient_packed, size, window), right, set(), set(right))
+    one = memory.take((7, 3, 1, 1), 1).memory
+    refuse_each(pairs(extension.average_packed, size), {"x": x, "y": one}, set(), {"x", "y"})
+    right = {"delta": one, "gradient": g}
+    refuse_each(pairs(extension.average_gradient_packed, size), right, set(), set(right))
 
 
 def test_products_and_packing_refuse_every_wrong_tensor() -> None:
@@ -1129,6 +1222,8 @@ def test_packed_functions_refuse_targets_that_overlap() -> None:
         ("y", lambda x, y: extension.sum_packed(size, y, x, False, y)),
         ("delta", lambda x, y: extension.gate_packed(size, x, y)),
         ("y", lambda x, y: extension.max_pool_packed(size, window, x, y)),
+        ("y", lambda x, y: extension.average_packed(size, x, y)),
+        ("gradient", lambda x, y: extension.average_gradient_packed(size, x, y)),
     ]
     for at in ((x, free, free), (free, x, free), (free, free, x)):
         with pytest.raises(ValueError, match=r"^gradient: expected memory of its own"):

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 from tombola import Dataset, Mask, Recipe, kernels, train
 from tombola.datasets.drawn import Drawn
 from tombola.kernels import layers, stretch
-from tombola.kernels.linear import Perceptron, SparseLinear
+from tombola.kernels.linear import Perceptron, SparseLinear, has_onednn
 from tombola.kernels.stretch import Stretch
 from tombola.training import stretches
 from tombola.training.history import Checkpoint, Trained
@@ -68,6 +69,7 @@ def masked(build: Callable[[], nn.Module], sparse: tuple[int, ...]) -> tuple[Mas
     return mask, names
 
 
+needs_onednn = pytest.mark.skipif(not has_onednn(), reason="torch has no oneDNN; to run: take torch for x86-64")
 needs_operators = pytest.mark.skipif(
     not stretch.can_call_operators(),
     reason="torch or the kernels lack what stretches need; to run: take torch 2.13 and a C++ compiler",
@@ -108,12 +110,17 @@ def bits(trained: Trained) -> tuple[object, ...]:
 @needs_operators
 @pytest.mark.parametrize(("data", "fields"), TRAININGS.values(), ids=list(TRAININGS))
 @pytest.mark.parametrize(
-    ("build", "sparse"),
-    [(deep, ()), (deep, (0,)), (deep, (1,)), (deep, (0, 2)), (deep, (0, 1, 2)), (frozen, (0,)), (frozen, (0, 1))],
-)
+    ("build", "sparse", "by_onednn"),
+    [
+        (deep, (), False), (deep, (0,), False), (deep, (1,), False), (deep, (0, 2), False), (deep, (0, 1, 2), False),
+        (frozen, (0,), False), (frozen, (0, 1), False),
+        (deep, (), True), (deep, (0,), True), (deep, (1,), True), (frozen, (), True),
+    ],
+)  # fmt: skip
 def test_a_stretch_has_the_bits_of_its_iterations(
     build: Callable[[], nn.Module],
     sparse: tuple[int, ...],
+    by_onednn: bool,
     data: Dataset,
     fields: dict[str, Any],
     runs: list[int],
@@ -121,6 +128,7 @@ def test_a_stretch_has_the_bits_of_its_iterations(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("tombola.training.train.LONGEST", 1e9)
+    monkeypatch.setattr("tombola.kernels.linear._ONEDNN_FROM", 0 if by_onednn else math.inf)
     recipe = Recipe(batch_size=BATCH, epochs=4, **fields)
     mask, names = masked(build, sparse)
     run = partial(train, build(), initial_state(build, 3), mask, data, recipe, 5, kernels=names)
@@ -160,13 +168,18 @@ def test_images_are_packed_with_the_bits_of_normalised_ones(shape: tuple[int, in
 
 
 @needs_operators
-def test_layers_that_several_threads_compute_have_the_same_bits(alone: Callable[..., Trained]) -> None:
+@pytest.mark.parametrize(("width", "bias", "lr"), [(600, False, 1e-44), (1000, True, 1e-4)])
+def test_layers_that_several_threads_compute_have_the_same_bits(
+    width: int, bias: bool, lr: float, alone: Callable[..., Trained]
+) -> None:
     """Each thread says whether it takes tiny numbers for 0: those of PyTorch's pool do not."""
-    build = lambda: nn.Sequential(nn.Linear(72, 600, bias=False), nn.ReLU(), nn.Linear(600, 3))  # noqa: E731
+    build = lambda: nn.Sequential(nn.Linear(72, width, bias=bias), nn.ReLU(), nn.Linear(width, 3))  # noqa: E731
     initial = initial_state(build, 0)
     initial["0.weight"] *= 1e-38
+    if bias:
+        initial["0.bias"] *= 1e-37
     data = Dataset("rows", ROWS.repeat(8, 1), SAME.train_labels.repeat(8), ROWS[:3], torch.arange(3))
-    recipe = Recipe(epochs=1, batch_size=128, lr=1e-44, momentum=0.9)
+    recipe = Recipe(epochs=1, batch_size=128, lr=lr, momentum=0.9)
     taken: list[Checkpoint] = []
     watch = lambda _, take: taken.append(take())  # noqa: E731
     run = partial(train, build(), initial, Mask.ones_like(build()), data, recipe, 0, watch=watch)
@@ -357,6 +370,43 @@ def test_a_torch_without_the_operators_trains_iteration_by_iteration(
     assert stretch.can_call_operators()
 
 
+@needs_operators
+@needs_onednn
+def test_a_torch_without_the_product_of_onednn_trains_other_layers_in_stretches(
+    monkeypatch: pytest.MonkeyPatch, runs: list[int]
+) -> None:
+    load = layers.extension.load_operators
+
+    class WithoutProduct(_Without):
+        def __getattr__(self, name: str) -> Any:
+            found = lambda path, onednn: load(path, onednn) and not onednn  # noqa: E731
+            return found if name == "load_operators" else getattr(self._extension, name)
+
+    def trained(large: bool) -> tuple[object, ...]:
+        with monkeypatch.context() as patched:
+            patched.setattr("tombola.kernels.linear._ONEDNN_FROM", 0 if large else math.inf)
+            model, recipe = perceptron(), Recipe(epochs=1, batch_size=4)
+            return bits(train(model, initial_state(perceptron, 0), Mask.ones_like(model), IMAGES, recipe, 0))
+
+    expected = [trained(large) for large in (False, True, False)]
+    with monkeypatch.context() as patched:
+        patched.setattr(layers, "extension", WithoutProduct(layers.extension))
+        done = []
+        for large in (False, True, False):
+            runs.clear()
+            done.append(trained(large))
+            assert bool(runs) != large
+    assert done == expected
+
+
+@needs_operators
+@pytest.mark.parametrize("onednn", [False, True])
+def test_functions_that_were_found_stay_if_others_are_not(onednn: bool) -> None:
+    made, library = make(), next(Path(torch.__file__).parent.glob("lib/libc10.*"))
+    assert not layers.extension.load_operators(str(library), onednn)
+    assert made.run(torch.arange(2), [0.1], 1.0).isfinite().all()
+
+
 class _Without:
     """The extension, where the operators are not found."""
 
@@ -364,7 +414,7 @@ class _Without:
         self._extension = extension
 
     def __getattr__(self, name: str) -> Any:
-        return (lambda path: False) if name == "load_operators" else getattr(self._extension, name)
+        return (lambda path, onednn: False) if name == "load_operators" else getattr(self._extension, name)
 
 
 # What Python gives the C++ is checked.
@@ -380,7 +430,7 @@ def make(weight: Tensor | None = None, **changed: Any) -> Any:
         "scale": None,
         "labels": VECTORS.train_labels,
         "batch": 2,
-        "layers": ((None, (weight, None), (gradient, None), False),),
+        "layers": ((None, (weight, None), (gradient, None), False, False),),
     }
     made = layers.extension.Stretch(**(given | changed))
     made.sgd((weight,), (gradient,), (), 0.0, 0.0, nesterov=False)
@@ -412,12 +462,15 @@ ONE = torch.zeros(3, 4)
         ({"batch": 0}, "batch: expected"),
         ({"layers": ()}, "layers: expected one or more"),
         ({"layers": ((None, (ONE, None), (ONE, None)),)}, "layers: expected"),
-        ({"layers": ((None, (ONE[:, :2], None), (ONE, None), False),)}, "layers: expected one of 4 inputs, got 2"),
-        ({"layers": ((None, (ONE, ONE[0]), (ONE, None), False),)}, "bias: .* of 3 elements"),
-        ({"layers": ((None, (ONE, None), (ONE[:2], None), False),)}, "gradient: .* of 12 elements"),
-        ({"layers": ((None, (ONE, None), (ONE, ONE), False),)}, "bias_gradient: .* of 3 elements"),
-        ({"layers": ((None, (ONE,), (ONE,), False),)}, "weight and bias"),
-        ({"layers": (("chain", (ONE, None), (ONE, None), False),)}, "expected a chain"),
+        (
+            {"layers": ((None, (ONE[:, :2], None), (ONE, None), False, False),)},
+            "layers: expected one of 4 inputs, got 2",
+        ),
+        ({"layers": ((None, (ONE, ONE[0]), (ONE, None), False, False),)}, "bias: .* of 3 elements"),
+        ({"layers": ((None, (ONE, None), (ONE[:2], None), False, False),)}, "gradient: .* of 12 elements"),
+        ({"layers": ((None, (ONE, None), (ONE, ONE), False, False),)}, "bias_gradient: .* of 3 elements"),
+        ({"layers": ((None, (ONE,), (ONE,), False, False),)}, "weight and bias"),
+        ({"layers": (("chain", (ONE, None), (ONE, None), False, False),)}, "expected a chain"),
     ],
 )
 def test_what_does_not_fit_is_refused(changed: dict[str, Any], text: str) -> None:
@@ -474,8 +527,11 @@ class Operands(TorchDispatchMode):
 
 @needs_operators
 @pytest.mark.parametrize("fails", [False, True])
-def test_operators_free_their_arguments_also_if_they_fail(*, fails: bool) -> None:
-    made = make(labels=torch.full((22,), 7 if fails else 0))
+@pytest.mark.parametrize("by_onednn", [False, pytest.param(True, marks=needs_onednn)])
+def test_operators_free_their_arguments_also_if_they_fail(*, fails: bool, by_onednn: bool) -> None:
+    assert stretch.can_call_operators(onednn=by_onednn)
+    layer = (None, (torch.zeros(3, 4), torch.zeros(3)), (torch.zeros(3, 4), torch.zeros(3)), False, by_onednn)
+    made = make(labels=torch.full((22,), 7 if fails else 0), layers=(layer,))
     with Operands() as operands, pytest.raises(RuntimeError) if fails else nullcontext():
         made.run(torch.arange(2), [0.1], 1.0)
     assert len(operands.all) >= 6
@@ -486,5 +542,5 @@ def test_operators_free_their_arguments_also_if_they_fail(*, fails: bool) -> Non
 @needs_operators
 def test_what_an_operator_refuses_is_an_error() -> None:
     made = make(labels=torch.full((22,), 7))
-    with pytest.raises(RuntimeError, match=r"aten::nll_loss_forward: .*Target 7 is out of bounds"):
+    with pytest.raises(RuntimeError, match=r"aten::nll_loss2d_forward: .*Target 7 is out of bounds"):
         made.run(torch.arange(2), [0.1], 1.0)

@@ -43,6 +43,11 @@ def perceptron() -> nn.Module:
     return nn.Sequential(nn.Flatten(), nn.Linear(72, 8), nn.ReLU(), nn.Linear(8, 3))
 
 
+def wide_perceptron() -> nn.Module:
+    """So many weights that oneDNN multiplies those of two layers."""
+    return nn.Sequential(nn.Flatten(), nn.Linear(72, 1000), nn.ReLU(), nn.Linear(1000, 80), nn.ReLU(), nn.Linear(80, 3))
+
+
 def convolutions() -> nn.Module:
     """Everything that a training's state could forget: buffers, random layers, another layout in memory."""
     return nn.Sequential(
@@ -79,6 +84,19 @@ def even_convolutions() -> nn.Module:
         nn.Flatten(),
         nn.Dropout(0.5),
         nn.Linear(1024, 3),
+    )
+
+
+def averaged_convolutions() -> nn.Module:
+    """The mean over pixels, too, is computed on packed images."""
+    return nn.Sequential(
+        nn.Conv2d(2, 16, 3),
+        nn.ReLU(),
+        nn.Conv2d(16, 16, 2),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Dropout(0.5),
+        nn.Linear(16, 3),
     )
 
 
@@ -133,11 +151,13 @@ class Case:
 
 CASES = {
     "perceptron": Case(perceptron),
+    "wide perceptron": Case(wide_perceptron),
     "convolutions": Case(convolutions),
     "sparse perceptron": Case(perceptron, 0.92, 16, 4, sparse=True),
     "sparse convolutions": Case(watched_convolutions, 0.92, 16, 4, sparse=True),
     "packed convolutions": Case(convolutions, 0.92, 16, 4, sparse=True),
     "packed wide convolutions": Case(wide_convolutions, 0.92, 16, 4, sparse=True),
     "packed even convolutions": Case(even_convolutions, 0.92, 16, 4, sparse=True),
+    "packed averaged convolutions": Case(averaged_convolutions, 0.92, 16, 4, sparse=True),
 }
 AUGMENTED = Augmentation(flip=True, crop=1)

@@ -27,7 +27,16 @@ from tombola.kernels.likeness import find_difference, is_own
 from tombola.kernels.linear import Perceptron, SparseLinear
 from tombola.kernels.packed import can_pack
 from tombola.kernels.replace import dense_names, dense_state, sparsify, sparsify_to_infer
-from tombola.kernels.step import Loss, Precision, Step, accelerate, are_packed, have_convolutions, sparse_layers
+from tombola.kernels.step import (
+    Loss,
+    Precision,
+    Step,
+    accelerate,
+    are_packed,
+    find_perceptron,
+    have_convolutions,
+    sparse_layers,
+)
 from tombola.kernels.stretch import Stretch, can_stretch
 
 __all__ = [
@@ -53,6 +62,7 @@ __all__ = [
     "dense_names",
     "dense_state",
     "find_difference",
+    "find_perceptron",
     "have_convolutions",
     "instruction_set",
     "is_own",

@@ -557,33 +557,37 @@ void normalise_images(const uint8_t* images, const int64_t* indices, ptrdiff_t c
 }
 
 // Four pixels of a sample are one integer: transposed, vectors of these hold four pixels of L samples, which shifts separate.
+// The 16 samples that share a line of the cache are packed together; meanwhile the images of the next 16 are fetched, since
+// images lie anywhere in memory.
 void pack_normalised_images(const uint8_t* images, const int64_t* indices, int count, int channels, ptrdiff_t pixels,
                           const float* mean, const float* scale, float* target) {
     constexpr int block = linear_vectors * L;
-    constexpr ptrdiff_t piece = 4 * L, ahead = 128;  // pixels
+    constexpr int line = 16;            // samples
+    constexpr ptrdiff_t piece = 4 * L;  // pixels
+    static_assert(block % line == 0 && line % L == 0);
     const ptrdiff_t size = channels * pixels;
     for (int n = 0; n < count; n += block, target += size * block) {
         const int samples = at_most(block, count - n);
         const uint8_t* image[block];
-        for (int s = 0; s < block; ++s) {
-            image[s] = images + indices[s < samples ? n + s : n] * size;
-            for (ptrdiff_t i = 0; i < ahead && i < size; i += 64) __builtin_prefetch(image[s] + i);
-        }
-        for (int c = 0; c < channels; ++c) {
+        for (int s = 0; s < block; ++s) image[s] = images + indices[s < samples ? n + s : n] * size;
+        for (int s = 0; s < line; ++s)
+            for (ptrdiff_t i = 0; i < size; i += 64) __builtin_prefetch(image[s] + i);
+        for (int part = 0; part < block / line * channels; ++part) {
+            const int top = part / channels * line, c = part % channels;
             const float center = mean[c], slope = scale[c];
             const ptrdiff_t first = c * pixels, end = first + pixels;
             for (ptrdiff_t i = first; i < end; i += piece) {
                 if (pixels < piece) {
                     for (ptrdiff_t k = i; k < end; ++k)
-                        for (int s = 0; s < block; ++s) target[k * block + s] = (float(image[s][k]) - center) * slope;
+                        for (int s = top; s < top + line; ++s) target[k * block + s] = (float(image[s][k]) - center) * slope;
                     break;
                 }
                 const ptrdiff_t from = i + piece < end ? i : end - piece;  // the last may overlap the one before it
-                for (int s = 0; s < block; s += L) {
+                for (int s = top; s < top + line; s += L) {
                     vec rows[L];
                     for (int j = 0; j < L; ++j) {
                         std::memcpy(rows + j, image[s + j] + from, sizeof *rows);  // at any address
-                        if (from + ahead < size) __builtin_prefetch(image[s + j] + from + ahead);
+                        if (top + line < block) __builtin_prefetch(image[s + line + j] + from);
                     }
                     transpose(rows);
                     for (int j = 0; j < L; ++j) {
@@ -1068,6 +1072,32 @@ void max_pool_gradient(Packed x, Packed y, Packed delta, ImageSize size, Window 
     });
 }
 
+// Each row is summed on its own, which keeps rounding errors small.
+void average(Packed x, ImageSize size, Packed y) {
+    const float pixels = float(ptrdiff_t(size.height) * size.width);
+    each_row({size.batch, size.channels, 1, 1}, [&](int n, int c, int) {
+        for (int v = 0; v < conv_block; v += L) {
+            vec total{};
+            for (int i = 0; i < size.height; ++i) {
+                vec sum{};
+                for (int j = 0; j < size.width; ++j) sum += load(at(x, n, c, i) + j * conv_block + v);
+                total += sum;
+            }
+            store(at(y, n, c, 0) + v, total / pixels);
+        }
+    });
+}
+
+void average_gradient(Packed delta, ImageSize size, Packed gradient) {
+    const float pixels = float(ptrdiff_t(size.height) * size.width);
+    each_row(size, [&](int n, int c, int i) {
+        for (int v = 0; v < conv_block; v += L) {
+            const vec share = load(at(delta, n, c, 0) + v) / pixels;
+            for (int j = 0; j < size.width; ++j) store(at(gradient, n, c, i) + j * conv_block + v, share);
+        }
+    });
+}
+
 }  // namespace
 
 }  // namespace tombola
@@ -1081,6 +1111,7 @@ extern const Kernels TOMBOLA_ISA = {TOMBOLA_NAME(TOMBOLA_ISA), linear_vectors * 
                                    batch_norm, batch_norm_gradient, normalise_images, pack_normalised_images,
                                    pack_images, unpack_images, gather_packed, correlate_packed, normalise_packed,
                                    normalise_gradient_packed, sum_packed, gate_packed, max_pool, max_pool_gradient,
+                                   average, average_gradient,
                                    L, gather_few, gather_one, pack_few};
 
 }  // namespace tombola

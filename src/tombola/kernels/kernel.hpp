@@ -129,6 +129,8 @@ struct Kernels {
     void (*gate_packed)(Packed delta, Packed y, ImageSize size);
     void (*max_pool)(Packed x, ImageSize size, Window window, Packed y);
     void (*max_pool_gradient)(Packed x, Packed y, Packed delta, ImageSize size, Window window, Packed gradient);
+    void (*average)(Packed x, ImageSize size, Packed y);  // over the pixels of each channel; y has one pixel
+    void (*average_gradient)(Packed delta, ImageSize size, Packed gradient);
 
     int lanes;
     // The next `vectors` of each row of the target for few samples, row by row; `source` is where they read.

@@ -33,39 +33,46 @@ struct Interface {
     int32_t (*make_optional)(Value** made) = nullptr;
     int32_t (*mm)(Handle target, Handle a, Handle b) = nullptr;
     int32_t (*addmm)(Handle target, Handle bias, Handle a, Handle b, double beta, double alpha) = nullptr;
+    int32_t (*multiply)(Handle a, Handle b, Handle* bias, const char* then, const double** numbers, int64_t count,
+                        const char** algorithm, Handle* made) = nullptr;  // a b^T by oneDNN
+    int32_t (*data_of)(Handle tensor, void** data) = nullptr;
     int32_t (*float32)() = nullptr;
     int32_t (*int64)() = nullptr;
     int32_t (*cpu)() = nullptr;
     const char* (*message)() = nullptr;  // of the latest error
 
-    // Look the functions up in the library of this path, which the program has loaded; return whether it has them all.
-    bool load(const char* path) {
+    // Look the functions up in the library of this path, which the program has loaded; return whether it has them all. If
+    // not, those that were found before stay. `multiply` is only looked up if `onednn` is true.
+    bool load(const char* path, bool onednn) {
 #if defined(_WIN32)
-        (void)path;
+        (void)path, (void)onednn;
         return false;
 #else
         void* const library = dlopen(path, RTLD_NOLOAD | RTLD_LAZY);
         if (!library) return false;
         bool all = true;
+        Interface found = *this;
         const auto find = [&](auto& function, const char* name) {
             function = reinterpret_cast<std::decay_t<decltype(function)>>(dlsym(library, name));
             all = all && function;
         };
-        find(call, "torch_call_dispatcher");
-        find(make_tensor, "aoti_torch_create_tensor_from_blob");
-        find(refer, "aoti_torch_new_tensor_handle");
-        find(free_tensor, "aoti_torch_delete_tensor_object");
-        find(make_list, "torch_new_list_reserve_size");
-        find(append, "torch_list_push_back");
-        find(make_optional, "torch_new_stable_ivalue");
-        find(mm, "aoti_torch_cpu_mm_out");
-        find(addmm, "aoti_torch_cpu_addmm_out");
-        find(float32, "aoti_torch_dtype_float32");
-        find(int64, "aoti_torch_dtype_int64");
-        find(cpu, "aoti_torch_device_type_cpu");
-        find(message, "torch_exception_get_what_without_backtrace");
+        find(found.call, "torch_call_dispatcher");
+        find(found.make_tensor, "aoti_torch_create_tensor_from_blob");
+        find(found.refer, "aoti_torch_new_tensor_handle");
+        find(found.free_tensor, "aoti_torch_delete_tensor_object");
+        find(found.make_list, "torch_new_list_reserve_size");
+        find(found.append, "torch_list_push_back");
+        find(found.make_optional, "torch_new_stable_ivalue");
+        find(found.mm, "aoti_torch_cpu_mm_out");
+        find(found.addmm, "aoti_torch_cpu_addmm_out");
+        if (onednn) find(found.multiply, "aoti_torch_cpu__linear_pointwise");
+        find(found.data_of, "aoti_torch_get_data_ptr");
+        find(found.float32, "aoti_torch_dtype_float32");
+        find(found.int64, "aoti_torch_dtype_int64");
+        find(found.cpu, "aoti_torch_device_type_cpu");
+        find(found.message, "torch_exception_get_what_without_backtrace");
         dlclose(library);  // which PyTorch itself keeps
-        if (!all) *this = {};
+        if (all) *this = found;
         return all;
 #endif
     }
@@ -83,6 +90,10 @@ inline void succeed(int32_t status, const char* name) {
 // A tensor over memory that outlives it.
 using Operand = std::shared_ptr<void>;
 
+inline Operand owned(Handle made) {
+    return Operand(made, [](Handle tensor) { pytorch().free_tensor(tensor); });
+}
+
 inline Operand operand(void* data, std::initializer_list<int64_t> sizes, std::initializer_list<int64_t> strides,
                        int32_t dtype) {
     const Interface& torch = pytorch();
@@ -90,7 +101,7 @@ inline Operand operand(void* data, std::initializer_list<int64_t> sizes, std::in
     succeed(torch.make_tensor(data, static_cast<int64_t>(sizes.size()), sizes.begin(), strides.begin(), 0, dtype,
                               torch.cpu(), 0, &made),
             "create_tensor_from_blob");
-    return Operand(made, [](Handle tensor) { pytorch().free_tensor(tensor); });
+    return owned(made);
 }
 
 inline Operand floats(float* data, std::initializer_list<int64_t> sizes, std::initializer_list<int64_t> strides) {
@@ -98,6 +109,20 @@ inline Operand floats(float* data, std::initializer_list<int64_t> sizes, std::in
 }
 
 inline Operand one_float(float* data) { return floats(data, {}, {}); }
+
+// A new tensor a b^T, (m, n), for a, (m, k), and b, (n, k), by oneDNN.
+inline Operand multiplied(const Operand& a, const Operand& b) {
+    const char* algorithm = "";
+    Handle made;
+    succeed(pytorch().multiply(a.get(), b.get(), nullptr, "none", nullptr, 0, &algorithm, &made), "_linear_pointwise");
+    return owned(made);
+}
+
+inline const float* numbers_of(const Operand& tensor) {
+    void* data;
+    succeed(pytorch().data_of(tensor.get(), &data), "get_data_ptr");
+    return static_cast<const float*>(data);
+}
 
 // Arguments, each of which the operator that receives it frees.
 constexpr Value none = 0;

@@ -1,10 +1,11 @@
 """Packed networks: activations that stay in the kernels' layout from one sparse convolution to the next.
 
 A convolution reads blocks of samples with zeros around each image. `Packing` records what a forward pass does with the
-outputs of sparse convolutions, as long as it is batch normalisation, ReLU, addition, max pooling or another sparse
-convolution. The recorded operations are computed when their result is read by anything else, all of them in one
-function of autograd: activations are then packed once and unpacked once, and normalisation, addition and ReLU are one
-pass over memory. The forward pass itself runs in Python at each step, so it may decide by data or by its own state.
+outputs of sparse convolutions, as long as it is batch normalisation, ReLU, addition, max pooling, the mean over all
+pixels or another sparse convolution. The recorded operations are computed when their result is read by anything else,
+all of them in one function of autograd: activations are then packed once and unpacked once, and normalisation,
+addition and ReLU are one pass over memory. The forward pass itself runs in Python at each step, so it may decide by
+data or by its own state.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import groupby
 from threading import RLock
 from types import CodeType, FrameType, FunctionType
 from typing import Any
@@ -44,7 +46,7 @@ class Value:
 
     Args:
         size: batch, channels, height and width.
-        how: what computes them: "source", "convolution", "norm", "relu", "sum" or "pool".
+        how: what computes them: "source", "convolution", "norm", "relu", "sum", "pool" or "average".
         of: the values that they are computed from.
         kernel: the kernel of a convolution, the window of max pooling, or the settings of batch normalisation.
         tensors: the positions of the layer's parameters among the tensors of the segment; -1 for no bias.
@@ -67,15 +69,21 @@ class Norm:
     variance: Tensor
     batches: Tensor | None
 
-    @torch.no_grad()
-    def update(self, statistics: Tensor, size: Size) -> None:
-        """Update the running statistics, given mean and variance of a batch."""
-        batch, _, height, width = size
-        count = batch * height * width
-        self.mean.lerp_(statistics[0], self.momentum)
-        self.variance.lerp_(statistics[1] * (count / (count - 1)), self.momentum)
-        if self.batches is not None:
-            self.batches.add_(1)
+
+@torch.no_grad()
+def _update_running_statistics(found: Sequence[tuple[Norm, Size, Tensor]]) -> None:
+    """Update the running statistics of layers in order: of each, its settings, the size of its images, and the batch's
+    mean, variance and scale, (3, channels).
+    """
+    for momentum, group in groupby(found, key=lambda each: each[0].momentum):  # layers may share statistics
+        norms, sizes, statistics = zip(*group, strict=True)
+        means, variances, _ = zip(*(each.unbind() for each in statistics), strict=True)
+        counts = [batch * height * width for batch, _, height, width in sizes]
+        unbiased = torch._foreach_mul(variances, [count / (count - 1) for count in counts])
+        torch._foreach_lerp_([norm.mean for norm in norms], means, momentum)
+        torch._foreach_lerp_([norm.variance for norm in norms], unbiased, momentum)
+    if counters := [norm.batches for norm, _, _ in found if norm.batches is not None]:
+        torch._foreach_add_(counters, 1)
 
 
 @dataclass(eq=False)
@@ -210,9 +218,8 @@ class Segment:
             found = dict(zip(outputs, _compute(self, outputs, *tensors), strict=True))
         for result in results:
             result._plain = found[result._value]
-        for value in self.values:
-            if value.how == "norm":
-                value.kernel.update(self._statistics[value], value.size)
+        norms = [value for value in self.values if value.how == "norm"]
+        _update_running_statistics([(value.kernel, value.size, self._statistics[value]) for value in norms])
         self._positions, self._sources = {}, {}
 
     @contextmanager
@@ -307,6 +314,8 @@ class Segment:
                 )
             elif first.how == "pool":
                 native.max_pool_packed(operation.x.size, first.kernel, x.pair, y.pair, name)
+            elif first.how == "average":
+                native.average_packed(operation.x.size, x.pair, y.pair, name)
             else:
                 native.sum_packed(result.size, x.pair, other, operation.relu, y.pair, name)
         return [empty(value.size) for value in outputs]  # written when they are read: variables may outlive their use
@@ -465,6 +474,13 @@ class _Backward:
         self.memory.give(delta, value.size)
         self.add(x, dx, last=True)
 
+    def _average(self, operation: Operation, delta: Buffer) -> None:
+        value, x = operation.result, operation.x
+        dx = self.take(x)
+        layers.extension.average_gradient_packed(x.size, delta.pair, dx.pair, self.memory.instruction_set)
+        self.memory.give(delta, value.size)
+        self.add(x, dx, last=True)
+
     def _gate(self, operation: Operation, delta: Buffer) -> None:
         y = self.segment._buffers[operation.result].pair
         layers.extension.gate_packed(operation.result.size, delta.pair, y, self.memory.instruction_set)
@@ -569,11 +585,12 @@ def _is_within_function(packing: Packing) -> bool:
 
     What has called the network of this packing does not count.
     """
-    codes = {_apply.__code__} if _apply is not None else set(_list_forwards(torch.autograd.Function))
+    codes = [_apply.__code__] if _apply is not None else _list_forwards(torch.autograd.Function)
+    ids = {id(code) for code in codes}  # hashing code is slow
     network = Packing.record.__code__
     frame: FrameType | None = sys._getframe(2)
     while frame is not None and not (frame.f_code is network and frame.f_locals["self"] is packing):
-        if frame.f_code in codes:
+        if id(frame.f_code) in ids:
             return True
         frame = frame.f_back
     return False
@@ -620,6 +637,30 @@ def _recorded_sum_(input: Any, other: Any, *, alpha: float = 1) -> Tensor | None
     return packing.apply("sum", (input, other), input)
 
 
+def _recorded_mean(
+    input: Any = None, dim: Any = None, keepdim: bool = False, *, dtype: Any = None, out: Any = None, **others: Any
+) -> Tensor | None:
+    """Record the mean over all pixels; their dimensions may be in any order, each from either end."""
+    axes = sorted(dim) if _are_whole(dim) else None
+    if axes not in ([2, 3], [-1, 2], [-2, 3], [-2, -1]) or dtype not in (None, torch.float32) or out is not None:
+        return None
+    if input is None or others:  # NumPy's names of arguments, which PyTorch takes too
+        return None
+    packing: Packing = input._packing
+    averages = packing.average(input)
+    return averages if averages is None or keepdim else averages.flatten(1)
+
+
+def _recorded_average(input: Any, output_size: Any) -> Tensor | None:
+    sides = (output_size, output_size) if type(output_size) is int else output_size
+    packing: Packing = input._packing
+    return packing.average(input) if _are_whole(sides) and list(sides) == [1, 1] else None
+
+
+def _are_whole(numbers: Any) -> bool:
+    return isinstance(numbers, (tuple, list)) and all(type(number) is int for number in numbers)
+
+
 _RECORDED: dict[Any, Callable[..., Tensor | None]] = {
     torch.relu: _recorded_relu,
     Tensor.relu: _recorded_relu,
@@ -632,6 +673,9 @@ _RECORDED: dict[Any, Callable[..., Tensor | None]] = {
     Tensor.__radd__: _recorded_sum,
     Tensor.add_: _recorded_sum_,
     Tensor.__iadd__: _recorded_sum_,
+    torch.mean: _recorded_mean,
+    Tensor.mean: _recorded_mean,
+    functional.adaptive_avg_pool2d: _recorded_average,
 }
 
 
@@ -711,6 +755,13 @@ class Packing:
             return None
         rows, columns = (reach[axis] // step[axis] + 1 for axis in (0, 1))
         return self._record((batch, channels, rows, columns), "pool", (x,), (*size, *step, *padding))
+
+    def average(self, x: Packed) -> Packed | None:
+        """Record the mean over the pixels of each channel, images of one pixel; return None if it is not recorded."""
+        if not (self._has_value(x) and self._records(x)):
+            return None
+        batch, channels, *_ = x._value.size
+        return self._record((batch, channels, 1, 1), "average", (x,))
 
     def apply(self, how: str, of: tuple[Any, ...], target: Packed | None) -> Tensor | None:
         """Record a ReLU or an addition, in place if there is a target; return None if it cannot be recorded."""

@@ -840,6 +840,12 @@ void gate(const View& delta, const View& y, ptrdiff_t features, ptrdiff_t batch,
     }
 }
 
+// Outputs of a dense layer, (features, batch), plus the bias of each feature; all by the thread that calls, see `gate`.
+void add_bias(const float* products, const float* bias, ptrdiff_t features, ptrdiff_t batch, float* to) {
+    for (ptrdiff_t f = 0; f < features; ++f, products += batch, to += batch)
+        for (ptrdiff_t n = 0; n < batch; ++n) to[n] = products[n] + bias[f];
+}
+
 }  // namespace
 }  // namespace tombola
 
@@ -969,6 +975,18 @@ void augment_images(nb::handle images, nb::handle indices, nb::handle offsets, n
                     to[j * from.channels + c] = values[row && 0 <= x && x < from.width ? row[x] : 0];
             }
     }
+}
+
+// Add a bias to outputs, (features, batch), in place.
+void add_bias_to(nb::handle outputs, nb::handle bias) {
+    const Numbers size = Tensor<float>("outputs", outputs).sizes();
+    if (size.count != 2) Tensor<float>("outputs", outputs).refuse(", of shape (features, batch)");
+    const ptrdiff_t features = size.at[0], batch = size.at[1];
+    float* const y = Tensor<float>("outputs", outputs).contiguous({features, batch});
+    const float* const added = Tensor<float>("bias", bias).contiguous({features});
+    check_apart(y, "bias", added);
+    nb::gil_scoped_release unlocked;
+    add_bias(y, added, features, batch, y);
 }
 
 // The gradient of the input of a ReLU, given the gradient of its output, and the output; all are (batch, features).
@@ -1170,6 +1188,26 @@ void max_pool_gradient_packed(Size4 size, Window6 window, Bordered x, Bordered y
     images.kernels.max_pool_gradient(from, most, d, images.size, w, to);
 }
 
+Size4 one_pixel(Size4 size) { return {std::get<0>(size), std::get<1>(size), 1, 1}; }
+
+void average_packed(Size4 size, Bordered x, Bordered y, const Name& instruction_set) {
+    const Images4 images(instruction_set, size);
+    const PackedImages from = images.at("x", x.first, x.second),
+                       to = Images4(instruction_set, one_pixel(size)).at("y", y.first, y.second);
+    check_apart("y", to.memory, "x", from.memory);
+    nb::gil_scoped_release unlocked;
+    images.kernels.average(from, images.size, to);
+}
+
+void average_gradient_packed(Size4 size, Bordered delta, Bordered gradient, const Name& instruction_set) {
+    const Images4 images(instruction_set, size);
+    const PackedImages d = Images4(instruction_set, one_pixel(size)).at("delta", delta.first, delta.second),
+                       to = images.at("gradient", gradient.first, gradient.second);
+    check_apart("gradient", to.memory, "delta", d.memory);
+    nb::gil_scoped_release unlocked;
+    images.kernels.average_gradient(d, images.size, to);
+}
+
 NB_MODULE(_sparse, m) {
     torch() = new Torch;
     nb::set_leak_warnings(false);  // layers that live until the interpreter ends are no leak
@@ -1217,7 +1255,9 @@ NB_MODULE(_sparse, m) {
         .def("forward", &Chain::forward, nb::arg("weights"), nb::arg("source"), nb::arg("target"), nb::arg("memory"))
         .def("backward", &Chain::backward, nb::arg("weights"), nb::arg("delta"), nb::arg("memory"),
              nb::arg("gradients"), nb::arg("target").none());
-    m.def("load_operators", [](const std::string& path) { return pytorch().load(path.c_str()); }, nb::arg("path"));
+    m.def("load_operators",
+          [](const std::string& path, bool onednn) { return pytorch().load(path.c_str(), onednn); }, nb::arg("path"),
+          nb::arg("onednn"));
     nb::class_<Stretch>(m, "Stretch")
         .def(nb::init<nb::handle, nb::handle, nb::handle, nb::handle, int, nb::tuple>(), nb::arg("inputs"),
              nb::arg("mean").none(), nb::arg("scale").none(), nb::arg("labels"), nb::arg("batch"), nb::arg("layers"))
@@ -1237,6 +1277,7 @@ NB_MODULE(_sparse, m) {
           nb::arg("scale"), nb::arg("target"), nb::arg("instruction_set") = nb::none());
     m.def("augment_images", augment_images, nb::arg("images"), nb::arg("indices"), nb::arg("offsets"), nb::arg("flips"),
           nb::arg("crop"), nb::arg("mean"), nb::arg("scale"), nb::arg("target"));
+    m.def("add_bias", add_bias_to, nb::arg("outputs"), nb::arg("bias"));
     m.def("gate", gate_rows, nb::arg("delta"), nb::arg("y"), nb::arg("target"));
     m.def("block", [](const Name& instruction_set) { return kernels_named(instruction_set).conv_block; },
           nb::arg("instruction_set") = nb::none());
@@ -1259,6 +1300,10 @@ NB_MODULE(_sparse, m) {
           nb::arg("instruction_set") = nb::none());
     m.def("max_pool_gradient_packed", max_pool_gradient_packed, nb::arg("size"), nb::arg("window"), nb::arg("x"),
           nb::arg("y"), nb::arg("delta"), nb::arg("gradient"), nb::arg("instruction_set") = nb::none());
+    m.def("average_packed", average_packed, nb::arg("size"), nb::arg("x"), nb::arg("y"),
+          nb::arg("instruction_set") = nb::none());
+    m.def("average_gradient_packed", average_gradient_packed, nb::arg("size"), nb::arg("delta"), nb::arg("gradient"),
+          nb::arg("instruction_set") = nb::none());
 }
 
 }  // namespace

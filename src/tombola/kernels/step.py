@@ -141,10 +141,34 @@ def accelerate(
     packed = packed and have_convolutions(mask, sparse)
     if sparse:
         replace_layers(model, mask, sparse)
-    plain = loss is functional.cross_entropy and forward is call and step is None
-    perceptron = Perceptron.of(model) if plain and device == "cpu" and precision == "float32" else None
+    perceptron = find_perceptron(model, precision=precision, device=device, loss=loss, forward=forward, step=step)
     autocast = torch.autocast(device, torch.bfloat16) if precision == "bfloat16" else nullcontext()
     return Step(model, sparse, loss, perceptron, autocast, forward, step, packed=packed)
+
+
+def find_perceptron(
+    model: nn.Module,
+    *,
+    precision: Precision = "float32",
+    device: str = "cpu",
+    loss: Loss = functional.cross_entropy,
+    forward: Forward = call,
+    step: OwnStep | None = None,
+) -> Perceptron | None:
+    """Return the perceptron that a model is, which may be trained without autograd; None for any other model.
+
+    Its sums have another order than those of autograd, so whether there is one is a part of the identity of a training.
+    Batches that a perceptron does not take, such as those with probabilities for labels, are left to autograd.
+
+    Args:
+        model, precision, device, loss, forward, step: as for `accelerate`.
+
+    >>> model = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 2))
+    >>> find_perceptron(model).outputs
+    2
+    """
+    plain = loss is functional.cross_entropy and forward is call and step is None
+    return Perceptron.of(model) if plain and device == "cpu" and precision == "float32" else None
 
 
 def are_packed(model: nn.Module, mask: Mapping[str, Tensor], sparse: Collection[str]) -> bool:

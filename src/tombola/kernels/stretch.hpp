@@ -21,7 +21,7 @@ class Stretch {
     // `inputs` are images, (examples, channels, height, width), of which mean and scale are those of the channels; or
     // floats, (examples, features), whose mean and scale are None. `layers` are those of the network in order: a chain
     // of sparse layers with the values and biases of all, or None for a dense layer with weight and bias; the tensors
-    // for their gradients; and whether a ReLU follows a dense layer.
+    // for their gradients; and for a dense layer, whether a ReLU follows, and whether oneDNN multiplies.
     Stretch(nb::handle inputs, nb::handle mean, nb::handle scale, nb::handle labels, int batch, nb::tuple layers)
         : batch_(batch) {
         if (!pytorch().call) throw std::runtime_error("PyTorch's operators are not loaded");
@@ -33,11 +33,11 @@ class Stretch {
         gather_labels(labels);
         for (size_t i = 0; i < layers.size(); ++i) {
             const nb::tuple layer = nb::cast<nb::tuple>(layers[i]);
-            if (layer.size() != 4) throw std::invalid_argument("layers: expected chain, weights, gradients, ReLU");
+            if (layer.size() != 5) throw std::invalid_argument("layers: expected chain, weights, gradients, ReLU, oneDNN");
             const nb::tuple weights = nb::cast<nb::tuple>(layer[1]), gradients = nb::cast<nb::tuple>(layer[2]);
-            const bool last = i + 1 == layers.size();
-            top = layer[0].is_none() ? dense(top, i == 0, last, weights, gradients, nb::cast<bool>(layer[3]))
-                                     : sparse(top, i == 0, last, nb::cast<nb::object>(layer[0]), weights, gradients);
+            top = layer[0].is_none()
+                      ? dense(top, i == 0, weights, gradients, nb::cast<bool>(layer[3]), nb::cast<bool>(layer[4]))
+                      : sparse(top, i == 0, nb::cast<nb::object>(layer[0]), weights, gradients);
         }
         cross_entropy(top);
     }
@@ -111,27 +111,20 @@ class Stretch {
     }
 
   private:
-    // The features of a batch, with the distances between samples and between features, and their gradient. Images have no
-    // data until the first layer has them normalised as it reads them.
+    // The features of a batch, with the distances between samples and between features, and their gradient, in which the
+    // samples of a feature are adjacent, as they are in the outputs of layers. Images have no data until the first layer has
+    // them normalised as it reads them.
     struct Features {
         float* data;
         ptrdiff_t count, sample, feature;
         float* gradient;
-        ptrdiff_t gradient_sample, gradient_feature;
 
         View view() const { return {data, sample, feature, 0, 0, 0, false}; }
-        View gradient_view() const { return {gradient, gradient_sample, gradient_feature, 0, 0, 0, false}; }
     };
 
-    // The outputs of a layer. The features of a sample lie far apart, unless those of the last sparse layer, which the
-    // loss reads; so do their gradients, unless those that the loss computes.
-    Features outputs(ptrdiff_t count, bool last, bool adjacent) {
-        float *data = memory(batch_ * count), *gradient = memory(batch_ * count);
-        Features made{data, count, 1, batch_, gradient, 1, batch_};
-        if (adjacent) made.sample = count, made.feature = 1;
-        if (last) made.gradient_sample = count, made.gradient_feature = 1;
-        return made;
-    }
+    View view(float* features) const { return {features, 1, batch_, 0, 0, 0, false}; }
+
+    Features outputs(ptrdiff_t count) { return {memory(batch_ * count), count, 1, batch_, memory(batch_ * count)}; }
 
     Features images_of(nb::handle inputs, nb::handle mean, nb::handle scale) {
         const Numbers size = Tensor<const uint8_t>("inputs", inputs).sizes();
@@ -148,7 +141,7 @@ class Stretch {
         normalise_images_ = [=](float* to) {
             kernels_named(std::nullopt).normalise_images(from, chosen_, batch_, channels, pixels, center, slope, to);
         };
-        return {nullptr, features, features, 1, nullptr, 0, 0};
+        return {nullptr, features, features, 1, nullptr};
     }
 
     Features floats_of(nb::handle inputs) {
@@ -164,7 +157,7 @@ class Stretch {
             for (int n = 0; n < batch_; ++n)
                 std::memcpy(x + n * features, from + chosen_[n] * features, features * sizeof(float));
         });
-        return {x, features, features, 1, nullptr, 0, 0};
+        return {x, features, features, 1, nullptr};
     }
 
     void gather_labels(nb::handle labels) {
@@ -175,7 +168,7 @@ class Stretch {
         });
     }
 
-    Features sparse(const Features& x, bool first, bool last, nb::object object, const nb::tuple& weights,
+    Features sparse(const Features& x, bool first, nb::object object, const nb::tuple& weights,
                     const nb::tuple& gradients) {
         if (!nb::isinstance<Chain>(object)) throw nb::type_error("layers: expected a chain");
         const Chain* const chain = nb::cast<const Chain*>(object);
@@ -186,7 +179,7 @@ class Stretch {
             for (const nb::handle tensor : each)
                 if (!tensor.is_none()) hold<float>("weights", tensor, any);
         owners_.push_back(std::move(object));
-        const Features y = outputs(chain->outputs(), last, last);
+        const Features y = outputs(chain->outputs());
         float* const kept = memory(chain->floats(batch_));
         if (x.data)
             forward_.push_back([=] { chain->pack(x.view(), batch_, kept); });
@@ -194,16 +187,16 @@ class Stretch {
             forward_.push_back([=] { pack_images_(chain->kernels(), kept); });
         forward_.push_back([=] { chain->compute(parameters, batch_, kept, y.view()); });
         backward_.push_back([=] {
-            chain->differentiate(parameters, y.gradient_view(), batch_, kept, found,
-                                 first ? View{} : x.gradient_view());
+            chain->differentiate(parameters, view(y.gradient), batch_, kept, found, first ? View{} : view(x.gradient));
         });
         return y;
     }
 
     // y^T = W x^T + b, as in tombola.kernels.linear.
-    Features dense(Features x, bool first, bool last, const nb::tuple& weights, const nb::tuple& gradients, bool relu) {
+    Features dense(Features x, bool first, const nb::tuple& weights, const nb::tuple& gradients, bool relu, bool by_onednn) {
         if (weights.size() != 2 || gradients.size() != 2)
             throw std::invalid_argument("layers: expected weight and bias of a dense layer, and their gradients");
+        if (by_onednn && !pytorch().multiply) throw std::runtime_error("PyTorch's oneDNN is not loaded");
         const Numbers size = Tensor<float>("weight", weights[0]).sizes();
         if (size.count != 2) Tensor<float>("weight", weights[0]).refuse(", of shape (outputs, inputs)");
         const int64_t rows = size.at[0], columns = size.at[1], batch = batch_;
@@ -212,27 +205,33 @@ class Stretch {
             float* const data = x.data = memory(batch_ * columns);
             forward_.push_back([=] { normalise_images_(data); });
         }
-        float* const w = hold<float>("weight", weights[0], rows * columns);
-        const Features y = outputs(rows, last, false);
+        float *const w = hold<float>("weight", weights[0], rows * columns),
+              *const b = weights[1].is_none() ? nullptr : hold<float>("bias", weights[1], rows);
+        const Features y = outputs(rows);
         const Operand weight = floats(w, {rows, columns}, {columns, 1}),
                       transposed = floats(w, {columns, rows}, {1, columns}),
+                      bias = b ? floats(b, {rows, 1}, {1, 1}) : nullptr,
                       source = floats(x.data, {batch, columns}, {x.sample, x.feature}),
                       features = floats(x.data, {columns, batch}, {x.feature, x.sample}),
                       target = floats(y.data, {rows, batch}, {batch, 1});
-        const Operand bias =
-            weights[1].is_none() ? nullptr : floats(hold<float>("bias", weights[1], rows), {rows, 1}, {1, 1});
         forward_.push_back([=] {
-            if (bias)
+            if (by_onednn) {
+                const Operand products = multiplied(weight, source);
+                if (b)
+                    add_bias(numbers_of(products), b, rows, batch, y.data);
+                else
+                    std::memcpy(y.data, numbers_of(products), rows * batch * sizeof(float));
+            } else if (bias)
                 succeed(pytorch().addmm(target.get(), bias.get(), weight.get(), features.get(), 1, 1), "addmm");
             else
                 succeed(pytorch().mm(target.get(), weight.get(), features.get()), "mm");
             if (relu) call("aten::relu_", "", 1, given(target));
         });
-        float* const gated = relu ? memory(rows * batch) : nullptr;
-        // It lies as the gradient of the output does, as in tombola.kernels.linear.
-        const Operand delta = floats(relu ? gated : y.gradient, {rows, batch}, {y.gradient_feature, y.gradient_sample});
-        const View input_gradient{gated, y.gradient_sample, y.gradient_feature, 0, 0, 0, false};
-        const Operand source_gradient = first ? nullptr : floats(x.gradient, {columns, batch}, {batch, 1});
+        float* const gated = relu ? memory(rows * batch) : y.gradient;
+        const Operand delta = floats(gated, {rows, batch}, {batch, 1}),
+                      of_samples = floats(gated, {batch, rows}, {1, batch});  // the same, transposed
+        const Operand source_gradient = first ? nullptr : floats(x.gradient, {columns, batch}, {batch, 1}),
+                      features_gradient = first ? nullptr : floats(x.gradient, {batch, columns}, {1, batch});
         const Operand weight_gradient =
             gradients[0].is_none()
                 ? nullptr
@@ -240,10 +239,18 @@ class Stretch {
         const Operand bias_gradient =
             gradients[1].is_none() ? nullptr : floats(hold<float>("bias_gradient", gradients[1], rows), {rows}, {1});
         backward_.push_back([=] {
-            if (relu) gate(y.gradient_view(), y.view(), rows, batch, input_gradient);
-            if (source_gradient)
+            const bool non_blocking = false;
+            if (relu) gate(view(y.gradient), y.view(), rows, batch, view(gated));
+            if (source_gradient && by_onednn) {
+                const Operand products = multiplied(of_samples, transposed);
+                call("aten::copy_", "", 1, given(features_gradient), given(products), given(non_blocking));
+            } else if (source_gradient)
                 succeed(pytorch().mm(source_gradient.get(), transposed.get(), delta.get()), "mm");
-            if (weight_gradient) succeed(pytorch().mm(weight_gradient.get(), delta.get(), source.get()), "mm");
+            if (weight_gradient && by_onednn) {
+                const Operand products = multiplied(delta, features);
+                call("aten::copy_", "", 1, given(weight_gradient), given(products), given(non_blocking));
+            } else if (weight_gradient)
+                succeed(pytorch().mm(weight_gradient.get(), delta.get(), source.get()), "mm");
             if (bias_gradient)
                 call("aten::sum", "IntList_out", 1, given(delta), optional(list_of({1})), given(false), none,
                      given(bias_gradient));
@@ -251,24 +258,24 @@ class Stretch {
         return y;
     }
 
+    // The loss of an image of one row with a pixel for each sample, as in tombola.kernels.linear.
     void cross_entropy(const Features& y) {
         const int64_t batch = batch_, classes = y.count, mean = 1, ignored = -100;
         loss_ = memory(1);
         float *count = memory(1), *one = memory(1), *log_p = memory(batch * classes), *delta = memory(batch * classes);
         *one = 1;
-        const Operand outputs = floats(y.data, {batch, classes}, {y.sample, y.feature}),
-                      p = floats(log_p, {batch, classes}, {classes, 1}), d = floats(delta, {batch, classes}, {classes, 1}),
-                      gradient = floats(y.gradient, {batch, classes}, {classes, 1}), loss = one_float(loss_),
-                      total = one_float(count), unit = one_float(one),
-                      labels = operand(labels_.get(), {batch}, {1}, pytorch().int64());
+        const auto image = [=](float* data) { return floats(data, {1, classes, 1, batch}, {classes * batch, batch, batch, 1}); };
+        const Operand outputs = image(y.data), p = image(log_p), d = image(delta), gradient = image(y.gradient),
+                      loss = one_float(loss_), total = one_float(count), unit = one_float(one),
+                      labels = operand(labels_.get(), {1, 1, batch}, {batch, batch, 1}, pytorch().int64());
         const int32_t dtype = pytorch().float32();
         forward_.push_back([=] {
             call("aten::_log_softmax", "out", 1, given(outputs), given(1), given(false), given(p));
-            call("aten::nll_loss_forward", "output", 2, given(p), given(labels), none, given(mean), given(ignored),
+            call("aten::nll_loss2d_forward", "output", 2, given(p), given(labels), none, given(mean), given(ignored),
                  given(loss), given(total));
         });
         backward_.push_back([=] {
-            call("aten::nll_loss_backward", "grad_input", 1, given(unit), given(p), given(labels), none, given(mean),
+            call("aten::nll_loss2d_backward", "grad_input", 1, given(unit), given(p), given(labels), none, given(mean),
                  given(ignored), given(total), given(d));
             call("aten::_log_softmax_backward_data", "out", 1, given(d), given(p), given(1), given(dtype),
                  given(gradient));

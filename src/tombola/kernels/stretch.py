@@ -25,15 +25,16 @@ _SCHEMAS = (
     "aten::addmm.out(Tensor self, Tensor mat1, Tensor mat2, *, Scalar beta=1, Scalar alpha=1, Tensor(a!) out)"
     " -> Tensor(a!)",
     "aten::relu_(Tensor(a!) self) -> Tensor(a!)",
+    "aten::copy_(Tensor(a!) self, Tensor src, bool non_blocking=False) -> Tensor(a!)",
     "aten::sum.IntList_out(Tensor self, int[1]? dim, bool keepdim=False, *, ScalarType? dtype=None, Tensor(a!) out)"
     " -> Tensor(a!)",
     "aten::_log_softmax.out(Tensor self, int dim, bool half_to_float, *, Tensor(a!) out) -> Tensor(a!)",
     "aten::_log_softmax_backward_data.out(Tensor grad_output, Tensor output, int dim, ScalarType input_dtype, *,"
     " Tensor(a!) out) -> Tensor(a!)",
-    "aten::nll_loss_forward.output(Tensor self, Tensor target, Tensor? weight, int reduction, SymInt ignore_index, *,"
+    "aten::nll_loss2d_forward.output(Tensor self, Tensor target, Tensor? weight, int reduction, SymInt ignore_index, *,"
     " Tensor(a!) output, Tensor(b!) total_weight) -> (Tensor(a!), Tensor(b!))",
-    "aten::nll_loss_backward.grad_input(Tensor grad_output, Tensor self, Tensor target, Tensor? weight, int reduction,"
-    " SymInt ignore_index, Tensor total_weight, *, Tensor(a!) grad_input) -> Tensor(a!)",
+    "aten::nll_loss2d_backward.grad_input(Tensor grad_output, Tensor self, Tensor target, Tensor? weight,"
+    " int reduction, SymInt ignore_index, Tensor total_weight, *, Tensor(a!) grad_input) -> Tensor(a!)",
     "aten::_foreach_mul_.List(Tensor(a!)[] self, Tensor[] other) -> ()",
     "aten::_fused_sgd_(Tensor(a!)[] self, Tensor(b!)[] grads, Tensor(c!)[] momentum_buffer_list, *, float weight_decay,"
     " float momentum, float lr, float dampening, bool nesterov, bool maximize, bool is_first_step,"
@@ -49,19 +50,23 @@ _SCHEMAS = (
 """The operators that the C++ calls, with the arguments that it gives them."""
 
 
-def can_call_operators() -> bool:
-    """Return whether this PyTorch has the C interface, and the operators with the arguments that are known here."""
-    return layers.extension is not None and _load_operators(layers.extension, _SCHEMAS)
+def can_call_operators(*, onednn: bool = False) -> bool:
+    """Return whether this PyTorch has the C interface, and the operators with the arguments that are known here.
+
+    Args:
+        onednn: whether the products of oneDNN are called too.
+    """
+    return layers.extension is not None and _load_operators(layers.extension, _SCHEMAS, onednn)
 
 
 @functools.cache
-def _load_operators(extension: Any, schemas: Sequence[str]) -> bool:
-    """Let the extension find the operators of these schemas; return whether it does."""
+def _load_operators(extension: Any, schemas: Sequence[str], onednn: bool) -> bool:
+    """Let the extension find the operators of these schemas, and oneDNN's product if asked; return whether it does."""
     if not all(map(_has, schemas)):
         return False
     folder = Path(torch.__file__).parent / "lib"
     paths = [folder / f"libtorch_cpu.{ending}" for ending in ("so", "dylib")]
-    return any(path.exists() and extension.load_operators(str(path)) for path in paths)
+    return any(path.exists() and extension.load_operators(str(path), onednn) for path in paths)
 
 
 def _has(schema: str) -> bool:
@@ -80,7 +85,9 @@ def can_stretch(perceptron: Perceptron, inputs: object, labels: object) -> bool:
         labels: the labels of all examples; they can be class numbers, int64, (n,), or -100 for those that are ignored.
 
     """
-    if not (isinstance(inputs, Tensor) and isinstance(labels, Tensor) and labels.numel() and can_call_operators()):
+    if not (isinstance(inputs, Tensor) and isinstance(labels, Tensor) and labels.numel()):
+        return False
+    if not can_call_operators(onednn=any(part.by_onednn for part, _ in perceptron.parts)):
         return False
     images = inputs.dtype is torch.uint8
     if not (is_readable(inputs, torch.uint8 if images else torch.float32) and is_readable(labels, torch.int64)):
@@ -113,7 +120,7 @@ class Stretch:
     ) -> None:
         mean, scale = normalisation or (None, None)
         parts = tuple(
-            (part.chain, tuple(weights), tuple(_gradients(weights, part.chain)), part.relu)
+            (part.chain, tuple(weights), tuple(_gradients(weights, part.chain)), part.relu, part.by_onednn)
             for part, weights in perceptron.parts
         )
         self._native = layers.extension.Stretch(inputs, mean, scale, labels, batch_size, parts)

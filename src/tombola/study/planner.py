@@ -17,7 +17,7 @@ from typing import Any
 from tombola.errors import DamagedResultError, RoundError, UserError, expect, expect_flags
 from tombola.importance import NetworkScore, is_built_in
 from tombola.inputs import call
-from tombola.kernels import can_pack, have_convolutions
+from tombola.kernels import can_pack, find_perceptron, have_convolutions
 from tombola.lottery.rewinding import lottery_ticket_rewinding
 from tombola.lottery.rule import Rule, check_rule, check_score_at, resolve_shares
 from tombola.lottery.search import EARLY
@@ -35,6 +35,7 @@ from tombola.study.task import Problem, load_importance, load_recipe
 from tombola.study.trainings import Round, Training, name_mask, name_training
 from tombola.training.accumulation import counts_positions
 from tombola.training.history import Trained
+from tombola.training.loss_functions import training_loss
 from tombola.training.replaceable import choose_layers, find_fault, may_be_sparse
 from tombola.training.weights import Weights
 
@@ -156,6 +157,20 @@ class Planner:
         return self.problem.forward is call and can_pack(self.model)
 
     @cached_property
+    def _is_perceptron(self) -> bool:
+        """Whether the network may be trained as a perceptron, see `tombola.kernels.find_perceptron`."""
+        recipe, problem = self.study.recipe, self.problem
+        found = find_perceptron(
+            self.model,
+            precision=recipe.precision,
+            device=self.study.device,
+            loss=training_loss(recipe, problem.loss, problem.step),
+            forward=problem.forward,
+            step=problem.step,
+        )
+        return found is not None
+
+    @cached_property
     def _counts_positions(self) -> bool:
         """Whether accumulated batches count by positions, see `tombola.training.accumulation.counts_positions`."""
         problem = self.problem
@@ -264,6 +279,7 @@ class Planner:
             device=self.study.device,
             sparse=sparse,
             packed=have_convolutions(mask, sparse) and self._can_pack,
+            perceptron=self._is_perceptron,
             positions=self._counts_positions,
             behaviour=self.observed.computes,
             sources=self._recipe_sources,

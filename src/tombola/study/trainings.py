@@ -15,8 +15,11 @@ from tombola.training.weights import Weights
 SCHEME = 2
 """Version of the naming and of `train`: increase it if `train` gives other bits than before."""
 
-PACKED = 1
+PACKED = 2
 """Version of the computation with packed activations: increase it if these trainings alone give other bits."""
+
+PERCEPTRON = 1
+"""Version of the computation of `tombola.kernels.Perceptron`: increase it if these trainings alone give other bits."""
 
 PRUNING = 1
 """Version of `prune`, its scores and normalisations: increase it if they give other masks than before."""
@@ -61,6 +64,7 @@ def name_training(
     device: str,
     sparse: Sequence[str],
     packed: bool = False,
+    perceptron: bool = False,
     positions: bool = False,
     sources: Mapping[str, str] | None = None,
     behaviour: Behaviour = (),
@@ -77,6 +81,7 @@ def name_training(
         device: the device to train on, "cpu" or "cuda".
         sparse: the names of the weights that sparse kernels train, see `tombola.kernels.sparse_layers`.
         packed: whether activations stay packed between sparse convolutions, see `tombola.kernels.are_packed`.
+        perceptron: whether the network may be trained as a perceptron, see `tombola.kernels.find_perceptron`.
         positions: whether batches count by positions, see `tombola.training.accumulation.counts_positions`.
         sources: the hashes of the source of the recipe's own functions, see `tombola.study.task.load_recipe`.
         behaviour: what the network computes on a few examples, which workers compare.
@@ -102,6 +107,8 @@ def name_training(
     }
     if packed:
         identity["packed"] = PACKED
+    if perceptron:
+        identity["perceptron"] = PERCEPTRON
     if positions:
         identity["positions"] = True
     if sources:
