@@ -882,6 +882,7 @@ Moments moments(Packed x, ImageSize size, int c) {
             const float near = float(total / double(length));
             total = 0;
             sum_pairs(0, length, total, deviations, [&](ptrdiff_t i, int) {
+                if (i % 16 == 0) __builtin_prefetch(row + x.row + i);  // of the next row
                 const vec d = load(row + i) - near;
                 return Pair{d, d * d};
             });
@@ -1025,48 +1026,68 @@ void gate_packed(Packed delta, Packed y, ImageSize size) {
     });
 }
 
-// Calls body(first float of the window's output, row and first and last column) for each output and row of its window.
-template <class Body>
-void each_window(ImageSize size, Window w, const Body& body) {
+// Calls begin(block, channel), and then body(block, channel, row and column of an output, and of its window the first row,
+// the one after the last, and the same of columns) for each output.
+template <class Begin, class Body>
+void each_window(ImageSize size, Window w, const Begin& begin, const Body& body) {
     for (int c = 0; c < size.channels; ++c)
-        for (int n = 0; n < count_blocks(size.batch); ++n)
+        for (int n = 0; n < count_blocks(size.batch); ++n) {
+            begin(n, c);
             for (int i = 0; i < w.target_height; ++i)
                 for (int j = 0; j < w.target_width; ++j) {
                     const int top = i * w.step_down - w.pad_top, left = j * w.step_right - w.pad_left;
                     body(n, c, i, j, top < 0 ? 0 : top, at_most(top + w.height, size.height), left < 0 ? 0 : left,
                          at_most(left + w.width, size.width));
                 }
+        }
 }
 
+// Fetches what the window below this one reads and this one does not.
+inline void fetch_below(Packed x, int n, int c, int bottom, int left, Window w) {
+    for (int row = bottom; row < bottom + w.step_down; ++row)
+        for (int k = 0; k < w.step_right * conv_block; k += 16) __builtin_prefetch(at(x, n, c, row) + left * conv_block + k);
+}
+
+// Of a window, all samples of a block are computed at once: each number waits for the one before it.
 void max_pool(Packed x, ImageSize size, Window window, Packed y) {
-    each_window(size, window, [&](int n, int c, int i, int j, int top, int bottom, int left, int right) {
-        for (int v = 0; v < conv_block; v += L) {
-            vec most = load(at(x, n, c, top) + left * conv_block + v);
-            for (int row = top; row < bottom; ++row)
-                for (int column = left; column < right; ++column) {
-                    const vec other = load(at(x, n, c, row) + column * conv_block + v);
-                    most = (other > most) | (other != other) ? other : most;  // a NaN is more than all
+    const auto begin = [](int, int) {};
+    each_window(size, window, begin, [&](int n, int c, int i, int j, int top, int bottom, int left, int right) {
+        fetch_below(x, n, c, bottom, left, window);
+        vec most[conv_vectors];
+        for (int v = 0; v < conv_vectors; ++v) most[v] = load(at(x, n, c, top) + left * conv_block + v * L);
+        for (int row = top; row < bottom; ++row) {
+            const float* const from = at(x, n, c, row);
+            for (int column = left; column < right; ++column)
+                for (int v = 0; v < conv_vectors; ++v) {
+                    const vec other = load(from + column * conv_block + v * L);
+                    most[v] = (other > most[v]) | (other != other) ? other : most[v];  // a NaN is more than all
                 }
-            store(at(y, n, c, i) + j * conv_block + v, most);
         }
+        for (int v = 0; v < conv_vectors; ++v) store(at(y, n, c, i) + j * conv_block + v * L, most[v]);
     });
 }
 
 void max_pool_gradient(Packed x, Packed y, Packed delta, ImageSize size, Window window, Packed gradient) {
-    each_row(size, [&](int n, int c, int i) {
-        std::memset(at(gradient, n, c, i), 0, sizeof(float) * size.width * conv_block);
-    });
-    each_window(size, window, [&](int n, int c, int i, int j, int top, int bottom, int left, int right) {
-        for (int v = 0; v < conv_block; v += L) {
-            const vec most = load(at(y, n, c, i) + j * conv_block + v);
-            vec rest = load(at(delta, n, c, i) + j * conv_block + v);  // goes to the first of the greatest
-            for (int row = top; row < bottom; ++row)
-                for (int column = left; column < right; ++column) {
-                    float* to = at(gradient, n, c, row) + column * conv_block + v;
-                    const vec value = load(at(x, n, c, row) + column * conv_block + v);
-                    const auto found = (value == most) | (value != value);
-                    store(to, load(to) + (found ? rest : vec{}));
-                    rest = found ? vec{} : rest;
+    const auto clear = [&](int n, int c) {
+        for (int i = 0; i < size.height; ++i) std::memset(at(gradient, n, c, i), 0, sizeof(float) * size.width * conv_block);
+    };
+    each_window(size, window, clear, [&](int n, int c, int i, int j, int top, int bottom, int left, int right) {
+        fetch_below(x, n, c, bottom, left, window);
+        vec most[conv_vectors], rest[conv_vectors];  // the rest of delta goes to the first of the greatest
+        for (int v = 0; v < conv_vectors; ++v) {
+            most[v] = load(at(y, n, c, i) + j * conv_block + v * L);
+            rest[v] = load(at(delta, n, c, i) + j * conv_block + v * L);
+        }
+        for (int row = top; row < bottom; ++row) {
+            const float* const from = at(x, n, c, row);
+            float* const to = at(gradient, n, c, row);
+            for (int column = left; column < right; ++column)
+                for (int v = 0; v < conv_vectors; ++v) {
+                    const ptrdiff_t k = column * conv_block + v * L;
+                    const vec value = load(from + k);
+                    const auto found = (value == most[v]) | (value != value);
+                    store(to + k, load(to + k) + (found ? rest[v] : vec{}));
+                    rest[v] = found ? vec{} : rest[v];
                 }
         }
     });
