@@ -1042,13 +1042,13 @@ void each_window(ImageSize size, Window w, const Begin& begin, const Body& body)
         }
 }
 
-// Fetches what the window below this one reads and this one does not.
+// Fetches what the window below reads, and this one and its neighbours do not: a processor foresees no jump between rows.
 inline void fetch_below(Packed x, int n, int c, int bottom, int left, Window w) {
     for (int row = bottom; row < bottom + w.step_down; ++row)
         for (int k = 0; k < w.step_right * conv_block; k += 16) __builtin_prefetch(at(x, n, c, row) + left * conv_block + k);
 }
 
-// Of a window, all samples of a block are computed at once: each number waits for the one before it.
+// All samples of a block are computed at once, since each comparison in a window waits for the one before it.
 void max_pool(Packed x, ImageSize size, Window window, Packed y) {
     const auto begin = [](int, int) {};
     each_window(size, window, begin, [&](int n, int c, int i, int j, int top, int bottom, int left, int right) {
