@@ -1042,7 +1042,7 @@ void each_window(ImageSize size, Window w, const Begin& begin, const Body& body)
         }
 }
 
-// Fetches what the window below reads, and this one and its neighbours do not: a processor foresees no jump between rows.
+// Fetches early what only the windows below read: processors do not foresee the jump from one row to the next.
 inline void fetch_below(Packed x, int n, int c, int bottom, int left, Window w) {
     for (int row = bottom; row < bottom + w.step_down; ++row)
         for (int k = 0; k < w.step_right * conv_block; k += 16) __builtin_prefetch(at(x, n, c, row) + left * conv_block + k);

@@ -7,7 +7,6 @@ examples of a feature are.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from itertools import groupby, pairwise
 from typing import Any, Protocol, TypeAlias
@@ -122,15 +121,15 @@ class _Dense:
     """A dense layer.
 
     Args:
+        size: the number of its weights.
         relu: whether a ReLU follows the layer.
-        by_onednn: whether oneDNN multiplies the matrices.
 
     """
 
-    def __init__(self, *, relu: bool, by_onednn: bool) -> None:
+    def __init__(self, size: int, *, relu: bool) -> None:
         self.chain = None
         self.relu = relu
-        self.by_onednn = by_onednn
+        self.by_onednn = size >= _ONEDNN_FROM and has_onednn()
 
     def forward(self, x: Tensor, weights: Sequence[Any]) -> tuple[Tensor, list[Tensor]]:
         weight, bias = weights
@@ -282,11 +281,6 @@ def has_global_hooks() -> bool:
     return any(registered)
 
 
-def _dense(layer: nn.Linear, relu: bool) -> _Dense:
-    """Return the part of a dense layer; `relu` says whether a ReLU follows."""
-    return _Dense(relu=relu, by_onednn=math.prod(layer.weight.shape) >= _ONEDNN_FROM and has_onednn())
-
-
 class Perceptron:
     """A multilayer perceptron, which has only linear layers and ReLUs. It is trained without autograd.
 
@@ -312,7 +306,8 @@ class Perceptron:
                 self.parts.append((_Surviving(_kernels(row), relus), weights))
             else:
                 self.parts += [
-                    (_dense(layer, relu), [layer.weight, layer.bias]) for layer, relu in zip(row, relus, strict=True)
+                    (_Dense(layer.weight.numel(), relu=relu), [layer.weight, layer.bias])
+                    for layer, relu in zip(row, relus, strict=True)
                 ]
         self._weights = [weight for _, weights in self.parts for weight in weights]
 

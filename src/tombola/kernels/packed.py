@@ -72,8 +72,11 @@ class Norm:
 
 @torch.no_grad()
 def _update_running_statistics(found: Sequence[tuple[Norm, Size, Tensor]]) -> None:
-    """Update the running statistics of layers in order: of each, its settings, the size of its images, and the batch's
-    mean, variance and scale, (3, channels).
+    """Update the running statistics of layers, one after another.
+
+    Args:
+        found: of each layer, its settings, the size of its images, and the batch's mean, variance and scale, each
+            (channels,).
     """
     for momentum, group in groupby(found, key=lambda each: each[0].momentum):  # layers may share statistics
         norms, sizes, statistics = zip(*group, strict=True)
