@@ -714,34 +714,41 @@ void each_group(const Pass& pass, int batch, Packed from, Packed to, const Body&
 }
 
 // Many channels are read and written at once, too many places for a processor to foresee, so the next pixels are fetched in
-// time, those of the last row of taps: others were read for the row of pixels above. Some channels of the source go with each
+// time, in the last rows that taps reach: the others were read for the row of pixels above. Some channels of the source go with each
 // row of the target, since a processor that waits for many lines at once computes nothing meanwhile.
 template <int P>
 struct Ahead {
     const int32_t *channel, *last;  // of the source, those that are left
-    int share, floats;              // channels for each row of the target, and what is fetched of each
+    int share, rows, floats;        // channels for each row of the target, and what is fetched of each
     const float *source, *target;
-    ptrdiff_t source_channel;
+    ptrdiff_t source_channel, source_row, target_pixel;
 
     Ahead(const Pass& pass, const Pixels<P>& group, Packed from)
         : channel(pass.tapped + pass.tapped_split[group.tile]),
           last(P > 1 ? pass.tapped + pass.tapped_split[group.tile + 1] : channel),
           share((int(last - channel) + pass.rows - 1) / pass.rows),
+          rows(at_most(pass.source_step, pass.tap_height)),
           target(group.next_target),
-          source_channel(from.channel) {
+          source_channel(from.channel),
+          source_row(from.row),
+          target_pixel(ptrdiff_t(pass.target_step) * conv_block) {
         const int read = group.last_of_row ? 0 : pass.tap_width > pass.source_step ? pass.tap_width - pass.source_step : 0;
         // Rows of four pixels are fetched as if eight were neighbours.
         floats = conv_block * at_most(P + 4, P * pass.source_step + (group.last_of_row ? pass.tap_width - 1 : 0));
-        source = group.next_source + (pass.tap_height - 1) * from.row + read * conv_block;
+        source = group.next_source + (pass.tap_height - rows) * from.row + read * conv_block;
     }
 
     void fetch_source() {
         for (int i = 0; i < share && channel < last; ++i, ++channel)
-            for (int j = 0; j < floats; j += 16) __builtin_prefetch(source + *channel * source_channel + j);
+            for (int row = 0; row < rows; ++row)
+                for (int j = 0; j < floats; j += 16)
+                    __builtin_prefetch(source + *channel * source_channel + row * source_row + j);
     }
 
     void fetch_target(ptrdiff_t row) const {
-        for (int i = 0; i < P * conv_block && P > 1; i += 16) __builtin_prefetch(target + row + i);
+        if constexpr (P > 1)
+            for (int p = 0; p < P; ++p)
+                for (int i = 0; i < conv_block; i += 16) __builtin_prefetch(target + row + p * target_pixel + i);
     }
 };
 
