@@ -86,7 +86,7 @@ def force_kernels(name: str) -> Iterator[None]:
     def force(function: Callable[..., Any]) -> Callable[..., Any]:
         return lambda *arguments: function(*arguments[:-1], name)  # the last one is the instruction set
 
-    packed = {each: force(vars(extension)[each]) for each in vars(extension) if each == "block" or "pack" in each}
+    packed = {each: force(vars(extension)[each]) for each in ("block", "PackedImages")}
     named = {each: functools.partial(vars(extension)[each], instruction_set=name) for each in NAMED}
     own = {"instruction_sets": lambda: [name], "Layer": make_layer}
     forced = ModuleType(extension.__name__)  # which can be hashed, as a namespace cannot

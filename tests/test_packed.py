@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
+import gc
+import pickle
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -17,13 +20,12 @@ import torch.nn.functional as F
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from test_kernels import (
     KINDS,
     LAYOUTS,
     SETS,
-    WHOLE,
-    WRONG,
     a_mask,
     assert_rounding,
     in_layout,
@@ -208,21 +210,19 @@ def test_normalisation_equals_torch(
     gate = (exact > 0) if relu else torch.ones_like(exact, dtype=torch.bool)
     gradients = torch.autograd.grad(exact * gate, inputs[: 4 if added else 3], delta.double())
 
-    def pack(plain: Tensor, border: int) -> tuple[Tensor, int]:
-        buffer = memory.take(shape, border).pair
-        extension.pack_images(plain, buffer, instruction_set)
+    def pack(plain: Tensor, border: int) -> Any:
+        buffer = memory.take(shape, border)
+        extension.pack_images(plain, buffer)
         return buffer
 
-    def unpack(images: tuple[Tensor, int]) -> Tensor:
+    def unpack(images: Any) -> Tensor:
         plain = layers.empty(shape)
-        extension.unpack_images(images, plain, instruction_set)
+        extension.unpack_images(images, plain)
         return plain
 
-    px, py, pd = pack(x, 1), memory.take(shape, 2).pair, pack(delta, 3)
-    more, statistics = (pack(other, 0) if added else (None, 0)), torch.empty(3, shape[1])
-    extension.normalise_packed(
-        shape, px, weight, bias, 1e-5, statistics, more, relu, py, instruction_set=instruction_set
-    )
+    px, py, pd = pack(x, 1), memory.take(shape, 2), pack(delta, 3)
+    more, statistics = (pack(other, 0) if added else None), torch.empty(3, shape[1])
+    extension.normalise_packed(px, weight, bias, 1e-5, statistics, more, relu, py)
     size = 1 + offset
     assert torch.allclose(unpack(py).double(), (exact * gate).detach(), rtol=0, atol=1e-5 * size)
     variance, mean = torch.var_mean(x.double(), (0, 2, 3), correction=0)
@@ -230,11 +230,9 @@ def test_normalisation_equals_torch(
     assert torch.allclose(statistics[1].double(), variance, rtol=1e-5, atol=1e-6)
     if relu and float(exact.detach().abs().min()) < 1e-4 * size:
         return  # rounding may decide otherwise
-    dx, dw, db = memory.take(shape, 0).pair, torch.empty(shape[1]), torch.empty(shape[1])
-    given = py if relu and added else (None, 0)
-    extension.normalise_gradient_packed(
-        shape, px, pd, weight, bias, statistics, relu, given, dx, dw, db, instruction_set=instruction_set
-    )
+    dx, dw, db = memory.take(shape, 0), torch.empty(shape[1]), torch.empty(shape[1])
+    given = py if relu and added else None
+    extension.normalise_gradient_packed(px, pd, weight, bias, statistics, relu, given, dx, dw, db)
     spread = float((variance + 1e-5).rsqrt().max())
     for found, right in zip((unpack(dx), dw, db), gradients, strict=False):
         assert torch.allclose(found.double(), right, rtol=1e-4, atol=1e-4 * size * max(1.0, spread))
@@ -446,7 +444,7 @@ def test_memory_is_used_again() -> None:
         y = run(sparse, x, memory)
         torch.autograd.backward(y.sum())
         del y
-        return x, sorted(buffer.memory.data_ptr() for free in memory._free.values() for buffer in free)
+        return x, sorted(id(buffer) for free in memory._free.values() for buffer in free)
 
     first, second = step(), step()
     assert len(first[1]) > 10
@@ -465,12 +463,11 @@ def test_memory_of_sizes_that_are_no_longer_used_is_forgotten() -> None:
 
 
 def test_images_of_another_height_have_memory_of_their_own() -> None:
-    """6 and 7 rows of 2 pixels with zeros around them take as much, because 32 pixels are made 36."""
     memory, six, seven = Memory(), (3, 2, 6, 2), (3, 2, 7, 2)
     first = memory.take(seven, 1)
-    first.memory.fill_(1)
     memory.give(first, seven)
-    assert not memory.take(six, 1).memory.any()
+    assert memory.take(six, 1) is not first
+    assert memory.take(seven, 1) is first
 
 
 def test_a_batch_norm_in_two_places() -> None:
@@ -498,11 +495,9 @@ def test_steps_have_the_same_bits_again_and_in_any_memory() -> None:
 
 def fill_with_nan(memory: Memory) -> None:
     """Overwrite all images of the memory that is free, but not the zeros around them."""
-    for (*_, border, height, width), free in memory._free.items():
+    for (size, _), free in memory._free.items():
         for buffer in free:
-            columns = width + 2 * border
-            rows = buffer.memory[:, :, : (height + 2 * border) * columns].unflatten(2, (-1, columns))
-            rows[:, :, border : border + height, border : border + width] = torch.nan
+            layers.extension.pack_images(torch.full(size, torch.nan), buffer)
 
 
 class Between(nn.Module):
@@ -1120,169 +1115,280 @@ def test_a_network_that_stays_packed_has_more_sparse_layers(network: nn.Module) 
 # Wrong arguments.
 
 
-def test_packed_functions_refuse_every_wrong_tensor() -> None:
-    extension, memory = layers.extension, Memory()
-    size = (7, 3, 4, 5)
-    x, y, d, g = (memory.take(size, 1).memory for _ in range(4))
-    three, statistics = torch.ones(3), torch.empty(3, 3)
+def test_packed_functions_refuse_every_wrong_argument() -> None:
+    """Wrong are tensors as in `refuse_each`, images of another size or instruction set, and no images."""
+    extension = layers.extension
+    size, left, window = (7, 3, 4, 5), (7, 3, 2, 2), (2, 2, 2, 2, 0, 0)
 
-    def pairs(function: Callable[..., None], *before: Any) -> Callable[..., None]:
-        def call(**tensors: Any) -> None:
-            images = ("x", "y", "delta", "gradient", "other", "a", "b", "source", "target")
-            function(*before, **{n: (t, 1) if n in images and n not in plain else t for n, t in tensors.items()})
+    def some(size: tuple[int, int, int, int] = size, instruction_set: str | None = None) -> Any:
+        return extension.PackedImages(size, 1, instruction_set)
 
-        return call
-
-    plain: set[str] = set()
-    both = {"weight": three, "bias": three.clone(), "statistics": statistics}
-
-    def normalise(**t: Any) -> None:
-        pairs(extension.normalise_packed, size)(epsilon=1e-5, relu=True, **t)
-
-    refuse_each(normalise, {"x": x, "other": d, "y": y, **both}, {"other"}, {"x", "other", "y"})
-
-    def gradient(**t: Any) -> None:
-        pairs(extension.normalise_gradient_packed, size)(relu=False, **t)
-
-    right = {"x": x, "delta": d, "y": y, "gradient": g, **both}
-    right |= {"weight_gradient": torch.empty(3), "bias_gradient": torch.empty(3)}
-    refuse_each(gradient, right, {"y"}, {"x", "delta", "y", "gradient"})
-    for name, flags in (("sum_packed", {"relu": True}), ("gate_packed", {})):
-        names = ("a", "b", "y") if flags else ("delta", "y")
-
-        def call(name: str = name, flags: Any = flags, **t: Any) -> None:
-            pairs(getattr(extension, name), size)(**flags, **t)
-
-        refuse_each(call, dict(zip(names, (x, d, y), strict=False)), {"b"}, set(names))
-    window, left = (2, 2, 2, 2, 0, 0), (7, 3, 2, 2)
-    py, pd = memory.take(left, 1).memory, memory.take(left, 1).memory
-    refuse_each(pairs(extension.max_pool_packed, size, window), {"x": x, "y": py}, set(), {"x", "y"})
-    right = {"x": x, "y": py, "delta": pd, "gradient": g}
-    refuse_each(pairs(extension.max_pool_gradient_packed, size, window), right, set(), set(right))
-    one = memory.take((7, 3, 1, 1), 1).memory
-    refuse_each(pairs(extension.average_packed, size), {"x": x, "y": one}, set(), {"x", "y"})
-    right = {"delta": one, "gradient": g}
-    refuse_each(pairs(extension.average_gradient_packed, size), right, set(), set(right))
-
-
-def test_products_and_packing_refuse_every_wrong_tensor() -> None:
-    extension, memory = layers.extension, Memory()
-    mask = torch.ones(2, 3, 3, 3) > 0
-    kernel = kernels.SparseConv2d(torch.ones(2, 3, 3, 3), None, mask, 1, (1, 1)).kernel((3, 4, 5))
-    x, y = memory.take((7, 3, 4, 5), 1).memory, memory.take((7, 2, 4, 5), 1).memory
-    values, bias = torch.ones(54), torch.ones(2)
-
-    def forward(source: Any, target: Any, **t: Any) -> None:
-        kernel.forward_images(source=source, source_border=1, target=target, target_border=1, batch=7, **t)
-
-    def input_gradient(delta: Any, target: Any, **t: Any) -> None:
-        borders = {"delta_border": 1, "target_border": 1}
-        kernel.input_gradient_images(delta=delta, target=target, batch=7, add=False, **borders, **t)
-
-    def weight_gradient(source: Any, delta: Any, **t: Any) -> None:
-        kernel.weight_gradient_images(source=source, source_border=1, delta=delta, delta_border=1, batch=7, **t)
-
-    images = {"source", "target", "delta"}
-    refuse_each(forward, {"values": values, "bias": bias, "source": x, "target": y}, {"bias"}, images)
-    refuse_each(input_gradient, {"values": values, "delta": y, "target": x}, set(), images)
-    gradients = {"gradient": values.clone(), "bias_gradient": bias}
-    refuse_each(weight_gradient, {"source": x, "delta": y, **gradients}, {"bias_gradient"}, images)
-    plain = torch.ones(7, 3, 4, 5)
-    refuse_each(lambda target: extension.pack_images(plain, (target, 1)), {"target": x}, set(), images)
-    refuse_each(lambda source: extension.unpack_images((source, 1), plain), {"source": x}, set(), images)
-    for kind in ("float64", "meta", "a dimension more", "freed", "cut short", "negated"):
-        wrong = (WRONG | WHOLE)[kind][0](plain)
-        with pytest.raises(ValueError, match=r"^source: expected"):
-            extension.pack_images(wrong, (x, 1))
-        with pytest.raises(ValueError, match=r"^target: expected"):
-            extension.unpack_images((x, 1), wrong)
-
-
-def test_packed_functions_refuse_targets_that_overlap() -> None:
-    """Of what reads its source again after it has written, all overlap; of the others, what lies at other places."""
-    extension, block = layers.extension, Memory().block
-    memory = torch.zeros(3, 3, 108, block)
-    x, later = (memory[:2], 1), (memory[1:], 1)
-    size, window, three = (block + 1, 3, 4, 5), (1, 1, 1, 1, 0, 0), torch.ones(3)
-    free = (torch.zeros(2, 3, 108, block), 1)
-    kernel = kernels.SparseConv2d(torch.ones(3, 3, 1, 1), None, torch.ones(3, 3, 1, 1) > 0).kernel((3, 4, 5))
-    both = three, three.clone(), torch.zeros(3, 3)
-    plain = memory.flatten()[: (block + 1) * 60].view(size)
-    calls: list[tuple[str, Callable[..., None]]] = [
-        ("target", lambda x, y: kernel.forward_images(torch.ones(9), None, *x, *y, block + 1)),
-        ("target", lambda x, y: kernel.input_gradient_images(torch.ones(9), *x, *y, block + 1, False)),
-        ("target", lambda x, y: extension.pack_images(plain, x)),
-        ("target", lambda x, y: extension.unpack_images(x, plain)),
-        ("y", lambda x, y: extension.normalise_packed(size, x, *both[:2], 1e-5, both[2], (None, 0), False, y)),
-        ("y", lambda x, y: extension.normalise_packed(size, free, *both[:2], 1e-5, both[2], x, False, y)),
-        ("y", lambda x, y: extension.sum_packed(size, x, (None, 0), False, y)),
-        ("y", lambda x, y: extension.sum_packed(size, y, x, False, y)),
-        ("delta", lambda x, y: extension.gate_packed(size, x, y)),
-        ("y", lambda x, y: extension.max_pool_packed(size, window, x, y)),
-        ("y", lambda x, y: extension.average_packed(size, x, y)),
-        ("gradient", lambda x, y: extension.average_gradient_packed(size, x, y)),
+    three, plain = torch.ones(3), torch.ones(size)
+    both = {"weight": three, "bias": three.clone(), "statistics": torch.empty(3, 3)}
+    ends = {"weight_gradient": torch.empty(3), "bias_gradient": torch.empty(3)}
+    kernel = kernels.SparseConv2d(torch.ones(2, 3, 3, 3), None, torch.ones(2, 3, 3, 3) > 0, 1, (1, 1)).kernel((3, 4, 5))
+    values, bias, outputs = torch.ones(54), torch.ones(2), (7, 2, 4, 5)
+    calls: list[tuple[Callable[..., None], dict[str, Any], set[str], set[str]]] = [
+        (extension.pack_images, {"source": plain, "target": some()}, set(), {"source"}),
+        (extension.unpack_images, {"source": some(), "target": plain}, set(), {"target"}),
+        (
+            partial(extension.normalise_packed, epsilon=1e-5, relu=True),
+            {"x": some(), "other": some(), "y": some(), **both},
+            {"other"},
+            set(),
+        ),
+        (
+            partial(extension.normalise_gradient_packed, relu=False),
+            {"x": some(), "delta": some(), "y": some(), "gradient": some(), **both, **ends},
+            {"y"},
+            set(),
+        ),
+        (partial(extension.sum_packed, relu=True), {"a": some(), "b": some(), "y": some()}, {"b"}, set()),
+        (extension.gate_packed, {"delta": some(), "y": some()}, set(), set()),
+        (partial(extension.max_pool_packed, window), {"x": some(), "y": some(left)}, set(), set()),
+        (
+            partial(extension.max_pool_gradient_packed, window),
+            {"x": some(), "y": some(left), "delta": some(left), "gradient": some()},
+            set(),
+            set(),
+        ),
+        (extension.average_packed, {"x": some(), "y": some((7, 3, 1, 1))}, set(), set()),
+        (extension.average_gradient_packed, {"delta": some((7, 3, 1, 1)), "gradient": some()}, set(), set()),
+        (
+            kernel.forward_images,
+            {"values": values, "bias": bias, "source": some(), "target": some(outputs)},
+            {"bias"},
+            set(),
+        ),
+        (
+            partial(kernel.input_gradient_images, add=False),
+            {"values": values, "delta": some(outputs), "target": some()},
+            set(),
+            set(),
+        ),
+        (
+            kernel.weight_gradient_images,
+            {"source": some(), "delta": some(outputs), "gradient": values.clone(), "bias_gradient": bias.clone()},
+            {"bias_gradient"},
+            set(),
+        ),
     ]
-    for at in ((x, free, free), (free, x, free), (free, free, x)):
-        with pytest.raises(ValueError, match=r"^gradient: expected memory of its own"):
-            extension.max_pool_gradient_packed(size, window, *at, later)
-    for at in ((x, free), (free, x)):
-        with pytest.raises(ValueError, match=r"^gradient: expected .*memory of its own"):
-            extension.normalise_gradient_packed(size, *at, *both, False, (None, 0), later, three.clone(), three.clone())
-    apart = (torch.zeros(2, 3, 108, block), 1)
-    ends = (three.clone(), three.clone())
-    for name, at in {
-        "gradient": (free, apart, x, later),  # x, delta, y and the gradient
-        "delta": (free, x, later, apart),
-        "delta: expected memory of its own, got that of x": (x, later, free, apart),
-    }.items():
-        with pytest.raises(ValueError, match=rf"^{name}"):
-            extension.normalise_gradient_packed(size, *at[:2], *both, True, *at[2:], *ends)
+    averages = extension.average_packed, extension.average_gradient_packed  # of images of any height and width
+    for call, right, optional, strided in calls:
+        refuse_each(call, right, optional, strided)
+        names = [name for name, given in right.items() if isinstance(given, extension.PackedImages)]
+        wrong = [some((8, 3, 4, 5)), some((7, 4, 4, 5))]
+        wrong += [some((7, 3, 6, 5)), some((7, 3, 4, 6))] if call not in averages else []
+        if SETS[0] != "plain" and len(names) > 1:  # all of a call are of one instruction set
+            wrong += [some(each, "plain") for each in (size, left, outputs)]
+        for name in names:
+            for images in wrong:
+                with pytest.raises(
+                    ValueError, match=r"^\w+: (expected images of size .* packed for .*, got|expected .* shape)"
+                ):
+                    call(**(right | {name: images}))
+            for nothing in (plain, 0, *([None] if name not in optional else [])):
+                with pytest.raises(TypeError):
+                    call(**(right | {name: nothing}))
+
+
+def test_packed_functions_refuse_targets_in_the_memory_of_their_source() -> None:
+    """Functions that read their source again after writing refuse it as their target; the others accept it."""
+    extension = layers.extension
+    size, window, three = (3, 3, 1, 1), (1, 1, 1, 1, 0, 0), torch.ones(3)
+    x, free, apart = (extension.PackedImages(size, 1) for _ in range(3))
+    both, ends = (three, three.clone(), torch.zeros(3, 3)), (three.clone(), three.clone())
+    calls: list[tuple[str, Callable[[], None]]] = [
+        ("y", lambda: extension.normalise_packed(x, *both[:2], 1e-5, both[2], None, False, x)),
+        ("y", lambda: extension.normalise_packed(free, *both[:2], 1e-5, both[2], x, False, x)),
+        ("gradient", lambda: extension.normalise_gradient_packed(x, free, *both, False, None, x, *ends)),
+        ("delta", lambda: extension.normalise_gradient_packed(x, x, *both, True, None, free, *ends)),
+        ("y", lambda: extension.max_pool_packed(window, x, x)),
+        ("gradient", lambda: extension.max_pool_gradient_packed(window, x, free, apart, x)),
+        ("gradient", lambda: extension.max_pool_gradient_packed(window, free, x, apart, x)),
+        ("gradient", lambda: extension.max_pool_gradient_packed(window, free, apart, x, x)),
+        ("y", lambda: extension.average_packed(x, x)),
+        ("gradient", lambda: extension.average_gradient_packed(x, x)),
+    ]
     for name, call in calls:
-        with pytest.raises(ValueError, match=rf"^{name}: expected .*memory of its own"):
-            call(x, later)
-    extension.sum_packed(size, x, (None, 0), False, x)
-    extension.gate_packed(size, x, x)
+        with pytest.raises(ValueError, match=rf"^{name}: expected memory of its own"):
+            call()
+    images, found = torch.tensor([-1.0, 2.0, 3.0]).view(3, 1, 1, 1).expand(size), torch.empty(size)
+    extension.pack_images(images, x)
+    extension.normalise_packed(x, *both[:2], 1e-5, both[2], None, True, apart)
+    for gradient in (extension.PackedImages(size, 1), free):
+        extension.pack_images(images, free)
+        extension.normalise_gradient_packed(x, free, *both, True, apart, gradient, *ends)
+        before = found.clone()
+        extension.unpack_images(gradient, found)
+    assert torch.equal(found, before)
+    extension.sum_packed(x, x, True, x)
+    extension.unpack_images(x, found)
+    assert torch.equal(found, 2 * images.relu())
+    extension.pack_images(images, x)
+    extension.gate_packed(x, x)
+    extension.unpack_images(x, found)
+    assert torch.equal(found, images.relu())
+    wide = kernels.SparseConv2d(torch.ones(3, 3, 3, 3), None, torch.ones(3, 3, 3, 3) > 0, 1, (1, 1)).kernel((3, 4, 5))
+    images = extension.PackedImages((3, 3, 4, 5), 1)
+    with pytest.raises(ValueError, match=r"^target: expected memory of its own, got that of source"):
+        wide.forward_images(torch.ones(81), None, images, images)
+    with pytest.raises(ValueError, match=r"^target: expected memory of its own, got that of delta"):
+        wide.input_gradient_images(torch.ones(81), images, images, add=False)
     for axis in range(4):
-        target = torch.zeros([1 if at == axis else each for at, each in enumerate(size)]).expand(size)
+        target = torch.zeros([1 if at == axis else each for at, each in enumerate((3, 3, 4, 5))]).expand(3, 3, 4, 5)
         with pytest.raises(ValueError, match=r"target: .* not expanded"):
-            extension.unpack_images(x, target)
+            extension.unpack_images(images, target)
 
 
 def test_kernels_refuse_packed_images_that_do_not_fit() -> None:
     mask = torch.ones(2, 3, 3, 3) > 0
     layer = kernels.SparseConv2d(torch.ones(2, 3, 3, 3), None, mask, 1, (1, 1))
-    kernel, memory = layer.kernel((3, 4, 5)), Memory()
+    kernel, extension = layer.kernel((3, 4, 5)), layers.extension
     assert (kernel.border, kernel.delta_border) == (1, 1)
-    x, y = memory.take((7, 3, 4, 5), 1).pair, memory.take((7, 2, 4, 5), 1).pair
+    x, y = extension.PackedImages((7, 3, 4, 5), 1), extension.PackedImages((7, 2, 4, 5), 1)
     values = layer.values.detach()
-    kernel.forward_images(values, None, *x, *y, 7)
-    kernel.input_gradient_images(values, *y, *x, 7, add=True)
-    kernel.weight_gradient_images(*x, *y, 7, values.clone(), torch.ones(2))
-    with pytest.raises(ValueError, match=r"border: expected from 1 to .*, got 0"):
-        kernel.forward_images(values, None, x[0], 0, *y, 7)
-    with pytest.raises(ValueError, match="of at least 72 pixels a channel"):
-        kernel.forward_images(values, None, x[0], 2, *y, 7)
-    with pytest.raises(ValueError, match=r"batch: expected from 1 to .*, got 0"):
-        kernel.forward_images(values, None, *x, *y, 0)
-    with pytest.raises(ValueError, match=r"source: .* of shape \(2, 3, any"):
-        kernel.forward_images(values, None, *x, *y, memory.block + 1)
-    with pytest.raises(ValueError, match="expected memory of its own"):
-        kernel.forward_images(values, None, *x, x[0][:, :2], 1, 7)
-    with pytest.raises(ValueError, match="expected memory of its own"):
-        kernel.input_gradient_images(values, x[0][:, :2], 1, *x, 7, add=True)
-    with pytest.raises(ValueError, match="expected memory of its own"):
-        layers.extension.normalise_packed(
-            (7, 2, 4, 5), y, torch.ones(2), torch.ones(2), 1e-5, torch.empty(3, 2), (None, 0), False, y
-        )
-    left = memory.take((7, 2, 1, 2), 1).pair
+    kernel.forward_images(values, None, x, y)
+    kernel.input_gradient_images(values, y, x, add=True)
+    kernel.weight_gradient_images(x, y, values.clone(), torch.ones(2))
+    bare = extension.PackedImages((7, 3, 4, 5), 0)
+    for product in (
+        lambda: kernel.forward_images(values, None, bare, y),
+        lambda: kernel.weight_gradient_images(bare, y, values.clone(), None),
+        lambda: kernel.input_gradient_images(values, extension.PackedImages((7, 2, 4, 5), 0), x, add=True),
+    ):
+        with pytest.raises(ValueError, match=r"^(source|delta): expected a border of at least 1, got 0"):
+            product()
     for window in ((6, 1, 1, 1, 0, 0), (2, 2, 2, 2, 2**31 - 1, 0), (2, 2, 2, 2, 0, 2**31 - 1)):  # twice that is -2
         with pytest.raises(ValueError, match="window: expected one that fits the images"):
-            layers.extension.max_pool_packed((7, 2, 4, 5), window, y, left)
-    with pytest.raises(ValueError, match="size: expected numbers from 1"):
-        layers.extension.gate_packed((7, 0, 4, 5), y, y)
+            extension.max_pool_packed(window, y, extension.PackedImages((7, 2, 1, 2), 1))
+    for size, border, message in (
+        ((7, 0, 4, 5), 0, "size: expected numbers from 1 to 2.28, got 0"),
+        ((7, 2, 2**28 + 1, 5), 0, "size: expected numbers from 1"),
+        ((7, 2, 4, 5), -1, "border: expected from 0 to"),
+        ((7, 2, 4, 5), 2**20 + 1, "border: expected from 0 to"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            extension.PackedImages(size, border)
+    for size in ((2**28, 2**28, 2**28, 2**28), (2**28, 2**7, 2**3, 2**3)):
+        with pytest.raises(MemoryError):
+            extension.PackedImages(size, 1)
+    for wrong in ((7, 3, 2, 1), (7, 3, 1, 2)):
+        with pytest.raises(ValueError, match=r"^y: expected images of size \(7, 3, 1, 1\)"):
+            extension.average_packed(x, extension.PackedImages(wrong, 0))
+        with pytest.raises(ValueError, match=r"^delta: expected images of size \(7, 3, 1, 1\)"):
+            extension.average_gradient_packed(extension.PackedImages(wrong, 0), x)
     linear = kernels.SparseConv2d(torch.ones(2, 3, 1, 1), None, torch.ones(2, 3, 1, 1) > 0).kernel((3, 1, 1))
     with pytest.raises(ValueError, match="expected a convolution of images"):
-        linear.forward_images(torch.ones(6), None, *x, *y, 7)
+        linear.forward_images(torch.ones(6), None, x, y)
+
+
+def test_calls_are_checked_when_they_are_put_and_computed_when_they_are_run() -> None:
+    extension, size = layers.extension, (3, 2, 4, 5)
+    images, calls = extension.PackedImages(size, 1), extension.Calls()
+    ones, found = torch.ones(size), torch.zeros(size)
+    calls.put(extension.pack_images, ones, images)
+    calls.put(extension.unpack_images, images, found)
+    with pytest.raises(ValueError, match="source: expected"):
+        calls.put(extension.pack_images, torch.ones(2, 2, 4, 5), images)
+    with pytest.raises(ValueError, match="target: expected"):
+        extension.unpack_images(images, torch.zeros(2, 2, 4, 5))
+    assert not found.any()
+    ones.mul_(2)
+    del ones  # the calls keep what they use
+    gc.collect()
+    calls.run()
+    assert (found == 2).all()
+    layer, y = (
+        kernels.SparseConv2d(torch.ones(2, 2, 1, 1), None, torch.ones(2, 2, 1, 1) > 0),
+        extension.PackedImages(size, 0),
+    )
+    calls.put(layer.kernel((2, 4, 5)).forward_images, layer.values.detach(), None, images, y)
+    calls.put(extension.unpack_images, y, found)
+    del layer, images, y
+    gc.collect()
+    calls.run()
+    assert (found == 4).all()
+    found.zero_()
+    calls.run()
+    assert not found.any()  # nothing is left
+    with pytest.raises(TypeError, match="function: expected one of the extension"):
+        calls.put(lambda: extension.pack_images(torch.ones(size), extension.PackedImages(size, 1)))
+
+
+def test_a_direct_call_is_computed_at_once_while_another_is_put() -> None:
+    """Checks of arguments may run other code: that of a mode of PyTorch, or `__del__` where garbage is collected."""
+    extension, size = layers.extension, (3, 2, 4, 5)
+    calls, images, other = extension.Calls(), extension.PackedImages(size, 0), extension.PackedImages(size, 0)
+    ones, found = torch.ones(size), torch.zeros(size)
+    extension.pack_images(ones, other)
+
+    class Reading(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if args[0] is ones and not found.any():
+                with torch._C.DisableTorchFunction():
+                    extension.unpack_images(other, found)
+                    assert found.all()
+            return func(*args, **kwargs or {})
+
+    with Reading():
+        calls.put(extension.pack_images, ones, images)
+    assert found.all()
+    calls.run()
+    extension.unpack_images(images, found := torch.zeros(size))
+    assert found.all()
+
+
+def test_a_number_that_runs_code_when_it_is_read_is_refused() -> None:
+    extension, size = layers.extension, (3, 2, 4, 5)
+
+    class Epsilon:
+        def __float__(self) -> float:
+            raise AssertionError("it was read while a call was put")
+
+    x, y = (extension.PackedImages(size, 0) for _ in range(2))
+    two, statistics = torch.ones(2), torch.zeros(3, 2)
+    with pytest.raises(TypeError, match="incompatible function arguments"):
+        extension.Calls().put(extension.normalise_packed, x, two, two.clone(), Epsilon(), statistics, None, False, y)
+
+
+def test_memory_is_free_only_after_the_calls_that_use_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another thread's backward pass could take it, and both would write to it at the same time."""
+    torch.manual_seed(0)
+    _, sparse = sparse_of(a_network("functional"))
+    memory, own = Memory(), layers.extension
+    waiting: set[int] = set()
+    runs = []
+
+    class Calls:
+        def __init__(self) -> None:
+            self.calls = own.Calls()
+
+        def put(self, function: Any, *arguments: Any) -> None:
+            waiting.update(id(each) for each in arguments if isinstance(each, own.PackedImages))
+            self.calls.put(function, *arguments)
+
+        def run(self) -> None:
+            free = {id(images) for left in memory._free.values() for images in left}
+            runs.append((len(waiting), waiting & free))
+            self.calls.run()
+            waiting.clear()
+
+    watched = ModuleType(own.__name__)
+    vars(watched).update(vars(own) | {"Calls": Calls})
+    monkeypatch.setattr(layers, "extension", watched)
+    for _ in range(2):
+        torch.autograd.backward(run(sparse, torch.randn(20, 2, 8, 8), memory).sum())
+    assert max(count for count, _ in runs) > 5
+    assert all(not both for _, both in runs)
+
+
+def test_a_copy_of_memory_has_memory_of_its_own() -> None:
+    memory = Memory("plain")
+    memory.give(memory.take((3, 2, 4, 5), 1), (3, 2, 4, 5))
+    for copied in (copy.deepcopy(memory), pickle.loads(pickle.dumps(memory))):
+        assert copied.instruction_set == "plain"
+        assert not copied._free
 
 
 # The same layers and the same bits, planned or not.

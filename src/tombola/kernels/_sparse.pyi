@@ -1,4 +1,4 @@
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
@@ -27,36 +27,13 @@ class Layer:
     @property
     def block(self) -> int: ...
     def forward_images(
-        self,
-        values: Tensor,
-        bias: Tensor | None,
-        source: Tensor,
-        source_border: int,
-        target: Tensor,
-        target_border: int,
-        batch: int,
-        all: bool = True,
+        self, values: Tensor, bias: Tensor | None, source: PackedImages, target: PackedImages, all: bool = True
     ) -> None: ...
     def input_gradient_images(
-        self,
-        values: Tensor,
-        delta: Tensor,
-        delta_border: int,
-        target: Tensor,
-        target_border: int,
-        batch: int,
-        add: bool,
-        all: bool = True,
+        self, values: Tensor, delta: PackedImages, target: PackedImages, add: bool, all: bool = True
     ) -> None: ...
     def weight_gradient_images(
-        self,
-        source: Tensor,
-        source_border: int,
-        delta: Tensor,
-        delta_border: int,
-        batch: int,
-        gradient: Tensor,
-        bias_gradient: Tensor | None,
+        self, source: PackedImages, delta: PackedImages, gradient: Tensor, bias_gradient: Tensor | None
     ) -> None: ...
 
 class FewSamples:
@@ -169,64 +146,51 @@ def gate(delta: Tensor, y: Tensor, target: Tensor) -> None: ...
 
 _Size = tuple[int, int, int, int]
 _Window = tuple[int, int, int, int, int, int]
-_Images = tuple[Tensor, int]
-_NoImages = tuple[None, int]
+
+class Calls:
+    def __init__(self) -> None: ...
+    def put(self, function: Callable[..., None], *arguments: object) -> None: ...
+    def run(self) -> None: ...
+
+class PackedImages:
+    def __init__(self, size: _Size, border: int, instruction_set: str | None = None) -> None: ...
+    @property
+    def border(self) -> int: ...
 
 def block(instruction_set: str | None = None) -> int: ...
-def pack_images(source: Tensor, target: _Images, instruction_set: str | None = None) -> None: ...
-def unpack_images(source: _Images, target: Tensor, instruction_set: str | None = None) -> None: ...
+def pack_images(source: Tensor, target: PackedImages) -> None: ...
+def unpack_images(source: PackedImages, target: Tensor) -> None: ...
 def normalise_packed(
-    size: _Size,
-    x: _Images,
+    x: PackedImages,
     weight: Tensor,
     bias: Tensor,
     epsilon: float,
     statistics: Tensor,
-    other: _Images | _NoImages,
+    other: PackedImages | None,
     relu: bool,
-    y: _Images,
+    y: PackedImages,
     source: Layer | None = None,
     reader: Layer | None = None,
-    instruction_set: str | None = None,
 ) -> None: ...
 def normalise_gradient_packed(
-    size: _Size,
-    x: _Images,
-    delta: _Images,
+    x: PackedImages,
+    delta: PackedImages,
     weight: Tensor,
     bias: Tensor,
     statistics: Tensor,
     relu: bool,
-    y: _Images | _NoImages,
-    gradient: _Images,
+    y: PackedImages | None,
+    gradient: PackedImages,
     weight_gradient: Tensor,
     bias_gradient: Tensor,
     source: Layer | None = None,
     reader: Layer | None = None,
-    instruction_set: str | None = None,
 ) -> None: ...
-def sum_packed(
-    size: _Size,
-    a: _Images,
-    b: _Images | _NoImages,
-    relu: bool,
-    y: _Images,
-    instruction_set: str | None = None,
-) -> None: ...
-def gate_packed(size: _Size, delta: _Images, y: _Images, instruction_set: str | None = None) -> None: ...
-def max_pool_packed(
-    size: _Size, window: _Window, x: _Images, y: _Images, instruction_set: str | None = None
-) -> None: ...
+def sum_packed(a: PackedImages, b: PackedImages | None, relu: bool, y: PackedImages) -> None: ...
+def gate_packed(delta: PackedImages, y: PackedImages) -> None: ...
+def max_pool_packed(window: _Window, x: PackedImages, y: PackedImages) -> None: ...
 def max_pool_gradient_packed(
-    size: _Size,
-    window: _Window,
-    x: _Images,
-    y: _Images,
-    delta: _Images,
-    gradient: _Images,
-    instruction_set: str | None = None,
+    window: _Window, x: PackedImages, y: PackedImages, delta: PackedImages, gradient: PackedImages
 ) -> None: ...
-def average_packed(size: _Size, x: _Images, y: _Images, instruction_set: str | None = None) -> None: ...
-def average_gradient_packed(
-    size: _Size, delta: _Images, gradient: _Images, instruction_set: str | None = None
-) -> None: ...
+def average_packed(x: PackedImages, y: PackedImages) -> None: ...
+def average_gradient_packed(delta: PackedImages, gradient: PackedImages) -> None: ...

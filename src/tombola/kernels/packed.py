@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from threading import RLock
 from types import CodeType, FrameType, FunctionType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -33,6 +33,9 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from tombola.kernels import layers, recording
 from tombola.kernels.layers import STATISTICS, can_compute, empty, is_plain, is_readable
+
+if TYPE_CHECKING:
+    from tombola.kernels._sparse import PackedImages
 
 Size = tuple[int, int, int, int]
 """(batch, channels, height, width)."""
@@ -103,21 +106,10 @@ class Operation:
     relu: bool
 
 
-@dataclass(frozen=True)
-class Buffer:
-    """Packed images: their memory, and the number of zeros around them."""
-
-    memory: Tensor
-    border: int
-
-    @property
-    def pair(self) -> tuple[Tensor, int]:
-        """What the kernels take."""
-        return self.memory, self.border
-
-
 class Memory:
     """Memory for packed images, which is used again. The zeros around the images are written once.
+
+    What is given back may be taken by another thread at once, so its last use must be over.
 
     Args:
         instruction_set: one of `instruction_sets()`; by default the best of this machine.
@@ -126,8 +118,8 @@ class Memory:
     def __init__(self, instruction_set: str | None = None) -> None:
         self.instruction_set = instruction_set
         self.block: int = layers.extension.block(instruction_set)
-        self._free: defaultdict[tuple[int, ...], list[Buffer]] = defaultdict(list)
-        self._taken: set[tuple[int, ...]] = set()
+        self._free: defaultdict[tuple[Size, int], list[PackedImages]] = defaultdict(list)
+        self._taken: set[tuple[Size, int]] = set()
         self._kind: object = None
 
     def prepare(self, kind: object) -> None:
@@ -137,20 +129,21 @@ class Memory:
         self._taken.clear()
         self._kind = kind
 
-    def take(self, size: Size, border: int) -> Buffer:
-        """Return memory for images of a size; only the zeros around them are set."""
-        batch, channels, height, width = size
-        pixels = (height + 2 * border) * (width + 2 * border)
-        if pixels % 32 == 0:
-            pixels += 4  # channels at distances of a power of 2 would share few lines of a cache
-        shape = (-(-batch // self.block), channels, pixels, self.block)
-        self._taken.add(key := (*shape, border, height, width))
+    def take(self, size: Size, border: int) -> PackedImages:
+        """Return memory for images of a size; the border is zero, and the images may hold old values."""
+        self._taken.add(key := (size, border))
         free = self._free[key]
-        return free.pop() if free else Buffer(torch.zeros(shape, dtype=torch.float32, device="cpu"), border)
+        if free:
+            return free.pop()
+        images: PackedImages = layers.extension.PackedImages(size, border, self.instruction_set)
+        return images
 
-    def give(self, buffer: Buffer, size: Size) -> None:
+    def __reduce__(self) -> tuple[type[Memory], tuple[str | None]]:
+        return Memory, (self.instruction_set,)  # a copy has memory of its own
+
+    def give(self, buffer: PackedImages, size: Size) -> None:
         """Take memory back."""
-        self._free[*buffer.memory.shape, buffer.border, *size[2:]].append(buffer)
+        self._free[size, buffer.border].append(buffer)
 
 
 class Segment:
@@ -170,7 +163,7 @@ class Segment:
         self._positions: dict[tuple[int, bool], int] = {}
         self._sources: dict[tuple[int, bool], Value] = {}
         self._operations: list[Operation] = []
-        self._buffers: dict[Value, Buffer] = {}
+        self._buffers: dict[Value, PackedImages] = {}
         self._statistics: dict[Value, Tensor] = {}
         self._borders: dict[Value, int] = {}
         self._delta_borders: dict[Value, int] = {}
@@ -286,46 +279,37 @@ class Segment:
 
     def forward(self, outputs: Sequence[Value]) -> list[Tensor]:
         """Compute all operations, and return these values as plain tensors."""
-        tensors = self.tensors
-        native, name = layers.extension, self.memory.instruction_set
+        tensors, buffers, native = self.tensors, self._buffers, layers.extension
+        calls = native.Calls()
         for operation in self._operations:
             first, result = operation.first, operation.result
-            y = self._buffers[result] = self.memory.take(result.size, self._borders.get(result, 0))
+            y = buffers[result] = self.memory.take(result.size, self._borders.get(result, 0))
             if first.how == "source":
-                native.pack_images(tensors[first.tensors[0]], y.pair, name)
+                calls.put(native.pack_images, tensors[first.tensors[0]], y)
                 continue
-            x = self._buffers[operation.x]
-            other = self._buffers[operation.other].pair if operation.other else _NONE
+            x, other = buffers[operation.x], buffers[operation.other] if operation.other else None
             parameters = [None if at < 0 else tensors[at] for at in first.tensors]
             if first.how == "convolution":
-                every = result not in self._before
-                first.kernel.forward_images(*parameters, *x.pair, *y.pair, result.size[0], every)
+                calls.put(first.kernel.forward_images, *parameters, x, y, result not in self._before)
             elif first.how == "norm":
                 statistics = self._statistics[first] = tensors[0].new_empty((3, result.size[1]))
-                native.normalise_packed(
-                    result.size,
-                    x.pair,
-                    *parameters,
-                    first.kernel.epsilon,
-                    statistics,
-                    other,
-                    operation.relu,
-                    y.pair,
-                    self._before.get(operation.x),
-                    self._behind.get(result),
-                    name,
-                )
+                before, behind = self._before.get(operation.x), self._behind.get(result)
+                epsilon, relu = first.kernel.epsilon, operation.relu
+                calls.put(native.normalise_packed, x, *parameters, epsilon, statistics, other, relu, y, before, behind)
             elif first.how == "pool":
-                native.max_pool_packed(operation.x.size, first.kernel, x.pair, y.pair, name)
+                calls.put(native.max_pool_packed, first.kernel, x, y)
             elif first.how == "average":
-                native.average_packed(operation.x.size, x.pair, y.pair, name)
+                calls.put(native.average_packed, x, y)
             else:
-                native.sum_packed(result.size, x.pair, other, operation.relu, y.pair, name)
+                calls.put(native.sum_packed, x, other, operation.relu, y)
+        calls.run()
         return [empty(value.size) for value in outputs]  # written when they are read: variables may outlive their use
 
     def unpack(self, value: Value, to: Tensor) -> None:
         """Write a value that is computed into a plain tensor."""
-        layers.extension.unpack_images(self._buffers[value].pair, to, self.memory.instruction_set)
+        calls = layers.extension.Calls()
+        calls.put(layers.extension.unpack_images, self._buffers[value], to)
+        calls.run()
 
     def backward(
         self, outputs: Sequence[Value], deltas: Sequence[Tensor | None], needs: Sequence[bool]
@@ -339,74 +323,86 @@ class Segment:
         return self._operations
 
 
-_NONE = (None, 0)
-
-
 class _Backward:
-    """The backward pass of a segment."""
+    """The backward pass of a segment. Memory that is no longer needed stays with it until its calls have run."""
 
     def __init__(self, segment: Segment, needs: Sequence[bool]) -> None:
-        self.segment, self.memory = segment, segment.memory
+        self.segment, self.memory, self.buffers = segment, segment.memory, segment._buffers
         self.tensors, self.needs = segment.tensors, needs
         self.gradients: list[Tensor | None] = [None] * len(needs)
-        self.deltas: dict[Value, Buffer] = {}
+        self.deltas: dict[Value, PackedImages] = {}
+        self.free: defaultdict[tuple[Size, int], list[PackedImages]] = defaultdict(list)
         self.needed: set[Value] = set()
         for value in segment.values:
             if any(needs[at] for at in value.tensors if at >= 0) or any(each in self.needed for each in value.of):
                 self.needed.add(value)
+        self.native = layers.extension
+        self.calls = self.native.Calls()
 
     def run(self, outputs: Sequence[Value], deltas: Sequence[Tensor | None]) -> list[Tensor | None]:
-        native, name = layers.extension, self.memory.instruction_set
         for value, delta in zip(outputs, deltas, strict=True):
             if delta is not None and value in self.needed:
                 self.deltas[value] = self.take(value)
-                native.pack_images(delta.resolve_neg(), self.deltas[value].pair, name)
+                self.calls.put(self.native.pack_images, delta.resolve_neg(), self.deltas[value])
         for operation in reversed(self.segment.operations):
             if (found := self.deltas.pop(operation.result, None)) is not None:
                 getattr(self, f"_{operation.first.how}")(operation, found)
+        self.calls.run()
+        for (size, _), left in self.free.items():
+            for images in left:
+                self.memory.give(images, size)
         return self.gradients
 
-    def take(self, value: Value) -> Buffer:
+    def take(self, value: Value) -> PackedImages:
         """Return memory for the gradient of a value."""
-        return self.memory.take(value.size, self.segment._delta_borders.get(value, 0))
+        border = self.segment._delta_borders.get(value, 0)
+        free = self.free[value.size, border]
+        return free.pop() if free else self.memory.take(value.size, border)
 
-    def add(self, value: Value, delta: Buffer, *, last: bool) -> None:
+    def give(self, delta: PackedImages, size: Size) -> None:
+        """Take memory back, for gradients that are computed after all that were recorded so far."""
+        self.free[size, delta.border].append(delta)
+
+    def add(self, value: Value, delta: PackedImages, *, last: bool) -> None:
         """Add to the gradient of a value; the memory is kept if this is its last use."""
         if value not in self.needed:
             pass
         elif value in self.deltas:
-            all_ = self.deltas[value].pair
-            layers.extension.sum_packed(value.size, all_, delta.pair, False, all_, self.memory.instruction_set)
+            every = self.deltas[value]
+            self.calls.put(self.native.sum_packed, every, delta, False, every)
         elif last and delta.border >= self.segment._delta_borders.get(value, 0):
             self.deltas[value] = delta
             return
         else:
             new = self.deltas[value] = self.take(value)
-            layers.extension.sum_packed(value.size, delta.pair, _NONE, False, new.pair, self.memory.instruction_set)
+            self.calls.put(self.native.sum_packed, delta, None, False, new)
         if last:
-            self.memory.give(delta, value.size)
+            self.give(delta, value.size)
 
     def accumulate(self, at: int, gradient: Tensor) -> None:
         """Add to the gradient of a tensor."""
-        if at >= 0 and self.needs[at]:
-            before = self.gradients[at]
-            self.gradients[at] = gradient if before is None else before + gradient
+        if at < 0 or not self.needs[at]:
+            return
+        before = self.gradients[at]
+        if before is not None:
+            self.calls.run()  # the sum needs both gradients
+            gradient = before + gradient
+        self.gradients[at] = gradient
 
-    def _source(self, operation: Operation, delta: Buffer) -> None:
+    def _source(self, operation: Operation, delta: PackedImages) -> None:
         value = operation.result
         gradient = empty(value.size)
-        layers.extension.unpack_images(delta.pair, gradient, self.memory.instruction_set)
+        self.calls.put(self.native.unpack_images, delta, gradient)
         self.accumulate(value.tensors[0], gradient)
-        self.memory.give(delta, value.size)
+        self.give(delta, value.size)
 
-    def _convolution(self, operation: Operation, delta: Buffer) -> None:
+    def _convolution(self, operation: Operation, delta: PackedImages) -> None:
         value, x = operation.result, operation.x
-        batch, (values, bias) = value.size[0], value.tensors
+        values, bias = value.tensors
         if any(self.needs[at] for at in value.tensors if at >= 0):
             dvalues = torch.empty_like(self.tensors[values])
             dbias = torch.empty_like(self.tensors[bias]) if bias >= 0 else None
-            source = self.segment._buffers[x].pair
-            value.kernel.weight_gradient_images(*source, *delta.pair, batch, dvalues, dbias)
+            self.calls.put(value.kernel.weight_gradient_images, self.buffers[x], delta, dvalues, dbias)
             self.accumulate(values, dvalues)
             if dbias is not None:
                 self.accumulate(bias, dbias)
@@ -414,34 +410,30 @@ class _Backward:
             add = x in self.deltas
             if not add:
                 self.deltas[x] = self.take(x)
-            target = self.deltas[x].pair
             every = x not in self.segment._behind
-            value.kernel.input_gradient_images(self.tensors[values], *delta.pair, *target, batch, add, every)
-        self.memory.give(delta, value.size)
+            self.calls.put(value.kernel.input_gradient_images, self.tensors[values], delta, self.deltas[x], add, every)
+        self.give(delta, value.size)
 
-    def _norm(self, operation: Operation, delta: Buffer) -> None:
+    def _norm(self, operation: Operation, delta: PackedImages) -> None:
         norm, result, x, other = operation.first, operation.result, operation.x, operation.other
         weight, bias = (self.tensors[at] for at in norm.tensors)
         dweight, dbias = torch.empty_like(weight), torch.empty_like(bias)
-        buffers = self.segment._buffers
-        y = buffers[result].pair if operation.relu and other else _NONE
         own = other is None and delta.border >= self.segment._delta_borders.get(x, 0)
         dx = delta if own else self.take(x)
-        layers.extension.normalise_gradient_packed(
-            result.size,
-            buffers[x].pair,
-            delta.pair,
+        self.calls.put(
+            self.native.normalise_gradient_packed,
+            self.buffers[x],
+            delta,
             weight,
             bias,
             self.segment._statistics[norm],
             operation.relu,
-            y,
-            dx.pair,
+            self.buffers[result] if operation.relu and other else None,
+            dx,
             dweight,
             dbias,
             self.segment._before.get(x),
             self.segment._behind.get(result),
-            self.memory.instruction_set,
         )
         self.accumulate(norm.tensors[0], dweight)
         self.accumulate(norm.tensors[1], dbias)
@@ -449,44 +441,35 @@ class _Backward:
         if other is not None:
             self.add(other, delta, last=True)
         elif not own:
-            self.memory.give(delta, result.size)
+            self.give(delta, result.size)
 
-    def _sum(self, operation: Operation, delta: Buffer) -> None:
+    def _sum(self, operation: Operation, delta: PackedImages) -> None:
         if operation.relu:
             self._gate(operation, delta)
         assert operation.other is not None
         self.add(operation.other, delta, last=False)
         self.add(operation.x, delta, last=True)
 
-    def _relu(self, operation: Operation, delta: Buffer) -> None:
+    def _relu(self, operation: Operation, delta: PackedImages) -> None:
         self._gate(operation, delta)
         self.add(operation.x, delta, last=True)
 
-    def _pool(self, operation: Operation, delta: Buffer) -> None:
+    def _pool(self, operation: Operation, delta: PackedImages) -> None:
         value, x = operation.result, operation.x
-        buffers, dx = self.segment._buffers, self.take(x)
-        layers.extension.max_pool_gradient_packed(
-            x.size,
-            value.kernel,
-            buffers[x].pair,
-            buffers[value].pair,
-            delta.pair,
-            dx.pair,
-            self.memory.instruction_set,
-        )
-        self.memory.give(delta, value.size)
+        y, dx = self.buffers[value], self.take(x)
+        self.calls.put(self.native.max_pool_gradient_packed, value.kernel, self.buffers[x], y, delta, dx)
+        self.give(delta, value.size)
         self.add(x, dx, last=True)
 
-    def _average(self, operation: Operation, delta: Buffer) -> None:
+    def _average(self, operation: Operation, delta: PackedImages) -> None:
         value, x = operation.result, operation.x
         dx = self.take(x)
-        layers.extension.average_gradient_packed(x.size, delta.pair, dx.pair, self.memory.instruction_set)
-        self.memory.give(delta, value.size)
+        self.calls.put(self.native.average_gradient_packed, delta, dx)
+        self.give(delta, value.size)
         self.add(x, dx, last=True)
 
-    def _gate(self, operation: Operation, delta: Buffer) -> None:
-        y = self.segment._buffers[operation.result].pair
-        layers.extension.gate_packed(operation.result.size, delta.pair, y, self.memory.instruction_set)
+    def _gate(self, operation: Operation, delta: PackedImages) -> None:
+        self.calls.put(self.native.gate_packed, delta, self.buffers[operation.result])
 
 
 class _Compute(torch.autograd.Function):
@@ -581,6 +564,7 @@ _READ_BY_FUNCTION = "a torch.autograd.Function of the network's own reads a tens
 
 # The code that applies any function of autograd; None from torch 2.14 on, where it is compiled and so in no frame.
 _apply: FunctionType | None = getattr(torch.autograd.Function.apply, "__func__", None)
+_APPLY = set() if _apply is None else {id(_apply.__code__)}  # the id, since hashing a code object is slow
 
 
 def _is_within_function(packing: Packing) -> bool:
@@ -588,12 +572,11 @@ def _is_within_function(packing: Packing) -> bool:
 
     What has called the network of this packing does not count.
     """
-    codes = [_apply.__code__] if _apply is not None else _list_forwards(torch.autograd.Function)
-    ids = {id(code) for code in codes}  # hashing code is slow
-    network = Packing.record.__code__
+    codes = _APPLY if _APPLY else {id(code) for code in _list_forwards(torch.autograd.Function)}
     frame: FrameType | None = sys._getframe(2)
-    while frame is not None and not (frame.f_code is network and frame.f_locals["self"] is packing):
-        if id(frame.f_code) in ids:
+    network = packing.frame
+    while frame is not None and frame is not network:
+        if id(frame.f_code) in codes:
             return True
         frame = frame.f_back
     return False
@@ -692,14 +675,19 @@ class Packing:
     def __init__(self, memory: Memory) -> None:
         self.memory = memory
         self.lock = RLock()
+        self.frame: FrameType | None = None  # the frame of `record` while it runs
         self._segment: Segment | None = None
 
     def record(self, forward: Callable[..., Any], *arguments: Any) -> Any:
         """Return what a forward pass returns, tensors that are computed; its operations are recorded on the way."""
-        with recording.record(self):
-            outputs = forward(*arguments)
-        self.compute()
-        return tree_map(compute, outputs)
+        before, self.frame = self.frame, sys._getframe()
+        try:
+            with recording.record(self):
+                outputs = forward(*arguments)
+            self.compute()
+            return tree_map(compute, outputs)
+        finally:
+            self.frame = before  # the frame refers to this object: they would keep each other
 
     def compute(self) -> None:
         """Compute what is recorded so far."""
@@ -742,7 +730,9 @@ class Packing:
             or not _are_readable(*parameters, mean, variance)
         ):
             return None
-        return self._record(size, "norm", (x,), Norm(layer.eps, layer.momentum, mean, variance, batches), parameters)
+        return self._record(
+            size, "norm", (x,), Norm(float(layer.eps), layer.momentum, mean, variance, batches), parameters
+        )
 
     def pool(self, layer: Any, x: Tensor) -> Tensor | None:
         """Record max pooling; return None if the kernels do not support it."""
@@ -757,7 +747,7 @@ class Packing:
         if any(each < 0 for each in reach) or any(2 * padding[axis] > size[axis] for axis in (0, 1)):
             return None
         rows, columns = (reach[axis] // step[axis] + 1 for axis in (0, 1))
-        return self._record((batch, channels, rows, columns), "pool", (x,), (*size, *step, *padding))
+        return self._record((batch, channels, rows, columns), "pool", (x,), tuple(map(int, (*size, *step, *padding))))
 
     def average(self, x: Packed) -> Packed | None:
         """Record the mean over the pixels of each channel, images of one pixel; return None if it is not recorded."""

@@ -53,6 +53,58 @@ const Kernels& kernels_named(const Name& name) {
     throw std::invalid_argument("instruction_set: expected one of this machine's, got '" + *name + "'");
 }
 
+// Calls of the functions for packed images. Each is checked when it is put here. All are computed later, one directly
+// after another: if Python ran between two of them, it would push images out of the processor's caches.
+class Calls {
+  public:
+    // Checks a call, and keeps its arguments until `run`. A function of Python is refused: it could call one of ours with
+    // arguments that are freed before.
+    void put(nb::object function, nb::args arguments) {
+        if (Py_TYPE(function.ptr()) != types_.first && Py_TYPE(function.ptr()) != types_.second)
+            throw nb::type_error("function: expected one of the extension");
+        struct Putting {
+            Calls* const before;
+            explicit Putting(Calls* calls) : before(std::exchange(putting_, calls)) {}
+            ~Putting() { putting_ = before; }
+        } const putting(this);
+        function(*arguments);
+        kept_.push_back(std::move(function));
+        kept_.push_back(std::move(arguments));
+    }
+
+    // Computes what was put here, and forgets it.
+    void run() {
+        const std::vector<nb::object> kept = std::exchange(kept_, {});
+        const std::vector<std::function<void()>> calls = std::exchange(calls_, {});
+        nb::gil_scoped_release unlocked;
+        for (const auto& call : calls) call();
+    }
+
+    // What the function that calls this is put into; null if it is called directly. A function asks before it checks its
+    // arguments, because Python may call others meanwhile, for example where it collects garbage.
+    static Calls* putting() { return std::exchange(putting_, nullptr); }
+
+    // Computes a call whose arguments are checked: now, or when the calls are run that it was put into.
+    template <class Work>
+    static void compute(Calls* calls, Work work) {
+        if (calls) {
+            calls->calls_.emplace_back(std::move(work));
+            return;
+        }
+        nb::gil_scoped_release unlocked;
+        work();
+    }
+
+    // Sets the types that functions, and methods of objects, have in extensions.
+    static void set_types(nb::handle function, nb::handle method) { types_ = {Py_TYPE(function.ptr()), Py_TYPE(method.ptr())}; }
+
+  private:
+    static inline std::pair<const PyTypeObject*, const PyTypeObject*> types_{};  // set when the module is loaded
+    static inline thread_local Calls* putting_ = nullptr;
+    std::vector<nb::object> kept_;
+    std::vector<std::function<void()>> calls_;
+};
+
 // A batch of samples that Python holds, in any layout.
 struct Batch {
     View view;
@@ -68,10 +120,10 @@ Batch batch_of(const char* name, nb::handle tensor, std::initializer_list<ptrdif
     return {{data, step.at[0], step.at[1], step.at[2], step.at[3], 0, false}, static_cast<int>(size.at[0])};
 }
 
-// A batch to write to: no two elements may be one number, as in an expanded tensor. It is new, so that its storage is
-// not looked up, to save time.
-View target_of(nb::handle tensor, std::initializer_list<ptrdiff_t> shape) {
-    const View view = batch_of("target", tensor, shape, false).view;
+// A batch to write to: no two elements may be one number, as in an expanded tensor. Most targets are new tensors; their
+// storage is only checked if asked, to save time.
+View target_of(nb::handle tensor, std::initializer_list<ptrdiff_t> shape, bool check = false) {
+    const View view = batch_of("target", tensor, shape, check).view;
     const ptrdiff_t steps[] = {view.n, view.c, view.h, view.w};
     for (size_t i = 0; i < shape.size(); ++i)
         if (shape.begin()[i] > 1 && steps[i] == 0) Tensor<float>("target", tensor).refuse(", not expanded");
@@ -81,33 +133,6 @@ View target_of(nb::handle tensor, std::initializer_list<ptrdiff_t> shape) {
 void check_apart(const float* target, const char* name, const float* source) {
     if (target && target == source)
         throw std::invalid_argument(std::string("target: expected memory of its own, got that of ") + name);
-}
-
-// The memory of a tensor, from its first float to the one after its last.
-struct Memory {
-    const float *begin = nullptr, *end = nullptr;
-
-    bool overlaps(const Memory& other) const { return begin < other.end && other.begin < end; }
-};
-
-// Packed images with their memory, the zeros around them included.
-struct PackedImages : Packed {
-    Memory memory;
-
-    bool lies_as(const Packed& other) const {
-        return data == other.data && blocks == other.blocks && channel == other.channel && row == other.row;
-    }
-};
-
-void check_apart(const char* name, const Memory& target, const char* other, const Memory& source) {
-    if (target.overlaps(source))
-        throw std::invalid_argument(std::string(name) + ": expected memory of its own, got that of " + other);
-}
-
-// For what computes each number of the target `name` from the same one of the source: this may be the target itself.
-void check_apart_or_same(const char* name, const PackedImages& target, const char* other, const PackedImages& source) {
-    if (target.memory.overlaps(source.memory) && !target.lies_as(source))
-        throw std::invalid_argument(std::string(name) + ": expected " + other + " as it is, or memory of its own");
 }
 
 // The address of a contiguous tensor, null for None.
@@ -129,12 +154,13 @@ T* allocate(size_t count, size_t alignment) {
     return static_cast<T*>(memory);
 }
 
+struct Free {
+    void operator()(float* memory) const { std::free(memory); }
+};
+
 // Memory for packed tiles, kept from call to call by each thread.
 float* workspace(size_t floats) {
-    struct Release {
-        void operator()(float* p) const { std::free(p); }
-    };
-    thread_local std::unique_ptr<float, Release> memory;
+    thread_local std::unique_ptr<float, Free> memory;
     [[maybe_unused]] thread_local size_t size = 0;
     constexpr size_t page = 4096;
 #if defined(__SANITIZE_ADDRESS__)
@@ -150,25 +176,68 @@ float* workspace(size_t floats) {
     return memory.get();
 }
 
-// How packed images lie: (blocks, channels, pixels, block), where the pixels are those of the image with `border` zeros
-// around it, and maybe some more, which are never read.
-struct Grid {
-    int batch, channels, height, width, border;
+// The size of packed images as Python gives it: batch, channels, height, width.
+using Size4 = std::tuple<int, int, int, int>;
 
-    ptrdiff_t columns() const { return width + 2 * ptrdiff_t(border); }
-    ptrdiff_t pixels() const { return (height + 2 * ptrdiff_t(border)) * columns(); }
+std::string size_text(const ImageSize& size) { return text({size.batch, size.channels, size.height, size.width}); }
 
-    PackedImages of(const char* name, nb::handle object, int block) const {
-        const Tensor<float> tensor(name, object);
-        const Numbers size = tensor.sizes();
-        const ptrdiff_t lines = size.count == 4 ? size.at[2] : 0;
-        float* const data = tensor.contiguous({(ptrdiff_t(batch) + block - 1) / block, channels, any, block});
-        tensor.strided({any, any, any, any});  // checks the memory
-        if (lines < pixels()) tensor.refuse(", of at least " + std::to_string(pixels()) + " pixels a channel");
-        const Packed images{data + border * (columns() + 1) * block, channels * lines * block, lines * block,
-                            columns() * block};
-        return {images, {data, data + size.at[0] * images.blocks}};
+bool operator==(const ImageSize& a, const ImageSize& b) {
+    return std::tie(a.batch, a.channels, a.height, a.width) == std::tie(b.batch, b.channels, b.height, b.width);
+}
+
+// Packed images of one size and instruction set, with `border` zeros around each image, in memory of their own, which is
+// zero at first: (blocks, channels, pixels, block), where the pixels are those of the image with its border, and maybe
+// some more, which are never read.
+class PackedImages {
+  public:
+    PackedImages(Size4 of, int border, const Name& instruction_set) : kernels_(kernels_named(instruction_set)), border_(border) {
+        std::tie(size_.batch, size_.channels, size_.height, size_.width) = of;
+        for (const int each : {size_.batch, size_.channels, size_.height, size_.width})
+            if (each < 1 || each > 1 << 28)
+                throw std::invalid_argument("size: expected numbers from 1 to 2^28, got " + std::to_string(each));
+        if (border < 0 || border > 1 << 20)
+            throw std::invalid_argument("border: expected from 0 to 2^20, got " + std::to_string(border));
+        const ptrdiff_t block = kernels_.conv_block, columns = size_.width + 2 * ptrdiff_t(border);
+        ptrdiff_t lines = (size_.height + 2 * ptrdiff_t(border)) * columns;
+        if (lines % 32 == 0) lines += 4;  // channels at distances of a power of 2 would share few lines of a cache
+        const ptrdiff_t blocks = (ptrdiff_t(size_.batch) + block - 1) / block;
+        const double floats = double(blocks) * size_.channels * double(lines) * block;
+        if (floats > 1LL << 40) throw std::bad_alloc();
+        packed_ = {nullptr, size_.channels * lines * block, lines * block, columns * block};
+        const size_t count = blocks * packed_.blocks;
+        memory_.reset(allocate<float>(count, 64));
+        std::fill_n(memory_.get(), count, 0.0f);
+        packed_.data = memory_.get() + border * (columns + 1) * block;
     }
+
+    const Packed& packed() const { return packed_; }
+    const Kernels& kernels() const { return kernels_; }
+    const ImageSize& size() const { return size_; }
+    int border() const { return border_; }
+
+    // The shape of a plain tensor with these images.
+    std::array<ptrdiff_t, 4> shape() const { return {size_.batch, size_.channels, size_.height, size_.width}; }
+
+    // Returns the images; raises an error, which calls them `name`, unless they have this size and instruction set.
+    const Packed& as(const char* name, const ImageSize& size, const Kernels& kernels) const {
+        if (!(size_ == size) || &kernels_ != &kernels)
+            throw std::invalid_argument(std::string(name) + ": expected images of size " + size_text(size) +
+                                        " packed for " + kernels.name + ", got " + size_text(size_) + " packed for " +
+                                        kernels_.name);
+        return packed_;
+    }
+
+    void check_apart(const char* name, const char* other, const PackedImages& source) const {
+        if (this == &source)
+            throw std::invalid_argument(std::string(name) + ": expected memory of its own, got that of " + other);
+    }
+
+  private:
+    const Kernels& kernels_;
+    ImageSize size_{};
+    int border_;
+    Packed packed_{};
+    std::unique_ptr<float, Free> memory_;
 };
 
 // Bytes of a cache for packed activations, and taps that are worth a piece of a row, as measured.
@@ -190,6 +259,7 @@ struct Tap {
 struct Structure {
     Pass pass{}, images{};  // of any layout, and of packed images
     std::vector<int32_t> split, offset, first_offset, images_split, tapped, tapped_split;
+    std::vector<int32_t> tile_channel;  // for each tap, the number of its channel within the tile, for packed images
     std::vector<Tap> taps;
     size_t source_floats = 0, target_floats = 0;
 
@@ -204,8 +274,8 @@ struct Structure {
     // Of each tap from the pixel of the pass, in floats of a packed source.
     void offsets(const Packed& source, int32_t* to) const {
         for (size_t k = 0; k < taps.size(); ++k)
-            to[k] = static_cast<int32_t>(taps[k].channel % images.tile_channels * source.channel + taps[k].y * source.row +
-                                         taps[k].x * pass.block);
+            to[k] = static_cast<int32_t>(tile_channel[k] * source.channel + taps[k].y * source.row +
+                                         ptrdiff_t(taps[k].x) * pass.block);
     }
 
     // taps[first[r]] to taps[first[r + 1]] are those of row r, by ascending channel; left out where `wanted` says so.
@@ -303,6 +373,8 @@ struct Structure {
             if (is_tapped[c]) tapped.push_back(c % p.tile_channels);
         }
         tapped_split.push_back(static_cast<int32_t>(tapped.size()));
+        tile_channel.reserve(taps.size());
+        for (const Tap& tap : taps) tile_channel.push_back(tap.channel % p.tile_channels);
         p.tapped = tapped.data(), p.tapped_split = tapped_split.data();
     }
 };
@@ -445,51 +517,57 @@ class Layer {
         return most;
     }
 
-    // The products of packed images, each with its border; see `Grid`. `all` also writes outputs, and gradients of inputs,
-    // that have no connection.
-    void forward_images(nb::handle values, nb::handle bias, nb::handle source, int source_border, nb::handle target,
-                        int target_border, int batch, bool all) const {
+    // The products of packed images. `all` also writes outputs, and gradients of inputs, that have no connection.
+    void forward_images(nb::handle values, nb::handle bias, const PackedImages& source, const PackedImages& target,
+                        bool all) const {
+        Calls* const calls = Calls::putting();
         const float *w = values_of(values), *b = bias_of(bias);
-        const PackedImages x = images("source", source, source_grid(batch, source_border), border()),
-                           y = images("target", target, target_grid(batch, target_border), 0);
-        check_apart("target", y.memory, "source", x.memory);
-        nb::gil_scoped_release unlocked;
-        int32_t* const offset = reinterpret_cast<int32_t*>(workspace(count_in_lines(forward_.taps.size())));
-        forward_.offsets(x, offset);
-        kernels_.gather_packed(forward_.images, offset, w, b, x, batch, y, false, all ? nullptr : connected_outputs_.data());
+        const int batch = source.size().batch;
+        const Packed x = inputs_of("source", source, batch, border()), y = outputs_of("target", target, batch, 0);
+        target.check_apart("target", "source", source);
+        Calls::compute(calls, [=] {
+            int32_t* const offset = reinterpret_cast<int32_t*>(workspace(count_in_lines(forward_.taps.size())));
+            forward_.offsets(x, offset);
+            kernels_.gather_packed(forward_.images, offset, w, b, x, batch, y, false,
+                                   all ? nullptr : connected_outputs_.data());
+        });
     }
 
-    void input_gradient_images(nb::handle values, nb::handle delta, int delta_border, nb::handle target,
-                               int target_border, int batch, bool add, bool all) const {
+    void input_gradient_images(nb::handle values, const PackedImages& delta, const PackedImages& target, bool add,
+                               bool all) const {
+        Calls* const calls = Calls::putting();
         const float* w = values_of(values);
-        const PackedImages d = images("delta", delta, target_grid(batch, delta_border), this->delta_border()),
-                           dx = images("target", target, source_grid(batch, target_border), 0);
-        check_apart("target", dx.memory, "delta", d.memory);
-        nb::gil_scoped_release unlocked;
-        const size_t floats = count_in_lines(order_.size());
-        float* ordered = workspace(2 * floats);
-        int32_t* offset = reinterpret_cast<int32_t*>(ordered + floats);
-        for (size_t k = 0; k < order_.size(); ++k) ordered[k] = w[order_[k]];
-        for (const Structure& structure : backward_) {
-            if (add && structure.taps.empty()) continue;
-            structure.offsets(d, offset);
-            kernels_.gather_packed(structure.images, offset, ordered, nullptr, d, batch, dx, add,
-                                   all ? nullptr : connected_inputs_.data());
-            ordered += structure.taps.size();
-            offset += structure.taps.size();
-        }
+        const int batch = delta.size().batch;
+        const Packed d = outputs_of("delta", delta, batch, delta_border()), dx = inputs_of("target", target, batch, 0);
+        target.check_apart("target", "delta", delta);
+        Calls::compute(calls, [=] {
+            const size_t floats = count_in_lines(order_.size());
+            float* ordered = workspace(2 * floats);
+            int32_t* offset = reinterpret_cast<int32_t*>(ordered + floats);
+            for (size_t k = 0; k < order_.size(); ++k) ordered[k] = w[order_[k]];
+            for (const Structure& structure : backward_) {
+                if (add && structure.taps.empty()) continue;
+                structure.offsets(d, offset);
+                kernels_.gather_packed(structure.images, offset, ordered, nullptr, d, batch, dx, add,
+                                       all ? nullptr : connected_inputs_.data());
+                ordered += structure.taps.size();
+                offset += structure.taps.size();
+            }
+        });
     }
 
-    void weight_gradient_images(nb::handle source, int source_border, nb::handle delta, int delta_border, int batch,
-                                nb::handle gradient, nb::handle bias_gradient) const {
-        const Packed x = images("source", source, source_grid(batch, source_border), border()),
-                     d = images("delta", delta, target_grid(batch, delta_border), 0);
+    void weight_gradient_images(const PackedImages& source, const PackedImages& delta, nb::handle gradient,
+                                nb::handle bias_gradient) const {
+        Calls* const calls = Calls::putting();
+        const int batch = source.size().batch;
+        const Packed x = inputs_of("source", source, batch, border()), d = outputs_of("delta", delta, batch, 0);
         float *dw = Tensor<float>("gradient", gradient).contiguous({count_}),
               *db = contiguous_or_null("bias_gradient", bias_gradient, {outputs()});
-        nb::gil_scoped_release unlocked;
-        int32_t* const offset = reinterpret_cast<int32_t*>(workspace(count_in_lines(forward_.taps.size())));
-        forward_.offsets(x, offset);
-        kernels_.correlate_packed(forward_.images, offset, x, d, batch, dw, db);
+        Calls::compute(calls, [=] {
+            int32_t* const offset = reinterpret_cast<int32_t*>(workspace(count_in_lines(forward_.taps.size())));
+            forward_.offsets(x, offset);
+            kernels_.correlate_packed(forward_.images, offset, x, d, batch, dw, db);
+        });
     }
 
     const float* values_of(nb::handle tensor) const { return Tensor<float>("values", tensor).contiguous({count_}); }
@@ -556,23 +634,26 @@ class Layer {
     }
 
   private:
-    Grid source_grid(int batch, int border) const {
+    // Checks packed images that a product reads or writes, with a border of at least `least` zeros.
+    const Packed& inputs_of(const char* name, const PackedImages& images, int batch, int least) const {
         const Pass& p = forward_.pass;
-        return {batch, p.channels, p.height, p.width, border};
+        return fitting(name, images, {batch, p.channels, p.height, p.width}, least);
     }
 
-    Grid target_grid(int batch, int border) const {
+    const Packed& outputs_of(const char* name, const PackedImages& images, int batch, int least) const {
         const Pass& p = forward_.pass;
-        return {batch, p.rows, p.grid_height, p.grid_width, border};
+        return fitting(name, images, {batch, p.rows, p.grid_height, p.grid_width}, least);
     }
 
-    PackedImages images(const char* name, nb::handle tensor, Grid grid, int least) const {
+    const Packed& fitting(const char* name, const PackedImages& images, const ImageSize& size, int least) const {
         if (block() != kernels_.conv_block) throw std::invalid_argument("expected a convolution of images");
-        check_sizes({{"batch", grid.batch, 1, INT_MAX / 2}, {"border", grid.border, least, most_pixels}});
-        const PackedImages found = grid.of(name, tensor, block());
-        if (found.channel * std::min(grid.channels, most_tile()) > INT32_MAX)
+        const Packed& packed = images.as(name, size, kernels_);
+        if (images.border() < least)
+            throw std::invalid_argument(std::string(name) + ": expected a border of at least " + std::to_string(least) +
+                                        ", got " + std::to_string(images.border()));
+        if (packed.channel * std::min(size.channels, most_tile()) > INT32_MAX)
             throw std::invalid_argument(std::string(name) + ": the images are too large");
-        return found;
+        return packed;
     }
 
     // The most channels of which a tap's offset counts.
@@ -1000,34 +1081,6 @@ void gate_rows(nb::handle delta, nb::handle y, nb::handle target) {
     gate(from.view, out, features, from.samples, to);
 }
 
-// The size of packed images as Python gives it: batch, channels, height, width.
-using Size4 = std::tuple<int, int, int, int>;
-
-// Packed images of one instruction set, each checked before its address is taken.
-struct Images4 {
-    const Kernels& kernels;
-    ImageSize size;
-
-    Images4(const Name& instruction_set, Size4 of) : kernels(kernels_named(instruction_set)) {
-        std::tie(size.batch, size.channels, size.height, size.width) = of;
-        for (const int each : {size.batch, size.channels, size.height, size.width})
-            if (each < 1 || each > 1 << 28)
-                throw std::invalid_argument("size: expected numbers from 1 to 2^28, got " + std::to_string(each));
-    }
-
-    PackedImages at(const char* name, nb::handle tensor, int border) const {
-        if (border < 0 || border > 1 << 20)
-            throw std::invalid_argument("border: expected from 0 to 2^20, got " + std::to_string(border));
-        return Grid{size.batch, size.channels, size.height, size.width, border}.of(name, tensor, kernels.conv_block);
-    }
-
-    std::optional<PackedImages> at_or_none(const char* name, nb::handle tensor, int border) const {
-        return tensor.is_none() ? std::nullopt : std::optional(at(name, tensor, border));
-    }
-};
-
-inline const Packed* pointer(const std::optional<PackedImages>& packed) { return packed ? &*packed : nullptr; }
-
 // Which channels of images come from connections of `source`, the layer before them, and which lead to some of `reader`, the
 // only one after them; null for all.
 struct Channels {
@@ -1045,110 +1098,88 @@ struct Channels {
     }
 };
 
-// Packed images with the number of zeros around them, as Python gives them.
-using Bordered = std::pair<nb::object, int>;
-
-// From the first float of a tensor to the one after its last, the gaps between them included.
-Memory memory_of(const char* name, nb::handle tensor) {
-    const auto [data, size, step] = Tensor<float>(name, tensor).strided({any, any, any, any});
-    ptrdiff_t last = 0;
-    for (int i = 0; i < size.count; ++i) last += (size.at[i] - 1) * step.at[i];
-    return {data, data + last + 1};
+void pack_images(nb::handle source, const PackedImages& target) {
+    Calls* const calls = Calls::putting();
+    const auto [batch, channels, height, width] = target.shape();
+    const View from = batch_of("source", source, {batch, channels, height, width}).view;
+    Calls::compute(calls, [&target, from] {
+        target.kernels().pack_images(from, target.size(), target.border(), target.packed());
+    });
 }
 
-void pack_images(nb::handle source, Bordered target, const Name& instruction_set) {
-    const auto [view, batch] = batch_of("source", source, {any, any, any, any});
-    const Numbers sizes = Tensor<float>("source", source).sizes();
-    for (int i = 1; i < 4; ++i)
-        if (sizes.at[i] > 1 << 28) throw std::invalid_argument("source: expected sizes of at most 2^28");
-    const Images4 images(instruction_set, {batch, int(sizes.at[1]), int(sizes.at[2]), int(sizes.at[3])});
-    const PackedImages to = images.at("target", target.first, target.second);
-    check_apart("target", to.memory, "source", memory_of("source", source));
-    nb::gil_scoped_release unlocked;
-    images.kernels.pack_images(view, images.size, target.second, to);
+void unpack_images(const PackedImages& source, nb::handle target) {
+    Calls* const calls = Calls::putting();
+    const auto [batch, channels, height, width] = source.shape();
+    const View to = target_of(target, {batch, channels, height, width}, true);
+    Calls::compute(calls, [&source, to] { source.kernels().unpack_images(source.packed(), source.size(), to); });
 }
 
-void unpack_images(Bordered source, nb::handle target, const Name& instruction_set) {
-    const auto [view, batch] = batch_of("target", target, {any, any, any, any});
-    const Numbers sizes = Tensor<float>("target", target).sizes();
-    for (int i = 1; i < 4; ++i)
-        if (sizes.at[i] > 1 << 28) throw std::invalid_argument("target: expected sizes of at most 2^28");
-    const Images4 images(instruction_set, {batch, int(sizes.at[1]), int(sizes.at[2]), int(sizes.at[3])});
-    const View to = target_of(target, {batch, sizes.at[1], sizes.at[2], sizes.at[3]});
-    const PackedImages from = images.at("source", source.first, source.second);
-    check_apart("target", memory_of("target", target), "source", from.memory);
-    nb::gil_scoped_release unlocked;
-    images.kernels.unpack_images(from, images.size, to);
+// Null for no images; else as `as`, with the size and the instruction set of others.
+const Packed* as_or_null(const char* name, const PackedImages* images, const PackedImages& others) {
+    return images ? &images->as(name, others.size(), others.kernels()) : nullptr;
 }
 
-void normalise_packed(Size4 size, Bordered x, nb::handle weight, nb::handle bias, float epsilon, nb::handle statistics,
-                      Bordered other, bool relu, Bordered y, const Layer* source, const Layer* reader,
-                      const Name& instruction_set) {
-    const Images4 images(instruction_set, size);
-    const ptrdiff_t channels = images.size.channels;
-    const PackedImages from = images.at("x", x.first, x.second), to = images.at("y", y.first, y.second);
-    const auto more = images.at_or_none("other", other.first, other.second);
-    check_apart("y", to.memory, "x", from.memory);
-    if (more) check_apart("y", to.memory, "other", more->memory);
+void normalise_packed(const PackedImages& x, nb::handle weight, nb::handle bias, double epsilon, nb::handle statistics,
+                      const PackedImages* other, bool relu, const PackedImages& y, const Layer* source,
+                      const Layer* reader) {
+    Calls* const calls = Calls::putting();
+    const ptrdiff_t channels = x.size().channels;
+    const Packed from = x.packed(), to = y.as("y", x.size(), x.kernels());
+    const Packed* const more = as_or_null("other", other, x);
+    y.check_apart("y", "x", x);
+    if (other) y.check_apart("y", "other", *other);
     const float *w = Tensor<float>("weight", weight).contiguous({channels}),
                 *b = Tensor<float>("bias", bias).contiguous({channels});
     float* mean = Tensor<float>("statistics", statistics).contiguous({3, channels});
-    const Channels some(images.size, source, reader);
-    nb::gil_scoped_release unlocked;
-    images.kernels.normalise_packed(from, images.size, w, b, epsilon, mean, mean + channels, mean + 2 * channels,
-                                    pointer(more), relu, to, some.connected, some.read);
+    const Channels some(x.size(), source, reader);
+    Calls::compute(calls, [=, &x] {
+        x.kernels().normalise_packed(from, x.size(), w, b, float(epsilon), mean, mean + channels, mean + 2 * channels, more, relu,
+                                     to, some.connected, some.read);
+    });
 }
 
-void normalise_gradient_packed(Size4 size, Bordered x, Bordered delta, nb::handle weight, nb::handle bias,
-                               nb::handle statistics, bool relu, Bordered y, Bordered gradient,
+void normalise_gradient_packed(const PackedImages& x, const PackedImages& delta, nb::handle weight, nb::handle bias,
+                               nb::handle statistics, bool relu, const PackedImages* y, const PackedImages& gradient,
                                nb::handle weight_gradient, nb::handle bias_gradient, const Layer* source,
-                               const Layer* reader, const Name& instruction_set) {
-    const Images4 images(instruction_set, size);
-    const ptrdiff_t channels = images.size.channels;
-    const PackedImages from = images.at("x", x.first, x.second), d = images.at("delta", delta.first, delta.second),
-                       to = images.at("gradient", gradient.first, gradient.second);
-    const auto out = images.at_or_none("y", y.first, y.second);
-    check_apart("gradient", to.memory, "x", from.memory);
-    check_apart_or_same("gradient", to, "delta", d);
-    check_apart("delta", d.memory, "x", from.memory);  // which the gate of y changes
-    if (out) {
-        check_apart_or_same("gradient", to, "y", *out);
-        check_apart_or_same("delta", d, "y", *out);
-    }
+                               const Layer* reader) {
+    Calls* const calls = Calls::putting();
+    const ptrdiff_t channels = x.size().channels;
+    const Packed from = x.packed(), d = delta.as("delta", x.size(), x.kernels()),
+                 to = gradient.as("gradient", x.size(), x.kernels());
+    const Packed* const out = as_or_null("y", y, x);
+    gradient.check_apart("gradient", "x", x);
+    delta.check_apart("delta", "x", x);  // delta is changed too, by the gate of y
     const float *w = Tensor<float>("weight", weight).contiguous({channels}),
                 *b = Tensor<float>("bias", bias).contiguous({channels}),
                 *mean = Tensor<float>("statistics", statistics).contiguous({3, channels});
     float *dw = Tensor<float>("weight_gradient", weight_gradient).contiguous({channels}),
           *db = Tensor<float>("bias_gradient", bias_gradient).contiguous({channels});
-    const Channels some(images.size, source, reader);
-    nb::gil_scoped_release unlocked;
-    images.kernels.normalise_gradient_packed(from, d, images.size, w, b, mean, mean + 2 * channels, relu, pointer(out),
-                                             to, dw, db, some.connected, some.read);
+    const Channels some(x.size(), source, reader);
+    Calls::compute(calls, [=, &x] {
+        x.kernels().normalise_gradient_packed(from, d, x.size(), w, b, mean, mean + 2 * channels, relu, out, to, dw, db,
+                                              some.connected, some.read);
+    });
 }
 
-void sum_packed(Size4 size, Bordered a, Bordered b, bool relu, Bordered y, const Name& instruction_set) {
-    const Images4 images(instruction_set, size);
-    const PackedImages one = images.at("a", a.first, a.second), to = images.at("y", y.first, y.second);
-    const auto two = images.at_or_none("b", b.first, b.second);
-    check_apart_or_same("y", to, "a", one);
-    if (two) check_apart_or_same("y", to, "b", *two);
-    nb::gil_scoped_release unlocked;
-    images.kernels.sum_packed(one, pointer(two), images.size, relu, to);
+// The target y may be one of the sources.
+void sum_packed(const PackedImages& a, const PackedImages* b, bool relu, const PackedImages& y) {
+    Calls* const calls = Calls::putting();
+    const Packed one = a.packed(), to = y.as("y", a.size(), a.kernels());
+    const Packed* const two = as_or_null("b", b, a);
+    Calls::compute(calls, [=, &a] { a.kernels().sum_packed(one, two, a.size(), relu, to); });
 }
 
-void gate_packed(Size4 size, Bordered delta, Bordered y, const Name& instruction_set) {
-    const Images4 images(instruction_set, size);
-    const PackedImages d = images.at("delta", delta.first, delta.second), out = images.at("y", y.first, y.second);
-    check_apart_or_same("delta", d, "y", out);
-    nb::gil_scoped_release unlocked;
-    images.kernels.gate_packed(d, out, images.size);
+void gate_packed(const PackedImages& delta, const PackedImages& y) {
+    Calls* const calls = Calls::putting();
+    const Packed d = delta.packed(), out = y.as("y", delta.size(), delta.kernels());
+    Calls::compute(calls, [=, &delta] { delta.kernels().gate_packed(d, out, delta.size()); });
 }
 
 // A window of max-pooling as Python gives it: height, width, steps, padding.
 using Window6 = std::tuple<int, int, int, int, int, int>;
 
 // The window over images of a size, and the size of what it leaves.
-std::pair<Window, Size4> window_over(const ImageSize& size, Window6 numbers) {
+std::pair<Window, ImageSize> window_over(const ImageSize& size, Window6 numbers) {
     Window w{};
     std::tie(w.height, w.width, w.step_down, w.step_right, w.pad_top, w.pad_left) = numbers;
     const int most = 1 << 20;  // of a side: sums with the size of images fit an int
@@ -1163,49 +1194,42 @@ std::pair<Window, Size4> window_over(const ImageSize& size, Window6 numbers) {
     return {w, {size.batch, size.channels, w.target_height, w.target_width}};
 }
 
-void max_pool_packed(Size4 size, Window6 window, Bordered x, Bordered y, const Name& instruction_set) {
-    const Images4 images(instruction_set, size);
-    const auto [w, left] = window_over(images.size, window);
-    const PackedImages from = images.at("x", x.first, x.second),
-                       to = Images4(instruction_set, left).at("y", y.first, y.second);
-    check_apart("y", to.memory, "x", from.memory);
-    nb::gil_scoped_release unlocked;
-    images.kernels.max_pool(from, images.size, w, to);
+void max_pool_packed(Window6 window, const PackedImages& x, const PackedImages& y) {
+    Calls* const calls = Calls::putting();
+    const auto [over, left] = window_over(x.size(), window);
+    const Packed to = y.as("y", left, x.kernels());
+    y.check_apart("y", "x", x);
+    Calls::compute(calls, [&x, to, w = over] { x.kernels().max_pool(x.packed(), x.size(), w, to); });
 }
 
-void max_pool_gradient_packed(Size4 size, Window6 window, Bordered x, Bordered y, Bordered delta, Bordered gradient,
-                              const Name& instruction_set) {
-    const Images4 images(instruction_set, size);
-    const auto [w, left] = window_over(images.size, window);
-    const Images4 outputs(instruction_set, left);
-    const PackedImages from = images.at("x", x.first, x.second), most = outputs.at("y", y.first, y.second),
-                       d = outputs.at("delta", delta.first, delta.second),
-                       to = images.at("gradient", gradient.first, gradient.second);
-    check_apart("gradient", to.memory, "x", from.memory);
-    check_apart("gradient", to.memory, "y", most.memory);
-    check_apart("gradient", to.memory, "delta", d.memory);
-    nb::gil_scoped_release unlocked;
-    images.kernels.max_pool_gradient(from, most, d, images.size, w, to);
+void max_pool_gradient_packed(Window6 window, const PackedImages& x, const PackedImages& y, const PackedImages& delta,
+                              const PackedImages& gradient) {
+    Calls* const calls = Calls::putting();
+    const auto [over, left] = window_over(x.size(), window);
+    const Packed most = y.as("y", left, x.kernels()), d = delta.as("delta", left, x.kernels()),
+                 to = gradient.as("gradient", x.size(), x.kernels());
+    gradient.check_apart("gradient", "x", x);
+    gradient.check_apart("gradient", "y", y);
+    gradient.check_apart("gradient", "delta", delta);
+    Calls::compute(calls, [&x, most, d, to, w = over] {
+        x.kernels().max_pool_gradient(x.packed(), most, d, x.size(), w, to);
+    });
 }
 
-Size4 one_pixel(Size4 size) { return {std::get<0>(size), std::get<1>(size), 1, 1}; }
+ImageSize one_pixel(const ImageSize& size) { return {size.batch, size.channels, 1, 1}; }
 
-void average_packed(Size4 size, Bordered x, Bordered y, const Name& instruction_set) {
-    const Images4 images(instruction_set, size);
-    const PackedImages from = images.at("x", x.first, x.second),
-                       to = Images4(instruction_set, one_pixel(size)).at("y", y.first, y.second);
-    check_apart("y", to.memory, "x", from.memory);
-    nb::gil_scoped_release unlocked;
-    images.kernels.average(from, images.size, to);
+void average_packed(const PackedImages& x, const PackedImages& y) {
+    Calls* const calls = Calls::putting();
+    const Packed to = y.as("y", one_pixel(x.size()), x.kernels());
+    y.check_apart("y", "x", x);
+    Calls::compute(calls, [&x, to] { x.kernels().average(x.packed(), x.size(), to); });
 }
 
-void average_gradient_packed(Size4 size, Bordered delta, Bordered gradient, const Name& instruction_set) {
-    const Images4 images(instruction_set, size);
-    const PackedImages d = Images4(instruction_set, one_pixel(size)).at("delta", delta.first, delta.second),
-                       to = images.at("gradient", gradient.first, gradient.second);
-    check_apart("gradient", to.memory, "delta", d.memory);
-    nb::gil_scoped_release unlocked;
-    images.kernels.average_gradient(d, images.size, to);
+void average_gradient_packed(const PackedImages& delta, const PackedImages& gradient) {
+    Calls* const calls = Calls::putting();
+    const Packed d = delta.as("delta", one_pixel(gradient.size()), gradient.kernels());
+    gradient.check_apart("gradient", "delta", delta);
+    Calls::compute(calls, [&gradient, d] { gradient.kernels().average_gradient(d, gradient.size(), gradient.packed()); });
 }
 
 NB_MODULE(_sparse, m) {
@@ -1232,14 +1256,11 @@ NB_MODULE(_sparse, m) {
         .def_prop_ro("delta_border", &Layer::delta_border)
         .def_prop_ro("block", &Layer::block)
         .def("forward_images", &Layer::forward_images, nb::arg("values"), nb::arg("bias").none(), nb::arg("source"),
-             nb::arg("source_border"), nb::arg("target"), nb::arg("target_border"), nb::arg("batch"),
-             nb::arg("all") = true)
+             nb::arg("target"), nb::arg("all") = true)
         .def("input_gradient_images", &Layer::input_gradient_images, nb::arg("values"), nb::arg("delta"),
-             nb::arg("delta_border"), nb::arg("target"), nb::arg("target_border"), nb::arg("batch"), nb::arg("add"),
-             nb::arg("all") = true)
-        .def("weight_gradient_images", &Layer::weight_gradient_images, nb::arg("source"), nb::arg("source_border"),
-             nb::arg("delta"), nb::arg("delta_border"), nb::arg("batch"), nb::arg("gradient"),
-             nb::arg("bias_gradient").none());
+             nb::arg("target"), nb::arg("add"), nb::arg("all") = true)
+        .def("weight_gradient_images", &Layer::weight_gradient_images, nb::arg("source"), nb::arg("delta"),
+             nb::arg("gradient"), nb::arg("bias_gradient").none());
     nb::class_<FewSamples>(m, "FewSamples")
         .def(nb::init<nb::handle, int, int, std::pair<int, int>, std::pair<int, int>, int, std::pair<int, int>, int,
                       const Name&>(),
@@ -1281,29 +1302,27 @@ NB_MODULE(_sparse, m) {
     m.def("gate", gate_rows, nb::arg("delta"), nb::arg("y"), nb::arg("target"));
     m.def("block", [](const Name& instruction_set) { return kernels_named(instruction_set).conv_block; },
           nb::arg("instruction_set") = nb::none());
-    m.def("pack_images", pack_images, nb::arg("source"), nb::arg("target"), nb::arg("instruction_set") = nb::none());
-    m.def("unpack_images", unpack_images, nb::arg("source"), nb::arg("target"),
-          nb::arg("instruction_set") = nb::none());
-    m.def("normalise_packed", normalise_packed, nb::arg("size"), nb::arg("x"), nb::arg("weight"), nb::arg("bias"),
-          nb::arg("epsilon"), nb::arg("statistics"), nb::arg("other"), nb::arg("relu"), nb::arg("y"),
-          nb::arg("source").none() = nb::none(), nb::arg("reader").none() = nb::none(),
-          nb::arg("instruction_set") = nb::none());
-    m.def("normalise_gradient_packed", normalise_gradient_packed, nb::arg("size"), nb::arg("x"), nb::arg("delta"),
-          nb::arg("weight"), nb::arg("bias"), nb::arg("statistics"), nb::arg("relu"), nb::arg("y"), nb::arg("gradient"),
+    nb::class_<Calls>(m, "Calls").def(nb::init<>()).def("put", &Calls::put).def("run", &Calls::run);
+    nb::class_<PackedImages>(m, "PackedImages")
+        .def(nb::init<Size4, int, const Name&>(), nb::arg("size"), nb::arg("border"), nb::arg("instruction_set") = nb::none())
+        .def_prop_ro("border", &PackedImages::border);
+    m.def("pack_images", pack_images, nb::arg("source"), nb::arg("target"));
+    m.def("unpack_images", unpack_images, nb::arg("source"), nb::arg("target"));
+    m.def("normalise_packed", normalise_packed, nb::arg("x"), nb::arg("weight"), nb::arg("bias"),
+          nb::arg("epsilon").noconvert(), nb::arg("statistics"), nb::arg("other").none(), nb::arg("relu"), nb::arg("y"),
+          nb::arg("source").none() = nb::none(), nb::arg("reader").none() = nb::none());
+    m.def("normalise_gradient_packed", normalise_gradient_packed, nb::arg("x"), nb::arg("delta"), nb::arg("weight"),
+          nb::arg("bias"), nb::arg("statistics"), nb::arg("relu"), nb::arg("y").none(), nb::arg("gradient"),
           nb::arg("weight_gradient"), nb::arg("bias_gradient"), nb::arg("source").none() = nb::none(),
-          nb::arg("reader").none() = nb::none(), nb::arg("instruction_set") = nb::none());
-    m.def("sum_packed", sum_packed, nb::arg("size"), nb::arg("a"), nb::arg("b"), nb::arg("relu"), nb::arg("y"),
-          nb::arg("instruction_set") = nb::none());
-    m.def("gate_packed", gate_packed, nb::arg("size"), nb::arg("delta"), nb::arg("y"),
-          nb::arg("instruction_set") = nb::none());
-    m.def("max_pool_packed", max_pool_packed, nb::arg("size"), nb::arg("window"), nb::arg("x"), nb::arg("y"),
-          nb::arg("instruction_set") = nb::none());
-    m.def("max_pool_gradient_packed", max_pool_gradient_packed, nb::arg("size"), nb::arg("window"), nb::arg("x"),
-          nb::arg("y"), nb::arg("delta"), nb::arg("gradient"), nb::arg("instruction_set") = nb::none());
-    m.def("average_packed", average_packed, nb::arg("size"), nb::arg("x"), nb::arg("y"),
-          nb::arg("instruction_set") = nb::none());
-    m.def("average_gradient_packed", average_gradient_packed, nb::arg("size"), nb::arg("delta"), nb::arg("gradient"),
-          nb::arg("instruction_set") = nb::none());
+          nb::arg("reader").none() = nb::none());
+    m.def("sum_packed", sum_packed, nb::arg("a"), nb::arg("b").none(), nb::arg("relu"), nb::arg("y"));
+    m.def("gate_packed", gate_packed, nb::arg("delta"), nb::arg("y"));
+    m.def("max_pool_packed", max_pool_packed, nb::arg("window"), nb::arg("x"), nb::arg("y"));
+    m.def("max_pool_gradient_packed", max_pool_gradient_packed, nb::arg("window"), nb::arg("x"), nb::arg("y"),
+          nb::arg("delta"), nb::arg("gradient"));
+    m.def("average_packed", average_packed, nb::arg("x"), nb::arg("y"));
+    m.def("average_gradient_packed", average_gradient_packed, nb::arg("delta"), nb::arg("gradient"));
+    Calls::set_types(m.attr("pack_images"), m.attr("Calls")().attr("run"));
 }
 
 }  // namespace
