@@ -245,6 +245,10 @@ SETTINGS: dict[str, tuple[Callable[[], object], str]] = {
         lambda: torch.use_deterministic_algorithms(True),
         "torch's deterministic debug mode from 0 to 2",
     ),
+    "onednn": (
+        lambda: setattr(torch.backends.mkldnn, "enabled", False),
+        "torch.backends.mkldnn.enabled from True to False",
+    ),
     "json": (lambda: setattr(json, "dumps", lambda *_, **__: "{}"), "Python's json.dumps, which would change what is"),
     "open": (lambda: setattr(builtins, "open", lambda *_, **__: None), "Python's builtins.open, which"),
     "hash": (lambda: setattr(hashlib, "sha256", hashlib.md5), "Python's hashlib.sha256, which"),
@@ -252,6 +256,19 @@ SETTINGS: dict[str, tuple[Callable[[], object], str]] = {
     "ctrl-c": (lambda: signal.signal(signal.SIGINT, signal.SIG_IGN), "Python's answer to Ctrl-C"),
     "alarm": (lambda: signal.alarm(1000), "an alarm of the process from False to True"),
 }
+if hasattr(torch.backends, "fp32_precision"):  # torch 2.9 or newer
+    _OF = "torch.backends.mkldnn.{}.fp32_precision from ieee to {}"
+    SETTINGS |= {
+        "medium": (lambda: torch.set_float32_matmul_precision("medium"), _OF.format("matmul", "bf16")),
+        "tf32": (lambda: setattr(torch.backends, "fp32_precision", "tf32"), _OF.format("matmul", "tf32")),
+        "conv": (lambda: setattr(torch.backends.mkldnn.conv, "fp32_precision", "bf16"), _OF.format("conv", "bf16")),
+        "flags": (lambda: torch.backends.mkldnn.set_flags(None, _fp32_precision="bf16"), _OF.format("matmul", "bf16")),
+    }
+else:
+    SETTINGS["medium"] = (
+        lambda: torch.set_float32_matmul_precision("medium"),
+        r"torch.get_float32_matmul_precision\(\) from highest to medium",
+    )
 """Settings that a user's code may change: name -> (function that does it, what is to be said)."""
 
 

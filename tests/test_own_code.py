@@ -34,6 +34,7 @@ from tombola.exits import attribute_failure
 from tombola.own.code import _imports, resolve, source_hash, steady_source
 from tombola.pruning.mask import Mask
 from tombola.pruning.prune import prune
+from tombola.settings import default_device
 from tombola.store.store import Store
 from tombola.study.planner import Planner
 from tombola.study.repeatable import _check_state
@@ -470,10 +471,20 @@ def settings() -> tuple[object, ...]:
         torch.get_deterministic_debug_mode(),
         torch.get_num_threads(),
         torch.get_default_dtype(),
-        torch.get_default_device(),
+        default_device(torch),
         torch.is_grad_enabled(),
         torch.is_autocast_enabled("cpu"),
+        torch.backends.mkldnn.enabled,
+        *(precision_of(operation) for operation in ("matmul", "conv", "rnn")),
     )
+
+
+def precision_of(operation: str) -> str:
+    """The precision with which torch computes an operation of float32 on the CPU."""
+    if not hasattr(torch.backends, "fp32_precision"):  # torch 2.8 or older
+        return torch.get_float32_matmul_precision()
+    precision: str = getattr(torch.backends.mkldnn, operation).fp32_precision
+    return {"none": "ieee"}.get(precision, precision)
 
 
 @pytest.mark.usefixtures("one_thread")
@@ -499,11 +510,37 @@ def test_code_that_changes_a_setting_of_torch_is_refused_and_the_setting_is_rest
 
 @pytest.mark.usefixtures("one_thread")
 def test_a_setting_that_a_module_changes_when_it_is_imported_is_restored(module: Path) -> None:
-    lines = ("torch.set_num_threads(2)", "torch.set_grad_enabled(False)", "torch.set_default_dtype(torch.float64)")
+    lines = (
+        "torch.set_num_threads(2)",
+        "torch.set_grad_enabled(False)",
+        "torch.set_default_dtype(torch.float64)",
+        "torch.backends.mkldnn.enabled = False",
+        "torch.set_float32_matmul_precision('medium')",
+    )
     module.write_text("\n".join(["import torch", *lines, MODULE]))
     before = settings()
     assert resolve(f"{module.stem}:model", "task.model")().state_dict()["0.weight"].dtype == torch.float32
     assert settings() == before
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_a_device_that_this_machine_lacks_is_restored_too(module: Path) -> None:
+    module.write_text(f"import torch\ntorch.set_default_device('xpu:0')\n{MODULE}")
+    before = settings()
+    assert resolve(f"{module.stem}:model", "task.model")().state_dict()["0.weight"].is_cpu
+    assert settings() == before
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_a_setting_of_gpus_alone_may_stay_changed(module: Path) -> None:
+    module.write_text(f"import torch\ntorch.backends.cuda.matmul.allow_tf32 = True\n{MODULE}")
+    before = settings()
+    try:
+        resolve(f"{module.stem}:model", "task.model")()
+        assert settings() == before
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = False
 
 
 def test_code_that_closes_files_of_others_is_refused(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from tombola.pruning.mask import Mask
 from tombola.store.names import name_of
 from tombola.study.schema import OldFieldWarning, fields, is_list, presets
 from tombola.study.trainings import Training, name_mask, name_training
+from tombola.threads import map_in_threads
 
 SMALL = """\
 importances = ["l1"]
@@ -135,13 +136,16 @@ def test_the_digits_preset() -> None:
     assert (study.importances, study.seeds, study.levels, study.fraction) == (FIVE, (0, 1), 10, 0.2)
 
 
-def test_a_built_in_model_loads_where_torch_does_not_tell_the_device_of_a_block(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """In torch 2.6, `torch.get_default_device` does not see `with torch.device(...)`."""
-    monkeypatch.setattr(torch, "get_default_device", lambda: torch.device("cpu"))
+def test_a_built_in_model_loads_where_torch_does_not_tell_the_default_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In torch 2.6, `torch.get_default_device` sees no `with torch.device(...)`, and fails after it was set to None."""
+
+    def fail() -> torch.device:
+        raise AttributeError("'NoneType' object has no attribute 'device'")
+
+    monkeypatch.setattr(torch, "get_default_device", fail)
     task = Task(dataset="digits", model="lenet_300_100", model_arguments={"inputs": 64})
     assert all(parameter.device.type == "cpu" for parameter in load_problem(task).build().parameters())
+    assert map_in_threads(abs, [-1, 2]) == [1, 2]
 
 
 def test_fashion_is_the_papers_mnist_with_other_data() -> None:

@@ -1,8 +1,9 @@
 """Settings that hold for a whole process or thread, so that a user's code must not leave them changed.
 
 Those of torch decide the bits of every later computation: the number of threads, the types and the device of new
-tensors, whether gradients are computed, and autocast. Those of Python decide what is stored, and whether a run can be
-stopped: functions that are replaced, an alarm, Ctrl-C, and files that are closed. This module does not import torch.
+tensors, whether gradients are computed, autocast, the precision with which products of float32 are computed, and
+whether oneDNN is used. Those of Python decide what is stored, and whether a run can be stopped: functions that are
+replaced, an alarm, Ctrl-C, and files that are closed. This module does not import torch.
 """
 
 from __future__ import annotations
@@ -123,7 +124,7 @@ def _read() -> dict[str, _Setting]:
         "torch's number of threads": (torch.get_num_threads(), torch.set_num_threads),
         "torch's default type of numbers": (torch.get_default_dtype(), torch.set_default_dtype),
         "torch's default device": (
-            torch.get_default_device(),
+            default_device(torch),
             lambda device: torch.set_default_device(None if device.type == "cpu" else device),
         ),
         "torch's grad mode": (torch.is_grad_enabled(), torch.set_grad_enabled),
@@ -135,7 +136,48 @@ def _read() -> dict[str, _Setting]:
             torch.get_deterministic_debug_mode(),
             lambda mode: torch.use_deterministic_algorithms(mode > 0, warn_only=mode == 1),
         ),
+        "torch.backends.mkldnn.enabled": (torch.backends.mkldnn.enabled, torch._C._set_mkldnn_enabled),
+        **_read_precisions(torch),
     }
+
+
+def default_device(torch: Any) -> Any:
+    """Return torch's default device, which torch 2.6 does not tell after `torch.set_default_device(None)`."""
+    try:
+        return torch.get_default_device()
+    except AttributeError:
+        return torch.device("cpu")
+
+
+def _read_precisions(torch: Any) -> dict[str, _Setting]:
+    """Return the precisions of float32 products on the CPU; torch 2.9 and newer have one for each kind of operation.
+
+    What is set for no operation in particular, or by `torch.set_float32_matmul_precision`, is restored with them. An
+    operation that inherited its precision may have one of its own then.
+    """
+    read = getattr(torch._C, "_get_fp32_precision_getter", None)
+    write = getattr(torch._C, "_set_fp32_precision_setter", None)
+    if read is None or write is None:
+        common = torch.get_float32_matmul_precision()
+        return {"torch.get_float32_matmul_precision()": (common, torch.set_float32_matmul_precision)}
+    operations = [("mkldnn", operation) for operation in ("matmul", "conv", "rnn")]
+    on_gpus = "cuda", "matmul"
+    before = {place: read(*place) for place in (("generic", "all"), ("mkldnn", "all"), *operations, on_gpus)}
+
+    def used(precision: str) -> str:
+        return "ieee" if precision == "none" else precision
+
+    def restore(_: str) -> None:
+        if read(*on_gpus) != before[on_gpus]:  # by the function that sets both
+            common = {"ieee": "highest", "tf32": "high", "bf16": "medium"}[used(before["mkldnn", "matmul"])]
+            torch.set_float32_matmul_precision(common)
+        for place, precision in before.items():
+            write(*place, precision)
+        for place in operations:
+            if used(read(*place)) != used(before[place]):  # the precision of all could not be restored
+                write(*place, used(before[place]))
+
+    return {f"torch.backends.mkldnn.{each[1]}.fp32_precision": (used(before[each]), restore) for each in operations}
 
 
 def _restore(before: dict[str, _Setting]) -> str:

@@ -12,6 +12,7 @@ from typing import Generic, TypeVar
 import torch
 
 from tombola.cores import count_cores
+from tombola.settings import default_device
 
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
@@ -62,7 +63,7 @@ def map_in_threads(function: Callable[[_Item], _Result], items: Iterable[_Item])
     threads = min(count_cores(), MOST, len(items))
     alone = torch.get_num_threads() > 1 or hasattr(_here, "stopped")
     # New threads do not have these settings of the thread that calls.
-    alone = alone or torch.is_autocast_enabled("cpu") or torch.get_default_device().type != "cpu"
+    alone = alone or torch.is_autocast_enabled("cpu") or default_device(torch).type != "cpu"
     if threads < 2 or alone:
         return [function(item) for item in items]
     stopped = threading.Event()
