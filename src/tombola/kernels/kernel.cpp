@@ -714,12 +714,12 @@ void each_group(const Pass& pass, int batch, Packed from, Packed to, const Body&
 }
 
 // Many channels are read and written at once, too many places for a processor to foresee, so the next pixels are fetched in
-// time, in the last rows that taps reach: the others were read for the row of pixels above. Some channels of the source go with each
-// row of the target, since a processor that waits for many lines at once computes nothing meanwhile.
+// time, in the last rows that taps reach: the others were read for the row of pixels above. Some channels of the source go
+// with each row of the target, since a processor that waits for many lines at once computes nothing meanwhile.
 template <int P>
 struct Ahead {
     const int32_t *channel, *last;  // of the source, those that are left
-    int share, rows, floats;        // channels for each row of the target, and what is fetched of each
+    int share, rows, floats;        // channels for each row of the target; of each, rows and floats of a row
     const float *source, *target;
     ptrdiff_t source_channel, source_row, target_pixel;
 

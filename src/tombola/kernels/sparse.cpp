@@ -96,7 +96,9 @@ class Calls {
     }
 
     // Sets the types that functions, and methods of objects, have in extensions.
-    static void set_types(nb::handle function, nb::handle method) { types_ = {Py_TYPE(function.ptr()), Py_TYPE(method.ptr())}; }
+    static void set_types(nb::handle function, nb::handle method) {
+        types_ = {Py_TYPE(function.ptr()), Py_TYPE(method.ptr())};
+    }
 
   private:
     static inline std::pair<const PyTypeObject*, const PyTypeObject*> types_{};  // set when the module is loaded
@@ -190,7 +192,8 @@ bool operator==(const ImageSize& a, const ImageSize& b) {
 // some more, which are never read.
 class PackedImages {
   public:
-    PackedImages(Size4 of, int border, const Name& instruction_set) : kernels_(kernels_named(instruction_set)), border_(border) {
+    PackedImages(Size4 of, int border, const Name& instruction_set)
+        : kernels_(kernels_named(instruction_set)), border_(border) {
         std::tie(size_.batch, size_.channels, size_.height, size_.width) = of;
         for (const int each : {size_.batch, size_.channels, size_.height, size_.width})
             if (each < 1 || each > 1 << 28)
@@ -1304,7 +1307,8 @@ NB_MODULE(_sparse, m) {
           nb::arg("instruction_set") = nb::none());
     nb::class_<Calls>(m, "Calls").def(nb::init<>()).def("put", &Calls::put).def("run", &Calls::run);
     nb::class_<PackedImages>(m, "PackedImages")
-        .def(nb::init<Size4, int, const Name&>(), nb::arg("size"), nb::arg("border"), nb::arg("instruction_set") = nb::none())
+        .def(nb::init<Size4, int, const Name&>(), nb::arg("size"), nb::arg("border"),
+             nb::arg("instruction_set") = nb::none())
         .def_prop_ro("border", &PackedImages::border);
     m.def("pack_images", pack_images, nb::arg("source"), nb::arg("target"));
     m.def("unpack_images", unpack_images, nb::arg("source"), nb::arg("target"));
