@@ -457,15 +457,14 @@ def test_memory_of_sizes_that_are_no_longer_used_is_forgotten() -> None:
     memory = Memory()
     for height in range(4, 9):
         memory.prepare("inputs of one size")
-        size = (3, 2, height, 4)
-        memory.give(memory.take(size, 1), size)
+        memory.give(memory.take((3, 2, height, 4), 1))
     assert len(memory._free) == 2
 
 
 def test_images_of_another_height_have_memory_of_their_own() -> None:
     memory, six, seven = Memory(), (3, 2, 6, 2), (3, 2, 7, 2)
     first = memory.take(seven, 1)
-    memory.give(first, seven)
+    memory.give(first)
     assert memory.take(six, 1) is not first
     assert memory.take(seven, 1) is first
 
@@ -1385,7 +1384,7 @@ def test_memory_is_free_only_after_the_calls_that_use_it(monkeypatch: pytest.Mon
 
 def test_a_copy_of_memory_has_memory_of_its_own() -> None:
     memory = Memory("plain")
-    memory.give(memory.take((3, 2, 4, 5), 1), (3, 2, 4, 5))
+    memory.give(memory.take((3, 2, 4, 5), 1))
     for copied in (copy.deepcopy(memory), pickle.loads(pickle.dumps(memory))):
         assert copied.instruction_set == "plain"
         assert not copied._free

@@ -141,9 +141,9 @@ class Memory:
     def __reduce__(self) -> tuple[type[Memory], tuple[str | None]]:
         return Memory, (self.instruction_set,)  # a copy has memory of its own
 
-    def give(self, buffer: PackedImages, size: Size) -> None:
+    def give(self, images: PackedImages) -> None:
         """Take memory back."""
-        self._free[size, buffer.border].append(buffer)
+        self._free[images.size, images.border].append(images)
 
 
 class Segment:
@@ -171,8 +171,8 @@ class Segment:
         self._behind: dict[Value, Any] = {}
 
     def __del__(self) -> None:
-        for value, buffer in self._buffers.items():
-            self.memory.give(buffer, value.size)
+        for images in self._buffers.values():
+            self.memory.give(images)
 
     def tensor(self, tensor: Tensor | None) -> int:
         """Return the position of a tensor among those of the segment; -1 for None."""
@@ -307,9 +307,7 @@ class Segment:
 
     def unpack(self, value: Value, to: Tensor) -> None:
         """Write a value that is computed into a plain tensor."""
-        calls = layers.extension.Calls()
-        calls.put(layers.extension.unpack_images, self._buffers[value], to)
-        calls.run()
+        layers.extension.unpack_images(self._buffers[value], to)
 
     def backward(
         self, outputs: Sequence[Value], deltas: Sequence[Tensor | None], needs: Sequence[bool]
@@ -348,9 +346,9 @@ class _Backward:
             if (found := self.deltas.pop(operation.result, None)) is not None:
                 getattr(self, f"_{operation.first.how}")(operation, found)
         self.calls.run()
-        for (size, _), left in self.free.items():
+        for left in self.free.values():
             for images in left:
-                self.memory.give(images, size)
+                self.memory.give(images)
         return self.gradients
 
     def take(self, value: Value) -> PackedImages:
@@ -359,9 +357,9 @@ class _Backward:
         free = self.free[value.size, border]
         return free.pop() if free else self.memory.take(value.size, border)
 
-    def give(self, delta: PackedImages, size: Size) -> None:
+    def give(self, delta: PackedImages) -> None:
         """Take memory back, for gradients that are computed after all that were recorded so far."""
-        self.free[size, delta.border].append(delta)
+        self.free[delta.size, delta.border].append(delta)
 
     def add(self, value: Value, delta: PackedImages, *, last: bool) -> None:
         """Add to the gradient of a value; the memory is kept if this is its last use."""
@@ -377,7 +375,7 @@ class _Backward:
             new = self.deltas[value] = self.take(value)
             self.calls.put(self.native.sum_packed, delta, None, False, new)
         if last:
-            self.give(delta, value.size)
+            self.give(delta)
 
     def accumulate(self, at: int, gradient: Tensor) -> None:
         """Add to the gradient of a tensor."""
@@ -394,7 +392,7 @@ class _Backward:
         gradient = empty(value.size)
         self.calls.put(self.native.unpack_images, delta, gradient)
         self.accumulate(value.tensors[0], gradient)
-        self.give(delta, value.size)
+        self.give(delta)
 
     def _convolution(self, operation: Operation, delta: PackedImages) -> None:
         value, x = operation.result, operation.x
@@ -412,7 +410,7 @@ class _Backward:
                 self.deltas[x] = self.take(x)
             every = x not in self.segment._behind
             self.calls.put(value.kernel.input_gradient_images, self.tensors[values], delta, self.deltas[x], add, every)
-        self.give(delta, value.size)
+        self.give(delta)
 
     def _norm(self, operation: Operation, delta: PackedImages) -> None:
         norm, result, x, other = operation.first, operation.result, operation.x, operation.other
@@ -441,7 +439,7 @@ class _Backward:
         if other is not None:
             self.add(other, delta, last=True)
         elif not own:
-            self.give(delta, result.size)
+            self.give(delta)
 
     def _sum(self, operation: Operation, delta: PackedImages) -> None:
         if operation.relu:
@@ -458,14 +456,14 @@ class _Backward:
         value, x = operation.result, operation.x
         y, dx = self.buffers[value], self.take(x)
         self.calls.put(self.native.max_pool_gradient_packed, value.kernel, self.buffers[x], y, delta, dx)
-        self.give(delta, value.size)
+        self.give(delta)
         self.add(x, dx, last=True)
 
     def _average(self, operation: Operation, delta: PackedImages) -> None:
-        value, x = operation.result, operation.x
+        x = operation.x
         dx = self.take(x)
         self.calls.put(self.native.average_gradient_packed, delta, dx)
-        self.give(delta, value.size)
+        self.give(delta)
         self.add(x, dx, last=True)
 
     def _gate(self, operation: Operation, delta: PackedImages) -> None:

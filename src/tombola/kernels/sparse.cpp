@@ -218,9 +218,6 @@ class PackedImages {
     const ImageSize& size() const { return size_; }
     int border() const { return border_; }
 
-    // The shape of a plain tensor with these images.
-    std::array<ptrdiff_t, 4> shape() const { return {size_.batch, size_.channels, size_.height, size_.width}; }
-
     // Returns the images; raises an error, which calls them `name`, unless they have this size and instruction set.
     const Packed& as(const char* name, const ImageSize& size, const Kernels& kernels) const {
         if (!(size_ == size) || &kernels_ != &kernels)
@@ -1103,7 +1100,7 @@ struct Channels {
 
 void pack_images(nb::handle source, const PackedImages& target) {
     Calls* const calls = Calls::putting();
-    const auto [batch, channels, height, width] = target.shape();
+    const auto [batch, channels, height, width] = target.size();
     const View from = batch_of("source", source, {batch, channels, height, width}).view;
     Calls::compute(calls, [&target, from] {
         target.kernels().pack_images(from, target.size(), target.border(), target.packed());
@@ -1112,7 +1109,7 @@ void pack_images(nb::handle source, const PackedImages& target) {
 
 void unpack_images(const PackedImages& source, nb::handle target) {
     Calls* const calls = Calls::putting();
-    const auto [batch, channels, height, width] = source.shape();
+    const auto [batch, channels, height, width] = source.size();
     const View to = target_of(target, {batch, channels, height, width}, true);
     Calls::compute(calls, [&source, to] { source.kernels().unpack_images(source.packed(), source.size(), to); });
 }
@@ -1136,8 +1133,8 @@ void normalise_packed(const PackedImages& x, nb::handle weight, nb::handle bias,
     float* mean = Tensor<float>("statistics", statistics).contiguous({3, channels});
     const Channels some(x.size(), source, reader);
     Calls::compute(calls, [=, &x] {
-        x.kernels().normalise_packed(from, x.size(), w, b, float(epsilon), mean, mean + channels, mean + 2 * channels, more, relu,
-                                     to, some.connected, some.read);
+        x.kernels().normalise_packed(from, x.size(), w, b, float(epsilon), mean, mean + channels, mean + 2 * channels, more,
+                                     relu, to, some.connected, some.read);
     });
 }
 
@@ -1309,6 +1306,10 @@ NB_MODULE(_sparse, m) {
     nb::class_<PackedImages>(m, "PackedImages")
         .def(nb::init<Size4, int, const Name&>(), nb::arg("size"), nb::arg("border"),
              nb::arg("instruction_set") = nb::none())
+        .def_prop_ro("size", [](const PackedImages& images) {
+            const auto [batch, channels, height, width] = images.size();
+            return Size4{batch, channels, height, width};
+        })
         .def_prop_ro("border", &PackedImages::border);
     m.def("pack_images", pack_images, nb::arg("source"), nb::arg("target"));
     m.def("unpack_images", unpack_images, nb::arg("source"), nb::arg("target"));
