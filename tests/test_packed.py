@@ -240,6 +240,85 @@ def test_normalisation_equals_torch(
         assert torch.equal(unpack(pd), delta * gate)
 
 
+@pytest.mark.parametrize("instruction_set", SETS)
+@pytest.mark.parametrize("shape", [(3, 2, 8, 7), (40, 2, 8, 7), (64, 2, 8, 7), (512, 1, 32, 4)])
+@pytest.mark.parametrize("mean", [0.0, 1e3, -1e5])
+@pytest.mark.parametrize("first_row", ["like the others", "apart", "apart in some images", "of one value"])
+def test_variances_are_exact_wherever_the_mean_is(
+    instruction_set: str, shape: tuple[int, int, int, int], mean: float, first_row: str
+) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(shape) + mean
+    if first_row != "like the others":
+        x[: 8 if "some" in first_row else None, :, 0] = mean + (100 if "apart" in first_row else 0)
+    statistics, _ = normalise(x, instruction_set)
+    variance, exact = torch.var_mean(x.double(), (0, 2, 3), correction=0)
+    close_mean = 1e-6 * float(variance.max().sqrt())
+    torch.testing.assert_close(statistics[0].double(), exact, rtol=1e-7, atol=close_mean)
+    torch.testing.assert_close(statistics[1].double(), variance, rtol=1e-6 * max(10, shape[2]), atol=0)
+
+
+def normalise(x: Tensor, instruction_set: str) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """Normalise images; return their statistics and a function from the gradient of the outputs to that of the bias."""
+    packed_x, y, delta = (layers.extension.PackedImages(x.shape, 1, instruction_set) for _ in range(3))
+    layers.extension.pack_images(x, packed_x)
+    channels = x.shape[1]
+    statistics, (weight, bias) = torch.empty(3, channels), torch.ones(2, channels)
+    layers.extension.normalise_packed(packed_x, weight, bias, 1e-5, statistics, None, False, y)
+
+    def bias_gradient(plain: Tensor) -> Tensor:
+        layers.extension.pack_images(plain, delta)
+        ends = torch.empty(channels), torch.empty(channels)
+        layers.extension.normalise_gradient_packed(packed_x, delta, weight, bias, statistics, False, None, delta, *ends)
+        return ends[1]
+
+    return statistics, bias_gradient
+
+
+@pytest.mark.parametrize("instruction_set", SETS)
+def test_sums_of_many_numbers_are_exact(instruction_set: str) -> None:
+    """In single precision, such a sum differs by a hundred thousandth and more."""
+    shape = (512, 1, 64, 32)
+    statistics, bias_gradient = normalise(
+        torch.full(shape, 0.1).index_fill_(0, torch.arange(256), 0.3), instruction_set
+    )
+    found = bias_gradient(torch.full(shape, 0.1))
+    torch.testing.assert_close(found, torch.tensor([0.1 * 2**20]), rtol=1e-6, atol=0)
+    torch.testing.assert_close(statistics[1], torch.tensor([0.01]), rtol=2e-6, atol=0)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.1, 0.7, 1.0])
+def test_running_statistics_are_updated_as_torch_does(momentum: float) -> None:
+    torch.manual_seed(0)
+    extension, x = layers.extension, torch.randn(5, 3, 2, 2)
+    images = extension.PackedImages(x.shape, 0)
+    running = torch.randn(3), torch.rand(3)
+    expected = running[0].clone(), running[1].clone()
+    F.batch_norm(x, *expected, training=True, momentum=momentum)
+    variance, mean = torch.var_mean(x, (0, 2, 3), correction=0)
+    right = {
+        "statistics": torch.stack((mean, variance, variance)),
+        "running_mean": running[0],
+        "running_variance": running[1],
+    }
+    extension.update_statistics(images, momentum=momentum, **right)
+    torch.testing.assert_close(running, expected)
+    refuse_each(partial(extension.update_statistics, images, momentum=momentum), right, set(), set())
+    with pytest.raises(ValueError, match=r"^x: expected at least two numbers in each channel"):
+        extension.update_statistics(extension.PackedImages((1, 3, 1, 1), 0), momentum=momentum, **right)
+    with pytest.raises(ValueError, match=r"^running_mean: expected .* shape \(2,\)"):
+        extension.update_statistics(extension.PackedImages((5, 2, 2, 2), 0), momentum=momentum, **right)
+
+
+def test_whoever_kept_running_statistics_notices_that_they_changed(network: nn.Module) -> None:
+    _, sparse = sparse_of(network)
+    before = [sparse.get_buffer(f"1.{name}")._version for name in layers.STATISTICS]
+    run(sparse, torch.randn(20, 2, 7, 7))
+    assert all(
+        sparse.get_buffer(f"1.{name}")._version > old for name, old in zip(layers.STATISTICS, before, strict=True)
+    )
+
+
 POOLS = st.fixed_dictionaries(
     {
         "kernel_size": st.sampled_from([1, 2, 3, (2, 3)]),

@@ -174,6 +174,9 @@ def normalise_packed(
     source: Layer | None = None,
     reader: Layer | None = None,
 ) -> None: ...
+def update_statistics(
+    x: PackedImages, statistics: Tensor, momentum: float, running_mean: Tensor, running_variance: Tensor
+) -> None: ...
 def normalise_gradient_packed(
     x: PackedImages,
     delta: PackedImages,

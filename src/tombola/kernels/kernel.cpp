@@ -606,7 +606,7 @@ void pack_normalised_images(const uint8_t* images, const int64_t* indices, int c
 }
 
 constexpr int conv_block = conv_vectors * L;
-static_assert(conv_vectors == 2);
+static_assert(conv_vectors == 2 && conv_pixels == 4);
 
 inline float* at(Packed p, int n, int c, int y) { return p.data + n * p.blocks + c * p.channel + y * p.row; }
 
@@ -656,11 +656,11 @@ void unpack_images(Packed from, ImageSize size, View to) {
     }
 }
 
-// P pixels of a pass: where they are read, and where they lie in the target; and the first pixel after them. Of more than
-// four, each four are neighbours in a row of both, so that a loop over taps needs few addresses.
-template <int P>
+// P pixels of a pass: where they are read, and where they lie in the target; and the first pixel after them. Each `run` of
+// them are neighbours in a row of both, so that a loop over taps needs few addresses.
+template <int P, int run>
 struct Pixels {
-    static constexpr int run = P > 4 ? 4 : 1, runs = P / run;
+    static constexpr int count = P, runs = P / run;
     const float *source[runs], *next_source;
     float *target[runs], *next_target;
     int tile, samples;
@@ -695,7 +695,7 @@ void each_group(const Pass& pass, int batch, Packed from, Packed to, const Body&
                         for (int p = 0; p < pixels.runs; ++p) {
                             pixels.source[p] = source_of();
                             pixels.target[p] = target_of();
-                            j += pixels.run;
+                            j += pixels.count / pixels.runs;
                             if (j == width) j = 0, ++i;
                         }
                         pixels.next_source = source_of();
@@ -706,24 +706,27 @@ void each_group(const Pass& pass, int batch, Packed from, Packed to, const Body&
                         body(pixels);
                     };
                     int first = 0;
-                    if (most > conv_pixels && pass.source_step == 1 && pass.target_step == 1 && width % 4 == 0)
-                        for (; first + most <= end; first += most) next(Pixels<most>{});
-                    for (; first + conv_pixels <= end; first += conv_pixels) next(Pixels<conv_pixels>{});
-                    for (; first < end; ++first) next(Pixels<1>{});
+                    if (pass.source_step == 1 && pass.target_step == 1 && width % 4 == 0) {
+                        for (; most > 4 && first + most <= end; first += most) next(Pixels<most, 4>{});
+                        for (; first < end; first += 4) next(Pixels<4, 4>{});
+                    } else {
+                        for (; first + 4 <= end; first += 4) next(Pixels<4, 1>{});
+                        for (; first < end; ++first) next(Pixels<1, 1>{});
+                    }
                 }
 }
 
 // Many channels are read and written at once, too many places for a processor to foresee, so the next pixels are fetched in
 // time, in the last rows that taps reach: the others were read for the row of pixels above. Some channels of the source go
 // with each row of the target, since a processor that waits for many lines at once computes nothing meanwhile.
-template <int P>
+template <int P, int run>
 struct Ahead {
     const int32_t *channel, *last;  // of the source, those that are left
     int share, rows, floats;        // channels for each row of the target; of each, rows and floats of a row
     const float *source, *target;
     ptrdiff_t source_channel, source_row, target_pixel;
 
-    Ahead(const Pass& pass, const Pixels<P>& group, Packed from)
+    Ahead(const Pass& pass, const Pixels<P, run>& group, Packed from)
         : channel(pass.tapped + pass.tapped_split[group.tile]),
           last(P > 1 ? pass.tapped + pass.tapped_split[group.tile + 1] : channel),
           share((int(last - channel) + pass.rows - 1) / pass.rows),
@@ -739,10 +742,14 @@ struct Ahead {
     }
 
     void fetch_source() {
-        for (int i = 0; i < share && channel < last; ++i, ++channel)
-            for (int row = 0; row < rows; ++row)
-                for (int j = 0; j < floats; j += 16)
-                    __builtin_prefetch(source + *channel * source_channel + row * source_row + j);
+        for (int i = 0; i < share && channel < last; ++i, ++channel) {
+            const float* const from = source + *channel * source_channel;
+            if (rows == 1 && floats == P * conv_block)
+                for (int j = 0; j < P * conv_block; j += 16) __builtin_prefetch(from + j);
+            else
+                for (int row = 0; row < rows; ++row)
+                    for (int j = 0; j < floats; j += 16) __builtin_prefetch(from + row * source_row + j);
+        }
     }
 
     void fetch_target(ptrdiff_t row) const {
@@ -754,13 +761,13 @@ struct Ahead {
 
 // A function of its own, which takes its pixels by value: the loops around it and the numbers that it stores to memory
 // must not take the registers of the loop over the taps.
-template <int P>
+template <int P, int run>
 [[gnu::noinline]] void gather_pixels(const Pass& pass, const int32_t* offset, const float* values, const float* bias,
-                                     const float* lanes, const Pixels<P> pixels, Packed source, Packed target, bool add,
+                                     const float* lanes, const Pixels<P, run> pixels, Packed source, Packed target, bool add,
                                      const uint8_t* written) {
     const int32_t* split = pass.split + pixels.tile;
     const ptrdiff_t channel = target.channel;
-    Ahead<P> ahead(pass, pixels, source);
+    Ahead<P, run> ahead(pass, pixels, source);
     for (int r = 0; r < pass.rows; ++r, split += pass.tiles + 1) {
         const int begin = split[0], end = split[1];
         ahead.fetch_source();
@@ -819,18 +826,20 @@ struct Sums {
     }
 };
 
-template <int P>  // like gather_pixels
-[[gnu::noinline]] void correlate_pixels(const Pass& pass, const int32_t* offset, const Pixels<P> pixels, Packed source,
+template <int P, int run>  // like gather_pixels
+[[gnu::noinline]] void correlate_pixels(const Pass& pass, const int32_t* offset, const Pixels<P, run> pixels, Packed source,
                                         Packed delta, float* gradient) {
     const int32_t* split = pass.split + pixels.tile;
     const ptrdiff_t channel = delta.channel;
-    Ahead<P> ahead(pass, pixels, source);
+    Ahead<P, run> ahead(pass, pixels, source);
     Sums kept;
     kept.gradient = gradient;
     for (int r = 0; r < pass.rows; ++r, split += pass.tiles + 1) {
         const int begin = split[0], end = split[1];
-        ahead.fetch_source();
-        if (begin == end) continue;
+        if (begin == end) {
+            ahead.fetch_source();
+            continue;
+        }
         ahead.fetch_target(r * channel);
         vec d[P][conv_vectors];
         for (int p = 0; p < P; ++p)
@@ -843,6 +852,7 @@ template <int P>  // like gather_pixels
                 for (int v = 0; v < conv_vectors; ++v) total[v] += d[p][v] * load(pixels.source_of(p) + from + v * L);
             kept.add(total[0] + total[1]);
         }
+        ahead.fetch_source();
     }
     kept.flush();
 }
@@ -865,46 +875,87 @@ void correlate_packed(const Pass& pass, const int32_t* offset, Packed source, Pa
     }
 }
 
-// Adds a number of values to a mean and to the squared deviations from it.
-struct Moments {
-    double count = 0, mean = 0, squares = 0;
+// Adds up pairs of vectors: `enough` of them, and the rest of a row, in single precision, and these sums in double precision.
+struct Totals {
+    static constexpr int chains = 4, enough = 256;
+    double a = 0, b = 0;
+    Pair parts[chains] = {};
+    int added = 0;
 
-    void add(double more, double total, double deviations) {
-        const double step = total / more - mean;
-        squares += deviations + step * step * count * more / (count + more);
-        mean += step * more / (count + more);
-        count += more;
+    // Adds the pairs that body(i) gives for the vectors at 0 to length, a multiple of two vectors.
+    template <class Body>
+    void add(ptrdiff_t length, const Body& body) {
+        Pair total[chains];
+        std::memcpy(total, parts, sizeof parts);
+        const auto more = [&](int c, ptrdiff_t i) {
+            const Pair pair = body(i);
+            total[c].a += pair.a;
+            total[c].b += pair.b;
+        };
+        ptrdiff_t i = 0;
+        for (; i + chains * L <= length; i += chains * L)
+            for (int c = 0; c < chains; ++c) more(c, i + c * L);
+        if (i < length) more(0, i), more(1, i + L);
+        std::memcpy(parts, total, sizeof parts);
+        added += int(length / L);
+        if (added >= enough) flush();
+    }
+
+    void flush() {
+        a += sum((parts[0].a + parts[1].a) + (parts[2].a + parts[3].a));
+        b += sum((parts[0].b + parts[1].b) + (parts[2].b + parts[3].b));
+        for (Pair& part : parts) part = Pair{};
+        added = 0;
     }
 };
 
+// Of some numbers: how many, their mean, and the sum of their squared deviations from it.
+struct Moments {
+    double count = 0, mean = 0, squares = 0;
+
+    // Adds `more` numbers, of which `deviations` has the sums of d and d * d, where d is the difference from `from`.
+    void add(double more, double from, const Totals& deviations) {
+        const double own = deviations.a / more, step = from + own - mean, all = count + more;
+        squares += deviations.b - own * deviations.a + step * step * count * more / all;
+        mean += step * more / all;
+        count = all;
+    }
+
+    double variance() const { return squares < 0 ? 0 : squares / count; }
+};
+
+// Deviations in a block of samples are from the mean of its first row, which differs from that of the block by at most
+// sqrt(height - 1) of the block's standard deviations. The rounding error of the sum of squared deviations from the mean,
+// and so that of the variance, therefore grows at most by a factor of the height.
 Moments moments(Packed x, ImageSize size, int c) {
     Moments all;
     const ptrdiff_t length = ptrdiff_t(size.width) * conv_block;
-    each_row({size.batch, 1, size.height, size.width}, [&](int n, int, int y) {
-        const float* row = at(x, n, c, y);
+    for (int n = 0; n < count_blocks(size.batch); ++n) {
+        const float* const first = at(x, n, c, 0);
         const int samples = samples_of(size.batch, n);
-        double total = 0, deviations = 0, rest = 0;
-        if (samples == conv_block) {
-            sum_pairs(0, length, total, rest, [&](ptrdiff_t i, int) { return Pair{load(row + i), vec{}}; });
-            const float near = float(total / double(length));
-            total = 0;
-            sum_pairs(0, length, total, deviations, [&](ptrdiff_t i, int) {
-                if (i % 16 == 0) __builtin_prefetch(row + x.row + i);  // of the next row
-                const vec d = load(row + i) - near;
-                return Pair{d, d * d};
-            });
-            total += double(near) * double(length);
-            const double off = total / double(length) - near;
-            all.add(double(length), total, deviations - off * off * double(length));
-        } else {
-            const double count = double(size.width) * samples;
-            for (ptrdiff_t i = 0; i < length; ++i)
-                if (i % conv_block < samples) total += row[i];
-            for (ptrdiff_t i = 0; i < length; ++i)
-                if (i % conv_block < samples) deviations += (row[i] - total / count) * (row[i] - total / count);
-            all.add(count, total, deviations);
+        Totals top, deviations;
+        if (samples == conv_block)
+            top.add(length, [&](ptrdiff_t i) { return Pair{load(first + i), vec{}}; });
+        for (ptrdiff_t i = 0; samples < conv_block && i < length; ++i) top.a += i % conv_block < samples ? first[i] : 0;
+        top.flush();
+        const float from = float(top.a / (double(samples) * size.width));
+        for (int y = 0; y < size.height; ++y) {
+            const float* row = at(x, n, c, y);
+            if (samples == conv_block)
+                deviations.add(length, [&](ptrdiff_t i) {
+                    if (i % 16 == 0) __builtin_prefetch(row + x.row + i);  // of the next row
+                    const vec d = load(row + i) - from;
+                    return Pair{d, d * d};
+                });
+            for (ptrdiff_t i = 0; samples < conv_block && i < length; ++i) {
+                const double d = i % conv_block < samples ? row[i] - from : 0;
+                deviations.a += d;
+                deviations.b += d * d;
+            }
         }
-    });
+        deviations.flush();
+        all.add(double(samples) * size.height * size.width, from, deviations);
+    }
     return all;
 }
 
@@ -942,10 +993,9 @@ void normalise_packed(Packed x, ImageSize size, const float* weight, const float
     for (int c = 0; c < size.channels; ++c) {
         const bool there = is_in(connected, c);
         const Moments found = there ? moments(x, size, c) : Moments{1, 0, 0};
-        const double spread = found.squares / found.count;
         mean[c] = float(found.mean);
-        variance[c] = float(spread);
-        scale[c] = float(1 / __builtin_sqrt(spread + epsilon));
+        variance[c] = float(found.variance());
+        scale[c] = float(1 / __builtin_sqrt(found.variance() + epsilon));
         if (!is_in(read, c)) continue;
         const Line line{mean[c], scale[c] * weight[c], bias[c]};
         with_numbers(there, [&](const auto& numbers) {
@@ -973,20 +1023,20 @@ void normalise_gradient_packed(Packed x, Packed delta, ImageSize size, const flo
     for (int c = 0; c < size.channels; ++c) {
         const bool there = is_in(connected, c);
         const Line line{mean[c], scale[c] * weight[c], bias[c]};
-        double total = 0, product = 0;
+        Totals totals;
         const auto add_up = [&](const auto& numbers) {
             each_row(channel, [&](int n, int, int i) {
                 const float* in = at(x, n, c, i);
                 float* d = at(delta, n, c, i);
                 if (relu && y) {
                     const float* out = at(*y, n, c, i);
-                    sum_pairs(0, length, total, product, [&](ptrdiff_t k, int) {
+                    totals.add(length, [&](ptrdiff_t k) {
                         const vec g = gated(load(d + k), load(out + k));
                         store(d + k, g);
                         return Pair{g, g * (numbers(in + k) - line.from)};
                     });
                 } else {
-                    sum_pairs(0, length, total, product, [&](ptrdiff_t k, int) {
+                    totals.add(length, [&](ptrdiff_t k) {
                         const vec v = numbers(in + k), g = again ? gated(load(d + k), line_at(line, v)) : load(d + k);
                         return Pair{g, g * (v - line.from)};
                     });
@@ -994,6 +1044,8 @@ void normalise_gradient_packed(Packed x, Packed delta, ImageSize size, const flo
             });
         };
         if (is_in(read, c)) with_numbers(there, add_up);
+        totals.flush();
+        const double total = totals.a, product = totals.b;
         weight_gradient[c] = float(product * scale[c]);
         bias_gradient[c] = float(total);
         if (!there) continue;

@@ -63,10 +63,13 @@ def can_compute(x: Tensor, *weights: Tensor | None) -> bool:
     return True
 
 
+_HOOKS = [name for name in vars(nn.Module()) if name.endswith("_hooks")]
+
+
 def is_plain(module: nn.Module) -> bool:
     """Return whether a module has no hooks and the forward pass of its class."""
-    hooked = any(hooks for name, hooks in vars(module).items() if name.endswith("_hooks"))
-    return not hooked and "forward" not in vars(module)
+    own = vars(module)
+    return not any(map(own.get, _HOOKS)) and "forward" not in own
 
 
 class _Product(torch.autograd.Function):

@@ -19,7 +19,6 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import groupby
 from threading import RLock
 from types import CodeType, FrameType, FunctionType
 from typing import TYPE_CHECKING, Any
@@ -27,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx, nn
 from torch.autograd.function import once_differentiable
+from torch.autograd.graph import increment_version
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
@@ -71,25 +71,6 @@ class Norm:
     mean: Tensor
     variance: Tensor
     batches: Tensor | None
-
-
-@torch.no_grad()
-def _update_running_statistics(found: Sequence[tuple[Norm, Size, Tensor]]) -> None:
-    """Update the running statistics of layers, one after another.
-
-    Args:
-        found: of each layer, its settings, the size of its images, and the batch's mean, variance and scale, each
-            (channels,).
-    """
-    for momentum, group in groupby(found, key=lambda each: each[0].momentum):  # layers may share statistics
-        norms, sizes, statistics = zip(*group, strict=True)
-        means, variances, _ = zip(*(each.unbind() for each in statistics), strict=True)
-        counts = [batch * height * width for batch, _, height, width in sizes]
-        unbiased = torch._foreach_mul(variances, [count / (count - 1) for count in counts])
-        torch._foreach_lerp_([norm.mean for norm in norms], means, momentum)
-        torch._foreach_lerp_([norm.variance for norm in norms], unbiased, momentum)
-    if counters := [norm.batches for norm, _, _ in found if norm.batches is not None]:
-        torch._foreach_add_(counters, 1)
 
 
 @dataclass(eq=False)
@@ -171,7 +152,7 @@ class Segment:
         self._behind: dict[Value, Any] = {}
 
     def __del__(self) -> None:
-        for images in self._buffers.values():
+        for images in reversed(self._buffers.values()):
             self.memory.give(images)
 
     def tensor(self, tensor: Tensor | None) -> int:
@@ -214,8 +195,10 @@ class Segment:
             found = dict(zip(outputs, _compute(self, outputs, *tensors), strict=True))
         for result in results:
             result._plain = found[result._value]
-        norms = [value for value in self.values if value.how == "norm"]
-        _update_running_statistics([(value.kernel, value.size, self._statistics[value]) for value in norms])
+        norms = [value.kernel for value in self.values if value.how == "norm"]
+        increment_version([statistics for norm in norms for statistics in (norm.mean, norm.variance)])
+        if counters := [norm.batches for norm in norms if norm.batches is not None]:
+            torch._foreach_add_(counters, 1)
         self._positions, self._sources = {}, {}
 
     @contextmanager
@@ -302,6 +285,11 @@ class Segment:
                 calls.put(native.average_packed, x, y)
             else:
                 calls.put(native.sum_packed, x, other, operation.relu, y)
+        for value in self.values:
+            if value.how == "norm":  # in order, since layers may share running statistics
+                norm, statistics = value.kernel, self._statistics[value]
+                x = buffers[value.of[0]]
+                calls.put(native.update_statistics, x, statistics, norm.momentum, norm.mean, norm.variance)
         calls.run()
         return [empty(value.size) for value in outputs]  # written when they are read: variables may outlive their use
 
@@ -729,7 +717,7 @@ class Packing:
         ):
             return None
         return self._record(
-            size, "norm", (x,), Norm(float(layer.eps), layer.momentum, mean, variance, batches), parameters
+            size, "norm", (x,), Norm(float(layer.eps), float(layer.momentum), mean, variance, batches), parameters
         )
 
     def pool(self, layer: Any, x: Tensor) -> Tensor | None:

@@ -1138,6 +1138,24 @@ void normalise_packed(const PackedImages& x, nb::handle weight, nb::handle bias,
     });
 }
 
+// Updates running statistics by those of x, whose variance is then the unbiased one.
+void update_statistics(const PackedImages& x, nb::handle statistics, double momentum, nb::handle running_mean,
+                       nb::handle running_variance) {
+    Calls* const calls = Calls::putting();
+    const auto [batch, channels, height, width] = x.size();
+    const double count = double(batch) * height * width;
+    if (count < 2) throw std::invalid_argument("x: expected at least two numbers in each channel");
+    float *mean = Tensor<float>("running_mean", running_mean).contiguous({channels}),
+          *variance = Tensor<float>("running_variance", running_variance).contiguous({channels});
+    const float* found = Tensor<float>("statistics", statistics).contiguous({3, channels});
+    Calls::compute(calls, [=, channels = channels] {
+        for (int c = 0; c < channels; ++c) {
+            mean[c] = float((1 - momentum) * mean[c] + momentum * found[c]);
+            variance[c] = float((1 - momentum) * variance[c] + momentum * (count / (count - 1)) * found[channels + c]);
+        }
+    });
+}
+
 void normalise_gradient_packed(const PackedImages& x, const PackedImages& delta, nb::handle weight, nb::handle bias,
                                nb::handle statistics, bool relu, const PackedImages* y, const PackedImages& gradient,
                                nb::handle weight_gradient, nb::handle bias_gradient, const Layer* source,
@@ -1316,6 +1334,8 @@ NB_MODULE(_sparse, m) {
     m.def("normalise_packed", normalise_packed, nb::arg("x"), nb::arg("weight"), nb::arg("bias"),
           nb::arg("epsilon").noconvert(), nb::arg("statistics"), nb::arg("other").none(), nb::arg("relu"), nb::arg("y"),
           nb::arg("source").none() = nb::none(), nb::arg("reader").none() = nb::none());
+    m.def("update_statistics", update_statistics, nb::arg("x"), nb::arg("statistics"), nb::arg("momentum").noconvert(),
+          nb::arg("running_mean"), nb::arg("running_variance"));
     m.def("normalise_gradient_packed", normalise_gradient_packed, nb::arg("x"), nb::arg("delta"), nb::arg("weight"),
           nb::arg("bias"), nb::arg("statistics"), nb::arg("relu"), nb::arg("y").none(), nb::arg("gradient"),
           nb::arg("weight_gradient"), nb::arg("bias_gradient"), nb::arg("source").none() = nb::none(),
