@@ -477,17 +477,31 @@ def test_choices_leave_alone_what_must_stay_dense() -> None:
     assert set(kernels.choices(model.double(), mask).values()) == {"dense"}
 
 
+@pytest.mark.parametrize(
+    "register", [name for name in dir(nn.Module) if name.startswith("register") and "hook" in name]
+)
+def test_a_module_with_any_hook_is_not_plain(register: str) -> None:
+    module = nn.Linear(2, 2)
+    assert layers.is_plain(module)
+    hook = getattr(module, register)(lambda *_: None)
+    assert not layers.is_plain(module)
+    if hook is not None:  # that before a state dict is made cannot be removed in torch 2.6
+        hook.remove()
+        assert layers.is_plain(module)
+
+
 def test_rule() -> None:
     assert kernels.choose((10, 100), 0.99)
     assert not kernels.choose((10, 100), 1)
     assert kernels.choose((100, 300), 0.75)
     assert not kernels.choose((100, 300), 0.76)
-    assert kernels.choose((300, 784), 0.55)
-    assert not kernels.choose((300, 784), 0.56)
-    assert kernels.choose((1000, 1000), 0.45)
-    assert not kernels.choose((1000, 1000), 0.46)
-    assert kernels.choose((4096, 4096), 0.3)
-    assert not kernels.choose((4096, 4096), 0.31)
+    for shape, most, most_of_others in (((300, 784), 0.65, 0.55), ((1000, 1000), 0.6, 0.45), ((4096, 4096), 0.45, 0.3)):
+        for batch_size in (116, 128, 256, 512, 1000):  # they fill nine tenths of blocks of 128 samples
+            assert kernels.choose(shape, most, batch_size)
+            assert not kernels.choose(shape, most + 0.01, batch_size)
+        for batch_size in (16, 64, 115, 129, 200, 300):
+            assert kernels.choose(shape, most_of_others, batch_size)
+            assert not kernels.choose(shape, most_of_others + 0.01, batch_size)
     assert kernels.choose((16, 3, 3, 3), 0.85, beside=True)
     assert not kernels.choose((16, 3, 3, 3), 0.86, beside=True)
     assert not kernels.choose((16, 3, 3, 3), 0.41)

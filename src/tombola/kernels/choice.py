@@ -79,6 +79,20 @@ def choose(
     #   64 -> 64, 8 x 8      128   .45   .77   .48   .72  1.00
     #   256 -> 256, 8 x 8    128   .23   .55   .59   .73  1.07
     #
+    # Linear layers after both became faster: dense ones use oneDNN, and sparse ones read in order. A whole step of a
+    # perceptron with one hidden layer, relative to one with a dense first layer, on another processor. A block of
+    # AVX-512 has 128 samples; if a quarter of it is empty, dense layers are ahead from density .5 on.
+    #
+    #   layer              batch   AVX2   .4    .5    .6    .7   AVX-512   .4    .5    .6    .7
+    #   784 -> 300            16         .64   .76   .88                  .99  1.11  1.33
+    #   784 -> 300            32         .54   .66   .78   .92            .84   .94  1.11  1.22
+    #   784 -> 300            96               .67   .81                       1.02  1.16
+    #   784 -> 300           128                     .74   .86                        .91  1.00
+    #   512 -> 512           128                     .71   .83                        .85   .94
+    #   1000 -> 1000          32         .58   .71                        .99  1.23
+    #   1000 -> 1000         128               .61   .74                        .81   .91
+    #   2000 -> 2000         128         .50   .62   .71                  .61   .76   .85
+    #
     # A sparse convolution beside a sparse neighbour also saves the change of layout. The first layer and the shortcuts
     # of ResNet-20 are small and stay the densest; with these sparse too, a step at density .1 took .7 of the time. A
     # step of VGG-16 took .85 of the time with all layers up to density .4 sparse instead of up to .3.
@@ -116,7 +130,9 @@ def choose(
     if batch_size < 16:
         return False
     if len(shape) == 2:
-        return density < 1 and density <= next(most for size, most in _LINEAR if math.prod(shape) <= size)
+        full = batch_size / (128 * math.ceil(batch_size / 128)) >= 0.9
+        limits = _LINEAR_OF_FULL_BATCHES if full else _LINEAR
+        return density < 1 and density <= next(most for size, most in limits if math.prod(shape) <= size)
     used = batch_size / (32 * math.ceil(batch_size / 32)) if packed else 1.0  # of blocks of 32 samples
     if batch_size < (32 if packed else 64) or used < 0.75:
         return density <= 0.1
@@ -130,6 +146,9 @@ def choose(
 
 # (number of weights up to which the limit holds, highest density of a sparse linear layer)
 _LINEAR = ((2**12, 1.0), (2**15, 0.75), (2**18, 0.55), (2**20, 0.45), (math.inf, 0.3))
+
+# The same for batches that fill nine tenths of blocks of 128 samples.
+_LINEAR_OF_FULL_BATCHES = ((2**12, 1.0), (2**15, 0.75), (2**18, 0.65), (2**20, 0.6), (math.inf, 0.45))
 
 # The same for a sparse convolution in a network whose activations may stay packed.
 _PACKED = ((2**14, 0.75), (math.inf, 0.65))
