@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 import resource
 from types import SimpleNamespace
@@ -64,12 +65,25 @@ def test_what_was_freed_goes_back_to_the_system_at_the_end(glibc: ctypes.CDLL) -
     glibc.free(behind)
 
 
-class Calls(list[tuple[int, ...]]):
-    """What a C library that does nothing was asked for."""
+def test_what_is_free_is_counted(glibc: ctypes.CDLL) -> None:
+    if not hasattr(glibc, "mallinfo2"):
+        assert memory._count_free(glibc) == math.inf
+        return
+    with keep_memory():
+        block = glibc.malloc(SIZE)
+        used = memory._count_free(glibc)
+        glibc.free(block)
+        assert SIZE / 2 < memory._count_free(glibc) - used < 2 * SIZE
 
-    def __init__(self) -> None:
+
+class Calls(list[tuple[int, ...]]):
+    """What a C library that does nothing was asked for; it says that `free` bytes are free, unless it cannot say it."""
+
+    def __init__(self, free: int | None = None) -> None:
         super().__init__()
         self.library = SimpleNamespace(mallopt=self._note, malloc_trim=self._note)
+        if free is not None:
+            self.library.mallinfo2 = lambda: SimpleNamespace(fordblks=free)
 
     def _note(self, *call: int) -> None:
         self.append(call)
@@ -97,6 +111,17 @@ def test_the_last_block_that_ends_gives_memory_back(calls: Calls) -> None:
     with later:
         assert calls == BEGIN + END + BEGIN
     assert calls == 2 * (BEGIN + END)
+
+
+@pytest.mark.parametrize(("free", "given_back"), [(2**26, []), (2**26 + 1, [(0,)])])
+def test_more_than_glibc_would_keep_goes_back(
+    free: int, given_back: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    noted = Calls(free)
+    monkeypatch.setattr(memory, "_find_glibc", lambda: noted.library)
+    with keep_memory():
+        pass
+    assert noted == BEGIN + END[:-1] + given_back
 
 
 @pytest.mark.parametrize("label", [0, 2])
