@@ -130,10 +130,9 @@ def choose(
     if batch_size < 16:
         return False
     if len(shape) == 2:
-        full = batch_size / (128 * math.ceil(batch_size / 128)) >= 0.9
-        limits = _LINEAR_OF_FULL_BATCHES if full else _LINEAR
+        limits = _LINEAR_OF_FULL_BATCHES if _filled(batch_size, 128) >= 0.9 else _LINEAR
         return density < 1 and density <= next(most for size, most in limits if math.prod(shape) <= size)
-    used = batch_size / (32 * math.ceil(batch_size / 32)) if packed else 1.0  # of blocks of 32 samples
+    used = _filled(batch_size, 32) if packed else 1.0
     if batch_size < (32 if packed else 64) or used < 0.75:
         return density <= 0.1
     if batch_size < 64 and used < 0.8:
@@ -142,6 +141,11 @@ def choose(
     if packed:
         return small or density <= next(most for size, most in _PACKED if math.prod(shape) <= size)
     return density <= (0.85 if small else 0.4)
+
+
+def _filled(batch_size: int, block: int) -> float:
+    """Return the part of the blocks of so many samples that a batch fills, in 0..1."""
+    return batch_size / (block * math.ceil(batch_size / block))
 
 
 # (number of weights up to which the limit holds, highest density of a sparse linear layer)

@@ -931,28 +931,26 @@ Moments moments(Packed x, ImageSize size, int c) {
     Moments all;
     const ptrdiff_t length = ptrdiff_t(size.width) * conv_block;
     for (int n = 0; n < count_blocks(size.batch); ++n) {
-        const float* const first = at(x, n, c, 0);
         const int samples = samples_of(size.batch, n);
-        Totals top, deviations;
-        if (samples == conv_block)
-            top.add(length, [&](ptrdiff_t i) { return Pair{load(first + i), vec{}}; });
-        for (ptrdiff_t i = 0; samples < conv_block && i < length; ++i) top.a += i % conv_block < samples ? first[i] : 0;
-        top.flush();
-        const float from = float(top.a / (double(samples) * size.width));
-        for (int y = 0; y < size.height; ++y) {
+        const auto add_row = [&](Totals& totals, int y, float from) {
             const float* row = at(x, n, c, y);
             if (samples == conv_block)
-                deviations.add(length, [&](ptrdiff_t i) {
+                return totals.add(length, [&](ptrdiff_t i) {
                     if (i % 16 == 0) __builtin_prefetch(row + x.row + i);  // of the next row
                     const vec d = load(row + i) - from;
                     return Pair{d, d * d};
                 });
-            for (ptrdiff_t i = 0; samples < conv_block && i < length; ++i) {
+            for (ptrdiff_t i = 0; i < length; ++i) {
                 const double d = i % conv_block < samples ? row[i] - from : 0;
-                deviations.a += d;
-                deviations.b += d * d;
+                totals.a += d;
+                totals.b += d * d;
             }
-        }
+        };
+        Totals first, deviations;
+        add_row(first, 0, 0);
+        first.flush();
+        const float from = float(first.a / (double(samples) * size.width));
+        for (int y = 0; y < size.height; ++y) add_row(deviations, y, from);
         deviations.flush();
         all.add(double(samples) * size.height * size.width, from, deviations);
     }

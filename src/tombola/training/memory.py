@@ -19,12 +19,9 @@ _LARGEST = 2**25  # the highest threshold that glibc reaches by itself
 
 
 class _Usage(ctypes.Structure):
-    """What glibc's `mallinfo2` returns: sizes in bytes, and numbers of blocks."""
+    """What glibc's `mallinfo2` returns: ten numbers, of which `fordblks` are the bytes that are free."""
 
-    _fields_ = [
-        *((name, ctypes.c_size_t) for name in ("arena", "ordblks", "smblks", "hblks", "hblkhd")),
-        *((name, ctypes.c_size_t) for name in ("usmblks", "fsmblks", "uordblks", "fordblks", "keepcost")),
-    ]
+    _fields_ = [("before", 8 * ctypes.c_size_t), ("fordblks", ctypes.c_size_t), ("keepcost", ctypes.c_size_t)]
 
 
 @contextmanager
