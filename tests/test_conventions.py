@@ -169,7 +169,7 @@ def test_packed_networks_have_names_of_their_own(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr("tombola.study.planner.can_pack", can_pack)
     for _ in range(2):
         after = plan.training(0, initial, mask, 0, plan.end)
-        assert after.identity == before.identity | {"packed": 3}
+        assert after.identity == before.identity | {"packed": 4}
         assert after.key != before.key
     assert asked == [plan.model], "the network is traced once"
     assert (Job.of(before, plan.study).packed, Job.of(after, plan.study).packed) == (False, True)

@@ -508,12 +508,12 @@ def test_rule() -> None:
     assert kernels.choose((16, 16, 3, 3), 0.4)
     assert not kernels.choose((16, 16, 3, 3), 0.41)
     assert kernels.choose((16, 3, 3, 3), 1, beside=True, packed=True)
-    assert kernels.choose((32, 32, 3, 3), 0.75, packed=True)
-    assert not kernels.choose((32, 32, 3, 3), 0.76, packed=True)
-    assert kernels.choose((64, 64, 3, 3), 0.65, packed=True)
-    assert not kernels.choose((64, 64, 3, 3), 0.66, beside=True, packed=True)
+    for inputs, most in ((16, 0.75), (256, 0.75), (257, 0.7), (1024, 0.7), (1025, 0.65), (2**14, 0.65)):
+        for shape in ((256, inputs, 1, 1), (64, inputs, 2, 2)):  # limits hold for numbers of weights
+            assert kernels.choose(shape, most, packed=True)
+            assert not kernels.choose(shape, most + 0.01, packed=True)
     assert kernels.choose((128, 256, 1, 1), 1, beside=True, packed=True)
-    assert not kernels.choose((129, 256, 1, 1), 0.66, beside=True, packed=True)
+    assert not kernels.choose((129, 256, 1, 1), 0.76, beside=True, packed=True)
     assert not kernels.choose((128, 256, 1, 1), 0.86, packed=True)
     assert not kernels.choose((128, 256, 1, 1), 0.41, beside=True)
     assert kernels.choose((16, 16, 3, 3), 0.75, 32, packed=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -81,8 +81,9 @@ def sparse_of(model: nn.Module, kind: str = "0.3") -> tuple[nn.Module, nn.Module
 def assert_equal_steps(model: nn.Module, x: Tensor, kind: str = "0.3", *, packs: bool = True) -> None:
     """Outputs, gradients and buffers of a step against float64, with bounds for networks of a few layers."""
     exact, sparse = sparse_of(model, kind)
+    memory = Memory()
     inputs = [x.double().requires_grad_(), x.requires_grad_()]
-    outputs = [exact(inputs[0]), run(sparse, inputs[1])]
+    outputs = [exact(inputs[0]), run(sparse, inputs[1], memory)]
     assert is_packed(outputs[1]) == packs
     delta = torch.randn(outputs[0].shape)
     for y in outputs:
@@ -103,6 +104,8 @@ def assert_equal_steps(model: nn.Module, x: Tensor, kind: str = "0.3", *, packs:
     for name, buffer in sparse.named_buffers():
         if not name.endswith("alive"):
             close(buffer, exact.get_buffer(name))
+    given = [id(images) for free in memory._free.values() for images in free]
+    assert len(given) == len(set(given)), "no memory is given back twice"
 
 
 def close(ours: Tensor | None, exact: Tensor | None, scale: float = 1) -> None:
@@ -149,6 +152,18 @@ def close(ours: Tensor | None, exact: Tensor | None, scale: float = 1) -> None:
     seed=0, batch=33, channels=(64, 40), kernel=(3, 3), image=(6, 20), stride=1, padding=(1, 1), kind="0.3",
     layout="contiguous", bias=True,
 )  # fmt: skip
+@example(  # four pixels whose sources, or targets, are two apart
+    seed=0, batch=33, channels=(5, 4), kernel=(3, 3), image=(8, 16), stride=2, padding=(1, 1), kind="0.3",
+    layout="contiguous", bias=True,
+)  # fmt: skip
+@example(  # a step of two digits
+    seed=0, batch=17, channels=(3, 2), kernel=(3, 3), image=(13, 44), stride=11, padding=(1, 1), kind="0.3",
+    layout="contiguous", bias=True,
+)  # fmt: skip
+@example(  # pixels that no connection reads
+    seed=0, batch=33, channels=(5, 4), kernel=(1, 1), image=(8, 16), stride=2, padding=(0, 0), kind="0.3",
+    layout="contiguous", bias=True,
+)  # fmt: skip
 @example(  # strips of columns, and bands
     seed=0, batch=33, channels=(160, 96), kernel=(3, 3), image=(16, 20), stride=1, padding=(1, 1), kind="0.05",
     layout="contiguous", bias=True,
@@ -186,6 +201,80 @@ def test_a_convolution_equals_masked_dense(
     terms = [mask[0].numel() + 1, mask.numel() // mask.shape[1], positions, positions]
     for found, right, absolute, count in zip(ours, exact, bound, terms, strict=False):
         assert_rounding(found, right, absolute, count)
+
+
+@pytest.mark.parametrize("frozen", [("values",), ("bias",), ("values", "bias"), ("values", "x"), ("bias", "x"), ("x",)])
+def test_what_is_frozen_changes_no_other_gradient(frozen: tuple[str, ...]) -> None:
+    torch.manual_seed(2)
+    layer = kernels.SparseConv2d(torch.randn(4, 3, 3, 3), torch.randn(4), a_mask((4, 3, 3, 3), "0.3"), 1, (1, 1))
+    x, every = torch.randn(5, 3, 6, 6), {}
+    for frozen_now in ((), frozen):
+        tensors = {"values": layer.values, "bias": layer.bias, "x": x}
+        for name, tensor in tensors.items():
+            assert tensor is not None
+            tensor.requires_grad_(name not in frozen_now)
+            tensor.grad = None
+        run(layer, x).square().sum().backward()  # type: ignore[no-untyped-call]
+        for name, tensor in tensors.items():
+            assert tensor is not None
+            assert (tensor.grad is None) == (name in frozen_now)
+            if not frozen_now:
+                every[name] = tensor.grad
+            elif tensor.grad is not None:
+                close(tensor.grad, every[name].double())
+
+
+@pytest.mark.parametrize("instruction_set", SETS)
+@settings(max_examples=30, deadline=None)
+@given(
+    seed=st.integers(0, 2**32),
+    batch=st.sampled_from([1, 16, 33]),
+    channels=st.tuples(st.integers(1, 60), st.integers(1, 60)),
+    size=st.sampled_from([1, 3]),
+    image=st.tuples(st.integers(1, 9), st.sampled_from([1, 4, 7, 8, 16])),
+    stride=st.integers(1, 3),
+    density=st.sampled_from([0.0, 0.02, 0.3, 1.0]),
+    flags=st.tuples(st.booleans(), st.booleans(), st.booleans()),
+)
+@example(seed=0, batch=33, channels=(60, 60), size=3, image=(8, 16), stride=2, density=0.3, flags=(True, True, True))
+@example(seed=0, batch=33, channels=(3, 2), size=3, image=(13, 44), stride=11, density=0.3, flags=(False, True, True))
+def test_both_gradients_at_once_are_those_one_by_one(
+    instruction_set: str, seed: int, batch: int, channels: tuple[int, int], size: int, image: tuple[int, int],
+    stride: int, density: float, flags: tuple[bool, bool, bool],
+) -> None:  # fmt: skip
+    """Also where some outputs are not read, and where gradients of images are added or left out."""
+    torch.manual_seed(seed)
+    (inputs, outputs), (add, every, all_read), extension = channels, flags, layers.extension
+    alive = (torch.rand(outputs * inputs * size * size) < density).nonzero().flatten()
+    read = torch.ones(outputs, dtype=torch.bool) if all_read else torch.rand(outputs) < 0.5
+    padding = (size // 2, size // 2)
+    kernel = extension.Layer(alive, outputs, inputs, (size, size), image, stride, padding, instruction_set, read)
+    if kernel.block != extension.block(instruction_set):
+        return  # a linear layer
+    shape = (batch, outputs, (image[0] - 1) // stride + 1, (image[1] - 1) // stride + 1)
+    values, x, d = torch.randn(len(alive)), torch.randn(batch, inputs, *image), torch.randn(shape)
+    before = torch.randn(x.shape)
+
+    def packed_of(images: Tensor) -> Any:
+        into = extension.PackedImages(tuple(images.shape), 2, instruction_set)
+        extension.pack_images(images, into)
+        return into
+
+    def gradients(*, at_once: bool, of: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        source, delta, target = packed_of(of(x)), packed_of(of(d)), packed_of(before)
+        dx, dw, db = torch.empty(x.shape), torch.full_like(values, torch.nan), torch.empty(outputs)
+        if at_once:
+            kernel.gradients_images(values, source, delta, dw, db, target, add=add, all=every)
+        else:
+            kernel.input_gradient_images(values, delta, target, add=add, all=every)
+            kernel.weight_gradient_images(source, delta, dw, db)
+        extension.unpack_images(target, dx)
+        return dx, dw, db
+
+    ours, each = (gradients(at_once=at_once, of=lambda t: t) for at_once in (True, False))
+    assert torch.equal(ours[0], each[0])
+    assert torch.equal(ours[2], each[2])
+    assert bool(((ours[1] - each[1]).abs() <= 1e-5 * gradients(at_once=False, of=torch.abs)[1]).all())
 
 
 @pytest.mark.parametrize("instruction_set", SETS)
@@ -503,6 +592,53 @@ def a_network(how: str, outputs: int = 4, stride: int = 2) -> nn.Module:
 def test_networks_equal_masked_dense(how: str, batch: int) -> None:
     torch.manual_seed(3)
     assert_equal_steps(a_network(how), torch.randn(batch, 2, 9, 11))
+
+
+class Skipping(nn.Module):
+    """Convolutions that skip pixels of the images they read; `readers` says what else reads these images."""
+
+    def __init__(self, readers: Sequence[str]) -> None:
+        super().__init__()
+        self.first, self.skips = nn.Conv2d(2, 3, 3, padding=1), nn.Conv2d(3, 3, 1, 2)
+        self.wide, self.readers = nn.Conv2d(3, 3, 3, 2, padding=1), readers
+        self.even = nn.Conv2d(3, 3, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x)
+        known = {
+            "skips": self.skips,
+            "wide": self.wide,
+            "norm": lambda y: self.wide(y.relu()),
+            "later": lambda y: self.skips(y + y),
+            "even": lambda y: self.skips(self.even(y)),
+            "pool": lambda y: F.max_pool2d(y, 2),
+        }
+        found: Tensor = self.skips(y)
+        for name in self.readers:
+            found = found + known[name](y)
+        return found
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["", "reversed"])
+@pytest.mark.parametrize(
+    "readers",
+    [
+        (),
+        ("skips",),
+        ("wide",),
+        ("norm", "wide"),
+        ("later",),
+        ("pool", "skips"),
+        ("later", "wide", "pool"),
+        ("wide", "even", "norm", "even"),
+    ],
+)
+def test_convolutions_that_skip_pixels(readers: tuple[str, ...], first: bool) -> None:
+    """Also where others read the same images, before or after them, and where they share weights."""
+    torch.manual_seed(4)
+    for batch, kind in ((33, "0.3"), (5, "1")):
+        model = Skipping(readers if first else readers[::-1])
+        assert_equal_steps(nn.Sequential(nn.Conv2d(2, 2, 1), model), torch.randn(batch, 2, 8, 8), kind)
 
 
 def test_a_block_is_as_few_operations_as_it_can_be(planned: list[list[str]]) -> None:
@@ -1250,7 +1386,16 @@ def test_packed_functions_refuse_every_wrong_argument() -> None:
             {"bias_gradient"},
             set(),
         ),
-    ]
+        (
+            partial(kernel.gradients_images, add=False),
+            {
+                "values": values, "source": some(), "delta": some(outputs), "gradient": values.clone(),
+                "bias_gradient": bias.clone(), "target": some(),
+            },
+            {"bias_gradient"},
+            set(),
+        ),
+    ]  # fmt: skip
     averages = extension.average_packed, extension.average_gradient_packed  # of images of any height and width
     for call, right, optional, strided in calls:
         refuse_each(call, right, optional, strided)
@@ -1313,6 +1458,10 @@ def test_packed_functions_refuse_targets_in_the_memory_of_their_source() -> None
         wide.forward_images(torch.ones(81), None, images, images)
     with pytest.raises(ValueError, match=r"^target: expected memory of its own, got that of delta"):
         wide.input_gradient_images(torch.ones(81), images, images, add=False)
+    other, gradient = extension.PackedImages((3, 3, 4, 5), 1), torch.ones(81)
+    for source, delta, name in ((other, images, "delta"), (images, other, "source")):
+        with pytest.raises(ValueError, match=rf"^target: expected memory of its own, got that of {name}"):
+            wide.gradients_images(torch.ones(81), source, delta, gradient, None, images, add=False)
     for axis in range(4):
         target = torch.zeros([1 if at == axis else each for at, each in enumerate((3, 3, 4, 5))]).expand(3, 3, 4, 5)
         with pytest.raises(ValueError, match=r"target: .* not expanded"):
@@ -1334,6 +1483,9 @@ def test_kernels_refuse_packed_images_that_do_not_fit() -> None:
         lambda: kernel.forward_images(values, None, bare, y),
         lambda: kernel.weight_gradient_images(bare, y, values.clone(), None),
         lambda: kernel.input_gradient_images(values, extension.PackedImages((7, 2, 4, 5), 0), x, add=True),
+        lambda: kernel.gradients_images(
+            values, bare, extension.PackedImages((7, 2, 4, 5), 0), values.clone(), None, x, add=True
+        ),
     ):
         with pytest.raises(ValueError, match=r"^(source|delta): expected a border of at least 1, got 0"):
             product()

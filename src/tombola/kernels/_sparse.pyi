@@ -35,6 +35,17 @@ class Layer:
     def weight_gradient_images(
         self, source: PackedImages, delta: PackedImages, gradient: Tensor, bias_gradient: Tensor | None
     ) -> None: ...
+    def gradients_images(
+        self,
+        values: Tensor,
+        source: PackedImages,
+        delta: PackedImages,
+        gradient: Tensor,
+        bias_gradient: Tensor | None,
+        target: PackedImages,
+        add: bool,
+        all: bool = True,
+    ) -> None: ...
 
 class FewSamples:
     def __init__(

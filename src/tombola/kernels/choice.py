@@ -97,19 +97,27 @@ def choose(
     # of ResNet-20 are small and stay the densest; with these sparse too, a step at density .1 took .7 of the time. A
     # step of VGG-16 took .85 of the time with all layers up to density .4 sparse instead of up to .3.
     #
-    # Packed convolutions, without the changes of layout at both ends of a packed part (batch 128):
+    # Packed convolutions, without the changes of layout at both ends of a packed part, on the processor with AVX-512:
     #
-    #   layer                         .4    .5    .6   .65    .7   .75    .8   .85    .9
-    #   3 -> 16, 32 x 32                                                       .66
-    #   16 -> 16, 32 x 32                  .75               .93
-    #   16 -> 32, 1 x 1, 16 x 16                                                     .90
-    #   32 -> 32, 16 x 16            .54         .89               .95   .91
-    #   64 -> 64, 8 x 8                          .79               .95  1.03
-    #   64 -> 64, 32 x 32                  .45         .58
-    #   64 -> 128, 1 x 1, 16 x 16                                        .73
-    #   128 -> 128, 16 x 16                .61         .77
-    #   128 -> 256, 1 x 1, 8 x 8                                  1.17
-    #   256 -> 256, 8 x 8                        .86
+    #   layer                        AVX2  .6   .65    .7   .75    .8   .85  AVX-512  .6   .65    .7   .75    .8   .85
+    #   16 -> 16, 32 x 32                .58   .72   .75   .84   .89   .94         .44   .56   .61   .60   .70   .71
+    #   32 -> 32, 16 x 16                .76   .77   .83   .88   .93   .99         .63   .68   .69   .78   .84   .93
+    #   32 -> 64, 16 x 16, stride 2      .63   .72   .75   .81   .83   .88         .54   .64   .60   .64   .62   .71
+    #   64 -> 64, 8 x 8                  .72   .79   .82   .89   .96  1.02         .80   .86   .90   .97   .94  1.05
+    #   64 -> 64, 32 x 32                .72   .76   .82   .89   .94  1.00         .69   .72   .77   .82   .86   .91
+    #   128 -> 128, 16 x 16              .76   .84   .91   .96  1.03  1.08         .75   .82   .87   .94   .98  1.05
+    #   256 -> 256, 8 x 8                .87   .93  1.01  1.07  1.13  1.20         .88   .93  1.00  1.06  1.13  1.20
+    #   512 -> 512, 4 x 4                .96  1.03  1.12  1.18  1.23  1.29         .95  1.00  1.04  1.13  1.19  1.22
+    #   512 -> 512, 2 x 2                .82   .83   .90   .99   .98  1.03         .65   .65   .71   .73   .80   .83
+    #   64 -> 128, 1 x 1, stride 2       .51   .51   .55   .55   .59   .62         .46   .37   .49   .44   .43   .46
+    #   64 -> 64, 1 x 1, 8 x 8           .81   .84   .89   .93   .97  1.06         .71   .73   .83   .87   .88   .90
+    #   128 -> 128, 1 x 1, 16 x 16       .64   .76   .80   .86   .91   .97         .54   .68   .74   .76   .83   .84
+    #   3 -> 16, 32 x 32                 .33   .43   .46   .48   .52   .55         .21   .24   .24   .27   .29   .30
+    #
+    # Small layers are dense at lower densities than those at which both take the same time, because a dense convolution
+    # between packed ones needs copies (see below): if all layers of up to 2^14 weights are sparse up to .85 instead of
+    # .75, a step of ResNet-20 at density .8 takes 1.07 of the time. Large ones are sparse up to .65 even with 4 x 4
+    # pixels, since a network with such layers has others of 8 x 8 or 2 x 2.
     #
     # Batch norm and ReLU between packed convolutions also take a fifth to two thirds of their time between dense ones.
     #
@@ -155,7 +163,7 @@ _LINEAR = ((2**12, 1.0), (2**15, 0.75), (2**18, 0.55), (2**20, 0.45), (math.inf,
 _LINEAR_OF_FULL_BATCHES = ((2**12, 1.0), (2**15, 0.75), (2**18, 0.65), (2**20, 0.6), (math.inf, 0.45))
 
 # The same for a sparse convolution in a network whose activations may stay packed.
-_PACKED = ((2**14, 0.75), (math.inf, 0.65))
+_PACKED = ((2**16, 0.75), (2**18, 0.7), (math.inf, 0.65))
 
 
 def choose_to_infer(shape: Sequence[int], density: float, batch_size: int) -> bool:

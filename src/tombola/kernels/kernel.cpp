@@ -6,7 +6,7 @@
 #include "kernel.hpp"
 
 #include <cstring>
-#if defined(__AVX512F__)
+#if defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
@@ -35,6 +35,7 @@ constexpr int most_pixels = L < 16 ? conv_pixels : 8;  // of packed images, for 
 
 typedef float vec __attribute__((vector_size(4 * L)));
 typedef float unaligned __attribute__((vector_size(4 * L), aligned(4), may_alias));
+typedef float anywhere __attribute__((vector_size(4 * L), aligned(1), may_alias));  // std::memcpy would be two halves
 typedef float vec4 __attribute__((vector_size(16)));
 typedef int32_t ints __attribute__((vector_size(4 * L), may_alias));
 
@@ -97,6 +98,37 @@ inline vec sums(const Four& four, int first) {
         const vec a = sums<G / 2>(four, first), b = sums<G / 2>(four, first + G);
         return evens<G>(a, b) + odds<G>(a, b);
     }
+}
+
+// The sums of the lanes of each of four vectors a to d, in order, given sum_halves(a, b) and sum_halves(c, d).
+inline vec4 sum_quarters(vec ab, vec cd) {
+    const vec all = evens<2>(ab, cd) + odds<2>(ab, cd);
+#if TOMBOLA_LANES == 16
+    typedef float vec8 __attribute__((vector_size(32)));
+    const vec8 half = __builtin_shufflevector(all, all, 0, 1, 2, 3, 4, 5, 6, 7) +
+                      __builtin_shufflevector(all, all, 8, 9, 10, 11, 12, 13, 14, 15);
+    return __builtin_shufflevector(half, half, 0, 1, 2, 3) + __builtin_shufflevector(half, half, 4, 5, 6, 7);
+#elif TOMBOLA_LANES == 8
+    return __builtin_shufflevector(all, all, 0, 1, 2, 3) + __builtin_shufflevector(all, all, 4, 5, 6, 7);
+#else
+    return all;
+#endif
+}
+
+inline void add_four(float* to, vec4 more) {
+    vec4 all;
+    std::memcpy(&all, to, sizeof all);
+    all += more;
+    std::memcpy(to, &all, sizeof all);
+}
+
+// Keeps a compiler from reading a vector from memory again for its second use, since loads limit the products.
+inline void read_once([[maybe_unused]] vec& v) {
+#if defined(__AVX512F__) && TOMBOLA_LANES == 16
+    asm("" : "+v"(v));
+#elif defined(__AVX2__) && TOMBOLA_LANES == 8
+    asm("" : "+x"(v));
+#endif
 }
 
 inline float sum(vec v) {
@@ -167,6 +199,8 @@ inline vec repeat_four(const float* from) {
     // The general code writes the four to memory, and waits until it can read sixteen there. All lanes are in the mask, without
     // which GCC warns of its own header.
     return (vec)_mm512_maskz_broadcast_f32x4(0xffff, _mm_loadu_ps(from));
+#elif defined(__AVX2__) && TOMBOLA_LANES == 8
+    return (vec)_mm256_broadcast_ps(reinterpret_cast<const __m128*>(from));  // a load; the general code is one and a shuffle
 #else
     vec4 v;
     std::memcpy(&v, from, sizeof v);
@@ -586,7 +620,7 @@ void pack_normalised_images(const uint8_t* images, const int64_t* indices, int c
                 for (int s = top; s < top + line; s += L) {
                     vec rows[L];
                     for (int j = 0; j < L; ++j) {
-                        std::memcpy(rows + j, image[s + j] + from, sizeof *rows);  // at any address
+                        rows[j] = *reinterpret_cast<const anywhere*>(image[s + j] + from);
                         if (top + line < block) __builtin_prefetch(image[s + line + j] + from);
                     }
                     transpose(rows);
@@ -656,62 +690,71 @@ void unpack_images(Packed from, ImageSize size, View to) {
     }
 }
 
-// P pixels of a pass: where they are read, and where they lie in the target; and the first pixel after them. Each `run` of
-// them are neighbours in a row of both, so that a loop over taps needs few addresses.
-template <int P, int run>
+// P pixels of a pass: where they are read, and where they lie in the target and in other images of its size; and the first
+// pixel after them. S and T are the steps of the source and of the target: four pixels of a row then need one address in
+// each, which leaves registers to the loops over taps. If S and T are 0, steps are any, and each pixel has its own addresses.
+template <int P, int S, int T>
 struct Pixels {
-    static constexpr int count = P, runs = P / run;
+    static constexpr int count = P, run = S ? 4 : 1, runs = P / run;
     const float *source[runs], *next_source;
-    float *target[runs], *next_target;
+    float *target[runs], *next_target, *beside[runs], *next_beside;
     int tile, samples;
     bool last_of_row;
 
-    const float* source_of(int p) const { return source[p / run] + p % run * conv_block; }
-    float* target_of(int p) const { return target[p / run] + p % run * conv_block; }
+    const float* source_of(int p) const { return source[p / run] + p % run * S * conv_block; }
+    float* target_of(int p) const { return target[p / run] + p % run * T * conv_block; }
+    float* beside_of(int p) const { return beside[p / run] + p % run * T * conv_block; }
 };
 
 // Calls body(P pixels) for all pixels of a pass: for each block of samples strip by strip, in each strip band by band, in
 // each band tile by tile, so that what is read at random stays in the cache.
 template <int most, class Body>
-void each_group(const Pass& pass, int batch, Packed from, Packed to, const Body& body) {
+void each_group(const Pass& pass, int batch, Packed from, Packed to, Packed beside, const Body& body) {
     for (int n = 0; n < count_blocks(batch); ++n)
         for (int left = 0; left < pass.grid_width; left += pass.strip)
             for (int top = 0; top < pass.grid_height; top += pass.band)
                 for (int tile = 0; tile < pass.tiles; ++tile) {
                     const int width = at_most(pass.strip, pass.grid_width - left);
                     const int end = width * at_most(pass.band, pass.grid_height - top);
-                    const float* const source = at(from, n, tile * pass.tile_channels, -pass.pad_top);
-                    float* const target = at(to, n, 0, pass.target_top);
                     int i = 0, j = 0;
-                    const auto source_of = [&] {
-                        return source + ptrdiff_t(top + i) * pass.source_step * from.row +
-                               (ptrdiff_t(left + j) * pass.source_step - pass.pad_left) * conv_block;
+                    const auto source = [&] {
+                        return at(from, n, tile * pass.tile_channels, (top + i) * pass.source_step - pass.pad_top) +
+                               ((left + j) * pass.source_step - pass.pad_left) * conv_block;
                     };
-                    const auto target_of = [&] {
-                        return target + ptrdiff_t(top + i) * pass.target_step * to.row +
-                               (ptrdiff_t(left + j) * pass.target_step + pass.target_left) * conv_block;
+                    const auto target = [&](Packed images) {
+                        return at(images, n, 0, (top + i) * pass.target_step + pass.target_top) +
+                               ((left + j) * pass.target_step + pass.target_left) * conv_block;
                     };
                     const auto next = [&](auto pixels) {
                         for (int p = 0; p < pixels.runs; ++p) {
-                            pixels.source[p] = source_of();
-                            pixels.target[p] = target_of();
-                            j += pixels.count / pixels.runs;
+                            pixels.source[p] = source();
+                            pixels.target[p] = target(to);
+                            pixels.beside[p] = target(beside);
+                            j += pixels.run;
                             if (j == width) j = 0, ++i;
                         }
-                        pixels.next_source = source_of();
-                        pixels.next_target = target_of();
+                        pixels.next_source = source();
+                        pixels.next_target = target(to);
+                        pixels.next_beside = target(beside);
                         pixels.last_of_row = j == 0;
                         pixels.tile = tile;
                         pixels.samples = samples_of(batch, n);
                         body(pixels);
                     };
                     int first = 0;
-                    if (pass.source_step == 1 && pass.target_step == 1 && width % 4 == 0) {
-                        for (; most > 4 && first + most <= end; first += most) next(Pixels<most, 4>{});
-                        for (; first < end; first += 4) next(Pixels<4, 4>{});
+                    const auto steps = [&](int of_source, int of_target) {
+                        return width % 4 == 0 && pass.source_step == of_source && pass.target_step == of_target;
+                    };
+                    if (steps(1, 1)) {
+                        for (; most > 4 && first + most <= end; first += most) next(Pixels<most, 1, 1>{});
+                        for (; first < end; first += 4) next(Pixels<4, 1, 1>{});
+                    } else if (steps(2, 1)) {
+                        for (; first < end; first += 4) next(Pixels<4, 2, 1>{});
+                    } else if (steps(1, 2)) {
+                        for (; first < end; first += 4) next(Pixels<4, 1, 2>{});
                     } else {
-                        for (; first + 4 <= end; first += 4) next(Pixels<4, 1>{});
-                        for (; first < end; ++first) next(Pixels<1, 1>{});
+                        for (; first + 4 <= end; first += 4) next(Pixels<4, 0, 0>{});
+                        for (; first < end; ++first) next(Pixels<1, 0, 0>{});
                     }
                 }
 }
@@ -719,19 +762,18 @@ void each_group(const Pass& pass, int batch, Packed from, Packed to, const Body&
 // Many channels are read and written at once, too many places for a processor to foresee, so the next pixels are fetched in
 // time, in the last rows that taps reach: the others were read for the row of pixels above. Some channels of the source go
 // with each row of the target, since a processor that waits for many lines at once computes nothing meanwhile.
-template <int P, int run>
+template <int P, int S, int T>
 struct Ahead {
     const int32_t *channel, *last;  // of the source, those that are left
     int share, rows, floats;        // channels for each row of the target; of each, rows and floats of a row
-    const float *source, *target;
+    const float* source;
     ptrdiff_t source_channel, source_row, target_pixel;
 
-    Ahead(const Pass& pass, const Pixels<P, run>& group, Packed from)
+    Ahead(const Pass& pass, const Pixels<P, S, T>& group, Packed from)
         : channel(pass.tapped + pass.tapped_split[group.tile]),
           last(P > 1 ? pass.tapped + pass.tapped_split[group.tile + 1] : channel),
           share((int(last - channel) + pass.rows - 1) / pass.rows),
           rows(at_most(pass.source_step, pass.tap_height)),
-          target(group.next_target),
           source_channel(from.channel),
           source_row(from.row),
           target_pixel(ptrdiff_t(pass.target_step) * conv_block) {
@@ -752,27 +794,28 @@ struct Ahead {
         }
     }
 
-    void fetch_target(ptrdiff_t row) const {
+    // Fetches pixels of the target, or of images of its size, from the first on.
+    void fetch(const float* first) const {
         if constexpr (P > 1)
             for (int p = 0; p < P; ++p)
-                for (int i = 0; i < conv_block; i += 16) __builtin_prefetch(target + row + p * target_pixel + i);
+                for (int i = 0; i < conv_block; i += 16) __builtin_prefetch(first + p * target_pixel + i);
     }
 };
 
 // A function of its own, which takes its pixels by value: the loops around it and the numbers that it stores to memory
 // must not take the registers of the loop over the taps.
-template <int P, int run>
+template <int P, int S, int T>
 [[gnu::noinline]] void gather_pixels(const Pass& pass, const int32_t* offset, const float* values, const float* bias,
-                                     const float* lanes, const Pixels<P, run> pixels, Packed source, Packed target, bool add,
+                                     const float* lanes, const Pixels<P, S, T> pixels, Packed source, Packed target, bool add,
                                      const uint8_t* written) {
     const int32_t* split = pass.split + pixels.tile;
     const ptrdiff_t channel = target.channel;
-    Ahead<P, run> ahead(pass, pixels, source);
+    Ahead<P, S, T> ahead(pass, pixels, source);
     for (int r = 0; r < pass.rows; ++r, split += pass.tiles + 1) {
         const int begin = split[0], end = split[1];
         ahead.fetch_source();
         if (begin == end && (add || (written && !written[r]))) continue;
-        ahead.fetch_target(r * channel);
+        ahead.fetch(pixels.next_target + r * channel);
         vec sum[P][conv_vectors];
         for (int p = 0; p < P; ++p)
             for (int v = 0; v < conv_vectors; ++v)
@@ -791,87 +834,88 @@ void gather_packed(const Pass& pass, const int32_t* offset, const float* values,
                    int batch, Packed target, bool add, const uint8_t* written) {
     float lanes[2][conv_block];  // 1 for each sample of a whole block, and of the last
     for (int s = 0; s < conv_block; ++s) lanes[0][s] = 1, lanes[1][s] = s < samples_of(batch, count_blocks(batch) - 1);
-    each_group<conv_pixels>(pass, batch, source, target, [&](const auto& pixels) {
+    each_group<conv_pixels>(pass, batch, source, target, target, [&](const auto& pixels) {
         gather_pixels(pass, offset, values, bias, lanes[pixels.samples < conv_block], pixels, source, target,
                       add || pixels.tile > 0, written);
     });
 }
 
-// Sums of vectors for consecutive taps, which are added to the gradients L at a time.
-struct Sums {
-    float* gradient;
-    vec totals[L];
-    int first = 0, count = 0;
-
-    void move_to(int tap) {
-        if (first + count != tap) flush(), first = tap;
-    }
-
-    void add(vec total) {
-        totals[count++] = total;
-        if (count == L) flush();
-    }
-
-    void flush() {
-        if (count == 0) return;
-        for (int i = count; i < L; ++i) totals[i] = vec{};
-        const auto four = [&](int i) { return Vectors{{totals[i], totals[i + 1], totals[i + 2], totals[i + 3]}}; };
-        const vec all = sums<L / 2>(four, 0);
-        if (count == L)
-            store(gradient + first, load(gradient + first) + all);
-        else
-            for (int i = 0; i < count; ++i) gradient[first + i] += all[i];
-        first += count;
-        count = 0;
-    }
-};
-
-template <int P, int run>  // like gather_pixels
-[[gnu::noinline]] void correlate_pixels(const Pass& pass, const int32_t* offset, const Pixels<P, run> pixels, Packed source,
-                                        Packed delta, float* gradient) {
+// Adds the sum of in * source, over these pixels and all samples of the block, to the gradient of each tap. If `both`, also
+// computes what gather_pixels does: each tap then reads the source once for two products. A function of its own for the same
+// reasons.
+template <bool both, int P, int S, int T>
+[[gnu::noinline]] void correlate_pixels(const Pass& pass, const int32_t* offset, const float* values,
+                                        const Pixels<P, S, T> pixels, Packed source, Packed target, Packed in, bool add,
+                                        const uint8_t* written, float* gradient) {
     const int32_t* split = pass.split + pixels.tile;
-    const ptrdiff_t channel = delta.channel;
-    Ahead<P, run> ahead(pass, pixels, source);
-    Sums kept;
-    kept.gradient = gradient;
+    const ptrdiff_t channel = target.channel, in_channel = in.channel;
+    Ahead<P, S, T> ahead(pass, pixels, source);
     for (int r = 0; r < pass.rows; ++r, split += pass.tiles + 1) {
         const int begin = split[0], end = split[1];
-        if (begin == end) {
-            ahead.fetch_source();
-            continue;
-        }
-        ahead.fetch_target(r * channel);
-        vec d[P][conv_vectors];
-        for (int p = 0; p < P; ++p)
-            for (int v = 0; v < conv_vectors; ++v) d[p][v] = load(pixels.target_of(p) + r * channel + v * L);
-        kept.move_to(begin);
-        for (int k = begin; k < end; ++k) {
-            const ptrdiff_t from = offset[k];
-            vec total[conv_vectors] = {};
-            for (int p = 0; p < P; ++p)
-                for (int v = 0; v < conv_vectors; ++v) total[v] += d[p][v] * load(pixels.source_of(p) + from + v * L);
-            kept.add(total[0] + total[1]);
-        }
         ahead.fetch_source();
+        if (begin == end && (!both || add || (written && !written[r]))) continue;
+        if (both) ahead.fetch(pixels.next_target + r * channel);
+        if (begin != end) ahead.fetch(pixels.next_beside + r * in_channel);
+        vec sum[P][conv_vectors], factor[P][conv_vectors];
+        for (int p = 0; p < P; ++p)
+            for (int v = 0; v < conv_vectors; ++v) {
+                if (both) sum[p][v] = add ? load(pixels.target_of(p) + r * channel + v * L) : vec{};
+                factor[p][v] = load(pixels.beside_of(p) + r * in_channel + v * L);
+            }
+        const auto tap = [&](vec value, ptrdiff_t from) __attribute__((always_inline)) {
+            vec total[conv_vectors];
+            for (int p = 0; p < P; ++p)
+                for (int v = 0; v < conv_vectors; ++v) {
+                    vec x = load(pixels.source_of(p) + from + v * L);
+                    if (both) read_once(x);
+                    if (both) sum[p][v] += value * x;
+                    total[v] = p ? total[v] + factor[p][v] * x : factor[p][v] * x;
+                }
+            return total[0] + total[1];
+        };
+        const auto rest = [&](int k) __attribute__((always_inline)) {
+            return k < end ? tap(both ? values[k] - vec{} : vec{}, offset[k]) : vec{};
+        };
+        int k = begin;
+        for (; k + 4 <= end; k += 4) {
+            const FourOffsets at(offset + k);
+            const vec four = both ? repeat_four(values + k) : vec{};
+            const vec a = tap(spread<0>(four), at.at[0]), b = tap(spread<1>(four), at.at[1]), ab = sum_halves(a, b);
+            const vec c = tap(spread<2>(four), at.at[2]), d = tap(spread<3>(four), at.at[3]), cd = sum_halves(c, d);
+            add_four(gradient + k, sum_quarters(ab, cd));
+        }
+        if (k < end) {
+            const vec a = rest(k), b = rest(k + 1), c = rest(k + 2);
+            const vec4 all = sum_quarters(sum_halves(a, b), sum_halves(c, vec{}));
+            for (int i = 0; k + i < end; ++i) gradient[k + i] += all[i];
+        }
+        for (int p = 0; both && p < P; ++p)
+            for (int v = 0; v < conv_vectors; ++v) store(pixels.target_of(p) + r * channel + v * L, sum[p][v]);
     }
-    kept.flush();
 }
 
-void correlate_packed(const Pass& pass, const int32_t* offset, Packed source, Packed delta, int batch, float* gradient,
-                      float* bias_gradient) {
-    const int32_t taps = pass.split[ptrdiff_t(pass.rows) * (pass.tiles + 1) - 1];
-    if (taps) std::memset(gradient, 0, sizeof(float) * taps);
-    each_group<most_pixels>(pass, batch, source, delta, [&](const auto& pixels) {
-        correlate_pixels(pass, offset, pixels, source, delta, gradient);
+void correlate_packed(const Pass& pass, const int32_t* offset, Packed source, Packed delta, int batch, float* gradient) {
+    each_group<most_pixels>(pass, batch, source, delta, delta, [&](const auto& pixels) {
+        correlate_pixels<false>(pass, offset, nullptr, pixels, source, delta, delta, false, nullptr, gradient);
     });
-    for (int r = 0; bias_gradient && r < pass.rows; ++r) {
+}
+
+void gather_and_correlate_packed(const Pass& pass, const int32_t* offset, const float* values, Packed source, int batch,
+                                 Packed target, bool add, const uint8_t* written, Packed in, float* gradient) {
+    each_group<conv_pixels>(pass, batch, source, target, in, [&](const auto& pixels) {
+        correlate_pixels<true>(pass, offset, values, pixels, source, target, in, add || pixels.tile > 0, written, gradient);
+    });
+}
+
+void sum_channels(Packed x, ImageSize size, float* sums) {
+    for (int c = 0; c < size.channels; ++c) {
         double total = 0, rest = 0;
-        each_row({batch, 1, pass.grid_height, pass.grid_width}, [&](int n, int, int y) {
-            const float* row = at(delta, n, r, y);
-            sum_pairs(0, ptrdiff_t(pass.grid_width) * conv_block, total, rest,
+        each_row({size.batch, 1, size.height, size.width}, [&](int n, int, int y) {
+            const float* row = at(x, n, c, y);
+            sum_pairs(0, ptrdiff_t(size.width) * conv_block, total, rest,
                       [&](ptrdiff_t i, int) { return Pair{load(row + i), vec{}}; });
         });
-        bias_gradient[r] = float(total);
+        sums[c] = float(total);
     }
 }
 
@@ -1187,7 +1231,8 @@ namespace tombola {
 extern const Kernels TOMBOLA_ISA = {TOMBOLA_NAME(TOMBOLA_ISA), linear_vectors * L, conv_vectors* L, gather, correlate,
                                    pack_features, unpack_features, rectify, gate,
                                    batch_norm, batch_norm_gradient, normalise_images, pack_normalised_images,
-                                   pack_images, unpack_images, gather_packed, correlate_packed, normalise_packed,
+                                   pack_images, unpack_images, gather_packed, correlate_packed,
+                                   gather_and_correlate_packed, sum_channels, normalise_packed,
                                    normalise_gradient_packed, sum_packed, gate_packed, max_pool, max_pool_gradient,
                                    average, average_gradient,
                                    L, gather_few, gather_one, pack_few};

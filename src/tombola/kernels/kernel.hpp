@@ -111,8 +111,13 @@ struct Kernels {
     void (*unpack_images)(Packed from, ImageSize size, View to);
     void (*gather_packed)(const Pass&, const int32_t* offset, const float* values, const float* bias, Packed source,
                           int batch, Packed target, bool add, const uint8_t* written);
-    void (*correlate_packed)(const Pass&, const int32_t* offset, Packed source, Packed delta, int batch,
-                             float* gradient, float* bias_gradient);
+    // gradient[k] += sum of (source under tap k) * delta.
+    void (*correlate_packed)(const Pass&, const int32_t* offset, Packed source, Packed delta, int batch, float* gradient);
+    // Both at once: gather_packed, and gradient[k] += sum of (source under tap k) * in, where `in` has the target's size.
+    void (*gather_and_correlate_packed)(const Pass&, const int32_t* offset, const float* values, Packed source, int batch,
+                                        Packed target, bool add, const uint8_t* written, Packed in, float* gradient);
+    // The sum of each channel.
+    void (*sum_channels)(Packed x, ImageSize size, float* sums);
     // y = normalised x + other, or of these the positive numbers; `other` may be null. Channels that are not `connected`
     // are zero, but not read; of those that are not `read`, without `other`, y is not written, and their gradient is zero,
     // but not read. Gradients of channels that are not `connected` are not written. Both are null for all.

@@ -383,21 +383,24 @@ class _Backward:
         self.give(delta)
 
     def _convolution(self, operation: Operation, delta: PackedImages) -> None:
-        value, x = operation.result, operation.x
-        values, bias = value.tensors
-        if any(self.needs[at] for at in value.tensors if at >= 0):
-            dvalues = torch.empty_like(self.tensors[values])
-            dbias = torch.empty_like(self.tensors[bias]) if bias >= 0 else None
-            self.calls.put(value.kernel.weight_gradient_images, self.buffers[x], delta, dvalues, dbias)
-            self.accumulate(values, dvalues)
-            if dbias is not None:
-                self.accumulate(bias, dbias)
-        if x in self.needed:
-            add = x in self.deltas
+        kernel, x, positions = operation.first.kernel, operation.x, operation.first.tensors
+        weights, bias = (self.tensors[at] if at >= 0 else None for at in positions)
+        of_weights, of_images = any(self.needs[at] for at in positions if at >= 0), x in self.needed
+        gradients = [None if tensor is None else torch.empty_like(tensor) for tensor in (weights, bias) if of_weights]
+        if of_images:
+            add, every = x in self.deltas, x not in self.segment._behind
             if not add:
                 self.deltas[x] = self.take(x)
-            every = x not in self.segment._behind
-            self.calls.put(value.kernel.input_gradient_images, self.tensors[values], delta, self.deltas[x], add, every)
+            dx = self.deltas[x]
+        if of_weights and of_images:
+            self.calls.put(kernel.gradients_images, weights, self.buffers[x], delta, *gradients, dx, add, every)
+        elif of_weights:
+            self.calls.put(kernel.weight_gradient_images, self.buffers[x], delta, *gradients)
+        elif of_images:
+            self.calls.put(kernel.input_gradient_images, weights, delta, dx, add, every)
+        for at, gradient in zip(positions, gradients, strict=False):
+            if gradient is not None:
+                self.accumulate(at, gradient)
         self.give(delta)
 
     def _norm(self, operation: Operation, delta: PackedImages) -> None:

@@ -15,7 +15,7 @@ from tombola.training.weights import Weights
 SCHEME = 2
 """Version of the naming and of `train`: increase it if `train` gives other bits than before."""
 
-PACKED = 3
+PACKED = 4
 """Version of the computation with packed activations: increase it if these trainings alone give other bits."""
 
 PERCEPTRON = 1
