@@ -796,6 +796,30 @@ def test_a_buffer_that_is_infinite_by_design_is_no_divergence() -> None:
         assert history.test_accuracy is not None
 
 
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.complex64, torch.complex128, torch.int8],
+)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_pruned_weights_are_zero_whatever_they_were(dtype: torch.dtype, layout: torch.memory_format) -> None:
+    numbers = [-1.5, 2.5, -0.0, math.inf, -math.inf, math.nan] if dtype.is_floating_point else [-1, 2, 0, 3, -4, 5]
+    weight = torch.tensor(numbers * 8, dtype=dtype).view(4, 3, 2, 2).to(memory_format=layout)
+    alive = torch.rand(weight.shape, generator=torch.Generator().manual_seed(1)) < 0.5
+    kept = apply_mask({"w": weight}, Mask.from_tensors({"w": alive}))["w"]
+    assert kept.dtype == dtype
+    assert kept[alive].view(torch.int8).equal(weight[alive].view(torch.int8))
+    assert not kept[~alive].view(torch.int8).any()
+
+
+def test_large_numbers_whose_sum_is_infinite_are_no_divergence() -> None:
+    model = nn.Linear(4, 3)
+    model.register_buffer("large", torch.full((4,), 3e38))
+    history = train(
+        model, model.state_dict(), Mask.ones_like(model), VECTORS, Recipe(batch_size=5, epochs=1), 0
+    ).history
+    assert history.diverged_at is None
+
+
 def test_divergence_is_seen_at_the_end_of_its_epoch() -> None:
     """Epochs of 5 iterations; the loss is not finite from iteration 6 on."""
     model, initial, mask = setting_of(small)

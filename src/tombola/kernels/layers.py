@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, Self
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
@@ -120,9 +121,10 @@ class Sparse(nn.Module):
                 f"expected a bool mask of shape {tuple(weight.shape)}, got {mask.dtype} {tuple(mask.shape)}"
             )
         self.shape = tuple(weight.shape)
-        self.values = nn.Parameter(weight.detach()[mask])
+        alive = torch.from_numpy(np.flatnonzero(mask.numpy()))  # takes a tenth of the time of `Tensor.nonzero`
+        self.values = nn.Parameter(weight.detach().flatten().index_select(0, alive))
         self.bias = None if bias is None else nn.Parameter(bias.detach().clone())
-        self.register_buffer("alive", mask.flatten().nonzero().flatten(), persistent=False)
+        self.register_buffer("alive", alive, persistent=False)
         self.instruction_set = instruction_set
         self._kernels: dict[Sequence[int], Any] = {}
 

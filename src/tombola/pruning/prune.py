@@ -16,7 +16,7 @@ from tombola.errors import ImportanceError, RoundError, UserError, did_you_mean,
 from tombola.exits import attribute_failure
 from tombola.importance import NORMALISATIONS, Importance, NetworkScore, Normalisation, Survivors, as_importance
 from tombola.pruning.eligible import resolve_layers
-from tombola.pruning.mask import Mask, pack, resolve_kept_dense
+from tombola.pruning.mask import Mask, pack, positions, resolve_kept_dense
 from tombola.pruning.selection import apportion, select
 from tombola.streams import generator
 from tombola.threads import one_thread
@@ -215,7 +215,7 @@ def _take_alive(tensors: Mapping[str, Tensor], mask: Mask, layer: str) -> Tensor
     if tuple(tensor.shape) != mask.shapes[layer]:
         raise UserError(f"layer {layer!r}: the weights have shape {tuple(tensor.shape)}, the mask {mask.shapes[layer]}")
     alive = mask[layer]
-    return tensor.flatten() if alive.all() else tensor[alive]
+    return tensor.flatten() if alive.all() else tensor.flatten().index_select(0, positions(alive))
 
 
 def _read_magnitudes(weights: Mapping[str, Tensor], mask: Mask, layer: str, out: Tensor) -> Tensor:
@@ -280,6 +280,7 @@ def _remove(mask: Mask, removed: dict[str, Tensor]) -> Mask:
     """
     bits = mask.bits
     for layer in list(removed):
-        stay, alive = ~removed.pop(layer), mask[layer]
-        bits[layer] = pack(stay if alive.all() else alive.masked_scatter(alive, stay))
+        gone, alive = removed.pop(layer), mask[layer].flatten()
+        stay = ~gone if alive.all() else alive.index_fill(0, positions(alive).index_select(0, positions(gone)), False)
+        bits[layer] = pack(stay)
     return Mask(mask.shapes, bits)

@@ -473,9 +473,16 @@ def _is_finite(state: State, model: nn.Module, initial: State) -> bool:
     buffers = {
         name
         for name, _ in model.named_buffers(remove_duplicate=False)
-        if name in initial and not initial[name].isfinite().all()
+        if name in initial and not _all_finite(initial[name])
     }
-    return all(bool(tensor.isfinite().all()) for name, tensor in state.items() if name not in buffers)
+    return all(_all_finite(tensor) for name, tensor in state.items() if name not in buffers)
+
+
+def _all_finite(tensor: Tensor) -> bool:
+    """Return whether all numbers of a tensor are finite."""
+    # A finite sum is one of finite numbers, and takes a tenth of the time; the sum of finite numbers may overflow.
+    quick = tensor.dtype == torch.float32 and bool(tensor.sum().isfinite())
+    return quick or bool(tensor.isfinite().all())
 
 
 def move_data(data: Dataset, device: str) -> Dataset:

@@ -23,6 +23,8 @@ State: TypeAlias = dict[str, Tensor]
 class Weights:
     """The state of a network and its hash; the state may stay on disk until `load` reads it.
 
+    Unless it is given, the hash is computed when it is first asked for, of what `load` returns then.
+
     >>> model = nn.Linear(2, 1, bias=False)
     >>> weights = Weights.of(model.state_dict())
     >>> before = model.weight.tolist()
@@ -31,8 +33,8 @@ class Weights:
     True
     """
 
-    def __init__(self, hash: str, load: Callable[[], State]) -> None:
-        self.hash = hash
+    def __init__(self, hash: str | None, load: Callable[[], State]) -> None:
+        self._hash = hash
         self._load = load
 
     @classmethod
@@ -42,10 +44,17 @@ class Weights:
         for name, tensor in state.items():
             expect(tensor, Tensor, f"Weights.of: {name!r}", "a tensor")
         held = {name: tensor.detach().clone() for name, tensor in state.items()}
-        return cls(state_hash(held), lambda: held)
+        return cls(None, lambda: held)
+
+    @property
+    def hash(self) -> str:
+        """The SHA-256 of the state, see `state_hash`."""
+        if self._hash is None:
+            self._hash = state_hash(self._load())
+        return self._hash
 
     def load(self) -> State:
-        """Return the state; each call may read it from disk."""
+        """Return the state, which must not be changed; each call may read it from disk."""
         return self._load()
 
 
@@ -88,9 +97,22 @@ def apply_mask(state: Mapping[str, Tensor], mask: Mask, shared: Shared = Mapping
     """
     layers = {name: name for name in mask} | {other: name for name in mask for other in shared.get(name, ())}
     return {
-        name: torch.where(mask[layers[name]].to(tensor.device), tensor, 0.0) if name in layers else tensor.clone()
+        name: _keep(mask[layers[name]].to(tensor.device), tensor) if name in layers else tensor.clone()
         for name, tensor in state.items()
     }
+
+
+def _keep(alive: Tensor, tensor: Tensor) -> Tensor:
+    """Return a copy of weights in which those that are pruned are exactly 0.0."""
+    kind = _INTEGERS.get(tensor.element_size())
+    if kind is None:
+        return torch.where(alive, tensor, 0.0)
+    # The bits of each weight times 1 or 0: on a CPU, `torch.where` takes up to fifteen times as long.
+    return (tensor.detach().view(kind) * alive).view(tensor.dtype)
+
+
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""By their bytes."""
 
 
 def zero_pruned(model: nn.Module, mask: Mask) -> None:
@@ -104,7 +126,7 @@ def zero_pruned(model: nn.Module, mask: Mask) -> None:
     """
     for name, weight in find_weights(model, mask).items():
         with torch.no_grad():
-            weight.masked_fill_(~mask[name].to(weight.device), 0.0)
+            weight.copy_(_keep(mask[name].to(weight.device), weight))
 
 
 def copy_model(model: nn.Module) -> nn.Module:
