@@ -386,7 +386,8 @@ class _Backward:
         kernel, x, positions = operation.first.kernel, operation.x, operation.first.tensors
         weights, bias = (self.tensors[at] if at >= 0 else None for at in positions)
         of_weights, of_images = any(self.needs[at] for at in positions if at >= 0), x in self.needed
-        gradients = [None if tensor is None else torch.empty_like(tensor) for tensor in (weights, bias) if of_weights]
+        learned = (weights, bias) if of_weights else (None, None)
+        gradients = [None if tensor is None else torch.empty_like(tensor) for tensor in learned]
         if of_images:
             add, every = x in self.deltas, x not in self.segment._behind
             if not add:
@@ -398,7 +399,7 @@ class _Backward:
             self.calls.put(kernel.weight_gradient_images, self.buffers[x], delta, *gradients)
         elif of_images:
             self.calls.put(kernel.input_gradient_images, weights, delta, dx, add, every)
-        for at, gradient in zip(positions, gradients, strict=False):
+        for at, gradient in zip(positions, gradients, strict=True):
             if gradient is not None:
                 self.accumulate(at, gradient)
         self.give(delta)

@@ -541,18 +541,11 @@ class Layer {
         const Packed d = outputs_of("delta", delta, batch, delta_border()), dx = inputs_of("target", target, batch, 0);
         target.check_apart("target", "delta", delta);
         Calls::compute(calls, [=] {
-            const size_t floats = count_in_lines(order_.size());
-            float* ordered = workspace(2 * floats);
-            int32_t* offset = reinterpret_cast<int32_t*>(ordered + floats);
-            for (size_t k = 0; k < order_.size(); ++k) ordered[k] = w[order_[k]];
-            for (const Structure& structure : backward_) {
-                if (add && structure.taps.empty()) continue;
-                structure.offsets(d, offset);
-                kernels_.gather_packed(structure.images, offset, ordered, nullptr, d, batch, dx, add,
+            float* const memory = workspace(2 * count_in_lines(order_.size()));
+            backward_images(w, d, add, memory, [&](const Pass& pass, const int32_t* offset, const float* ordered, size_t) {
+                kernels_.gather_packed(pass, offset, ordered, nullptr, d, batch, dx, add,
                                        all ? nullptr : connected_inputs_.data());
-                ordered += structure.taps.size();
-                offset += structure.taps.size();
-            }
+            });
         });
     }
 
@@ -586,19 +579,12 @@ class Layer {
               *db = contiguous_or_null("bias_gradient", bias_gradient, {outputs()});
         Calls::compute(calls, [=, size = delta.size()] {
             const size_t floats = count_in_lines(order_.size());
-            float *ordered = workspace(3 * floats), *const found = ordered + floats, *next = found;
-            int32_t* offset = reinterpret_cast<int32_t*>(found + floats);
-            for (size_t k = 0; k < order_.size(); ++k) ordered[k] = w[order_[k]];
+            float *const memory = workspace(3 * floats), *const found = memory + 2 * floats;
             std::fill_n(found, order_.size(), 0.0f);
-            for (const Structure& structure : backward_) {
-                if (add && structure.taps.empty()) continue;
-                structure.offsets(d, offset);
-                kernels_.gather_and_correlate_packed(structure.images, offset, ordered, d, batch, dx, add,
-                                                     all ? nullptr : connected_inputs_.data(), x, next);
-                ordered += structure.taps.size();
-                offset += structure.taps.size();
-                next += structure.taps.size();
-            }
+            backward_images(w, d, add, memory, [&](const Pass& pass, const int32_t* offset, const float* ordered, size_t first) {
+                kernels_.gather_and_correlate_packed(pass, offset, ordered, d, batch, dx, add,
+                                                     all ? nullptr : connected_inputs_.data(), x, found + first);
+            });
             std::fill_n(dw, count_, 0.0f);
             for (size_t k = 0; k < order_.size(); ++k) dw[order_[k]] = found[k];
             if (db) kernels_.sum_channels(d, size, db);
@@ -669,6 +655,21 @@ class Layer {
     }
 
   private:
+    // Calls product(pass, offsets, values, number of its first tap) for each pass from gradients of packed outputs to those
+    // of inputs; with `add`, for those that have taps. `memory` holds values and offsets in the order of the passes.
+    template <class Product>
+    void backward_images(const float* values, const Packed& delta, bool add, float* memory, const Product& product) const {
+        int32_t* const offset = reinterpret_cast<int32_t*>(memory + count_in_lines(order_.size()));
+        for (size_t k = 0; k < order_.size(); ++k) memory[k] = values[order_[k]];
+        size_t first = 0;
+        for (const Structure& structure : backward_) {
+            if (add && structure.taps.empty()) continue;
+            structure.offsets(delta, offset + first);
+            product(structure.images, offset + first, memory + first, first);
+            first += structure.taps.size();
+        }
+    }
+
     // Checks packed images that a product reads or writes, with a border of at least `least` zeros.
     const Packed& inputs_of(const char* name, const PackedImages& images, int batch, int least) const {
         const Pass& p = forward_.pass;

@@ -480,7 +480,7 @@ def _is_finite(state: State, model: nn.Module, initial: State) -> bool:
 
 def _all_finite(tensor: Tensor) -> bool:
     """Return whether all numbers of a tensor are finite."""
-    # A finite sum is one of finite numbers, and takes a tenth of the time; the sum of finite numbers may overflow.
+    # If a sum is finite, so are its numbers, and it takes a tenth of the time. The sum of finite numbers may overflow.
     quick = tensor.dtype == torch.float32 and bool(tensor.sum().isfinite())
     return quick or bool(tensor.isfinite().all())
 
